@@ -1,7 +1,66 @@
-"""coreskip: sparse inference for any Hugging Face causal LM."""
+"""coreskip: sparse inference for any Hugging Face causal LM.
 
+model, tokenizer = coreskip.load()
+plan = coreskip.analyze(model, tokenizer, budget="ppl+1%")
+coreskip.wrap(model, plan)      # model.generate(...) now decodes under the plan
+coreskip.unwrap(model)          # and bit-identical to before
+"""
+
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # A wheel holds the subpackages inside this folder; a checkout holds them beside it.
 _here = Path(__file__).parent
 __path__ = [str(_here if (_here / "kernels").is_dir() else _here.parent)]
+# the command line lives here in both
+__path__ += [path for path in [str(_here)] if path not in __path__]
+
+__version__ = "0.1.0"
+
+# public name -> where it lives; loaded on first use, so that `coreskip --help` does not wait for torch
+_HOMES = {
+    "CoreskipError": "coreskip.predictors.errors",
+    "Engine": "coreskip.runtime.engine",
+    "Plan": "coreskip.predictors.plan",
+    "PlanError": "coreskip.predictors.errors",
+    "analyze": "coreskip.runtime.tune",
+    "evaluate": "coreskip.runtime.quality",
+    "load": "coreskip.runtime.load",
+    "prefilling": "coreskip.runtime.selections",
+    "unwrap": "coreskip.runtime.wrap",
+    "wrap": "coreskip.runtime.wrap",
+}
+
+__all__ = [
+    "CoreskipError",
+    "Engine",
+    "Plan",
+    "PlanError",
+    "analyze",
+    "evaluate",
+    "load",
+    "prefilling",
+    "unwrap",
+    "wrap",
+]
+
+if TYPE_CHECKING:
+    from coreskip.predictors.errors import CoreskipError, PlanError
+    from coreskip.predictors.plan import Plan
+    from coreskip.runtime.engine import Engine
+    from coreskip.runtime.load import load
+    from coreskip.runtime.quality import evaluate
+    from coreskip.runtime.selections import prefilling
+    from coreskip.runtime.tune import analyze
+    from coreskip.runtime.wrap import unwrap, wrap
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'coreskip' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

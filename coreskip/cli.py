@@ -1,0 +1,209 @@
+"""The command line. Results go to stdout, progress and warnings to stderr; a mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from coreskip import __version__
+from coreskip.predictors.errors import CoreskipError
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def _model_options(command: _Command) -> _Command:
+    command = click.option("--dtype", help="float32, bfloat16 or float16; by default the checkpoint's own.")(command)
+    command = click.option("--device", help="cpu or cuda; by default cuda where there is one.")(command)
+    return click.argument("model", required=False)(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__)
+@click.option("-v", "--verbose", is_flag=True, help="Say more on stderr.")
+def cli(verbose: bool) -> None:
+    """Sparse inference for any Hugging Face causal LM.
+
+    MODEL is a hub id, a local folder, a .gguf file, or nothing: the embedded SmolLM2-135M-Instruct.
+    """
+    logger = logging.getLogger("coreskip")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("coreskip: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    if not verbose:
+        _quiet_libraries()
+
+
+def _quiet_libraries() -> None:
+    """Their bars and retry messages would drown the one line that a mistake deserves."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+@cli.command()
+@_model_options
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write the plan to.")
+@click.option("--method", default="auto", show_default=True, help="auto, core, similar or static.")
+@click.option("--keep", type=float, help="Share of each layer's neurons to keep, in (0, 1]; 0.6 by default.")
+@click.option("--budget", help="ppl+1%, kl<0.05 or agreement>0.95: keep the fewest neurons that hold it.")
+@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text to calibrate on; else the model writes some.")
+@click.option("--score", help="griffin (default), magnitude, magnitude_down, or signed as CoreInfer published.")
+@click.option("--alpha", type=float, default=0.4, show_default=True, help="Share of a token's neurons in its core.")
+@click.option("--first-layer", type=int, default=0, show_default=True, help="Layers before it stay dense.")
+@click.option("--tokens", type=int, default=16384, show_default=True, help="Observe at most this many tokens.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of sampling and clustering.")
+def analyze(
+    model: str | None,
+    output: Path,
+    text: Path | None,
+    dtype: str | None,
+    device: str | None,
+    **options: Any,
+) -> None:
+    """Observe MODEL and write a plan."""
+    from coreskip.predictors.calibration import read_text, tokenize
+    from coreskip.predictors.plan import check_target
+    from coreskip.runtime.load import load
+    from coreskip.runtime.tune import analyze, check_options
+
+    check_target(output)
+    check_options(**options)
+    content = read_text(text) if text is not None else None
+    loaded, tokenizer = load(model, dtype=dtype, device=device)
+    given = tokenize(tokenizer, content, Path(str(text)).name) if content is not None else None
+    plan = analyze(loaded, tokenizer, text=given, **options)
+    plan.save(output)
+    click.echo(str(plan))
+    click.echo(f"\nwritten to {output}")
+
+
+@cli.command()
+@click.argument("plan", type=click.Path(path_type=Path))
+def show(plan: Path) -> None:
+    """Print a plan: where it comes from, what it costs, what each layer keeps."""
+    from coreskip.predictors.plan import Plan
+
+    click.echo(str(Plan.load(plan)))
+
+
+@cli.command()
+@_model_options
+@click.option("--plan", "folder", type=click.Path(path_type=Path), help="Decode under this plan; dense without.")
+@click.option("-p", "--prompt", required=True, help="The prompt.")
+@click.option("--chat", is_flag=True, help="Put the prompt through the tokenizer's chat template.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0, min_open=True), help="Sample at this temperature; else greedy.")
+@click.option("--seed", type=int, help="Of sampling.")
+@click.option("--stop", multiple=True, help="End before this string; may be given several times.")
+def generate(
+    model: str | None,
+    folder: Path | None,
+    prompt: str,
+    chat: bool,
+    max_new_tokens: int,
+    temperature: float | None,
+    seed: int | None,
+    stop: tuple[str, ...],
+    dtype: str | None,
+    device: str | None,
+) -> None:
+    """Generate text, printed as it comes."""
+    from coreskip.predictors.plan import Plan
+    from coreskip.runtime.engine import Engine
+    from coreskip.runtime.load import load
+
+    plan = Plan.load(folder) if folder is not None else None
+    loaded, tokenizer = load(model, dtype=dtype, device=device)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature is not None}
+    if temperature is not None:
+        options |= {"temperature": temperature, "seed": seed}
+    with Engine(loaded, tokenizer, plan) as engine:
+        message: Any = [{"role": "user", "content": prompt}] if chat else prompt
+        for piece in engine.stream(message, stop_strings=list(stop), **options):
+            click.echo(piece, nl=False)
+            sys.stdout.flush()
+    click.echo()
+
+
+@cli.command("eval")
+@_model_options
+@click.option("--plan", "folder", required=True, type=click.Path(path_type=Path), help="The plan to measure.")
+@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text to score; else the model writes some.")
+@click.option("--json", "output", type=click.Path(path_type=Path), help="Also write the figures to this file.")
+@click.option("--windows", type=click.IntRange(1), default=24, show_default=True, help="Score at most this many.")
+@click.option("--window", type=click.IntRange(4), default=512, show_default=True, help="Tokens each; half is scored.")
+@click.option("--token-by-token", is_flag=True, help="One forward pass per token, exactly as generation runs.")
+def evaluate(
+    model: str | None,
+    folder: Path,
+    text: Path | None,
+    output: Path | None,
+    windows: int,
+    window: int,
+    token_by_token: bool,
+    dtype: str | None,
+    device: str | None,
+) -> None:
+    """Measure what a plan costs: perplexity, KL divergence, agreement with the dense model."""
+    from coreskip.predictors.calibration import read_text, sample_text, tokenize
+    from coreskip.predictors.plan import Plan
+    from coreskip.runtime.load import load
+    from coreskip.runtime.quality import evaluate, summary
+
+    plan = Plan.load(folder)
+    content = read_text(text) if text is not None else None
+    if output is not None and not output.parent.is_dir():
+        raise CoreskipError(f"there is no folder {output.parent} to write {output.name} into")
+    loaded, tokenizer = load(model, dtype=dtype, device=device)
+    plan.check(loaded)
+    if content is not None:
+        scored = tokenize(tokenizer, content, Path(str(text)).name)
+    else:
+        # another seed than analyze's default: the plan must not be scored on the text that made it
+        scored = sample_text(loaded, tokenizer, tokens=8 * window, length=window, seed=1)
+    quality = evaluate(loaded, tokenizer, plan, scored, windows=windows, window=window, token_by_token=token_by_token)
+    click.echo(summary(quality))
+    if output is not None:
+        _write(output, json.dumps(quality, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(text)
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise CoreskipError(f"cannot write {path}: {error.strerror}") from None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The `coreskip` command."""
+    try:
+        status = cli.main(arguments, prog_name="coreskip", standalone_mode=False)
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except CoreskipError as error:
+        _fail(str(error))
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("coreskip: interrupted", err=True)
+        sys.exit(130)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str) -> None:
+    click.echo("coreskip: " + " ".join(message.split()), err=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

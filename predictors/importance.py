@@ -1,0 +1,83 @@
+"""How much each MLP neuron matters to a token, to a sentence, to a text.
+
+A neuron's *activation* a is what enters the down projection: ``act(gate(x)) * up(x)``, or ``act(up(x))`` in a
+plain MLP. Every score is a sum over tokens of a non-negative contribution, so that prompts may arrive in chunks
+and texts may be any length.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .errors import CoreskipError
+
+Score = Literal["signed", "magnitude", "magnitude_down", "griffin"]
+SCORES: tuple[Score, ...] = get_args(Score)
+
+
+def check_score(score: str) -> None:
+    if score not in SCORES:
+        raise CoreskipError(f"unknown score {score!r}; choose from {', '.join(SCORES)}")
+
+
+def check_share(name: str, value: float) -> None:
+    """Shares of neurons (keep, alpha, beta) lie in (0, 1]."""
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and 0 < value <= 1):
+        raise CoreskipError(f"{name} is {value}; it must be above 0 and at most 1")
+
+
+def kept_count(width: int, keep: float) -> int:
+    """Neurons kept of `width`: rounded to the nearest, at least one."""
+    return max(1, min(width, round(width * keep)))
+
+
+def token_contributions(a: Tensor, score: Score, alpha: float, down_norm: Tensor) -> Tensor:
+    """What each token adds to each neuron's sentence-level score.
+
+    Args:
+        a: activations ``[tokens, intermediate]``, any float dtype.
+        score: ``signed``: 1 for the neurons in C_alpha, the top `alpha` share of the token's positive activations
+            (CoreInfer, arXiv 2410.18311, section 3). ``magnitude``: 1 for the top `alpha` share of all neurons by
+            ``|a|``. ``magnitude_down``: the same by ``|a| * down_norm``. ``griffin``: ``(a / ||a||)**2``
+            (GRIFFIN, arXiv 2404.01365, section 4; its root is taken at the end and changes no order).
+        alpha: share of a token's neurons that count as its core; unused by ``griffin``.
+        down_norm: norms of the down projection's columns ``[intermediate]``, fp32.
+
+    Returns:
+        fp32 ``[tokens, intermediate]``.
+    """
+    a = a.float()
+    if score == "griffin":
+        return (a / a.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)).square()
+    if score == "signed":
+        wanted = (alpha * (a > 0).sum(-1, keepdim=True)).ceil().long()
+        ranked = a
+    else:
+        ranked = a.abs() if score == "magnitude" else a.abs() * down_norm
+        wanted = torch.full((a.shape[0], 1), math.ceil(alpha * a.shape[1]), device=a.device)
+    most = int(wanted.max()) if wanted.numel() else 0
+    core = torch.zeros_like(a)
+    if most == 0:
+        return core
+    top = ranked.topk(most, dim=-1).indices
+    member = torch.arange(most, device=a.device) < wanted
+    return core.scatter_(1, top, member.float())
+
+
+def most_important(score: Tensor, tiebreak: Tensor, count: int) -> Tensor:
+    """Indices of the `count` neurons with the highest score, ascending; ties go to the larger `tiebreak`, then to
+    the lower index, so that a prompt of few tokens (whose counts are mostly tied) still selects sensibly.
+
+    Args:
+        score, tiebreak: ``[..., intermediate]``, finite and non-negative.
+
+    Returns:
+        int64 ``[..., count]``.
+    """
+    by_tiebreak = tiebreak.sort(dim=-1, descending=True, stable=True).indices
+    by_score = score.gather(-1, by_tiebreak).sort(dim=-1, descending=True, stable=True).indices
+    return by_tiebreak.gather(-1, by_score)[..., :count].sort(dim=-1).values

@@ -1,0 +1,511 @@
+"""The Plan: which neurons and layers run, decided once, kept as a folder.
+
+``plan.json`` holds the recipe, the fingerprints, each layer's policy and the measured quality;
+``plan.safetensors`` the indices and centroids. A damaged, edited or foreign Plan raises `PlanError` before any
+model is touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, cast
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from .anatomy import Anatomy, canonical_activation, dissect
+from .errors import CoreskipError, PlanError
+from .importance import Score, check_score, check_share, kept_count
+
+FORMAT_VERSION = 1
+_JSON, _TENSORS = "plan.json", "plan.safetensors"
+_PROBES_PER_LAYER = 32
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Every neuron, every token."""
+
+    name: ClassVar[str] = "dense"
+
+    def check(self, width: int) -> None:
+        """Nothing to check."""
+
+    def kept(self, width: int) -> int:
+        return width
+
+
+@dataclass(frozen=True, eq=False)
+class Static:
+    """One fixed set of neurons, found in calibration. `indices`: int64 ``[kept]``, ascending."""
+
+    indices: Tensor
+    name: ClassVar[str] = "static"
+
+    def check(self, width: int) -> None:
+        _check_indices(self.indices, width, ndim=1)
+
+    def kept(self, width: int) -> int:
+        return int(self.indices.shape[0])
+
+
+@dataclass(frozen=True)
+class CoreNeurons:
+    """Stability-guided core neurons (CoreInfer, section 3): chosen from the prompt at prefill, fixed while decoding.
+
+    `alpha`: share of a token's neurons that count as its core. `beta`: share of the neurons kept. `score`: see
+    `token_contributions`.
+    """
+
+    alpha: float
+    beta: float
+    score: Score
+    name: ClassVar[str] = "core_neurons"
+
+    def check(self, width: int) -> None:
+        check_share("alpha", self.alpha)
+        check_share("beta", self.beta)
+        check_score(self.score)
+
+    def kept(self, width: int) -> int:
+        return kept_count(width, self.beta)
+
+
+@dataclass(frozen=True, eq=False)
+class Similar:
+    """Similarity-guided core neurons: the set of the calibration cluster nearest to the prompt.
+
+    `clusters`: int64 ``[clusters, kept]``, ascending in each row.
+    """
+
+    clusters: Tensor
+    name: ClassVar[str] = "similar"
+
+    def check(self, width: int) -> None:
+        _check_indices(self.clusters, width, ndim=2)
+
+    def kept(self, width: int) -> int:
+        return int(self.clusters.shape[1])
+
+
+@dataclass(frozen=True)
+class Run:
+    """The layer runs."""
+
+    name: ClassVar[str] = "run"
+
+
+NeuronPolicy = Dense | Static | CoreNeurons | Similar
+LayerPolicy = Run
+_NEURON_POLICIES: dict[str, type[Any]] = {p.name: p for p in (Dense, Static, CoreNeurons, Similar)}
+_LAYER_POLICIES: dict[str, type[Any]] = {Run.name: Run}
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one decoder layer does while decoding."""
+
+    neurons: NeuronPolicy = field(default_factory=Dense)
+    layer: LayerPolicy = field(default_factory=Run)
+
+
+@dataclass(frozen=True, eq=False)
+class Clusters:
+    """How a prompt finds its cluster (similarity-guided plans): its core neurons at layer `anchor`, by `alpha`,
+    `beta` and `score` as in `CoreNeurons`, against `centroids`, fp32 ``[clusters, intermediate]``."""
+
+    anchor: int
+    alpha: float
+    beta: float
+    score: Score
+    centroids: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Fingerprint:
+    """What a Plan remembers of its model: the shapes, and a sample of the weights.
+
+    `probes`: fp32 ``[layers, 32]``, down-projection weights at fixed places. Models are compared through them in
+    the coarser of the two dtypes, so that a plan made in fp32 serves the same model loaded in bf16.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_sizes: tuple[int, ...]
+    activation: str
+    dtype: str
+    probes: Tensor
+
+    def __post_init__(self) -> None:
+        _dtype(self.dtype)
+        shape = (len(self.intermediate_sizes), _PROBES_PER_LAYER)
+        if self.probes.dtype != torch.float32 or self.probes.shape != shape:
+            raise PlanError(f"the fingerprint's weight probes are not fp32 of shape {shape}")
+
+    @classmethod
+    def of(cls, model: nn.Module, anatomy: Anatomy | None = None) -> Fingerprint:
+        anatomy = anatomy or dissect(model)
+        act = canonical_activation(anatomy.mlps[0].act)
+        weights = [mlp.matrices().down for mlp in anatomy.mlps]
+        return cls(
+            model_type=anatomy.model_type,
+            vocab_size=int(cast(Any, model).config.get_text_config().vocab_size),
+            hidden_size=anatomy.mlps[0].hidden_size,
+            intermediate_sizes=tuple(mlp.intermediate_size for mlp in anatomy.mlps),
+            activation=act if isinstance(act, str) else type(act).__name__,
+            dtype=str(weights[0].dtype).removeprefix("torch."),
+            probes=torch.stack([_probe(w) for w in weights]),
+        )
+
+    def require(self, other: Fingerprint) -> None:
+        """Raise `PlanError` unless `other`, a model's fingerprint, is of the model this one was taken from."""
+        for name in ("model_type", "hidden_size", "intermediate_sizes", "activation"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise PlanError(
+                    f"the plan was made for a model with {name} {_short(mine)}, this one has {_short(theirs)}: "
+                    "run `coreskip analyze` on this model"
+                )
+        coarse = max((_dtype(self.dtype), _dtype(other.dtype)), key=lambda dtype: torch.finfo(dtype).eps)
+        same = self.dtype == other.dtype
+        tolerance = 0.0 if same else torch.finfo(coarse).eps
+        if not torch.allclose(self.probes, other.probes, rtol=tolerance, atol=0.0 if same else 1e-7):
+            raise PlanError(
+                "the plan was made for a model of this shape with other weights: run `coreskip analyze` on this model"
+            )
+
+
+def _probe(down: Tensor) -> Tensor:
+    flat_places = torch.linspace(0, down.numel() - 1, _PROBES_PER_LAYER, dtype=torch.float64).long()
+    rows, columns = flat_places // down.shape[1], flat_places % down.shape[1]
+    return down[rows.to(down.device), columns.to(down.device)].float().cpu()
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise PlanError(f"the plan names an unknown dtype {name!r}")
+    return dtype
+
+
+def _short(value: object) -> str:
+    if isinstance(value, tuple) and len(set(value)) == 1:
+        return f"{value[0]} in {len(value)} layers"
+    return str(value)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Per layer one neuron policy and one layer policy, with where they come from and what they cost.
+
+    Attributes:
+        layers: one `LayerPlan` per decoder layer.
+        model: fingerprint of the model that the plan was made for.
+        recipe: how it was made (method, keep, alpha, seed, ...): plain JSON values.
+        calibration: what text it was calibrated on: source, tokens, sha256 of the token ids.
+        quality: what `evaluate` measured on held-out text, or None.
+        clusters: for similarity-guided plans.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    model: Fingerprint
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    quality: Mapping[str, Any] | None = None
+    clusters: Clusters | None = None
+
+    def __post_init__(self) -> None:
+        widths = self.model.intermediate_sizes
+        if len(self.layers) != len(widths):
+            raise PlanError(f"the plan has {len(self.layers)} layers, its model {len(widths)}")
+        for index, (layer, width) in enumerate(zip(self.layers, widths, strict=True)):
+            try:
+                layer.neurons.check(width)
+                self._check_clusters(layer.neurons)
+            except CoreskipError as error:
+                raise PlanError(f"layer {index} of the plan: {error}") from None
+
+    def _check_clusters(self, policy: NeuronPolicy) -> None:
+        if not isinstance(policy, Similar):
+            return
+        c = self.clusters
+        if c is None:
+            raise PlanError("a similarity-guided layer needs the plan's cluster centroids")
+        CoreNeurons(c.alpha, c.beta, c.score).check(0)
+        if not 0 <= c.anchor < len(self.layers):
+            raise PlanError(f"the clusters' anchor layer {c.anchor} is not one of {len(self.layers)}")
+        if c.centroids.shape != (policy.clusters.shape[0], self.model.intermediate_sizes[c.anchor]):
+            raise PlanError(f"centroids of shape {tuple(c.centroids.shape)} do not fit the plan's clusters")
+        if c.centroids.dtype != torch.float32 or not torch.isfinite(c.centroids).all():
+            raise PlanError("the centroids are not finite fp32 numbers")
+
+    @classmethod
+    def dense(cls, model: nn.Module) -> Plan:
+        """A plan that skips nothing."""
+        fingerprint = Fingerprint.of(model)
+        return cls(
+            layers=tuple(LayerPlan() for _ in fingerprint.intermediate_sizes),
+            model=fingerprint,
+            recipe={"method": "dense"},
+        )
+
+    def check(self, model: nn.Module, anatomy: Anatomy | None = None) -> None:
+        """Raise `PlanError` unless this plan was made for `model`."""
+        self.model.require(Fingerprint.of(model, anatomy))
+
+    @property
+    def keep(self) -> float:
+        """Planned share of all MLP neurons that a decode step computes."""
+        widths = self.model.intermediate_sizes
+        kept = sum(layer.neurons.kept(width) for layer, width in zip(self.layers, widths, strict=True))
+        return kept / sum(widths)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the folder `path`. Atomic: an older Plan there survives any failure whole.
+
+        Raises:
+            CoreskipError: `path` is something other than a Plan, or cannot be written (no room, no permission).
+        """
+        target = Path(path)
+        check_target(target)
+        document, tensors = _encode(self)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        except OSError as error:
+            raise CoreskipError(f"cannot write the plan {target}: {error.strerror or error}") from None
+        try:
+            _write(draft / _TENSORS, tensors)
+            _write(draft / _JSON, document)
+            draft.chmod(0o755)
+            _swap(draft, target)
+        except OSError as error:
+            raise CoreskipError(
+                f"cannot write the plan {target}: {error.strerror or error}; what was there is unchanged"
+            ) from None
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read the folder `path`.
+
+        Raises:
+            PlanError: not a Plan, of a newer format, truncated, edited or inconsistent.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise PlanError(f"there is no plan at {folder}: make one with `coreskip analyze -o {folder}`")
+        try:
+            text, data = (folder / _JSON).read_bytes(), (folder / _TENSORS).read_bytes()
+        except OSError as error:
+            raise PlanError(f"{folder} is not a plan: {Path(error.filename).name}: {error.strerror}") from None
+        return _decode(text, data, folder)
+
+    def __str__(self) -> str:
+        from .drawing import plan_table
+
+        return plan_table(self)
+
+
+def check_target(target: Path) -> None:
+    """Raise `CoreskipError` where a Plan must not be written: over a file, or into a folder with other things in it."""
+    if not target.name:
+        raise CoreskipError(f"{str(target)!r} cannot name a plan; give a folder name such as my.plan")
+    if target.is_symlink() or target.is_file():
+        raise CoreskipError(f"{target} exists and is not a plan folder; choose another name")
+    if target.is_dir() and {entry.name for entry in target.iterdir()} - {_JSON, _TENSORS}:
+        raise CoreskipError(f"{target} exists and holds other files than a plan's; choose another name")
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _swap(draft: Path, target: Path) -> None:
+    """Put the folder `draft` where `target` is; the older folder goes only once the new one is in place."""
+    if not target.exists():
+        draft.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    target.rename(old)  # POSIX: a folder may replace an empty one
+    try:
+        draft.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_indices(indices: Tensor, width: int, ndim: int) -> None:
+    if indices.dtype != torch.int64 or indices.ndim != ndim or indices.numel() == 0:
+        raise PlanError("neuron indices must be a non-empty int64 array")
+    if int(indices.min()) < 0 or int(indices.max()) >= width:
+        raise PlanError(f"neuron indices out of range: {int(indices.min())}..{int(indices.max())} of {width}")
+    if indices.shape[-1] > 1 and not bool((indices.diff(dim=-1) > 0).all()):
+        raise PlanError("neuron indices must be ascending without repeats")
+
+
+# --- the file format -------------------------------------------------------------------------------------------
+
+
+def _encode(plan: Plan) -> tuple[bytes, bytes]:
+    tensors: dict[str, Tensor] = {"model.probes": plan.model.probes}
+    layers = []
+    for index, layer in enumerate(plan.layers):
+        values, arrays = _split(layer.neurons)
+        tensors |= {f"layers.{index}.{name}": tensor for name, tensor in arrays.items()}
+        layers.append(
+            {"neurons": {"policy": layer.neurons.name, **values}, "layer": {"policy": layer.layer.name}},
+        )
+    document: dict[str, Any] = {
+        "format": "coreskip.plan",
+        "version": FORMAT_VERSION,
+        "recipe": dict(plan.recipe),
+        "model": _split(plan.model)[0],
+        "calibration": dict(plan.calibration),
+        "quality": None if plan.quality is None else dict(plan.quality),
+        "layers": layers,
+        "clusters": None,
+    }
+    if plan.clusters is not None:
+        document["clusters"], arrays = _split(plan.clusters)
+        tensors |= {f"clusters.{name}": tensor for name, tensor in arrays.items()}
+    data = safetensors.torch.save({name: t.contiguous().cpu() for name, t in tensors.items()})
+    document["tensors_sha256"] = hashlib.sha256(data).hexdigest()
+    return seal(document), data
+
+
+def seal(document: dict[str, Any]) -> bytes:
+    """The document as JSON with the checksum by which `Plan.load` knows that nobody edited it."""
+    body = {key: value for key, value in document.items() if key != "checksum"}
+    body["checksum"] = hashlib.sha256(_canonical(body)).hexdigest()
+    return (json.dumps(body, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _canonical(document: dict[str, Any]) -> bytes:
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _split(value: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A dataclass's plain fields and its tensors."""
+    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    arrays = {name: item for name, item in fields.items() if isinstance(item, Tensor)}
+    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items() if name not in arrays}
+    return plain, arrays
+
+
+def _decode(text: bytes, data: bytes, folder: Path) -> Plan:
+    document = _parse(text, folder)
+    if hashlib.sha256(data).hexdigest() != document.get("tensors_sha256"):
+        raise PlanError(f"{folder / _TENSORS} is truncated or was edited: make the plan again")
+    try:
+        tensors = safetensors.torch.load(data)
+        plan = _build(document, tensors)
+    except PlanError:
+        raise
+    # whatever a sealed but senseless document trips over (a missing key, a number where a list belongs) means one
+    # thing to the user
+    except (safetensors.SafetensorError, CoreskipError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PlanError(f"{folder} is not a well-formed plan ({error}): make the plan again") from None
+    return plan
+
+
+def _parse(text: bytes, folder: Path) -> dict[str, Any]:
+    path = folder / _JSON
+    try:
+        document = json.loads(text, parse_constant=_no_constants)
+    except (ValueError, RecursionError):
+        raise PlanError(f"{path} is truncated or is not JSON: make the plan again") from None
+    if not isinstance(document, dict) or document.get("format") != "coreskip.plan":
+        raise PlanError(f"{path} is not a coreskip plan")
+    version = document.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise PlanError(f"{path} has no valid format version: make the plan again")
+    if version > FORMAT_VERSION:
+        raise PlanError(f"{path} has format version {version}, newer than {FORMAT_VERSION}: upgrade coreskip")
+    body = {key: value for key, value in document.items() if key != "checksum"}
+    try:
+        expected = hashlib.sha256(_canonical(body)).hexdigest()
+    except (ValueError, RecursionError):
+        expected = None
+    if document.get("checksum") != expected:
+        raise PlanError(f"{path} was edited or damaged: make the plan again")
+    return document
+
+
+def _no_constants(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _build(document: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
+    model = dict(document["model"])
+    model["intermediate_sizes"] = tuple(_integers(model["intermediate_sizes"]))
+    fingerprint = _make(Fingerprint, model, {"probes": tensors["model.probes"]})
+    layers = []
+    for index, entry in enumerate(document["layers"]):
+        neurons = dict(entry["neurons"])
+        policy = _known(_NEURON_POLICIES, neurons.pop("policy"))
+        prefix = f"layers.{index}."
+        arrays = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        layer = _known(_LAYER_POLICIES, entry["layer"]["policy"])
+        layers.append(LayerPlan(_make(policy, neurons, arrays), layer()))
+    clusters = None
+    if document["clusters"] is not None:
+        clusters = _make(Clusters, document["clusters"], {"centroids": tensors["clusters.centroids"]})
+        if not isinstance(clusters.anchor, int):
+            raise PlanError("the clusters' anchor is not a layer number")
+    for name in ("recipe", "calibration"):
+        if not isinstance(document[name], dict):
+            raise PlanError(f"{name} is not a table")
+    _check_quality(document["quality"])
+    return Plan(
+        layers=tuple(layers),
+        model=fingerprint,
+        recipe=document["recipe"],
+        calibration=document["calibration"],
+        quality=document["quality"],
+        clusters=clusters,
+    )
+
+
+def _check_quality(quality: Any) -> None:
+    if quality is None:
+        return
+    figures = [quality["dense"]["ppl"], quality["sparse"]["ppl"], quality["tokens"]]
+    figures += [quality[name] for name in ("ppl_increase", "kl", "top1_agreement", "neuron_sparsity")]
+    if not all(isinstance(figure, (int, float)) for figure in figures):
+        raise PlanError("quality holds something that is not a number")
+
+
+def _integers(values: object) -> list[int]:
+    if not isinstance(values, list) or not all(type(v) is int and v > 0 for v in values):
+        raise PlanError("intermediate_sizes is not a list of positive numbers")
+    return values
+
+
+_T = TypeVar("_T")
+
+
+def _make(cls: Callable[..., _T], values: dict[str, Any], arrays: dict[str, Tensor]) -> _T:
+    return cls(**values, **arrays)
+
+
+def _known(registry: dict[str, type[Any]], name: object) -> type[Any]:
+    if not isinstance(name, str) or name not in registry:
+        raise PlanError(f"the plan uses the policy {name!r}, which this version does not know: upgrade coreskip")
+    return registry[name]

@@ -1,0 +1,252 @@
+"""Which neurons each sequence decodes with: chosen from its prompt, kept beside its KV cache.
+
+A `Selections` is an attribute of the cache object itself, so that it lives exactly as long as the sequences do, is
+copied when a prompt's cache is copied, and follows every reordering that beam search or batching applies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from enum import Enum
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from ..kernels.ops import PackedMLP
+from ..predictors.core_neurons import nearest_cluster
+from ..predictors.importance import Score, most_important, token_contributions
+from ..predictors.plan import Clusters, CoreNeurons, Similar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Phase(Enum):
+    """Told apart by the cache's state, never by the input's length: a one-token prompt is prefill, a verification
+    pass over five tokens is decode."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(slots=True)
+class Step:
+    """One forward pass, as the patched modules below it see it.
+
+    Attributes:
+        phase: prefill or decode.
+        rows, length: sequences in the batch, tokens of each.
+        valid: bool ``[rows, length]``, False at padding; None where every token counts. Prefill only.
+        selections: of the pass's KV cache; None where nothing was selected (a cache filled before `wrap`).
+        skipped: MLP neurons not computed, over layers, rows and tokens.
+        bypass: set between the up and the down projection of an MLP whose output is already computed.
+    """
+
+    phase: Phase
+    rows: int
+    length: int
+    valid: Tensor | None
+    selections: Selections | None
+    bypass: bool = False
+    skipped: int = 0
+
+
+STEP: ContextVar[Step | None] = ContextVar("coreskip_step", default=None)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    attention_mask: Tensor | None
+
+
+_PROMPT: ContextVar[_Prompt | None] = ContextVar("coreskip_prompt", default=None)
+
+
+@contextmanager
+def prefilling(attention_mask: Tensor | None = None) -> Iterator[None]:
+    """Forward passes inside are prefill even where the KV cache already holds tokens: the chunks of a long prompt,
+    the next turn of a conversation. ``model.generate`` does this by itself; a hand-written loop says so here.
+
+    `attention_mask`: ``[rows, tokens so far]``, 0 at padding; needed only where the passes carry no 2-D mask.
+    """
+    token = _PROMPT.set(_Prompt(attention_mask))
+    try:
+        yield
+    finally:
+        _PROMPT.reset(token)
+
+
+def current_prompt() -> _Prompt | None:
+    return _PROMPT.get()
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What prefill tallies at one layer."""
+
+    score: Score
+    alpha: float
+    down_norm: Tensor
+
+
+Packer = Callable[[int, Tensor], PackedMLP]
+
+
+class Selections:
+    """The neurons that the sequences of one KV cache decode with.
+
+    During prefill, `observe` adds up each prompt's scores; the first decode step settles them into indices and
+    slices the weights, once per distinct selection. A later prefill (the next turn) adds to the same scores and
+    settles anew.
+    """
+
+    def __init__(
+        self,
+        owner: object,
+        rows: int,
+        watched: Mapping[int, Watch],
+        policies: Mapping[int, CoreNeurons | Similar],
+        clusters: Clusters | None,
+    ) -> None:
+        self.owner = owner  # the wrapping that made it: selections of an earlier one are not used
+        self.rows = rows
+        self._watched, self._policies, self._clusters = watched, policies, clusters
+        self._scores: dict[int, Tensor] = {}
+        self._ties: dict[int, Tensor] = {}
+        self._groups: list[dict[int, PackedMLP]] = []
+        self._members: list[Tensor] = []
+        self._group_of_row: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Selections:
+        """A copied cache gets its own tallies; packed slices never change and are shared."""
+        twin = Selections(self.owner, self.rows, self._watched, self._policies, self._clusters)
+        twin._scores, twin._ties = dict(self._scores), dict(self._ties)
+        twin._groups, twin._members = self._groups, self._members
+        twin._group_of_row = self._group_of_row
+        return twin
+
+    # --- prefill
+
+    def observe(self, layer: int, a: Tensor, valid: Tensor | None) -> None:
+        """Tally a layer's activations ``[tokens of all rows, intermediate]`` of one prefill pass."""
+        watch = self._watched[layer]
+        flat = a.reshape(-1, a.shape[-1])
+        scores = token_contributions(flat, watch.score, watch.alpha, watch.down_norm).view(self.rows, -1, a.shape[-1])
+        ties = flat.float().abs().view_as(scores)
+        if valid is not None:
+            scores, ties = scores * valid.unsqueeze(-1), ties * valid.unsqueeze(-1)
+        previous = self._scores.get(layer)
+        total, tie = scores.sum(1), ties.sum(1)
+        self._scores[layer] = total if previous is None else previous + total
+        self._ties[layer] = tie if previous is None else self._ties[layer] + tie
+        self._group_of_row = None
+
+    # --- decode
+
+    def groups(self, pack: Packer) -> list[tuple[Tensor | None, dict[int, PackedMLP]]]:
+        """Per distinct selection: its rows (None: all) and its packed MLPs by layer."""
+        if self._group_of_row is None:
+            self._settle(pack)
+        if len(self._members) == 1:
+            return [(None, self._groups[0])]
+        return list(zip(self._members, self._groups, strict=True))
+
+    def _settle(self, pack: Packer) -> None:
+        chosen = {layer: self._choose(layer, policy) for layer, policy in self._policies.items()}
+        if chosen:
+            every = torch.cat(list(chosen.values()), dim=1)
+            distinct, group_of_row = every.unique(dim=0, return_inverse=True)
+            first = [int((group_of_row == g).nonzero()[0, 0]) for g in range(distinct.shape[0])]
+        else:
+            group_of_row, first = torch.zeros(self.rows, dtype=torch.int64), [0]
+        self._groups = [{layer: pack(layer, indices[row]) for layer, indices in chosen.items()} for row in first]
+        self._assign(group_of_row)
+
+    def _choose(self, layer: int, policy: CoreNeurons | Similar) -> Tensor:
+        """Indices ``[rows, kept]`` of one layer."""
+        if isinstance(policy, CoreNeurons):
+            score = self._scores[layer]
+            return most_important(score, self._ties[layer], policy.kept(score.shape[1]))
+        assert self._clusters is not None  # Plan.__post_init__ saw to it
+        clusters = self._clusters
+        nearest = nearest_cluster(self._scores[clusters.anchor], clusters.centroids, clusters.beta)
+        return policy.clusters.to(nearest.device)[nearest]
+
+    def _assign(self, group_of_row: Tensor) -> None:
+        used = group_of_row.unique()
+        self._groups = [self._groups[int(g)] for g in used]
+        self._group_of_row = torch.searchsorted(used, group_of_row)
+        self._members = [(self._group_of_row == g).nonzero()[:, 0] for g in range(len(self._groups))]
+
+    # --- following the cache
+
+    def take(self, index: Tensor) -> None:
+        """Row i becomes what row `index[i]` was: beam reordering, repeating and selecting batch rows."""
+        self.rows = int(index.shape[0])
+        for tally in (self._scores, self._ties):
+            for layer, value in tally.items():
+                tally[layer] = value[index.to(value.device)]
+        if self._group_of_row is not None:
+            moved = self._group_of_row[index.to(self._group_of_row.device)]
+            if not torch.equal(moved, self._group_of_row):
+                self._assign(moved)
+
+
+# --- a cache with selections ----------------------------------------------------------------------------------------
+
+_ATTRIBUTE = "_coreskip_selections"
+
+
+def selections_of(cache: object, owner: object) -> Selections | None:
+    """The selections that wrapping `owner` left on `cache`."""
+    found = getattr(cache, _ATTRIBUTE, None)
+    return found if isinstance(found, Selections) and found.owner is owner else None
+
+
+def attach(cache: Cache, selections: Selections) -> None:
+    """Make `selections` follow `cache`: its methods that move or drop rows also move or drop the selections.
+
+    The methods are bound to the cache instance, so that ``copy.deepcopy`` of the cache rebinds them to the copy.
+    """
+    setattr(cache, _ATTRIBUTE, selections)
+    for method in (_reorder_cache, _batch_repeat_interleave, _batch_select_indices, _reset, _crop):
+        setattr(cache, method.__name__.removeprefix("_"), MethodType(method, cache))
+
+
+def _reorder_cache(cache: Any, beam_idx: Tensor) -> None:
+    type(cache).reorder_cache(cache, beam_idx)
+    _take(cache, beam_idx)
+
+
+def _batch_repeat_interleave(cache: Any, repeats: int) -> None:
+    type(cache).batch_repeat_interleave(cache, repeats)
+    rows = cache._coreskip_selections.rows if hasattr(cache, _ATTRIBUTE) else 0
+    _take(cache, torch.arange(rows).repeat_interleave(repeats))
+
+
+def _batch_select_indices(cache: Any, indices: Tensor) -> None:
+    type(cache).batch_select_indices(cache, indices)
+    _take(cache, torch.as_tensor(indices))
+
+
+def _reset(cache: Any) -> None:
+    type(cache).reset(cache)
+    cache.__dict__.pop(_ATTRIBUTE, None)
+
+
+def _crop(cache: Any, *args: Any, **kwargs: Any) -> None:
+    type(cache).crop(cache, *args, **kwargs)
+    if int(cache.get_seq_length()) == 0:
+        cache.__dict__.pop(_ATTRIBUTE, None)
+
+
+def _take(cache: Any, index: Tensor) -> None:
+    found = cache.__dict__.get(_ATTRIBUTE)
+    if found is not None:
+        found.take(index.cpu())

@@ -1,0 +1,392 @@
+"""`wrap` puts a Plan to work on a Hugging Face model, in place; `unwrap` is its exact inverse.
+
+Only instance attributes change: the ``forward`` of the decoder stack (which tells prefill from decode), of the MLPs,
+and of what an MLP is made of where it has no module of its own. The model's class becomes a subclass of the same
+name, which adds the context manager. Parameters, module names, signatures and the state_dict stay as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from ..kernels.ops import PackedMLP, mlp
+from ..predictors.anatomy import Activation, Anatomy, FeedForward, canonical_activation, dissect
+from ..predictors.errors import CoreskipError
+from ..predictors.observe import down_norms
+from ..predictors.plan import CoreNeurons, Dense, Plan, Similar, Static
+from .selections import STEP, Phase, Selections, Step, Watch, attach, current_prompt, prefilling, selections_of
+
+logger = logging.getLogger("coreskip")
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_RUNTIME = "_coreskip_runtime"
+
+
+def wrap(model: Model, plan: Plan) -> Model:
+    """Run `model` under `plan` from now on: ``model.generate`` and everything built on it decode sparsely.
+
+    Args:
+        model: a causal LM; changed in place and returned. Use it as a context manager to unwrap at the end:
+            ``with wrap(model, plan): ...``.
+        plan: made for this model by `analyze` or `Plan.dense`.
+
+    Raises:
+        CoreskipError: wrapped already, not supported, or the plan is another model's; nothing was changed.
+    """
+    if is_wrapped(model):
+        raise CoreskipError("the model is wrapped already: call coreskip.unwrap(model) first")
+    _refuse_hooks(model)
+    anatomy = dissect(model)
+    plan.check(model, anatomy)
+    runtime = Runtime(model, anatomy, plan)
+    runtime.install()
+    return model
+
+
+def unwrap(model: Model) -> Model:
+    """Undo `wrap`: the model is bit for bit what it was before.
+
+    Raises:
+        CoreskipError: the model is not wrapped.
+    """
+    runtime_of(model).remove()
+    return model
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    return _RUNTIME in vars(model)
+
+
+def runtime_of(model: nn.Module) -> Runtime:
+    """The runtime that `wrap` installed on `model`."""
+    runtime = vars(model).get(_RUNTIME)
+    if not isinstance(runtime, Runtime):
+        raise CoreskipError("the model is not wrapped: call coreskip.wrap(model, plan) first")
+    return runtime
+
+
+def _refuse_hooks(model: nn.Module) -> None:
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise CoreskipError(
+            "the model is spread over devices by accelerate hooks (device_map); load it on one device, "
+            "for example device_map={'': 0}"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise CoreskipError("the model is compiled; wrap the model that was passed to torch.compile")
+
+
+class Patches:
+    """Instance attributes replaced, and how they were."""
+
+    _ABSENT = object()
+
+    def __init__(self) -> None:
+        self._undo: list[tuple[object, str, object]] = []
+
+    def set(self, target: object, name: str, value: object) -> None:
+        self._undo.append((target, name, vars(target).get(name, self._ABSENT)))
+        object.__setattr__(target, name, value)
+
+    def undo(self) -> None:
+        for target, name, before in reversed(self._undo):
+            if before is self._ABSENT:
+                object.__delattr__(target, name)
+            else:
+                object.__setattr__(target, name, before)
+        self._undo.clear()
+
+
+class Usage:
+    """MLP neurons that decode steps could have computed and those they skipped, over all threads."""
+
+    def __init__(self, neurons_per_token: int) -> None:
+        self._per_token, self._lock = neurons_per_token, threading.Lock()
+        self._possible = self._skipped = 0
+
+    def add(self, step: Step) -> None:
+        with self._lock:
+            self._possible += self._per_token * step.rows * step.length
+            self._skipped += step.skipped
+
+    def neuron_sparsity(self) -> float:
+        """Share of neurons skipped so far; 0 before the first decode step."""
+        return self._skipped / self._possible if self._possible else 0.0
+
+
+class Runtime:
+    """One wrapped model: its plan, its patches, and the weights packed for it."""
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, plan: Plan) -> None:
+        self.model, self.anatomy, self.plan = model, anatomy, plan
+        self._patches = Patches()
+        self.usage = Usage(sum(mlp.intermediate_size for mlp in anatomy.mlps))
+        policies = {index: layer.neurons for index, layer in enumerate(plan.layers)}
+        self._chosen: dict[int, CoreNeurons | Similar] = {
+            index: policy
+            for index, policy in policies.items()
+            # keeping every neuron is the dense MLP, which the model's own module computes to the last bit
+            if isinstance(policy, (CoreNeurons, Similar)) and policy.kept(self._width(index)) < self._width(index)
+        }
+        self._static = {
+            index: policy.indices
+            for index, policy in policies.items()
+            if isinstance(policy, Static) and policy.kept(self._width(index)) < self._width(index)
+        }
+        assert all(isinstance(p, (Dense, Static, CoreNeurons, Similar)) for p in policies.values())
+        self._watched = self._watches()
+        self._acts = [canonical_activation(layer.act) for layer in anatomy.mlps]
+        self._static_packed: dict[int, PackedMLP] = {}
+
+    def _width(self, layer: int) -> int:
+        return self.anatomy.mlps[layer].intermediate_size
+
+    def _watches(self) -> dict[int, Watch]:
+        norms = down_norms(self.anatomy) if self._chosen else []
+        watches = {
+            index: Watch(policy.score, policy.alpha, norms[index])
+            for index, policy in self._chosen.items()
+            if isinstance(policy, CoreNeurons)
+        }
+        clusters = self.plan.clusters
+        if clusters is not None and any(isinstance(p, Similar) for p in self._chosen.values()):
+            watches[clusters.anchor] = Watch(clusters.score, clusters.alpha, norms[clusters.anchor])
+        return watches
+
+    # --- patching
+
+    def install(self) -> None:
+        """Everything was checked; from here on nothing can fail but for lack of memory."""
+        try:
+            self._patch_stack(self.anatomy.base)
+            for index in sorted({*self._chosen, *self._static, *self._watched}):
+                self._patch_mlp(index, self.anatomy.mlps[index])
+            self._patches.set(self.model, _RUNTIME, self)
+        except BaseException:
+            self._patches.undo()
+            raise
+        self.model.__class__ = _wrapped_class(type(self.model))
+
+    def remove(self) -> None:
+        self.model.__class__ = type(self.model).__mro__[2]  # _Wrapped is between
+        self._patches.undo()
+
+    def repack(self) -> None:
+        """Forget packed weights: the model's own were moved, cast or loaded anew."""
+        self._static_packed.clear()
+        self._watched = self._watches()
+
+    def _patch_stack(self, base: nn.Module) -> None:
+        original = base.forward
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.model.training:
+                step = None
+            else:
+                # positional arguments are rare (a caller of the bare decoder stack) and cost a binding
+                named = signature.bind_partial(*args, **kwargs).arguments if args else kwargs
+                step = self._begin(named)
+            token = STEP.set(step)
+            try:
+                output = original(*args, **kwargs)
+            finally:
+                STEP.reset(token)
+            if step is None:
+                return output
+            if step.phase is Phase.DECODE:
+                self.usage.add(step)
+            elif step.selections is not None:
+                cache = getattr(output, "past_key_values", None)  # made inside the pass where none was given
+                if isinstance(cache, Cache):
+                    attach(cache, step.selections)
+            return output
+
+        self._patches.set(base, "forward", forward)
+
+    def _patch_mlp(self, index: int, layer: FeedForward) -> None:
+        if index in self._watched:
+            self._patch_observer(index, layer.down)
+        if index not in self._chosen and index not in self._static:
+            return
+        target = layer.owner if layer.whole else layer.up
+        original = target.forward
+
+        @functools.wraps(original)
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            step = STEP.get()
+            if step is not None and step.phase is Phase.DECODE:
+                y = self._decode(index, step, x)
+                if y is not None:
+                    step.bypass = not layer.whole
+                    return y
+            return original(x, *args, **kwargs)
+
+        self._patches.set(target, "forward", forward)
+        if not layer.whole:
+            self._patch_passthrough(layer)
+
+    def _patch_observer(self, index: int, down: nn.Module) -> None:
+        original = down.forward
+
+        @functools.wraps(original)
+        def forward(a: Tensor) -> Any:
+            step = STEP.get()
+            if step is not None and step.phase is Phase.PREFILL and step.selections is not None:
+                step.selections.observe(index, a, step.valid)
+            return original(a)
+
+        self._patches.set(down, "forward", forward)
+
+    def _patch_passthrough(self, layer: FeedForward) -> None:
+        """Where the MLP has no module of its own (OPT) or one that does more (BLOOM), the up projection returns the
+        whole MLP's output, which activation and down projection then let pass."""
+        act, down = cast(Any, layer.act), layer.down
+        original_act: Activation = act.forward if isinstance(act, nn.Module) else act
+        original_down = down.forward
+
+        @functools.wraps(original_act)
+        def activation(x: Tensor) -> Any:
+            step = STEP.get()
+            return x if step is not None and step.bypass else original_act(x)
+
+        @functools.wraps(original_down)
+        def down_forward(x: Tensor) -> Any:
+            step = STEP.get()
+            if step is not None and step.bypass:
+                step.bypass = False
+                return x
+            return original_down(x)
+
+        if isinstance(act, nn.Module):
+            self._patches.set(act, "forward", activation)
+        else:
+            self._patches.set(layer.owner, layer.act_name, activation)
+        self._patches.set(down, "forward", down_forward)
+
+    # --- running
+
+    def _begin(self, named: dict[str, Any]) -> Step:
+        """Tell prefill from decode, and find or make the sequences' selections."""
+        cache = named.get("past_key_values")
+        if not isinstance(cache, Cache):
+            cache = None
+        ids = named.get("input_ids")
+        shape = (ids if ids is not None else named["inputs_embeds"]).shape
+        rows, length = int(shape[0]), int(shape[1])
+        selections = selections_of(cache, self)
+        prompt = current_prompt()
+        if selections is not None and selections.rows != rows:
+            logger.warning("the KV cache was cut to %d rows by hand: its neuron selections are dropped", rows)
+            selections = None
+        if prompt is None and cache is not None and (selections is not None or int(cache.get_seq_length()) > 0):
+            if selections is None and self._watched:
+                logger.debug("nothing was selected for this KV cache: layers that choose from the prompt run dense")
+            return Step(Phase.DECODE, rows, length, None, selections)
+        if not self._watched:
+            return Step(Phase.PREFILL, rows, length, None, None)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if selections is None or past == 0:
+            selections = Selections(self, rows, self._watched, self._chosen, self.plan.clusters)
+            if past:
+                logger.debug("%d tokens of this KV cache came before wrap: only the new ones choose neurons", past)
+        mask = named.get("attention_mask")
+        if not (isinstance(mask, Tensor) and mask.ndim == 2):
+            mask = None if prompt is None else prompt.attention_mask
+        return Step(Phase.PREFILL, rows, length, _valid(mask, past, length), selections)
+
+    def _decode(self, index: int, step: Step, x: Tensor) -> Tensor | None:
+        """The sparse MLP's output for x ``[rows, length, hidden]`` or flattened; None: run dense."""
+        if index in self._static:
+            packed = self._packed_static(index)
+        elif step.selections is None:
+            return None
+        else:
+            groups = step.selections.groups(self._pack)
+            packed = groups[0][1][index]  # every row keeps the same number of neurons
+        step.skipped += (self._width(index) - packed.intermediate_size) * step.rows * step.length
+        if index in self._static or len(groups) == 1:
+            return mlp(x, packed)
+        by_row = x.view(step.rows, -1, x.shape[-1])
+        y = by_row.new_empty(by_row.shape)
+        for rows, packed in groups:
+            y[rows] = mlp(by_row[rows], packed[index])
+        return y.view_as(x)
+
+    def _packed_static(self, index: int) -> PackedMLP:
+        packed = self._static_packed.get(index)
+        if packed is None:
+            packed = self._static_packed[index] = self._pack(index, self._static[index])
+        return packed
+
+    def _pack(self, index: int, indices: Tensor) -> PackedMLP:
+        layer = self.anatomy.mlps[index]
+        w = layer.matrices()
+        return PackedMLP.pack(
+            w.gate,
+            w.up,
+            w.down,
+            act=self._acts[index],
+            gate_bias=w.gate_bias,
+            up_bias=w.up_bias,
+            down_bias=w.down_bias,
+            indices=indices.to(w.up.device),
+        )
+
+
+def _valid(mask: Tensor | None, past: int, length: int) -> Tensor | None:
+    """Which of a pass's tokens are not padding: the columns of a 2-D attention mask that belong to them."""
+    if mask is None:
+        return None
+    columns = mask[:, past : past + length] if mask.shape[1] >= past + length else mask[:, -length:]
+    if columns.shape[1] != length or bool(columns.all()):
+        return None
+    return columns.bool()
+
+
+class _Wrapped:
+    """What a wrapped model can do besides: be a context manager, and mark ``generate``'s prefill."""
+
+    def __enter__(self) -> _Wrapped:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        unwrap(cast(nn.Module, self))
+
+    def _prefill(self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *a: Any, **k: Any) -> Any:
+        with prefilling(model_kwargs.get("attention_mask")):
+            return super()._prefill(input_ids, generation_config, model_kwargs, *a, **k)  # type: ignore[misc]
+
+    def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
+        return False  # the patched forward keeps state between steps that a captured graph would freeze
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)  # type: ignore[misc]
+        runtime_of(cast(nn.Module, self)).repack()
+        return result
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
+        runtime_of(cast(nn.Module, self)).repack()
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise CoreskipError("a wrapped model cannot be copied: call coreskip.unwrap(model) first")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CoreskipError("a wrapped model cannot be pickled: call coreskip.unwrap(model) first")
+
+
+@functools.cache
+def _wrapped_class(cls: type) -> type:
+    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(cls.__name__, (_Wrapped, cls), names)

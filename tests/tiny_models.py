@@ -1,0 +1,120 @@
+"""Tiny random models of every supported family, and plans for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+
+from coreskip.predictors.plan import Clusters, CoreNeurons, LayerPlan, Plan, Similar, Static
+
+VOCABULARY = 128
+_ROPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_HEAD = {**_ROPE, "head_dim": 16}
+_PLAIN = {key: value for key, value in _ROPE.items() if key != "num_key_value_heads"}
+
+# family -> (configuration class, what differs from a small llama)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", _ROPE),
+    "llama_bias": ("LlamaConfig", {**_ROPE, "mlp_bias": True, "attention_bias": True}),
+    "mistral": ("MistralConfig", {**_HEAD, "sliding_window": 8}),
+    "qwen2": ("Qwen2Config", _ROPE),
+    "qwen3": ("Qwen3Config", _HEAD),
+    "phi3": ("Phi3Config", _ROPE),
+    "gemma": ("GemmaConfig", _HEAD),
+    "gemma2": ("Gemma2Config", {**_HEAD, "sliding_window": 8}),
+    "gemma3_text": ("Gemma3TextConfig", {**_HEAD, "sliding_window": 8}),
+    "olmo2": ("Olmo2Config", _ROPE),
+    "stablelm": ("StableLmConfig", _ROPE),
+    "starcoder2": ("Starcoder2Config", {**_ROPE, "sliding_window": None}),
+    "opt": (
+        "OPTConfig",
+        {
+            **_PLAIN,
+            "ffn_dim": 160,
+            "word_embed_proj_dim": 64,
+            "activation_function": "relu",
+            "do_layer_norm_before": True,
+        },
+    ),
+    "gpt2": (
+        "GPT2Config",
+        {"vocab_size": VOCABULARY, "n_embd": 64, "n_inner": 160, "n_layer": 3, "n_head": 4, "n_positions": 256}
+        | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None},
+    ),
+    "gpt_neox": ("GPTNeoXConfig", {**_PLAIN, "use_parallel_residual": True}),
+    "falcon": ("FalconConfig", {**_PLAIN, "ffn_hidden_size": 160, "new_decoder_architecture": False}),
+    "falcon_new": (
+        "FalconConfig",
+        {**_PLAIN, "num_kv_heads": 2, "ffn_hidden_size": 160, "new_decoder_architecture": True},
+    ),
+    "bloom": (
+        "BloomConfig",
+        {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 3, "n_head": 4, "pad_token_id": 0}
+        | {"bos_token_id": 1, "eos_token_id": None},
+    ),
+    # not in the table: found by their structure
+    "olmo": ("OlmoConfig", _ROPE),
+    "cohere": ("CohereConfig", _ROPE),
+    "granite": ("GraniteConfig", _ROPE),
+    "phi": ("PhiConfig", {**_ROPE, "num_key_value_heads": 4}),
+    "nemotron_relu2": ("NemotronConfig", {**_HEAD, "hidden_act": "relu2"}),
+    "smollm3": ("SmolLM3Config", _ROPE),
+}
+
+
+def tiny(family: str, seed: int = 0, **overrides: Any) -> Any:
+    """A random model of `family`, scaled so that its logits are far from ties."""
+    class_name, settings = FAMILIES[family]
+    torch.manual_seed(seed)
+    config = getattr(transformers, class_name)(**{**settings, **overrides})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0.0, 0.25 if "embed" not in name else 0.5)
+            elif "bias" in name:
+                parameter.normal_(0.0, 0.1)
+    return model
+
+
+def prompt(rows: int = 2, length: int = 9, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(5, VOCABULARY, (rows, length), generator=generator)
+
+
+def plan_of(model: Any, kind: str, keep: float = 0.5) -> Plan:
+    dense = Plan.dense(model)
+    widths = dense.model.intermediate_sizes
+    generator = torch.Generator().manual_seed(7)
+
+    def some(width: int) -> torch.Tensor:
+        return torch.randperm(width, generator=generator)[: max(1, round(keep * width))].sort().values
+
+    clusters = None
+    if kind == "static":
+        policies: list[Any] = [Static(some(w)) for w in widths]
+    elif kind == "similar":
+        policies = [Similar(torch.stack([some(w), some(w)])) for w in widths]
+        clusters = Clusters(1, 0.4, keep, "signed", torch.rand(2, widths[1], generator=generator))
+    else:
+        policies = [CoreNeurons(0.4, keep, kind)] * len(widths)  # type: ignore[arg-type]
+    layers = tuple(LayerPlan(policy) for policy in policies)
+    return Plan(layers, dense.model, {"method": kind}, clusters=clusters)
+
+
+def greedy(model: Any, ids: torch.Tensor, new: int = 16, **options: Any) -> torch.Tensor:
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, **options}
+    return model.generate(ids, max_new_tokens=new, **options)
