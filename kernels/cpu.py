@@ -1,0 +1,132 @@
+"""The native CPU backend: finds the compiled library, and calls it with the addresses of tensors.
+
+The library has a plain C interface, so that one build serves every Python; ctypes releases the GIL for the
+length of a call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from .packed import ACTS, DTYPES
+
+MAX_ROWS = 8  # kMaxRows in cpu.h
+ISAS = ("avx512", "avx2", "generic")  # best first
+
+_ACT = {name: code for code, name in enumerate(ACTS)}
+_DTYPE = {dtype: code for code, dtype in enumerate(DTYPES)}
+
+
+class Unavailable(RuntimeError):
+    """The native library cannot be used here; the message says why."""
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled library, set to the instruction set that CORESKIP_CPU names or to the best one here.
+
+    Raises Unavailable where it was not built, or where this machine lacks the named instruction set.
+    """
+    spec = find_spec(f"{__package__}._cpu")
+    if spec is None or spec.origin is None:
+        raise Unavailable("coreskip was installed without its compiled CPU kernels (no C++ compiler at install time)")
+    try:
+        lib = ctypes.CDLL(spec.origin)
+    except OSError as error:
+        raise Unavailable(f"the compiled CPU kernels cannot be loaded: {error}") from error
+    _declare(lib)
+    wanted = os.environ.get("CORESKIP_CPU")
+    for isa in (wanted,) if wanted else ISAS:
+        if lib.coreskip_use(isa.encode()) == 0:
+            return lib
+    raise Unavailable(f"CORESKIP_CPU={wanted}: this machine has {', '.join(_supported(lib))}")
+
+
+def use(isa: str) -> None:
+    """Switches to "generic", "avx2" or "avx512" for the whole process. Raises Unavailable if the machine lacks it."""
+    if library().coreskip_use(isa.encode()) != 0:
+        raise Unavailable(f"this machine has no {isa}")
+
+
+def active() -> str:
+    """The instruction set in use."""
+    name: bytes = library().coreskip_active()
+    return name.decode()
+
+
+def supported() -> list[str]:
+    """The instruction sets that this machine has, best first. Leaves the best one chosen."""
+    return _supported(library())
+
+
+def _supported(lib: ctypes.CDLL) -> list[str]:
+    # From the least to the best, so that the best one stays chosen.
+    return [isa for isa in reversed(ISAS) if lib.coreskip_use(isa.encode()) == 0][::-1]
+
+
+def _declare(lib: ctypes.CDLL) -> None:
+    p, i, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    lib.coreskip_use.argtypes = [ctypes.c_char_p]
+    lib.coreskip_active.restype = ctypes.c_char_p
+    lib.coreskip_mlp.argtypes = [p, i, i, n, p, i, n, n, i, i, p, p, p, p, n, i, p, i]
+    lib.coreskip_linear.argtypes = [p, i, i, n, p, i, n, n, p, p, i]
+
+
+def mlp(
+    x: Tensor,
+    weight: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    indices: Tensor | None,
+    hidden: int,
+    act: str,
+) -> Tensor:
+    """The op coreskip::mlp on CPU tensors; `ops.mlp` describes it."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    rows = x.numel() // hidden
+    neurons, parts, stride = weight.shape
+    lists, count, where = 0, 0, None
+    if indices is not None:
+        indices = indices.to(torch.int64).contiguous()
+        lists = 1 if indices.dim() == 1 else rows
+        count, where = indices.shape[-1], indices.data_ptr()
+    status = library().coreskip_mlp(
+        x.data_ptr(), _DTYPE[x.dtype], rows, hidden,
+        weight.data_ptr(), _DTYPE[weight.dtype], neurons, stride, parts == 3, _ACT[act],
+        _address(gate_bias), _address(up_bias), _address(down_bias),
+        where, count, lists, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    _check(status, neurons)
+    return out
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, in_features: int) -> Tensor:
+    """The op coreskip::linear on CPU tensors; `ops.linear` describes it."""
+    x = x.contiguous()
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    status = library().coreskip_linear(
+        x.data_ptr(), _DTYPE[x.dtype], x.numel() // in_features, in_features,
+        weight.data_ptr(), _DTYPE[weight.dtype], weight.shape[0], weight.stride(0),
+        _address(bias), out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    _check(status, 0)
+    return out
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _check(status: int, neurons: int) -> None:
+    if status == 1:
+        raise IndexError(f"indices must be -1 (nothing) or in [0, {neurons})")
+    if status == 2:
+        raise MemoryError("no memory for the CPU kernels' workspace")

@@ -1,0 +1,10 @@
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c")
+#include <immintrin.h>
+#define CORESKIP_ISA avx2
+#define CORESKIP_NAME "avx2"
+#define CORESKIP_LEVEL 2
+#include "cpu_isa.h"
+
+const coreskip::Isa& coreskip::avx2_isa() { return avx2::table; }
+#endif

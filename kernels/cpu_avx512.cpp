@@ -1,0 +1,10 @@
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
+#include <immintrin.h>
+#define CORESKIP_ISA avx512
+#define CORESKIP_NAME "avx512"
+#define CORESKIP_LEVEL 512
+#include "cpu_isa.h"
+
+const coreskip::Isa& coreskip::avx512_isa() { return avx512::table; }
+#endif

@@ -1,0 +1,7 @@
+// Whatever the compiler's own target has: SSE2 on x86-64, NEON on arm64.
+#define CORESKIP_ISA generic
+#define CORESKIP_NAME "generic"
+#define CORESKIP_LEVEL 0
+#include "cpu_isa.h"
+
+const coreskip::Isa& coreskip::generic_isa() { return generic::table; }
