@@ -168,7 +168,7 @@ class Anatomy:
     """The parts of a causal LM that coreskip works on, in layer order."""
 
     model_type: str
-    base: nn.Module  # the decoder stack below the LM head: what sees the KV cache
+    stack: nn.Module  # the module that holds the decoder layers; its forward sees the KV cache
     layers: tuple[nn.Module, ...]
     mlps: tuple[FeedForward, ...]
     attentions: tuple[Attention | None, ...]
@@ -241,6 +241,7 @@ def _refuse_experts(model: nn.Module) -> None:
 
 
 def _by_table(base: nn.Module, model_type: str, family: Family) -> Anatomy:
+    stack = base.get_submodule(family.layers.rpartition(".")[0])
     layers = tuple(cast(nn.ModuleList, base.get_submodule(family.layers)))
     mlps, attentions = [], []
     for layer in layers:
@@ -249,21 +250,21 @@ def _by_table(base: nn.Module, model_type: str, family: Family) -> Anatomy:
             raise CoreskipError("BLOOM with slow_but_exact reads its weights in slices; set slow_but_exact=False")
         mlps.append(FeedForward(owner, family.gate, family.up, family.down, family.act, family.stacked, family.whole))
         attentions.append(Attention(layer.get_submodule(family.attention), family.inputs, family.output))
-    return Anatomy(model_type, base, layers, tuple(mlps), tuple(attentions))
+    return Anatomy(model_type, stack, layers, tuple(mlps), tuple(attentions))
 
 
 def _by_structure(base: nn.Module, config: Any) -> Anatomy:
     stacks = [
-        module
-        for module in base.modules()
-        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
+        (stack, tuple(child))
+        for stack in base.modules()
+        for child in stack.children()
+        if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers
     ]
-    for stack in stacks:
-        mlps = [next((m for m in _mlp_candidates(layer) if _reproduces(m)), None) for layer in stack]
+    for stack, layers in stacks:
+        mlps = [next((m for m in _mlp_candidates(layer) if _reproduces(m)), None) for layer in layers]
         if all(mlps):
-            layers = tuple(stack)
             attentions = tuple(_attention_of(layer) for layer in layers)
-            return Anatomy(config.model_type, base, layers, tuple(cast(list[FeedForward], mlps)), attentions)
+            return Anatomy(config.model_type, stack, layers, tuple(cast(list[FeedForward], mlps)), attentions)
     raise CoreskipError(
         f"found no MLP of the form down(act(gate(x)) * up(x)) in every layer of this {config.model_type!r} model; "
         f"families known by name: {', '.join(sorted(FAMILIES))}"

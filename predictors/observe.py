@@ -180,5 +180,5 @@ def observe(
     ):
         for ids in bar:
             # the decoder stack is enough: the LM head's logits would be computed and thrown away
-            anatomy.base(input_ids=ids.to(device), use_cache=False)
+            anatomy.stack(input_ids=ids.to(device), use_cache=False)
     return stats

@@ -166,7 +166,7 @@ class Runtime:
     def install(self) -> None:
         """Everything was checked; from here on nothing can fail but for lack of memory."""
         try:
-            self._patch_stack(self.anatomy.base)
+            self._patch_stack(self.anatomy.stack)
             for index in sorted({*self._chosen, *self._static, *self._watched}):
                 self._patch_mlp(index, self.anatomy.mlps[index])
             self._patches.set(self.model, _RUNTIME, self)
@@ -184,8 +184,8 @@ class Runtime:
         self._static_packed.clear()
         self._watched = self._watches()
 
-    def _patch_stack(self, base: nn.Module) -> None:
-        original = base.forward
+    def _patch_stack(self, stack: nn.Module) -> None:
+        original = stack.forward
         signature = inspect.signature(original)
 
         @functools.wraps(original)
@@ -211,7 +211,7 @@ class Runtime:
                     attach(cache, step.selections)
             return output
 
-        self._patches.set(base, "forward", forward)
+        self._patches.set(stack, "forward", forward)
 
     def _patch_mlp(self, index: int, layer: FeedForward) -> None:
         if index in self._watched:

@@ -1,4 +1,4 @@
-"""Every family: what dissect finds, keep = 1 is dense to the last token, unwrap leaves no trace, every way to generate."""
+"""Every family: what dissect finds, keep = 1 is dense to the token, unwrap leaves no trace, every way to generate."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from coreskip.predictors.anatomy import FAMILIES as TABLE
+from coreskip.predictors.anatomy import canonical_activation, dissect
+from coreskip.runtime.wrap import runtime_of
 from tiny_models import FAMILIES, greedy, plan_of, prompt, tiny
 from transformers import DynamicCache, StaticCache
 from transformers.generation import TextStreamer
 
 import coreskip
-from coreskip.predictors.anatomy import FAMILIES as TABLE
-from coreskip.predictors.anatomy import canonical_activation, dissect
-from coreskip.runtime.wrap import runtime_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import transformers
-
 from coreskip.predictors.plan import Clusters, CoreNeurons, LayerPlan, Plan, Similar, Static
 
 VOCABULARY = 128
