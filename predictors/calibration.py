@@ -100,7 +100,7 @@ def _pieces(file: Path, size: int) -> Iterator[str]:
             yield handle.read(piece).decode("utf-8", errors="ignore")
 
 
-class _Bar(StoppingCriteria):  # type: ignore[misc]
+class _Bar(StoppingCriteria):
     """Shows progress: generation asks it once per token whether to stop."""
 
     def __init__(self, bar: tqdm[Any]) -> None:

@@ -52,7 +52,8 @@ def token_contributions(a: Tensor, score: Score, alpha: float, down_norm: Tensor
     """
     a = a.float()
     if score == "griffin":
-        return (a / a.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)).square()
+        size: Tensor = a.norm(dim=-1, keepdim=True)
+        return (a / size.clamp_min(torch.finfo(torch.float32).tiny)).square()
     if score == "signed":
         wanted = (alpha * (a > 0).sum(-1, keepdim=True)).ceil().long()
         ranked = a

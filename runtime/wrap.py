@@ -173,7 +173,7 @@ class Runtime:
         except BaseException:
             self._patches.undo()
             raise
-        self.model.__class__ = _wrapped_class(type(self.model))
+        self.model.__class__ = _wrapped_class(cast(Any, type(self.model)))
 
     def remove(self) -> None:
         self.model.__class__ = type(self.model).__mro__[2]  # _Wrapped is between
@@ -318,8 +318,8 @@ class Runtime:
             return mlp(x, packed)
         by_row = x.view(step.rows, -1, x.shape[-1])
         y = by_row.new_empty(by_row.shape)
-        for rows, packed in groups:
-            y[rows] = mlp(by_row[rows], packed[index])
+        for rows, layers in groups:
+            y[rows] = mlp(by_row[rows], layers[index])
         return y.view_as(x)
 
     def _packed_static(self, index: int) -> PackedMLP:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,10 +96,7 @@ class Letters:
     pad_token_id = 0
 
     def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> Any:
-        class Encoded:
-            input_ids = [1] * add_special_tokens + [5 + ord(c) % 100 for c in text]
-
-        return Encoded
+        return SimpleNamespace(input_ids=[1] * add_special_tokens + [5 + ord(c) % 100 for c in text])
 
 
 def test_windows_are_spread_over_the_text_and_start_with_bos() -> None:

@@ -1,0 +1,115 @@
+"""What the core-neuron methods cost on a text: one row per method and keep, for the README's table.
+
+    python -m coreskip.bench.quality TEXT --rows bench/rows/core_neurons.jsonl
+
+The first half of TEXT calibrates, the second half is scored (DESIGN: windows of 512 tokens, 256 of them scored).
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import transformers
+from coreskip.predictors.calibration import TokenText, read_text, tokenize
+from coreskip.predictors.plan import Plan
+from coreskip.runtime.quality import evaluate_all
+from coreskip.runtime.tune import Workshop
+
+import coreskip
+
+# (how the table names it, method, options)
+METHODS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("CoreInfer, stability-guided (signed, α 0.4)", "core", {"score": "signed", "alpha": 0.4}),
+    ("the same, α 0.2 (the authors' code)", "core", {"score": "signed", "alpha": 0.2}),
+    ("the same, α 0.4, layers 4 to last (the paper)", "core", {"score": "signed", "alpha": 0.4, "first_layer": 4}),
+    ("CoreInfer, similarity-guided (signed, α 0.4)", "similar", {"score": "signed", "alpha": 0.4}),
+    ("stability-guided, magnitude", "core", {"score": "magnitude", "alpha": 0.4}),
+    ("stability-guided, magnitude × ‖down column‖", "core", {"score": "magnitude_down", "alpha": 0.4}),
+    ("GRIFFIN (stability-guided, its score)", "core", {"score": "griffin"}),
+    ("similarity-guided, GRIFFIN's score", "similar", {"score": "griffin"}),
+    ("static, GRIFFIN's score", "static", {"score": "griffin"}),
+    ("static, magnitude × ‖down column‖", "static", {"score": "magnitude_down", "alpha": 0.4}),
+)
+KEEPS = (0.7, 0.5)
+
+
+def candidates(model: Any, calibration: TokenText, tokens: int) -> list[tuple[str, Plan]]:
+    """Every method at every keep, made from the calibration text alone."""
+    plans = []
+    for name, method, options in METHODS:
+        workshop = Workshop(model, calibration, max_tokens=tokens, **options)
+        plans += [(name, workshop.make(method, keep)) for keep in KEEPS]
+    return plans
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """Where a row comes from: versions, machine, commit, time, and the command that makes it again."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "versions": {
+            "coreskip": coreskip.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "commit": commit.stdout.strip() or None,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+    }
+
+
+def undo_wikitext(text: str) -> str:
+    """WikiText writes `1 @,@ 000` for `1,000`."""
+    for mark in "-,.":
+        text = text.replace(f" @{mark}@ ", mark)
+    return text
+
+
+@click.command()
+@click.argument("text", type=click.Path(path_type=Path))
+@click.option("--rows", "output", required=True, type=click.Path(path_type=Path), help="JSONL file to write.")
+@click.option("--windows", default=24, show_default=True, help="Windows of 512 tokens to score.")
+@click.option("--tokens", default=16384, show_default=True, help="Calibration tokens.")
+def main(text: Path, output: Path, windows: int, tokens: int) -> None:
+    """Score every core-neuron method on TEXT with the embedded model in fp32."""
+    model, tokenizer = coreskip.load(device="cpu", dtype="float32")
+    calibration, scored = tokenize(tokenizer, undo_wikitext(read_text(text)), text.name).split(0.5, 0.5)
+    plans = candidates(model, calibration, tokens)
+    qualities = evaluate_all(model, [plan for _, plan in plans], scored, windows=windows)
+    command = f"python -m coreskip.bench.quality {text.name} --rows {output.name} --windows {windows} --tokens {tokens}"
+    rows = [
+        {"name": name, "model": "SmolLM2-135M-Instruct", "dtype": "float32", **plan.recipe, **quality}
+        for (name, plan), quality in zip(plans, qualities, strict=True)
+    ]
+    about = provenance(command)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("".join(json.dumps({**row, **about}, ensure_ascii=False) + "\n" for row in rows))
+    click.echo(table(rows))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table, in the order of `METHODS`."""
+    lines = [
+        "| method | keep | neurons skipped | perplexity | increase | KL | top-1 agreement |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| dense | | 0 % | {rows[0]['dense']['ppl']:.2f} | | | |",
+    ]
+    lines += [
+        f"| {row['name']} | {row['keep']} | {row['neuron_sparsity']:.0%} | {row['sparse']['ppl']:.2f} | "
+        f"{row['ppl_increase']:+.0%} ± {row['ppl_increase_stderr']:.0%} | {row['kl']:.3f} | {row['top1_agreement']:.1%} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
