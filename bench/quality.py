@@ -33,7 +33,6 @@ METHODS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("stability-guided, magnitude", "core", {"score": "magnitude", "alpha": 0.4}),
     ("stability-guided, magnitude × ‖down column‖", "core", {"score": "magnitude_down", "alpha": 0.4}),
     ("GRIFFIN (stability-guided, its score)", "core", {"score": "griffin"}),
-    ("similarity-guided, GRIFFIN's score", "similar", {"score": "griffin"}),
     ("static, GRIFFIN's score", "static", {"score": "griffin"}),
     ("static, magnitude × ‖down column‖", "static", {"score": "magnitude_down", "alpha": 0.4}),
 )
@@ -105,7 +104,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     lines += [
         f"| {row['name']} | {row['keep']} | {row['neuron_sparsity']:.0%} | {row['sparse']['ppl']:.2f} | "
-        f"{row['ppl_increase']:+.0%} ± {row['ppl_increase_stderr']:.0%} | {row['kl']:.3f} | {row['top1_agreement']:.1%} |"
+        f"{row['ppl_increase']:+.0%} ± {row['ppl_increase_stderr']:.0%} | {row['kl']:.3f} | "
+        f"{row['top1_agreement']:.1%} |"
         for row in rows
     ]
     return "\n".join(lines)

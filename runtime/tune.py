@@ -250,7 +250,13 @@ class Workshop:
         rows = self._text.windows(length, max(1, self._max_tokens // length))
         counter = SentenceCounter(down_norms(dissect(self._model)), self._score, self._alpha) if sentences else None
         self._stats = observe(
-            self._model, rows.split(1), alpha=self._alpha, total=len(rows), progress=self._progress, tap=counter
+            self._model,
+            rows.split(1),
+            alpha=self._alpha,
+            scores=[self._score],
+            total=len(rows),
+            progress=self._progress,
+            tap=counter,
         )
         if counter is not None:
             self._sentences = counter.counts()
