@@ -214,3 +214,15 @@ CORESKIP_API int coreskip_linear(const void* x, int x_dtype, int rows, int64_t i
     }
     return kOk;
 }
+
+// Reads `bytes` of memory once, for a measure of its bandwidth. The result depends on all of it.
+CORESKIP_API uint64_t coreskip_read(const void* memory, int64_t bytes, int threads) {
+    const Isa& isa = *active.load();
+    uint64_t sum = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : sum)
+    {
+        const Range lines = share(bytes / kLine, omp_get_thread_num(), omp_get_num_threads());
+        sum += isa.read(static_cast<const char*>(memory) + lines.begin * kLine, (lines.end - lines.begin) * kLine);
+    }
+    return sum;
+}

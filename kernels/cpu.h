@@ -48,6 +48,7 @@ struct Isa {
     void (*arrange)(float* x, int64_t n);  // into the order in which bf16 weights are read, and back
     void (*restore)(float* x, int64_t n);
     void (*add)(float* to, const float* from, int64_t n);
+    uint64_t (*read)(const void* memory, int64_t bytes);
 };
 
 const Isa& generic_isa();

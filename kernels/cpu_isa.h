@@ -441,6 +441,24 @@ static void add(float* to, const float* from, int64_t n) {
     for (int64_t i = 0; i < n; i++) to[i] += from[i];
 }
 
+// Reads memory and does nothing with it: what a kernel could reach at best.
+static uint64_t read(const void* memory, int64_t bytes) {
+    typedef uint64_t VL __attribute__((vector_size(kVector)));
+    constexpr int streams = 4;
+    VL sum[streams] = {};
+    const char* p = static_cast<const char*>(memory);
+    for (int64_t i = 0; i + streams * kVector <= bytes; i += streams * kVector)
+        for (int s = 0; s < streams; s++) {
+            VL v;
+            memcpy(&v, p + i + s * kVector, sizeof v);
+            sum[s] += v;
+        }
+    VL all = sum[0] + sum[1] + sum[2] + sum[3];
+    uint64_t result = 0;
+    for (int i = 0; i < kVector / 8; i++) result += all[i];
+    return result;
+}
+
 static const Isa table = {
     CORESKIP_NAME,
     {mlp<float>, mlp<BF16>, mlp<F16>},
@@ -450,6 +468,7 @@ static const Isa table = {
     arrange,
     restore,
     add,
+    read,
 };
 
 }  // namespace CORESKIP_ISA
