@@ -7,7 +7,8 @@ namespace coreskip {
 
 constexpr int kMaxRows = 8;    // rows of x one call takes: a verification batch
 constexpr int kMaxBlock = 16;  // neurons whose activations are computed together
-constexpr int kLine = 64;      // bytes; weight rows are padded to whole cache lines
+constexpr int kLine = 64;      // bytes of a cache line
+constexpr int kPad = 128;      // bytes; weight rows are padded to multiples: two vectors of the widest kind
 
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kDtypes = 3 };
 enum Act : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kRelu2 = 4 };
@@ -18,6 +19,7 @@ struct MlpJob {
     bool gated;
     int act;
     int block;                // neurons per block, 2..kMaxBlock
+    int ahead;                // neurons between a prefetch and its use
     const float* gate_bias;   // [neurons] or null
     const float* up_bias;     // [neurons] or null
     const int64_t* list;      // the neurons to compute, or null: all of them, in order
@@ -43,7 +45,10 @@ struct Isa {
     void (*linear[kDtypes])(const LinearJob& job, int64_t begin, int64_t end);
     void (*to_float)(const void* from, int dtype, float* to, int64_t n);
     void (*from_float)(const float* from, void* to, int dtype, int64_t n);
+    void (*arrange)(float* x, int64_t n);  // into the order in which bf16 weights are read, and back
+    void (*restore)(float* x, int64_t n);
     void (*add)(float* to, const float* from, int64_t n);
+    uint64_t (*read)(const void* memory, int64_t bytes);
 };
 
 const Isa& generic_isa();

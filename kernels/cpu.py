@@ -74,6 +74,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     p, i, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     lib.coreskip_use.argtypes = [ctypes.c_char_p]
     lib.coreskip_active.restype = ctypes.c_char_p
+    lib.coreskip_read.argtypes, lib.coreskip_read.restype = [p, n, i], ctypes.c_uint64
     lib.coreskip_mlp.argtypes = [p, i, i, n, p, i, n, n, i, i, p, p, p, p, n, i, p, i]
     lib.coreskip_linear.argtypes = [p, i, i, n, p, i, n, n, p, p, i]
 
@@ -119,6 +120,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, in_features: int) -> 
     )  # fmt: skip
     _check(status, 0)
     return out
+
+
+def read(memory: Tensor) -> int:
+    """Reads a contiguous tensor once with all threads and returns a sum over it: the memory's speed, timed."""
+    total: int = library().coreskip_read(memory.data_ptr(), memory.nbytes, torch.get_num_threads())
+    return total
 
 
 def _address(tensor: Tensor | None) -> int | None:

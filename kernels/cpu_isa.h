@@ -78,6 +78,21 @@ static inline V load(const F16* p) {
 #endif
 }
 
+// Two vectors from 2 * kLanes consecutive weights. For bf16 they are the even and the odd ones, as the two halves of
+// 32-bit words (`arrange` puts x in that order): one operation each, where widening in order takes two.
+template <class W>
+static inline void load_pair(const W* p, V& a, V& b) {
+    a = load(p);
+    b = load(p + kLanes);
+}
+
+static inline void load_pair(const BF16* p, V& a, V& b) {
+    VU words;
+    memcpy(&words, p, sizeof words);
+    a = (V)(words << 16);
+    b = (V)(words & 0xffff0000);
+}
+
 static inline void store(float* p, V v) { memcpy(p, &v, sizeof v); }
 
 static inline void store(BF16* p, V v) {
@@ -166,20 +181,30 @@ static inline V activate(V x, int act) {
 
 // ---- the two inner loops ----
 
+static inline void prefetch(const void* p) {
+    for (int i = 0; i < kPad; i += kLine) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
+}
+
 // out[n][r] = w[n] . x[r] for N weight rows and R rows of x. While it reads w it prefetches `next`, the rows that
-// the next block will read: on scattered rows the hardware prefetcher is always a row late.
+// a later block will read, into the second level: on scattered rows the hardware prefetcher is always a row late.
+// Measured on 576 x 1536 in bf16: none 19, into the first level 21, into the second 29 GB/s.
 template <class W, int N, int R>
 static inline void dots(const W* const* w, const W* const* next, const float* x, int64_t stride, float out[N][R]) {
-    constexpr int line = kLine / sizeof(W);
+    constexpr int run = kPad / sizeof(W);
     V sum[N][R] = {};
-    for (int64_t j = 0; j < stride; j += line) {
-        for (int n = 0; n < N; n++) __builtin_prefetch(next[n] + j, 0, 2);
-        for (int64_t i = j; i < j + line; i += kLanes) {
-            V xs[R];
-            for (int r = 0; r < R; r++) xs[r] = load(x + r * stride + i);
+    for (int64_t j = 0; j < stride; j += run) {
+        for (int n = 0; n < N; n++) prefetch(next[n] + j);
+        for (int64_t i = j; i < j + run; i += 2 * kLanes) {
+            V a[R], b[R];
+            for (int r = 0; r < R; r++) {
+                a[r] = load(x + r * stride + i);
+                b[r] = load(x + r * stride + i + kLanes);
+            }
             for (int n = 0; n < N; n++) {
-                V ws = load(w[n] + i);
-                for (int r = 0; r < R; r++) sum[n][r] += ws * xs[r];
+                V c, d;
+                load_pair(w[n] + i, c, d);
+                for (int r = 0; r < R; r++) sum[n][r] += c * a[r];
+                for (int r = 0; r < R; r++) sum[n][r] += d * b[r];
             }
         }
     }
@@ -190,16 +215,21 @@ static inline void dots(const W* const* w, const W* const* next, const float* x,
 // acc[r] += h[r][n] * w[n], the down projection of N neurons; h has one row of kMaxBlock per row of x.
 template <class W, int N, int R>
 static inline void accumulate(const W* const* w, const W* const* next, const float* h, int64_t stride, float* acc) {
-    constexpr int line = kLine / sizeof(W);
-    for (int64_t j = 0; j < stride; j += line) {
-        for (int n = 0; n < N; n++) __builtin_prefetch(next[n] + j, 0, 2);
-        for (int64_t i = j; i < j + line; i += kLanes) {
-            V ws[N];
-            for (int n = 0; n < N; n++) ws[n] = load(w[n] + i);
+    constexpr int run = kPad / sizeof(W);
+    for (int64_t j = 0; j < stride; j += run) {
+        for (int n = 0; n < N; n++) prefetch(next[n] + j);
+        for (int64_t i = j; i < j + run; i += 2 * kLanes) {
+            V a[N], b[N];
+            for (int n = 0; n < N; n++) load_pair(w[n] + i, a[n], b[n]);
             for (int r = 0; r < R; r++) {
-                V sum = load(acc + r * stride + i);
-                for (int n = 0; n < N; n++) sum += ws[n] * h[r * kMaxBlock + n];
-                store(acc + r * stride + i, sum);
+                float* to = acc + r * stride + i;
+                V c = load(to), d = load(to + kLanes);
+                for (int n = 0; n < N; n++) {
+                    c += a[n] * h[r * kMaxBlock + n];
+                    d += b[n] * h[r * kMaxBlock + n];
+                }
+                store(to, c);
+                store(to + kLanes, d);
             }
         }
     }
@@ -229,7 +259,7 @@ struct Block {
     void place(int64_t begin, int64_t end) {
         size = end - begin < job.block ? end - begin : job.block;
         for (int n = 0; n < size; n++) {
-            int64_t ahead = begin + job.block + n;
+            int64_t ahead = begin + job.ahead + n;
             neuron[n] = at(begin + n);
             bundle[n] = address(begin + n);
             next[n] = address(ahead < end ? ahead : end - 1);
@@ -386,8 +416,47 @@ static void from_float(const float* from, void* to, int dtype, int64_t n) {
     else memcpy(to, from, n * sizeof(float));
 }
 
+// Puts the even numbers of each group of 2 * kLanes before the odd ones, in place; `restore` undoes it.
+static void arrange(float* x, int64_t n) {
+    float odd[kLanes];
+    for (float* group = x; group < x + n; group += 2 * kLanes) {
+        for (int i = 0; i < kLanes; i++) odd[i] = group[2 * i + 1];
+        for (int i = 0; i < kLanes; i++) group[i] = group[2 * i];
+        memcpy(group + kLanes, odd, sizeof odd);
+    }
+}
+
+static void restore(float* x, int64_t n) {
+    float mixed[2 * kLanes];
+    for (float* group = x; group < x + n; group += 2 * kLanes) {
+        for (int i = 0; i < kLanes; i++) {
+            mixed[2 * i] = group[i];
+            mixed[2 * i + 1] = group[kLanes + i];
+        }
+        memcpy(group, mixed, sizeof mixed);
+    }
+}
+
 static void add(float* to, const float* from, int64_t n) {
     for (int64_t i = 0; i < n; i++) to[i] += from[i];
+}
+
+// Reads memory and does nothing with it: what a kernel could reach at best.
+static uint64_t read(const void* memory, int64_t bytes) {
+    typedef uint64_t VL __attribute__((vector_size(kVector)));
+    constexpr int streams = 4;
+    VL sum[streams] = {};
+    const char* p = static_cast<const char*>(memory);
+    for (int64_t i = 0; i + streams * kVector <= bytes; i += streams * kVector)
+        for (int s = 0; s < streams; s++) {
+            VL v;
+            memcpy(&v, p + i + s * kVector, sizeof v);
+            sum[s] += v;
+        }
+    VL all = sum[0] + sum[1] + sum[2] + sum[3];
+    uint64_t result = 0;
+    for (int i = 0; i < kVector / 8; i++) result += all[i];
+    return result;
 }
 
 static const Isa table = {
@@ -396,7 +465,10 @@ static const Isa table = {
     {linear<float>, linear<BF16>, linear<F16>},
     to_float,
     from_float,
+    arrange,
+    restore,
     add,
+    read,
 };
 
 }  // namespace CORESKIP_ISA

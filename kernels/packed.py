@@ -1,7 +1,7 @@
 """Weights in the order in which decoding reads them.
 
 An MLP is packed by neuron: the gate, up and down rows of one neuron lie side by side, so that leaving a neuron
-out leaves one contiguous run of bytes unread. Rows are padded with zeros to whole cache lines.
+out leaves one contiguous run of bytes unread. Rows are padded with zeros to a multiple of 128 bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-LINE = 64  # bytes; kLine in cpu.h
+PAD = 128  # bytes to whose multiples a row is padded; kPad in cpu.h
 HUGE_PAGE = 2 << 20
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -22,9 +22,9 @@ Act = str | Callable[[Tensor], Tensor]
 
 
 def padded(width: int, dtype: torch.dtype) -> int:
-    """The number of elements in a row of `width` elements once it fills whole cache lines."""
-    line = LINE // dtype.itemsize
-    return -(-width // line) * line
+    """The number of elements in a packed row of `width` elements."""
+    run = PAD // dtype.itemsize
+    return -(-width // run) * run
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -36,8 +36,8 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     if device.type != "cpu" or nbytes == 0:
         return torch.empty(shape, dtype=dtype, device=device)
     if not hasattr(mmap, "MADV_HUGEPAGE") or nbytes < HUGE_PAGE:
-        memory = torch.empty(nbytes + LINE, dtype=torch.uint8)
-        start = -memory.data_ptr() % LINE
+        memory = torch.empty(nbytes + PAD, dtype=torch.uint8)
+        start = -memory.data_ptr() % PAD
     else:
         region = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         region.madvise(mmap.MADV_HUGEPAGE)
@@ -153,7 +153,7 @@ class PackedLinear:
     def pack(cls, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
         """weight: [out_features, in_features] of float32, bfloat16 or float16; bias: [out_features] or None.
 
-        Rows that already fill whole cache lines are shared with `weight`, anything else is copied.
+        Rows that need no padding are shared with `weight`, anything else is copied.
         Raises ValueError where shapes do not fit, TypeError for another dtype.
         """
         _check_dtype(weight)

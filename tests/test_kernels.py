@@ -198,7 +198,7 @@ def test_linear(backend, dtype, in_features, out_features):
         assert (y.double() - exact).abs().max() <= 2 * torch_error + exact.abs().max() * torch.finfo(dtype).eps
 
 
-def test_linear_shares_a_weight_that_fills_cache_lines():
+def test_linear_shares_a_weight_that_needs_no_padding():
     weight = torch.randn(10, 64)
     assert PackedLinear.pack(weight).weight.data_ptr() == weight.data_ptr()
     assert PackedLinear.pack(weight[:, :50]).weight.shape == (10, 64)
