@@ -195,7 +195,7 @@ def test_a_cache_filled_before_wrap_decodes_densely(llama: Any) -> None:
         llama(ids, past_key_values=cache)
         expected = llama(more, past_key_values=dense_cache).logits
         with coreskip.wrap(llama, plan_of(llama, "griffin")):
-            assert torch.equal(llama(more, past_key_values=cache).logits, expected)
+            torch.testing.assert_close(llama(more, past_key_values=cache).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_training_mode_is_dense(llama: Any) -> None:
