@@ -8,11 +8,13 @@ import time
 from typing import Any
 
 import torch
-from coreskip.kernels.ops import available
-from coreskip.predictors.plan import Plan
 from transformers.generation import BaseStreamer
 
-import coreskip
+from coreskip.kernels.ops import available
+from coreskip.predictors.plan import Plan
+from coreskip.runtime.load import load
+from coreskip.runtime.tune import analyze
+from coreskip.runtime.wrap import wrap
 
 KEEP = 0.7
 NEW_TOKENS = 48
@@ -57,7 +59,7 @@ def race(model: Any, tokenizer: Any, plan: Plan) -> dict[str, tuple[str, list[fl
     found: dict[str, tuple[str, list[float]]] = {}
     for _ in range(ROUNDS + 1):
         dense = generate(model, tokenizer)
-        with coreskip.wrap(model, plan):
+        with wrap(model, plan):
             sparse = generate(model, tokenizer)
         for name, (text, rate) in (("dense", dense), ("sparse", sparse)):
             found.setdefault(name, (text, []))[1].append(rate)
@@ -68,9 +70,9 @@ def main() -> None:
     reason = available("cpu")
     print("native CPU kernels:", "ready" if reason is None else f"not available, using torch ({reason})")
     print("loading the embedded SmolLM2-135M-Instruct, fp32, CPU (its first start dequantises it: half a minute) ...")
-    model, tokenizer = coreskip.load(device="cpu", dtype="float32")
+    model, tokenizer = load(device="cpu", dtype="float32")
     print(f"analyzing: the model writes its own calibration text, then GRIFFIN's core neurons at keep {KEEP} ...")
-    plan = coreskip.analyze(model, tokenizer, method="core", keep=KEEP)
+    plan = analyze(model, tokenizer, method="core", keep=KEEP)
     print(f"\n{plan}\n")
     print(f"generating {NEW_TOKENS} tokens, {ROUNDS} rounds of dense and sparse in turn ...")
     found = race(model, tokenizer, plan)

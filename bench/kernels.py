@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from coreskip.kernels import cpu
 from coreskip.kernels.ops import PackedMLP, available, mlp
 from coreskip.kernels.packed import allocate
-from torch import Tensor
-from torch.nn import functional as F
 
 SHAPES = ("576x1536", "2048x8192", "4096x11008")
 DTYPES = ("float32", "bfloat16")

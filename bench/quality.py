@@ -11,18 +11,19 @@ import json
 import platform
 import subprocess
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 import transformers
+
 from coreskip.predictors.calibration import TokenText, read_text, tokenize
 from coreskip.predictors.plan import Plan
+from coreskip.runtime.load import load
 from coreskip.runtime.quality import evaluate_all
 from coreskip.runtime.tune import Workshop
-
-import coreskip
 
 # (how the table names it, method, options)
 METHODS: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -53,7 +54,7 @@ def provenance(command: str) -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "versions": {
-            "coreskip": coreskip.__version__,
+            "coreskip": version("coreskip"),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
@@ -80,7 +81,7 @@ def undo_wikitext(text: str) -> str:
 @click.option("--tokens", default=16384, show_default=True, help="Calibration tokens.")
 def main(text: Path, output: Path, windows: int, tokens: int) -> None:
     """Score every core-neuron method on TEXT with the embedded model in fp32."""
-    model, tokenizer = coreskip.load(device="cpu", dtype="float32")
+    model, tokenizer = load(device="cpu", dtype="float32")
     calibration, scored = tokenize(tokenizer, undo_wikitext(read_text(text)), text.name).split(0.5, 0.5)
     plans = candidates(model, calibration, tokens)
     qualities = evaluate_all(model, [plan for _, plan in plans], scored, windows=windows)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from coreskip.predictors.plan import Plan
 from tiny_models import plan_of, tiny
 
 from coreskip.cli import main
+from coreskip.predictors.plan import Plan
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

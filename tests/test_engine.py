@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from coreskip.runtime.engine import _overlap, _stop_before
-from coreskip.runtime.wrap import is_wrapped
 from tiny_models import plan_of
 
 import coreskip
 from coreskip import CoreskipError, Engine
+from coreskip.runtime.engine import _overlap, _stop_before
+from coreskip.runtime.wrap import is_wrapped
 
 PROMPTS = [
     "The sea was calm that morning, and the boats lay still beside the pier while",

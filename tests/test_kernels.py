@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch import Tensor
+
 from coreskip.kernels import cpu, ops
 from coreskip.kernels.ops import PackedLinear, PackedMLP, linear, mlp
 from coreskip.kernels.packed import ACTS, DTYPES, padded
-from torch import Tensor
 
 NO_LIBRARY = ops.available("cpu")
 needs_library = pytest.mark.skipif(NO_LIBRARY is not None, reason=str(NO_LIBRARY))

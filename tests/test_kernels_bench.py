@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from coreskip.bench import kernels as bench
 from coreskip.kernels import cpu, ops
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import prompt, tiny
+
+from coreskip import CoreskipError
 from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.calibration import MOST_CHARACTERS, TokenText, read_text, sample_text, tokenize
 from coreskip.predictors.core_neurons import static_set
 from coreskip.predictors.importance import SCORES, token_contributions
 from coreskip.predictors.observe import HISTOGRAM_BINS, histogram_quantile, log_histogram, observe, taps
-from tiny_models import prompt, tiny
-
-from coreskip import CoreskipError
 
 
 def activations(model: Any, ids: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from coreskip.predictors.plan import seal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import greedy, plan_of, prompt, tiny
 
 import coreskip
 from coreskip import CoreskipError, Plan, PlanError
+from coreskip.predictors.plan import seal
 
 QUALITY = {
     "dense": {"ppl": 10.0},

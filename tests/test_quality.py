@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from coreskip.predictors.calibration import TokenText
-from coreskip.predictors.plan import Plan
-from coreskip.runtime.quality import evaluate_all, summary
 from tiny_models import plan_of, prompt, tiny
 from transformers import DynamicCache
 
 import coreskip
 from coreskip import CoreskipError
+from coreskip.predictors.calibration import TokenText
+from coreskip.predictors.plan import Plan
+from coreskip.runtime.quality import evaluate_all, summary
 
 
 def text(tokens: int = 400, seed: int = 2) -> TokenText:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from coreskip.predictors.calibration import TokenText
-from coreskip.predictors.plan import CoreNeurons, Dense, Similar, Static
-from coreskip.runtime.tune import Budget
 from tiny_models import greedy, prompt, tiny
 
 import coreskip
 from coreskip import CoreskipError, analyze
+from coreskip.predictors.calibration import TokenText
+from coreskip.predictors.plan import CoreNeurons, Dense, Similar, Static
+from coreskip.runtime.tune import Budget
 
 
 def text(tokens: int = 1200) -> TokenText:

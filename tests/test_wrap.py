@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 from typing import Any
 
 import pytest
 import torch
-from coreskip.predictors.importance import most_important, token_contributions
-from coreskip.predictors.observe import taps
-from coreskip.predictors.plan import Plan
-from coreskip.runtime.selections import selections_of
-from coreskip.runtime.wrap import is_wrapped, runtime_of
 from tiny_models import greedy, plan_of, prompt, tiny
 from transformers import AutoModel, DynamicCache, StaticCache, pipeline
 
 import coreskip
 from coreskip import CoreskipError, PlanError
+from coreskip.predictors.importance import most_important, token_contributions
+from coreskip.predictors.observe import taps
+from coreskip.predictors.plan import Plan
+from coreskip.runtime.selections import selections_of
+from coreskip.runtime.wrap import is_wrapped, runtime_of
 
 
 def neurons_of(model: Any, cache: Any, layer: int, row: int = 0) -> list[int]:
@@ -125,6 +127,27 @@ def test_rows_decode_with_their_own_neurons_and_equal_rows_share(llama: Any) -> 
         first, second, third = (neurons_of(llama, cache, 0, row) for row in range(3))
         assert first == third != second
         assert len(selections_of(cache, runtime_of(llama)).groups(runtime_of(llama)._pack)) == 2
+
+
+def test_a_finished_generation_leaves_nothing_behind(llama: Any) -> None:
+    """Keys, values and packed slices go with the last reference to the cache, not with the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad(), coreskip.wrap(llama, plan_of(llama, "griffin")):
+            cache = DynamicCache(config=llama.config)
+            llama(prompt(1), past_key_values=cache)
+            llama(prompt(1, 1), past_key_values=cache)
+            selections = weakref.ref(selections_of(cache, runtime_of(llama)))
+            assert type(cache).__name__ == "DynamicCache"
+            gone = weakref.ref(cache)
+            del cache
+            assert gone() is None
+            assert selections() is None
+            runtime = weakref.ref(runtime_of(llama))
+        assert runtime() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("settled", [False, True])
