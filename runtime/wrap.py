@@ -129,6 +129,7 @@ class Runtime:
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, plan: Plan) -> None:
         self.model, self.anatomy, self.plan = model, anatomy, plan
+        self._class = type(model)
         self._patches = Patches()
         self.usage = Usage(sum(mlp.intermediate_size for mlp in anatomy.mlps))
         policies = {index: layer.neurons for index, layer in enumerate(plan.layers)}
@@ -177,10 +178,10 @@ class Runtime:
         except BaseException:
             self._patches.undo()
             raise
-        self.model.__class__ = _wrapped_class(cast(Any, type(self.model)))
+        self.model.__class__ = _wrapped_class(cast(Any, self._class))
 
     def remove(self) -> None:
-        self.model.__class__ = type(self.model).__mro__[2]  # _Wrapped is between
+        self.model.__class__ = self._class
         self._patches.undo()
 
     def repack(self) -> None:
