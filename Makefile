@@ -29,7 +29,7 @@ lint: setup
 
 # mypy cannot follow an editable install of mapped packages: it reads a plain copy instead.
 types: setup
-	rm -rf build/typecheck
+	rm -rf build
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy -p coreskip
 

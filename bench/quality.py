@@ -11,7 +11,6 @@ import json
 import platform
 import subprocess
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import transformers
 
 from coreskip.predictors.calibration import TokenText, read_text, tokenize
 from coreskip.predictors.plan import Plan
+from coreskip.predictors.version import VERSION
 from coreskip.runtime.load import load
 from coreskip.runtime.quality import evaluate_all
 from coreskip.runtime.tune import Workshop
@@ -54,7 +54,7 @@ def provenance(command: str) -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "versions": {
-            "coreskip": version("coreskip"),
+            "coreskip": VERSION,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),

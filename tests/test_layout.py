@@ -78,6 +78,11 @@ def test_a_checkout_works_without_an_install() -> None:
     assert run.stdout.strip() == "Plan", run.stderr
 
 
+def test_the_version_is_stated_once_in_effect() -> None:
+    """setuptools cannot read it from a mapped package, so pyproject.toml repeats it."""
+    assert f'\nversion = "{coreskip.__version__}"\n' in (ROOT / "pyproject.toml").read_text()
+
+
 def test_help_does_not_wait_for_torch() -> None:
     code = "import sys, coreskip.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -15,6 +15,7 @@ from transformers import AutoModel, DynamicCache, StaticCache, pipeline
 
 import coreskip
 from coreskip import CoreskipError, PlanError
+from coreskip.kernels.ops import available
 from coreskip.predictors.importance import most_important, token_contributions
 from coreskip.predictors.observe import taps
 from coreskip.predictors.plan import Plan
@@ -288,6 +289,19 @@ def test_threads_get_what_they_would_get_alone(llama: Any) -> None:
         for thread in threads:
             thread.join()
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("text", ["The sea is", "def fibonacci(n):", "Q: What is the capital of France? A:"])
+def test_native_kernels_decode_the_same_tokens(embedded: tuple[Any, Any], text: str) -> None:
+    """A dense plan skips nothing: every linear of a decode step runs on the kernels, and the text stays the same."""
+    model, tokenizer = embedded
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    expected = greedy(model, ids, 24)
+    with coreskip.wrap(model, Plan.dense(model)):
+        assert torch.equal(greedy(model, ids, 24), expected)
+        assert runtime_of(model)._linear_packed or available("cpu") is not None
+        for module, packed in runtime_of(model)._linear_packed.items():
+            assert packed.weight.data_ptr() == module.weight.data_ptr(), "weights are read in place, not copied"
 
 
 def test_pipeline(embedded: tuple[Any, Any]) -> None:
