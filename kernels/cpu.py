@@ -10,6 +10,7 @@ import ctypes
 import os
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ MAX_ROWS = 8  # kMaxRows in cpu.h
 ISAS = ("avx512", "avx2", "generic")  # best first
 
 _ACT = {name: code for code, name in enumerate(ACTS)}
-_DTYPE = {dtype: code for code, dtype in enumerate(DTYPES)}
+_DTYPE = {dtype: code for code, dtype in enumerate((*DTYPES, torch.uint8))}
+_SLICED = len(_DTYPE)
+_RULE = {"listed": 0, "sketch": 1, "gate": 2}
 
 
 class Unavailable(RuntimeError):
@@ -75,48 +78,83 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.coreskip_use.argtypes = [ctypes.c_char_p]
     lib.coreskip_active.restype = ctypes.c_char_p
     lib.coreskip_read.argtypes, lib.coreskip_read.restype = [p, n, i], ctypes.c_uint64
-    lib.coreskip_mlp.argtypes = [p, i, i, n, p, i, n, n, i, i, p, p, p, p, n, i, p, i]
-    lib.coreskip_linear.argtypes = [p, i, i, n, p, i, n, n, p, p, i]
+    lib.coreskip_mlp.argtypes = [p, p]
+    lib.coreskip_choose.argtypes = [p, p]
+    lib.coreskip_linear.argtypes = [p, i, i, n, p, i, n, n, p, p, p, i]
 
 
-def mlp(
+class _Mlp(ctypes.Structure):
+    """CoreskipMlp in cpu.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "low", "scale", "norm")),
+        *((name, ctypes.c_void_p) for name in ("gate_bias", "up_bias", "down_bias", "indices")),
+        *((name, ctypes.c_int64) for name in ("hidden", "neurons", "stride", "count", "keep")),
+        ("threshold", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("x_dtype", "w_dtype", "rows", "gated", "act", "lists", "rule", "threads")),
+    )
+
+
+def _arguments(
     x: Tensor,
     weight: Tensor,
+    hidden: int,
+    gated: bool,
+    act: str,
+    low: Tensor | None,
+    scale: Tensor | None,
+    norm: Tensor | None,
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
     down_bias: Tensor | None,
     indices: Tensor | None,
-    hidden: int,
-    act: str,
-) -> Tensor:
-    """The op coreskip::mlp on CPU tensors; `ops.mlp` describes it."""
-    x = x.contiguous()
-    out = torch.empty_like(x)
+    rule: str,
+    keep: int,
+    threshold: float,
+) -> _Mlp:
     rows = x.numel() // hidden
-    neurons, parts, stride = weight.shape
-    lists, count, where = 0, 0, None
+    lists = 0 if indices is None else 1 if indices.dim() == 1 else rows
+    return _Mlp(
+        x.data_ptr(), weight.data_ptr(), _address(low), _address(scale), _address(norm),
+        _address(gate_bias), _address(up_bias), _address(down_bias), _address(indices),
+        hidden, weight.shape[0], weight.shape[2] * (1 if low is None else 2),
+        0 if indices is None else indices.shape[-1], keep, threshold,
+        _DTYPE[x.dtype], _SLICED if low is not None else _DTYPE[weight.dtype], rows, gated, _ACT[act],
+        lists, _RULE[rule], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def mlp(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
+    """The op coreskip::mlp on CPU tensors; `ops.mlp` describes it."""
+    *packed, indices, rule, keep, threshold = arguments
+    x = x.contiguous()
     if indices is not None:
         indices = indices.to(torch.int64).contiguous()
-        lists = 1 if indices.dim() == 1 else rows
-        count, where = indices.shape[-1], indices.data_ptr()
-    status = library().coreskip_mlp(
-        x.data_ptr(), _DTYPE[x.dtype], rows, hidden,
-        weight.data_ptr(), _DTYPE[weight.dtype], neurons, stride, parts == 3, _ACT[act],
-        _address(gate_bias), _address(up_bias), _address(down_bias),
-        where, count, lists, out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    _check(status, neurons)
+    out = torch.empty_like(x)
+    call = _arguments(*[x, weight, *packed, indices, rule, keep, threshold])
+    _check(library().coreskip_mlp(ctypes.byref(call), out.data_ptr()), weight.shape[0])
     return out
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, in_features: int) -> Tensor:
+def choose(x: Tensor, weight: Tensor, hidden: int, *arguments: Any) -> Tensor:
+    """The op coreskip::choose on CPU tensors; `ops.sketch_select` describes it."""
+    *packed, rule, keep, threshold = arguments
+    x = x.contiguous()
+    width = weight.shape[0] if keep < 0 else keep
+    out = torch.empty((x.numel() // hidden, width), dtype=torch.int64)
+    call = _arguments(*[x, weight, hidden, *packed, None, rule, keep, threshold])
+    _check(library().coreskip_choose(ctypes.byref(call), out.data_ptr()), weight.shape[0])
+    return out
+
+
+def linear(x: Tensor, weight: Tensor, in_features: int, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """The op coreskip::linear on CPU tensors; `ops.linear` describes it."""
     x = x.contiguous()
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
     status = library().coreskip_linear(
         x.data_ptr(), _DTYPE[x.dtype], x.numel() // in_features, in_features,
         weight.data_ptr(), _DTYPE[weight.dtype], weight.shape[0], weight.stride(0),
-        _address(bias), out.data_ptr(), torch.get_num_threads(),
+        _address(scale), _address(bias), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     _check(status, 0)
     return out
