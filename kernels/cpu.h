@@ -8,7 +8,9 @@ namespace coreskip {
 constexpr int kMaxRows = 8;    // rows of x one call takes: a verification batch
 constexpr int kMaxBlock = 16;  // neurons whose activations are computed together
 constexpr int kLine = 64;      // bytes of a cache line
-constexpr int kPad = 128;      // bytes; weight rows are padded to multiples: two vectors of the widest kind
+// Rows are padded to this many bytes, two vectors of the widest kind, or nibbles, as many again. Rows of kInt8, which
+// are read one vector at a time, are padded to kLine.
+constexpr int kPad = 128;
 
 // The first three are also those of x. kInt8 is one byte a weight, w = scale[row] * (byte - 128). kSliced is the same
 // numbers in two planes of nibbles, byte = 16 * high + low; down rows stay whole bytes.

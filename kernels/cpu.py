@@ -36,11 +36,8 @@ def library() -> ctypes.CDLL:
 
     Raises Unavailable where it was not built, or where this machine lacks the named instruction set.
     """
-    spec = find_spec(f"{__package__}._cpu")
-    if spec is None or spec.origin is None:
-        raise Unavailable("coreskip was installed without its compiled CPU kernels (no C++ compiler at install time)")
     try:
-        lib = ctypes.CDLL(spec.origin)
+        lib = ctypes.CDLL(_file())
     except OSError as error:
         raise Unavailable(f"the compiled CPU kernels cannot be loaded: {error}") from error
     _declare(lib)
@@ -49,6 +46,15 @@ def library() -> ctypes.CDLL:
         if lib.coreskip_use(isa.encode()) == 0:
             return lib
     raise Unavailable(f"CORESKIP_CPU={wanted}: this machine has {', '.join(_supported(lib))}")
+
+
+def _file() -> str:
+    # Only `make sanitize` sets the variable: it has a library of its own.
+    spec = find_spec(f"{__package__}._cpu")
+    file = os.environ.get("CORESKIP_LIBRARY") or (spec and spec.origin)
+    if not file:
+        raise Unavailable("coreskip was installed without its compiled CPU kernels (no C++ compiler at install time)")
+    return file
 
 
 def use(isa: str) -> None:

@@ -289,9 +289,9 @@ template <class W, int N, int R>
 static inline void dots(const U8* const* w, const U8* const* next, const int8_t* x, int64_t stride,
                         int32_t out[N][R]) {
     VI sum[N][R] = {}, high[N][R] = {};
-    for (int64_t j = 0; j < stride; j += kPad) {
-        for (int n = 0; n < N; n++) prefetch(next[n] + j);
-        for (int64_t i = j; i < j + kPad; i += kVector)
+    for (int64_t j = 0; j < stride; j += kLine) {
+        for (int n = 0; n < N; n++) __builtin_prefetch(next[n] + j, 0, 2);
+        for (int64_t i = j; i < j + kLine; i += kVector)
             for (int n = 0; n < N; n++) {
                 VB u = load_bytes(w[n] + i);
                 for (int r = 0; r < R; r++) {
@@ -334,9 +334,9 @@ static inline void accumulate(const W* const* w, const W* const* next, const flo
 
 template <class W, int N, int R>
 static inline void accumulate(const U8* const* w, const U8* const* next, const float* h, int64_t stride, float* acc) {
-    for (int64_t j = 0; j < stride; j += kPad) {
-        for (int n = 0; n < N; n++) prefetch(next[n] + j);
-        for (int64_t i = j; i < j + kPad; i += 4 * kLanes) {
+    for (int64_t j = 0; j < stride; j += kLine) {
+        for (int n = 0; n < N; n++) __builtin_prefetch(next[n] + j, 0, 2);
+        for (int64_t i = j; i < j + kLine; i += 4 * kLanes) {
             V ws[N][4];
             for (int n = 0; n < N; n++) load_quad(w[n] + i, ws[n]);
             for (int r = 0; r < R; r++)

@@ -1,7 +1,7 @@
 """Weights in the order in which decoding reads them.
 
 An MLP is packed by neuron: the gate, up and down rows of one neuron lie side by side, so that leaving a neuron
-out leaves one contiguous run of bytes unread. Rows are padded with zeros to a multiple of 128 bytes.
+out leaves one contiguous run of bytes unread. Rows are padded with zeros to whole cache lines or pairs of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-PAD = 128  # bytes to whose multiples a row is padded; kPad in cpu.h
+LINE = 64  # bytes of a cache line, to whose multiples a row of whole bytes is padded; kLine in cpu.h
+PAD = 128  # bytes, or nibbles, to whose multiples any other row is padded; kPad in cpu.h
 HUGE_PAGE = 2 << 20
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = (None, "int8", "int8_sliced")
@@ -38,8 +39,8 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     if device.type != "cpu" or nbytes == 0:
         return torch.empty(shape, dtype=dtype, device=device)
     if not hasattr(mmap, "MADV_HUGEPAGE") or nbytes < HUGE_PAGE:
-        memory = torch.empty(nbytes + PAD, dtype=torch.uint8)
-        start = -memory.data_ptr() % PAD
+        memory = torch.empty(nbytes + LINE, dtype=torch.uint8)
+        start = -memory.data_ptr() % LINE
     else:
         region = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         region.madvise(mmap.MADV_HUGEPAGE)
@@ -214,7 +215,7 @@ def _pack_floats(parts: list[Tensor]) -> tuple[Tensor, None, None]:
 def _pack_bytes(parts: list[Tensor], *, sliced: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     """Returns (weight, low or None, scale): the rows of all parts as bytes, in one tensor or in two planes."""
     neurons, width = parts[0].shape
-    stride = padded(width, torch.uint8)
+    stride = padded(width, torch.uint8) if sliced else -(-width // LINE) * LINE
     integers, scales = zip(*(quantize(rows.float()) for rows in parts), strict=True)
     rows = torch.nn.functional.pad(torch.stack(integers, 1) + 128, (0, stride - width), value=128).to(torch.uint8)
     scale = torch.stack(scales, 1).contiguous()
