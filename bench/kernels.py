@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coreskip.kernels import cpu
-from coreskip.kernels.ops import PackedMLP, available, mlp
+from coreskip.kernels.ops import PackedMLP, available, mlp, sketch_mlp
 from coreskip.kernels.packed import allocate
 
 SHAPES = ("576x1536", "2048x8192", "4096x11008")
-DTYPES = ("float32", "bfloat16")
+FORMATS = ("float32", "bfloat16", "int8", "int8_sliced")
 KEEPS = (1.0, 0.5, 0.1)
 
 Row = dict[str, Any]
@@ -46,18 +46,17 @@ class Case:
     run: Callable[[], Any]
 
 
-def measure(
-    shape: str, dtype: torch.dtype, keeps: tuple[float, ...] = KEEPS, *, rows: int = 1, rounds: int = 15
-) -> list[Row]:
-    """Times one MLP shape ("hidden x intermediate") in one dtype: torch dense, then the kernels at every `keep`.
+def measure(shape: str, fmt: str, keeps: tuple[float, ...] = KEEPS, *, rows: int = 1, rounds: int = 15) -> list[Row]:
+    """Times one MLP shape ("hidden x intermediate") in one format: torch dense, then the kernels at every `keep`.
 
+    fmt: a dtype's name, or "int8" or "int8_sliced" (against torch in bfloat16; sliced neurons are chosen by sketch).
     Raises RuntimeError where a kernel's result is wrong, before anything is timed.
     """
     hidden, neurons = (int(n) for n in shape.split("x"))
-    cases = [_read_case(), *_mlp_cases(hidden, neurons, dtype, keeps, rows)]
+    cases = [_read_case(), *_mlp_cases(hidden, neurons, fmt, keeps, rows)]
     times = _interleave(cases, rounds)
     bandwidth = cases[0].nbytes / _quantile(times[0], 0.5) / 1e9
-    about = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "rows": rows, **machine()}
+    about = {"shape": shape, "fmt": fmt, "rows": rows, **machine()}
     return [_row(case, seconds, bandwidth) | about for case, seconds in zip(cases, times, strict=True)]
 
 
@@ -103,23 +102,38 @@ def _read_case() -> Case:
     return Case("read", "cpu", 1.0, 1, memory.nbytes, lambda: cpu.read(memory))
 
 
-def _mlp_cases(hidden: int, neurons: int, dtype: torch.dtype, keeps: tuple[float, ...], rows: int) -> Iterator[Case]:
+def _mlp_cases(hidden: int, neurons: int, fmt: str, keeps: tuple[float, ...], rows: int) -> Iterator[Case]:
+    quantized = fmt.startswith("int8")
+    dtype = torch.bfloat16 if quantized else getattr(torch, fmt)
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(rows, hidden, generator=rng).to(dtype)
     weights = [torch.randn(neurons, hidden, generator=rng).div(hidden**0.5).to(dtype) for _ in range(3)]
-    packed = PackedMLP.pack(*weights, act="silu")
-    bundles = packed.weight.nbytes
-    layers = {keep: max(2, -(-4 * cache_bytes() // int(bundles * keep))) for keep in (1.0, *keeps)}
+    packed = PackedMLP.pack(*weights, act="silu", fmt=fmt if quantized else None)
+    layers = {keep: max(2, -(-4 * cache_bytes() // _bytes_read(packed, keep))) for keep in (1.0, *keeps)}
     yield _torch_case(x, weights, layers[1.0])
-    copies = [packed, *(_copy(packed) for _ in range(max(layers.values()) - 1))]
+    copies = [packed, *(packed.take(torch.arange(neurons)) for _ in range(max(layers.values()) - 1))]
     for keep in keeps:
-        lists = [_kept(neurons, keep, rng) for _ in range(layers[keep])]
-        verify(x, packed, lists[0])
-        yield Case("mlp", "cpu", keep, layers[keep], int(bundles * keep) * layers[keep], _Pass(x, copies, lists))
+        if packed.low is None:
+            lists = [_kept(neurons, keep, rng) for _ in range(layers[keep])]
+            run: _Listed | _Sketched = _Listed(x, copies, lists)
+        else:
+            run = _Sketched(x, copies[: layers[keep]], int(neurons * keep))
+        verify(run.first("cpu"), run.first("torch"), x.dtype)
+        op = "mlp" if packed.low is None else "sketch_mlp"
+        yield Case(op, "cpu", keep, layers[keep], _bytes_read(packed, keep) * layers[keep], run)
+
+
+def _bytes_read(packed: PackedMLP, keep: float) -> int:
+    """Of one layer: the bundles of the kept neurons and, in a sketch, the whole high plane."""
+    if packed.low is None:
+        return int(packed.weight.nbytes * keep)
+    return packed.weight.nbytes + int(packed.low.nbytes * keep)
 
 
 @dataclass
-class _Pass:
+class _Listed:
+    """One pass over many layers, each with its own list of neurons."""
+
     x: Tensor
     packed: list[PackedMLP]
     lists: list[Tensor | None]
@@ -127,6 +141,27 @@ class _Pass:
     def __call__(self) -> None:
         for packed, indices in zip(self.packed, self.lists, strict=False):
             mlp(self.x, packed, indices, backend="cpu")
+
+    def first(self, backend: str) -> Tensor:
+        x = self.x if backend == "cpu" else self.x.float()
+        return mlp(x, self.packed[0], self.lists[0], backend=backend)
+
+
+@dataclass
+class _Sketched:
+    """The same where every layer chooses its neurons itself."""
+
+    x: Tensor
+    packed: list[PackedMLP]
+    keep: int
+
+    def __call__(self) -> None:
+        for packed in self.packed:
+            sketch_mlp(self.x, packed, keep=self.keep, backend="cpu")
+
+    def first(self, backend: str) -> Tensor:
+        x = self.x if backend == "cpu" else self.x.float()
+        return sketch_mlp(x, self.packed[0], keep=self.keep, backend=backend)
 
 
 def _torch_case(x: Tensor, weights: list[Tensor], layers: int) -> Case:
@@ -140,21 +175,15 @@ def _torch_case(x: Tensor, weights: list[Tensor], layers: int) -> Case:
     return Case("mlp", "torch", 1.0, layers, sum(w.nbytes for w in weights) * layers, run)
 
 
-def _copy(packed: PackedMLP) -> PackedMLP:
-    return packed.take(torch.arange(packed.intermediate_size))
-
-
 def _kept(neurons: int, keep: float, rng: torch.Generator) -> Tensor | None:
     """A random ascending list of neurons, or None for all of them."""
     return None if keep == 1 else torch.randperm(neurons, generator=rng)[: int(neurons * keep)].sort().values
 
 
-def verify(x: Tensor, packed: PackedMLP, indices: Tensor | None) -> None:
-    """Compares the kernel with the torch definition in float32. Raises RuntimeError where they differ."""
-    result = mlp(x, packed, indices, backend="cpu").float()
-    expected = mlp(x.float(), packed, indices, backend="torch")
-    error = float((result - expected).abs().max() / expected.abs().max())
-    limit = 1e-5 if x.dtype is torch.float32 else 2e-2
+def verify(result: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Compares a kernel with the torch definition in float32. Raises RuntimeError where they differ."""
+    error = float((result.float() - expected).abs().max() / expected.abs().max())
+    limit = 1e-5 if dtype is torch.float32 else 2e-2
     if not error <= limit:
         raise RuntimeError(f"the kernel's result is off by {error:.1e} of the largest output; nothing was timed")
 
@@ -203,7 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Prints one JSON row per measurement to stdout, or appends them to a file."""
     parser = argparse.ArgumentParser(prog="coreskip bench kernels", description=__doc__)
     parser.add_argument("--shapes", default=",".join(SHAPES), help="hidden x intermediate sizes, comma-separated")
-    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--formats", default=",".join(FORMATS), help="float32, bfloat16, float16, int8, int8_sliced")
     parser.add_argument("--keeps", default=",".join(map(str, KEEPS)), help="shares of the neurons to compute")
     parser.add_argument("--rows", type=int, default=1, help="rows of x, 1 to 8")
     parser.add_argument("--rounds", type=int, default=15)
@@ -215,14 +244,14 @@ def main(arguments: list[str] | None = None) -> None:
     keeps = tuple(float(keep) for keep in options.keeps.split(","))
     with open(options.json, "a") if options.json else sys.stdout as out:
         for shape in options.shapes.split(","):
-            for dtype in options.dtypes.split(","):
-                for row in measure(shape, getattr(torch, dtype), keeps, rows=options.rows, rounds=options.rounds):
+            for fmt in options.formats.split(","):
+                for row in measure(shape, fmt, keeps, rows=options.rows, rounds=options.rounds):
                     print(json.dumps(row), file=out, flush=True)
                     print(_summary(row), file=sys.stderr)
 
 
 def _summary(row: Row) -> str:
-    what = f"{row['shape']:>11} {row['dtype']:9} {row['op']:5} {row['backend']:6} keep {row['keep']:<5}"
+    what = f"{row['shape']:>11} {row['fmt']:11} {row['op']:10} {row['backend']:6} keep {row['keep']:<5}"
     speed = f"{row['gb_per_s']:6.1f} GB/s, {row['share_of_bandwidth']:.2f} of the memory's"
     return f"{what}{row['us_per_layer_p50']:>10} us  {speed}"
 
