@@ -37,13 +37,13 @@ class Worker:
 
     def __init__(self, job: Job) -> None:
         context = multiprocessing.get_context("spawn")
-        self._name = str(job)
         self._pipe, theirs = context.Pipe()
+        self._answers_due = 0
         # libraries read these once, when they are loaded
         before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
         os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(job.threads)))
         try:
-            self._process = context.Process(target=serve, args=(theirs, job), name=self._name)
+            self._process = context.Process(target=serve, args=(theirs, job), name=str(job))
             self._process.start()
         finally:
             for name, value in before.items():
@@ -53,7 +53,10 @@ class Worker:
     def __call__(self, method: str, *arguments: Any) -> Any:
         try:
             self._pipe.send((method, arguments))
-            ok, answer = self._pipe.recv()
+            self._answers_due += 1
+            while self._answers_due:  # more than one where Ctrl-C came while an earlier one was awaited
+                ok, answer = self._pipe.recv()
+                self._answers_due -= 1
         except (EOFError, OSError):
             self._process.join(5)
             raise RunnerFailed(f"its process died with exit code {self._process.exitcode}") from None

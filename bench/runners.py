@@ -33,7 +33,7 @@ from coreskip.runtime.load import embedded_gguf, load
 from coreskip.runtime.quality import evaluate_all
 from coreskip.runtime.wrap import is_wrapped, runtime_of, unwrap, wrap
 from torch import Tensor, nn
-from transformers import CompileConfig, GenerationConfig
+from transformers import CompileConfig, GenerationConfig, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 import coreskip
@@ -49,7 +49,7 @@ class Job:
         model: as `coreskip.load` takes it; not looked at where there is a `shape`.
         plan: folder of a plan, or a share of neurons to keep by core neurons without any calibration.
         gguf: for llama.cpp and a model other than the embedded one.
-        context: tokens of the longest prompt and its continuation.
+        context: tokens of the longest prompt and its continuation: what a cache of fixed size must hold.
     """
 
     runner: str
@@ -173,8 +173,12 @@ class HuggingFace(Runner):
     def generate(self, ids: Sequence[int], new: int) -> Generation:
         prompt = torch.tensor([ids], device=self.model.device)
         watch = Stopwatch()
-        self.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, streamer=watch)
+        options = {"max_new_tokens": new, "streamer": watch, **self._fresh_cache()}
+        self.model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
         return watch.generation()
+
+    def _fresh_cache(self) -> dict[str, Any]:
+        return {}  # generate makes one
 
     def regrets(self, ids: Sequence[int], tokens: Sequence[int]) -> list[float]:
         """How much worse than the best choice each token is, in nats, by this runner's own decode policy: 0 where it
@@ -210,9 +214,17 @@ class Compiled(HuggingFace):
         compiling._compile_all_devices = True  # else transformers compiles on accelerators only
         cast(Any, torch._inductor).config.freezing = self.job.device == "cpu"
         super().load()
-        self.model.generation_config.update(
-            cache_implementation="static", max_cache_len=self.job.context, compile_config=compiling
-        )
+        self.model.generation_config.compile_config = compiling
+        # One cache for good: a frozen graph keeps the addresses of the first one, and with a fresh cache per prompt,
+        # as generate makes them, every output from the second prompt on was wrong (by 14 nats).
+        self._cache: Any = StaticCache(config=self.model.config, max_cache_len=self.job.context)
+
+    def _fresh_cache(self) -> dict[str, Any]:
+        self._cache.reset()
+        return {"past_key_values": self._cache}
+
+    def perplexity(self, text: TokenText, windows: int) -> float | None:
+        return None  # scoring would run the eager model, which is not what was timed
 
 
 class Coreskip(HuggingFace):
@@ -271,11 +283,17 @@ def dense_weight_bytes(model: Any) -> int:
     return total
 
 
+_WINDOW = 512  # tokens scored at once
+
 # --- peers ------------------------------------------------------------------------------------------------------------
 
 
 class Peer(Runner):
     """A peer decodes token by token through `_logits`, which is also how it is scored."""
+
+    @property
+    def _context(self) -> int:
+        return max(self.job.context, _WINDOW)
 
     def _start(self, ids: Sequence[int]) -> None:
         """Forget everything, then prefill."""
@@ -298,7 +316,7 @@ class Peer(Runner):
         return watch.generation()
 
     def perplexity(self, text: TokenText, windows: int) -> float | None:
-        losses = [loss for window in text.windows(512, windows) for loss in self._losses(window.tolist())]
+        losses = [loss for window in text.windows(_WINDOW, windows) for loss in self._losses(window.tolist())]
         return math.exp(sum(losses) / len(losses))
 
     def _losses(self, ids: list[int]) -> Iterator[float]:
@@ -329,6 +347,7 @@ class OnnxRuntime(Peer):
         built = Path(self._folder.name) / "onnx"
         _in_own_process(_BUILD_ONNX, self.job.model or "", str(built), {"float32": "fp32"}.get(self.job.dtype, "int4"))
         settings = json.loads((built / "genai_config.json").read_text())
+        settings["model"]["eos_token_id"] = []  # nothing ends a generation early
         decoder = settings["model"]["decoder"]
         decoder["session_options"]["intra_op_num_threads"] = self.job.threads
         (built / "genai_config.json").write_text(json.dumps(settings))
@@ -347,7 +366,7 @@ class OnnxRuntime(Peer):
         import onnxruntime_genai as og
 
         search = og.GeneratorParams(self._model)
-        search.set_search_options(do_sample=False, max_length=self.job.context, min_length=self.job.context)
+        search.set_search_options(do_sample=False, max_length=self._context)
         self._generator = og.Generator(self._model, search)
         self._generator.append_tokens(np.asarray([ids], dtype=np.int32))
 
@@ -416,7 +435,7 @@ class LlamaCpp(Peer):
         path = gguf_of(self.job)
         self._llama: Any = llama_cpp.Llama(
             str(path),
-            n_ctx=self.job.context,
+            n_ctx=self._context,
             n_threads=self.job.threads,
             n_threads_batch=self.job.threads,
             n_gpu_layers=0 if self.job.device == "cpu" else -1,

@@ -76,10 +76,11 @@ def settings_of(
         raise CoreskipError("--layers and --sparsity are for a --shape")
     if shape is not None and (model, gguf, text) != (None, None, None):
         raise CoreskipError("a --shape has random weights: it takes no MODEL, --gguf or --text")
-    common = {
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    common: dict[str, Any] = {
         "model": model,
         "shape": None if shape is None else Shape(shape, layers, NATURAL_SPARSITY if sparsity is None else sparsity),
-        "device": device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        "device": place,
         "threads": threads or threads_available(),
         "gguf": gguf,
     }
@@ -87,10 +88,9 @@ def settings_of(
         Plan.load(plan)
     for keep in keeps:
         check_share("keep", keep)
-    chosen = prompts(workloads, prompt_file)
     return Settings(
-        jobs=_jobs(_opponents(against, shape), _dtypes(dtypes), [*plans, *keeps], common, chosen, tokens),
-        prompts=chosen,
+        jobs=_jobs(_opponents(against, place, shape), _dtypes(dtypes), [*plans, *keeps], common),
+        prompts=prompts(workloads, prompt_file),
         rounds=rounds,
         tokens=tokens,
         minutes=minutes,
@@ -100,17 +100,18 @@ def settings_of(
     )
 
 
-def _opponents(against: str | None, shape: str | None) -> list[str]:
+def _opponents(against: str | None, device: str, shape: str | None) -> list[str]:
     if against is None:
-        # a converted or quantised copy of random weights cannot be verified against them
-        return list(OPPONENTS) if shape is None else ["hf", "hf-compile"]
+        return list(OPPONENTS) if shape is None and device == "cpu" else ["hf", "hf-compile"]
     names = [name.strip() for name in against.split(",") if name.strip() not in ("", "none")]
     unknown = [name for name in names if name not in OPPONENTS]
     if unknown:
         raise CoreskipError(f"unknown runner {unknown[0]!r}; choose from {', '.join(OPPONENTS)}, or none")
     peers = [name for name in names if not name.startswith("hf")]
     if shape is not None and peers:
-        raise CoreskipError(f"{peers[0]} takes no --shape: a converted copy of random weights cannot be verified")
+        raise CoreskipError(f"{peers[0]} takes no --shape: there is no file of random weights for it to read")
+    if device != "cpu" and peers:
+        raise CoreskipError(f"{peers[0]} is run on the CPU: measure it with --device cpu")
     return names
 
 
@@ -127,16 +128,12 @@ def _jobs(
     dtypes: Sequence[str],
     plans: Sequence[Path | float],
     common: dict[str, Any],
-    chosen: Sequence[Prompt],
-    tokens: int,
 ) -> list[Job]:
     """hf first: what is compared with it then follows it closely in every round."""
-    # no tokenizer makes more tokens than bytes, and a perplexity's window must fit
-    context = max(WINDOW, max(len(prompt.text.encode()) for prompt in chosen) + 8 + tokens)
     its_own = {"onnxruntime": ["float32", "int4"], "llama.cpp": ["gguf"]}
     names = [*opponents, "coreskip-dense"]
-    jobs = [Job(name, dtype, context=context, **common) for name in names for dtype in its_own.get(name, dtypes)]
-    return jobs + [Job("coreskip", dtype, plan=plan, context=context, **common) for plan in plans for dtype in dtypes]
+    jobs = [Job(name, dtype, **common) for name in names for dtype in its_own.get(name, dtypes)]
+    return jobs + [Job("coreskip", dtype, plan=plan, **common) for plan in plans for dtype in dtypes]
 
 
 def scored_text(file: Path | None) -> tuple[str, str]:

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -122,6 +122,7 @@ class Bench:
     def _prepare(self) -> None:
         """Load, verify and warm up every runner, unless the time is more than half over."""
         reference = self._reference()
+        context = max(map(len, self._ids)) + max(self._tokens, VERIFIED_TOKENS)
         for name, command in missing(job.runner for job in self.settings.jobs).items():
             self.left_out[name] = f"not installed: {command}"
         for job in self.settings.jobs:
@@ -130,6 +131,7 @@ class Bench:
             if self._time_left() < 0.5 * self._limit():
                 self.left_out[str(job)] = "no time left to load it: give more --minutes"
                 continue
+            job = replace(job, context=context)
             contender = Contender(job, self._client(job))
             try:
                 self._admit(contender, reference)
