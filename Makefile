@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test lint types check sanitize clean
+.PHONY: setup demo bench tables test lint types check sanitize clean
 
 setup: $(STAMP)
 
@@ -19,6 +19,17 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/python -m coreskip.bench.demo
+
+# Every installed runner on the embedded model, quiet machine please: about 8 minutes on 2 cores with all peers
+# (`pip install -e '.[bench]'`). ARGS adds options, for example ARGS='--minutes 3'.
+bench: setup
+	mkdir -p build
+	$(BIN)/coreskip bench --keep 0.6 --json build/bench.jsonl $(ARGS)
+	$(BIN)/coreskip bench report build/bench.jsonl -o build/bench.html
+
+# The README's tables from bench/rows.
+tables: setup
+	$(BIN)/coreskip bench tables README.md bench/rows
 
 test: setup
 	$(BIN)/python -m pytest

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -161,8 +162,7 @@ def evaluate(
 
     plan = Plan.load(folder)
     content = read_text(text) if text is not None else None
-    if output is not None and not output.parent.is_dir():
-        raise CoreskipError(f"there is no folder {output.parent} to write {output.name} into")
+    _check_folder(output)
     loaded, tokenizer = load(model, dtype=dtype, device=device)
     plan.check(loaded)
     if content is not None:
@@ -174,6 +174,106 @@ def evaluate(
     click.echo(summary(quality))
     if output is not None:
         _write(output, json.dumps(quality, indent=1) + "\n")
+
+
+class _Bench(click.Group):
+    """`coreskip bench` measures a model unless its first word names one of the group's commands."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or args[0] not in self.commands:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+@cli.group(cls=_Bench)
+def bench() -> None:
+    """Measure speed and quality, side by side with other runtimes (see `coreskip bench --help`)."""
+
+
+@bench.command("run", epilog="Also: `coreskip bench report ROWS`, `bench tables`, `bench kernels`.")
+@click.argument("model", required=False)
+@click.option("--plan", "plans", multiple=True, type=click.Path(path_type=Path), help="A plan; may be given again.")
+@click.option("--keep", "keeps", multiple=True, type=float, help="Keep this share by core neurons, uncalibrated.")
+@click.option("--against", help="hf, hf-compile, onnxruntime, llama.cpp, or none; by default all.")
+@click.option("--dtype", "dtypes", default="float32,bfloat16", show_default=True, help="Of hf and coreskip.")
+@click.option("--device", help="cpu or cuda; by default cuda where there is one.")
+@click.option("--threads", type=click.IntRange(1), help="Of every runner; by default as many as there are.")
+@click.option("--tokens", type=click.IntRange(16), default=64, show_default=True, help="Generated each time.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="How often each prompt is timed.")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Measure less, to end within this time.")
+@click.option("--workload", "workloads", multiple=True, help="prose, qa, code, summary or chat; by default all.")
+@click.option("--prompts", "prompt_file", type=click.Path(path_type=Path), help="Prompts, separated by lines of ---.")
+@click.option("--shape", help="Random weights of a real shape instead of a model: llama-3.2-1b, opt-1.3b, ...")
+@click.option("--layers", type=click.IntRange(1), help="Of the shape, only so many layers.")
+@click.option("--sparsity", type=float, help="Natural sparsity of a ReLU shape; 0.9 by default.")
+@click.option("--gguf", type=click.Path(path_type=Path), help="The model as GGUF, for llama.cpp.")
+@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text to score; else Python's documentation.")
+@click.option("--windows", type=click.IntRange(0), default=4, show_default=True, help="Of 512 tokens to score.")
+@click.option("--json", "output", type=click.Path(path_type=Path), help="Write the rows to this file.")
+def bench_run(**options: Any) -> None:
+    """Time MODEL in every runner: verified first, in interleaved rounds, with the memory's bandwidth beside it."""
+    from coreskip.bench.settings import settings_of
+
+    _measure(settings_of(**{name: value for name, value in options.items() if name != "output"}), options["output"])
+
+
+def _measure(settings: Any, output: Path | None) -> None:
+    from coreskip.bench import rows, throughput
+
+    _check_folder(output)
+    outcome = throughput.run(settings)
+    if output is not None and outcome.rows:
+        rows.write(output, outcome.rows)
+    if outcome.rows:
+        click.echo(rows.terminal_table(outcome.rows))
+        click.echo("\n" + "\n".join(rows.origins(outcome.rows)))
+    for name, reason in outcome.left_out.items():
+        click.echo(f"{name}: {reason}")
+    if outcome.interrupted:
+        raise KeyboardInterrupt
+    if not outcome.rows:
+        raise CoreskipError("nothing was measured")
+
+
+@bench.command("report")
+@click.argument("rows", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", default="report.html", show_default=True, type=click.Path(path_type=Path))
+def bench_report(rows: tuple[Path, ...], output: Path) -> None:
+    """Draw the rows of these files on one self-contained HTML page."""
+    from coreskip.bench.report import page
+    from coreskip.bench.rows import read, replace_text
+
+    _check_folder(output)
+    replace_text(output, page(read(rows)))
+    click.echo(f"written to {output}")
+
+
+@bench.command("tables")
+@click.argument("document", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+def bench_tables(document: Path, folder: Path) -> None:
+    """Make the tables marked in DOCUMENT anew from the rows in FOLDER."""
+    from coreskip.bench.rows import fill_tables, replace_text
+
+    replace_text(document, fill_tables(document.read_text(encoding="utf-8"), folder))
+
+
+@bench.command("kernels", context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench_kernels(arguments: tuple[str, ...]) -> None:
+    """Time the kernels by themselves (`coreskip bench kernels --help`)."""
+    try:
+        kernels = import_module("coreskip.bench.kernels")
+    except ModuleNotFoundError as error:
+        if error.name != "coreskip.bench.kernels":
+            raise
+        raise CoreskipError("this version of coreskip has no kernel benchmark") from None
+    kernels.main(list(arguments))
+
+
+def _check_folder(output: Path | None) -> None:
+    if output is not None and not output.parent.is_dir():
+        raise CoreskipError(f"there is no folder {output.parent} to write {output.name} into")
 
 
 def _write(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from coreskip.bench import kernels as bench
 from coreskip.kernels import cpu, ops
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from coreskip.kernels import cpu, ops
 from coreskip.kernels.ops import PackedLinear, PackedMLP, gate_mlp, gate_select, linear, mlp, sketch_mlp, sketch_select
 from coreskip.kernels.packed import DTYPES, quantize, spread

@@ -1,0 +1,144 @@
+"""Runners in processes of their own, called over a pipe."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+import torch
+
+from coreskip.bench.runners import RUNNERS, Job, Machine
+
+MACHINE = "machine"  # a job that measures the machine itself
+
+
+class Client(Protocol):
+    """Calls the methods of a runner, wherever it lives. Raises `RunnerFailed` for whatever goes wrong there."""
+
+    def __call__(self, method: str, *arguments: Any) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+class RunnerFailed(Exception):
+    """A runner cannot go on; the message says why."""
+
+
+class Worker:
+    """A runner in a process of its own: its memory, its threads and its crashes are its own.
+
+    Raises:
+        RunnerFailed: from a call, when the runner raised or its process died.
+    """
+
+    def __init__(self, job: Job) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._answers_due = 0
+        # libraries read these once, when they are loaded
+        before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
+        os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(job.threads)))
+        try:
+            self._process = context.Process(target=serve, args=(theirs, job), name=str(job))
+            self._process.start()
+        finally:
+            for name, value in before.items():
+                _restore_variable(name, value)
+        theirs.close()
+
+    def __call__(self, method: str, *arguments: Any) -> Any:
+        try:
+            self._pipe.send((method, arguments))
+            self._answers_due += 1
+            while self._answers_due:  # more than one where Ctrl-C came while an earlier one was awaited
+                ok, answer = self._pipe.recv()
+                self._answers_due -= 1
+        except (EOFError, OSError):
+            self._process.join(5)
+            raise RunnerFailed(f"its process died with exit code {self._process.exitcode}") from None
+        if not ok:
+            raise RunnerFailed(answer)
+        return answer
+
+    def close(self) -> None:
+        self._pipe.close()  # which ends `serve`
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def _restore_variable(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+def serve(pipe: Connection, job: Job) -> None:
+    """Carry out calls for a `Worker` until its end of the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that writes the rows
+    here = Local(job)
+    while True:
+        try:
+            method, arguments = pipe.recv()
+        except EOFError:
+            break
+        try:
+            answer = (True, here(method, *arguments))
+        except RunnerFailed as error:
+            answer = (False, str(error))
+        try:
+            pipe.send(answer)
+        except OSError:
+            break
+    here.close()
+
+
+class Local:
+    """A runner in this process."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._target: Any = None
+
+    def __call__(self, method: str, *arguments: Any) -> Any:
+        try:
+            if self._target is None:
+                torch.set_num_threads(self._job.threads)
+                self._target = self._make()
+            if method == "memory":
+                return memory_at_peak(self._job.device)
+            return getattr(self._target, method)(*arguments)
+        except Exception as error:  # whatever a peer raises ends that peer, not the run
+            message = " ".join(str(error).split())[:300]
+            raise RunnerFailed(message or type(error).__name__) from error
+
+    def _make(self) -> Any:
+        if self._job.runner == MACHINE:
+            return Machine(self._job.device, self._job.threads)
+        return RUNNERS[self._job.runner](self._job)
+
+    def close(self) -> None:
+        if hasattr(self._target, "close"):
+            self._target.close()
+
+
+def memory_at_peak(device: str) -> int:
+    """Bytes: what this process allocated on a CUDA device at most, else its largest resident memory."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    if status.is_file():  # psutil knows the peak on Windows alone; getrusage counts the parent's before exec, too
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    memory = psutil.Process().memory_info()
+    return int(getattr(memory, "peak_wset", memory.rss))

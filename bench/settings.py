@@ -1,0 +1,150 @@
+"""What a benchmark run is asked to do, and the options of `coreskip bench` that ask for it."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coreskip.bench.runners import OPPONENTS, Job
+from coreskip.bench.workloads import NATURAL_SPARSITY, Prompt, Shape, prompts, threads_available
+from coreskip.predictors.errors import CoreskipError
+from coreskip.predictors.importance import check_share
+from coreskip.predictors.plan import Plan
+
+WINDOW = 512  # tokens scored at once for a perplexity
+WIDTHS = {"float16": 16, "bfloat16": 16, "float32": 32}  # bits
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+        jobs: the runners, in the order in which they take turns.
+        prompts: given to every runner, one per round.
+        rounds: how often each prompt is timed.
+        tokens: generated each time.
+        minutes: limit on the whole run, or None. Under it fewer tokens, rounds, runners and perplexities are measured,
+            each as carefully as without.
+        windows: of 512 tokens, scored for the perplexity; 0 for none.
+        text: to score, with its name for people.
+        command: that makes the rows again.
+    """
+
+    jobs: Sequence[Job]
+    prompts: Sequence[Prompt]
+    rounds: int = 3
+    tokens: int = 64
+    minutes: float | None = None
+    windows: int = 4
+    text: tuple[str, str] = ("", "")
+    command: str = ""
+
+
+def settings_of(
+    *,
+    model: str | None,
+    plans: Sequence[Path] = (),
+    keeps: Sequence[float] = (),
+    against: str | None = None,
+    dtypes: str = "float32,bfloat16",
+    device: str | None = None,
+    threads: int | None = None,
+    tokens: int = 64,
+    rounds: int = 3,
+    minutes: float | None = None,
+    workloads: tuple[str, ...] = (),
+    prompt_file: Path | None = None,
+    shape: str | None = None,
+    layers: int | None = None,
+    sparsity: float | None = None,
+    gguf: Path | None = None,
+    text: Path | None = None,
+    windows: int = 4,
+) -> Settings:
+    """What the options of `coreskip bench` ask for.
+
+    Raises:
+        CoreskipError: an option that makes no sense, before anything is loaded.
+    """
+    if shape is None and (layers, sparsity) != (None, None):
+        raise CoreskipError("--layers and --sparsity are for a --shape")
+    if shape is not None and (model, gguf, text) != (None, None, None):
+        raise CoreskipError("a --shape has random weights: it takes no MODEL, --gguf or --text")
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    common: dict[str, Any] = {
+        "model": model,
+        "shape": None if shape is None else Shape(shape, layers, NATURAL_SPARSITY if sparsity is None else sparsity),
+        "device": place,
+        "threads": threads or threads_available(),
+        "gguf": gguf,
+    }
+    for plan in plans:
+        Plan.load(plan)
+    for keep in keeps:
+        check_share("keep", keep)
+    return Settings(
+        jobs=_jobs(_opponents(against, place, shape), _dtypes(dtypes), [*plans, *keeps], common),
+        prompts=prompts(workloads, prompt_file),
+        rounds=rounds,
+        tokens=tokens,
+        minutes=minutes,
+        windows=windows,
+        text=scored_text(text) if windows and shape is None else ("", ""),
+        command=shlex.join(["coreskip", *sys.argv[1:]]),
+    )
+
+
+def _opponents(against: str | None, device: str, shape: str | None) -> list[str]:
+    if against is None:
+        return list(OPPONENTS) if shape is None and device == "cpu" else ["hf", "hf-compile"]
+    names = [name.strip() for name in against.split(",") if name.strip() not in ("", "none")]
+    unknown = [name for name in names if name not in OPPONENTS]
+    if unknown:
+        raise CoreskipError(f"unknown runner {unknown[0]!r}; choose from {', '.join(OPPONENTS)}, or none")
+    peers = [name for name in names if not name.startswith("hf")]
+    if shape is not None and peers:
+        raise CoreskipError(f"{peers[0]} takes no --shape: there is no file of random weights for it to read")
+    if device != "cpu" and peers:
+        raise CoreskipError(f"{peers[0]} is run on the CPU: measure it with --device cpu")
+    return names
+
+
+def _dtypes(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in WIDTHS]
+    if unknown:
+        raise CoreskipError(f"unknown dtype {unknown[0]!r}; choose from {', '.join(WIDTHS)}")
+    return names
+
+
+def _jobs(
+    opponents: Sequence[str],
+    dtypes: Sequence[str],
+    plans: Sequence[Path | float],
+    common: dict[str, Any],
+) -> list[Job]:
+    """hf first: what is compared with it then follows it closely in every round."""
+    its_own = {"onnxruntime": ["float32", "int4"], "llama.cpp": ["gguf"]}
+    names = [*opponents, "coreskip-dense"]
+    jobs = [Job(name, dtype, **common) for name in names for dtype in its_own.get(name, dtypes)]
+    return jobs + [Job("coreskip", dtype, plan=plan, **common) for plan in plans for dtype in dtypes]
+
+
+def scored_text(file: Path | None) -> tuple[str, str]:
+    """The text to score and its name: a file's, or Python's own language reference, which every Python carries."""
+    if file is not None:
+        try:
+            return file.read_text(encoding="utf-8"), file.name
+        except (OSError, UnicodeDecodeError) as error:
+            raise CoreskipError(f"cannot read the text {file}: {error}") from None
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    return text, f"the language reference in Python {sys.version_info.major}.{sys.version_info.minor}"
