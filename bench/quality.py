@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import click
 import torch
 import transformers
 
+from coreskip.bench.rows import commit, device_name, quality_table, replace_text
 from coreskip.predictors.calibration import TokenText, read_text, tokenize
 from coreskip.predictors.plan import Plan
 from coreskip.predictors.version import VERSION
@@ -51,7 +51,6 @@ def candidates(model: Any, calibration: TokenText, tokens: int) -> list[tuple[st
 
 def provenance(command: str) -> dict[str, Any]:
     """Where a row comes from: versions, machine, commit, time, and the command that makes it again."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "versions": {
             "coreskip": VERSION,
@@ -59,9 +58,9 @@ def provenance(command: str) -> dict[str, Any]:
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "device": "cpu",
+        "device": device_name("cpu"),
         "threads": torch.get_num_threads(),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
     }
@@ -81,35 +80,19 @@ def undo_wikitext(text: str) -> str:
 @click.option("--tokens", default=16384, show_default=True, help="Calibration tokens.")
 def main(text: Path, output: Path, windows: int, tokens: int) -> None:
     """Score every core-neuron method on TEXT with the embedded model in fp32."""
+    command = f"python -m coreskip.bench.quality {text.name} --rows {output.name} --windows {windows} --tokens {tokens}"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    about = provenance(command)  # before the work: the commit may move on meanwhile
     model, tokenizer = load(device="cpu", dtype="float32")
     calibration, scored = tokenize(tokenizer, undo_wikitext(read_text(text)), text.name).split(0.5, 0.5)
     plans = candidates(model, calibration, tokens)
     qualities = evaluate_all(model, [plan for _, plan in plans], scored, windows=windows)
-    command = f"python -m coreskip.bench.quality {text.name} --rows {output.name} --windows {windows} --tokens {tokens}"
     rows = [
         {"name": name, "model": "SmolLM2-135M-Instruct", "dtype": "float32", **plan.recipe, **quality}
         for (name, plan), quality in zip(plans, qualities, strict=True)
     ]
-    about = provenance(command)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("".join(json.dumps({**row, **about}, ensure_ascii=False) + "\n" for row in rows))
-    click.echo(table(rows))
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table, in the order of `METHODS`."""
-    lines = [
-        "| method | keep | neurons skipped | perplexity | increase | KL | top-1 agreement |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        f"| dense | | 0 % | {rows[0]['dense']['ppl']:.2f} | | | |",
-    ]
-    lines += [
-        f"| {row['name']} | {row['keep']} | {row['neuron_sparsity']:.0%} | {row['sparse']['ppl']:.2f} | "
-        f"{row['ppl_increase']:+.0%} ± {row['ppl_increase_stderr']:.0%} | {row['kl']:.3f} | "
-        f"{row['top1_agreement']:.1%} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
+    replace_text(output, "".join(json.dumps({**row, **about}, ensure_ascii=False) + "\n" for row in rows))
+    click.echo(quality_table([{**row, **about} for row in rows]))
 
 
 if __name__ == "__main__":

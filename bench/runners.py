@@ -32,8 +32,8 @@ from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.calibration import TokenText, tokenize
 from coreskip.predictors.errors import CoreskipError
 from coreskip.predictors.observe import inference
-from coreskip.predictors.version import VERSION
 from coreskip.predictors.plan import CoreNeurons, LayerPlan, Plan
+from coreskip.predictors.version import VERSION
 from coreskip.runtime.load import embedded_gguf, load
 from coreskip.runtime.quality import evaluate_all
 from coreskip.runtime.wrap import is_wrapped, runtime_of, unwrap, wrap
