@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import torch
-from transformers.generation import BaseStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from coreskip.kernels.ops import available
 from coreskip.predictors.plan import Plan

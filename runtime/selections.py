@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -217,7 +217,7 @@ def attach(cache: Cache, selections: Selections) -> None:
     """
     setattr(cache, _ATTRIBUTE, selections)
     if not isinstance(cache, _Followed):
-        cache.__class__ = _followed_class(type(cache))
+        cache.__class__ = _followed_class(cast(Any, type(cache)))
 
 
 class _Followed:
