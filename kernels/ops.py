@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ __all__ = [
     "sketch_select",
 ]
 
-BACKENDS = ("auto", "torch", "cpu")
+BACKENDS = ("auto", "torch", "cpu", "triton")
 MAX_ROWS = cpu.MAX_ROWS
 
 log = logging.getLogger("coreskip")
@@ -42,8 +43,8 @@ def mlp(x: Tensor, packed: PackedMLP, indices: Tensor | None = None, *, backend:
     x: [..., hidden_size] of float32, bfloat16 or float16; the result has its shape and dtype.
     indices: integers, [k] for all rows alike or [R, k] with one list per row of x.reshape(R, hidden_size);
     distinct within a list, in any order; -1 stands for no neuron, so that lists can be padded.
-    backend: "auto" takes the fast kernel of x's device for up to 8 rows and torch otherwise; "torch" and "cpu"
-    take that one or raise.
+    backend: "auto" takes the fast kernel of x's device for up to 8 rows and torch otherwise; "torch", "cpu"
+    and "triton" take that one or raise.
     Raises ValueError where shapes or devices do not fit or where a named backend cannot do this call,
     RuntimeError where it is not installed, IndexError for an index out of range.
     """
@@ -52,7 +53,7 @@ def mlp(x: Tensor, packed: PackedMLP, indices: Tensor | None = None, *, backend:
         _check_indices(indices, rows, x.device)
     if _takes_torch(backend, x, rows, packed.act):
         return reference.mlp(x, packed, indices)
-    return _run_mlp(x, packed, indices, "listed", -1, 0.0)
+    return _run_mlp(x, packed, indices, "listed", -1, 0.0, backend)
 
 
 def sketch_mlp(
@@ -102,10 +103,10 @@ def linear(x: Tensor, packed: PackedLinear, *, backend: str = "auto") -> Tensor:
     """x @ weight.t() + bias.
 
     x: [..., in_features] of float32, bfloat16 or float16; the result is [..., out_features] of the same dtype.
-    backend and errors: as for `mlp`.
+    backend and errors: as for `mlp`; on a GPU this is torch's own product under any name.
     """
     rows = _check_input(x, packed.in_features, packed.weight)
-    if _takes_torch(backend, x, rows, "silu"):
+    if _takes_torch(backend, x, rows, "silu") or backend == "triton":
         return reference.linear(x, packed)
     if _is_plain(x):
         return cpu.linear(x, packed)
@@ -120,16 +121,34 @@ def available(backend: str) -> str | None:
     try:
         if backend == "cpu":
             cpu.library()
-    except cpu.Unavailable as error:
+        elif backend == "triton" and not (torch.cuda.is_available() or _gpu().INTERPRETED):
+            return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
+    except (cpu.Unavailable, ImportError) as error:
         return str(error)
     return None
 
 
-def _run_mlp(x: Tensor, packed: PackedMLP, indices: Tensor | None, rule: str, keep: int, threshold: float) -> Tensor:
+@cache
+def _gpu() -> Any:
+    """kernels/gpu.py, imported at its first use: Triton is an extra, and takes a second to load."""
+    return import_module(".gpu", __package__)
+
+
+def _run_mlp(
+    x: Tensor, packed: PackedMLP, indices: Tensor | None, rule: str, keep: int, threshold: float, backend: str
+) -> Tensor:
+    if _is_interpreted(backend, x):
+        interpreted: Tensor = _gpu().mlp(x, packed, indices, rule, keep, threshold)
+        return interpreted
     if _is_plain(x):
         return cpu.mlp(x, packed, indices, rule, keep, threshold)
     result: Tensor = torch.ops.coreskip.mlp.default(x, *_fields(packed), indices, rule, keep, threshold)
     return result
+
+
+def _is_interpreted(backend: str, x: Tensor) -> bool:
+    """Whether Triton has been asked for on tensors that the dispatcher would send to the CPU kernels."""
+    return backend == "triton" and x.device.type == "cpu"
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -149,7 +168,7 @@ def _mlp_by(rule: str, x: Tensor, packed: PackedMLP, keep: int | None, threshold
     count, least = _check_rule(rule, packed, keep, threshold)
     if _takes_torch(backend, x, rows, packed.act):
         return reference.mlp(x, packed, reference.choose(x, packed, rule, count, least))
-    return _run_mlp(x, packed, None, rule, count, least)
+    return _run_mlp(x, packed, None, rule, count, least, backend)
 
 
 def _choose(rule: str, x: Tensor, packed: PackedMLP, keep: int | None, threshold: float | None, backend: str) -> Tensor:
@@ -157,6 +176,9 @@ def _choose(rule: str, x: Tensor, packed: PackedMLP, keep: int | None, threshold
     count, least = _check_rule(rule, packed, keep, threshold)
     if _takes_torch(backend, x, rows, packed.act):
         return reference.choose(x, packed, rule, count, least)
+    if _is_interpreted(backend, x):
+        interpreted: Tensor = _gpu().choose(x, packed, rule, count, least)
+        return interpreted
     result: Tensor = torch.ops.coreskip.choose.default(x, *_fields(packed), rule, count, least)
     return result
 
@@ -190,10 +212,16 @@ def _takes_torch(backend: str, x: Tensor, rows: int, act: Act) -> bool:
     reason = available(backend)
     if reason:
         raise RuntimeError(f"backend {backend!r}: {reason}")
-    reason = _refusal(x, rows, act) or (f"x is on {x.device.type}" if x.device.type != backend else None)
+    reason = _refusal(x, rows, act) or _misplaced(backend, x)
     if reason:
         raise ValueError(f"backend {backend!r} cannot do this call: {reason}")
     return False
+
+
+def _misplaced(backend: str, x: Tensor) -> str | None:
+    interpreted = backend == "triton" and _gpu().INTERPRETED and x.device.type == "cpu"
+    right = x.device.type == {"cpu": "cpu", "triton": "cuda"}[backend]
+    return None if right or interpreted else f"x is on {x.device.type}"
 
 
 def _refusal(x: Tensor, rows: int, act: Act) -> str | None:
@@ -292,6 +320,22 @@ def _linear_cpu(x: Tensor, *fields: Any) -> Tensor:
     return cpu.linear(x, PackedLinear(*fields)) if _usable("cpu") else _linear_torch(x, *fields)
 
 
+def _mlp_cuda(x: Tensor, *arguments: Any) -> Tensor:
+    if not _usable("triton"):
+        return _mlp_torch(x, *arguments)
+    *fields, indices, rule, keep, threshold = arguments
+    result: Tensor = _gpu().mlp(x, PackedMLP(*fields), indices, rule, keep, threshold)
+    return result
+
+
+def _choose_cuda(x: Tensor, *arguments: Any) -> Tensor:
+    if not _usable("triton"):
+        return _choose_torch(x, *arguments)
+    *fields, rule, keep, threshold = arguments
+    result: Tensor = _gpu().choose(x, PackedMLP(*fields), rule, keep, threshold)
+    return result
+
+
 def _mlp_fake(x: Tensor, *arguments: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -306,11 +350,12 @@ def _linear_fake(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-for _name, _any, _cpu, _fake in (
-    ("mlp", _mlp_torch, _mlp_cpu, _mlp_fake),
-    ("choose", _choose_torch, _choose_cpu, _choose_fake),
-    ("linear", _linear_torch, _linear_cpu, _linear_fake),
+for _name, _any, _cpu, _cuda, _fake in (
+    ("mlp", _mlp_torch, _mlp_cpu, _mlp_cuda, _mlp_fake),
+    ("choose", _choose_torch, _choose_cpu, _choose_cuda, _choose_fake),
+    ("linear", _linear_torch, _linear_cpu, _linear_torch, _linear_fake),
 ):
     _lib.impl(_name, _any, "CompositeExplicitAutograd")
     _lib.impl(_name, _cpu, "CPU")
+    _lib.impl(_name, _cuda, "CUDA")
     torch.library.register_fake(f"coreskip::{_name}", _fake, lib=_lib)

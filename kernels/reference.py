@@ -36,10 +36,18 @@ def choose(x: Tensor, packed: PackedMLP, rule: str, keep: int, threshold: float)
     """[R, k] of int64: the neurons of each row by `rule`, ascending, then -1. See `ops.sketch_select`."""
     rows = x.reshape(-1, packed.hidden_size)
     score = _sketch_scores(rows, packed) if rule == "sketch" else _gate(rows.float(), packed).abs()
+    return pick(score, keep, threshold)
+
+
+def pick(score: Tensor, keep: int, threshold: float) -> Tensor:
+    """The `keep` best of each row of [R, neurons] (of equals the first) or, where keep < 0, those of `threshold` up.
+
+    A NaN is picked: it has to reach the output, as it would in a dense layer.
+    """
     score = torch.where(score.isnan(), torch.inf, score)
-    neurons = packed.intermediate_size
+    neurons = score.shape[1]
     if keep < 0:
-        order = torch.arange(neurons, device=x.device).expand_as(score)
+        order = torch.arange(neurons, device=score.device).expand_as(score)
         listed = torch.where(score >= threshold, order, neurons).sort(-1).values
         return torch.where(listed == neurons, -1, listed)
     best = torch.sort(score, dim=-1, descending=True, stable=True).indices
