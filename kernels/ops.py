@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from . import cpu, reference
-from .packed import DTYPES, Act, PackedLinear, PackedMLP
+from .packed import DTYPES, Act, PackedColumns, PackedLinear, PackedMLP
 
 __all__ = [
     "BACKENDS",
     "MAX_ROWS",
+    "PackedColumns",
     "PackedLinear",
     "PackedMLP",
     "available",
+    "column_linear",
     "gate_mlp",
     "gate_select",
     "linear",
@@ -114,6 +116,32 @@ def linear(x: Tensor, packed: PackedLinear, *, backend: str = "auto") -> Tensor:
     return result
 
 
+def column_linear(
+    x: Tensor,
+    packed: PackedColumns,
+    *,
+    keep: int | None = None,
+    threshold: float | None = None,
+    by_norm: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """x @ weight.t() + bias without the small inputs, whose columns stay unread; the rule of TEAL, and of WINA.
+
+    x: [..., in_features] of float32, bfloat16 or float16; the result is [..., out_features] of the same dtype.
+    An input counts by |x| or, `by_norm`, by |x| * |column|. Give either `keep`, the number of inputs per row, or
+    `threshold`, the least that counts. backend and errors: as for `mlp`; on a GPU this is the torch definition.
+    """
+    rows = _check_input(x, packed.in_features, packed.weight)
+    count, least = _check_amount(packed.in_features, keep, threshold)
+    if _takes_torch(backend, x, rows, "silu") or backend == "triton":
+        return reference.columns(x, packed, by_norm, count, least)
+    if _is_plain(x):
+        return cpu.columns(x, packed, by_norm, count, least)
+    fields = (packed.weight, packed.out_features, packed.norm, packed.bias)
+    result: Tensor = torch.ops.coreskip.columns.default(x, *fields, by_norm, count, least)
+    return result
+
+
 def available(backend: str) -> str | None:
     """None where a backend can be used, else the reason why not."""
     if backend not in BACKENDS:
@@ -184,18 +212,22 @@ def _choose(rule: str, x: Tensor, packed: PackedMLP, keep: int | None, threshold
 
 
 def _check_rule(rule: str, packed: PackedMLP, keep: int | None, threshold: float | None) -> tuple[int, float]:
-    if (keep is None) == (threshold is None):
-        raise ValueError("give either keep or threshold")
     if rule == "sketch" and packed.fmt != "int8_sliced":
         raise ValueError('a sketch needs weights packed with fmt="int8_sliced"')
     if rule == "gate" and (not packed.gated or packed.fmt == "int8_sliced"):
         raise ValueError("choosing by gate needs a gated MLP that is not sliced")
-    if keep is None:
-        assert threshold is not None
+    return _check_amount(packed.intermediate_size, keep, threshold)
+
+
+def _check_amount(all_of_them: int, keep: int | None, threshold: float | None) -> tuple[int, float]:
+    """Both as the ops take them: keep is -1 where the threshold counts."""
+    if keep is not None and threshold is None:
+        if not 0 <= keep <= all_of_them:
+            raise ValueError(f"keep must be in [0, {all_of_them}], not {keep}")
+        return keep, 0.0
+    if keep is None and threshold is not None:
         return -1, threshold
-    if not 0 <= keep <= packed.intermediate_size:
-        raise ValueError(f"keep must be in [0, {packed.intermediate_size}], not {keep}")
-    return keep, 0.0
+    raise ValueError("give either keep or threshold")
 
 
 # ---- the choice of a backend ----
@@ -264,6 +296,10 @@ _Library: Any = torch.library.Library  # torch leaves it without types
 _lib = _Library("coreskip", "DEF")
 _lib.define(f"mlp(Tensor x, {_PACKED}, Tensor? indices, str rule, int keep, float threshold) -> Tensor")
 _lib.define(f"choose(Tensor x, {_PACKED}, str rule, int keep, float threshold) -> Tensor")
+_lib.define(
+    "columns(Tensor x, Tensor weight, int out_features, Tensor norm, Tensor? bias, bool by_norm, int keep, "
+    "float threshold) -> Tensor"
+)
 _lib.define("linear(Tensor x, Tensor weight, int in_features, Tensor? scale, Tensor? bias) -> Tensor")
 
 
@@ -320,6 +356,18 @@ def _linear_cpu(x: Tensor, *fields: Any) -> Tensor:
     return cpu.linear(x, PackedLinear(*fields)) if _usable("cpu") else _linear_torch(x, *fields)
 
 
+def _columns_torch(x: Tensor, *arguments: Any) -> Tensor:
+    *fields, by_norm, keep, threshold = arguments
+    return reference.columns(x, PackedColumns(*fields), by_norm, keep, threshold)
+
+
+def _columns_cpu(x: Tensor, *arguments: Any) -> Tensor:
+    if not _usable("cpu"):
+        return _columns_torch(x, *arguments)
+    *fields, by_norm, keep, threshold = arguments
+    return cpu.columns(x, PackedColumns(*fields), by_norm, keep, threshold)
+
+
 def _mlp_cuda(x: Tensor, *arguments: Any) -> Tensor:
     if not _usable("triton"):
         return _mlp_torch(x, *arguments)
@@ -346,6 +394,10 @@ def _choose_fake(x: Tensor, weight: Tensor, hidden: int, *arguments: Any) -> Ten
     return x.new_empty((x.numel() // hidden, width), dtype=torch.int64)
 
 
+def _columns_fake(x: Tensor, weight: Tensor, out_features: int, *arguments: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
 def _linear_fake(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -353,6 +405,7 @@ def _linear_fake(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
 for _name, _any, _cpu, _cuda, _fake in (
     ("mlp", _mlp_torch, _mlp_cpu, _mlp_cuda, _mlp_fake),
     ("choose", _choose_torch, _choose_cpu, _choose_cuda, _choose_fake),
+    ("columns", _columns_torch, _columns_cpu, _columns_torch, _columns_fake),
     ("linear", _linear_torch, _linear_cpu, _linear_torch, _linear_fake),
 ):
     _lib.impl(_name, _any, "CompositeExplicitAutograd")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .packed import ACTS, PackedLinear, PackedMLP, quantize, spread
+from .packed import ACTS, PackedColumns, PackedLinear, PackedMLP, quantize, spread
 
 
 def mlp(x: Tensor, packed: PackedMLP, indices: Tensor | None = None) -> Tensor:
@@ -65,6 +65,17 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     dtype = torch.promote_types(x.dtype, packed.weight.dtype)
     bias = None if packed.bias is None else packed.bias.to(dtype)
     return F.linear(x.to(dtype), packed.weight[:, : packed.in_features].to(dtype), bias).to(x.dtype)
+
+
+def columns(x: Tensor, packed: PackedColumns, by_norm: bool, keep: int, threshold: float) -> Tensor:
+    """See `ops.column_linear`; any number of rows."""
+    rows = x.reshape(-1, packed.in_features)
+    score = rows.float().abs() * (packed.norm if by_norm else 1)
+    wanted = _listed(pick(score, keep, threshold), packed.in_features)
+    dtype = torch.promote_types(x.dtype, packed.weight.dtype)
+    y = torch.matmul(torch.where(wanted, rows, 0).to(dtype), packed.weight[:, : packed.out_features].to(dtype))
+    y = y if packed.bias is None else y + packed.bias.to(dtype)
+    return y.to(x.dtype).reshape(*x.shape[:-1], packed.out_features)
 
 
 # ---- the parts of an MLP ----
