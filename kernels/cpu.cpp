@@ -341,6 +341,47 @@ CORESKIP_API int coreskip_linear(const void* x, int x_dtype, int rows, int64_t i
     return kOk;
 }
 
+// y = sum of x[j] * weight[j] over the inputs j with |x[j]| * norm[j] (norm null: 1) of at least `threshold` or, where
+// keep >= 0, the `keep` largest. x: [rows][inputs] of x_dtype; weight: [inputs][stride]; out: [rows][outputs].
+CORESKIP_API int coreskip_columns(const void* x, int x_dtype, int rows, int64_t inputs, const void* weight, int w_dtype,
+                                  int64_t outputs, int64_t stride, const float* norm, int64_t keep, float threshold,
+                                  const float* bias, void* out, int threads) {
+    const Isa& isa = *active.load();
+    const int64_t all = rows * inputs, size = rows * stride;
+    Workspace& memory = workspace;
+    if (!memory.reserve(2 * Workspace::room<float>(all) + Workspace::room<float>(inputs) +
+                        Workspace::room<int64_t>(all) + Workspace::room<int64_t>(inputs + 1) +
+                        Workspace::room<uint8_t>(all) + Workspace::room<float>(size * threads)))
+        return kNoMemory;
+    float* values = memory.take<float>(all);
+    float* score = memory.take<float>(all);
+    float* scratch = memory.take<float>(inputs);
+    int64_t* chosen = memory.take<int64_t>(all);
+    int64_t* list = memory.take<int64_t>(inputs + 1);
+    uint8_t* selected = memory.take<uint8_t>(all);
+    float* acc = memory.take<float>(size * threads);
+
+    isa.to_float(x, x_dtype, values, all);
+    const int64_t width = keep >= 0 ? std::min(keep, inputs) : inputs;
+    for (int64_t i = 0; i < all; i++) score[i] = fabsf(values[i]) * (norm ? norm[i % inputs] : 1.f);
+    for (int r = 0; r < rows; r++)
+        choose(score + r * inputs, inputs, keep, threshold, scratch, chosen + r * width, width);
+    const int64_t count = merge(chosen, width, rows, inputs, selected, list);
+    const ColumnsJob job = {weight, stride, inputs, values, rows, list, selected};
+    int team = 1;
+#pragma omp parallel num_threads(threads)
+    {
+        const int part = omp_get_thread_num(), parts = omp_get_num_threads();
+        memset(acc + part * size, 0, size * sizeof(float));
+        const Range here = share(count, part, parts);
+        isa.columns[w_dtype](job, here.begin, here.end, acc + part * size);
+#pragma omp atomic write
+        team = parts;
+    }
+    reduce(isa, acc, team, w_dtype, rows, outputs, stride, bias, out, x_dtype);
+    return kOk;
+}
+
 // Reads `bytes` of memory once, for a measure of its bandwidth. The result depends on all of it.
 CORESKIP_API uint64_t coreskip_read(const void* memory, int64_t bytes, int threads) {
     const Isa& isa = *active.load();

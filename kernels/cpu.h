@@ -58,6 +58,15 @@ struct LinearJob {
     float* y;            // [rows][out_features]
 };
 
+struct ColumnsJob {
+    const void* weight;       // [inputs][stride]
+    int64_t stride, inputs;
+    const float* x;           // [rows][inputs]
+    int rows;
+    const int64_t* list;      // the inputs that any row wants
+    const uint8_t* selected;  // [inputs][rows]
+};
+
 // One instruction set's functions. `begin` and `end` are one thread's share of the neurons (or outputs).
 struct Isa {
     const char* name;
@@ -65,6 +74,7 @@ struct Isa {
     // Fills `high`, `known_gate` and `score`, whatever the format and the rule need, for listed neurons.
     void (*scan[kDtypes])(const MlpJob& job, int64_t begin, int64_t end);
     void (*linear[kDtypes])(const LinearJob& job, int64_t begin, int64_t end);
+    void (*columns[kInt8])(const ColumnsJob& job, int64_t begin, int64_t end, float* acc);
     void (*to_float)(const void* from, int dtype, float* to, int64_t n);
     void (*from_float)(const float* from, void* to, int dtype, int64_t n);
     void (*quantize)(const float* x, int64_t n, int8_t* q, float* scale, int32_t* sum);

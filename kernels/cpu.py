@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from .packed import ACTS, DTYPES, PackedLinear, PackedMLP
+from .packed import ACTS, DTYPES, PackedColumns, PackedLinear, PackedMLP
 
 MAX_ROWS = 8  # kMaxRows in cpu.h
 ISAS = ("avx512", "avx2", "generic")  # best first
@@ -86,6 +86,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.coreskip_read.argtypes, lib.coreskip_read.restype = [p, n, i], ctypes.c_uint64
     lib.coreskip_mlp.argtypes = [p, p]
     lib.coreskip_choose.argtypes = [p, p]
+    lib.coreskip_columns.argtypes = [p, i, i, n, p, i, n, n, p, n, ctypes.c_float, p, p, i]
     lib.coreskip_linear.argtypes = [p, i, i, n, p, i, n, n, p, p, p, i]
 
 
@@ -161,6 +162,21 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
         x.data_ptr(), _DTYPE[x.dtype], x.numel() // packed.in_features, packed.in_features,
         weight.data_ptr(), _DTYPE[weight.dtype], weight.shape[0], weight.stride(0),
         _address(packed.scale), _address(packed.bias), out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    _check(status, 0)
+    return out
+
+
+def columns(x: Tensor, packed: PackedColumns, by_norm: bool, keep: int, threshold: float) -> Tensor:
+    """The op coreskip::columns on CPU tensors; `ops.column_linear` describes it."""
+    x = x.contiguous()
+    weight = packed.weight
+    out = x.new_empty((*x.shape[:-1], packed.out_features))
+    status = library().coreskip_columns(
+        x.data_ptr(), _DTYPE[x.dtype], x.numel() // packed.in_features, packed.in_features,
+        weight.data_ptr(), _DTYPE[weight.dtype], packed.out_features, weight.shape[1],
+        packed.norm.data_ptr() if by_norm else None, keep, threshold,
+        _address(packed.bias), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     _check(status, 0)
     return out

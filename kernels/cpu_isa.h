@@ -585,6 +585,31 @@ static void scan(const MlpJob& job, int64_t begin, int64_t end) {
     }
 }
 
+// ---- the columns of a matrix that a sparse input wants ----
+
+template <class W, int N>
+static inline void add_columns(const ColumnsJob& job, int64_t at, int64_t end, int row, float* acc) {
+    constexpr int lead = 16;  // columns between a prefetch and its use
+    const W *w[N], *next[N];
+    float h[N];
+    for (int n = 0; n < N; n++) {
+        const int64_t ahead = at + lead + n;
+        w[n] = static_cast<const W*>(job.weight) + job.list[at + n] * job.stride;
+        next[n] = static_cast<const W*>(job.weight) + job.list[ahead < end ? ahead : end - 1] * job.stride;
+        h[n] = job.x[row * job.inputs + job.list[at + n]];
+    }
+    accumulate<W, N, 1>(w, next, h, job.stride, acc + row * job.stride);
+}
+
+template <class W>
+static void columns(const ColumnsJob& job, int64_t begin, int64_t end, float* acc) {
+    int64_t at = begin;
+    for (; job.rows == 1 && at + 4 <= end; at += 4) add_columns<W, 4>(job, at, end, 0, acc);
+    for (; at < end; at++)
+        for (int r = 0; r < job.rows; r++)
+            if (job.selected[job.list[at] * job.rows + r]) add_columns<W, 1>(job, at, end, r, acc);
+}
+
 // ---- linear ----
 
 template <class W, int N, int R>
@@ -714,6 +739,7 @@ static const Isa table = {
     {mlp<float>, mlp<BF16>, mlp<F16>, mlp<U8>, mlp<Sliced>},
     {scan<float>, scan<BF16>, scan<F16>, scan<U8>, scan<Sliced>},
     {linear<float>, linear<BF16>, linear<F16>, linear<U8>, nullptr},
+    {columns<float>, columns<BF16>, columns<F16>},
     to_float,
     from_float,
     quantize,

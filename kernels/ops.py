@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import cpu, reference
-from .packed import DTYPES, Act, PackedLinear, PackedMLP
+from .packed import DTYPES, Act, PackedColumns, PackedLinear, PackedMLP
 
 __all__ = [
     "BACKENDS",
     "MAX_ROWS",
+    "PackedColumns",
     "PackedLinear",
     "PackedMLP",
     "available",
+    "column_linear",
     "gate_mlp",
     "gate_select",
     "linear",
@@ -30,7 +33,7 @@ __all__ = [
     "sketch_select",
 ]
 
-BACKENDS = ("auto", "torch", "cpu")
+BACKENDS = ("auto", "torch", "cpu", "triton")
 MAX_ROWS = cpu.MAX_ROWS
 
 log = logging.getLogger("coreskip")
@@ -42,8 +45,8 @@ def mlp(x: Tensor, packed: PackedMLP, indices: Tensor | None = None, *, backend:
     x: [..., hidden_size] of float32, bfloat16 or float16; the result has its shape and dtype.
     indices: integers, [k] for all rows alike or [R, k] with one list per row of x.reshape(R, hidden_size);
     distinct within a list, in any order; -1 stands for no neuron, so that lists can be padded.
-    backend: "auto" takes the fast kernel of x's device for up to 8 rows and torch otherwise; "torch" and "cpu"
-    take that one or raise.
+    backend: "auto" takes the fast kernel of x's device for up to 8 rows and torch otherwise; "torch", "cpu"
+    and "triton" take that one or raise.
     Raises ValueError where shapes or devices do not fit or where a named backend cannot do this call,
     RuntimeError where it is not installed, IndexError for an index out of range.
     """
@@ -52,7 +55,7 @@ def mlp(x: Tensor, packed: PackedMLP, indices: Tensor | None = None, *, backend:
         _check_indices(indices, rows, x.device)
     if _takes_torch(backend, x, rows, packed.act):
         return reference.mlp(x, packed, indices)
-    return _run_mlp(x, packed, indices, "listed", -1, 0.0)
+    return _run_mlp(x, packed, indices, "listed", -1, 0.0, backend)
 
 
 def sketch_mlp(
@@ -102,14 +105,40 @@ def linear(x: Tensor, packed: PackedLinear, *, backend: str = "auto") -> Tensor:
     """x @ weight.t() + bias.
 
     x: [..., in_features] of float32, bfloat16 or float16; the result is [..., out_features] of the same dtype.
-    backend and errors: as for `mlp`.
+    backend and errors: as for `mlp`; on a GPU this is torch's own product under any name.
     """
     rows = _check_input(x, packed.in_features, packed.weight)
-    if _takes_torch(backend, x, rows, "silu"):
+    if _takes_torch(backend, x, rows, "silu") or backend == "triton":
         return reference.linear(x, packed)
     if _is_plain(x):
         return cpu.linear(x, packed)
     result: Tensor = torch.ops.coreskip.linear.default(x, *_linear_fields(packed))
+    return result
+
+
+def column_linear(
+    x: Tensor,
+    packed: PackedColumns,
+    *,
+    keep: int | None = None,
+    threshold: float | None = None,
+    by_norm: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """x @ weight.t() + bias without the small inputs, whose columns stay unread; the rule of TEAL, and of WINA.
+
+    x: [..., in_features] of float32, bfloat16 or float16; the result is [..., out_features] of the same dtype.
+    An input counts by |x| or, `by_norm`, by |x| * |column|. Give either `keep`, the number of inputs per row, or
+    `threshold`, the least that counts. backend and errors: as for `mlp`; on a GPU this is the torch definition.
+    """
+    rows = _check_input(x, packed.in_features, packed.weight)
+    count, least = _check_amount(packed.in_features, keep, threshold)
+    if _takes_torch(backend, x, rows, "silu") or backend == "triton":
+        return reference.columns(x, packed, by_norm, count, least)
+    if _is_plain(x):
+        return cpu.columns(x, packed, by_norm, count, least)
+    fields = (packed.weight, packed.out_features, packed.norm, packed.bias)
+    result: Tensor = torch.ops.coreskip.columns.default(x, *fields, by_norm, count, least)
     return result
 
 
@@ -120,16 +149,34 @@ def available(backend: str) -> str | None:
     try:
         if backend == "cpu":
             cpu.library()
-    except cpu.Unavailable as error:
+        elif backend == "triton" and not (torch.cuda.is_available() or _gpu().INTERPRETED):
+            return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
+    except (cpu.Unavailable, ImportError) as error:
         return str(error)
     return None
 
 
-def _run_mlp(x: Tensor, packed: PackedMLP, indices: Tensor | None, rule: str, keep: int, threshold: float) -> Tensor:
+@cache
+def _gpu() -> Any:
+    """kernels/gpu.py, imported at its first use: Triton is an extra, and takes a second to load."""
+    return import_module(".gpu", __package__)
+
+
+def _run_mlp(
+    x: Tensor, packed: PackedMLP, indices: Tensor | None, rule: str, keep: int, threshold: float, backend: str
+) -> Tensor:
+    if _is_interpreted(backend, x):
+        interpreted: Tensor = _gpu().mlp(x, packed, indices, rule, keep, threshold)
+        return interpreted
     if _is_plain(x):
         return cpu.mlp(x, packed, indices, rule, keep, threshold)
     result: Tensor = torch.ops.coreskip.mlp.default(x, *_fields(packed), indices, rule, keep, threshold)
     return result
+
+
+def _is_interpreted(backend: str, x: Tensor) -> bool:
+    """Whether Triton has been asked for on tensors that the dispatcher would send to the CPU kernels."""
+    return backend == "triton" and x.device.type == "cpu"
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -149,7 +196,7 @@ def _mlp_by(rule: str, x: Tensor, packed: PackedMLP, keep: int | None, threshold
     count, least = _check_rule(rule, packed, keep, threshold)
     if _takes_torch(backend, x, rows, packed.act):
         return reference.mlp(x, packed, reference.choose(x, packed, rule, count, least))
-    return _run_mlp(x, packed, None, rule, count, least)
+    return _run_mlp(x, packed, None, rule, count, least, backend)
 
 
 def _choose(rule: str, x: Tensor, packed: PackedMLP, keep: int | None, threshold: float | None, backend: str) -> Tensor:
@@ -157,23 +204,30 @@ def _choose(rule: str, x: Tensor, packed: PackedMLP, keep: int | None, threshold
     count, least = _check_rule(rule, packed, keep, threshold)
     if _takes_torch(backend, x, rows, packed.act):
         return reference.choose(x, packed, rule, count, least)
+    if _is_interpreted(backend, x):
+        interpreted: Tensor = _gpu().choose(x, packed, rule, count, least)
+        return interpreted
     result: Tensor = torch.ops.coreskip.choose.default(x, *_fields(packed), rule, count, least)
     return result
 
 
 def _check_rule(rule: str, packed: PackedMLP, keep: int | None, threshold: float | None) -> tuple[int, float]:
-    if (keep is None) == (threshold is None):
-        raise ValueError("give either keep or threshold")
     if rule == "sketch" and packed.fmt != "int8_sliced":
         raise ValueError('a sketch needs weights packed with fmt="int8_sliced"')
     if rule == "gate" and (not packed.gated or packed.fmt == "int8_sliced"):
         raise ValueError("choosing by gate needs a gated MLP that is not sliced")
-    if keep is None:
-        assert threshold is not None
+    return _check_amount(packed.intermediate_size, keep, threshold)
+
+
+def _check_amount(all_of_them: int, keep: int | None, threshold: float | None) -> tuple[int, float]:
+    """Both as the ops take them: keep is -1 where the threshold counts."""
+    if keep is not None and threshold is None:
+        if not 0 <= keep <= all_of_them:
+            raise ValueError(f"keep must be in [0, {all_of_them}], not {keep}")
+        return keep, 0.0
+    if keep is None and threshold is not None:
         return -1, threshold
-    if not 0 <= keep <= packed.intermediate_size:
-        raise ValueError(f"keep must be in [0, {packed.intermediate_size}], not {keep}")
-    return keep, 0.0
+    raise ValueError("give either keep or threshold")
 
 
 # ---- the choice of a backend ----
@@ -190,10 +244,16 @@ def _takes_torch(backend: str, x: Tensor, rows: int, act: Act) -> bool:
     reason = available(backend)
     if reason:
         raise RuntimeError(f"backend {backend!r}: {reason}")
-    reason = _refusal(x, rows, act) or (f"x is on {x.device.type}" if x.device.type != backend else None)
+    reason = _refusal(x, rows, act) or _misplaced(backend, x)
     if reason:
         raise ValueError(f"backend {backend!r} cannot do this call: {reason}")
     return False
+
+
+def _misplaced(backend: str, x: Tensor) -> str | None:
+    interpreted = backend == "triton" and _gpu().INTERPRETED and x.device.type == "cpu"
+    right = x.device.type == {"cpu": "cpu", "triton": "cuda"}[backend]
+    return None if right or interpreted else f"x is on {x.device.type}"
 
 
 def _refusal(x: Tensor, rows: int, act: Act) -> str | None:
@@ -236,6 +296,10 @@ _Library: Any = torch.library.Library  # torch leaves it without types
 _lib = _Library("coreskip", "DEF")
 _lib.define(f"mlp(Tensor x, {_PACKED}, Tensor? indices, str rule, int keep, float threshold) -> Tensor")
 _lib.define(f"choose(Tensor x, {_PACKED}, str rule, int keep, float threshold) -> Tensor")
+_lib.define(
+    "columns(Tensor x, Tensor weight, int out_features, Tensor norm, Tensor? bias, bool by_norm, int keep, "
+    "float threshold) -> Tensor"
+)
 _lib.define("linear(Tensor x, Tensor weight, int in_features, Tensor? scale, Tensor? bias) -> Tensor")
 
 
@@ -292,6 +356,34 @@ def _linear_cpu(x: Tensor, *fields: Any) -> Tensor:
     return cpu.linear(x, PackedLinear(*fields)) if _usable("cpu") else _linear_torch(x, *fields)
 
 
+def _columns_torch(x: Tensor, *arguments: Any) -> Tensor:
+    *fields, by_norm, keep, threshold = arguments
+    return reference.columns(x, PackedColumns(*fields), by_norm, keep, threshold)
+
+
+def _columns_cpu(x: Tensor, *arguments: Any) -> Tensor:
+    if not _usable("cpu"):
+        return _columns_torch(x, *arguments)
+    *fields, by_norm, keep, threshold = arguments
+    return cpu.columns(x, PackedColumns(*fields), by_norm, keep, threshold)
+
+
+def _mlp_cuda(x: Tensor, *arguments: Any) -> Tensor:
+    if not _usable("triton"):
+        return _mlp_torch(x, *arguments)
+    *fields, indices, rule, keep, threshold = arguments
+    result: Tensor = _gpu().mlp(x, PackedMLP(*fields), indices, rule, keep, threshold)
+    return result
+
+
+def _choose_cuda(x: Tensor, *arguments: Any) -> Tensor:
+    if not _usable("triton"):
+        return _choose_torch(x, *arguments)
+    *fields, rule, keep, threshold = arguments
+    result: Tensor = _gpu().choose(x, PackedMLP(*fields), rule, keep, threshold)
+    return result
+
+
 def _mlp_fake(x: Tensor, *arguments: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -302,15 +394,21 @@ def _choose_fake(x: Tensor, weight: Tensor, hidden: int, *arguments: Any) -> Ten
     return x.new_empty((x.numel() // hidden, width), dtype=torch.int64)
 
 
+def _columns_fake(x: Tensor, weight: Tensor, out_features: int, *arguments: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
 def _linear_fake(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-for _name, _any, _cpu, _fake in (
-    ("mlp", _mlp_torch, _mlp_cpu, _mlp_fake),
-    ("choose", _choose_torch, _choose_cpu, _choose_fake),
-    ("linear", _linear_torch, _linear_cpu, _linear_fake),
+for _name, _any, _cpu, _cuda, _fake in (
+    ("mlp", _mlp_torch, _mlp_cpu, _mlp_cuda, _mlp_fake),
+    ("choose", _choose_torch, _choose_cpu, _choose_cuda, _choose_fake),
+    ("columns", _columns_torch, _columns_cpu, _columns_torch, _columns_fake),
+    ("linear", _linear_torch, _linear_cpu, _linear_torch, _linear_fake),
 ):
     _lib.impl(_name, _any, "CompositeExplicitAutograd")
     _lib.impl(_name, _cpu, "CPU")
+    _lib.impl(_name, _cuda, "CUDA")
     torch.library.register_fake(f"coreskip::{_name}", _fake, lib=_lib)

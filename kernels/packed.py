@@ -199,6 +199,47 @@ class PackedLinear:
         return f"PackedLinear({self.in_features} -> {self.out_features}, {fmt}, bias={self.bias is not None})"
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class PackedColumns:
+    """A linear layer's weight by column, [in_features, stride], for inputs of which many may be left out.
+
+    `norm` is the length of each column, [in_features]; it and the bias are float32. Made by `pack`.
+    """
+
+    weight: Tensor
+    out_features: int
+    norm: Tensor
+    bias: Tensor | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def pack(cls, weight: Tensor, bias: Tensor | None = None) -> PackedColumns:
+        """Copies weight, [out_features, in_features] of float32, bfloat16 or float16; bias: [out_features] or None.
+
+        Raises ValueError where shapes do not fit, TypeError for another dtype.
+        """
+        _check_dtype(weight)
+        if weight.dim() != 2:
+            raise ValueError(f"weight must be [out_features, in_features], not {tuple(weight.shape)}")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must have shape {tuple(weight.shape[:1])}, not {tuple(bias.shape)}")
+        columns = _pack_floats([weight.detach().t()])[0][:, 0]
+        norm = weight.detach().float().norm(dim=0)
+        return cls(weight=columns, out_features=weight.shape[0], norm=norm, bias=_floats(bias, None))
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.weight, self.norm, self.bias) if t is not None)
+
+    def __repr__(self) -> str:
+        dtype = str(self.weight.dtype).removeprefix("torch.")
+        return f"PackedColumns({self.in_features} -> {self.out_features}, {dtype}, bias={self.bias is not None})"
+
+
 # ---- packing ----
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .packed import ACTS, PackedLinear, PackedMLP, quantize, spread
+from .packed import ACTS, PackedColumns, PackedLinear, PackedMLP, quantize, spread
 
 
 def mlp(x: Tensor, packed: PackedMLP, indices: Tensor | None = None) -> Tensor:
@@ -36,10 +36,18 @@ def choose(x: Tensor, packed: PackedMLP, rule: str, keep: int, threshold: float)
     """[R, k] of int64: the neurons of each row by `rule`, ascending, then -1. See `ops.sketch_select`."""
     rows = x.reshape(-1, packed.hidden_size)
     score = _sketch_scores(rows, packed) if rule == "sketch" else _gate(rows.float(), packed).abs()
+    return pick(score, keep, threshold)
+
+
+def pick(score: Tensor, keep: int, threshold: float) -> Tensor:
+    """The `keep` best of each row of [R, neurons] (of equals the first) or, where keep < 0, those of `threshold` up.
+
+    A NaN is picked: it has to reach the output, as it would in a dense layer.
+    """
     score = torch.where(score.isnan(), torch.inf, score)
-    neurons = packed.intermediate_size
+    neurons = score.shape[1]
     if keep < 0:
-        order = torch.arange(neurons, device=x.device).expand_as(score)
+        order = torch.arange(neurons, device=score.device).expand_as(score)
         listed = torch.where(score >= threshold, order, neurons).sort(-1).values
         return torch.where(listed == neurons, -1, listed)
     best = torch.sort(score, dim=-1, descending=True, stable=True).indices
@@ -57,6 +65,17 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     dtype = torch.promote_types(x.dtype, packed.weight.dtype)
     bias = None if packed.bias is None else packed.bias.to(dtype)
     return F.linear(x.to(dtype), packed.weight[:, : packed.in_features].to(dtype), bias).to(x.dtype)
+
+
+def columns(x: Tensor, packed: PackedColumns, by_norm: bool, keep: int, threshold: float) -> Tensor:
+    """See `ops.column_linear`; any number of rows."""
+    rows = x.reshape(-1, packed.in_features)
+    score = rows.float().abs() * (packed.norm if by_norm else 1)
+    wanted = _listed(pick(score, keep, threshold), packed.in_features)
+    dtype = torch.promote_types(x.dtype, packed.weight.dtype)
+    y = torch.matmul(torch.where(wanted, rows, 0).to(dtype), packed.weight[:, : packed.out_features].to(dtype))
+    y = y if packed.bias is None else y + packed.bias.to(dtype)
+    return y.to(x.dtype).reshape(*x.shape[:-1], packed.out_features)
 
 
 # ---- the parts of an MLP ----

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coreskip.kernels import cpu, ops
-from coreskip.kernels.ops import PackedLinear, PackedMLP, linear, mlp
+from coreskip.kernels.ops import PackedColumns, PackedLinear, PackedMLP, column_linear, linear, mlp
 from coreskip.kernels.packed import ACTS, DTYPES, padded
 
 NO_LIBRARY = ops.available("cpu")
@@ -204,6 +204,29 @@ def test_linear_shares_a_weight_that_needs_no_padding():
     assert PackedLinear.pack(weight).weight.data_ptr() == weight.data_ptr()
     assert PackedLinear.pack(weight[:, :50]).weight.shape == (10, 64)
     assert PackedLinear.pack(weight.t().contiguous().t()).weight.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("in_features", "out_features"), [(1, 1), (7, 3), (65, 130), (300, 64)])
+def test_column_linear(backend, dtype, in_features, out_features):
+    rng = torch.Generator().manual_seed(1)
+    weight = torch.randn(out_features, in_features, generator=rng).div(in_features**0.5).to(dtype)
+    bias = torch.randn(out_features, generator=rng).to(dtype)
+    packed = PackedColumns.pack(weight, bias)
+    for rows in (1, 3, 8):
+        x = torch.randn(rows, in_features, generator=rng).to(dtype)
+        for by_norm in (False, True):
+            score = x.float().abs() * (weight.float().norm(dim=0) if by_norm else 1)
+            sparse = torch.where(score >= 0.6, x, 0)
+            y = column_linear(x, packed, threshold=0.6, by_norm=by_norm, backend=backend)
+            exact = torch.nn.functional.linear(sparse.double(), weight.double(), bias.double())
+            torch_error = (torch.nn.functional.linear(sparse, weight, bias).double() - exact).abs().max()
+            assert y.dtype == dtype
+            assert (y.double() - exact).abs().max() <= 2 * torch_error + exact.abs().max() * torch.finfo(dtype).eps
+        kept = column_linear(x, packed, keep=in_features, backend=backend)
+        dense = linear(x, PackedLinear.pack(weight, bias), backend=backend)
+        assert torch.allclose(kept.float(), dense.float(), atol=8 * torch.finfo(dtype).eps)
+        assert torch.equal(column_linear(x, packed, keep=0, backend=backend), bias.expand(rows, -1))
 
 
 def same_kind(result: Tensor, expected: Tensor) -> None:
