@@ -47,7 +47,9 @@ class Contender:
     verified: str = ""
     #: by round
     generations: list[Generation] = field(default_factory=list)
-    ppl: float | None = None
+    #: traits, weight bytes and memory right after the last round: scoring uses more memory and counts anew
+    after: dict[str, Any] = field(default_factory=dict)
+    scored: tuple[float, int] | None = None
 
     def speeds(self) -> list[float]:
         """Tokens per second after the first token, by round."""
@@ -223,13 +225,15 @@ class Bench:
     # --- quality
 
     def _score(self) -> None:
+        for contender in self.contenders:
+            self._note(contender)
         for contender in self.contenders if self._scores else []:
             if self._time_left() < self._scoring_s(contender):
                 logger.warning("no time left for the perplexity of %s", contender.job)
                 continue
             logger.info("scoring %s", contender.job)
             try:
-                contender.ppl = contender.client("perplexity", self._text, self.settings.windows)
+                contender.scored = contender.client("perplexity", self._text, self.settings.windows)
             except RunnerFailed as error:
                 logger.warning("no perplexity of %s: %s", contender.job, error)
 
@@ -243,6 +247,15 @@ class Bench:
 
     # --- rows
 
+    def _note(self, contender: Contender) -> None:
+        if not contender.after:
+            call = contender.client
+            contender.after = {
+                **call("traits"),
+                "weight_bytes_per_token": int(call("weight_bytes")),
+                "memory_bytes": int(call("memory")),
+            }
+
     def _finish(self) -> None:
         measured = [c for c in self.contenders if c.generations]
         best = max((c for c in measured if c.job.runner == "hf"), key=lambda c: _p50(c.speeds()), default=None)
@@ -251,17 +264,19 @@ class Bench:
             logger.warning("the machine was noisy: speeds of one runner spread by %.0f %%", 100 * noise)
         for contender in measured:
             try:
+                self._note(contender)
                 self.rows.append(self._row(contender, best, noise))
             except RunnerFailed as error:
                 self.left_out[str(contender.job)] = str(error)
 
     def _row(self, contender: Contender, best: Contender | None, noise: float) -> Row:
-        job, call, generations = contender.job, contender.client, contender.generations
+        job, generations = contender.job, contender.generations
         speeds, gaps = contender.speeds(), [1e3 * gap for g in generations for gap in g.gaps]
         positions = np.median([g.gaps for g in generations], axis=0) * 1e3
         ratios = [a / b for a, b in zip(speeds, best.speeds(), strict=False)] if best else []
-        weights, bandwidth = int(call("weight_bytes")), _p50(self.bandwidths)
-        gb_s = weights * _p50(speeds) / 1e9
+        bandwidth = _p50(self.bandwidths)
+        gb_s = contender.after["weight_bytes_per_token"] * _p50(speeds) / 1e9
+        ppl, scored = contender.scored or (None, None)
         return Row(
             format=FORMAT,
             run=self._when.strftime("%Y%m%dT%H%M%SZ"),
@@ -271,7 +286,7 @@ class Bench:
             device=device_name(job.device),
             cores=threads_available(),
             threads=job.threads,
-            **call("traits"),
+            **contender.after,
             workload="+".join(prompt.name for prompt in self.settings.prompts),
             prompt_tokens=max(map(len, self._ids)),
             tokens=self._tokens,
@@ -283,20 +298,18 @@ class Bench:
             latency_ms={**_quantiles(gaps), "p99": float(np.quantile(gaps, 0.99))},
             latency_by_position_ms=[round(float(gap), 3) for gap in positions],
             speedup=_quantiles(ratios) if ratios else None,
-            weight_bytes_per_token=weights,
             gb_s=gb_s,
             machine_gb_s=bandwidth,
             bandwidth_share=gb_s / bandwidth,
-            memory_bytes=int(call("memory")),
             load_s=contender.load_s,
             warmup_s=contender.warmup_s,
-            ppl=contender.ppl,
-            ppl_tokens=None if contender.ppl is None else self._scored_tokens(),
-            ppl_text=None if contender.ppl is None else self.settings.text[1],
+            ppl=ppl,
+            ppl_tokens=scored,
+            ppl_text=None if ppl is None else self.settings.text[1],
             verified=contender.verified,
             noise=noise,
             busy=self._busy,
-            versions=call("versions"),
+            versions=contender.client("versions"),
             commit=commit(),
             time=self._when.isoformat(timespec="seconds"),
             command=self.settings.command,
@@ -305,11 +318,6 @@ class Bench:
     def _by_workload(self, speeds: Sequence[float]) -> dict[str, float]:
         names = [self.settings.prompts[i].name for i, _ in zip(self._order(), speeds, strict=False)]
         return {name: _p50([s for n, s in zip(names, speeds, strict=True) if n == name]) for name in names}
-
-    def _scored_tokens(self) -> int:
-        assert self._text is not None
-        rows = self._text.windows(WINDOW, self.settings.windows)
-        return int(rows.shape[0] * (rows.shape[1] // 2))
 
     # --- time
 
