@@ -73,11 +73,8 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 
 
 @contextmanager
-def _inherited(threads: int) -> Iterator[None]:
-    """What a process must find from its very start: thread counts, which libraries read once, when they are loaded,
-    and deafness to Ctrl-C, which is for the process that writes the rows."""
-    before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
-    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
+def deaf_to_ctrl_c() -> Iterator[None]:
+    """Ignores Ctrl-C, in this process and in those started meanwhile."""
     main = threading.current_thread() is threading.main_thread()  # signals can be set in that one alone
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
     try:
@@ -85,6 +82,18 @@ def _inherited(threads: int) -> Iterator[None]:
     finally:
         if main:
             signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def _inherited(threads: int) -> Iterator[None]:
+    """What a process must find from its very start: thread counts, which libraries read once, when they are loaded,
+    and deafness to Ctrl-C, which is for the process that writes the rows."""
+    before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
+    try:
+        with deaf_to_ctrl_c():
+            yield
+    finally:
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)

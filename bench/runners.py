@@ -112,8 +112,6 @@ class Runner:
 
     #: pip package that it needs besides coreskip's own dependencies
     package: str | None = None
-    #: weights other than the checkpoint's, or arithmetic in fewer bits: held to another standard when verified
-    lossy: bool = False
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -338,10 +336,6 @@ class OnnxRuntime(Peer):
 
     package: str | None = "onnxruntime-genai"
 
-    def __init__(self, job: Job) -> None:
-        super().__init__(job)
-        self.lossy = job.dtype != "float32"
-
     def load(self) -> None:
         import onnxruntime_genai as og
 
@@ -430,7 +424,6 @@ class LlamaCpp(Peer):
     """llama.cpp through llama-cpp-python, on a GGUF file as it is."""
 
     package = "llama-cpp-python"
-    lossy = True
 
     def load(self) -> None:
         import llama_cpp
