@@ -126,7 +126,7 @@ class Bench:
         return client
 
     def _prepare(self) -> None:
-        """Load, verify and warm up every runner, unless the time is more than half over."""
+        """Load, verify and warm up every runner, unless two thirds of the time are over."""
         reference = self._reference()
         context = max(map(len, self._ids)) + max(self._tokens, VERIFIED_TOKENS)
         for name, command in missing(job.runner for job in self.settings.jobs).items():
@@ -134,7 +134,7 @@ class Bench:
         for job in self.settings.jobs:
             if job.runner in self.left_out:
                 continue
-            if self._time_left() < 0.5 * self._limit():
+            if self._time_left() < self._limit() / 3:
                 self.left_out[str(job)] = "no time left to load it: give more --minutes"
                 continue
             job = replace(job, context=context)
