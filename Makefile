@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo bench tables test lint types check clean
+.PHONY: setup demo bench tables test lint types check sanitize clean
 
 setup: $(STAMP)
 
@@ -40,11 +40,22 @@ lint: setup
 
 # mypy cannot follow an editable install of mapped packages: it reads a plain copy instead.
 types: setup
-	rm -rf build/typecheck
+	rm -rf build
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy -p coreskip
 
 check: lint types test
+
+# The kernels' tests over a build with the address and undefined-behaviour sanitizers. Python itself is not
+# instrumented: the runtime has to be loaded first, and what Python and torch never free is not looked for.
+SANITIZED := build/sanitize/_cpu.so
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+
+sanitize: setup
+	mkdir -p $(dir $(SANITIZED))
+	$(CXX) -std=c++17 -O1 -g -fPIC -fopenmp -shared $(SANITIZERS) kernels/*.cpp -o $(SANITIZED)
+	CORESKIP_LIBRARY=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	$(BIN)/python -m pytest tests/test_kernels.py tests/test_kernels_int8.py -k "not compile and not without and not pool"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import psutil
 import torch
+
 from coreskip.bench.runners import RUNNERS, Job, Machine
 
 MACHINE = "machine"  # a job that measures the machine itself

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
+
 from coreskip.predictors.errors import CoreskipError
 
 FORMAT = "coreskip.bench/1"
@@ -273,6 +274,32 @@ def origins(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def quality_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of `coreskip.bench.quality` as a Markdown table, with a line that says where they come from."""
+    head = ["method", "keep", "neurons skipped", "perplexity", "increase", "KL", "top-1 agreement"]
+    lines = [head, ["---"] * len(head), ["dense", "", "0 %", f"{rows[0]['dense']['ppl']:.2f}", "", "", ""]]
+    for row in rows:
+        increase = f"{100 * row['ppl_increase']:+.0f} ± {100 * row['ppl_increase_stderr']:.0f} %"
+        shares = [f"{100 * row[name]:.0f} %" for name in ("neuron_sparsity", "top1_agreement")]
+        perplexity = f"{row['sparse']['ppl']:.2f}"
+        lines.append([row["name"], str(row["keep"]), shares[0], perplexity, increase, f"{row['kl']:.3f}", shares[1]])
+    first = rows[0]
+    origin = (
+        f"{first['model']} {first['dtype']} on {first['device']}, {first['tokens']} tokens of {first['text']} in "
+        f"{first['windows']} windows; {first['time'][:10]}, commit {first['commit'] or 'unknown'}: `{first['command']}`"
+    )
+    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", origin])
+
+
+def _table_of(path: Path) -> str:
+    """The table of a file of rows: of quality where they have a KL divergence, else of speed."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise CoreskipError(f"cannot read the rows {path}: {error}") from None
+    return quality_table(lines) if lines and "kl" in lines[0] else markdown_table(read([path]))
+
+
 _MARK = "<!-- table: "
 
 
@@ -290,5 +317,5 @@ def fill_tables(text: str, folder: Path) -> str:
         _, end, tail = rest.partition("<!-- end table -->")
         if not close or not end:
             raise CoreskipError(f"the table {name.strip()[:40]!r} has no `<!-- end table -->`")
-        done.append(f"{_MARK}{name} -->\n{markdown_table(read([folder / f'{name}.jsonl']))}\n{end}{tail}")
+        done.append(f"{_MARK}{name} -->\n{_table_of(folder / f'{name}.jsonl')}\n{end}{tail}")
     return "".join(done)

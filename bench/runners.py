@@ -21,6 +21,10 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from transformers import CompileConfig, GenerationConfig, StaticCache
+from transformers.generation.streamers import BaseStreamer
+
 from coreskip.bench.workloads import Shape, byte_ids
 from coreskip.kernels import cpu
 from coreskip.kernels.ops import available
@@ -29,14 +33,10 @@ from coreskip.predictors.calibration import TokenText, tokenize
 from coreskip.predictors.errors import CoreskipError
 from coreskip.predictors.observe import inference
 from coreskip.predictors.plan import CoreNeurons, LayerPlan, Plan
+from coreskip.predictors.version import VERSION
 from coreskip.runtime.load import embedded_gguf, load
 from coreskip.runtime.quality import evaluate_all
 from coreskip.runtime.wrap import is_wrapped, runtime_of, unwrap, wrap
-from torch import Tensor, nn
-from transformers import CompileConfig, GenerationConfig, StaticCache
-from transformers.generation.streamers import BaseStreamer
-
-import coreskip
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Runner:
         return {"dtype": self.job.dtype, "method": "dense", "keep": 1.0, "neurons_skipped": 0.0}
 
     def versions(self) -> dict[str, str]:
-        found = {"coreskip": coreskip.__version__, "python": platform.python_version()}
+        found = {"coreskip": VERSION, "python": platform.python_version()}
         for package in ("torch", "transformers", self.package):
             if package is not None:
                 found[package] = version(package)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from coreskip.bench.runners import OPPONENTS, Job
 from coreskip.bench.workloads import NATURAL_SPARSITY, Prompt, Shape, prompts, threads_available
 from coreskip.predictors.errors import CoreskipError

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+
 from coreskip.bench.processes import MACHINE, Client, RunnerFailed, Worker, deaf_to_ctrl_c
 from coreskip.bench.rows import FORMAT, Row, commit, device_name, model_name
 from coreskip.bench.runners import Generation, Job, missing

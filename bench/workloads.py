@@ -9,9 +9,10 @@ from statistics import NormalDist
 from typing import Any, cast
 
 import torch
-from coreskip.predictors.errors import CoreskipError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from coreskip.predictors.errors import CoreskipError
 
 PROMPTS = {
     "prose": (

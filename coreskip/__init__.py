@@ -16,7 +16,9 @@ __path__ = [str(_here if (_here / "kernels").is_dir() else _here.parent)]
 # the command line lives here in both
 __path__ += [path for path in [str(_here)] if path not in __path__]
 
-__version__ = "0.1.0"
+from coreskip.predictors.version import VERSION  # noqa: E402  (needs __path__)
+
+__version__ = VERSION
 
 # public name -> where it lives; loaded on first use, so that `coreskip --help` does not wait for torch
 _HOMES = {

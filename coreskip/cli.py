@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -155,6 +154,7 @@ def evaluate(
     device: str | None,
 ) -> None:
     """Measure what a plan costs: perplexity, KL divergence, agreement with the dense model."""
+    from coreskip.bench.rows import replace_text
     from coreskip.predictors.calibration import read_text, sample_text, tokenize
     from coreskip.predictors.plan import Plan
     from coreskip.runtime.load import load
@@ -173,7 +173,7 @@ def evaluate(
     quality = evaluate(loaded, tokenizer, plan, scored, windows=windows, window=window, token_by_token=token_by_token)
     click.echo(summary(quality))
     if output is not None:
-        _write(output, json.dumps(quality, indent=1) + "\n")
+        replace_text(output, json.dumps(quality, indent=1) + "\n")
 
 
 class _Bench(click.Group):
@@ -262,28 +262,14 @@ def bench_tables(document: Path, folder: Path) -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench_kernels(arguments: tuple[str, ...]) -> None:
     """Time the kernels by themselves (`coreskip bench kernels --help`)."""
-    try:
-        kernels = import_module("coreskip.bench.kernels")
-    except ModuleNotFoundError as error:
-        if error.name != "coreskip.bench.kernels":
-            raise
-        raise CoreskipError("this version of coreskip has no kernel benchmark") from None
-    kernels.main(list(arguments))
+    from coreskip.bench.kernels import main
+
+    main(list(arguments))
 
 
 def _check_folder(output: Path | None) -> None:
     if output is not None and not output.parent.is_dir():
         raise CoreskipError(f"there is no folder {output.parent} to write {output.name} into")
-
-
-def _write(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(text)
-        draft.replace(path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise CoreskipError(f"cannot write {path}: {error.strerror}") from None
 
 
 def main(arguments: list[str] | None = None) -> None:

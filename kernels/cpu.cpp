@@ -3,12 +3,13 @@
 // Threads are OpenMP's. libgomp comes from torch, which is loaded first and has put it in the global scope, so
 // both share one pool; a second pool would spin against torch's between two layers.
 
+#include <math.h>
 #include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
 #include <atomic>
-#include <cmath>
 
 #include "cpu.h"
 
@@ -53,29 +54,45 @@ class Workspace {
 
 thread_local Workspace workspace;
 
+int64_t size_of(int dtype) { return dtype == kFloat32 ? 4 : dtype >= kInt8 ? 1 : 2; }
+
 struct Range {
     int64_t begin, end;
 };
 
 Range share(int64_t count, int part, int parts) { return {count * part / parts, count * (part + 1) / parts}; }
 
-void load_rows(const Isa& isa, const void* x, int dtype, int rows, int64_t width, int64_t stride, float* to) {
-    const int64_t bytes = width * (dtype == kFloat32 ? 4 : 2);
-    for (int r = 0; r < rows; r++) {
-        isa.to_float(static_cast<const char*>(x) + r * bytes, dtype, to + r * stride, width);
-        memset(to + r * stride + width, 0, (stride - width) * sizeof(float));
-    }
+size_t rows_room(int rows, int64_t stride) {
+    return Workspace::room<float>(rows * stride) + Workspace::room<int8_t>(rows * stride) +
+           Workspace::room<float>(rows) + Workspace::room<int32_t>(rows);
 }
 
-// Sums the threads' partial results, always in the same order, for one share of the columns.
-void reduce(const Isa& isa, float* acc, int parts, int rows, int64_t width, int64_t stride, Range columns,
-            const float* bias, void* out, int dtype) {
-    const int64_t n = columns.end - columns.begin, size = dtype == kFloat32 ? 4 : 2;
+// x in fp32, padded with zeros; quantised where the weights are.
+Rows load_rows(const Isa& isa, const void* x, int dtype, int w_dtype, int rows, int64_t width, int64_t stride,
+               Workspace& memory) {
+    float* to = memory.take<float>(rows * stride);
+    int8_t* q = memory.take<int8_t>(rows * stride);
+    float* scale = memory.take<float>(rows);
+    int32_t* sum = memory.take<int32_t>(rows);
     for (int r = 0; r < rows; r++) {
-        float* sum = acc + r * stride + columns.begin;
-        for (int p = 1; p < parts; p++) isa.add(sum, sum + p * rows * stride, n);
-        if (bias) isa.add(sum, bias + columns.begin, n);
-        isa.from_float(sum, static_cast<char*>(out) + (r * width + columns.begin) * size, dtype, n);
+        float* row = to + r * stride;
+        isa.to_float(static_cast<const char*>(x) + r * width * size_of(dtype), dtype, row, width);
+        memset(row + width, 0, (stride - width) * sizeof(float));
+        if (w_dtype >= kInt8) isa.quantize(row, stride, q + r * stride, scale + r, sum + r);
+        else isa.arrange(row, stride, w_dtype);
+    }
+    return {rows, stride, to, q, scale, sum};
+}
+
+// Sums the threads' partial results in the order of the threads, converts them and adds the bias.
+void reduce(const Isa& isa, float* acc, int parts, int w_dtype, int rows, int64_t width, int64_t stride,
+            const float* bias, void* out, int dtype) {
+    for (int r = 0; r < rows; r++) {
+        float* sum = acc + r * stride;
+        for (int p = 1; p < parts; p++) isa.add(sum, sum + p * rows * stride, stride);
+        isa.restore(sum, stride, w_dtype);
+        if (bias) isa.add(sum, bias, width);
+        isa.from_float(sum, static_cast<char*>(out) + r * width * size_of(dtype), dtype, width);
     }
 }
 
@@ -110,10 +127,34 @@ int64_t merge(const int64_t* lists, int64_t count, int rows, int64_t neurons, ui
     return kept;
 }
 
-// About 64 KiB are read between the prefetch of a line and its use.
-int block_size(int64_t bundle_bytes) {
-    const int64_t neurons = (64 << 10) / bundle_bytes / 2 * 2;
-    return neurons < 2 ? 2 : neurons > kMaxBlock ? kMaxBlock : neurons;
+// One row's neurons with a score of at least `threshold` or, where keep >= 0, the `keep` best (of equal scores the
+// first). Ascending, then -1. A NaN is kept: it has to reach the output, as it would in a dense layer.
+void choose(const float* score, int64_t neurons, int64_t keep, float threshold, float* scratch, int64_t* to,
+            int64_t width) {
+    int64_t equal = neurons, kept = 0;
+    if (keep >= 0 && keep < neurons) {
+        for (int64_t n = 0; n < neurons; n++) scratch[n] = score[n] == score[n] ? score[n] : HUGE_VALF;
+        float* last = scratch + neurons - keep;
+        if (keep > 0) std::nth_element(scratch, last, scratch + neurons);
+        threshold = keep > 0 ? *last : HUGE_VALF;
+        equal = keep - std::count_if(scratch, scratch + neurons, [=](float s) { return s > threshold; });
+        if (keep == 0) equal = 0;
+    } else if (keep >= neurons) {
+        threshold = -1;
+    }
+    for (int64_t n = 0; n < neurons && kept < width; n++) {
+        const float s = score[n] == score[n] ? score[n] : HUGE_VALF;
+        const bool wanted = keep >= 0 ? s > threshold || (s == threshold && equal-- > 0) : !(s < threshold);
+        if (wanted) to[kept++] = n;
+    }
+    std::fill(to + kept, to + width, -1);
+}
+
+// How many bundles fill so many KiB. Measured over 4..64 and 8..64 KiB, on 576 x 1536 and 2048 x 8192 in fp32 and
+// bf16: blocks of 16 KiB, prefetched 32 KiB ahead, are at or near the best everywhere.
+int64_t bundles(int64_t kib, int64_t bundle_bytes) {
+    const int64_t count = (kib << 10) / bundle_bytes / 2 * 2;
+    return count < 2 ? 2 : count;
 }
 
 }  // namespace
@@ -144,59 +185,150 @@ CORESKIP_API int coreskip_use(const char* name) {
 // The name of the instruction set in use.
 CORESKIP_API const char* coreskip_active() { return active.load()->name; }
 
-// x: [rows][hidden] of x_dtype; weight: [neurons][parts][stride] of w_dtype; biases: float or null.
-// lists: 0 = all neurons, 1 = one list of `count`, else one list of `count` per row; -1 entries are skipped.
-CORESKIP_API int coreskip_mlp(const void* x, int x_dtype, int rows, int64_t hidden, const void* weight, int w_dtype,
-                 int64_t neurons, int64_t stride, int gated, int act, const float* gate_bias, const float* up_bias,
-                 const float* down_bias, const int64_t* indices, int64_t count, int lists, void* out, int threads) {
-    const Isa& isa = *active.load();
-    const bool merged = lists > 1;
-    const int64_t listed = lists == 0 ? 0 : merged ? neurons : count;
-    Workspace& memory = workspace;
-    if (!memory.reserve(Workspace::room<float>(rows * stride) * (threads + 1) + Workspace::room<int64_t>(listed + 1) +
-                        Workspace::room<uint8_t>(merged ? neurons * rows : 0)))
-        return kNoMemory;
-    float* rows_in = memory.take<float>(rows * stride);
-    float* acc = memory.take<float>(rows * stride * threads);
-    int64_t* list = memory.take<int64_t>(listed + 1);  // compact and merge write one past what they keep
-    uint8_t* selected = memory.take<uint8_t>(merged ? neurons * rows : 0);
+// What the MLP calls have in common; cpu.py has the same fields in the same order.
+struct CoreskipMlp {
+    const void* x;             // [rows][hidden] of x_dtype
+    const void* weight;        // see MlpJob
+    const void* low;
+    const float* scale;
+    const float* norm;
+    const float* gate_bias;    // float, or null
+    const float* up_bias;
+    const float* down_bias;
+    const int64_t* indices;    // lists of `count`: none (lists = 0), one (1), or one per row; -1 entries are skipped
+    int64_t hidden, neurons, stride, count;
+    int64_t keep;              // kSketch, kGate: how many to keep, or -1: those with a score of `threshold`
+    float threshold;
+    int x_dtype, w_dtype, rows, gated, act, lists, rule, threads;
+};
 
-    int64_t kept = neurons;
-    if (merged) kept = merge(indices, count, rows, neurons, selected, list);
-    else if (lists == 1) kept = compact(indices, count, neurons, list);
-    if (kept < 0) return kBadIndex;
-    load_rows(isa, x, x_dtype, rows, hidden, stride, rows_in);
-    const int64_t bundle_bytes = stride * (gated ? 3 : 2) * (w_dtype == kFloat32 ? 4 : 2);
-    const MlpJob job = {weight, stride, gated != 0, act, block_size(bundle_bytes), gate_bias, up_bias,
-                        lists ? list : nullptr, merged ? selected : nullptr, rows_in, rows};
-    int team = 1;
-#pragma omp parallel num_threads(threads)
-    {
-        const int part = omp_get_thread_num(), parts = omp_get_num_threads();
-        float* mine = acc + part * rows * stride;
-        memset(mine, 0, rows * stride * sizeof(float));
-        const Range neurons_here = share(kept, part, parts);
-        isa.mlp[w_dtype](job, neurons_here.begin, neurons_here.end, mine);
-#pragma omp atomic write
-        team = parts;
+namespace coreskip {
+namespace {
+
+// One call's job in the workspace.
+struct Call {
+    const Isa& isa;
+    const CoreskipMlp& a;
+    MlpJob job{};
+    float* acc = nullptr;
+    int64_t* chosen = nullptr;    // [rows][width] of a rule's choice
+    int64_t* list = nullptr;
+    uint8_t* selected = nullptr;  // [neurons][rows]
+    float* scratch = nullptr;
+    int64_t count = 0;            // neurons to compute
+
+    int64_t width() const { return a.keep >= 0 ? std::min(a.keep, a.neurons) : a.neurons; }
+    bool scans() const { return a.w_dtype == kSliced || a.rule != kListed; }
+
+    int prepare(Workspace& memory) {
+        const int projections = a.gated ? 2 : 1;
+        const int64_t size = a.rows * a.stride, all = a.neurons * a.rows, listed = std::max(a.neurons, a.count) + 1;
+        const bool ruled = a.rule != kListed;
+        if (!memory.reserve(rows_room(a.rows, a.stride) + Workspace::room<float>(size * a.threads) +
+                            Workspace::room<int64_t>(listed) + Workspace::room<uint8_t>(all) +
+                            Workspace::room<int32_t>(scans() ? all * projections : 0) +
+                            2 * Workspace::room<float>(ruled ? all : 0) +
+                            Workspace::room<float>(ruled ? a.neurons : 0) +
+                            Workspace::room<int64_t>(ruled ? all : 0)))
+            return kNoMemory;
+        const int64_t bytes = a.stride * (projections + 1) * size_of(a.w_dtype);
+        job = {a.weight, a.low, a.scale, a.gated != 0, a.act, std::min<int>(bundles(16, bytes), kMaxBlock),
+               std::min<int>(bundles(32, bytes), 4096), a.gate_bias, a.up_bias, nullptr, nullptr,
+               load_rows(isa, a.x, a.x_dtype, a.w_dtype, a.rows, a.hidden, a.stride, memory), a.rule, a.norm,
+               nullptr, nullptr, nullptr, a.neurons};
+        acc = memory.take<float>(size * a.threads);
+        list = memory.take<int64_t>(listed);
+        selected = memory.take<uint8_t>(all);
+        if (a.w_dtype == kSliced) job.high = memory.take<int32_t>(all * projections);
+        if (ruled) {
+            if (a.rule == kGate) job.known_gate = memory.take<float>(all);
+            job.score = memory.take<float>(all);
+            scratch = memory.take<float>(a.neurons);
+            chosen = memory.take<int64_t>(all);
+        }
+        count = a.neurons;
+        return kOk;
     }
-    reduce(isa, acc, team, rows, hidden, stride, {0, hidden}, down_bias, out, x_dtype);
+
+    // Puts the listed neurons into the job. Returns a Status.
+    int use_lists(const int64_t* lists, int64_t width, int how_many) {
+        if (how_many > 1) count = merge(lists, width, a.rows, a.neurons, selected, list);
+        else count = compact(lists, width, a.neurons, list);
+        job.list = list;
+        job.selected = how_many > 1 ? selected : nullptr;
+        return count < 0 ? kBadIndex : kOk;
+    }
+
+    void scan() {
+#pragma omp parallel num_threads(a.threads)
+        {
+            const Range here = share(count, omp_get_thread_num(), omp_get_num_threads());
+            isa.scan[a.w_dtype](job, here.begin, here.end);
+        }
+    }
+
+    void choose_neurons(int64_t* to) {
+        for (int r = 0; r < a.rows; r++)
+            choose(job.score + r * a.neurons, a.neurons, a.keep, a.threshold, scratch, to + r * width(), width());
+    }
+
+    void compute(void* out) {
+        int team = 1;
+#pragma omp parallel num_threads(a.threads)
+        {
+            const int part = omp_get_thread_num(), parts = omp_get_num_threads();
+            float* mine = acc + part * a.rows * a.stride;
+            memset(mine, 0, a.rows * a.stride * sizeof(float));
+            const Range here = share(count, part, parts);
+            isa.mlp[a.w_dtype](job, here.begin, here.end, mine);
+#pragma omp atomic write
+            team = parts;
+        }
+        reduce(isa, acc, team, a.w_dtype, a.rows, a.hidden, a.stride, a.down_bias, out, a.x_dtype);
+    }
+};
+
+}  // namespace
+}  // namespace coreskip
+
+// out: [rows][hidden] of x_dtype.
+CORESKIP_API int coreskip_mlp(const CoreskipMlp* arguments, void* out) {
+    Call call{*active.load(), *arguments};
+    int status = call.prepare(workspace);
+    if (status == kOk && arguments->lists)
+        status = call.use_lists(arguments->indices, arguments->count, arguments->lists);
+    if (status != kOk) return status;
+    if (call.scans()) call.scan();
+    if (arguments->rule != kListed) {
+        call.choose_neurons(call.chosen);
+        call.use_lists(call.chosen, call.width(), arguments->rows);
+    }
+    call.compute(out);
+    return kOk;
+}
+
+// out: [rows][keep, or neurons], each row ascending and filled up with -1.
+CORESKIP_API int coreskip_choose(const CoreskipMlp* arguments, int64_t* out) {
+    Call call{*active.load(), *arguments};
+    const int status = call.prepare(workspace);
+    if (status != kOk) return status;
+    call.scan();
+    call.choose_neurons(out);
     return kOk;
 }
 
 // x: [rows][in_features] of x_dtype; weight: [out_features][stride] of w_dtype; out: [rows][out_features].
 CORESKIP_API int coreskip_linear(const void* x, int x_dtype, int rows, int64_t in_features, const void* weight, int w_dtype,
-                    int64_t out_features, int64_t stride, const float* bias, void* out, int threads) {
+                    int64_t out_features, int64_t stride, const float* scale, const float* bias, void* out,
+                    int threads) {
     const Isa& isa = *active.load();
     const bool direct = x_dtype == kFloat32;
     Workspace& memory = workspace;
-    if (!memory.reserve(Workspace::room<float>(rows * stride) +
-                        Workspace::room<float>(direct ? 0 : rows * out_features)))
+    if (!memory.reserve(rows_room(rows, stride) + Workspace::room<float>(direct ? 0 : rows * out_features)))
         return kNoMemory;
-    float* rows_in = memory.take<float>(rows * stride);
+    const Rows rows_in = load_rows(isa, x, x_dtype, w_dtype, rows, in_features, stride, memory);
     float* y = direct ? static_cast<float*>(out) : memory.take<float>(rows * out_features);
-    load_rows(isa, x, x_dtype, rows, in_features, stride, rows_in);
-    const LinearJob job = {weight, stride, bias, rows_in, rows, out_features, y};
+    const LinearJob job = {weight, scale, bias, rows_in, out_features, y};
 #pragma omp parallel num_threads(threads)
     {
         const Range here = share(out_features, omp_get_thread_num(), omp_get_num_threads());
@@ -207,4 +339,57 @@ CORESKIP_API int coreskip_linear(const void* x, int x_dtype, int rows, int64_t i
         }
     }
     return kOk;
+}
+
+// y = sum of x[j] * weight[j] over the inputs j with |x[j]| * norm[j] (norm null: 1) of at least `threshold` or, where
+// keep >= 0, the `keep` largest. x: [rows][inputs] of x_dtype; weight: [inputs][stride]; out: [rows][outputs].
+CORESKIP_API int coreskip_columns(const void* x, int x_dtype, int rows, int64_t inputs, const void* weight, int w_dtype,
+                                  int64_t outputs, int64_t stride, const float* norm, int64_t keep, float threshold,
+                                  const float* bias, void* out, int threads) {
+    const Isa& isa = *active.load();
+    const int64_t all = rows * inputs, size = rows * stride;
+    Workspace& memory = workspace;
+    if (!memory.reserve(2 * Workspace::room<float>(all) + Workspace::room<float>(inputs) +
+                        Workspace::room<int64_t>(all) + Workspace::room<int64_t>(inputs + 1) +
+                        Workspace::room<uint8_t>(all) + Workspace::room<float>(size * threads)))
+        return kNoMemory;
+    float* values = memory.take<float>(all);
+    float* score = memory.take<float>(all);
+    float* scratch = memory.take<float>(inputs);
+    int64_t* chosen = memory.take<int64_t>(all);
+    int64_t* list = memory.take<int64_t>(inputs + 1);
+    uint8_t* selected = memory.take<uint8_t>(all);
+    float* acc = memory.take<float>(size * threads);
+
+    isa.to_float(x, x_dtype, values, all);
+    const int64_t width = keep >= 0 ? std::min(keep, inputs) : inputs;
+    for (int64_t i = 0; i < all; i++) score[i] = fabsf(values[i]) * (norm ? norm[i % inputs] : 1.f);
+    for (int r = 0; r < rows; r++)
+        choose(score + r * inputs, inputs, keep, threshold, scratch, chosen + r * width, width);
+    const int64_t count = merge(chosen, width, rows, inputs, selected, list);
+    const ColumnsJob job = {weight, stride, inputs, values, rows, list, selected};
+    int team = 1;
+#pragma omp parallel num_threads(threads)
+    {
+        const int part = omp_get_thread_num(), parts = omp_get_num_threads();
+        memset(acc + part * size, 0, size * sizeof(float));
+        const Range here = share(count, part, parts);
+        isa.columns[w_dtype](job, here.begin, here.end, acc + part * size);
+#pragma omp atomic write
+        team = parts;
+    }
+    reduce(isa, acc, team, w_dtype, rows, outputs, stride, bias, out, x_dtype);
+    return kOk;
+}
+
+// Reads `bytes` of memory once, for a measure of its bandwidth. The result depends on all of it.
+CORESKIP_API uint64_t coreskip_read(const void* memory, int64_t bytes, int threads) {
+    const Isa& isa = *active.load();
+    uint64_t sum = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : sum)
+    {
+        const Range lines = share(bytes / kLine, omp_get_thread_num(), omp_get_num_threads());
+        sum += isa.read(static_cast<const char*>(memory) + lines.begin * kLine, (lines.end - lines.begin) * kLine);
+    }
+    return sum;
 }

@@ -7,43 +7,82 @@ namespace coreskip {
 
 constexpr int kMaxRows = 8;    // rows of x one call takes: a verification batch
 constexpr int kMaxBlock = 16;  // neurons whose activations are computed together
-constexpr int kLine = 64;      // bytes; weight rows are padded to whole cache lines
+constexpr int kLine = 64;      // bytes of a cache line
+// Rows are padded to this many bytes, two vectors of the widest kind, or nibbles, as many again. Rows of kInt8, which
+// are read one vector at a time, are padded to kLine.
+constexpr int kPad = 128;
 
-enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kDtypes = 3 };
+// The first three are also those of x. kInt8 is one byte a weight, w = scale[row] * (byte - 128). kSliced is the same
+// numbers in two planes of nibbles, byte = 16 * high + low; down rows stay whole bytes.
+enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kSliced = 4, kDtypes = 5 };
 enum Act : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kRelu2 = 4 };
+enum Rule : int { kListed = 0, kSketch = 1, kGate = 2 };
+
+// x as the kernels read it. Quantised weights meet quantised rows: x is about scale * q.
+struct Rows {
+    int count;
+    int64_t stride;        // elements of one padded row, of x as of the weights
+    const float* x;        // [count][stride], zero beyond the width
+    const int8_t* q;       // [count][stride]
+    const float* scale;    // [count]
+    const int32_t* sum;    // [count]: of q, for the 128 that every byte is too large
+};
 
 struct MlpJob {
-    const void* weight;       // [neurons][parts][stride]; parts = (gate,) up, down
-    int64_t stride;           // elements of one padded row
+    const void* weight;        // [neurons][(gate,) up, down][stride]; kSliced: [neurons][(gate,) up][stride / 2]
+    const void* low;           // kSliced: [neurons][(gate,) up][stride / 2] and [stride] of down, side by side
+    const float* scale;        // quantised: [neurons][(gate,) up, down]
     bool gated;
     int act;
-    int block;                // neurons per block, 2..kMaxBlock
-    const float* gate_bias;   // [neurons] or null
-    const float* up_bias;     // [neurons] or null
-    const int64_t* list;      // the neurons to compute, or null: all of them, in order
-    const uint8_t* selected;  // [neurons][rows]: which rows want a neuron; null: all rows want all
-    const float* x;           // [rows][stride], zero beyond the hidden size
-    int rows;
+    int block;                 // neurons per block, 2..kMaxBlock
+    int ahead;                 // neurons between a prefetch and its use
+    const float* gate_bias;    // [neurons] or null
+    const float* up_bias;      // [neurons] or null
+    const int64_t* list;       // the neurons to compute, or null: all of them, in order
+    const uint8_t* selected;   // [neurons][rows]: which rows want a neuron; null: all rows want all
+    Rows rows;
+    int rule;
+    const float* norm;         // kSketch: [neurons], the length of each down row
+    int32_t* high;             // kSliced: [neurons][projections][rows], products with the high plane
+    float* known_gate;         // kGate: [neurons][rows]
+    float* score;              // kSketch, kGate: [rows][neurons]
+    int64_t neurons;
 };
 
 struct LinearJob {
     const void* weight;  // [out_features][stride]
-    int64_t stride;
+    const float* scale;  // quantised: [out_features]
     const float* bias;   // [out_features] or null
-    const float* x;      // [rows][stride]
-    int rows;
+    Rows rows;
     int64_t out_features;
     float* y;            // [rows][out_features]
+};
+
+struct ColumnsJob {
+    const void* weight;       // [inputs][stride]
+    int64_t stride, inputs;
+    const float* x;           // [rows][inputs]
+    int rows;
+    const int64_t* list;      // the inputs that any row wants
+    const uint8_t* selected;  // [inputs][rows]
 };
 
 // One instruction set's functions. `begin` and `end` are one thread's share of the neurons (or outputs).
 struct Isa {
     const char* name;
     void (*mlp[kDtypes])(const MlpJob& job, int64_t begin, int64_t end, float* acc);
+    // Fills `high`, `known_gate` and `score`, whatever the format and the rule need, for listed neurons.
+    void (*scan[kDtypes])(const MlpJob& job, int64_t begin, int64_t end);
     void (*linear[kDtypes])(const LinearJob& job, int64_t begin, int64_t end);
+    void (*columns[kInt8])(const ColumnsJob& job, int64_t begin, int64_t end, float* acc);
     void (*to_float)(const void* from, int dtype, float* to, int64_t n);
     void (*from_float)(const float* from, void* to, int dtype, int64_t n);
+    void (*quantize)(const float* x, int64_t n, int8_t* q, float* scale, int32_t* sum);
+    // Into the order in which weights of `dtype` are expanded to fp32, and back.
+    void (*arrange)(float* x, int64_t n, int dtype);
+    void (*restore)(float* x, int64_t n, int dtype);
     void (*add)(float* to, const float* from, int64_t n);
+    uint64_t (*read)(const void* memory, int64_t bytes);
 };
 
 const Isa& generic_isa();

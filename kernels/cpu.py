@@ -10,17 +10,20 @@ import ctypes
 import os
 from functools import cache
 from importlib.util import find_spec
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from .packed import ACTS, DTYPES
+from .packed import ACTS, DTYPES, PackedColumns, PackedLinear, PackedMLP
 
 MAX_ROWS = 8  # kMaxRows in cpu.h
 ISAS = ("avx512", "avx2", "generic")  # best first
 
 _ACT = {name: code for code, name in enumerate(ACTS)}
-_DTYPE = {dtype: code for code, dtype in enumerate(DTYPES)}
+_DTYPE = {dtype: code for code, dtype in enumerate((*DTYPES, torch.uint8))}
+_SLICED = len(_DTYPE)
+_RULE = {"listed": 0, "sketch": 1, "gate": 2}
 
 
 class Unavailable(RuntimeError):
@@ -33,11 +36,8 @@ def library() -> ctypes.CDLL:
 
     Raises Unavailable where it was not built, or where this machine lacks the named instruction set.
     """
-    spec = find_spec(f"{__package__}._cpu")
-    if spec is None or spec.origin is None:
-        raise Unavailable("coreskip was installed without its compiled CPU kernels (no C++ compiler at install time)")
     try:
-        lib = ctypes.CDLL(spec.origin)
+        lib = ctypes.CDLL(_file())
     except OSError as error:
         raise Unavailable(f"the compiled CPU kernels cannot be loaded: {error}") from error
     _declare(lib)
@@ -46,6 +46,15 @@ def library() -> ctypes.CDLL:
         if lib.coreskip_use(isa.encode()) == 0:
             return lib
     raise Unavailable(f"CORESKIP_CPU={wanted}: this machine has {', '.join(_supported(lib))}")
+
+
+def _file() -> str:
+    # Only `make sanitize` sets the variable: it has a library of its own.
+    spec = find_spec(f"{__package__}._cpu")
+    file = os.environ.get("CORESKIP_LIBRARY") or (spec and spec.origin)
+    if not file:
+        raise Unavailable("coreskip was installed without its compiled CPU kernels (no C++ compiler at install time)")
+    return file
 
 
 def use(isa: str) -> None:
@@ -74,51 +83,109 @@ def _declare(lib: ctypes.CDLL) -> None:
     p, i, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     lib.coreskip_use.argtypes = [ctypes.c_char_p]
     lib.coreskip_active.restype = ctypes.c_char_p
-    lib.coreskip_mlp.argtypes = [p, i, i, n, p, i, n, n, i, i, p, p, p, p, n, i, p, i]
-    lib.coreskip_linear.argtypes = [p, i, i, n, p, i, n, n, p, p, i]
+    lib.coreskip_read.argtypes, lib.coreskip_read.restype = [p, n, i], ctypes.c_uint64
+    lib.coreskip_mlp.argtypes = [p, p]
+    lib.coreskip_choose.argtypes = [p, p]
+    lib.coreskip_columns.argtypes = [p, i, i, n, p, i, n, n, p, n, ctypes.c_float, p, p, i]
+    lib.coreskip_linear.argtypes = [p, i, i, n, p, i, n, n, p, p, p, i]
 
 
-def mlp(
-    x: Tensor,
-    weight: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    indices: Tensor | None,
-    hidden: int,
-    act: str,
-) -> Tensor:
+class _Mlp(ctypes.Structure):
+    """CoreskipMlp in cpu.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "low", "scale", "norm")),
+        *((name, ctypes.c_void_p) for name in ("gate_bias", "up_bias", "down_bias", "indices")),
+        *((name, ctypes.c_int64) for name in ("hidden", "neurons", "stride", "count", "keep")),
+        ("threshold", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("x_dtype", "w_dtype", "rows", "gated", "act", "lists", "rule", "threads")),
+    )
+
+
+def mlp(x: Tensor, packed: PackedMLP, indices: Tensor | None, rule: str, keep: int, threshold: float) -> Tensor:
     """The op coreskip::mlp on CPU tensors; `ops.mlp` describes it."""
     x = x.contiguous()
-    out = torch.empty_like(x)
-    rows = x.numel() // hidden
-    neurons, parts, stride = weight.shape
-    lists, count, where = 0, 0, None
+    call = _call(x, packed, rule, keep, threshold)
     if indices is not None:
         indices = indices.to(torch.int64).contiguous()
-        lists = 1 if indices.dim() == 1 else rows
-        count, where = indices.shape[-1], indices.data_ptr()
-    status = library().coreskip_mlp(
-        x.data_ptr(), _DTYPE[x.dtype], rows, hidden,
-        weight.data_ptr(), _DTYPE[weight.dtype], neurons, stride, parts == 3, _ACT[act],
-        _address(gate_bias), _address(up_bias), _address(down_bias),
-        where, count, lists, out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    _check(status, neurons)
+        call.indices, call.count = indices.data_ptr(), indices.shape[-1]
+        call.lists = 1 if indices.dim() == 1 else call.rows
+    out = torch.empty_like(x)
+    _check(library().coreskip_mlp(ctypes.byref(call), out.data_ptr()), packed.intermediate_size)
     return out
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, in_features: int) -> Tensor:
+def choose(x: Tensor, packed: PackedMLP, rule: str, keep: int, threshold: float) -> Tensor:
+    """The op coreskip::choose on CPU tensors; `ops.sketch_select` describes it."""
+    x = x.contiguous()
+    call = _call(x, packed, rule, keep, threshold)
+    out = torch.empty((call.rows, packed.intermediate_size if keep < 0 else keep), dtype=torch.int64)
+    _check(library().coreskip_choose(ctypes.byref(call), out.data_ptr()), packed.intermediate_size)
+    return out
+
+
+# What a PackedMLP contributes to every call: filling in twenty fields takes 4 us, copying them less than one.
+_templates: WeakKeyDictionary[PackedMLP, _Mlp] = WeakKeyDictionary()
+
+
+def _call(x: Tensor, packed: PackedMLP, rule: str, keep: int, threshold: float) -> _Mlp:
+    template = _templates.get(packed)
+    if template is None:
+        template = _templates[packed] = _template(packed)
+    call = _Mlp.from_buffer_copy(template)
+    call.x, call.x_dtype, call.rows = x.data_ptr(), _DTYPE[x.dtype], x.numel() // packed.hidden_size
+    call.rule, call.keep, call.threshold = _RULE[rule], keep, threshold
+    call.threads = torch.get_num_threads()
+    return call
+
+
+def _template(packed: PackedMLP) -> _Mlp:
+    names = ("weight", "low", "scale", "norm", "gate_bias", "up_bias", "down_bias")
+    sliced = packed.low is not None
+    return _Mlp(
+        **{name: _address(getattr(packed, name)) for name in names},
+        hidden=packed.hidden_size,
+        neurons=packed.intermediate_size,
+        stride=packed.weight.shape[2] * (2 if sliced else 1),
+        w_dtype=_SLICED if sliced else _DTYPE[packed.weight.dtype],
+        gated=packed.gated,
+        act=_ACT[str(packed.act)],
+    )
+
+
+def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     """The op coreskip::linear on CPU tensors; `ops.linear` describes it."""
     x = x.contiguous()
+    weight = packed.weight
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
     status = library().coreskip_linear(
-        x.data_ptr(), _DTYPE[x.dtype], x.numel() // in_features, in_features,
+        x.data_ptr(), _DTYPE[x.dtype], x.numel() // packed.in_features, packed.in_features,
         weight.data_ptr(), _DTYPE[weight.dtype], weight.shape[0], weight.stride(0),
-        _address(bias), out.data_ptr(), torch.get_num_threads(),
+        _address(packed.scale), _address(packed.bias), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     _check(status, 0)
     return out
+
+
+def columns(x: Tensor, packed: PackedColumns, by_norm: bool, keep: int, threshold: float) -> Tensor:
+    """The op coreskip::columns on CPU tensors; `ops.column_linear` describes it."""
+    x = x.contiguous()
+    weight = packed.weight
+    out = x.new_empty((*x.shape[:-1], packed.out_features))
+    status = library().coreskip_columns(
+        x.data_ptr(), _DTYPE[x.dtype], x.numel() // packed.in_features, packed.in_features,
+        weight.data_ptr(), _DTYPE[weight.dtype], packed.out_features, weight.shape[1],
+        packed.norm.data_ptr() if by_norm else None, keep, threshold,
+        _address(packed.bias), out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    _check(status, 0)
+    return out
+
+
+def read(memory: Tensor) -> int:
+    """Reads a contiguous tensor once with all threads and returns a sum over it: the memory's speed, timed."""
+    total: int = library().coreskip_read(memory.data_ptr(), memory.nbytes, torch.get_num_threads())
+    return total
 
 
 def _address(tensor: Tensor | None) -> int | None:

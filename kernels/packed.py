@@ -1,30 +1,33 @@
 """Weights in the order in which decoding reads them.
 
 An MLP is packed by neuron: the gate, up and down rows of one neuron lie side by side, so that leaving a neuron
-out leaves one contiguous run of bytes unread. Rows are padded with zeros to whole cache lines.
+out leaves one contiguous run of bytes unread. Rows are padded with zeros to whole cache lines or pairs of them.
 """
 
 from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 from torch import Tensor
 
-LINE = 64  # bytes; kLine in cpu.h
+LINE = 64  # bytes of a cache line, to whose multiples a row of whole bytes is padded; kLine in cpu.h
+PAD = 128  # bytes, or nibbles, to whose multiples any other row is padded; kPad in cpu.h
 HUGE_PAGE = 2 << 20
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMATS = (None, "int8", "int8_sliced")
+MAX_INT8_WIDTH = (2**31 - 1) // (255 * 127)  # beyond it a row of products could overflow 32 bits
 
 Act = str | Callable[[Tensor], Tensor]
 
 
 def padded(width: int, dtype: torch.dtype) -> int:
-    """The number of elements in a row of `width` elements once it fills whole cache lines."""
-    line = LINE // dtype.itemsize
-    return -(-width // line) * line
+    """The number of elements in a packed row of `width` elements."""
+    run = PAD // dtype.itemsize
+    return -(-width // run) * run
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -50,13 +53,20 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
 class PackedMLP:
     """One layer's MLP: down(act(gate(x)) * up(x)), or down(act(up(x))) where there is no gate.
 
-    `weight` is [intermediate_size, parts, stride], parts being (gate,) up, down. The biases are float32.
+    `weight` is [intermediate_size, parts, stride], parts being (gate,) up, down. In "int8" it holds bytes and a weight
+    is scale[neuron, part] * (byte - 128). In "int8_sliced" the bytes of gate and up lie in two planes of nibbles,
+    byte = 16 * high + low: `weight` is the high plane, [intermediate_size, (gate,) up, stride / 2], and `low` has the
+    low plane and the bytes of the down row side by side. Biases, scales and norms are float32.
     Made by `pack`, never changed afterwards.
     """
 
     weight: Tensor
     hidden_size: int
+    gated: bool
     act: Act
+    low: Tensor | None = None
+    scale: Tensor | None = None
+    norm: Tensor | None = None
     gate_bias: Tensor | None = None
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
@@ -81,26 +91,27 @@ class PackedMLP:
         gate, up, down: [I, d] each, one row per neuron (for `nn.Linear` down projections pass `weight.t()`), any
         strides, all of one dtype: float32, bfloat16 or float16. gate is None for a plain MLP.
         act: "silu", "gelu", "gelu_tanh", "relu", "relu2", or a callable, which only the torch backend runs.
-        gate_bias, up_bias: [I]; down_bias: [d]. indices: [k] of int64, distinct. fmt: None keeps the dtype.
+        gate_bias, up_bias: [I]; down_bias: [d]. indices: [k] of int64, distinct.
+        fmt: None keeps the dtype; "int8" and "int8_sliced" round every row to 255 steps: the originals cannot be had
+        back from them, who needs them keeps them.
         Raises ValueError where shapes or names do not fit, TypeError for another dtype.
         """
         parts = [up, down] if gate is None else [gate, up, down]
         _check_parts(parts, act, fmt)
         _check_biases(up, gate is not None, gate_bias, up_bias, down_bias)
-        neurons = up.shape[0] if indices is None else indices.numel()
-        width = up.shape[1]
-        stride = padded(width, up.dtype)
-        weight = allocate((neurons, len(parts), stride), up.dtype, up.device)
-        for part, rows in enumerate(parts):
-            weight[:, part, :width] = _rows(rows, indices)
-        weight[:, :, width:] = 0
+        rows = [part.detach() if indices is None else _rows(part.detach(), indices) for part in parts]
+        weight, low, scale = _pack_floats(rows) if fmt is None else _pack_bytes(rows, sliced=fmt == "int8_sliced")
         return cls(
             weight=weight,
-            hidden_size=width,
+            hidden_size=up.shape[1],
+            gated=gate is not None,
             act=act,
-            gate_bias=_bias(gate_bias, indices),
-            up_bias=_bias(up_bias, indices),
-            down_bias=_bias(down_bias, None),
+            low=low,
+            scale=scale,
+            norm=rows[-1].float().norm(dim=1) if fmt == "int8_sliced" else None,
+            gate_bias=_floats(gate_bias, indices),
+            up_bias=_floats(up_bias, indices),
+            down_bias=_floats(down_bias, None),
         )
 
     @torch.no_grad()
@@ -109,16 +120,14 @@ class PackedMLP:
 
         Bundles are copied whole, which is faster than packing a slice of the original weights again.
         """
-        shape = (indices.numel(), *self.weight.shape[1:])
-        weight = allocate(shape, self.weight.dtype, self.weight.device)
-        torch.index_select(self.weight, 0, indices, out=weight)
-        return PackedMLP(
-            weight=weight,
-            hidden_size=self.hidden_size,
-            act=self.act,
-            gate_bias=_bias(self.gate_bias, indices),
-            up_bias=_bias(self.up_bias, indices),
-            down_bias=self.down_bias,
+        return replace(
+            self,
+            weight=_take(self.weight, indices),
+            low=None if self.low is None else _take(self.low, indices),
+            scale=_floats(self.scale, indices),
+            norm=_floats(self.norm, indices),
+            gate_bias=_floats(self.gate_bias, indices),
+            up_bias=_floats(self.up_bias, indices),
         )
 
     @property
@@ -126,48 +135,56 @@ class PackedMLP:
         return self.weight.shape[0]
 
     @property
-    def gated(self) -> bool:
-        return self.weight.shape[1] == 3
+    def fmt(self) -> str | None:
+        """None, "int8" or "int8_sliced"."""
+        return None if self.scale is None else "int8" if self.low is None else "int8_sliced"
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory in use, padding and biases included."""
-        return sum(t.nbytes for t in (self.weight, self.gate_bias, self.up_bias, self.down_bias) if t is not None)
+        """Bytes of memory in use, padding, scales and biases included."""
+        tensors = (self.weight, self.low, self.scale, self.norm, self.gate_bias, self.up_bias, self.down_bias)
+        return sum(t.nbytes for t in tensors if t is not None)
 
     def __repr__(self) -> str:
         shape = f"{self.hidden_size}x{self.intermediate_size}"
-        dtype = str(self.weight.dtype).removeprefix("torch.")
-        return f"PackedMLP({shape}, {dtype}, act={self.act}, gated={self.gated})"
+        fmt = self.fmt or str(self.weight.dtype).removeprefix("torch.")
+        return f"PackedMLP({shape}, {fmt}, act={self.act}, gated={self.gated})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PackedLinear:
-    """A linear layer's weight, [out_features, stride], and its bias as float32 or None. Made by `pack`."""
+    """A linear layer's weight, [out_features, stride], and its bias as float32 or None. Made by `pack`.
+
+    In "int8" the weight holds bytes and stands for scale[out_feature] * (byte - 128).
+    """
 
     weight: Tensor
     in_features: int
+    scale: Tensor | None = None
     bias: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
-    def pack(cls, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+    def pack(cls, weight: Tensor, bias: Tensor | None = None, *, fmt: str | None = None) -> PackedLinear:
         """weight: [out_features, in_features] of float32, bfloat16 or float16; bias: [out_features] or None.
 
-        Rows that already fill whole cache lines are shared with `weight`, anything else is copied.
-        Raises ValueError where shapes do not fit, TypeError for another dtype.
+        fmt: None or "int8". With None, rows that need no padding are shared with `weight`, anything else is copied.
+        Raises ValueError where shapes or names do not fit, TypeError for another dtype.
         """
         _check_dtype(weight)
         if weight.dim() != 2:
             raise ValueError(f"weight must be [out_features, in_features], not {tuple(weight.shape)}")
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must have shape {tuple(weight.shape[:1])}, not {tuple(bias.shape)}")
-        width = weight.shape[1]
-        rows = weight.detach()
-        if not (rows.is_contiguous() and padded(width, rows.dtype) == width):
-            rows = allocate((weight.shape[0], padded(width, weight.dtype)), weight.dtype, weight.device)
-            rows[:, :width] = weight
-            rows[:, width:] = 0
-        return cls(weight=rows, in_features=width, bias=_bias(bias, None))
+        if fmt not in (None, "int8"):
+            raise ValueError(f"fmt must be None or 'int8', not {fmt!r}")
+        rows, scale = weight.detach(), None
+        if fmt == "int8":
+            packed, _, scales = _pack_bytes([rows], sliced=False)
+            rows, scale = packed[:, 0], scales[:, 0].contiguous()
+        elif not (rows.is_contiguous() and padded(rows.shape[1], rows.dtype) == rows.shape[1]):
+            rows = _pack_floats([rows])[0][:, 0]
+        return cls(weight=rows, in_features=weight.shape[1], scale=scale, bias=_floats(bias, None))
 
     @property
     def out_features(self) -> int:
@@ -175,27 +192,127 @@ class PackedLinear:
 
     @property
     def nbytes(self) -> int:
-        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        return sum(t.nbytes for t in (self.weight, self.scale, self.bias) if t is not None)
+
+    def __repr__(self) -> str:
+        fmt = str(self.weight.dtype).removeprefix("torch.") if self.scale is None else "int8"
+        return f"PackedLinear({self.in_features} -> {self.out_features}, {fmt}, bias={self.bias is not None})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PackedColumns:
+    """A linear layer's weight by column, [in_features, stride], for inputs of which many may be left out.
+
+    `norm` is the length of each column, [in_features]; it and the bias are float32. Made by `pack`.
+    """
+
+    weight: Tensor
+    out_features: int
+    norm: Tensor
+    bias: Tensor | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def pack(cls, weight: Tensor, bias: Tensor | None = None) -> PackedColumns:
+        """Copies weight, [out_features, in_features] of float32, bfloat16 or float16; bias: [out_features] or None.
+
+        Raises ValueError where shapes do not fit, TypeError for another dtype.
+        """
+        _check_dtype(weight)
+        if weight.dim() != 2:
+            raise ValueError(f"weight must be [out_features, in_features], not {tuple(weight.shape)}")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must have shape {tuple(weight.shape[:1])}, not {tuple(bias.shape)}")
+        columns = _pack_floats([weight.detach().t()])[0][:, 0]
+        norm = weight.detach().float().norm(dim=0)
+        return cls(weight=columns, out_features=weight.shape[0], norm=norm, bias=_floats(bias, None))
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.weight, self.norm, self.bias) if t is not None)
 
     def __repr__(self) -> str:
         dtype = str(self.weight.dtype).removeprefix("torch.")
-        return f"PackedLinear({self.in_features} -> {self.out_features}, {dtype}, bias={self.bias is not None})"
+        return f"PackedColumns({self.in_features} -> {self.out_features}, {dtype}, bias={self.bias is not None})"
 
 
-def _rows(weight: Tensor, indices: Tensor | None) -> Tensor:
-    if indices is None:
-        return weight
+# ---- packing ----
+
+
+def _pack_floats(parts: list[Tensor]) -> tuple[Tensor, None, None]:
+    neurons, width = parts[0].shape
+    dtype = parts[0].dtype
+    weight = allocate((neurons, len(parts), padded(width, dtype)), dtype, parts[0].device)
+    for part, rows in enumerate(parts):
+        weight[:, part, :width] = rows
+    weight[:, :, width:] = 0
+    return weight, None, None
+
+
+def _pack_bytes(parts: list[Tensor], *, sliced: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Returns (weight, low or None, scale): the rows of all parts as bytes, in one tensor or in two planes."""
+    neurons, width = parts[0].shape
+    stride = padded(width, torch.uint8) if sliced else -(-width // LINE) * LINE
+    integers, scales = zip(*(quantize(rows.float()) for rows in parts), strict=True)
+    rows = torch.nn.functional.pad(torch.stack(integers, 1) + 128, (0, stride - width), value=128).to(torch.uint8)
+    scale = torch.stack(scales, 1).contiguous()
+    device = parts[0].device
+    if not sliced:
+        return allocate(tuple(rows.shape), torch.uint8, device).copy_(rows), None, scale
+    low = allocate((neurons, (len(parts) + 1) * stride // 2), torch.uint8, device)
+    low[:, :-stride] = _nibbles(rows[:, :-1] & 15).flatten(1)
+    low[:, -stride:] = rows[:, -1]
+    high = _nibbles(rows[:, :-1] >> 4)
+    return allocate(tuple(high.shape), torch.uint8, device).copy_(high), low, scale
+
+
+def _nibbles(values: Tensor) -> Tensor:
+    """[..., n] of 0..15 -> [..., n / 2]: in each run of PAD the first half low, the second half high."""
+    runs = values.reshape(*values.shape[:-1], -1, 2, PAD // 2)
+    return (runs[..., 0, :] | runs[..., 1, :] << 4).flatten(-2)
+
+
+def spread(nibbles: Tensor) -> Tensor:
+    """The inverse of packing nibbles: [..., n / 2] of uint8 -> [..., n] of 0..15."""
+    runs = nibbles.reshape(*nibbles.shape[:-1], -1, 1, PAD // 2)
+    return torch.cat([runs & 15, runs >> 4], -2).flatten(-3)
+
+
+def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds each row of [R, n] in float32 to 255 steps: rows is about scale * integers.
+
+    Returns integers [R, n], as float32, and scale [R]. A row with an infinity or a NaN gets the scale NaN.
+    """
+    largest = rows.abs().amax(-1, keepdim=True) if rows.shape[-1] else rows.new_zeros((*rows.shape[:-1], 1))
+    some = largest.isfinite() & (largest >= 1e-30)
+    step = largest / 127
+    integers = torch.where(some, (rows / step).round(), 0)
+    scale = torch.where(some, step, torch.where(largest.isfinite(), 0.0, torch.nan))
+    return integers, scale.squeeze(-1)
+
+
+def _take(weight: Tensor, indices: Tensor) -> Tensor:
+    taken = allocate((indices.numel(), *weight.shape[1:]), weight.dtype, weight.device)
+    torch.index_select(weight, 0, indices, out=taken)
+    return taken
+
+
+def _rows(weight: Tensor, indices: Tensor) -> Tensor:
     if weight.is_contiguous():
         return weight.index_select(0, indices)
     # A transposed view: picking columns of what lies in memory row by row is several times faster.
     return weight.t().index_select(1, indices).t()
 
 
-def _bias(bias: Tensor | None, indices: Tensor | None) -> Tensor | None:
-    if bias is None:
+def _floats(values: Tensor | None, indices: Tensor | None) -> Tensor | None:
+    if values is None:
         return None
-    bias = bias.detach() if indices is None else bias.detach().index_select(0, indices)
-    return bias.to(torch.float32, copy=True).contiguous()
+    values = values.detach() if indices is None else values.detach().index_select(0, indices)
+    return values.to(torch.float32, copy=True).contiguous()
 
 
 def _check_dtype(weight: Tensor) -> None:
@@ -211,8 +328,10 @@ def _check_parts(parts: list[Tensor], act: Act, fmt: str | None) -> None:
             raise ValueError(f"gate, up and down must be [intermediate, hidden] of one dtype, not {found}")
     if isinstance(act, str) and act not in ACTS:
         raise ValueError(f"act must be a callable or one of {', '.join(ACTS)}, not {act!r}")
-    if fmt is not None:
-        raise ValueError(f"fmt must be None, not {fmt!r}")
+    if fmt not in FORMATS:
+        raise ValueError(f"fmt must be one of {', '.join(map(repr, FORMATS))}, not {fmt!r}")
+    if fmt is not None and parts[0].shape[1] > MAX_INT8_WIDTH:
+        raise ValueError(f"int8 sums are exact up to a hidden size of {MAX_INT8_WIDTH}")
 
 
 def _check_biases(up: Tensor, gated: bool, gate: Tensor | None, up_bias: Tensor | None, down: Tensor | None) -> None:

@@ -189,7 +189,11 @@ def dissect(model: nn.Module) -> Anatomy:
     config = cast(Any, model).config.get_text_config()
     base = cast(nn.Module, getattr(model, "base_model", model))
     family = FAMILIES.get(config.model_type)
-    anatomy = _by_table(base, config.model_type, family) if family else _by_structure(base, config)
+    # a model that nests the family's decoder (a vision-language model) does not have its layers where the table says
+    if family is not None and family.layers in dict(base.named_modules()):
+        anatomy = _by_table(base, config.model_type, family)
+    else:
+        anatomy = _by_structure(cast(Any, model).get_decoder(), config)
     for index, mlp in enumerate(anatomy.mlps):
         _check_linears(index, mlp)
         if mlp.whole and not _reproduces(mlp):

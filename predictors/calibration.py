@@ -100,7 +100,7 @@ def _pieces(file: Path, size: int) -> Iterator[str]:
             yield handle.read(piece).decode("utf-8", errors="ignore")
 
 
-class _Bar(StoppingCriteria):  # type: ignore[misc]
+class _Bar(StoppingCriteria):
     """Shows progress: generation asks it once per token whether to stop."""
 
     def __init__(self, bar: tqdm[Any]) -> None:
@@ -112,7 +112,11 @@ class _Bar(StoppingCriteria):  # type: ignore[misc]
 
 
 def sample_text(model: Any, tokenizer: Any, *, tokens: int, length: int, seed: int, progress: bool = True) -> TokenText:
-    """Text that the model itself writes, for when there is none at hand: free sampling from an empty prompt.
+    """Text that the model itself writes, for when there is none at hand: nucleus sampling from an empty prompt.
+
+    Top-p 0.95, because free sampling from a small model drifts into gibberish: on the embedded model at keep 0.7, a
+    static plan from such text cost +91 % perplexity on real text, from freely sampled text +94 %, from top-p 0.9
+    +106 %, from temperature 0.8 +108 %, from real text +61 % (5 windows).
 
     Args:
         tokens: how many to sample, rounded up to whole sequences of `length`.
@@ -127,7 +131,7 @@ def sample_text(model: Any, tokenizer: Any, *, tokens: int, length: int, seed: i
         do_sample=True,
         temperature=1.0,
         top_k=0,
-        top_p=1.0,
+        top_p=0.95,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
     )

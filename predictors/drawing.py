@@ -21,24 +21,30 @@ def plan_table(plan: Plan) -> str:
         "quality      " + _quality(plan.quality),
         f"keeps        {plan.keep:.1%} of all MLP neurons at each decode step",
         "",
-        "layer  neurons                                    kept",
     ]
+    policies = [_policy(layer) for layer in plan.layers]
+    room = max(map(len, policies))
+    lines.append(f"layer  {'neurons':{room}}   kept / all")
     lines += [
-        _layer_line(i, layer, width)
-        for i, (layer, width) in enumerate(zip(plan.layers, model.intermediate_sizes, strict=True))
+        f"{index:5}  {policy:{room}} {_share(layer.neurons.kept(width), width)}"
+        for index, (policy, layer, width) in enumerate(
+            zip(policies, plan.layers, model.intermediate_sizes, strict=True)
+        )
     ]
     return "\n".join(lines)
 
 
-def _layer_line(index: int, layer: LayerPlan, width: int) -> str:
-    kept = layer.neurons.kept(width)
+def _share(kept: int, width: int) -> str:
     bar = "█" * round(_BAR * kept / width)
-    return f"{index:5}  {_policy(layer):30} {kept:6} / {width:<6} {bar:·<{_BAR}} {kept / width:6.1%}"
+    return f"{kept:6} / {width:<6} {bar:·<{_BAR}} {kept / width:6.1%}"
 
 
 def _policy(layer: LayerPlan) -> str:
     policy: Any = layer.neurons
-    details = [f"{name}={getattr(policy, name)}" for name in ("alpha", "beta", "score") if hasattr(policy, name)]
+    names = ["alpha", "beta", "score"]
+    if getattr(policy, "score", None) == "griffin":
+        names.remove("alpha")  # that score has none
+    details = [f"{name}={getattr(policy, name)}" for name in names if hasattr(policy, name)]
     if hasattr(policy, "clusters"):
         details.append(f"clusters={policy.clusters.shape[0]}")
     return " ".join([policy.name, *details])

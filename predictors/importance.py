@@ -52,20 +52,17 @@ def token_contributions(a: Tensor, score: Score, alpha: float, down_norm: Tensor
     """
     a = a.float()
     if score == "griffin":
-        return (a / a.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)).square()
-    if score == "signed":
-        wanted = (alpha * (a > 0).sum(-1, keepdim=True)).ceil().long()
-        ranked = a
-    else:
-        ranked = a.abs() if score == "magnitude" else a.abs() * down_norm
-        wanted = torch.full((a.shape[0], 1), math.ceil(alpha * a.shape[1]), device=a.device)
-    most = int(wanted.max()) if wanted.numel() else 0
+        size: Tensor = a.norm(dim=-1, keepdim=True)
+        return (a / size.clamp_min(torch.finfo(torch.float32).tiny)).square()
     core = torch.zeros_like(a)
-    if most == 0:
-        return core
-    top = ranked.topk(most, dim=-1).indices
-    member = torch.arange(most, device=a.device) < wanted
-    return core.scatter_(1, top, member.float())
+    if score == "signed":  # each token has its own number of positive activations, hence of core neurons
+        wanted = (alpha * (a > 0).sum(-1, keepdim=True)).ceil().long()
+        most = int(wanted.max()) if wanted.numel() else 0
+        member = torch.arange(most, device=a.device) < wanted
+        return core.scatter_(1, a.topk(most, dim=-1).indices, member.float())
+    ranked = a.abs() if score == "magnitude" else a.abs() * down_norm
+    # unsorted: half the time of a sorted topk at a third of 1,536 neurons
+    return core.scatter_(1, ranked.topk(math.ceil(alpha * a.shape[1]), dim=-1, sorted=False).indices, 1.0)
 
 
 def most_important(score: Tensor, tiebreak: Tensor, count: int) -> Tensor:

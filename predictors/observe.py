@@ -45,7 +45,7 @@ class LayerStats:
     down_norm: Tensor
 
     @classmethod
-    def empty(cls, down_norm: Tensor, hidden: int) -> LayerStats:
+    def empty(cls, down_norm: Tensor, hidden: int, scores: Iterable[Score]) -> LayerStats:
         width, device = down_norm.shape[0], down_norm.device
 
         def zeros(size: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -56,7 +56,7 @@ class LayerStats:
             active=zeros(width, torch.int64),
             total=zeros(width),
             squares=zeros(width),
-            core={score: zeros(width) for score in SCORES},
+            core={score: zeros(width) for score in scores},
             input_squares=zeros(hidden),
             input_norm=0.0,
             input_histogram=zeros(HISTOGRAM_BINS, torch.int64),
@@ -148,6 +148,7 @@ def observe(
     batches: Iterable[Tensor],
     *,
     alpha: float,
+    scores: Iterable[Score] = SCORES,
     total: int | None = None,
     progress: bool = True,
     tap: Tap | None = None,
@@ -159,12 +160,14 @@ def observe(
         batches: token ids ``[rows, length]`` without padding; consumed one at a time, so memory does not grow
             with the text.
         alpha: share of a token's neurons that counts as its core (CoreInfer's alpha).
+        scores: which to sum up; finding each token's core costs as much as the model's own pass over it.
         total: number of batches, for the progress bar.
         tap: also called as ``tap(layer, a)`` with every batch's activations ``[tokens, intermediate]``.
     """
     anatomy = dissect(model)
     stats = [
-        LayerStats.empty(norms, mlp.hidden_size) for norms, mlp in zip(down_norms(anatomy), anatomy.mlps, strict=True)
+        LayerStats.empty(norms, mlp.hidden_size, scores)
+        for norms, mlp in zip(down_norms(anatomy), anatomy.mlps, strict=True)
     ]
 
     def on_activations(index: int, a: Tensor) -> None:

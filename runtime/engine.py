@@ -184,7 +184,7 @@ class Engine:
         return cast("list[str]", self.tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
-class _Abandoned(StoppingCriteria):  # type: ignore[misc]
+class _Abandoned(StoppingCriteria):
     """Ends a generation whose consumer went away."""
 
     def __init__(self, event: threading.Event) -> None:

@@ -146,7 +146,8 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
     for holder, leftover in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if hasattr(holder, leftover):
             delattr(holder, leftover)
-    model.is_quantized = False
+    for leftover in ("is_quantized", "quantization_method"):
+        vars(model).pop(leftover, None)
     return model, tokenizer
 
 
@@ -179,7 +180,7 @@ def _one_line(source: str) -> Iterator[None]:
         yield
     except CoreskipError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:  # a damaged file surfaces as anything, struct.error included
         reason = str(error).strip().splitlines()
         raise CoreskipError(
             f"cannot load {source!r}: {reason[0][:200] if reason else type(error).__name__} "

@@ -6,13 +6,13 @@ copied when a prompt's cache is copied, and follows every reordering that beam s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
-from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -212,41 +212,44 @@ def selections_of(cache: object, owner: object) -> Selections | None:
 def attach(cache: Cache, selections: Selections) -> None:
     """Make `selections` follow `cache`: its methods that move or drop rows also move or drop the selections.
 
-    The methods are bound to the cache instance, so that ``copy.deepcopy`` of the cache rebinds them to the copy.
+    The cache's class becomes a subclass of the same name rather than its instance getting bound methods: those would
+    refer back to the cache and keep its keys and values in memory until the garbage collector comes around.
     """
     setattr(cache, _ATTRIBUTE, selections)
-    for method in (_reorder_cache, _batch_repeat_interleave, _batch_select_indices, _reset, _crop):
-        setattr(cache, method.__name__.removeprefix("_"), MethodType(method, cache))
+    if not isinstance(cache, _Followed):
+        cache.__class__ = _followed_class(cast(Any, type(cache)))
 
 
-def _reorder_cache(cache: Any, beam_idx: Tensor) -> None:
-    type(cache).reorder_cache(cache, beam_idx)
-    _take(cache, beam_idx)
+class _Followed:
+    """A KV cache whose selections follow it."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._take(lambda rows: beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._take(lambda rows: torch.arange(rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._take(lambda rows: torch.arange(rows)[torch.as_tensor(indices).cpu()])
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        vars(self).pop(_ATTRIBUTE, None)
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        super().crop(*args, **kwargs)  # type: ignore[misc]
+        if int(super().get_seq_length()) == 0:  # type: ignore[misc]
+            vars(self).pop(_ATTRIBUTE, None)
+
+    def _take(self, index: Callable[[int], Tensor]) -> None:
+        found = vars(self).get(_ATTRIBUTE)
+        if isinstance(found, Selections):
+            found.take(index(found.rows).cpu())
 
 
-def _batch_repeat_interleave(cache: Any, repeats: int) -> None:
-    type(cache).batch_repeat_interleave(cache, repeats)
-    rows = cache._coreskip_selections.rows if hasattr(cache, _ATTRIBUTE) else 0
-    _take(cache, torch.arange(rows).repeat_interleave(repeats))
-
-
-def _batch_select_indices(cache: Any, indices: Tensor) -> None:
-    type(cache).batch_select_indices(cache, indices)
-    _take(cache, torch.as_tensor(indices))
-
-
-def _reset(cache: Any) -> None:
-    type(cache).reset(cache)
-    cache.__dict__.pop(_ATTRIBUTE, None)
-
-
-def _crop(cache: Any, *args: Any, **kwargs: Any) -> None:
-    type(cache).crop(cache, *args, **kwargs)
-    if int(cache.get_seq_length()) == 0:
-        cache.__dict__.pop(_ATTRIBUTE, None)
-
-
-def _take(cache: Any, index: Tensor) -> None:
-    found = cache.__dict__.get(_ATTRIBUTE)
-    if found is not None:
-        found.take(index.cpu())
+@functools.cache
+def _followed_class(cls: Any) -> Any:
+    return type(cls.__name__, (_Followed, cls), {name: getattr(cls, name) for name in ("__module__", "__qualname__")})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ logger = logging.getLogger("coreskip")
 
 METHODS = ("auto", "core", "similar", "static")
 DEFAULT_KEEP = 0.6
+DEFAULT_SCORE: Score = "griffin"
 ALPHA = 0.4  # CoreInfer's, section 3
 _SENTENCE = 256  # tokens; CoreInfer finds core neurons stable from 200-300 tokens on
 _GRID = (0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # keeps that the budget search tries
@@ -111,11 +112,31 @@ def analyze(
         raise CoreskipError(f"first_layer is {first_layer}; the model has layers 0..{depth - 1}")
 
     calibration = _calibration_text(model, tokenizer, text, tokens, seed, progress)
-    search = _Workshop(model, calibration, score or "griffin", alpha, first_layer, tokens, windows, seed, progress)
+    # one part is observed, one chooses between candidates, one is measured on once, at the end
+    observed, searched, checked = calibration.split(0.6, 0.2, 0.2)
+    window = _even(min(WINDOW, len(searched.ids), len(checked.ids)))
+    if window < 16:
+        raise CoreskipError(
+            f"the text ({calibration.source}) has {len(calibration.ids)} tokens; at least 100 are needed, "
+            "some 10,000 are good"
+        )
+    workshop = Workshop(
+        model,
+        observed,
+        score=score or DEFAULT_SCORE,
+        alpha=alpha,
+        first_layer=first_layer,
+        max_tokens=tokens,
+        seed=seed,
+        progress=progress,
+    )
+    search = _Search(model, workshop, searched, checked, windows, window, progress)
+    names = list(METHODS[1:]) if method == "auto" else [method]
     if limit is not None:
-        return search.within(limit, method)
-    keep = DEFAULT_KEEP if keep is None else keep
-    return search.best(method, keep)
+        plan = search.within(limit, names)
+    else:
+        plan = search.closest(names, DEFAULT_KEEP if keep is None else keep)
+    return replace(plan, calibration=calibration.fingerprint())
 
 
 def check_options(
@@ -153,96 +174,45 @@ def _calibration_text(
     if text is not None:
         return tokenize(tokenizer, text)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or WINDOW
-    # a third of what a given text would provide: sampling is some ten times slower than observing
+    # half of what a given text would provide: sampling is some ten times slower than observing
     return sample_text(
-        model, tokenizer, tokens=max(tokens // 3, 1), length=min(WINDOW, longest - 1), seed=seed, progress=progress
+        model, tokenizer, tokens=-(-tokens // 2), length=min(WINDOW, longest - 1), seed=seed, progress=progress
     )
 
 
-class _Workshop:
-    """Makes and measures candidate plans from one observation of the model."""
+class Workshop:
+    """Makes plans for one model from one observation of it.
+
+    Args:
+        text: what is observed; at most `max_tokens` of it, in sentences of 256 tokens.
+        score, alpha, first_layer, seed: as in `analyze`.
+    """
 
     def __init__(
         self,
         model: Any,
         text: TokenText,
+        *,
         score: Score,
-        alpha: float,
-        first_layer: int,
-        tokens: int,
-        windows: int,
-        seed: int,
-        progress: bool,
+        alpha: float = ALPHA,
+        first_layer: int = 0,
+        max_tokens: int = 16384,
+        seed: int = 0,
+        progress: bool = True,
     ) -> None:
-        self._model, self._alpha, self._first, self._seed = model, alpha, first_layer, seed
-        self._score, self._windows, self._progress = score, windows, progress
-        # observed / searched on / checked on once, at the end
-        self._observed, self._searched, self._checked = text.split(0.6, 0.2, 0.2)
-        self._window = min(WINDOW, _even(min(len(self._searched.ids), len(self._checked.ids))))
-        if self._window < 16:
-            raise CoreskipError(
-                f"the text ({text.source}) has {len(text.ids)} tokens; at least 100 are needed, some 10,000 are good"
-            )
+        self._model, self._text, self._progress = model, text, progress
+        self._score, self._alpha, self._first, self._seed = score, alpha, first_layer, seed
+        self._max_tokens = max_tokens
         self._fingerprint = Fingerprint.of(model)
-        self._calibration = text.fingerprint()
-        self._max_tokens = tokens
         self._stats: list[LayerStats] | None = None
         self._sentences: list[Tensor] | None = None
 
-    # --- choosing
+    def make(self, method: str, keep: float) -> Plan:
+        """A plan of this method (``core``, ``static`` or ``similar``) that keeps this share of each layer's neurons.
 
-    def best(self, method: str, keep: float) -> Plan:
-        """The plan of this method and keep; of all methods the one closest to the dense model, if it says auto."""
-        names = [method] if method != "auto" else list(self._makers())
-        candidates = [self._makers()[name](keep) for name in names]
-        if len(candidates) > 1:
-            qualities = self._measure(candidates, self._searched)
-            for name, quality in zip(names, qualities, strict=True):
-                _report(name, keep, quality)
-            order = min(range(len(candidates)), key=lambda i: cast(float, qualities[i]["kl"]))
-            candidates = [candidates[order]]
-        return self._checked_plan(candidates[0])
-
-    def within(self, budget: Budget, method: str) -> Plan:
-        """The plan that keeps the fewest neurons within `budget`, on the text searched and on the text checked."""
-        names = [method] if method != "auto" else list(self._makers())
-        found = [plan for name in names for plan in self._frontier(name, budget)]
-        for plan in sorted(found, key=lambda plan: plan.keep):
-            checked = self._checked_plan(plan)
-            if budget.holds(cast("dict[str, Any]", checked.quality)):
-                return replace(checked, recipe={**checked.recipe, "budget": budget.text})
-        logger.warning("no candidate holds the budget %s: the plan is dense", budget.text)
-        dense = replace(Plan.dense(self._model), calibration=self._calibration)
-        return self._checked_plan(replace(dense, recipe={"method": "dense", "budget": budget.text}))
-
-    def _frontier(self, name: str, budget: Budget) -> Iterator[Plan]:
-        """Plans of one method that hold the budget on the searched text, by bisection over the keep (quality falls
-        with it)."""
-        make = self._makers()[name]
-        low, high = 0, len(_GRID)  # the first `low` keeps hold, from `high` on they do not
-        while low < high:
-            middle = (low + high) // 2
-            plan = make(_GRID[middle])
-            quality = self._measure([plan], self._searched)[0]
-            _report(name, _GRID[middle], quality)
-            if budget.holds(quality):
-                yield plan
-                low = middle + 1
-            else:
-                high = middle
-
-    def _measure(self, plans: list[Plan], text: TokenText) -> list[dict[str, Any]]:
-        return evaluate_all(
-            self._model, plans, text, windows=self._windows, window=self._window, progress=self._progress
-        )
-
-    def _checked_plan(self, plan: Plan) -> Plan:
-        return replace(plan, quality=self._measure([plan], self._checked)[0])
-
-    # --- making
-
-    def _makers(self) -> dict[str, Callable[[float], Plan]]:
-        return {"core": self._core, "static": self._static, "similar": self._similar}
+        Deterministic; observes the text when a method first needs it.
+        """
+        return {"core": self._core, "static": self._static, "similar": self._similar}[method](keep)
 
     def _core(self, keep: float) -> Plan:
         policy = CoreNeurons(self._alpha, keep, self._score)
@@ -254,36 +224,36 @@ class _Workshop:
 
     def _similar(self, keep: float) -> Plan:
         self._observe(sentences=True)
-        clusters = cluster_sentences(cast("list[Tensor]", self._sentences), keep, self._seed)
-        found = Clusters(clusters.anchor, self._alpha, keep, self._score, clusters.centroids)
-        return replace(self._plan("similar", keep, [Similar(sets) for sets in clusters.sets]), clusters=found)
+        found = cluster_sentences(cast("list[Tensor]", self._sentences), keep, self._seed)
+        clusters = Clusters(found.anchor, self._alpha, keep, self._score, found.centroids)
+        return self._plan("similar", keep, [Similar(sets) for sets in found.sets], clusters)
 
-    def _plan(self, method: str, keep: float, policies: list[Any]) -> Plan:
+    def _plan(
+        self, method: str, keep: float, policies: Sequence[NeuronPolicy], clusters: Clusters | None = None
+    ) -> Plan:
         widths = self._fingerprint.intermediate_sizes
         layers = [
-            LayerPlan(cast(NeuronPolicy, policy))
-            if index >= self._first and kept_count(width, keep) < width
-            else LayerPlan()
+            LayerPlan(policy) if index >= self._first and kept_count(width, keep) < width else LayerPlan()
             for index, (policy, width) in enumerate(zip(policies, widths, strict=True))
         ]
         recipe: dict[str, Any] = {"method": method, "keep": keep, "score": self._score}
         if self._score != "griffin":
             recipe["alpha"] = self._alpha
         recipe |= {"first_layer": self._first, "seed": self._seed}
-        clusters = None
-        return Plan(tuple(layers), self._fingerprint, recipe, self._calibration, None, clusters)
+        return Plan(tuple(layers), self._fingerprint, recipe, self._text.fingerprint(), None, clusters)
 
     def _observe(self, sentences: bool) -> list[LayerStats]:
-        """One pass over the observed text, with the sentences' own counts where a method needs them."""
+        """One pass over the text, with the sentences' own counts where a method needs them."""
         if self._stats is not None and (self._sentences is not None or not sentences):
             return self._stats
-        length = min(_SENTENCE, len(self._observed.ids) + len(self._observed.prefix))
-        rows = self._observed.windows(length, max(1, self._max_tokens // length))
+        length = min(_SENTENCE, len(self._text.ids) + len(self._text.prefix))
+        rows = self._text.windows(length, max(1, self._max_tokens // length))
         counter = SentenceCounter(down_norms(dissect(self._model)), self._score, self._alpha) if sentences else None
         self._stats = observe(
             self._model,
             rows.split(1),
             alpha=self._alpha,
+            scores=[self._score],
             total=len(rows),
             progress=self._progress,
             tap=counter,
@@ -291,6 +261,69 @@ class _Workshop:
         if counter is not None:
             self._sentences = counter.counts()
         return self._stats
+
+
+class _Search:
+    """Chooses between a workshop's plans by measuring them on text that it did not observe."""
+
+    def __init__(
+        self,
+        model: Any,
+        workshop: Workshop,
+        searched: TokenText,
+        checked: TokenText,
+        windows: int,
+        window: int,
+        progress: bool,
+    ) -> None:
+        self._model, self._workshop = model, workshop
+        self._searched, self._checked = searched, checked
+        self._windows, self._window, self._progress = windows, window, progress
+
+    def closest(self, methods: list[str], keep: float) -> Plan:
+        """Of one plan per method, the one with the lowest KL divergence from the dense model."""
+        plans = [self._workshop.make(method, keep) for method in methods]
+        if len(plans) == 1:
+            return self._check(plans[0])
+        qualities = self._measure(plans, self._searched)
+        for method, quality in zip(methods, qualities, strict=True):
+            _report(method, keep, quality)
+        best = min(range(len(plans)), key=lambda i: float(qualities[i]["kl"]))
+        return self._check(plans[best])
+
+    def within(self, budget: Budget, methods: list[str]) -> Plan:
+        """The plan that keeps the fewest neurons and holds `budget` on the text searched and on the text checked."""
+        found = [plan for method in methods for plan in self._holding(method, budget)]
+        for plan in sorted(found, key=lambda plan: plan.keep):
+            checked = self._check(plan)
+            if budget.holds(dict(checked.quality or {})):
+                return replace(checked, recipe={**checked.recipe, "budget": budget.text})
+        logger.warning("no candidate holds the budget %s: the plan skips nothing", budget.text)
+        dense = replace(Plan.dense(self._model), recipe={"method": "dense", "budget": budget.text})
+        return self._check(dense)
+
+    def _holding(self, method: str, budget: Budget) -> Iterator[Plan]:
+        """Plans of one method that hold the budget on the searched text, by bisection over the keep: quality falls
+        with it."""
+        low, high = 0, len(_GRID)  # the first `low` keeps hold, from `high` on they do not
+        while low < high:
+            middle = (low + high) // 2
+            plan = self._workshop.make(method, _GRID[middle])
+            quality = self._measure([plan], self._searched)[0]
+            _report(method, _GRID[middle], quality)
+            if budget.holds(quality):
+                yield plan
+                low = middle + 1
+            else:
+                high = middle
+
+    def _measure(self, plans: list[Plan], text: TokenText) -> list[dict[str, Any]]:
+        return evaluate_all(
+            self._model, plans, text, windows=self._windows, window=self._window, progress=self._progress
+        )
+
+    def _check(self, plan: Plan) -> Plan:
+        return replace(plan, quality=self._measure([plan], self._checked)[0])
 
 
 def _report(name: str, keep: float, quality: dict[str, Any]) -> None:

@@ -14,10 +14,12 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ..kernels.ops import PackedMLP, mlp
+from ..kernels.ops import MAX_ROWS, PackedLinear, PackedMLP, available, linear, mlp
+from ..kernels.packed import DTYPES
 from ..predictors.anatomy import Activation, Anatomy, FeedForward, canonical_activation, dissect
 from ..predictors.errors import CoreskipError
 from ..predictors.observe import down_norms
@@ -127,6 +129,7 @@ class Runtime:
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, plan: Plan) -> None:
         self.model, self.anatomy, self.plan = model, anatomy, plan
+        self._class = type(model)
         self._patches = Patches()
         self.usage = Usage(sum(mlp.intermediate_size for mlp in anatomy.mlps))
         policies = {index: layer.neurons for index, layer in enumerate(plan.layers)}
@@ -145,6 +148,7 @@ class Runtime:
         self._watched = self._watches()
         self._acts = [canonical_activation(layer.act) for layer in anatomy.mlps]
         self._static_packed: dict[int, PackedMLP] = {}
+        self._linear_packed: dict[nn.Module, PackedLinear] = {}
 
     def _width(self, layer: int) -> int:
         return self.anatomy.mlps[layer].intermediate_size
@@ -166,6 +170,7 @@ class Runtime:
     def install(self) -> None:
         """Everything was checked; from here on nothing can fail but for lack of memory."""
         try:
+            self._patch_linears()
             self._patch_stack(self.anatomy.stack)
             for index in sorted({*self._chosen, *self._static, *self._watched}):
                 self._patch_mlp(index, self.anatomy.mlps[index])
@@ -173,15 +178,16 @@ class Runtime:
         except BaseException:
             self._patches.undo()
             raise
-        self.model.__class__ = _wrapped_class(type(self.model))
+        self.model.__class__ = _wrapped_class(cast(Any, self._class))
 
     def remove(self) -> None:
-        self.model.__class__ = type(self.model).__mro__[2]  # _Wrapped is between
+        self.model.__class__ = self._class
         self._patches.undo()
 
     def repack(self) -> None:
         """Forget packed weights: the model's own were moved, cast or loaded anew."""
         self._static_packed.clear()
+        self._linear_packed.clear()
         self._watched = self._watches()
 
     def _patch_stack(self, stack: nn.Module) -> None:
@@ -212,6 +218,34 @@ class Runtime:
             return output
 
         self._patches.set(stack, "forward", forward)
+
+    def _patch_linears(self) -> None:
+        """Decode steps run every linear of the decoder layers, and the LM head, on the native kernel."""
+        if available("cpu") is not None:
+            return
+        for layer in self.anatomy.layers:
+            for module in layer.modules():
+                self._patch_linear(module, lambda: _decoding(STEP.get()))
+        # the head runs after the stack's pass is over; in prefill it sees as few rows as in decode
+        self._patch_linear(cast(Any, self.model).get_output_embeddings(), lambda: not self.model.training)
+
+    def _patch_linear(self, module: nn.Module, wanted: Callable[[], bool]) -> None:
+        """Few rows go to the decode kernel, which reads the module's own weight in place; others to the module."""
+        if not isinstance(module, nn.Linear) or not _shareable(module.weight):
+            return
+        original = module.forward
+        most = MAX_ROWS * module.in_features
+
+        @functools.wraps(original)
+        def forward(input: Tensor) -> Tensor:
+            if input.numel() > most or torch.is_grad_enabled() or not wanted():
+                return original(input)
+            packed = self._linear_packed.get(module)
+            if packed is None:
+                packed = self._linear_packed[module] = PackedLinear.pack(module.weight, module.bias)
+            return linear(input, packed)
+
+        self._patches.set(module, "forward", forward)
 
     def _patch_mlp(self, index: int, layer: FeedForward) -> None:
         if index in self._watched:
@@ -318,8 +352,8 @@ class Runtime:
             return mlp(x, packed)
         by_row = x.view(step.rows, -1, x.shape[-1])
         y = by_row.new_empty(by_row.shape)
-        for rows, packed in groups:
-            y[rows] = mlp(by_row[rows], packed[index])
+        for rows, layers in groups:
+            y[rows] = mlp(by_row[rows], layers[index])
         return y.view_as(x)
 
     def _packed_static(self, index: int) -> PackedMLP:
@@ -341,6 +375,18 @@ class Runtime:
             down_bias=w.down_bias,
             indices=indices.to(w.up.device),
         )
+
+
+def _decoding(step: Step | None) -> bool:
+    return step is not None and step.phase is Phase.DECODE
+
+
+def _shareable(weight: Tensor) -> bool:
+    """Whether the decode kernel can read this weight where it lies: it must be on the CPU, with rows that need no
+    padding. Other weights would have to be copied, which doubles their memory."""
+    if weight.device.type != "cpu" or weight.dtype not in DTYPES:
+        return False
+    return PackedLinear.pack(weight).weight.data_ptr() == weight.data_ptr()
 
 
 def _valid(mask: Tensor | None, past: int, length: int) -> Tensor | None:

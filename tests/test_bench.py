@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from tiny_models import tiny
+
 from coreskip.bench import throughput
 from coreskip.bench.processes import MACHINE, Local, RunnerFailed, Worker
 from coreskip.bench.report import page, pareto
@@ -18,11 +20,9 @@ from coreskip.bench.rows import FORMAT, Row, fill_tables, read, terminal_table, 
 from coreskip.bench.runners import RUNNERS, Generation, HuggingFace, Job, Stopwatch, dense_weight_bytes
 from coreskip.bench.settings import Settings, settings_of
 from coreskip.bench.workloads import PROMPTS, Prompt, Shape, byte_ids, prompts
+from coreskip.cli import cli
 from coreskip.predictors.calibration import TokenText
 from coreskip.predictors.errors import CoreskipError
-from tiny_models import tiny
-
-from coreskip.cli import cli
 
 ROOT = Path(__file__).parents[1]
 HF = Job("hf", "float32")

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from coreskip.predictors.anatomy import FAMILIES as TABLE
-from coreskip.predictors.anatomy import canonical_activation, dissect
-from coreskip.runtime.wrap import runtime_of
 from tiny_models import FAMILIES, greedy, plan_of, prompt, tiny
 from transformers import DynamicCache, StaticCache
 from transformers.generation import TextStreamer
 
 import coreskip
+from coreskip.predictors.anatomy import FAMILIES as TABLE
+from coreskip.predictors.anatomy import canonical_activation, dissect
+from coreskip.runtime.wrap import runtime_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -6,6 +6,10 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coreskip import CoreskipError
 from coreskip.predictors.core_neurons import (
     SentenceCounter,
     cluster_sentences,
@@ -14,10 +18,6 @@ from coreskip.predictors.core_neurons import (
     nearest_cluster,
 )
 from coreskip.predictors.importance import check_share, kept_count, most_important, token_contributions
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from coreskip import CoreskipError
 
 
 def slow_core(a: torch.Tensor, score: str, alpha: float, norm: torch.Tensor) -> torch.Tensor:

@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from coreskip.kernels import cpu, ops
-from coreskip.kernels.ops import PackedLinear, PackedMLP, linear, mlp
-from coreskip.kernels.packed import ACTS, DTYPES, padded
 from torch import Tensor
+
+from coreskip.kernels import cpu, ops
+from coreskip.kernels.ops import PackedColumns, PackedLinear, PackedMLP, column_linear, linear, mlp
+from coreskip.kernels.packed import ACTS, DTYPES, padded
 
 NO_LIBRARY = ops.available("cpu")
 needs_library = pytest.mark.skipif(NO_LIBRARY is not None, reason=str(NO_LIBRARY))
@@ -198,11 +199,34 @@ def test_linear(backend, dtype, in_features, out_features):
         assert (y.double() - exact).abs().max() <= 2 * torch_error + exact.abs().max() * torch.finfo(dtype).eps
 
 
-def test_linear_shares_a_weight_that_fills_cache_lines():
+def test_linear_shares_a_weight_that_needs_no_padding():
     weight = torch.randn(10, 64)
     assert PackedLinear.pack(weight).weight.data_ptr() == weight.data_ptr()
     assert PackedLinear.pack(weight[:, :50]).weight.shape == (10, 64)
     assert PackedLinear.pack(weight.t().contiguous().t()).weight.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("in_features", "out_features"), [(1, 1), (7, 3), (65, 130), (300, 64)])
+def test_column_linear(backend, dtype, in_features, out_features):
+    rng = torch.Generator().manual_seed(1)
+    weight = torch.randn(out_features, in_features, generator=rng).div(in_features**0.5).to(dtype)
+    bias = torch.randn(out_features, generator=rng).to(dtype)
+    packed = PackedColumns.pack(weight, bias)
+    for rows in (1, 3, 8):
+        x = torch.randn(rows, in_features, generator=rng).to(dtype)
+        for by_norm in (False, True):
+            score = x.float().abs() * (weight.float().norm(dim=0) if by_norm else 1)
+            sparse = torch.where(score >= 0.6, x, 0)
+            y = column_linear(x, packed, threshold=0.6, by_norm=by_norm, backend=backend)
+            exact = torch.nn.functional.linear(sparse.double(), weight.double(), bias.double())
+            torch_error = (torch.nn.functional.linear(sparse, weight, bias).double() - exact).abs().max()
+            assert y.dtype == dtype
+            assert (y.double() - exact).abs().max() <= 2 * torch_error + exact.abs().max() * torch.finfo(dtype).eps
+        kept = column_linear(x, packed, keep=in_features, backend=backend)
+        dense = linear(x, PackedLinear.pack(weight, bias), backend=backend)
+        assert torch.allclose(kept.float(), dense.float(), atol=8 * torch.finfo(dtype).eps)
+        assert torch.equal(column_linear(x, packed, keep=0, backend=backend), bias.expand(rows, -1))
 
 
 def same_kind(result: Tensor, expected: Tensor) -> None:
@@ -335,9 +359,9 @@ def test_torch_compile_sees_the_ops():
     weights = Weights(64, 100, torch.float32)
     mlp_packed, linear_packed = weights.pack(), PackedLinear.pack(torch.randn(30, 64))
     torch.library.opcheck(
-        torch.ops.coreskip.mlp.default, (weights.x(2), mlp_packed.weight, None, None, None, None, 64, "silu")
+        torch.ops.coreskip.mlp.default, (weights.x(2), *ops._fields(mlp_packed), None, "listed", -1, 0.0)
     )
-    torch.library.opcheck(torch.ops.coreskip.linear.default, (weights.x(2), linear_packed.weight, None, 64))
+    torch.library.opcheck(torch.ops.coreskip.linear.default, (weights.x(2), *ops._linear_fields(linear_packed)))
 
     @torch.compile(backend="eager", fullgraph=True)
     def step(x, indices):

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tiny_models import prompt, tiny
+
+from coreskip import CoreskipError
 from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.calibration import MOST_CHARACTERS, TokenText, read_text, sample_text, tokenize
 from coreskip.predictors.core_neurons import static_set
 from coreskip.predictors.importance import SCORES, token_contributions
 from coreskip.predictors.observe import HISTOGRAM_BINS, histogram_quantile, log_histogram, observe, taps
-from tiny_models import prompt, tiny
-
-from coreskip import CoreskipError
 
 
 def activations(model: Any, ids: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -95,10 +96,7 @@ class Letters:
     pad_token_id = 0
 
     def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> Any:
-        class Encoded:
-            input_ids = [1] * add_special_tokens + [5 + ord(c) % 100 for c in text]
-
-        return Encoded
+        return SimpleNamespace(input_ids=[1] * add_special_tokens + [5 + ord(c) % 100 for c in text])
 
 
 def test_windows_are_spread_over_the_text_and_start_with_bos() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers
+
 from coreskip.predictors.plan import Clusters, CoreNeurons, LayerPlan, Plan, Similar, Static
 
 VOCABULARY = 128

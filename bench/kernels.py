@@ -1,0 +1,260 @@
+"""Times the kernels against plain torch and against the memory itself.
+
+Every timing is one pass over so many layers that the weights it reads do not fit in the last-level cache. The
+variants of one shape run in turn, round after round, and the bandwidth of the memory is measured in the same
+rounds: a busy machine slows all of them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from coreskip.kernels import cpu
+from coreskip.kernels.ops import PackedMLP, available, mlp, sketch_mlp
+from coreskip.kernels.packed import allocate
+
+SHAPES = ("576x1536", "2048x8192", "4096x11008")
+FORMATS = ("float32", "bfloat16", "int8", "int8_sliced")
+KEEPS = (1.0, 0.5, 0.1)
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Case:
+    """One thing to time: `run` makes one pass and reads `nbytes` of weights."""
+
+    op: str
+    backend: str
+    keep: float
+    layers: int
+    nbytes: int
+    run: Callable[[], Any]
+
+
+def measure(shape: str, fmt: str, keeps: tuple[float, ...] = KEEPS, *, rows: int = 1, rounds: int = 15) -> list[Row]:
+    """Times one MLP shape ("hidden x intermediate") in one format: torch dense, then the kernels at every `keep`.
+
+    fmt: a dtype's name, or "int8" or "int8_sliced" (against torch in bfloat16; sliced neurons are chosen by sketch).
+    Raises RuntimeError where a kernel's result is wrong, before anything is timed.
+    """
+    hidden, neurons = (int(n) for n in shape.split("x"))
+    cases = [_read_case(), *_mlp_cases(hidden, neurons, fmt, keeps, rows)]
+    times = _interleave(cases, rounds)
+    bandwidth = cases[0].nbytes / _quantile(times[0], 0.5) / 1e9
+    about = {"shape": shape, "fmt": fmt, "rows": rows, **machine()}
+    return [_row(case, seconds, bandwidth) | about for case, seconds in zip(cases, times, strict=True)]
+
+
+def _row(case: Case, seconds: list[float], bandwidth: float) -> Row:
+    p20, p50, p80 = (_quantile(seconds, q) for q in (0.2, 0.5, 0.8))
+    speed = case.nbytes / p50 / 1e9
+    return {
+        "op": case.op,
+        "backend": case.backend,
+        "keep": case.keep,
+        "layers": case.layers,
+        "us_per_layer_p20": round(p20 / case.layers * 1e6, 1),
+        "us_per_layer_p50": round(p50 / case.layers * 1e6, 1),
+        "us_per_layer_p80": round(p80 / case.layers * 1e6, 1),
+        "gb_per_s": round(speed, 2),
+        "bandwidth_gb_per_s": round(bandwidth, 2),
+        "share_of_bandwidth": round(speed / bandwidth, 3),
+    }
+
+
+def _interleave(cases: list[Case], rounds: int) -> list[list[float]]:
+    """The seconds that each case took in each round; one round more runs first and is dropped."""
+    times: list[list[float]] = [[] for _ in cases]
+    with torch.inference_mode():
+        for _ in range(rounds + 1):
+            for case, seconds in zip(cases, times, strict=True):
+                start = time.perf_counter()
+                case.run()
+                seconds.append(time.perf_counter() - start)
+    return [seconds[1:] for seconds in times]
+
+
+def _quantile(values: list[float], q: float) -> float:
+    return sorted(values)[round(q * (len(values) - 1))]
+
+
+# ---- what is timed ----
+
+
+def _read_case() -> Case:
+    """Memory read from front to back by the compiled library: the ceiling."""
+    memory = allocate((8 * cache_bytes(),), torch.uint8, torch.device("cpu")).fill_(1)
+    return Case("read", "cpu", 1.0, 1, memory.nbytes, lambda: cpu.read(memory))
+
+
+def _mlp_cases(hidden: int, neurons: int, fmt: str, keeps: tuple[float, ...], rows: int) -> Iterator[Case]:
+    quantized = fmt.startswith("int8")
+    dtype = torch.bfloat16 if quantized else getattr(torch, fmt)
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, hidden, generator=rng).to(dtype)
+    weights = [torch.randn(neurons, hidden, generator=rng).div(hidden**0.5).to(dtype) for _ in range(3)]
+    packed = PackedMLP.pack(*weights, act="silu", fmt=fmt if quantized else None)
+    layers = {keep: max(2, -(-4 * cache_bytes() // _bytes_read(packed, keep))) for keep in (1.0, *keeps)}
+    yield _torch_case(x, weights, layers[1.0])
+    copies = [packed, *(packed.take(torch.arange(neurons)) for _ in range(max(layers.values()) - 1))]
+    for keep in keeps:
+        if packed.low is None:
+            lists = [_kept(neurons, keep, rng) for _ in range(layers[keep])]
+            run: _Listed | _Sketched = _Listed(x, copies, lists)
+        else:
+            run = _Sketched(x, copies[: layers[keep]], int(neurons * keep))
+        verify(run.first("cpu"), run.first("torch"), x.dtype)
+        op = "mlp" if packed.low is None else "sketch_mlp"
+        yield Case(op, "cpu", keep, layers[keep], _bytes_read(packed, keep) * layers[keep], run)
+
+
+def _bytes_read(packed: PackedMLP, keep: float) -> int:
+    """Of one layer: the bundles of the kept neurons and, in a sketch, the whole high plane."""
+    if packed.low is None:
+        return int(packed.weight.nbytes * keep)
+    return packed.weight.nbytes + int(packed.low.nbytes * keep)
+
+
+@dataclass
+class _Listed:
+    """One pass over many layers, each with its own list of neurons."""
+
+    x: Tensor
+    packed: list[PackedMLP]
+    lists: list[Tensor | None]
+
+    def __call__(self) -> None:
+        for packed, indices in zip(self.packed, self.lists, strict=False):
+            mlp(self.x, packed, indices, backend="cpu")
+
+    def first(self, backend: str) -> Tensor:
+        x = self.x if backend == "cpu" else self.x.float()
+        return mlp(x, self.packed[0], self.lists[0], backend=backend)
+
+
+@dataclass
+class _Sketched:
+    """The same where every layer chooses its neurons itself."""
+
+    x: Tensor
+    packed: list[PackedMLP]
+    keep: int
+
+    def __call__(self) -> None:
+        for packed in self.packed:
+            sketch_mlp(self.x, packed, keep=self.keep, backend="cpu")
+
+    def first(self, backend: str) -> Tensor:
+        x = self.x if backend == "cpu" else self.x.float()
+        return sketch_mlp(x, self.packed[0], keep=self.keep, backend=backend)
+
+
+def _torch_case(x: Tensor, weights: list[Tensor], layers: int) -> Case:
+    """What a Hugging Face MLP does, on three weights of its own per layer."""
+    own = [(gate.clone(), up.clone(), down.t().clone()) for gate, up, down in [weights] * layers]
+
+    def run() -> None:
+        for gate, up, down in own:
+            F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+    return Case("mlp", "torch", 1.0, layers, sum(w.nbytes for w in weights) * layers, run)
+
+
+def _kept(neurons: int, keep: float, rng: torch.Generator) -> Tensor | None:
+    """A random ascending list of neurons, or None for all of them."""
+    return None if keep == 1 else torch.randperm(neurons, generator=rng)[: int(neurons * keep)].sort().values
+
+
+def verify(result: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Compares a kernel with the torch definition in float32. Raises RuntimeError where they differ."""
+    error = float((result.float() - expected).abs().max() / expected.abs().max())
+    limit = 1e-5 if dtype is torch.float32 else 2e-2
+    if not error <= limit:
+        raise RuntimeError(f"the kernel's result is off by {error:.1e} of the largest output; nothing was timed")
+
+
+# ---- where it ran ----
+
+
+def cache_bytes() -> int:
+    """The size of the last-level cache; 32 MiB where the system does not tell."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(size.read_text().strip().removesuffix("K")) << 10 for size in sizes), default=32 << 20)
+
+
+def machine() -> Row:
+    """What a row needs to be compared with another: device, threads, versions, commit."""
+    return {
+        "device": _cpu_name(),
+        "isa": cpu.active(),
+        "threads": torch.get_num_threads(),
+        "coreskip": version("coreskip"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10", "--match=-"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+# ---- command line ----
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints one JSON row per measurement to stdout, or appends them to a file."""
+    parser = argparse.ArgumentParser(prog="coreskip bench kernels", description=__doc__)
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="hidden x intermediate sizes, comma-separated")
+    parser.add_argument("--formats", default=",".join(FORMATS), help="float32, bfloat16, float16, int8, int8_sliced")
+    parser.add_argument("--keeps", default=",".join(map(str, KEEPS)), help="shares of the neurons to compute")
+    parser.add_argument("--rows", type=int, default=1, help="rows of x, 1 to 8")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", help="append the rows to this file")
+    options = parser.parse_args(arguments)
+    reason = available("cpu")
+    if reason:
+        parser.error(reason)
+    keeps = tuple(float(keep) for keep in options.keeps.split(","))
+    with open(options.json, "a") if options.json else sys.stdout as out:
+        for shape in options.shapes.split(","):
+            for fmt in options.formats.split(","):
+                for row in measure(shape, fmt, keeps, rows=options.rows, rounds=options.rounds):
+                    print(json.dumps(row), file=out, flush=True)
+                    print(_summary(row), file=sys.stderr)
+
+
+def _summary(row: Row) -> str:
+    what = f"{row['shape']:>11} {row['fmt']:11} {row['op']:10} {row['backend']:6} keep {row['keep']:<5}"
+    speed = f"{row['gb_per_s']:6.1f} GB/s, {row['share_of_bandwidth']:.2f} of the memory's"
+    return f"{what}{row['us_per_layer_p50']:>10} us  {speed}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""The Triton backend, for CUDA tensors; under TRITON_INTERPRET=1 it runs on CPU tensors, slowly, for tests.
+
+An MLP is three launches: the activations of the listed neurons, partial sums of the down projection in float32, and
+their sum. Nothing depends on the order in which blocks run, nothing is read back to the host, and all sizes depend
+on shapes alone, so that a call can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference
+from .packed import ACTS, PackedMLP, quantize
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+_FLOAT, _BYTES, _SLICED, _HIGH = 0, 1, 2, 3  # how _weights reads
+_ACT = {name: code for code, name in enumerate(ACTS)}
+_SPLITS = 16  # parts of the down projection's sum; enough blocks to fill a GPU at hidden sizes from 2048 on
+
+
+def mlp(x: Tensor, packed: PackedMLP, indices: Tensor | None, rule: str, keep: int, threshold: float) -> Tensor:
+    """The op coreskip::mlp; `ops.mlp` describes it. An index out of range is not noticed: it is never read back."""
+    if rule != "listed":
+        indices = choose(x, packed, rule, keep, threshold)
+    rows = x.reshape(-1, packed.hidden_size).contiguous()
+    count = packed.intermediate_size if indices is None else indices.shape[-1]
+    h = _activations(rows, packed, indices, count)
+    return _down(h, packed, indices, x).reshape(x.shape)
+
+
+def choose(x: Tensor, packed: PackedMLP, rule: str, keep: int, threshold: float) -> Tensor:
+    """The op coreskip::choose; `ops.sketch_select` describes it."""
+    rows = x.reshape(-1, packed.hidden_size).contiguous()
+    score = _activations(rows, packed, None, packed.intermediate_size, rule=rule).abs()
+    if packed.norm is not None:
+        score = score * packed.norm
+    return reference.pick(score, keep, threshold)
+
+
+def _activations(rows: Tensor, packed: PackedMLP, indices: Tensor | None, count: int, rule: str = "listed") -> Tensor:
+    """[R, count] in float32: act(gate) * up; for the rule "gate" act(gate) alone, for "sketch" from high nibbles."""
+    h = torch.empty((rows.shape[0], count), dtype=torch.float32, device=rows.device)
+    scale = None
+    if packed.scale is not None:
+        rows, scale = quantize(rows.float())
+    block_n, block_d = 16, min(256, triton.next_power_of_2(packed.hidden_size))
+    grid = (triton.cdiv(count, block_n), rows.shape[0])
+    if count == 0:
+        return h
+    _activations_kernel[grid](
+        rows, scale, packed.weight, packed.low, packed.scale, packed.gate_bias, packed.up_bias, indices, h,
+        packed.hidden_size, count, _list_stride(indices), packed.weight.stride(0), packed.weight.stride(1),
+        0 if packed.low is None else packed.low.stride(0),
+        FORMAT=_HIGH if rule == "sketch" else _format(packed), ACT=_ACT[str(packed.act)],
+        GATED=packed.gated, GATE_ONLY=rule == "gate", LISTED=indices is not None,
+        GATE_BIAS=packed.gate_bias is not None, UP_BIAS=packed.up_bias is not None,
+        BLOCK_N=block_n, BLOCK_D=block_d,
+    )  # fmt: skip
+    return h
+
+
+def _down(h: Tensor, packed: PackedMLP, indices: Tensor | None, x: Tensor) -> Tensor:
+    rows, count = h.shape
+    hidden = packed.hidden_size
+    down = packed.weight[:, -1] if packed.low is None else packed.low[:, -2 * packed.weight.shape[2] :]
+    partial = torch.empty((_SPLITS, rows, hidden), dtype=torch.float32, device=x.device)
+    out = torch.empty((rows, hidden), dtype=x.dtype, device=x.device)
+    block_k, block_d = 16, min(256, triton.next_power_of_2(hidden))
+    columns = triton.cdiv(hidden, block_d)
+    _down_kernel[(columns, _SPLITS, rows)](
+        h, down, packed.scale, indices, partial, hidden, count, triton.cdiv(count, _SPLITS), _list_stride(indices),
+        down.stride(0), 0 if packed.scale is None else packed.scale.shape[1],
+        FORMAT=_FLOAT if packed.scale is None else _BYTES, LISTED=indices is not None,
+        BLOCK_K=block_k, BLOCK_D=block_d,
+    )  # fmt: skip
+    _sum_kernel[(columns, rows)](
+        partial, packed.down_bias, out, hidden, rows * hidden,
+        SPLITS=_SPLITS, BIAS=packed.down_bias is not None, BLOCK_D=block_d,
+    )  # fmt: skip
+    return out
+
+
+def _format(packed: PackedMLP) -> int:
+    return {None: _FLOAT, "int8": _BYTES, "int8_sliced": _SLICED}[packed.fmt]
+
+
+def _list_stride(indices: Tensor | None) -> int:
+    return 0 if indices is None or indices.dim() == 1 else indices.stride(0)
+
+
+# ---- kernels ----
+
+
+@triton.jit
+def _activations_kernel(
+    x, x_scale, weight, low, scale, gate_bias, up_bias, indices, h,
+    hidden, count, list_stride, bundle, row, low_bundle,
+    FORMAT: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, GATE_ONLY: tl.constexpr, LISTED: tl.constexpr,
+    GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(1)
+    at = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    neuron, wanted = _neurons(indices + r * list_stride if LISTED else indices, at, count, LISTED)
+    projections: tl.constexpr = 2 if GATED else 1
+    first = _project(
+        x + r * hidden, weight + neuron * bundle, low + neuron * low_bundle if FORMAT == 2 else low, wanted, hidden,
+        FORMAT, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    if FORMAT > 0:
+        factor = tl.load(x_scale + r)
+        first *= factor * tl.load(scale + neuron * (projections + 1), mask=wanted, other=0)
+    if GATE_BIAS:
+        first += tl.load(gate_bias + neuron, mask=wanted, other=0)
+    if UP_BIAS and not GATED:
+        first += tl.load(up_bias + neuron, mask=wanted, other=0)
+    value = _act(first, ACT)
+    if GATED and not GATE_ONLY:
+        up = _project(
+            x + r * hidden, weight + neuron * bundle + row, low + neuron * low_bundle + row if FORMAT == 2 else low,
+            wanted, hidden, FORMAT, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        if FORMAT > 0:
+            up *= factor * tl.load(scale + neuron * 3 + 1, mask=wanted, other=0)
+        if UP_BIAS:
+            up += tl.load(up_bias + neuron, mask=wanted, other=0)
+        value *= up
+    tl.store(h + r * count + at, tl.where(wanted, value, 0), mask=at < count)
+
+
+@triton.jit
+def _neurons(indices, at, count, LISTED: tl.constexpr):
+    """The neurons at some places of a list, and which of them there are: beyond the end and at -1 there is none."""
+    if LISTED:
+        neuron = tl.load(indices + at, mask=at < count, other=-1).to(tl.int64)
+    else:
+        neuron = tl.where(at < count, at, -1).to(tl.int64)
+    return tl.where(neuron >= 0, neuron, 0), neuron >= 0
+
+
+@triton.jit
+def _project(x, weight, low, wanted, hidden, FORMAT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK_N]: the products of x and the rows that `weight` (and `low`) point to."""
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, hidden, BLOCK_D):
+        column = start + tl.arange(0, BLOCK_D)
+        inside = column < hidden
+        mask = wanted[:, None] & inside[None, :]
+        xs = tl.load(x + column, mask=inside, other=0).to(tl.float32)
+        if FORMAT >= 2:
+            # A run of 128 weights is 64 bytes: the low nibbles are its first half, the high ones its second.
+            byte = column // 128 * 64 + column % 64
+            shift = (column % 128 // 64 * 4)[None, :]
+            ws = (tl.load(weight[:, None] + byte[None, :], mask=mask, other=0).to(tl.int32) >> shift & 15) * 16.0
+            if FORMAT == 2:
+                ws += (tl.load(low[:, None] + byte[None, :], mask=mask, other=0).to(tl.int32) >> shift & 15) - 128.0
+            else:
+                ws += 7.5 - 128  # a low nibble that is not read counts as the middle of its range
+        else:
+            ws = tl.load(weight[:, None] + column[None, :], mask=mask, other=0).to(tl.float32)
+            if FORMAT == 1:
+                ws -= 128
+        total += tl.sum(ws * xs[None, :], 1)
+    return total
+
+
+@triton.jit
+def _act(x, ACT: tl.constexpr):
+    if ACT == 0:
+        return x / (1 + tl.exp(-x))
+    elif ACT == 1:
+        return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    elif ACT == 2:
+        return x / (1 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    else:
+        positive = tl.where(x < 0, 0, x)
+        return positive * positive if ACT == 4 else positive
+
+
+@triton.jit
+def _down_kernel(
+    h, down, scale, indices, partial, hidden, count, share, list_stride, bundle, parts,
+    FORMAT: tl.constexpr, LISTED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    split, r = tl.program_id(1), tl.program_id(2)
+    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < hidden
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, share, BLOCK_K):
+        step = start + tl.arange(0, BLOCK_K)
+        at = tl.where(step < share, split * share + step, count)
+        neuron, wanted = _neurons(indices + r * list_stride if LISTED else indices, at, count, LISTED)
+        factor = tl.load(h + r * count + at, mask=wanted, other=0)
+        ws = tl.load(
+            down + neuron[:, None] * bundle + column[None, :], mask=wanted[:, None] & inside[None, :], other=0
+        ).to(tl.float32)
+        if FORMAT == 1:
+            factor *= tl.load(scale + neuron * parts + parts - 1, mask=wanted, other=0)
+            ws -= 128
+        total += tl.sum(ws * factor[:, None], 0)
+    tl.store(partial + (split * tl.num_programs(2) + r) * hidden + column, total, mask=inside)
+
+
+@triton.jit
+def _sum_kernel(
+    partial, bias, out, hidden, size, SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    r = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < hidden
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for split in range(SPLITS):
+        total += tl.load(partial + split * size + r * hidden + column, mask=inside, other=0)
+    if BIAS:
+        total += tl.load(bias + column, mask=inside, other=0)
+    tl.store(out + r * hidden + column, total.to(out.dtype.element_ty), mask=inside)

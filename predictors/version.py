@@ -1,0 +1,3 @@
+"""The version, where every folder may read it."""
+
+VERSION = "0.1.0"

@@ -1,0 +1,43 @@
+"""The measuring code on shapes too small to mean anything: rows are complete, and a wrong kernel is not timed."""
+
+import json
+
+import pytest
+
+from coreskip.bench import kernels as bench
+from coreskip.kernels import cpu, ops
+
+pytestmark = pytest.mark.skipif(ops.available("cpu") is not None, reason="needs the compiled kernels")
+
+
+@pytest.fixture(autouse=True)
+def small_cache(monkeypatch):
+    monkeypatch.setattr(bench, "cache_bytes", lambda: 1 << 14)
+
+
+def test_rows_are_complete(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    what = ["--shapes", "64x96", "--formats", "bfloat16,int8_sliced", "--keeps", "1.0,0.5"]
+    bench.main([*what, "--rounds", "2", "--json", str(file)])
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["op"], row["backend"], row["keep"]) for row in rows] == [
+        ("read", "cpu", 1.0),
+        ("mlp", "torch", 1.0),
+        ("mlp", "cpu", 1.0),
+        ("mlp", "cpu", 0.5),
+        ("read", "cpu", 1.0),
+        ("mlp", "torch", 1.0),
+        ("sketch_mlp", "cpu", 1.0),
+        ("sketch_mlp", "cpu", 0.5),
+    ]
+    for row in rows:
+        assert row["us_per_layer_p20"] <= row["us_per_layer_p50"] <= row["us_per_layer_p80"]
+        assert row["gb_per_s"] >= 0
+        assert {"device", "isa", "threads", "torch", "coreskip", "commit", "shape", "fmt"} <= row.keys()
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
+    right = cpu.mlp
+    monkeypatch.setattr(cpu, "mlp", lambda *arguments: right(*arguments) * 1.1)
+    with pytest.raises(RuntimeError, match="nothing was timed"):
+        bench.measure("64x96", "float32", rounds=1)
