@@ -34,6 +34,7 @@ logger = logging.getLogger("coreskip")
 VERIFIED_TOKENS = 32
 FEWEST_TOKENS = 16
 NOISY = 0.1
+FEWEST_ROUNDS = 3  # to call a spread a spread
 _MARGIN = 1.2  # a round may take that much longer than expected
 
 
@@ -244,11 +245,11 @@ class Bench:
                 logger.warning("no perplexity of %s: %s", contender.job, error)
 
     def _scoring_s(self, contender: Contender) -> float:
-        """An estimate from above: peers score half of each window token by token, others prefill twice, and the
-        dense model once more."""
+        """At most, by what was measured: peers score half of each window token by token, others prefill every window
+        twice, for the dense model and for the plan."""
         generations = contender.generations
-        prefill = max(g.ttft / len(ids) for g, ids in zip(generations, self._ids, strict=False)) * WINDOW
-        decode = 1 / min(contender.speeds()) * WINDOW / 2
+        prefill = _p50([g.ttft / len(ids) for g, ids in zip(generations, self._ids, strict=False)]) * WINDOW
+        decode = WINDOW / 2 / _p50(contender.speeds())
         return self.settings.windows * max(2 * prefill, prefill / 2 + decode)
 
     # --- rows
@@ -265,8 +266,10 @@ class Bench:
     def _finish(self) -> None:
         measured = [c for c in self.contenders if c.generations]
         best = max((c for c in measured if c.job.runner == "hf"), key=lambda c: _p50(c.speeds()), default=None)
-        noise = _p50([_spread(c.speeds()) for c in measured]) if measured else 0.0
-        if noise > NOISY:
+        noise = _noise(measured)
+        if noise is None:
+            logger.warning("too few rounds to tell how noisy the machine was: compare nothing by these rows")
+        elif noise > NOISY:
             logger.warning("the machine was noisy: speeds of one runner spread by %.0f %%", 100 * noise)
         for contender in measured:
             try:
@@ -275,7 +278,7 @@ class Bench:
             except RunnerFailed as error:
                 self.left_out[str(contender.job)] = str(error)
 
-    def _row(self, contender: Contender, best: Contender | None, noise: float) -> Row:
+    def _row(self, contender: Contender, best: Contender | None, noise: float | None) -> Row:
         job, generations = contender.job, contender.generations
         speeds, gaps = contender.speeds(), [1e3 * gap for g in generations for gap in g.gaps]
         positions = np.median([g.gaps for g in generations], axis=0) * 1e3
@@ -395,6 +398,12 @@ def _quantiles(values: Sequence[float]) -> dict[str, float]:
 
 def _p50(values: Sequence[float]) -> float:
     return float(np.median(values))
+
+
+def _noise(measured: Sequence[Contender]) -> float | None:
+    """How far a runner's speed spreads from round to round; None where rounds are too few to say."""
+    spreads = [_spread(c.speeds()) for c in measured if len(c.generations) >= FEWEST_ROUNDS]
+    return _p50(spreads) if spreads else None
 
 
 def _spread(values: Sequence[float]) -> float:

@@ -197,6 +197,7 @@ def test_ctrl_c_keeps_whole_rounds() -> None:
     outcome = throughput.run(settings(HF, OTHER), Interrupted)
     assert outcome.interrupted
     assert [row.samples for row in outcome.rows] == [2, 2]
+    assert outcome.rows[0].noise is None  # two rounds do not tell
 
 
 def test_minutes_measure_less(monkeypatch: pytest.MonkeyPatch) -> None:
