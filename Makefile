@@ -20,8 +20,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m coreskip.bench.demo
 
-# Every installed runner on the embedded model, quiet machine please: about 8 minutes on 2 cores with all peers
-# (`pip install -e '.[bench]'`). ARGS adds options, for example ARGS='--minutes 3'.
+# Every installed runner on the embedded model; `pip install -e '.[bench]'` installs all peers. Leave the machine
+# alone meanwhile. ARGS adds options, for example ARGS='--minutes 5'.
 bench: setup
 	mkdir -p build
 	$(BIN)/coreskip bench --keep 0.6 --json build/bench.jsonl $(ARGS)

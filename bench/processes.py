@@ -5,6 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,15 +43,9 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._answers_due = 0
-        # libraries read these once, when they are loaded
-        before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
-        os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(job.threads)))
-        try:
-            self._process = context.Process(target=serve, args=(theirs, job), name=str(job))
+        self._process = context.Process(target=serve, args=(theirs, job), name=str(job))
+        with _inherited(job.threads):
             self._process.start()
-        finally:
-            for name, value in before.items():
-                _restore_variable(name, value)
         theirs.close()
 
     def __call__(self, method: str, *arguments: Any) -> Any:
@@ -76,16 +73,37 @@ class Worker:
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-def _restore_variable(name: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = value
+@contextmanager
+def deaf_to_ctrl_c() -> Iterator[None]:
+    """Ignores Ctrl-C, in this process and in those started meanwhile."""
+    main = threading.current_thread() is threading.main_thread()  # signals can be set in that one alone
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    try:
+        yield
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def _inherited(threads: int) -> Iterator[None]:
+    """What a process must find from its very start: thread counts, which libraries read once, when they are loaded,
+    and deafness to Ctrl-C, which is for the process that writes the rows."""
+    before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
+    try:
+        with deaf_to_ctrl_c():
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def serve(pipe: Connection, job: Job) -> None:
     """Carry out calls for a `Worker` until its end of the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that writes the rows
     here = Local(job)
     while True:
         try:

@@ -57,7 +57,7 @@ class Row:
         ppl: perplexity by `coreskip.runtime.quality`: prompts prefilled, then scored under decode policy.
         ppl_tokens, ppl_text: how much was scored, of what.
         verified: by which criterion the output was accepted before it was timed, and what it measured.
-        noise: the run's own: the median over runners of (p80 - p20) / p50 of tok_s.
+        noise: the run's own: the median over runners of (p80 - p20) / p50 of tok_s; null with fewer than 3 samples.
         busy: share of the CPU that other processes used just before the run.
         versions: of coreskip, python, torch, transformers and the peer.
         commit: of the source, with ``+`` where it was edited; null outside of a checkout.
@@ -98,7 +98,7 @@ class Row:
     ppl_tokens: int | None
     ppl_text: str | None
     verified: str
-    noise: float
+    noise: float | None
     busy: float
     versions: dict[str, str]
     commit: str | None
@@ -263,12 +263,16 @@ def markdown_table(rows: Sequence[Row]) -> str:
     return "\n".join([head, "| --- " * len(COLUMNS) + "|", *lines, "", *origins(rows)])
 
 
+def _noise(row: Row) -> str:
+    return "noise unknown" if row.noise is None else f"noise {row.noise:.0%}"
+
+
 def origins(rows: Sequence[Row]) -> list[str]:
     """Per run: what it ran on, how much the machine's noise was, and the command that makes it again."""
     firsts = {row.run: row for row in reversed(rows)}
     return [
         f"{row.model} on {row.device}, {row.threads} threads, {row.tokens} tokens after each of {row.workload}, "
-        f"{row.samples} samples; read bandwidth {row.machine_gb_s:.1f} GB/s; noise {row.noise:.0%}; "
+        f"{row.samples} samples; read bandwidth {row.machine_gb_s:.1f} GB/s; {_noise(row)}; "
         f"{row.time[:10]}, commit {row.commit or 'unknown'}: `{row.command}`"
         for row in sorted(firsts.values(), key=lambda row: row.time)
     ]

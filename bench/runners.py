@@ -76,6 +76,9 @@ class Generation:
     gaps: list[float]
 
 
+Scored = tuple[float, int]  # a perplexity, and over how many tokens
+
+
 class Stopwatch(BaseStreamer):
     """Notes when each token arrives; as a transformers streamer, it is told every one as soon as it is chosen."""
 
@@ -109,8 +112,6 @@ class Runner:
 
     #: pip package that it needs besides coreskip's own dependencies
     package: str | None = None
-    #: weights other than the checkpoint's, or arithmetic in fewer bits: held to another standard when verified
-    lossy: bool = False
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -126,7 +127,7 @@ class Runner:
         """Bytes of weights that a decode step reads."""
         raise NotImplementedError
 
-    def perplexity(self, text: TokenText, windows: int) -> float | None:
+    def perplexity(self, text: TokenText, windows: int) -> Scored | None:
         """Over windows of 512 tokens whose first half is prefilled and whose second half is scored under decode."""
         raise NotImplementedError
 
@@ -198,9 +199,9 @@ class HuggingFace(Runner):
     def weight_bytes(self) -> int:
         return dense_weight_bytes(self.model)
 
-    def perplexity(self, text: TokenText, windows: int) -> float | None:
-        measured = evaluate_all(self.model, [Plan.dense(self.model)], text, windows=windows, progress=False)
-        return float(measured[0]["dense"]["ppl"])
+    def perplexity(self, text: TokenText, windows: int) -> Scored | None:
+        measured = evaluate_all(self.model, [Plan.dense(self.model)], text, windows=windows, progress=False)[0]
+        return measured["dense"]["ppl"], measured["tokens"]
 
 
 class Compiled(HuggingFace):
@@ -223,7 +224,7 @@ class Compiled(HuggingFace):
         self._cache.reset()
         return {"past_key_values": self._cache}
 
-    def perplexity(self, text: TokenText, windows: int) -> float | None:
+    def perplexity(self, text: TokenText, windows: int) -> Scored | None:
         return None  # scoring would run the eager model, which is not what was timed
 
 
@@ -252,11 +253,11 @@ class Coreskip(HuggingFace):
         skipped = runtime_of(self.model).usage.neuron_sparsity()
         return total - round(skipped * mlps)
 
-    def perplexity(self, text: TokenText, windows: int) -> float | None:
+    def perplexity(self, text: TokenText, windows: int) -> Scored | None:
         unwrap(self.model)
-        measured = evaluate_all(self.model, [self.plan], text, windows=windows, progress=False)
+        measured = evaluate_all(self.model, [self.plan], text, windows=windows, progress=False)[0]
         wrap(self.model, self.plan)
-        return float(measured[0]["sparse"]["ppl"])
+        return measured["sparse"]["ppl"], measured["tokens"]
 
     def traits(self) -> dict[str, Any]:
         return {
@@ -315,9 +316,9 @@ class Peer(Runner):
                 self._feed(watch.tokens[-1])
         return watch.generation()
 
-    def perplexity(self, text: TokenText, windows: int) -> float | None:
+    def perplexity(self, text: TokenText, windows: int) -> Scored | None:
         losses = [loss for window in text.windows(_WINDOW, windows) for loss in self._losses(window.tolist())]
-        return math.exp(sum(losses) / len(losses))
+        return math.exp(sum(losses) / len(losses)), len(losses)
 
     def _losses(self, ids: list[int]) -> Iterator[float]:
         half = len(ids) // 2
@@ -334,10 +335,6 @@ class OnnxRuntime(Peer):
     """onnxruntime-genai, over what its own model builder makes of the checkpoint; greedy search of its own."""
 
     package: str | None = "onnxruntime-genai"
-
-    def __init__(self, job: Job) -> None:
-        super().__init__(job)
-        self.lossy = job.dtype != "float32"
 
     def load(self) -> None:
         import onnxruntime_genai as og
@@ -427,7 +424,6 @@ class LlamaCpp(Peer):
     """llama.cpp through llama-cpp-python, on a GGUF file as it is."""
 
     package = "llama-cpp-python"
-    lossy = True
 
     def load(self) -> None:
         import llama_cpp

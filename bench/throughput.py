@@ -21,9 +21,9 @@ import numpy as np
 import psutil
 import torch
 
-from coreskip.bench.processes import MACHINE, Client, RunnerFailed, Worker
+from coreskip.bench.processes import MACHINE, Client, RunnerFailed, Worker, deaf_to_ctrl_c
 from coreskip.bench.rows import FORMAT, Row, commit, device_name, model_name
-from coreskip.bench.runners import RUNNERS, Generation, Job, missing
+from coreskip.bench.runners import Generation, Job, missing
 from coreskip.bench.settings import WIDTHS, WINDOW, Settings
 from coreskip.bench.workloads import threads_available
 from coreskip.predictors.calibration import TokenText
@@ -34,6 +34,7 @@ logger = logging.getLogger("coreskip")
 VERIFIED_TOKENS = 32
 FEWEST_TOKENS = 16
 NOISY = 0.1
+FEWEST_ROUNDS = 3  # to call a spread a spread
 _MARGIN = 1.2  # a round may take that much longer than expected
 
 
@@ -46,9 +47,13 @@ class Contender:
     load_s: float = 0.0
     warmup_s: float = 0.0
     verified: str = ""
+    #: a short generation once everything is warm, to plan by
+    expected: Generation | None = None
     #: by round
     generations: list[Generation] = field(default_factory=list)
-    ppl: float | None = None
+    #: traits, weight bytes and memory right after the last round: scoring uses more memory and counts anew
+    after: dict[str, Any] = field(default_factory=dict)
+    scored: tuple[float, int] | None = None
 
     def speeds(self) -> list[float]:
         """Tokens per second after the first token, by round."""
@@ -111,7 +116,9 @@ class Bench:
             self._score()
         except KeyboardInterrupt:
             self.interrupted = True
-        self._finish()
+            logger.warning("interrupted: keeping %d whole rounds", len(self.bandwidths))
+        with deaf_to_ctrl_c():  # whoever presses it again wants to leave, not to lose the rows
+            self._finish()
 
     # --- getting ready
 
@@ -121,7 +128,7 @@ class Bench:
         return client
 
     def _prepare(self) -> None:
-        """Load, verify and warm up every runner, unless the time is more than half over."""
+        """Load, verify and warm up every runner, unless two thirds of the time are over."""
         reference = self._reference()
         context = max(map(len, self._ids)) + max(self._tokens, VERIFIED_TOKENS)
         for name, command in missing(job.runner for job in self.settings.jobs).items():
@@ -129,7 +136,7 @@ class Bench:
         for job in self.settings.jobs:
             if job.runner in self.left_out:
                 continue
-            if self._time_left() < 0.5 * self._limit():
+            if self._time_left() < self._limit() / 3:
                 self.left_out[str(job)] = "no time left to load it: give more --minutes"
                 continue
             job = replace(job, context=context)
@@ -170,6 +177,7 @@ class Bench:
         contender.warmup_s = _seconds(lambda: outputs.append(self._generate(contender, 0, VERIFIED_TOKENS)))
         outputs += [self._generate(contender, i, VERIFIED_TOKENS) for i in range(1, len(self._ids))]
         contender.verified = verify(contender, reference, self._ids, outputs)
+        contender.expected = self._generate(contender, 0, FEWEST_TOKENS)
 
     def _generate(self, contender: Contender, prompt: int, tokens: int) -> Generation:
         generation: Generation = contender.client("generate", self._ids[prompt], tokens)
@@ -180,7 +188,7 @@ class Bench:
     # --- timing
 
     def _time(self, machine: Client) -> None:
-        expected = [self._generate(c, 0, FEWEST_TOKENS) for c in self.contenders]
+        expected = [c.expected for c in self.contenders if c.expected is not None]
         self._shorten(expected)
         self._round_s = sum(g.ttft + sum(g.gaps) / len(g.gaps) * (self._tokens - 1) for g in expected)
         for number, prompt in enumerate(self._order(), 1):
@@ -224,45 +232,60 @@ class Bench:
     # --- quality
 
     def _score(self) -> None:
+        for contender in self.contenders:
+            self._note(contender)
         for contender in self.contenders if self._scores else []:
             if self._time_left() < self._scoring_s(contender):
                 logger.warning("no time left for the perplexity of %s", contender.job)
                 continue
             logger.info("scoring %s", contender.job)
             try:
-                contender.ppl = contender.client("perplexity", self._text, self.settings.windows)
+                contender.scored = contender.client("perplexity", self._text, self.settings.windows)
             except RunnerFailed as error:
                 logger.warning("no perplexity of %s: %s", contender.job, error)
 
     def _scoring_s(self, contender: Contender) -> float:
-        """An estimate from above: peers score half of each window token by token, others prefill twice, and the
-        dense model once more."""
+        """At most, by what was measured: peers score half of each window token by token, others prefill every window
+        twice, for the dense model and for the plan."""
         generations = contender.generations
-        prefill = max(g.ttft / len(ids) for g, ids in zip(generations, self._ids, strict=False)) * WINDOW
-        decode = 1 / min(contender.speeds()) * WINDOW / 2
+        prefill = _p50([g.ttft / len(ids) for g, ids in zip(generations, self._ids, strict=False)]) * WINDOW
+        decode = WINDOW / 2 / _p50(contender.speeds())
         return self.settings.windows * max(2 * prefill, prefill / 2 + decode)
 
     # --- rows
 
+    def _note(self, contender: Contender) -> None:
+        if not contender.after:
+            call = contender.client
+            contender.after = {
+                **call("traits"),
+                "weight_bytes_per_token": int(call("weight_bytes")),
+                "memory_bytes": int(call("memory")),
+            }
+
     def _finish(self) -> None:
         measured = [c for c in self.contenders if c.generations]
         best = max((c for c in measured if c.job.runner == "hf"), key=lambda c: _p50(c.speeds()), default=None)
-        noise = _p50([_spread(c.speeds()) for c in measured]) if measured else 0.0
-        if noise > NOISY:
+        noise = _noise(measured)
+        if noise is None:
+            logger.warning("too few rounds to tell how noisy the machine was: compare nothing by these rows")
+        elif noise > NOISY:
             logger.warning("the machine was noisy: speeds of one runner spread by %.0f %%", 100 * noise)
         for contender in measured:
             try:
+                self._note(contender)
                 self.rows.append(self._row(contender, best, noise))
             except RunnerFailed as error:
                 self.left_out[str(contender.job)] = str(error)
 
-    def _row(self, contender: Contender, best: Contender | None, noise: float) -> Row:
-        job, call, generations = contender.job, contender.client, contender.generations
+    def _row(self, contender: Contender, best: Contender | None, noise: float | None) -> Row:
+        job, generations = contender.job, contender.generations
         speeds, gaps = contender.speeds(), [1e3 * gap for g in generations for gap in g.gaps]
         positions = np.median([g.gaps for g in generations], axis=0) * 1e3
         ratios = [a / b for a, b in zip(speeds, best.speeds(), strict=False)] if best else []
-        weights, bandwidth = int(call("weight_bytes")), _p50(self.bandwidths)
-        gb_s = weights * _p50(speeds) / 1e9
+        bandwidth = _p50(self.bandwidths)
+        gb_s = contender.after["weight_bytes_per_token"] * _p50(speeds) / 1e9
+        ppl, scored = contender.scored or (None, None)
         return Row(
             format=FORMAT,
             run=self._when.strftime("%Y%m%dT%H%M%SZ"),
@@ -272,7 +295,7 @@ class Bench:
             device=device_name(job.device),
             cores=threads_available(),
             threads=job.threads,
-            **call("traits"),
+            **contender.after,
             workload="+".join(prompt.name for prompt in self.settings.prompts),
             prompt_tokens=max(map(len, self._ids)),
             tokens=self._tokens,
@@ -284,20 +307,18 @@ class Bench:
             latency_ms={**_quantiles(gaps), "p99": float(np.quantile(gaps, 0.99))},
             latency_by_position_ms=[round(float(gap), 3) for gap in positions],
             speedup=_quantiles(ratios) if ratios else None,
-            weight_bytes_per_token=weights,
             gb_s=gb_s,
             machine_gb_s=bandwidth,
             bandwidth_share=gb_s / bandwidth,
-            memory_bytes=int(call("memory")),
             load_s=contender.load_s,
             warmup_s=contender.warmup_s,
-            ppl=contender.ppl,
-            ppl_tokens=None if contender.ppl is None else self._scored_tokens(),
-            ppl_text=None if contender.ppl is None else self.settings.text[1],
+            ppl=ppl,
+            ppl_tokens=scored,
+            ppl_text=None if ppl is None else self.settings.text[1],
             verified=contender.verified,
             noise=noise,
             busy=self._busy,
-            versions=call("versions"),
+            versions=contender.client("versions"),
             commit=commit(),
             time=self._when.isoformat(timespec="seconds"),
             command=self.settings.command,
@@ -306,11 +327,6 @@ class Bench:
     def _by_workload(self, speeds: Sequence[float]) -> dict[str, float]:
         names = [self.settings.prompts[i].name for i, _ in zip(self._order(), speeds, strict=False)]
         return {name: _p50([s for n, s in zip(names, speeds, strict=True) if n == name]) for name in names}
-
-    def _scored_tokens(self) -> int:
-        assert self._text is not None
-        rows = self._text.windows(WINDOW, self.settings.windows)
-        return int(rows.shape[0] * (rows.shape[1] // 2))
 
     # --- time
 
@@ -324,11 +340,12 @@ class Bench:
 
 # --- verifying --------------------------------------------------------------------------------------------------------
 
-# The most that a runner's tokens may be worse than the reference's best choice, in nats: the worst token where
-# arithmetic is the reference's own up to rounding, the mean where the weights themselves were rounded. A wrong model
-# is 5 to 10 nats off on every token.
-WORST = {"float32": 1e-2, "bfloat16": 0.5, "float16": 0.1}  # a bf16 logit above 16 is known to 0.125
-MEAN_LOSSY = 0.5
+# The most that a runner's tokens may be worse than the reference's best choice, in nats. Where the weights are the
+# reference's own, no token may be, up to rounding: a bf16 logit above 16 is known to 0.125. Where they were
+# quantised, tokens may be on average: int4 was seen at 0.26, llama.cpp's Q4_1 at 0.008, the same model decoding from
+# a stale KV cache at 2.4 (and 14 at its worst).
+WORST = {"float32": 1e-2, "bfloat16": 0.5, "float16": 0.1}
+MEAN_OF_QUANTISED = 0.5
 
 
 def verify(contender: Contender, reference: Client, prompts: Sequence[list[int]], outputs: Sequence[Generation]) -> str:
@@ -345,9 +362,9 @@ def verify(contender: Contender, reference: Client, prompts: Sequence[list[int]]
     judge, judged_by = (contender.client, "its own plan in one pass") if job.plan else (reference, "HF eager")
     regrets = [judge("regrets", ids, g.tokens) for ids, g in zip(prompts, outputs, strict=True)]
     each = [regret for of_prompt in regrets for regret in of_prompt]
-    lossy = job.dtype not in WORST or RUNNERS[job.runner].lossy
-    kind, found = ("mean", sum(each) / len(each)) if lossy else ("worst", max(each))
-    limit = MEAN_LOSSY if lossy else WORST[job.dtype]
+    exact = job.dtype in WORST
+    kind, found = ("worst", max(each)) if exact else ("mean", sum(each) / len(each))
+    limit = WORST[job.dtype] if exact else MEAN_OF_QUANTISED
     found_text = f"{kind} token {found:.2g} nats from the best choice of {judged_by}, over {len(each)} tokens"
     if not found <= limit:
         raise RunnerFailed(f"its output is wrong: {found_text}; {limit:g} is the limit")
@@ -381,6 +398,12 @@ def _quantiles(values: Sequence[float]) -> dict[str, float]:
 
 def _p50(values: Sequence[float]) -> float:
     return float(np.median(values))
+
+
+def _noise(measured: Sequence[Contender]) -> float | None:
+    """How far a runner's speed spreads from round to round; None where rounds are too few to say."""
+    spreads = [_spread(c.speeds()) for c in measured if len(c.generations) >= FEWEST_ROUNDS]
+    return _p50(spreads) if spreads else None
 
 
 def _spread(values: Sequence[float]) -> float:

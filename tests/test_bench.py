@@ -21,6 +21,7 @@ from coreskip.bench.runners import RUNNERS, Generation, HuggingFace, Job, Stopwa
 from coreskip.bench.settings import Settings, settings_of
 from coreskip.bench.workloads import PROMPTS, Prompt, Shape, byte_ids, prompts
 from coreskip.cli import cli
+from coreskip.predictors.calibration import TokenText
 from coreskip.predictors.errors import CoreskipError
 
 ROOT = Path(__file__).parents[1]
@@ -151,8 +152,11 @@ def _load_tiny(self: HuggingFace) -> None:
 
 def test_coreskip_is_verified_by_its_own_plan_and_counts_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HuggingFace, "load", _load_tiny)
+    text = TokenText(torch.randint(5, 128, (600,)), torch.tensor([], dtype=torch.int64), "noise")
+    monkeypatch.setattr(HuggingFace, "scored_text", lambda self, content, source: text)
     sparse = Job("coreskip", "float32", plan=0.5)
-    outcome = throughput.run(settings(HF, Job("coreskip-dense", "float32"), sparse), Local)
+    asked = settings(HF, Job("coreskip-dense", "float32"), sparse, windows=2, text=("", "noise"))
+    outcome = throughput.run(asked, Local)
     hf, dense, half = outcome.rows
     assert "its own plan" in half.verified
     assert "HF eager" in dense.verified
@@ -161,6 +165,8 @@ def test_coreskip_is_verified_by_its_own_plan_and_counts_its_bytes(monkeypatch: 
     mlps = sum(p.nbytes for name, p in model.named_parameters() if ".mlp." in name)
     assert hf.weight_bytes_per_token == dense.weight_bytes_per_token == dense_weight_bytes(model)
     assert half.weight_bytes_per_token == hf.weight_bytes_per_token - mlps // 2
+    assert hf.ppl == dense.ppl != half.ppl
+    assert (half.ppl_tokens, half.ppl_text) == (256, "noise")  # this model's context holds 256
 
 
 def test_a_runner_that_fails_while_timed_leaves_the_others() -> None:
@@ -191,6 +197,7 @@ def test_ctrl_c_keeps_whole_rounds() -> None:
     outcome = throughput.run(settings(HF, OTHER), Interrupted)
     assert outcome.interrupted
     assert [row.samples for row in outcome.rows] == [2, 2]
+    assert outcome.rows[0].noise is None  # two rounds do not tell
 
 
 def test_minutes_measure_less(monkeypatch: pytest.MonkeyPatch) -> None:
