@@ -408,9 +408,14 @@ class _Wrapped:
     def __exit__(self, *exception: object) -> None:
         unwrap(cast(nn.Module, self))
 
-    def _prefill(self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *a: Any, **k: Any) -> Any:
+    def _prefill(
+        self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], is_first_iteration: bool = True
+    ) -> Any:
+        arguments = (input_ids, generation_config, model_kwargs, is_first_iteration)
+        if not is_first_iteration:  # an assistant goes on drafting: its cache's state tells
+            return super()._prefill(*arguments)  # type: ignore[misc]
         with prefilling(model_kwargs.get("attention_mask")):
-            return super()._prefill(input_ids, generation_config, model_kwargs, *a, **k)  # type: ignore[misc]
+            return super()._prefill(*arguments)  # type: ignore[misc]
 
     def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
         return False  # the patched forward keeps state between steps that a captured graph would freeze

@@ -250,6 +250,17 @@ def test_assisted_generation_verifies_in_decode(llama: Any) -> None:
         assert torch.equal(greedy(llama, prompt(1), 12, assistant_model=assistant), plain)
 
 
+def test_a_wrapped_assistant_goes_on_decoding(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each draft is a generate call of its own over the assistant's kept cache: only the first prefills."""
+    assistant = tiny("llama")
+    expected = greedy(llama, prompt(1), 12)
+    with coreskip.wrap(assistant, plan_of(assistant, "griffin")):
+        seen = phases(assistant, monkeypatch)
+        assert torch.equal(greedy(llama, prompt(1), 12, assistant_model=assistant), expected)
+    assert seen[0] == "prefill"
+    assert set(seen[1:]) == {"decode"}
+
+
 def test_static_plan_follows_a_cast_and_new_weights(llama: Any) -> None:
     plan = plan_of(llama, "static")
     ids = prompt(1)
