@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import statistics
 import textwrap
-import time
 from typing import Any
 
-import torch
-from transformers.generation.streamers import BaseStreamer
-
+from coreskip.bench.runners import Stopwatch
 from coreskip.kernels.ops import available
 from coreskip.predictors.plan import Plan
 from coreskip.runtime.load import load
@@ -27,31 +24,15 @@ PROMPT = (
 )
 
 
-class _Clock(BaseStreamer):
-    """Notes when each token arrives; the first call brings the prompt."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-    def tokens_per_second(self) -> float:
-        """Over decode steps: from the first generated token (prefill) to the last."""
-        return (len(self.times) - 2) / (self.times[-1] - self.times[1])
-
-
 def generate(model: Any, tokenizer: Any) -> tuple[str, float]:
     """Greedy continuation of the prompt, and decode tokens per second; choosing neurons is part of the time."""
-    clock = _Clock()
+    watch = Stopwatch()
     inputs = tokenizer(PROMPT, return_tensors="pt").to(model.device)
     output = model.generate(
-        **inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, streamer=clock
+        **inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, streamer=watch
     )
-    return tokenizer.decode(output[0, inputs.input_ids.shape[1] :]), clock.tokens_per_second()
+    gaps = watch.generation().gaps
+    return tokenizer.decode(output[0, inputs.input_ids.shape[1] :]), len(gaps) / sum(gaps)
 
 
 def race(model: Any, tokenizer: Any, plan: Plan) -> dict[str, tuple[str, list[float]]]:

@@ -35,7 +35,7 @@ from coreskip.predictors.observe import inference
 from coreskip.predictors.plan import CoreNeurons, LayerPlan, Plan
 from coreskip.predictors.version import VERSION
 from coreskip.runtime.load import embedded_gguf, load
-from coreskip.runtime.quality import evaluate_all
+from coreskip.runtime.quality import WINDOW, evaluate_all
 from coreskip.runtime.wrap import is_wrapped, runtime_of, unwrap, wrap
 
 
@@ -284,8 +284,6 @@ def dense_weight_bytes(model: Any) -> int:
     return total
 
 
-_WINDOW = 512  # tokens scored at once
-
 # --- peers ------------------------------------------------------------------------------------------------------------
 
 
@@ -294,7 +292,7 @@ class Peer(Runner):
 
     @property
     def _context(self) -> int:
-        return max(self.job.context, _WINDOW)
+        return max(self.job.context, WINDOW)
 
     def _start(self, ids: Sequence[int]) -> None:
         """Forget everything, then prefill."""
@@ -317,7 +315,7 @@ class Peer(Runner):
         return watch.generation()
 
     def perplexity(self, text: TokenText, windows: int) -> Scored | None:
-        losses = [loss for window in text.windows(_WINDOW, windows) for loss in self._losses(window.tolist())]
+        losses = [loss for window in text.windows(WINDOW, windows) for loss in self._losses(window.tolist())]
         return math.exp(sum(losses) / len(losses)), len(losses)
 
     def _losses(self, ids: list[int]) -> Iterator[float]:

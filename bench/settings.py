@@ -17,7 +17,6 @@ from coreskip.predictors.errors import CoreskipError
 from coreskip.predictors.importance import check_share
 from coreskip.predictors.plan import Plan
 
-WINDOW = 512  # tokens scored at once for a perplexity
 WIDTHS = {"float16": 16, "bfloat16": 16, "float32": 32}  # bits
 
 

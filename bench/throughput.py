@@ -24,10 +24,11 @@ import torch
 from coreskip.bench.processes import MACHINE, Client, RunnerFailed, Worker, deaf_to_ctrl_c
 from coreskip.bench.rows import FORMAT, Row, commit, device_name, model_name
 from coreskip.bench.runners import Generation, Job, missing
-from coreskip.bench.settings import WIDTHS, WINDOW, Settings
+from coreskip.bench.settings import WIDTHS, Settings
 from coreskip.bench.workloads import threads_available
 from coreskip.predictors.calibration import TokenText
 from coreskip.predictors.errors import CoreskipError
+from coreskip.runtime.quality import WINDOW
 
 logger = logging.getLogger("coreskip")
 

@@ -30,22 +30,19 @@ def static_set(stats: LayerStats, score: Score, keep: float) -> Tensor:
 class SentenceCounter:
     """A tap for `observe`: per layer, each sentence's summed token contributions.
 
-    A batch holds one sentence per row; set `batch_rows` before each. Kept as fp16 ``[sentences, width]``: counts up
-    to 2,048 are exact there.
+    Every batch is one sentence. Kept as fp16 ``[sentences, width]``: counts up to 2,048 are exact there.
     """
 
     def __init__(self, down_norm: list[Tensor], score: Score, alpha: float) -> None:
         self._down_norm, self._score, self._alpha = down_norm, score, alpha
         self._rows: list[list[Tensor]] = [[] for _ in down_norm]
-        self.batch_rows = 1
 
     def __call__(self, layer: int, a: Tensor) -> None:
         rows = self._rows[layer]
         if len(rows) >= MAX_SENTENCES:
             return
         counts = token_contributions(a, self._score, self._alpha, self._down_norm[layer])
-        per_sentence = counts.view(self.batch_rows, -1, a.shape[-1]).sum(1)
-        rows.extend(per_sentence.half().cpu().unbind(0))
+        rows.append(counts.sum(0).half().cpu())
 
     def counts(self) -> list[Tensor]:
         return [torch.stack(rows) for rows in self._rows]

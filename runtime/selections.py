@@ -159,12 +159,9 @@ class Selections:
 
     def _settle(self, pack: Packer) -> None:
         chosen = {layer: self._choose(layer, policy) for layer, policy in self._policies.items()}
-        if chosen:
-            every = torch.cat(list(chosen.values()), dim=1)
-            distinct, group_of_row = every.unique(dim=0, return_inverse=True)
-            first = [int((group_of_row == g).nonzero()[0, 0]) for g in range(distinct.shape[0])]
-        else:
-            group_of_row, first = torch.zeros(self.rows, dtype=torch.int64), [0]
+        every = torch.cat(list(chosen.values()), dim=1)
+        distinct, group_of_row = every.unique(dim=0, return_inverse=True)
+        first = [int((group_of_row == g).nonzero()[0, 0]) for g in range(distinct.shape[0])]
         self._groups = [{layer: pack(layer, indices[row]) for layer, indices in chosen.items()} for row in first]
         self._assign(group_of_row)
 
