@@ -11,6 +11,7 @@ import functools
 import inspect
 import logging
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -20,10 +21,12 @@ from transformers.cache_utils import Cache
 
 from ..kernels.ops import MAX_ROWS, PackedLinear, PackedMLP, available, linear, mlp
 from ..kernels.packed import DTYPES
+from ..kernels.step import BundledMLP
 from ..predictors.anatomy import Activation, Anatomy, FeedForward, canonical_activation, dissect
 from ..predictors.errors import CoreskipError
 from ..predictors.observe import down_norms
 from ..predictors.plan import CoreNeurons, Dense, Plan, Similar, Static
+from .decode import Decoder, Mlps
 from .selections import STEP, Phase, Selections, Step, Watch, attach, current_prompt, prefilling, selections_of
 
 logger = logging.getLogger("coreskip")
@@ -119,6 +122,11 @@ class Usage:
             self._possible += self._per_token * step.rows * step.length
             self._skipped += step.skipped
 
+    def count(self, tokens: int, skipped: int) -> None:
+        with self._lock:
+            self._possible += self._per_token * tokens
+            self._skipped += skipped
+
     def neuron_sparsity(self) -> float:
         """Share of neurons skipped so far; 0 before the first decode step."""
         return self._skipped / self._possible if self._possible else 0.0
@@ -149,6 +157,11 @@ class Runtime:
         self._acts = [canonical_activation(layer.act) for layer in anatomy.mlps]
         self._static_packed: dict[int, PackedMLP] = {}
         self._linear_packed: dict[nn.Module, PackedLinear] = {}
+        self._decoder = Decoder(model, anatomy, getattr(plan, "weights", None), self._step_mlps, self.usage.count)
+        self._step_cache: weakref.WeakKeyDictionary[Selections, tuple[object, tuple[Mlps, int]]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._static_mlps: tuple[Mlps, int] | None = None
 
     def _width(self, layer: int) -> int:
         return self.anatomy.mlps[layer].intermediate_size
@@ -170,6 +183,7 @@ class Runtime:
     def install(self) -> None:
         """Everything was checked; from here on nothing can fail but for lack of memory."""
         try:
+            self._patch_model()
             self._patch_linears()
             self._patch_stack(self.anatomy.stack)
             for index in sorted({*self._chosen, *self._static, *self._watched}):
@@ -188,7 +202,48 @@ class Runtime:
         """Forget packed weights: the model's own were moved, cast or loaded anew."""
         self._static_packed.clear()
         self._linear_packed.clear()
+        self._static_mlps = None
+        self._step_cache.clear()
+        self._decoder.forget()
         self._watched = self._watches()
+
+    def _patch_model(self) -> None:
+        """Decode steps go to the native step, where it covers the model and the call."""
+        original = cast(Callable[..., Any], self.model.forward)
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            named = {**signature.bind_partial(*args).arguments, **kwargs} if args else kwargs
+            cache = named.get("past_key_values")
+            if self.model.training or current_prompt() is not None or not isinstance(cache, Cache):
+                return original(*args, **kwargs)
+            selections = selections_of(cache, self)
+            if int(cache.get_seq_length()) == 0:
+                return original(*args, **kwargs)
+            output = self._decoder.forward(original, selections, named)
+            return original(*args, **kwargs) if output is None else output
+
+        self._patches.set(self.model, "forward", forward)
+
+    def _step_mlps(self, selections: Selections | None) -> tuple[Mlps, int] | str:
+        """What the native step runs in place of each layer's MLP, and the neurons skipped per token."""
+        if not self._chosen or selections is None:
+            if self._static_mlps is None:
+                self._static_mlps = self._described({i: self._packed_static(i) for i in self._static})
+            return self._static_mlps
+        groups = selections.groups(self._pack)
+        if len(groups) > 1:
+            return "its sequences chose different neurons"
+        known = self._step_cache.get(selections)
+        if known is None or known[0] is not groups[0][1]:
+            packed = {**{i: self._packed_static(i) for i in self._static}, **groups[0][1]}
+            known = self._step_cache[selections] = (groups[0][1], self._described(packed))
+        return known[1]
+
+    def _described(self, packed: dict[int, PackedMLP]) -> tuple[Mlps, int]:
+        mlps = [BundledMLP(packed[i]) if i in packed else None for i in range(len(self.anatomy))]
+        return mlps, sum(self._width(i) - p.intermediate_size for i, p in packed.items())
 
     def _patch_stack(self, stack: nn.Module) -> None:
         original = stack.forward
