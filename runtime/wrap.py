@@ -157,7 +157,7 @@ class Runtime:
         self._acts = [canonical_activation(layer.act) for layer in anatomy.mlps]
         self._static_packed: dict[int, PackedMLP] = {}
         self._linear_packed: dict[nn.Module, PackedLinear] = {}
-        self._decoder = Decoder(model, anatomy, getattr(plan, "weights", None), self._step_mlps, self.usage.count)
+        self._decoder = Decoder(model, anatomy, plan.weights, self._step_mlps, self.usage.count)
         self._step_cache: weakref.WeakKeyDictionary[Selections, tuple[object, tuple[Mlps, int]]] = (
             weakref.WeakKeyDictionary()
         )
@@ -429,6 +429,7 @@ class Runtime:
             up_bias=w.up_bias,
             down_bias=w.down_bias,
             indices=indices.to(w.up.device),
+            fmt=None if self.plan.weights is None else "int8",
         )
 
 
