@@ -311,7 +311,8 @@ def group_weights(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         fit = _rounded(w, slope, mean_w - slope * mean_q)
         fit_error = (w - ungroup(*fit)).square().sum(-1)
         better = fit_error < error
-        best = tuple(torch.where(better[..., None] if a.dim() == 3 else better, b, a) for a, b in zip(best, fit, strict=True))
+        chosen = torch.where(better[..., None], fit[0], best[0])
+        best = (chosen, torch.where(better, fit[1], best[1]), torch.where(better, fit[2], best[2]))
         error = torch.where(better, fit_error, error)
     return best
 

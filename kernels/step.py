@@ -17,7 +17,7 @@ from torch import Tensor
 from . import cpu
 from .packed import PackedLinear, PackedMLP
 
-P, I, N, F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 
 _NORM = {"rms": 1, "layer": 2}
 _INT4 = 5
@@ -59,8 +59,8 @@ class DenseMLP:
 class Attention:
     """Grouped-query attention. Projections q, k, v to heads of `head_dim`, and o back.
 
-    rotation: (cos, sin), each float32 [positions, rope_dim], applied to the first rope_dim dimensions by halves; None: no
-    rotation. window: how many positions a token sees, itself included; 0: all. softcap: of the scores; 0: none.
+    rotation: (cos, sin), each float32 [positions, rope_dim], applied to the first rope_dim dimensions by halves; None:
+    none. window: how many positions a token sees, itself included; 0: all. softcap: of the scores; 0: none.
     """
 
     q: PackedLinear
@@ -116,7 +116,7 @@ class Step:
         self.library = cpu.library()
         self._layers = (_Layer * len(model.layers))(*(_layer(layer) for layer in model.layers))
         self._model = _Model(
-            layers=ctypes.cast(self._layers, P),
+            layers=ctypes.cast(self._layers, _P),
             embedding=model.embedding.data_ptr(),
             norm=_norm(model.norm),
             head=_linear(model.head),
@@ -187,19 +187,19 @@ class KeyValues:
 
 
 class _Norm(ctypes.Structure):
-    _fields_ = (("weight", P), ("bias", P), ("size", N), ("eps", F), ("kind", I))
+    _fields_ = (("weight", _P), ("bias", _P), ("size", _N), ("eps", _F), ("kind", _I))
 
 
 class _Linear(ctypes.Structure):
-    _fields_ = (("weight", P), ("scale", P), ("bias", P), ("in_", N), ("out", N), ("stride", N), ("dtype", I))
+    _fields_ = (("weight", _P), ("scale", _P), ("bias", _P), ("in_", _N), ("out", _N), ("stride", _N), ("dtype", _I))
 
 
 class _Mlp(ctypes.Structure):
     _fields_ = (
-        *((name, P) for name in ("weight", "low", "scale", "norm", "gate_bias", "up_bias", "down_bias", "mean")),
-        *((name, N) for name in ("neurons", "stride", "keep")),
-        ("threshold", F),
-        *((name, I) for name in ("dtype", "gated", "rule")),
+        *((name, _P) for name in ("weight", "low", "scale", "norm", "gate_bias", "up_bias", "down_bias", "mean")),
+        *((name, _N) for name in ("neurons", "stride", "keep")),
+        ("threshold", _F),
+        *((name, _I) for name in ("dtype", "gated", "rule")),
     )
 
 
@@ -208,35 +208,35 @@ class _Layer(ctypes.Structure):
         *((name, _Norm) for name in ("attention_in", "q_norm", "k_norm", "attention_out", "mlp_in", "mlp_out")),
         *((name, _Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
         ("mlp", _Mlp),
-        *((name, N) for name in ("heads", "kv_heads", "head_dim", "rope_dim", "window")),
-        ("cos", P),
-        ("sin", P),
-        *((name, F) for name in ("attention_scale", "softcap", "residual_scale")),
-        *((name, I) for name in ("act", "run_attention", "run_mlp", "parallel")),
+        *((name, _N) for name in ("heads", "kv_heads", "head_dim", "rope_dim", "window")),
+        ("cos", _P),
+        ("sin", _P),
+        *((name, _F) for name in ("attention_scale", "softcap", "residual_scale")),
+        *((name, _I) for name in ("act", "run_attention", "run_mlp", "parallel")),
     )
 
 
 class _Model(ctypes.Structure):
     _fields_ = (
-        ("layers", P),
-        ("embedding", P),
+        ("layers", _P),
+        ("embedding", _P),
         ("norm", _Norm),
         ("head", _Linear),
-        *((name, N) for name in ("layer_count", "hidden")),
-        *((name, F) for name in ("embedding_scale", "logit_scale", "logit_softcap")),
-        *((name, I) for name in ("embedding_dtype", "kv_dtype", "logit_dtype")),
+        *((name, _N) for name in ("layer_count", "hidden")),
+        *((name, _F) for name in ("embedding_scale", "logit_scale", "logit_softcap")),
+        *((name, _I) for name in ("embedding_dtype", "kv_dtype", "logit_dtype")),
     )
 
 
 class _Cache(ctypes.Structure):
-    _fields_ = (("keys", P), ("values", P), ("row_stride", N), ("head_stride", N), ("first", N))
+    _fields_ = (("keys", _P), ("values", _P), ("row_stride", _N), ("head_stride", _N), ("first", _N))
 
 
 class _Call(ctypes.Structure):
     _fields_ = (
-        *((name, P) for name in ("tokens", "positions", "start", "caches", "logits", "skipped")),
-        *((name, N) for name in ("rows", "length", "past", "wanted")),
-        ("threads", I),
+        *((name, _P) for name in ("tokens", "positions", "start", "caches", "logits", "skipped")),
+        *((name, _N) for name in ("rows", "length", "past", "wanted")),
+        ("threads", _I),
     )
 
 

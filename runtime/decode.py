@@ -13,19 +13,20 @@ import inspect
 import logging
 import math
 import threading
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..kernels import step as native
 from ..kernels.ops import MAX_ROWS, PackedLinear, available
 from ..kernels.packed import DTYPES
 from ..predictors.anatomy import Anatomy, canonical_activation
-from .kv_cache import Rooms, rooms_of
+from .kv_cache import rooms_of
 
 logger = logging.getLogger("coreskip")
 
@@ -292,7 +293,7 @@ def _input_of_first_layer(anatomy: Anatomy, ids: Tensor) -> Tensor:
     handle = anatomy.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
         with torch.no_grad():
-            anatomy.stack(input_ids=ids, use_cache=False)
+            type(anatomy.stack).forward(anatomy.stack, input_ids=ids, use_cache=False)  # past what wrap has patched
     except _Stop as stopped:
         return stopped.value
     finally:
@@ -311,34 +312,40 @@ _HARMLESS = {"return_dict", "cache_position", "next_sequence_length"}
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 _TOLERANCE_OF_RULES = 0.05
 
-Mlps = Sequence[native.BundledMLP | None]
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """What the native step runs in place of each layer's MLP (None: dense), and the neurons that this skips per token.
+
+    Whoever makes one keeps it as long as its choice holds: the native step made for it goes with it.
+    """
+
+    mlps: Sequence[native.BundledMLP | None]
+    skipped: int
+
+    @property
+    def by_rule(self) -> bool:
+        return any(mlp is not None and mlp.rule != "listed" for mlp in self.mlps)
 
 
 class Decoder:
     """Runs the decode steps of one wrapped model natively, where they are covered.
 
-    mlps: called with a cache's selections (or None), returns for each layer the MLP to run (None: dense) and the neurons
-    skipped per token, or the reason why the native step cannot; equal selections must give the same objects.
     count: called with the tokens of a step and the neurons skipped in it.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        anatomy: Anatomy,
-        weights: str | None,
-        mlps: Callable[[Any], tuple[Mlps, int] | str],
-        count: Callable[[int, int], None],
-    ) -> None:
-        self._model, self._anatomy, self._weights, self._mlps, self._count = model, anatomy, weights, mlps, count
+    def __init__(self, model: Any, anatomy: Anatomy, weights: str | None, count: Callable[[int, int], None]) -> None:
+        self._model, self._anatomy, self._weights, self._count = model, anatomy, weights, count
         self._lock = threading.Lock()
+        # the dictionaries live as long as the modules: looking into them finds hooks registered later, too
+        self._hooks = [hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.forget()
 
     def forget(self) -> None:
         """The model's weights were moved, cast or loaded anew: describe it again before the next step."""
         self._architecture: Architecture | None = None
         self._refusal: str | None = None
-        self._steps: list[tuple[Mlps, native.Step, int]] = []
+        self._steps: weakref.WeakKeyDictionary[Chosen, tuple[native.Step, int]] = weakref.WeakKeyDictionary()
         self._output: type | None = None
 
     @property
@@ -346,41 +353,35 @@ class Decoder:
         """Why this model's steps are not run natively, if they are not."""
         return self._refusal
 
-    def forward(self, original: Callable[..., Any], selections: Any, named: dict[str, Any]) -> Any:
-        """The output of one decode step, or None where the model's own modules have to compute it."""
+    def forward(self, original: Callable[..., Any], chosen: Chosen | str, named: dict[str, Any]) -> Any:
+        """The output of one decode step, or None where the model's own modules have to compute it.
+
+        original: the model's own forward; named: its arguments; chosen: a text says why the native step cannot.
+        """
         try:
-            if self._refusal is not None:
-                return None
             self._check_call(named)
+            if isinstance(chosen, str):
+                raise NotCovered(chosen)
             if self._output is None:
-                return self._first(original, selections, named)
+                return self._first(original, chosen, named)
             with self._lock:
-                mlps, skipped = self._chosen(selections)
-                step = self._step_of(mlps)
-            logits = self._run(step, named, skipped)
+                step = self._step_of(chosen)
+            logits = self._run(step, named, chosen.skipped)
         except NotCovered as reason:
             logger.debug("this step runs on the model's modules: %s", reason)
             return None
         return self._output(logits=logits, past_key_values=named["past_key_values"])
 
-    def _chosen(self, selections: Any) -> tuple[Mlps, int]:
-        chosen = self._mlps(selections)
-        if isinstance(chosen, str):
-            raise NotCovered(chosen)
-        return chosen
-
-    def _step_of(self, mlps: Mlps) -> native.Step:
-        """The step for these MLPs: those of the last few sequences are kept."""
+    def _step_of(self, chosen: Chosen) -> native.Step:
         assert self._architecture is not None
         version = self._architecture.rotation.version
-        for at, (known, step, made) in enumerate(self._steps):
-            if known is mlps:
-                if made != version:
-                    step.rotate_by(self._architecture.rotation.tables())
-                    self._steps[at] = (known, step, version)
-                return step
-        step = self._architecture.step(mlps)
-        self._steps = [(mlps, step, version), *self._steps[:3]]
+        step, made = self._steps.get(chosen, (None, -1))
+        if step is None:
+            step = self._architecture.step(chosen.mlps)
+        elif made != version:
+            step.rotate_by(self._architecture.rotation.tables())
+        if made != version:
+            self._steps[chosen] = (step, version)
         return step
 
     def _check_call(self, named: dict[str, Any]) -> None:
@@ -396,6 +397,8 @@ class Decoder:
             raise NotCovered(f"the step has {ids.numel()} tokens, not 1 to {MAX_ROWS}")
         if not isinstance(keep, int) or keep > ids.shape[1]:
             raise NotCovered("logits_to_keep is not a number of last tokens")
+        if any(_foreign(hook) for hooks in self._hooks if hooks for hook in hooks.values()):
+            raise NotCovered("a module has hooks, which a native step would not call")
         if torch.is_grad_enabled():
             raise NotCovered("gradients are wanted: decode under torch.no_grad() or torch.inference_mode()")
         config = self._model.config
@@ -404,38 +407,33 @@ class Decoder:
 
     # --- the first step
 
-    def _first(self, original: Callable[..., Any], selections: Any, named: dict[str, Any]) -> Any:
+    def _first(self, original: Callable[..., Any], chosen: Chosen, named: dict[str, Any]) -> Any:
         """Runs the model's own modules, and the native step on a copy of the cache, to see whether they agree."""
         with self._lock:
-            cache = named["past_key_values"]
-            if any(m._forward_hooks or m._forward_pre_hooks for m in self._model.modules()):
-                raise NotCovered("a module has hooks, which a native step would not call")
             try:
-                mlps, _ = self._chosen(selections)
                 plain = Architecture(self._model, self._anatomy)
-                twin = copy.deepcopy(cache)
-                logits = self._run(plain.step(mlps), {**named, "past_key_values": twin}, None, plain)
-            except NotCovered as reason:
-                if isinstance(reason, _OfThisCall):
-                    raise
-                self._refuse(str(reason))
-                return None
-            output = original(**named)
-            tolerance = _TOLERANCE[logits.dtype]
-            if any(mlp is not None and mlp.rule != "listed" for mlp in mlps):
-                tolerance = max(tolerance, _TOLERANCE_OF_RULES)
-            expected = output.logits.float()
-            error = float((logits.float() - expected).abs().max() / expected.std().clamp_min(1e-6))
-            if not error <= tolerance:
-                self._refuse(f"its logits differ from the model's own by {error:.2g} standard deviations")
-                return output
-            try:
-                self._architecture = Architecture(self._model, self._anatomy, self._weights) if self._weights else plain
+                twin = copy.deepcopy(named["past_key_values"])
+                logits = self._run(plain.step(chosen.mlps), {**named, "past_key_values": twin}, None, plain)
+                output = original(**named)
+                self._compare(logits, output.logits, chosen)
+                if self._weights is not None:
+                    plain = Architecture(self._model, self._anatomy, self._weights)
+            except _OfThisCall:
+                raise
             except (NotCovered, ValueError) as reason:
                 self._refuse(str(reason))
-                return output
-            self._output = type(output)
+                return None
+            self._architecture, self._output = plain, type(output)
             return output
+
+    @staticmethod
+    def _compare(logits: Tensor, expected: Tensor, chosen: Chosen) -> None:
+        tolerance = _TOLERANCE[logits.dtype]
+        if chosen.by_rule:
+            tolerance = max(tolerance, _TOLERANCE_OF_RULES)
+        error = float((logits.float() - expected.float()).abs().max() / expected.float().std().clamp_min(1e-6))
+        if not error <= tolerance:
+            raise NotCovered(f"its logits differ from the model's own by {error:.2g} standard deviations")
 
     def _refuse(self, reason: str) -> None:
         self._refusal = reason
@@ -481,6 +479,11 @@ class Decoder:
             with self._lock:
                 architecture.rotation.reach(max(places) + 1)
                 step.rotate_by(architecture.rotation.tables())
+
+
+def _foreign(hook: Any) -> bool:
+    """Whether a hook is not one of those that transformers leaves behind after collecting hidden states."""
+    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 
 class _OfThisCall(NotCovered):

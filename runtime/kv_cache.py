@@ -115,6 +115,9 @@ class Rooms:
         first = [_length(layer) - room.end for layer, room in zip(layers, self.rooms, strict=True)]
         self.table = KeyValues([r.keys for r in self.rooms], [r.values for r in self.rooms], first)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied cache makes its own: this one's table points into the original's buffers."""
+
     def fits(self, more: int) -> bool:
         """Whether nothing has been moved since, and `more` positions fit. Takes note of positions cut off the end."""
         length = _length(self.layers[0])

@@ -26,7 +26,7 @@ from ..predictors.anatomy import Activation, Anatomy, FeedForward, canonical_act
 from ..predictors.errors import CoreskipError
 from ..predictors.observe import down_norms
 from ..predictors.plan import CoreNeurons, Dense, Plan, Similar, Static
-from .decode import Decoder, Mlps
+from .decode import Chosen, Decoder
 from .selections import STEP, Phase, Selections, Step, Watch, attach, current_prompt, prefilling, selections_of
 
 logger = logging.getLogger("coreskip")
@@ -157,11 +157,9 @@ class Runtime:
         self._acts = [canonical_activation(layer.act) for layer in anatomy.mlps]
         self._static_packed: dict[int, PackedMLP] = {}
         self._linear_packed: dict[nn.Module, PackedLinear] = {}
-        self._decoder = Decoder(model, anatomy, plan.weights, self._step_mlps, self.usage.count)
-        self._step_cache: weakref.WeakKeyDictionary[Selections, tuple[object, tuple[Mlps, int]]] = (
-            weakref.WeakKeyDictionary()
-        )
-        self._static_mlps: tuple[Mlps, int] | None = None
+        self._decoder = Decoder(model, anatomy, plan.weights, self.usage.count)
+        self._chosen_once: Chosen | None = None
+        self._chosen_by: weakref.WeakKeyDictionary[Selections, tuple[object, Chosen]] = weakref.WeakKeyDictionary()
 
     def _width(self, layer: int) -> int:
         return self.anatomy.mlps[layer].intermediate_size
@@ -202,8 +200,8 @@ class Runtime:
         """Forget packed weights: the model's own were moved, cast or loaded anew."""
         self._static_packed.clear()
         self._linear_packed.clear()
-        self._static_mlps = None
-        self._step_cache.clear()
+        self._chosen_once = None
+        self._chosen_by.clear()
         self._decoder.forget()
         self._watched = self._watches()
 
@@ -218,32 +216,32 @@ class Runtime:
             cache = named.get("past_key_values")
             if self.model.training or current_prompt() is not None or not isinstance(cache, Cache):
                 return original(*args, **kwargs)
-            selections = selections_of(cache, self)
-            if int(cache.get_seq_length()) == 0:
+            if self._decoder.refusal is not None or int(cache.get_seq_length()) == 0:
                 return original(*args, **kwargs)
-            output = self._decoder.forward(original, selections, named)
+            output = self._decoder.forward(original, self._chosen_for(selections_of(cache, self)), named)
             return original(*args, **kwargs) if output is None else output
 
         self._patches.set(self.model, "forward", forward)
 
-    def _step_mlps(self, selections: Selections | None) -> tuple[Mlps, int] | str:
-        """What the native step runs in place of each layer's MLP, and the neurons skipped per token."""
+    def _chosen_for(self, selections: Selections | None) -> Chosen | str:
+        """What the native step runs for these sequences, or why it cannot."""
         if not self._chosen or selections is None:
-            if self._static_mlps is None:
-                self._static_mlps = self._described({i: self._packed_static(i) for i in self._static})
-            return self._static_mlps
+            if self._chosen_once is None:
+                self._chosen_once = self._described({i: self._packed_static(i) for i in self._static})
+            return self._chosen_once
         groups = selections.groups(self._pack)
         if len(groups) > 1:
             return "its sequences chose different neurons"
-        known = self._step_cache.get(selections)
-        if known is None or known[0] is not groups[0][1]:
-            packed = {**{i: self._packed_static(i) for i in self._static}, **groups[0][1]}
-            known = self._step_cache[selections] = (groups[0][1], self._described(packed))
-        return known[1]
+        settled, chosen = self._chosen_by.get(selections, (None, None))
+        if chosen is None or settled is not groups[0][1]:
+            settled = groups[0][1]
+            chosen = self._described({**{i: self._packed_static(i) for i in self._static}, **settled})
+            self._chosen_by[selections] = (settled, chosen)
+        return chosen
 
-    def _described(self, packed: dict[int, PackedMLP]) -> tuple[Mlps, int]:
+    def _described(self, packed: dict[int, PackedMLP]) -> Chosen:
         mlps = [BundledMLP(packed[i]) if i in packed else None for i in range(len(self.anatomy))]
-        return mlps, sum(self._width(i) - p.intermediate_size for i, p in packed.items())
+        return Chosen(mlps, sum(self._width(i) - p.intermediate_size for i, p in packed.items()))
 
     def _patch_stack(self, stack: nn.Module) -> None:
         original = stack.forward
