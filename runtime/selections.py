@@ -33,6 +33,7 @@ class Phase(Enum):
 
     PREFILL = "prefill"
     DECODE = "decode"
+    VERIFY = "verify"  # decoding densely: every pass of exact mode but its drafts
 
 
 @dataclass(slots=True)
@@ -40,7 +41,7 @@ class Step:
     """One forward pass, as the patched modules below it see it.
 
     Attributes:
-        phase: prefill or decode.
+        phase: prefill, decode, or in exact mode verification.
         rows, length: sequences in the batch, tokens of each.
         valid: bool ``[rows, length]``, False at padding; None where every token counts. Prefill only.
         selections: of the pass's KV cache; None where nothing was selected (a cache filled before `wrap`).
@@ -84,6 +85,19 @@ def prefilling(attention_mask: Tensor | None = None) -> Iterator[None]:
 
 def current_prompt() -> _Prompt | None:
     return _PROMPT.get()
+
+
+DRAFTING: ContextVar[bool] = ContextVar("coreskip_drafting", default=False)
+
+
+@contextmanager
+def drafting() -> Iterator[None]:
+    """Decode steps inside follow the plan even in exact mode."""
+    token = DRAFTING.set(True)
+    try:
+        yield
+    finally:
+        DRAFTING.reset(token)
 
 
 @dataclass(frozen=True)

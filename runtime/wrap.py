@@ -24,7 +24,19 @@ from ..predictors.anatomy import Activation, Anatomy, FeedForward, canonical_act
 from ..predictors.errors import CoreskipError
 from ..predictors.observe import down_norms
 from ..predictors.plan import CoreNeurons, Dense, Plan, Similar, Static
-from .selections import STEP, Phase, Selections, Step, Watch, attach, current_prompt, prefilling, selections_of
+from .exact import Exact, patch_attention
+from .selections import (
+    DRAFTING,
+    STEP,
+    Phase,
+    Selections,
+    Step,
+    Watch,
+    attach,
+    current_prompt,
+    prefilling,
+    selections_of,
+)
 
 logger = logging.getLogger("coreskip")
 
@@ -33,13 +45,15 @@ Model = TypeVar("Model", bound=nn.Module)
 _RUNTIME = "_coreskip_runtime"
 
 
-def wrap(model: Model, plan: Plan) -> Model:
+def wrap(model: Model, plan: Plan, *, exact: bool = False) -> Model:
     """Run `model` under `plan` from now on: ``model.generate`` and everything built on it decode sparsely.
 
     Args:
         model: a causal LM; changed in place and returned. Use it as a context manager to unwrap at the end:
             ``with wrap(model, plan): ...``.
         plan: made for this model by `analyze` or `Plan.dense`.
+        exact: use the plan only to draft tokens that the dense model verifies (runtime/exact.py): the text is the
+            dense model's own, token for token, greedy or sampled. One sequence at a time; batches decode densely.
 
     Raises:
         CoreskipError: wrapped already, not supported, or the plan is another model's; nothing was changed.
@@ -49,7 +63,7 @@ def wrap(model: Model, plan: Plan) -> Model:
     _refuse_hooks(model)
     anatomy = dissect(model)
     plan.check(model, anatomy)
-    runtime = Runtime(model, anatomy, plan)
+    runtime = Runtime(model, anatomy, plan, exact)
     runtime.install()
     return model
 
@@ -127,7 +141,7 @@ class Usage:
 class Runtime:
     """One wrapped model: its plan, its patches, and the weights packed for it."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, plan: Plan) -> None:
+    def __init__(self, model: nn.Module, anatomy: Anatomy, plan: Plan, exact: bool = False) -> None:
         self.model, self.anatomy, self.plan = model, anatomy, plan
         self._class = type(model)
         self._patches = Patches()
@@ -149,6 +163,7 @@ class Runtime:
         self._acts = [canonical_activation(layer.act) for layer in anatomy.mlps]
         self._static_packed: dict[int, PackedMLP] = {}
         self._linear_packed: dict[nn.Module, PackedLinear] = {}
+        self.exact = Exact(has_draft=bool(self._chosen or self._static)) if exact else None
 
     def _width(self, layer: int) -> int:
         return self.anatomy.mlps[layer].intermediate_size
@@ -170,7 +185,9 @@ class Runtime:
     def install(self) -> None:
         """Everything was checked; from here on nothing can fail but for lack of memory."""
         try:
-            self._patch_linears()
+            everything = self._patch_linears()
+            if self.exact is not None:
+                self.exact.by_rows = patch_attention(self.anatomy, self._patches.set) and everything
             self._patch_stack(self.anatomy.stack)
             for index in sorted({*self._chosen, *self._static, *self._watched}):
                 self._patch_mlp(index, self.anatomy.mlps[index])
@@ -189,6 +206,8 @@ class Runtime:
         self._static_packed.clear()
         self._linear_packed.clear()
         self._watched = self._watches()
+        if self.exact is not None:
+            self.exact.forget()
 
     def _patch_stack(self, stack: nn.Module) -> None:
         original = stack.forward
@@ -209,7 +228,7 @@ class Runtime:
                 STEP.reset(token)
             if step is None:
                 return output
-            if step.phase is Phase.DECODE:
+            if step.phase is not Phase.PREFILL:
                 self.usage.add(step)
             elif step.selections is not None:
                 cache = getattr(output, "past_key_values", None)  # made inside the pass where none was given
@@ -219,20 +238,21 @@ class Runtime:
 
         self._patches.set(stack, "forward", forward)
 
-    def _patch_linears(self) -> None:
-        """Decode steps run every linear of the decoder layers, and the LM head, on the native kernel."""
+    def _patch_linears(self) -> bool:
+        """Decode steps run every linear of the decoder layers, and the LM head, on the native kernel. Returns whether
+        that is all of their matrices."""
         if available("cpu") is not None:
-            return
-        for layer in self.anatomy.layers:
-            for module in layer.modules():
-                self._patch_linear(module, lambda: _decoding(STEP.get()))
+            return False
+        inner = [module for layer in self.anatomy.layers for module in layer.modules() if _has_matrix(module)]
+        patched = [self._patch_linear(module, lambda: _decoding(STEP.get())) for module in inner]
         # the head runs after the stack's pass is over; in prefill it sees as few rows as in decode
-        self._patch_linear(cast(Any, self.model).get_output_embeddings(), lambda: not self.model.training)
+        head = cast(Any, self.model).get_output_embeddings()
+        return self._patch_linear(head, lambda: not self.model.training) and all(patched)
 
-    def _patch_linear(self, module: nn.Module, wanted: Callable[[], bool]) -> None:
+    def _patch_linear(self, module: nn.Module, wanted: Callable[[], bool]) -> bool:
         """Few rows go to the decode kernel, which reads the module's own weight in place; others to the module."""
         if not isinstance(module, nn.Linear) or not _shareable(module.weight):
-            return
+            return False
         original = module.forward
         most = MAX_ROWS * module.in_features
 
@@ -246,6 +266,7 @@ class Runtime:
             return linear(input, packed)
 
         self._patches.set(module, "forward", forward)
+        return True
 
     def _patch_mlp(self, index: int, layer: FeedForward) -> None:
         if index in self._watched:
@@ -325,7 +346,8 @@ class Runtime:
         if prompt is None and cache is not None and (selections is not None or int(cache.get_seq_length()) > 0):
             if selections is None and self._watched:
                 logger.debug("nothing was selected for this KV cache: layers that choose from the prompt run dense")
-            return Step(Phase.DECODE, rows, length, None, selections)
+            verifying = self.exact is not None and not DRAFTING.get()
+            return Step(Phase.VERIFY if verifying else Phase.DECODE, rows, length, None, selections)
         if not self._watched:
             return Step(Phase.PREFILL, rows, length, None, None)
         past = 0 if cache is None else int(cache.get_seq_length())
@@ -378,7 +400,12 @@ class Runtime:
 
 
 def _decoding(step: Step | None) -> bool:
-    return step is not None and step.phase is Phase.DECODE
+    return step is not None and step.phase is not Phase.PREFILL
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    weight = vars(module).get("_parameters", {}).get("weight")
+    return isinstance(weight, Tensor) and weight.ndim == 2
 
 
 def _shareable(weight: Tensor) -> bool:
@@ -416,6 +443,30 @@ class _Wrapped:
             return super()._prefill(*arguments)  # type: ignore[misc]
         with prefilling(model_kwargs.get("attention_mask")):
             return super()._prefill(*arguments)  # type: ignore[misc]
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy search and sampling, which transformers send here alike."""
+        arguments = {
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            "generation_config": generation_config,
+            "synced_gpus": synced_gpus,
+            "streamer": streamer,
+        }
+        plain = functools.partial(super()._sample, input_ids, **arguments, **model_kwargs)  # type: ignore[misc]
+        exact = runtime_of(cast(nn.Module, self)).exact
+        if exact is None:
+            return plain()
+        return exact.generate(self, plain, input_ids, {**arguments, "model_kwargs": model_kwargs})
 
     def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
         return False  # the patched forward keeps state between steps that a captured graph would freeze
