@@ -304,23 +304,24 @@ class Pace:
     BINS = 8  # of the drafter's confidence in its token
 
     def __init__(self) -> None:
-        self.single, self.row, self.step = _Seconds(), _Seconds(), _Seconds()
+        self.single, self.row, self.step, self.settling = _Seconds(), _Seconds(), _Seconds(), _Seconds()
         self.lookup = Source({2: 0.4, 3: 0.6, 4: 0.8})
         self.plan = Source({i: (i + 0.5) / self.BINS for i in range(self.BINS)})
-        self._warm: set[str] = set()
+        self._warm: set[bool] = set()
 
-    def measured(self, what: str, seconds: float, count: int) -> None:
-        """A verification of `count` tokens or `count` draft steps took so long. The first of each kind is not kept:
-        it packs weights."""
-        kind = what if what == "draft" else f"{what}{count > 1}"
-        if kind not in self._warm:
-            self._warm.add(kind)
-        elif what == "draft":
-            self.step.add(seconds / count)
+    def verified(self, count: int, seconds: float) -> None:
+        """A dense pass over `count` tokens took so long. The first over one and the first over several are not kept:
+        they pack weights."""
+        if (count > 1) not in self._warm:
+            self._warm.add(count > 1)
         elif count == 1:
             self.single.add(seconds)
         elif self.single.value is not None:
             self.row.add(max(0.0, seconds - self.single.value) / (count - 1))
+
+    def stepped(self, seconds: float, first: bool) -> None:
+        """A draft step took so long. The first of a generation settles which neurons it decodes with."""
+        (self.settling if first else self.step).add(seconds)
 
     @property
     def ready(self) -> bool:
@@ -341,6 +342,11 @@ class Pace:
     def step_s(self) -> float:
         """Seconds of one draft step; half a dense pass until it is measured."""
         return self.step.value if self.step.value is not None else 0.5 * self.pass_s
+
+    @property
+    def settling_s(self) -> float:
+        """Seconds of a generation's first draft step; nothing until it is measured."""
+        return self.settling.value or 0.0
 
     def worth(self, reach: float, step: float, expected: float, seconds: float) -> bool:
         """Whether a token that is accepted with probability `reach` should be appended to a draft that gives
@@ -562,11 +568,11 @@ class Exact:
         lookup.append(last)
         done.tokens = 1
         while not text.finished:
-            name, keys, drafts = self._draft(passes, text, lookup, last, min(MAX_DRAFT, room - done.tokens - 1), done)
+            name, keys, drafts = self._draft(passes, text, lookup, last, room - done.tokens, done)
             start = time.perf_counter()
             logits = passes.verify([last, *drafts])
             seconds = time.perf_counter() - start
-            self.pace.measured("verify", seconds, 1 + len(drafts))
+            self.pace.verified(1 + len(drafts), seconds)
             done.passes, done.verify_s = done.passes + 1, done.verify_s + seconds
             for row, guess in enumerate([*drafts, None]):
                 last = text.append(logits[row])
@@ -583,21 +589,25 @@ class Exact:
             passes.rollback(text.ids.shape[1] - 1)
 
     def _draft(
-        self, passes: Passes, text: _Sequence, lookup: Lookup, last: int, most: int, done: Statistics
+        self, passes: Passes, text: _Sequence, lookup: Lookup, last: int, left: int, done: Statistics
     ) -> tuple[str, list[int], list[int]]:
-        """Where the drafted tokens come from, what acceptance was expected by, and the tokens; none where it does not
-        pay."""
+        """Where the drafted tokens come from, what their acceptance is counted under, and the tokens; none where it
+        does not pay. `left`: tokens to the end at most."""
+        most = min(MAX_DRAFT, left - 1)
         if most <= 0 or not self.pace.ready:
             return "lookup", [], []
         pace = self.pace
         size, found = lookup.find(most)
-        from_text, text_rate = (0, 0.0)
+        from_text, text_rate = 0, 1 / pace.pass_s
         if size:
             from_text, text_rate = pace.extent(pace.lookup.acceptance[size].value, 0.0, most)
         if self._has_draft:
             by_plan, plan_rate = pace.extent(pace.plan.overall.value, pace.step_s, most)
-            if (plan_rate > text_rate or not from_text) and pace.plan.due(by_plan > 0):
-                return "plan", *self._draft_by_plan(passes, text, last, most, 1 if by_plan else 2, done)
+            first = not done.drafted["plan"]
+            saved = left * (1 / text_rate - 1 / plan_rate)
+            pays = saved > (pace.settling_s if first else 0.0)
+            if (pays or not from_text) and pace.plan.due(pays):
+                return "plan", *self._draft_by_plan(passes, text, last, most, by_plan, done)
         if size and pace.lookup.due(from_text > 0):
             drafts = found[: max(1, from_text)]
             done.drafted["lookup"] += len(drafts)
@@ -605,24 +615,25 @@ class Exact:
         return "lookup", [], []
 
     def _draft_by_plan(
-        self, passes: Passes, text: _Sequence, last: int, most: int, least: int, done: Statistics
+        self, passes: Passes, text: _Sequence, last: int, most: int, hoped: int, done: Statistics
     ) -> tuple[list[int], list[int]]:
-        pace, start, begin = self.pace, passes.length, time.perf_counter()
+        pace, start = self.pace, passes.length
+        # two steps where it has yet to be seen whether it pays: the first may settle, the second is timed
+        least = 2 if hoped == 0 or not done.drafted["plan"] else 1
         expected, seconds, reach = 1.0, pace.pass_s, 1.0
         keys: list[int] = []
         drafts: list[int] = []
         while len(drafts) < most and (
             len(drafts) < least or pace.worth(reach * pace.plan.overall.value, pace.step_s, expected, seconds)
         ):
-            logits = passes.draft(drafts[-1] if drafts else last)
-            token, probability = text.guess(drafts, logits)
+            begin = time.perf_counter()
+            token, probability = text.guess(drafts, passes.draft(drafts[-1] if drafts else last))
+            spent = time.perf_counter() - begin
+            pace.stepped(spent, first=not done.drafted["plan"])
+            done.draft_s, done.drafted["plan"] = done.draft_s + spent, done.drafted["plan"] + 1
             drafts.append(token)
             keys.append(min(int(probability * pace.BINS), pace.BINS - 1))
             reach *= pace.plan.acceptance[keys[-1]].value
             expected, seconds = expected + reach, seconds + pace.step_s + pace.row_s
         passes.rollback(start)
-        spent = time.perf_counter() - begin
-        pace.measured("draft", spent, len(drafts))
-        done.draft_s += spent
-        done.drafted["plan"] += len(drafts)
         return keys, drafts
