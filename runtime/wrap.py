@@ -187,7 +187,7 @@ class Runtime:
         try:
             everything = self._patch_linears()
             if self.exact is not None:
-                self.exact.by_rows = patch_attention(self.anatomy, self._patches.set) and everything
+                self.exact.by_rows = everything and patch_attention(self.anatomy, self._patches.set)
             self._patch_stack(self.anatomy.stack)
             for index in sorted({*self._chosen, *self._static, *self._watched}):
                 self._patch_mlp(index, self.anatomy.mlps[index])

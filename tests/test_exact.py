@@ -31,8 +31,8 @@ ROWS_APART += ["stablelm", "starcoder2", "opt", "gpt_neox", "olmo", "cohere", "g
 class Eager(Pace):
     """Drafts as much as it can, from the plan as long as that holds better than the text."""
 
-    pass_s = 1.0  # type: ignore[assignment]
-    row_s = step_s = settling_s = 0.0  # type: ignore[assignment]
+    pass_s, row_s, step_s = 1.0, 0.0, 0.0  # type: ignore[assignment]
+    settling_s = 0.0  # type: ignore[assignment]
     ready = True  # type: ignore[assignment]
 
 
@@ -243,18 +243,63 @@ def test_padding_and_beams_run_densely(llama: Any) -> None:
     assert torch.equal(output, dense(llama, ids, new=8, num_beams=3))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bloom", "falcon"])
-def test_models_whose_rows_are_not_apart_run_densely(family: str) -> None:
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "falcon", "falcon_new", "nemotron_relu2"])
+def test_models_whose_rows_are_not_apart_draft_in_float32_alone(family: str) -> None:
     model, ids = tiny(family), prompt(1, 9)
-    output, done = tokens_and_statistics(model, plan_of(model, "griffin", 0.05), ids, new=12)
+    plan = plan_of(model, "griffin", 0.8)
+    for options in ({}, {"do_sample": True, "temperature": 0.7}):
+        torch.manual_seed(1)
+        output, done = tokens_and_statistics(model, plan, ids, new=40, **options)
+        assert sum(done.drafted.values()) > 0
+        torch.manual_seed(1)
+        assert torch.equal(output, dense(model, ids, new=40, **options))
+    model.to(torch.bfloat16)
+    plan = plan_of(model, "griffin", 0.8)
+    output, done = tokens_and_statistics(model, plan, ids, new=12)
     assert "rounds otherwise" in done.note
     assert torch.equal(output, dense(model, ids, new=12))
 
 
-def test_a_rounding_model_is_found_out(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exact_module, "patch_attention", lambda *a: True)
+def test_what_rounding_could_decide_gets_a_pass_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tokens whose logits differ by less than a pass over several is off: only the lone pass tells them apart."""
+
+    class Rounding(Chain):
+        alone = 0
+
+        def verify(self, tokens: list[int]) -> torch.Tensor:
+            logits = super().verify(tokens).clone()
+            self.alone += len(tokens) == 1
+            if len(tokens) > 1:
+                logits[:, 0] += 2e-4
+            return logits
+
+    logits = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(2))
+    logits[:, 0] = logits.max(1).values - 1e-4  # token 0 is always a close second
+    logits[2] = torch.arange(VOCABULARY)  # but after token 2
+    config = SimpleNamespace(do_sample=False, return_dict_in_generate=False)
+
+    def run(margin: float) -> tuple[list[int], Rounding]:
+        exact = Exact(has_draft=True)
+        exact.pace, exact._margin = Eager(), margin
+        criteria = StoppingCriteriaList([MaxLengthCriteria(42)])
+        text = _Sequence(torch.zeros(1, 2, dtype=torch.int64), LogitsProcessorList(), criteria, config, None, 6)
+        passes = Rounding(logits, logits, 2)
+        exact._decode(passes, text, logits[0], 40, Statistics())  # type: ignore[arg-type]
+        return text.ids[0].tolist(), passes
+
+    expected = [0, 0]
+    while len(expected) < 42:
+        expected.append(int(logits[expected[-1]].argmax()))
+    text, passes = run(margin=1e-3)
+    assert text == expected
+    assert passes.alone > 10
+    assert run(margin=0.0)[0] != expected
+
+
+def test_a_rounding_model_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama", hidden_size=128, intermediate_size=256).to(torch.bfloat16)
     monkeypatch.setattr("coreskip.runtime.wrap.patch_attention", lambda *a: True)
-    _, done = tokens_and_statistics(llama, plan_of(llama, "griffin", 0.5), prompt(1, 40), new=4)
+    _, done = tokens_and_statistics(model, plan_of(model, "griffin", 0.5), prompt(1, 40), new=4)
     assert "rounds otherwise" in done.note
 
 
@@ -303,15 +348,25 @@ class Chain:
 VOCABULARY = 6
 
 
+class Warpers(list[Any]):
+    """A LogitsProcessorList that does not look at each processor's signature each time, which takes most of a draw."""
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for warper in self:
+            scores = warper(ids, scores)
+        return scores
+
+
 def transitions(draws: int) -> tuple[torch.Tensor, torch.Tensor, Exact]:
     """Counts ``[6, 6]`` of exact mode's next tokens by last token, and the probabilities they should have."""
     generator = torch.Generator().manual_seed(2)
     logits = 1.5 * torch.randn(VOCABULARY, VOCABULARY, generator=generator)
     drafts = logits + 1.5 * torch.randn(VOCABULARY, VOCABULARY, generator=generator)
-    processors = LogitsProcessorList([TemperatureLogitsWarper(0.8), TopKLogitsWarper(4)])
+    processors = Warpers([TemperatureLogitsWarper(0.8), TopKLogitsWarper(4)])
     config = SimpleNamespace(do_sample=True, return_dict_in_generate=False)
     exact = Exact(has_draft=True)
     exact.pace = Eager()
+    exact.pace.step_s = 0.1  # type: ignore[misc]
     torch.manual_seed(11)
     counts = torch.zeros(VOCABULARY, VOCABULARY)
     for _ in range(draws // 500):
@@ -347,8 +402,8 @@ def test_sampling_follows_the_dense_distribution_over_100_000_draws() -> None:
 
 def test_a_broken_acceptance_rule_shows_in_the_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact_module, "accepted", lambda guess, token: True)
-    counts, probabilities, _ = transitions(20_000)
-    assert surprise(counts, probabilities) > 20
+    counts, probabilities, _ = transitions(5_000)
+    assert surprise(counts, probabilities) > 10
 
 
 # --- what to draft
@@ -413,7 +468,7 @@ def test_drafting_that_does_not_pay_switches_itself_off(llama: Any) -> None:
 
 def test_the_engine_in_exact_mode(embedded: tuple[Any, Any]) -> None:
     model, tokenizer = embedded
-    text = "One two three four five. One two three four five. One two three"
+    text = "red green blue, " * 4 + "red"
     with Engine(model, tokenizer, Plan.dense(model)) as engine:
         assert engine.statistics is None
         expected = engine.generate(text, max_new_tokens=24, do_sample=False)
