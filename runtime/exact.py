@@ -162,12 +162,12 @@ def _attention_by_query(
     queries, keys = query.shape[2], key.shape[2]
     if step is None or step.phase is not Phase.VERIFY or queries == 1:
         return cast("tuple[Tensor, Tensor | None]", attend(module, query, key, value, attention_mask, **options))
-    window = options.get("sliding_window")
+    window: int | None = options.get("sliding_window")
     slides = window is not None and keys - queries < window  # a cache that forgets: it holds a window and the queries
     outputs = []
     for i in range(queries):
         end = keys - queries + 1 + i
-        start = max(0, end - window) if slides else 0
+        start = max(0, end - window) if window is not None and slides else 0
         mask = attention_mask
         if mask is not None:
             # transformers leaves a lone query's boolean mask out unless its keys fill the window
@@ -580,8 +580,9 @@ class Exact:
             streamer.end()
         if not generation_config.return_dict_in_generate:
             return text.ids
-        scores, logits = (None if kept is None else tuple(kept) for kept in (text.scores, text.logits))
-        return GenerateDecoderOnlyOutput(sequences=text.ids, scores=scores, logits=logits, past_key_values=cache)
+        kept = {"scores": text.scores, "logits": text.logits}
+        tuples: dict[str, Any] = {name: None if value is None else tuple(value) for name, value in kept.items()}
+        return GenerateDecoderOnlyOutput(sequences=cast(Any, text.ids), past_key_values=cache, **tuples)
 
     def _decode(self, passes: Passes, text: _Sequence, first: Tensor, room: int, done: Statistics) -> None:
         lookup = Lookup(text.ids[0].tolist())
