@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import statistics
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -30,11 +29,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import logits_process
 from transformers.generation.utils import GenerateDecoderOnlyOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.ops import MAX_ROWS
-from ..predictors.anatomy import Anatomy
-from .selections import STEP, Phase, drafting
+from .selections import drafting
 
 logger = logging.getLogger("coreskip")
 
@@ -132,64 +129,7 @@ class ModulePasses:
         self.length = length
 
 
-# --- attention, query by query --------------------------------------------------------------------------------------
-
-_BY_QUERY = "coreskip_by_query"
-
-
-class _ByQuery:
-    """An attention module's configuration, which sends it to `_attention_by_query` and is otherwise as before."""
-
-    def __init__(self, original: Any) -> None:
-        self.original = original
-
-    def __getattr__(self, name: str) -> Any:
-        return _BY_QUERY if name == "_attn_implementation" else getattr(self.original, name)
-
-
-def _attention_by_query(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor | None]:
-    """The model's own attention; a verification pass gives each query the keys and the call that it has alone.
-
-    A matrix product over 8 queries rounds otherwise than over one, which decides near-ties: in bfloat16 one token in
-    a few dozen.
-    """
-    original = cast(Any, module.config).original
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(original._attn_implementation, cast(Any, eager))
-    step = STEP.get()
-    queries, keys = query.shape[2], key.shape[2]
-    if step is None or step.phase is not Phase.VERIFY or queries == 1:
-        return cast("tuple[Tensor, Tensor | None]", attend(module, query, key, value, attention_mask, **options))
-    window: int | None = options.get("sliding_window")
-    slides = window is not None and keys - queries < window  # a cache that forgets: it holds a window and the queries
-    outputs = []
-    for i in range(queries):
-        end = keys - queries + 1 + i
-        start = max(0, end - window) if window is not None and slides else 0
-        mask = attention_mask
-        if mask is not None:
-            # transformers leaves a lone query's boolean mask out unless its keys fill the window
-            needed = mask.dtype is not torch.bool or (window is not None and end - start >= window)
-            mask = mask[:, :, i : i + 1, start:end] if needed else None
-        rows = (query[:, :, i : i + 1], key[:, :, start:end], value[:, :, start:end])
-        outputs.append(attend(module, *rows, mask, **options)[0])
-    return torch.cat(outputs, dim=1), None
-
-
-def patch_attention(anatomy: Anatomy, replace: Callable[[object, str, object], None]) -> bool:
-    """Let `replace` (of `Patches`) send every attention module to `_attention_by_query`.
-
-    Returns False, and changes nothing, where one does not go through transformers' attention interface.
-    """
-    modules = [None if attention is None else attention.module for attention in anatomy.attentions]
-    if not all(hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS") for module in modules):
-        return False
-    ALL_ATTENTION_FUNCTIONS.register(_BY_QUERY, _attention_by_query)
-    for module in modules:
-        replace(module, "config", _ByQuery(cast(Any, module).config))
-    return True
+# --- whether rows are apart -------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -24,7 +24,9 @@ from ..predictors.anatomy import Activation, Anatomy, FeedForward, canonical_act
 from ..predictors.errors import CoreskipError
 from ..predictors.observe import down_norms
 from ..predictors.plan import CoreNeurons, Dense, Plan, Similar, Static
-from .exact import Exact, patch_attention
+from .attention import can_redirect, redirect_attention
+from .exact import Exact
+from .layers import LayerSkips
 from .selections import (
     DRAFTING,
     STEP,
@@ -163,7 +165,8 @@ class Runtime:
         self._acts = [canonical_activation(layer.act) for layer in anatomy.mlps]
         self._static_packed: dict[int, PackedMLP] = {}
         self._linear_packed: dict[nn.Module, PackedLinear] = {}
-        self.exact = Exact(has_draft=bool(self._chosen or self._static)) if exact else None
+        self._skips = LayerSkips(anatomy, plan)
+        self.exact = Exact(has_draft=bool(self._chosen or self._static or self._skips.policies)) if exact else None
 
     def _width(self, layer: int) -> int:
         return self.anatomy.mlps[layer].intermediate_size
@@ -186,11 +189,15 @@ class Runtime:
         """Everything was checked; from here on nothing can fail but for lack of memory."""
         try:
             everything = self._patch_linears()
+            redirects = can_redirect(self.anatomy) and (self.exact is not None or self._skips.redirects)
+            if redirects:
+                redirect_attention(self.anatomy, self._patches.set)
             if self.exact is not None:
-                self.exact.by_rows = everything and patch_attention(self.anatomy, self._patches.set)
+                self.exact.by_rows = everything and redirects
             self._patch_stack(self.anatomy.stack)
             for index in sorted({*self._chosen, *self._static, *self._watched}):
                 self._patch_mlp(index, self.anatomy.mlps[index])
+            self._skips.install(self._patches.set, self._patch_passthrough)
             self._patches.set(self.model, _RUNTIME, self)
         except BaseException:
             self._patches.undo()
@@ -348,7 +355,7 @@ class Runtime:
                 logger.debug("nothing was selected for this KV cache: layers that choose from the prompt run dense")
             verifying = self.exact is not None and not DRAFTING.get()
             return Step(Phase.VERIFY if verifying else Phase.DECODE, rows, length, None, selections)
-        if not self._watched:
+        if not (self._watched or self._skips.adaptive):
             return Step(Phase.PREFILL, rows, length, None, None)
         past = 0 if cache is None else int(cache.get_seq_length())
         if selections is None or past == 0:
