@@ -98,6 +98,7 @@ def show(plan: Path) -> None:
 @cli.command()
 @_model_options
 @click.option("--plan", "folder", type=click.Path(path_type=Path), help="Decode under this plan; dense without.")
+@click.option("--exact", is_flag=True, help="The dense model's own text: the plan and the text only draft tokens.")
 @click.option("-p", "--prompt", required=True, help="The prompt.")
 @click.option("--chat", is_flag=True, help="Put the prompt through the tokenizer's chat template.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
@@ -107,6 +108,7 @@ def show(plan: Path) -> None:
 def generate(
     model: str | None,
     folder: Path | None,
+    exact: bool,
     prompt: str,
     chat: bool,
     max_new_tokens: int,
@@ -126,12 +128,15 @@ def generate(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature is not None}
     if temperature is not None:
         options |= {"temperature": temperature, "seed": seed}
-    with Engine(loaded, tokenizer, plan) as engine:
+    with Engine(loaded, tokenizer, plan, exact=exact) as engine:
         message: Any = [{"role": "user", "content": prompt}] if chat else prompt
         for piece in engine.stream(message, stop_strings=list(stop), **options):
             click.echo(piece, nl=False)
             sys.stdout.flush()
+        statistics = engine.statistics
     click.echo()
+    if statistics is not None:
+        click.echo(f"coreskip: exact: {statistics}", err=True)
 
 
 @cli.command("eval")

@@ -154,6 +154,7 @@ class Walker {
         for (int64_t i = 0; i < m.layer_count; i++) {
             const StepLayer& layer = m.layers[i];
             if (layer.run_attention) attention(layer, c.caches[i]);
+            else write_entries(layer, c.caches[i]);
             if (layer.run_mlp) mlp(layer);
         }
         logits();
@@ -305,6 +306,31 @@ class Walker {
         else add_to_residual(l, l.attention_out, w.out);
     }
 
+    // What a skipped attention leaves behind: the entries of the new tokens.
+    void write_entries(const StepLayer& l, const StepCache& cache) {
+        read_from(normed(l.attention_in, own.x), m.hidden);
+        project_all({&l.k, &l.v}, {w.k, w.v});
+        meeting.meet();
+        const int64_t tasks = c.rows * l.kv_heads;
+        for (int64_t task = meeting.take(1); task < tasks; task = meeting.take(1))
+            put_entries(l, cache, task / l.kv_heads, task % l.kv_heads, c.past, c.past + c.length);
+        meeting.meet();
+    }
+
+    // Keys and values of the new tokens at positions `begin` to `end`, for one KV head of one sequence.
+    void put_entries(const StepLayer& l, const StepCache& cache, int64_t row, int64_t group, int64_t begin, int64_t end) {
+        for (int64_t position = begin; position < end; position++) {
+            const int64_t token = row * c.length + position - c.past, from = token * l.kv_heads + group;
+            const int64_t to = offset_of(l, cache, row, group) + position * l.head_dim;
+            put(prepared(l, l.k_norm, w.k, from, token, l.kv_heads), cache.keys, to, l.head_dim);
+            put(w.v + from * l.head_dim, cache.values, to, l.head_dim);
+        }
+    }
+
+    static int64_t offset_of(const StepLayer& l, const StepCache& cache, int64_t row, int64_t group) {
+        return row * cache.row_stride + group * cache.head_stride - cache.first * l.head_dim;
+    }
+
     int64_t first_seen(const StepLayer& l, int64_t row, int64_t position) const {
         return std::max(c.start[row], l.window ? position + 1 - l.window : 0);
     }
@@ -319,14 +345,8 @@ class Walker {
     // written first.
     void attend(const StepLayer& l, const StepCache& cache, int64_t row, int64_t group, int64_t first, int64_t chunk) {
         const int64_t begin = (first + chunk) * kChunk, end = std::min(begin + kChunk, c.past + c.length);
-        const int64_t offset = row * cache.row_stride + group * cache.head_stride - cache.first * l.head_dim;
-        const int64_t each = l.heads / l.kv_heads;
-        for (int64_t position = std::max(begin, c.past); position < end; position++) {
-            const int64_t token = row * c.length + position - c.past;
-            const int64_t to = offset + position * l.head_dim, from = token * l.kv_heads + group;
-            put(prepared(l, l.k_norm, w.k, from, token, l.kv_heads), cache.keys, to, l.head_dim);
-            put(w.v + from * l.head_dim, cache.values, to, l.head_dim);
-        }
+        const int64_t offset = offset_of(l, cache, row, group), each = l.heads / l.kv_heads;
+        put_entries(l, cache, row, group, std::max(begin, c.past), end);
         const int64_t bytes = size_of(m.kv_dtype);
         for (int64_t j = std::max<int64_t>(0, begin - c.past); j < c.length; j++) {
             const int64_t token = row * c.length + j, query = token * l.heads + group * each;
