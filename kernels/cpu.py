@@ -118,7 +118,8 @@ def bind(
     x = x.contiguous()
     call = _call(x, packed, rule, keep, threshold)
     if indices is not None:
-        indices = indices.to(torch.int64).contiguous()
+        if indices.dtype is not torch.int64 or not indices.is_contiguous():
+            indices = indices.to(torch.int64).contiguous()
         call.indices, call.count = indices.data_ptr(), indices.shape[-1]
         call.lists = 1 if indices.dim() == 1 else call.rows
     out = torch.empty_like(x)
