@@ -94,6 +94,7 @@ struct Own {
     int32_t* sum;
     int64_t *from, *to, *chosen, *list;
     uint8_t* selected;
+    uint32_t* keys;
 };
 
 template <class Take>
@@ -127,7 +128,7 @@ Own own_share(const Sizes& s, Take take) {
     w.rows = take(float(), t * wide);
     w.attended = take(float(), t * s.attention);
     w.queries = take(float(), s.attention + s.kv);
-    w.scratch = take(float(), std::max(s.listed, s.attention));
+    w.scratch = take(float(), s.attention);
     w.q = take(int8_t(), t * wide);
     w.scale = take(float(), t);
     w.group_scale = take(float(), t * (wide / kGroup + 1));
@@ -138,6 +139,7 @@ Own own_share(const Sizes& s, Take take) {
     w.chosen = take(int64_t(), s.listed * t);
     w.list = take(int64_t(), s.listed + 1);
     w.selected = take(uint8_t(), s.listed * t);
+    w.keys = take(uint32_t(), 2 * s.listed + 1);
     return w;
 }
 
@@ -431,7 +433,7 @@ class Walker {
         const int64_t bytes = b.stride * (projections + 1) * size_of(b.dtype);
         MlpJob job{};
         job.weight = b.weight, job.low = b.low, job.scale = b.scale, job.gated = b.gated != 0, job.act = l.act;
-        job.block = static_cast<int>(std::min<int64_t>(bundles(16, bytes), kMaxBlock));
+        job.block = static_cast<int>(std::min<int64_t>(bundles(32, bytes), kMaxBlock));
         job.ahead = static_cast<int>(std::min<int64_t>(bundles(32, bytes), 4096));
         job.gate_bias = b.gate_bias, job.up_bias = b.up_bias, job.rows = rows_of(b.stride), job.rule = b.rule;
         job.norm = b.norm, job.neurons = b.neurons;
@@ -471,7 +473,7 @@ class Walker {
     int64_t choose_neurons(const StepMlp& b) {
         const int64_t width = b.keep >= 0 ? std::min(b.keep, b.neurons) : b.neurons;
         for (int t = 0; t < tokens; t++)
-            choose(w.score + t * b.neurons, b.neurons, b.keep, b.threshold, own.scratch, own.chosen + t * width, width);
+            choose(w.score + t * b.neurons, b.neurons, b.keep, b.threshold, own.keys, own.chosen + t * width, width);
         int64_t count = tokens > 1 ? merge(own.chosen, width, tokens, b.neurons, own.selected, own.list)
                                    : compact(own.chosen, width, b.neurons, own.list);
         if (tokens == 1) {
