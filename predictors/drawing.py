@@ -26,7 +26,7 @@ def plan_table(plan: Plan) -> str:
     room = max(map(len, policies))
     lines.append(f"layer  {'neurons':{room}}   kept / all")
     lines += [
-        f"{index:5}  {policy:{room}} {_share(layer.neurons.kept(width), width)}"
+        f"{index:5}  {policy:{room}} {_share(layer.kept(width), width)}"
         for index, (policy, layer, width) in enumerate(
             zip(policies, plan.layers, model.intermediate_sizes, strict=True)
         )
@@ -47,6 +47,8 @@ def _policy(layer: LayerPlan) -> str:
     details = [f"{name}={getattr(policy, name)}" for name in names if hasattr(policy, name)]
     if hasattr(policy, "clusters"):
         details.append(f"clusters={policy.clusters.shape[0]}")
+    if layer.layer.name != "run":
+        details.append("+ " + " ".join([layer.layer.name, *(f"{k}={v}" for k, v in vars(layer.layer).items())]))
     return " ".join([policy.name, *details])
 
 
