@@ -150,7 +150,7 @@ def draw(maps: VoidMaps, most: int = 160) -> str:
         axis.set_title(f"{name}: {float(void.float().mean()):.0%} void", fontsize=10)
         axis.set_xlabel("token")
     figure.axes[0].set_ylabel("layer")
-    figure.suptitle(f"void layers, LAC with α = {maps.alpha:g}", fontsize=11)
+    figure.suptitle(f"void layers, LAC with α = {maps.alpha:g} (dark: void)", fontsize=11)
     text = StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "void"}):
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
