@@ -467,6 +467,8 @@ class Exact:
             return "the KV cache is not a DynamicCache"
         if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
             return "the KV cache holds more than keys and values"
+        if getattr(cache, "offloading", False):
+            return "the KV cache is offloaded"
         if ids.shape[1] == 0 or (isinstance(mask, Tensor) and not bool(mask.bool().all())):
             return "the prompt is padded or given as embeddings"
         if isinstance(positions, Tensor) and int(positions.flatten()[-1]) != ids.shape[1] - 1:
