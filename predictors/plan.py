@@ -259,6 +259,9 @@ def _short(value: object) -> str:
     return str(value)
 
 
+WEIGHTS = (None, "int8", "int4")
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Per layer one neuron policy and one layer policy, with where they come from and what they cost.
@@ -270,6 +273,8 @@ class Plan:
         calibration: what text it was calibrated on: source, tokens, sha256 of the token ids.
         quality: what `evaluate` measured on held-out text, or None.
         clusters: for similarity-guided plans.
+        weights: in which format the native decode step holds weights: None: as loaded; "int8": one byte each; "int4":
+            4-bit groups, and bytes for the LM head. Where that step does not cover a model they stay as loaded.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -278,8 +283,11 @@ class Plan:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     quality: Mapping[str, Any] | None = None
     clusters: Clusters | None = None
+    weights: str | None = None
 
     def __post_init__(self) -> None:
+        if self.weights not in WEIGHTS:
+            raise PlanError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, not {self.weights!r}")
         widths = self.model.intermediate_sizes
         if len(self.layers) != len(widths):
             raise PlanError(f"the plan has {len(self.layers)} layers, its model {len(widths)}")
@@ -306,13 +314,14 @@ class Plan:
             raise PlanError("the centroids are not finite fp32 numbers")
 
     @classmethod
-    def dense(cls, model: nn.Module) -> Plan:
-        """A plan that skips nothing."""
+    def dense(cls, model: nn.Module, weights: str | None = None) -> Plan:
+        """A plan that skips nothing; `weights` as in the class."""
         fingerprint = Fingerprint.of(model)
         return cls(
             layers=tuple(LayerPlan() for _ in fingerprint.intermediate_sizes),
             model=fingerprint,
             recipe={"method": "dense"},
+            weights=weights,
         )
 
     def check(self, model: nn.Module, anatomy: Anatomy | None = None) -> None:
@@ -439,6 +448,7 @@ def _encode(plan: Plan) -> tuple[bytes, bytes]:
         "quality": None if plan.quality is None else dict(plan.quality),
         "layers": layers,
         "clusters": None,
+        "weights": plan.weights,
     }
     if plan.clusters is not None:
         document["clusters"], arrays = _split(plan.clusters)
@@ -539,6 +549,7 @@ def _build(document: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
         calibration=document["calibration"],
         quality=document["quality"],
         clusters=clusters,
+        weights=document.get("weights"),  # plans of coreskip 0.1 have none
     )
 
 

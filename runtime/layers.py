@@ -23,7 +23,7 @@ from ..predictors.errors import CoreskipError
 from ..predictors.layers import void
 from ..predictors.plan import Adaptive, LayerPolicy, Plan, Run
 from .attention import can_redirect
-from .selections import STEP, Phase, Step
+from .selections import STEP, Phase, Selections, Step
 
 Replace = Callable[[object, str, object], None]
 Skipping = tuple["Step | None", "Tensor | bool"]
@@ -49,6 +49,18 @@ class LayerSkips:
     @property
     def redirects(self) -> bool:
         return any(_may_skip(policy, "attention") for policy in self.policies.values())
+
+    def skipped(self, selections: Selections | None) -> tuple[frozenset[int], frozenset[int]]:
+        """The layers whose attention, and whose MLP, no row of these sequences runs while decoding."""
+        adaptive = {i for i in self.adaptive if selections is not None and selections.void_rows(i) is True}
+        fixed = {i: p for i, p in self.policies.items() if i not in self.adaptive}
+        attention = {i for i, p in fixed.items() if not p.attention} | adaptive
+        mlp = {i for i, p in fixed.items() if not p.mlp} | adaptive
+        return frozenset(attention), frozenset(mlp)
+
+    def disputed(self, selections: Selections) -> bool:
+        """Whether rows disagree about an adaptive layer."""
+        return any(isinstance(selections.void_rows(i), Tensor) for i in self.adaptive)
 
     def install(self, replace: Replace, passthrough: Callable[[FeedForward], None]) -> None:
         """To be called after everything else is patched: what is skipped is not reached."""

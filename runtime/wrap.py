@@ -11,6 +11,7 @@ import functools
 import inspect
 import logging
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -20,11 +21,13 @@ from transformers.cache_utils import Cache
 
 from ..kernels.ops import MAX_ROWS, PackedLinear, PackedMLP, available, linear, mlp
 from ..kernels.packed import DTYPES
+from ..kernels.step import BundledMLP
 from ..predictors.anatomy import Activation, Anatomy, FeedForward, canonical_activation, dissect
 from ..predictors.errors import CoreskipError
 from ..predictors.observe import down_norms
 from ..predictors.plan import CoreNeurons, Dense, Plan, Similar, Static
 from .attention import can_redirect, redirect_attention
+from .decode import Chosen, Decoder
 from .exact import Exact
 from .layers import LayerSkips
 from .selections import (
@@ -135,6 +138,11 @@ class Usage:
             self._possible += self._per_token * step.rows * step.length
             self._skipped += step.skipped
 
+    def count(self, tokens: int, skipped: int) -> None:
+        with self._lock:
+            self._possible += self._per_token * tokens
+            self._skipped += skipped
+
     def neuron_sparsity(self) -> float:
         """Share of neurons skipped so far; 0 before the first decode step."""
         return self._skipped / self._possible if self._possible else 0.0
@@ -165,8 +173,12 @@ class Runtime:
         self._acts = [canonical_activation(layer.act) for layer in anatomy.mlps]
         self._static_packed: dict[int, PackedMLP] = {}
         self._linear_packed: dict[nn.Module, PackedLinear] = {}
+        self._decoder = Decoder(model, anatomy, plan.weights, self.usage.count)
+        self._dense = Chosen([None] * len(anatomy), 0, plain=True)  # what exact mode verifies with
+        self._chosen_once: Chosen | None = None
+        self._chosen_by: weakref.WeakKeyDictionary[Selections, tuple[object, Chosen]] = weakref.WeakKeyDictionary()
         self._skips = LayerSkips(anatomy, plan)
-        self.exact = Exact(has_draft=bool(self._chosen or self._static or self._skips.policies)) if exact else None
+        self.exact = Exact(has_draft=bool(self._chosen or self._static or self._skips.policies or plan.weights)) if exact else None
 
     def _width(self, layer: int) -> int:
         return self.anatomy.mlps[layer].intermediate_size
@@ -188,6 +200,7 @@ class Runtime:
     def install(self) -> None:
         """Everything was checked; from here on nothing can fail but for lack of memory."""
         try:
+            self._patch_model()
             everything = self._patch_linears()
             redirects = can_redirect(self.anatomy) and (self.exact is not None or self._skips.redirects)
             if redirects:
@@ -212,9 +225,58 @@ class Runtime:
         """Forget packed weights: the model's own were moved, cast or loaded anew."""
         self._static_packed.clear()
         self._linear_packed.clear()
+        self._chosen_once = None
+        self._chosen_by.clear()
+        self._decoder.forget()
         self._watched = self._watches()
         if self.exact is not None:
             self.exact.forget()
+
+    def _patch_model(self) -> None:
+        """Decode steps go to the native step, where it covers the model and the call."""
+        original = cast(Callable[..., Any], self.model.forward)
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            named = {**signature.bind_partial(*args).arguments, **kwargs} if args else kwargs
+            cache = named.get("past_key_values")
+            if self.model.training or current_prompt() is not None or not isinstance(cache, Cache):
+                return original(*args, **kwargs)
+            if self._decoder.refusal is not None or int(cache.get_seq_length()) == 0:
+                return original(*args, **kwargs)
+            verifying = self.exact is not None and not DRAFTING.get()
+            chosen = self._dense if verifying else self._chosen_for(selections_of(cache, self))
+            output = self._decoder.forward(original, chosen, named)
+            return original(*args, **kwargs) if output is None else output
+
+        self._patches.set(self.model, "forward", forward)
+
+    def _chosen_for(self, selections: Selections | None) -> Chosen | str:
+        """What the native step runs for these sequences, or why it cannot."""
+        if not (self._chosen or self._skips.adaptive) or selections is None:
+            if self._chosen_once is None:
+                self._chosen_once = self._described({}, None)
+            return self._chosen_once
+        groups = selections.groups(self._pack)
+        if len(groups) > 1 or self._skips.disputed(selections):
+            return "its sequences chose differently"
+        settled, chosen = self._chosen_by.get(selections, (None, None))
+        if chosen is None or settled is not groups[0][1]:
+            settled = groups[0][1]
+            chosen = self._described(settled, selections)
+            self._chosen_by[selections] = (settled, chosen)
+        return chosen
+
+    def _described(self, settled: dict[int, PackedMLP], selections: Selections | None) -> Chosen:
+        packed = {**{i: self._packed_static(i) for i in self._static}, **settled}
+        attention, mlp = self._skips.skipped(selections)
+        mlps = [BundledMLP(packed[i]) if i in packed else None for i in range(len(self.anatomy))]
+        widths = [self._width(i) for i in range(len(self.anatomy))]
+        skipped = sum(
+            w if i in mlp else w - packed[i].intermediate_size for i, w in enumerate(widths) if i in mlp or i in packed
+        )
+        return Chosen(mlps, skipped, attention, mlp, plain=False)
 
     def _patch_stack(self, stack: nn.Module) -> None:
         original = stack.forward
@@ -403,6 +465,7 @@ class Runtime:
             up_bias=w.up_bias,
             down_bias=w.down_bias,
             indices=indices.to(w.up.device),
+            fmt=None if self.plan.weights is None else "int8",
         )
 
 
