@@ -41,12 +41,15 @@ def _share(kept: int, width: int) -> str:
 
 def _policy(layer: LayerPlan) -> str:
     policy: Any = layer.neurons
-    names = ["alpha", "beta", "score"]
+    names = ["alpha", "beta", "score", "rule", "bits", "rank"]
     if getattr(policy, "score", None) == "griffin":
         names.remove("alpha")  # that score has none
     details = [f"{name}={getattr(policy, name)}" for name in names if hasattr(policy, name)]
     if hasattr(policy, "clusters"):
         details.append(f"clusters={policy.clusters.shape[0]}")
+    if getattr(policy, "threshold", None) is not None:
+        details.append(f"threshold={policy.threshold:.3g}")
+    details += [f"with {name}" for name in ("norm", "gain", "mean") if getattr(policy, name, None) is not None]
     return " ".join([policy.name, *details])
 
 

@@ -77,6 +77,7 @@ def evaluate_all(
             dense = _decode_logits(model, ids, token_by_token).log_softmax(-1)
             for plan, tally in zip(plans, tallies, strict=True):
                 with wrap(model, plan):
+                    runtime_of(model).usage.counting = True
                     sparse = _decode_logits(model, ids, token_by_token).log_softmax(-1)
                     tally.add(dense, sparse, targets, runtime_of(model).usage.neuron_sparsity())
     about = {"windows": rows.shape[0], "window": rows.shape[1], "text": text.source}

@@ -44,7 +44,8 @@ class Step:
         rows, length: sequences in the batch, tokens of each.
         valid: bool ``[rows, length]``, False at padding; None where every token counts. Prefill only.
         selections: of the pass's KV cache; None where nothing was selected (a cache filled before `wrap`).
-        skipped: MLP neurons not computed, over layers, rows and tokens.
+        skipped: MLP neurons not computed, over layers, rows and tokens; of those whose weights are read in part, the
+            parts unread.
         bypass: set between the up and the down projection of an MLP whose output is already computed.
     """
 
@@ -54,7 +55,7 @@ class Step:
     valid: Tensor | None
     selections: Selections | None
     bypass: bool = False
-    skipped: int = 0
+    skipped: float = 0
 
 
 STEP: ContextVar[Step | None] = ContextVar("coreskip_step", default=None)

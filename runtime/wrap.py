@@ -20,11 +20,12 @@ from transformers.cache_utils import Cache
 
 from ..kernels.ops import MAX_ROWS, PackedLinear, PackedMLP, available, linear, mlp
 from ..kernels.packed import DTYPES
-from ..predictors.anatomy import Activation, Anatomy, FeedForward, canonical_activation, dissect
+from ..predictors.anatomy import Activation, Anatomy, FeedForward, dissect, rows_of
 from ..predictors.errors import CoreskipError
 from ..predictors.observe import down_norms
-from ..predictors.plan import CoreNeurons, Dense, Plan, Similar, Static
+from ..predictors.plan import CoreNeurons, Dense, NeuronPolicy, Plan, Similar, Static, Threshold
 from .selections import STEP, Phase, Selections, Step, Watch, attach, current_prompt, prefilling, selections_of
+from .sparse_mlp import TOKEN_POLICIES, SparseColumns, SparseMLP, Weights, column_linears
 
 logger = logging.getLogger("coreskip")
 
@@ -108,11 +109,16 @@ class Patches:
 
 
 class Usage:
-    """MLP neurons that decode steps could have computed and those they skipped, over all threads."""
+    """MLP neurons that decode steps could have computed and those they skipped, over all threads.
+
+    `counting`: whether to count what thresholds keep, which takes time; else the share that they kept in calibration
+    is taken for it.
+    """
 
     def __init__(self, neurons_per_token: int) -> None:
+        self.counting = False
         self._per_token, self._lock = neurons_per_token, threading.Lock()
-        self._possible = self._skipped = 0
+        self._possible, self._skipped = 0, 0.0
 
     def add(self, step: Step) -> None:
         with self._lock:
@@ -144,9 +150,19 @@ class Runtime:
             for index, policy in policies.items()
             if isinstance(policy, Static) and policy.kept(self._width(index)) < self._width(index)
         }
-        assert all(isinstance(p, (Dense, Static, CoreNeurons, Similar)) for p in policies.values())
+        assert all(isinstance(p, (Dense, Static, CoreNeurons, Similar, *TOKEN_POLICIES)) for p in policies.values())
+        self._column_policies = {i: p for i, p in policies.items() if isinstance(p, Threshold) and p.rule != "cats"}
+        self._token_policies: dict[int, NeuronPolicy] = {
+            index: policy
+            for index, policy in policies.items()
+            if isinstance(policy, TOKEN_POLICIES) and index not in self._column_policies
+        }
+        self._column_linears = [
+            (index, *found) for index, p in self._column_policies.items() for found in column_linears(anatomy, index, p)
+        ]
         self._watched = self._watches()
-        self._acts = [canonical_activation(layer.act) for layer in anatomy.mlps]
+        self._weights = Weights(anatomy)
+        self._token_mlps: dict[int, SparseMLP] = {}
         self._static_packed: dict[int, PackedMLP] = {}
         self._linear_packed: dict[nn.Module, PackedLinear] = {}
 
@@ -172,7 +188,9 @@ class Runtime:
         try:
             self._patch_linears()
             self._patch_stack(self.anatomy.stack)
-            for index in sorted({*self._chosen, *self._static, *self._watched}):
+            for index, module, least, in_mlp in self._column_linears:
+                self._patch_columns(index, module, least, in_mlp)
+            for index in sorted({*self._chosen, *self._static, *self._token_policies, *self._watched}):
                 self._patch_mlp(index, self.anatomy.mlps[index])
             self._patches.set(self.model, _RUNTIME, self)
         except BaseException:
@@ -186,6 +204,8 @@ class Runtime:
 
     def repack(self) -> None:
         """Forget packed weights: the model's own were moved, cast or loaded anew."""
+        self._weights.clear()
+        self._token_mlps.clear()
         self._static_packed.clear()
         self._linear_packed.clear()
         self._watched = self._watches()
@@ -247,10 +267,32 @@ class Runtime:
 
         self._patches.set(module, "forward", forward)
 
+    def _patch_columns(self, index: int, module: nn.Module, least: float, in_mlp: bool) -> None:
+        """Decode steps leave out this linear's small inputs."""
+        policy = self._column_policies[index]
+        original = cast(Any, module).forward
+        outputs, inputs = rows_of(module)[0].shape
+        layer = self.anatomy.mlps[index]
+        # a neuron's worth of weights: what an unread column adds to the neurons skipped
+        column = outputs / ((3 if layer.gated else 2) * layer.hidden_size) if in_mlp else 0.0
+
+        @functools.wraps(original)
+        def forward(input: Tensor) -> Tensor:
+            step = STEP.get()
+            if step is None or step.phase is not Phase.DECODE or torch.is_grad_enabled():
+                return cast(Tensor, original(input))
+            sparse = SparseColumns(self._weights.columns(module), least, policy.rule == "wina")
+            rows = input.numel() // inputs
+            kept = sparse.kept(input) if self.usage.counting and column else policy.keep * inputs * rows
+            step.skipped += (inputs * rows - kept) * column
+            return sparse.run(input)
+
+        self._patches.set(module, "forward", forward)
+
     def _patch_mlp(self, index: int, layer: FeedForward) -> None:
         if index in self._watched:
             self._patch_observer(index, layer.down)
-        if index not in self._chosen and index not in self._static:
+        if not any(index in policies for policies in (self._chosen, self._static, self._token_policies)):
             return
         target = layer.owner if layer.whole else layer.up
         original = target.forward
@@ -340,6 +382,8 @@ class Runtime:
 
     def _decode(self, index: int, step: Step, x: Tensor) -> Tensor | None:
         """The sparse MLP's output for x ``[rows, length, hidden]`` or flattened; None: run dense."""
+        if index in self._token_policies:
+            return self._decode_by_token(index, step, x)
         if index in self._static:
             packed = self._packed_static(index)
         elif step.selections is None:
@@ -356,6 +400,19 @@ class Runtime:
             y[rows] = mlp(by_row[rows], layers[index])
         return y.view_as(x)
 
+    def _decode_by_token(self, index: int, step: Step, x: Tensor) -> Tensor:
+        y, kept = self.token_mlp(index).run(x, self.usage.counting)
+        tokens, width = step.rows * step.length, self._width(index)
+        step.skipped += width * tokens - (self._token_policies[index].kept(width) * tokens if kept is None else kept)
+        return y
+
+    def token_mlp(self, index: int) -> SparseMLP:
+        """What a layer whose policy chooses token by token computes at a decode step."""
+        sparse = self._token_mlps.get(index)
+        if sparse is None:
+            sparse = self._token_mlps[index] = self._weights.describe(index, self._token_policies[index])
+        return sparse
+
     def _packed_static(self, index: int) -> PackedMLP:
         packed = self._static_packed.get(index)
         if packed is None:
@@ -363,18 +420,7 @@ class Runtime:
         return packed
 
     def _pack(self, index: int, indices: Tensor) -> PackedMLP:
-        layer = self.anatomy.mlps[index]
-        w = layer.matrices()
-        return PackedMLP.pack(
-            w.gate,
-            w.up,
-            w.down,
-            act=self._acts[index],
-            gate_bias=w.gate_bias,
-            up_bias=w.up_bias,
-            down_bias=w.down_bias,
-            indices=indices.to(w.up.device),
-        )
+        return self._weights.pack(index, indices=indices)
 
 
 def _decoding(step: Step | None) -> bool:
