@@ -11,7 +11,8 @@ import functools
 import inspect
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -63,6 +64,18 @@ def unwrap(model: Model) -> Model:
     """
     runtime_of(model).remove()
     return model
+
+
+@contextmanager
+def wrapped(model: Model, plan: Plan, weights: Weights) -> Iterator[Model]:
+    """`wrap` for a while, with matrices that were packed before: for searches, which try many plans on one model."""
+    anatomy = weights.anatomy
+    plan.check(model, anatomy)
+    Runtime(model, anatomy, plan, weights).install()
+    try:
+        yield model
+    finally:
+        unwrap(model)
 
 
 def is_wrapped(model: nn.Module) -> bool:
@@ -118,6 +131,10 @@ class Usage:
     def __init__(self, neurons_per_token: int) -> None:
         self.counting = False
         self._per_token, self._lock = neurons_per_token, threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was counted."""
         self._possible, self._skipped = 0, 0.0
 
     def add(self, step: Step) -> None:
@@ -133,7 +150,7 @@ class Usage:
 class Runtime:
     """One wrapped model: its plan, its patches, and the weights packed for it."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, plan: Plan) -> None:
+    def __init__(self, model: nn.Module, anatomy: Anatomy, plan: Plan, weights: Weights | None = None) -> None:
         self.model, self.anatomy, self.plan = model, anatomy, plan
         self._class = type(model)
         self._patches = Patches()
@@ -161,7 +178,7 @@ class Runtime:
             (index, *found) for index, p in self._column_policies.items() for found in column_linears(anatomy, index, p)
         ]
         self._watched = self._watches()
-        self._weights = Weights(anatomy)
+        self._weights = weights or Weights(anatomy)
         self._token_mlps: dict[int, SparseMLP] = {}
         self._static_packed: dict[int, PackedMLP] = {}
         self._linear_packed: dict[nn.Module, PackedLinear] = {}
