@@ -49,7 +49,9 @@ def _policy(layer: LayerPlan) -> str:
         details.append(f"clusters={policy.clusters.shape[0]}")
     if getattr(policy, "threshold", None) is not None:
         details.append(f"threshold={policy.threshold:.3g}")
-    details += [f"with {name}" for name in ("norm", "gain", "mean") if getattr(policy, name, None) is not None]
+    details += [
+        f"with {name}" for name in ("norm", "gain", "smooth", "mean") if getattr(policy, name, None) is not None
+    ]
     return " ".join([policy.name, *details])
 
 

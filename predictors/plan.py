@@ -177,20 +177,26 @@ class Sketch(_Scored):
     plain MLP the up's) weights and of the inputs, the score being the share of them that agree: SparseInfer (arXiv
     2411.12692) for ReLU models, whose parameter alpha is the threshold 1 / (1 + alpha).
     `norm`: as in `TopK`; unused by signs. `gain`: fp32 ``[width]`` or None: factors of the kept neurons' outputs, by
-    which they stand in for those left out.
+    which they stand in for those left out. `smooth`: fp32 ``[hidden]`` or None: the MLP's inputs are divided by it and
+    the columns of gate and up multiplied, before either is rounded to 8 bits (SmoothQuant, arXiv 2211.10438).
     """
 
     bits: int = 4
     norm: Tensor | None = None
     gain: Tensor | None = None
+    smooth: Tensor | None = None
     name: ClassVar[str] = "sketch"
 
     def check(self, width: int) -> None:
         super().check(width)
         if self.bits not in (1, 4) or isinstance(self.bits, bool):
             raise PlanError(f"a sketch of {self.bits} bits: there are 1 (signs) and 4 (high nibbles)")
-        if self.bits == 1 and (self.norm is not None or self.gain is not None):
-            raise PlanError("a sketch of signs has neither norms nor gains")
+        if self.bits == 1 and not (self.norm is self.gain is self.smooth is None):
+            raise PlanError("a sketch of signs has neither norms nor gains nor smoothed inputs")
+        if self.smooth is not None:
+            _check_floats("smooth", self.smooth, tuple(self.smooth.shape))
+            if not bool((self.smooth > 0).all()):
+                raise PlanError("smooth holds something that is not above 0")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -379,9 +385,13 @@ class Plan:
             raise PlanError("the centroids are not finite fp32 numbers")
 
     def _check_predictor(self, policy: NeuronPolicy) -> None:
-        hidden = self.model.hidden_size
-        if isinstance(policy, Learned) and policy.reduce.shape[1] != hidden:
-            raise PlanError(f"the predictor reads {policy.reduce.shape[1]} inputs, the model has {hidden}")
+        read = self.model.hidden_size
+        if isinstance(policy, Learned):
+            read = policy.reduce.shape[1]
+        elif isinstance(policy, Sketch) and policy.smooth is not None:
+            read = policy.smooth.numel()
+        if read != self.model.hidden_size:
+            raise PlanError(f"the predictor reads {read} inputs, the model has {self.model.hidden_size}")
 
     @classmethod
     def dense(cls, model: nn.Module) -> Plan:

@@ -105,7 +105,7 @@ class _FloatWeights(Weights):
 
     def __init__(self, anatomy: Any) -> None:
         super().__init__(anatomy)
-        self._floats: dict[int, _Floats] = {}
+        self._floats: dict[int, tuple[_Floats, Tensor]] = {}
 
     def clear(self) -> None:
         super().clear()
@@ -115,13 +115,12 @@ class _FloatWeights(Weights):
         sparse = super().describe(layer, policy)
         if sparse.rule != "sketch":
             return sparse
-        floats = self._floats.get(layer)
-        if floats is None:
-            floats = _floats(sparse.packed)
-            size = floats.high.nbytes * 3
-            if size * len(self.anatomy.mlps) <= _FLOAT_BYTES:
-                self._floats[layer] = floats
-        return _ManyRows(sparse.packed, sparse.rule, sparse.keep, sparse.threshold, floats=floats)
+        found = self._floats.get(layer)
+        if found is None or found[1] is not sparse.packed.weight:
+            found = _floats(sparse.packed), sparse.packed.weight
+            if found[0].high.nbytes * 3 * len(self.anatomy.mlps) <= _FLOAT_BYTES:
+                self._floats[layer] = found
+        return _ManyRows(**vars(sparse), floats=found[0])
 
 
 def _floats(packed: PackedMLP) -> _Floats:
@@ -142,9 +141,9 @@ class _ManyRows(SparseMLP):
 
     floats: _Floats | None = None
 
-    def run(self, x: Tensor, counting: bool = False) -> tuple[Tensor, int | None]:
+    def _compute(self, x: Tensor, counting: bool) -> tuple[Tensor, int | None]:
         if x.numel() <= MAX_ROWS * x.shape[-1]:
-            return super().run(x, counting)
+            return super()._compute(x, counting)
         assert self.floats is not None
         packed, floats = self.packed, self.floats
         assert packed.scale is not None

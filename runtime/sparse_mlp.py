@@ -47,6 +47,8 @@ class SparseMLP:
             without a scorer all that are packed.
         keep, threshold: how many neurons per token, or the least score; both None: all.
         scorer: inputs ``[rows, hidden]`` to scores ``[rows, neurons]``, for the rule ``listed`` alone.
+        smooth: float32 ``[hidden]``, what the inputs are multiplied by before they are rounded; `packed` has the
+            inverse in its columns.
     """
 
     packed: PackedMLP
@@ -54,10 +56,17 @@ class SparseMLP:
     keep: int | None = None
     threshold: float | None = None
     scorer: Scorer | None = None
+    smooth: Tensor | None = None
 
     def run(self, x: Tensor, counting: bool = False) -> tuple[Tensor, int | None]:
         """The output for x ``[..., hidden]`` and how many neurons it took, over all rows; None where that was not
         counted: the kernels that choose by threshold do not tell, and choosing twice takes time."""
+        if self.smooth is None:
+            return self._compute(x, counting)
+        y, kept = self._compute(x.float() * self.smooth, counting)
+        return y.to(x.dtype), kept
+
+    def _compute(self, x: Tensor, counting: bool) -> tuple[Tensor, int | None]:
         rows = x.numel() // x.shape[-1]
         kept = None if self.keep is None else self.keep * rows
         if self.rule == "listed":
@@ -102,7 +111,7 @@ class Weights:
     def __init__(self, anatomy: Anatomy) -> None:
         self.anatomy = anatomy
         self.acts = [canonical_activation(layer.act) for layer in anatomy.mlps]
-        self._mlps: dict[tuple[int, str | None], PackedMLP] = {}
+        self._mlps: dict[tuple[int, str | None], tuple[PackedMLP, Tensor | None]] = {}
         self._columns: dict[nn.Module, PackedColumns] = {}
 
     def clear(self) -> None:
@@ -110,18 +119,22 @@ class Weights:
         self._mlps.clear()
         self._columns.clear()
 
-    def mlp(self, layer: int, fmt: str | None) -> PackedMLP:
-        packed = self._mlps.get((layer, fmt))
-        if packed is None:
-            packed = self._mlps[layer, fmt] = self.pack(layer, fmt=fmt)
-        return packed
+    def mlp(self, layer: int, fmt: str | None, smooth: Tensor | None = None) -> PackedMLP:
+        """A layer's MLP, for inputs that are divided by `smooth` where it is given."""
+        found = self._mlps.get((layer, fmt))
+        if found is None or found[1] is not smooth:
+            found = self._mlps[layer, fmt] = self.pack(layer, fmt=fmt, smooth=smooth), smooth
+        return found[0]
 
-    def pack(self, layer: int, *, fmt: str | None = None, indices: Tensor | None = None) -> PackedMLP:
+    def pack(
+        self, layer: int, *, fmt: str | None = None, indices: Tensor | None = None, smooth: Tensor | None = None
+    ) -> PackedMLP:
         """A layer's MLP, or some of its neurons, packed anew."""
         w = self.anatomy.mlps[layer].matrices()
+        columns = 1 if smooth is None else smooth.to(w.up)
         return PackedMLP.pack(
-            w.gate,
-            w.up,
+            w.gate if w.gate is None or smooth is None else w.gate * columns,
+            w.up if smooth is None else w.up * columns,
             w.down,
             act=self.acts[layer],
             gate_bias=w.gate_bias,
@@ -143,14 +156,16 @@ class Weights:
             return self._by_gate(layer, policy)
         assert isinstance(policy, (TopK, Sketch, Learned))
         by_nibbles = isinstance(policy, Sketch) and policy.bits == 4
-        packed = self.mlp(layer, "int8_sliced" if by_nibbles else None)
+        smooth = policy.smooth if isinstance(policy, Sketch) else None
+        packed = self.mlp(layer, "int8_sliced" if by_nibbles else None, smooth)
         if isinstance(policy, Sketch):
             packed = _with(packed, policy.norm, policy.gain)
         if policy.mean is not None:
             packed = packed.compensated(policy.mean)
         keep = policy.kept(packed.intermediate_size) if policy.threshold is None else None
         if by_nibbles:
-            return SparseMLP(packed, "sketch", keep, policy.threshold)
+            factors = None if smooth is None else smooth.to(packed.weight.device).reciprocal()
+            return SparseMLP(packed, "sketch", keep, policy.threshold, smooth=factors)
         return SparseMLP(packed, "listed", keep, policy.threshold, self._scorer(layer, policy))
 
     def _by_gate(self, layer: int, policy: Threshold) -> SparseMLP:
