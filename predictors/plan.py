@@ -225,8 +225,8 @@ class Learned(_Scored):
         _check_floats("reduce", self.reduce, tuple(self.reduce.shape))
         _check_floats("expand", self.expand, (width, self.rank))
         _check_floats("bias", self.bias, (width,))
-        if self.recall is not None:
-            check_share("recall", self.recall)
+        if self.recall is not None and not 0 <= self.recall <= 1:
+            raise PlanError(f"recall is {self.recall}; it is a share")
 
 
 @dataclass(frozen=True)
