@@ -31,7 +31,20 @@ def plan_table(plan: Plan) -> str:
             zip(policies, plan.layers, model.intermediate_sizes, strict=True)
         )
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_frontier(plan.frontier)])
+
+
+def _frontier(rows: Any) -> list[str]:
+    """What the search found, fewest bytes first."""
+    if not rows:
+        return []
+    room = max(len(row["name"]) for row in rows)
+    lines = ["", f"found  {'':{room}}   keep  MB/token   ms  skipped     ppl      KL"]
+    return lines + [
+        f"       {row['name']:{room}}  {row['keep']:5.2f}  {row['megabytes']:8.1f} {row['milliseconds']:5.2f} "
+        f"{row['neuron_sparsity']:8.1%} {row['ppl_increase']:+7.2%} {row['kl']:7.4f}"
+        for row in rows
+    ]
 
 
 def _share(kept: int, width: int) -> str:
@@ -49,9 +62,7 @@ def _policy(layer: LayerPlan) -> str:
         details.append(f"clusters={policy.clusters.shape[0]}")
     if getattr(policy, "threshold", None) is not None:
         details.append(f"threshold={policy.threshold:.3g}")
-    details += [
-        f"with {name}" for name in ("norm", "gain", "smooth", "mean") if getattr(policy, name, None) is not None
-    ]
+    details += [f"with {name}" for name in ("norm", "smooth", "mean") if getattr(policy, name, None) is not None]
     return " ".join([policy.name, *details])
 
 

@@ -150,7 +150,7 @@ class _Scored:
         check_share("keep", self.keep)
         if self.threshold is not None:
             _check_threshold(self.threshold)
-        for name in ("mean", "norm", "gain"):
+        for name in ("mean", "norm"):
             _check_floats(name, getattr(self, name, None), (width,))
 
     def kept(self, width: int) -> int:
@@ -176,14 +176,12 @@ class Sketch(_Scored):
     `bits`: 4: the high nibbles of gate and up, which are part of the weights anyway. 1: the signs of the gate's (in a
     plain MLP the up's) weights and of the inputs, the score being the share of them that agree: SparseInfer (arXiv
     2411.12692) for ReLU models, whose parameter alpha is the threshold 1 / (1 + alpha).
-    `norm`: as in `TopK`; unused by signs. `gain`: fp32 ``[width]`` or None: factors of the kept neurons' outputs, by
-    which they stand in for those left out. `smooth`: fp32 ``[hidden]`` or None: the MLP's inputs are divided by it and
+    `norm`: as in `TopK`; unused by signs. `smooth`: fp32 ``[hidden]`` or None: the MLP's inputs are divided by it and
     the columns of gate and up multiplied, before either is rounded to 8 bits (SmoothQuant, arXiv 2211.10438).
     """
 
     bits: int = 4
     norm: Tensor | None = None
-    gain: Tensor | None = None
     smooth: Tensor | None = None
     name: ClassVar[str] = "sketch"
 
@@ -191,8 +189,8 @@ class Sketch(_Scored):
         super().check(width)
         if self.bits not in (1, 4) or isinstance(self.bits, bool):
             raise PlanError(f"a sketch of {self.bits} bits: there are 1 (signs) and 4 (high nibbles)")
-        if self.bits == 1 and not (self.norm is self.gain is self.smooth is None):
-            raise PlanError("a sketch of signs has neither norms nor gains nor smoothed inputs")
+        if self.bits == 1 and not (self.norm is self.smooth is None):
+            raise PlanError("a sketch of signs has neither norms nor smoothed inputs")
         if self.smooth is not None:
             _check_floats("smooth", self.smooth, tuple(self.smooth.shape))
             if not bool((self.smooth > 0).all()):
@@ -349,6 +347,7 @@ class Plan:
         calibration: what text it was calibrated on: source, tokens, sha256 of the token ids.
         quality: what `evaluate` measured on held-out text, or None.
         clusters: for similarity-guided plans.
+        frontier: what the search for a budget found that nothing beat in both bytes and quality: plain JSON tables.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -357,6 +356,7 @@ class Plan:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     quality: Mapping[str, Any] | None = None
     clusters: Clusters | None = None
+    frontier: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         widths = self.model.intermediate_sizes
@@ -538,6 +538,7 @@ def _encode(plan: Plan) -> tuple[bytes, bytes]:
         "quality": None if plan.quality is None else dict(plan.quality),
         "layers": layers,
         "clusters": None,
+        "frontier": [dict(row) for row in plan.frontier],
     }
     if plan.clusters is not None:
         document["clusters"], arrays = _split(plan.clusters)
@@ -639,6 +640,7 @@ def _build(document: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
         calibration=document["calibration"],
         quality=document["quality"],
         clusters=clusters,
+        frontier=_frontier(document.get("frontier", [])),
     )
 
 
@@ -649,6 +651,14 @@ def _check_quality(quality: Any) -> None:
     figures += [quality[name] for name in ("ppl_increase", "kl", "top1_agreement", "neuron_sparsity")]
     if not all(isinstance(figure, (int, float)) for figure in figures):
         raise PlanError("quality holds something that is not a number")
+
+
+def _frontier(rows: Any) -> tuple[dict[str, Any], ...]:
+    numbers = ("keep", "megabytes", "milliseconds", "ppl_increase", "kl", "top1_agreement", "neuron_sparsity")
+    for row in rows:
+        if not isinstance(row["name"], str) or not all(isinstance(row[name], (int, float)) for name in numbers):
+            raise PlanError("the frontier holds something that is not a measurement")
+    return tuple(rows)
 
 
 def _integers(values: object) -> list[int]:

@@ -174,7 +174,7 @@ class _ManyRows(SparseMLP):
     def _activations(self, rows: Tensor, integers: Tensor, factor: Tensor) -> Tensor:
         packed = self.packed
         assert packed.scale is not None
-        act = ACTS[str(packed.act)]
+        act = ACTS[packed.act] if isinstance(packed.act, str) else packed.act
         products = F.linear(rows, integers).view(rows.shape[0], -1, packed.intermediate_size)
         products *= factor[:, None, None] * packed.scale[:, :-1].t()
         if packed.up_bias is not None:

@@ -155,18 +155,18 @@ class Weights:
         if isinstance(policy, Threshold):
             return self._by_gate(layer, policy)
         assert isinstance(policy, (TopK, Sketch, Learned))
-        by_nibbles = isinstance(policy, Sketch) and policy.bits == 4
-        smooth = policy.smooth if isinstance(policy, Sketch) else None
-        packed = self.mlp(layer, "int8_sliced" if by_nibbles else None, smooth)
-        if isinstance(policy, Sketch):
-            packed = _with(packed, policy.norm, policy.gain)
+        nibbles = policy if isinstance(policy, Sketch) and policy.bits == 4 else None
+        smooth = None if nibbles is None else nibbles.smooth
+        packed = self.mlp(layer, None if nibbles is None else "int8_sliced", smooth)
+        if nibbles is not None and nibbles.norm is not None:
+            packed = replace(packed, norm=nibbles.norm.to(packed.weight.device))
         if policy.mean is not None:
             packed = packed.compensated(policy.mean)
         keep = policy.kept(packed.intermediate_size) if policy.threshold is None else None
-        if by_nibbles:
-            factors = None if smooth is None else smooth.to(packed.weight.device).reciprocal()
-            return SparseMLP(packed, "sketch", keep, policy.threshold, smooth=factors)
-        return SparseMLP(packed, "listed", keep, policy.threshold, self._scorer(layer, policy))
+        if nibbles is None:
+            return SparseMLP(packed, "listed", keep, policy.threshold, self._scorer(layer, policy))
+        factors = None if smooth is None else smooth.to(packed.weight.device).reciprocal()
+        return SparseMLP(packed, "sketch", keep, policy.threshold, smooth=factors)
 
     def _by_gate(self, layer: int, policy: Threshold) -> SparseMLP:
         packed, least = self.mlp(layer, None), policy.least["act"]
@@ -203,18 +203,6 @@ def column_linears(anatomy: Anatomy, layer: int, policy: Threshold) -> Iterator[
         if not isinstance(module, nn.Module):
             raise PlanError(f"layer {layer} has no linear {name}, for which the plan has a threshold")
         yield module, least, part == "mlp"
-
-
-def _with(packed: PackedMLP, norm: Tensor | None, gain: Tensor | None) -> PackedMLP:
-    """The same weights with other norms to score by, and down rows that are `gain` times as long."""
-    device = packed.weight.device
-    if norm is not None:
-        packed = replace(packed, norm=norm.to(device))
-    if gain is not None and packed.scale is not None:
-        scale = packed.scale.clone()
-        scale[:, -1] *= gain.to(device)
-        packed = replace(packed, scale=scale)
-    return packed
 
 
 # ---- what scores neurons where no kernel does ----

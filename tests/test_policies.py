@@ -64,10 +64,9 @@ def some_policy(model: Any, name: str) -> Any:
     if name.startswith("topk"):
         return TopK(keep=KEEP, threshold=1.0 if "threshold" in name else None, norm=norm, mean=mean)
     if name.startswith("sketch"):
-        gain = torch.rand(width, generator=rng) + 0.5
         smooth = torch.rand(hidden, generator=rng) + 0.5 if "smooth" in name else None
         threshold = 1.0 if "threshold" in name else None
-        return Sketch(keep=KEEP, threshold=threshold, norm=norm, mean=mean, gain=gain, smooth=smooth)
+        return Sketch(keep=KEEP, threshold=threshold, norm=norm, mean=mean, smooth=smooth)
     if name == "signs":
         return Sketch(keep=KEEP, bits=1)
     return Learned(
@@ -116,7 +115,7 @@ def defined(policy: Any, layer: Any, x: Tensor) -> Tensor:
         gate, gate_high = (None, None) if gate is None else nibbled(gate)
         # a nibble's 7.5 stands beside rounded inputs, as in the kernels
         wanted = best(activations(gate_high, up_high, x).abs() * policy.norm, policy)
-        down = nibbled(down)[0] * policy.gain[:, None]
+        down = nibbled(down)[0]
         a = activations(gate, up, x)
     else:
         a = activations(gate, up, x)
@@ -319,10 +318,10 @@ def test_plans_keep_them(llama: Any, tmp_path: Path, name: str) -> None:
         (TopK(keep=0.5, mean=torch.zeros(3)), "mean is not fp32 of shape"),
         (TopK(keep=0.5, norm=torch.full((160,), torch.inf)), "not a finite number"),
         (Sketch(keep=0.5, bits=3), "sketch of 3 bits"),
-        (Sketch(keep=0.5, bits=1, norm=torch.ones(160)), "neither norms nor gains"),
+        (Sketch(keep=0.5, bits=1, norm=torch.ones(160)), "neither norms nor smoothed"),
         (Sketch(keep=0.5, smooth=torch.ones(63)), "reads 63 inputs"),
         (Sketch(keep=0.5, smooth=torch.zeros(64)), "not above 0"),
-        (Sketch(keep=0.5, gain=torch.ones(160).double()), "gain is not fp32"),
+        (Sketch(keep=0.5, norm=torch.ones(160).double()), "norm is not fp32"),
         (Learned(keep=0.5, reduce=torch.ones(2, 7), expand=torch.ones(160, 2), bias=torch.ones(160)), "reads 7 inputs"),
         (Learned(keep=0.5, reduce=torch.ones(2, 64), expand=torch.ones(160, 3), bias=torch.ones(160)), "expand is not"),
     ],
