@@ -11,78 +11,16 @@
 #include <algorithm>
 #include <atomic>
 
-#include "cpu.h"
+#include "cpu_work.h"
 
 namespace coreskip {
-namespace {
-
-enum Status : int { kOk = 0, kBadIndex = 1, kNoMemory = 2, kUnknown = 3 };
 
 std::atomic<const Isa*> active{nullptr};
+std::atomic<const StepIsa*> active_step{nullptr};
 
-// Memory that a calling thread keeps between its calls, so that no call allocates once the sizes have been seen.
-class Workspace {
-  public:
-    ~Workspace() { free(base_); }
-
-    bool reserve(size_t bytes) {
-        used_ = 0;
-        if (bytes <= size_) return true;
-        free(base_);
-        size_ = (bytes + 4095) / 4096 * 4096;
-        base_ = static_cast<char*>(aligned_alloc(kLine, size_));
-        if (!base_) size_ = 0;
-        return base_ != nullptr;
-    }
-
-    template <class T>
-    T* take(size_t count) {
-        T* p = reinterpret_cast<T*>(base_ + used_);
-        used_ += room<T>(count);
-        return p;
-    }
-
-    template <class T>
-    static size_t room(size_t count) {
-        return (count * sizeof(T) + kLine - 1) / kLine * kLine;
-    }
-
-  private:
-    char* base_ = nullptr;
-    size_t size_ = 0, used_ = 0;
-};
+namespace {
 
 thread_local Workspace workspace;
-
-int64_t size_of(int dtype) { return dtype == kFloat32 ? 4 : dtype >= kInt8 ? 1 : 2; }
-
-struct Range {
-    int64_t begin, end;
-};
-
-Range share(int64_t count, int part, int parts) { return {count * part / parts, count * (part + 1) / parts}; }
-
-size_t rows_room(int rows, int64_t stride) {
-    return Workspace::room<float>(rows * stride) + Workspace::room<int8_t>(rows * stride) +
-           Workspace::room<float>(rows) + Workspace::room<int32_t>(rows);
-}
-
-// x in fp32, padded with zeros; quantised where the weights are.
-Rows load_rows(const Isa& isa, const void* x, int dtype, int w_dtype, int rows, int64_t width, int64_t stride,
-               Workspace& memory) {
-    float* to = memory.take<float>(rows * stride);
-    int8_t* q = memory.take<int8_t>(rows * stride);
-    float* scale = memory.take<float>(rows);
-    int32_t* sum = memory.take<int32_t>(rows);
-    for (int r = 0; r < rows; r++) {
-        float* row = to + r * stride;
-        isa.to_float(static_cast<const char*>(x) + r * width * size_of(dtype), dtype, row, width);
-        memset(row + width, 0, (stride - width) * sizeof(float));
-        if (w_dtype >= kInt8) isa.quantize(row, stride, q + r * stride, scale + r, sum + r);
-        else isa.arrange(row, stride, w_dtype);
-    }
-    return {rows, stride, to, q, scale, sum};
-}
 
 // Sums the threads' partial results in the order of the threads, converts them and adds the bias.
 void reduce(const Isa& isa, float* acc, int parts, int w_dtype, int rows, int64_t width, int64_t stride,
@@ -96,67 +34,6 @@ void reduce(const Isa& isa, float* acc, int parts, int w_dtype, int rows, int64_
     }
 }
 
-// Copies a list without its -1 entries. Returns how many remain, or -1 where an index is out of range.
-int64_t compact(const int64_t* list, int64_t count, int64_t neurons, int64_t* to) {
-    int64_t kept = 0;
-    bool bad = false;
-    for (int64_t i = 0; i < count; i++) {
-        to[kept] = list[i];
-        kept += list[i] >= 0;
-        bad |= list[i] < -1 || list[i] >= neurons;
-    }
-    return bad ? -1 : kept;
-}
-
-// Turns one list per row into one ascending list and a table of who wants what: every bundle is read once.
-int64_t merge(const int64_t* lists, int64_t count, int rows, int64_t neurons, uint8_t* selected, int64_t* to) {
-    memset(selected, 0, neurons * rows);
-    for (int r = 0; r < rows; r++)
-        for (int64_t i = 0; i < count; i++) {
-            const int64_t n = lists[r * count + i];
-            if (n < -1 || n >= neurons) return -1;
-            if (n >= 0) selected[n * rows + r] = 1;
-        }
-    int64_t kept = 0;
-    for (int64_t n = 0; n < neurons; n++) {
-        uint8_t any = 0;
-        for (int r = 0; r < rows; r++) any |= selected[n * rows + r];
-        to[kept] = n;
-        kept += any;
-    }
-    return kept;
-}
-
-// One row's neurons with a score of at least `threshold` or, where keep >= 0, the `keep` best (of equal scores the
-// first). Ascending, then -1. A NaN is kept: it has to reach the output, as it would in a dense layer.
-void choose(const float* score, int64_t neurons, int64_t keep, float threshold, float* scratch, int64_t* to,
-            int64_t width) {
-    int64_t equal = neurons, kept = 0;
-    if (keep >= 0 && keep < neurons) {
-        for (int64_t n = 0; n < neurons; n++) scratch[n] = score[n] == score[n] ? score[n] : HUGE_VALF;
-        float* last = scratch + neurons - keep;
-        if (keep > 0) std::nth_element(scratch, last, scratch + neurons);
-        threshold = keep > 0 ? *last : HUGE_VALF;
-        equal = keep - std::count_if(scratch, scratch + neurons, [=](float s) { return s > threshold; });
-        if (keep == 0) equal = 0;
-    } else if (keep >= neurons) {
-        threshold = -1;
-    }
-    for (int64_t n = 0; n < neurons && kept < width; n++) {
-        const float s = score[n] == score[n] ? score[n] : HUGE_VALF;
-        const bool wanted = keep >= 0 ? s > threshold || (s == threshold && equal-- > 0) : !(s < threshold);
-        if (wanted) to[kept++] = n;
-    }
-    std::fill(to + kept, to + width, -1);
-}
-
-// How many bundles fill so many KiB. Measured over 4..64 and 8..64 KiB, on 576 x 1536 and 2048 x 8192 in fp32 and
-// bf16: blocks of 16 KiB, prefetched 32 KiB ahead, are at or near the best everywhere.
-int64_t bundles(int64_t kib, int64_t bundle_bytes) {
-    const int64_t count = (kib << 10) / bundle_bytes / 2 * 2;
-    return count < 2 ? 2 : count;
-}
-
 }  // namespace
 }  // namespace coreskip
 
@@ -167,18 +44,20 @@ using namespace coreskip;
 // Chooses an instruction set by name. Returns 0, or 3 where this machine lacks it.
 CORESKIP_API int coreskip_use(const char* name) {
     const Isa* isa = nullptr;
-    if (!strcmp(name, "generic")) isa = &generic_isa();
+    const StepIsa* step = nullptr;
+    if (!strcmp(name, "generic")) isa = &generic_isa(), step = &generic_step();
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512vnni");
-    if (!strcmp(name, "avx2") && avx2) isa = &avx2_isa();
-    if (!strcmp(name, "avx512") && avx512) isa = &avx512_isa();
+    if (!strcmp(name, "avx2") && avx2) isa = &avx2_isa(), step = &avx2_step();
+    if (!strcmp(name, "avx512") && avx512) isa = &avx512_isa(), step = &avx512_step();
 #endif
     if (!isa) return kUnknown;
     active = isa;
+    active_step = step;
     return kOk;
 }
 

@@ -20,10 +20,10 @@ from .packed import ACTS, DTYPES, PackedColumns, PackedLinear, PackedMLP
 MAX_ROWS = 8  # kMaxRows in cpu.h
 ISAS = ("avx512", "avx2", "generic")  # best first
 
-_ACT = {name: code for code, name in enumerate(ACTS)}
-_DTYPE = {dtype: code for code, dtype in enumerate((*DTYPES, torch.uint8))}
-_SLICED = len(_DTYPE)
-_RULE = {"listed": 0, "sketch": 1, "gate": 2}
+ACT = {name: code for code, name in enumerate(ACTS)}
+DTYPE = {dtype: code for code, dtype in enumerate((*DTYPES, torch.uint8))}
+SLICED = len(DTYPE)
+RULE = {"listed": 0, "sketch": 1, "gate": 2}
 
 
 class Unavailable(RuntimeError):
@@ -88,6 +88,8 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.coreskip_choose.argtypes = [p, p]
     lib.coreskip_columns.argtypes = [p, i, i, n, p, i, n, n, p, n, ctypes.c_float, p, p, i]
     lib.coreskip_linear.argtypes = [p, i, i, n, p, i, n, n, p, p, p, i]
+    lib.coreskip_linear4.argtypes = [p, i, i, n, p, n, n, p, p, i]
+    lib.coreskip_step.argtypes = [p, p]
 
 
 class _Mlp(ctypes.Structure):
@@ -111,7 +113,7 @@ def mlp(x: Tensor, packed: PackedMLP, indices: Tensor | None, rule: str, keep: i
         call.indices, call.count = indices.data_ptr(), indices.shape[-1]
         call.lists = 1 if indices.dim() == 1 else call.rows
     out = torch.empty_like(x)
-    _check(library().coreskip_mlp(ctypes.byref(call), out.data_ptr()), packed.intermediate_size)
+    check(library().coreskip_mlp(ctypes.byref(call), out.data_ptr()), packed.intermediate_size)
     return out
 
 
@@ -120,7 +122,7 @@ def choose(x: Tensor, packed: PackedMLP, rule: str, keep: int, threshold: float)
     x = x.contiguous()
     call = _call(x, packed, rule, keep, threshold)
     out = torch.empty((call.rows, packed.intermediate_size if keep < 0 else keep), dtype=torch.int64)
-    _check(library().coreskip_choose(ctypes.byref(call), out.data_ptr()), packed.intermediate_size)
+    check(library().coreskip_choose(ctypes.byref(call), out.data_ptr()), packed.intermediate_size)
     return out
 
 
@@ -133,8 +135,8 @@ def _call(x: Tensor, packed: PackedMLP, rule: str, keep: int, threshold: float) 
     if template is None:
         template = _templates[packed] = _template(packed)
     call = _Mlp.from_buffer_copy(template)
-    call.x, call.x_dtype, call.rows = x.data_ptr(), _DTYPE[x.dtype], x.numel() // packed.hidden_size
-    call.rule, call.keep, call.threshold = _RULE[rule], keep, threshold
+    call.x, call.x_dtype, call.rows = x.data_ptr(), DTYPE[x.dtype], x.numel() // packed.hidden_size
+    call.rule, call.keep, call.threshold = RULE[rule], keep, threshold
     call.threads = torch.get_num_threads()
     return call
 
@@ -143,13 +145,13 @@ def _template(packed: PackedMLP) -> _Mlp:
     names = ("weight", "low", "scale", "norm", "gate_bias", "up_bias", "down_bias", "mean")
     sliced = packed.low is not None
     return _Mlp(
-        **{name: _address(getattr(packed, name)) for name in names},
+        **{name: address(getattr(packed, name)) for name in names},
         hidden=packed.hidden_size,
         neurons=packed.intermediate_size,
         stride=packed.weight.shape[2] * (2 if sliced else 1),
-        w_dtype=_SLICED if sliced else _DTYPE[packed.weight.dtype],
+        w_dtype=SLICED if sliced else DTYPE[packed.weight.dtype],
         gated=packed.gated,
-        act=_ACT[str(packed.act)],
+        act=ACT[str(packed.act)],
     )
 
 
@@ -157,13 +159,20 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     """The op coreskip::linear on CPU tensors; `ops.linear` describes it."""
     x = x.contiguous()
     weight = packed.weight
-    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    out = x.new_empty((*x.shape[:-1], packed.out_features))
+    if packed.fmt == "int4":
+        status = library().coreskip_linear4(
+            x.data_ptr(), DTYPE[x.dtype], x.numel() // packed.in_features, packed.in_features, weight.data_ptr(),
+            packed.out_features, packed.stride, address(packed.bias), out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        check(status, 0)
+        return out
     status = library().coreskip_linear(
-        x.data_ptr(), _DTYPE[x.dtype], x.numel() // packed.in_features, packed.in_features,
-        weight.data_ptr(), _DTYPE[weight.dtype], weight.shape[0], weight.stride(0),
-        _address(packed.scale), _address(packed.bias), out.data_ptr(), torch.get_num_threads(),
+        x.data_ptr(), DTYPE[x.dtype], x.numel() // packed.in_features, packed.in_features,
+        weight.data_ptr(), DTYPE[weight.dtype], weight.shape[0], weight.stride(0),
+        address(packed.scale), address(packed.bias), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    _check(status, 0)
+    check(status, 0)
     return out
 
 
@@ -173,12 +182,12 @@ def columns(x: Tensor, packed: PackedColumns, by_norm: bool, keep: int, threshol
     weight = packed.weight
     out = x.new_empty((*x.shape[:-1], packed.out_features))
     status = library().coreskip_columns(
-        x.data_ptr(), _DTYPE[x.dtype], x.numel() // packed.in_features, packed.in_features,
-        weight.data_ptr(), _DTYPE[weight.dtype], packed.out_features, weight.shape[1],
+        x.data_ptr(), DTYPE[x.dtype], x.numel() // packed.in_features, packed.in_features,
+        weight.data_ptr(), DTYPE[weight.dtype], packed.out_features, weight.shape[1],
         packed.norm.data_ptr() if by_norm else None, keep, threshold,
-        _address(packed.bias), out.data_ptr(), torch.get_num_threads(),
+        address(packed.bias), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    _check(status, 0)
+    check(status, 0)
     return out
 
 
@@ -188,11 +197,11 @@ def read(memory: Tensor) -> int:
     return total
 
 
-def _address(tensor: Tensor | None) -> int | None:
+def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _check(status: int, neurons: int) -> None:
+def check(status: int, neurons: int) -> None:
     if status == 1:
         raise IndexError(f"indices must be -1 (nothing) or in [0, {neurons})")
     if status == 2:

@@ -5,6 +5,8 @@
 #define CORESKIP_NAME "avx512"
 #define CORESKIP_LEVEL 512
 #include "cpu_isa.h"
+#include "cpu_step_isa.h"
 
 const coreskip::Isa& coreskip::avx512_isa() { return avx512::table; }
+const coreskip::StepIsa& coreskip::avx512_step() { return avx512::step_table; }
 #endif

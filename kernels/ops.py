@@ -300,7 +300,7 @@ _lib.define(
     "columns(Tensor x, Tensor weight, int out_features, Tensor norm, Tensor? bias, bool by_norm, int keep, "
     "float threshold) -> Tensor"
 )
-_lib.define("linear(Tensor x, Tensor weight, int in_features, Tensor? scale, Tensor? bias) -> Tensor")
+_lib.define("linear(Tensor x, Tensor weight, int in_features, Tensor? scale, Tensor? bias, int? rows) -> Tensor")
 
 
 def _fields(packed: PackedMLP) -> tuple[Any, ...]:
@@ -311,7 +311,7 @@ def _fields(packed: PackedMLP) -> tuple[Any, ...]:
 
 
 def _linear_fields(packed: PackedLinear) -> tuple[Any, ...]:
-    return (packed.weight, packed.in_features, packed.scale, packed.bias)
+    return (packed.weight, packed.in_features, packed.scale, packed.bias, packed.rows)
 
 
 def _mlp_torch(x: Tensor, *arguments: Any) -> Tensor:
@@ -399,8 +399,8 @@ def _columns_fake(x: Tensor, weight: Tensor, out_features: int, *arguments: Any)
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-def _linear_fake(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _linear_fake(x: Tensor, *fields: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], PackedLinear(*fields).out_features))
 
 
 for _name, _any, _cpu, _cuda, _fake in (

@@ -17,6 +17,7 @@ from torch import Tensor
 LINE = 64  # bytes of a cache line, to whose multiples a row of whole bytes is padded; kLine in cpu.h
 PAD = 128  # bytes, or nibbles, to whose multiples any other row is padded; kPad in cpu.h
 HUGE_PAGE = 2 << 20
+GROUP, TILE = 32, 16  # inputs of an "int4" group, rows of a tile; kGroup and kTile in cpu_step.h
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = (None, "int8", "int8_sliced")
 MAX_INT8_WIDTH = (2**31 - 1) // (255 * 127)  # beyond it a row of products could overflow 32 bits
@@ -177,20 +178,24 @@ class PackedMLP:
 class PackedLinear:
     """A linear layer's weight, [out_features, stride], and its bias as float32 or None. Made by `pack`.
 
-    In "int8" the weight holds bytes and stands for scale[out_feature] * (byte - 128).
+    In "int8" the weight holds bytes and stands for scale[out_feature] * (byte - 128). In "int4" it is
+    [ceil(out_features / 16), groups, 320] bytes: tiles of 16 rows by 32 inputs, w = scale * q + least with q in 0..15,
+    as cpu_step.h describes them (llama.cpp calls these numbers Q4_1).
     """
 
     weight: Tensor
     in_features: int
     scale: Tensor | None = None
     bias: Tensor | None = None
+    rows: int | None = None  # of "int4", where the last tile may be filled up
 
     @classmethod
     @torch.no_grad()
     def pack(cls, weight: Tensor, bias: Tensor | None = None, *, fmt: str | None = None) -> PackedLinear:
         """weight: [out_features, in_features] of float32, bfloat16 or float16; bias: [out_features] or None.
 
-        fmt: None or "int8". With None, rows that need no padding are shared with `weight`, anything else is copied.
+        fmt: None, "int8" or "int4". With None, rows that need no padding are shared with `weight`, anything else is
+        copied. "int4" loses nothing where the weights are 4-bit numbers already, as in a model loaded from such a file.
         Raises ValueError where shapes or names do not fit, TypeError for another dtype.
         """
         _check_dtype(weight)
@@ -198,26 +203,38 @@ class PackedLinear:
             raise ValueError(f"weight must be [out_features, in_features], not {tuple(weight.shape)}")
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must have shape {tuple(weight.shape[:1])}, not {tuple(bias.shape)}")
-        if fmt not in (None, "int8"):
-            raise ValueError(f"fmt must be None or 'int8', not {fmt!r}")
+        if fmt not in (None, "int8", "int4"):
+            raise ValueError(f"fmt must be None, 'int8' or 'int4', not {fmt!r}")
         rows, scale = weight.detach(), None
+        if fmt == "int4":
+            return cls(_tiles(rows), weight.shape[1], bias=_floats(bias, None), rows=weight.shape[0])
         if fmt == "int8":
             packed, _, scales = _pack_bytes([rows], sliced=False)
             rows, scale = packed[:, 0], scales[:, 0].contiguous()
-        elif not (rows.is_contiguous() and padded(rows.shape[1], rows.dtype) == rows.shape[1]):
+        elif not (rows.stride(1) == 1 and padded(rows.shape[1], rows.dtype) == rows.shape[1] == rows.stride(0)):
             rows = _pack_floats([rows])[0][:, 0]
         return cls(weight=rows, in_features=weight.shape[1], scale=scale, bias=_floats(bias, None))
 
     @property
     def out_features(self) -> int:
-        return self.weight.shape[0]
+        return self.weight.shape[0] if self.rows is None else self.rows
+
+    @property
+    def stride(self) -> int:
+        """Inputs of one row with its padding."""
+        return self.weight.stride(0) if self.rows is None else self.weight.shape[1] * GROUP
+
+    @property
+    def fmt(self) -> str | None:
+        """None, "int8" or "int4"."""
+        return "int4" if self.rows is not None else None if self.scale is None else "int8"
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.weight, self.scale, self.bias) if t is not None)
 
     def __repr__(self) -> str:
-        fmt = str(self.weight.dtype).removeprefix("torch.") if self.scale is None else "int8"
+        fmt = self.fmt or str(self.weight.dtype).removeprefix("torch.")
         return f"PackedLinear({self.in_features} -> {self.out_features}, {fmt}, bias={self.bias is not None})"
 
 
@@ -290,6 +307,75 @@ def _pack_bytes(parts: list[Tensor], *, sliced: bool) -> tuple[Tensor, Tensor | 
     low[:, -stride:] = rows[:, -1]
     high = _nibbles(rows[:, :-1] >> 4)
     return allocate(tuple(high.shape), torch.uint8, device).copy_(high), low, scale
+
+
+def group_weights(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rounds each group of 32 inputs to 16 steps: w is about scale * q + least.
+
+    weight: [rows, inputs] of any float dtype. Returns q [rows, groups, 32] of uint8, scale and least [rows, groups] of
+    float16. The ends of a group are the first guess, which is exact for numbers that were made that way; elsewhere
+    least squares, given q, does better by a tenth.
+    """
+    rows, width = weight.shape
+    groups = -(-width // GROUP)
+    w = torch.nn.functional.pad(weight.float(), (0, groups * GROUP - width), mode="constant")
+    if groups * GROUP != width:
+        w[:, width:] = w[:, width - 1 : width]  # a group's padding must not widen its range
+    w = w.view(rows, groups, GROUP)
+    low, high = w.amin(-1), w.amax(-1)
+    best = _rounded(w, (high - low) / 15, low)
+    error = (w - ungroup(*best)).square().sum(-1)
+    for _ in range(2):
+        q = best[0].float()
+        mean_q, mean_w = q.mean(-1), w.mean(-1)
+        spread = (q - mean_q[..., None]).square().sum(-1)
+        slope = ((q - mean_q[..., None]) * (w - mean_w[..., None])).sum(-1) / spread.clamp_min(1e-12)
+        fit = _rounded(w, slope, mean_w - slope * mean_q)
+        fit_error = (w - ungroup(*fit)).square().sum(-1)
+        better = fit_error < error
+        chosen = torch.where(better[..., None], fit[0], best[0])
+        best = (chosen, torch.where(better, fit[1], best[1]), torch.where(better, fit[2], best[2]))
+        error = torch.where(better, fit_error, error)
+    return best
+
+
+def _rounded(w: Tensor, scale: Tensor, least: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    scale, least = scale.half(), least.half()
+    steps = (w - least.float()[..., None]) / torch.where(scale == 0, 1.0, scale.float())[..., None]
+    return steps.round().clamp(0, 15).to(torch.uint8), scale, least
+
+
+def ungroup(q: Tensor, scale: Tensor, least: Tensor) -> Tensor:
+    """The inverse of `group_weights`: float32 [rows, groups, 32]."""
+    return q.float() * scale.float()[..., None] + least.float()[..., None]
+
+
+def _tiles(weight: Tensor) -> Tensor:
+    """The bytes of "int4", [ceil(rows / 16), groups, 320]."""
+    if not bool(weight.isfinite().all()):
+        raise ValueError("weights with infinities or NaNs have no 4-bit form")
+    q, scale, least = group_weights(weight)
+    fill = -q.shape[0] % TILE
+    if fill:
+        q, scale, least = (torch.nn.functional.pad(t, (0, 0) * (t.dim() - 1) + (0, fill)) for t in (q, scale, least))
+    groups = q.shape[1]
+    # [tile, row, group, half, four, input of four] -> [tile, group, four, row, input of four] for each half
+    low, high = q.view(-1, TILE, groups, 2, 4, 4).permute(3, 0, 2, 4, 1, 5)
+    nibbles = (low | high << 4).reshape(-1, groups, TILE * GROUP // 2)
+    ends = [t.view(-1, TILE, groups).transpose(1, 2).contiguous().view(torch.uint8) for t in (scale, least)]
+    tiles = allocate((nibbles.shape[0], groups, nibbles.shape[2] + 4 * TILE), torch.uint8, weight.device)
+    return tiles.copy_(torch.cat([nibbles, *ends], -1))
+
+
+def untile(packed: PackedLinear) -> tuple[Tensor, Tensor, Tensor]:
+    """What `group_weights` returned for an "int4" weight."""
+    tiles, size = packed.weight, TILE * GROUP // 2
+    groups = tiles.shape[1]
+    fours = tiles[..., :size].reshape(-1, groups, 4, TILE, 4).permute(0, 3, 1, 2, 4).reshape(-1, groups, 16)
+    q = torch.cat([fours & 15, fours >> 4], -1)
+    ends = tiles[..., size:].contiguous().view(torch.float16).view(-1, groups, 2, TILE).permute(2, 0, 3, 1)
+    scale, least = ends.reshape(2, -1, groups)
+    return q[: packed.rows], scale[: packed.rows], least[: packed.rows]
 
 
 def _nibbles(values: Tensor) -> Tensor:

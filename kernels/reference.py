@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .packed import ACTS, PackedColumns, PackedLinear, PackedMLP, quantize, spread
+from .packed import ACTS, GROUP, PackedColumns, PackedLinear, PackedMLP, quantize, spread, untile
 
 
 def mlp(x: Tensor, packed: PackedMLP, indices: Tensor | None = None) -> Tensor:
@@ -58,6 +58,8 @@ def pick(score: Tensor, keep: int, threshold: float) -> Tensor:
 
 def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     """See `ops.linear`; any number of rows."""
+    if packed.fmt == "int4":
+        return _grouped_linear(x, packed)
     if packed.scale is not None:
         integers, scale = quantize(x.reshape(-1, packed.in_features).float())
         weight = packed.weight[:, : packed.in_features].float() - 128
@@ -67,6 +69,19 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     dtype = torch.promote_types(x.dtype, packed.weight.dtype)
     bias = None if packed.bias is None else packed.bias.to(dtype)
     return F.linear(x.to(dtype), packed.weight[:, : packed.in_features].to(dtype), bias).to(x.dtype)
+
+
+def _grouped_linear(x: Tensor, packed: PackedLinear) -> Tensor:
+    """Both sides by groups of 32 inputs: x rounded to 8 bits in each, its integers multiplied exactly."""
+    q, scale, least = untile(packed)
+    groups = q.shape[1]
+    rows = F.pad(x.reshape(-1, packed.in_features).float(), (0, groups * GROUP - packed.in_features))
+    integers, step = quantize(rows.view(-1, GROUP))
+    integers, step = integers.view(-1, groups, GROUP), step.view(-1, groups)
+    products = torch.einsum("rgk,ogk->rog", integers, q.float())
+    y = torch.einsum("rog,rg,og->ro", products, step, scale.float()) + (step * integers.sum(-1)) @ least.float().t()
+    y = y if packed.bias is None else y + packed.bias
+    return y.to(x.dtype).reshape(*x.shape[:-1], packed.out_features)
 
 
 def columns(x: Tensor, packed: PackedColumns, by_norm: bool, keep: int, threshold: float) -> Tensor:

@@ -20,6 +20,7 @@ def plan_table(plan: Plan) -> str:
         "calibration  " + (_pairs(plan.calibration) or "none"),
         "quality      " + _quality(plan.quality),
         f"keeps        {plan.keep:.1%} of all MLP neurons at each decode step",
+        "weights      " + (plan.weights or "as loaded"),
         "",
     ]
     policies = [_policy(layer) for layer in plan.layers]

@@ -336,6 +336,9 @@ def _short(value: object) -> str:
     return str(value)
 
 
+WEIGHTS = (None, "int8", "int4")
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Per layer one neuron policy and one layer policy, with where they come from and what they cost.
@@ -348,6 +351,8 @@ class Plan:
         quality: what `evaluate` measured on held-out text, or None.
         clusters: for similarity-guided plans.
         frontier: what the search for a budget found that nothing beat in both bytes and quality: plain JSON tables.
+        weights: in which format the native decode step holds weights: None: as loaded; "int8": one byte each; "int4":
+            4-bit groups, and bytes for the LM head. Where that step does not cover a model they stay as loaded.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -357,8 +362,11 @@ class Plan:
     quality: Mapping[str, Any] | None = None
     clusters: Clusters | None = None
     frontier: tuple[Mapping[str, Any], ...] = ()
+    weights: str | None = None
 
     def __post_init__(self) -> None:
+        if self.weights not in WEIGHTS:
+            raise PlanError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, not {self.weights!r}")
         widths = self.model.intermediate_sizes
         if len(self.layers) != len(widths):
             raise PlanError(f"the plan has {len(self.layers)} layers, its model {len(widths)}")
@@ -394,13 +402,14 @@ class Plan:
             raise PlanError(f"the predictor reads {read} inputs, the model has {self.model.hidden_size}")
 
     @classmethod
-    def dense(cls, model: nn.Module) -> Plan:
-        """A plan that skips nothing."""
+    def dense(cls, model: nn.Module, weights: str | None = None) -> Plan:
+        """A plan that skips nothing; `weights` as in the class."""
         fingerprint = Fingerprint.of(model)
         return cls(
             layers=tuple(LayerPlan() for _ in fingerprint.intermediate_sizes),
             model=fingerprint,
             recipe={"method": "dense"},
+            weights=weights,
         )
 
     def check(self, model: nn.Module, anatomy: Anatomy | None = None) -> None:
@@ -539,6 +548,7 @@ def _encode(plan: Plan) -> tuple[bytes, bytes]:
         "layers": layers,
         "clusters": None,
         "frontier": [dict(row) for row in plan.frontier],
+        "weights": plan.weights,
     }
     if plan.clusters is not None:
         document["clusters"], arrays = _split(plan.clusters)
@@ -641,6 +651,7 @@ def _build(document: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
         quality=document["quality"],
         clusters=clusters,
         frontier=_frontier(document.get("frontier", [])),
+        weights=document.get("weights"),  # plans of coreskip 0.1 have none
     )
 
 

@@ -27,7 +27,7 @@ def bytes_per_token(model: Any, plan: Plan, anatomy: Anatomy | None = None) -> i
     size = _weight_size(plan, head.element_size())
     mlp_weights = {id(p) for mlp in anatomy.mlps for p in (mlp.up.weight, mlp.down.weight)}
     mlp_weights |= {id(getattr(mlp.owner, mlp.gate_name).weight) for mlp in anatomy.mlps if mlp.gate_name is not None}
-    total = head.numel() * (1 if getattr(plan, "weights", None) is not None else head.element_size())
+    total = head.numel() * (1 if plan.weights is not None else head.element_size())
     for index, (layer, mlp) in enumerate(zip(anatomy.layers, anatomy.mlps, strict=True)):
         others = sum(p.numel() for p in layer.parameters() if id(p) not in mlp_weights)
         policy = plan.layers[index].neurons
@@ -37,7 +37,7 @@ def bytes_per_token(model: Any, plan: Plan, anatomy: Anatomy | None = None) -> i
 
 
 def _weight_size(plan: Plan, loaded: int) -> float:
-    return {None: float(loaded), "int8": 1.0, "int4": _INT4}[getattr(plan, "weights", None)]
+    return {None: float(loaded), "int8": 1.0, "int4": _INT4}[plan.weights]
 
 
 def _mlp_bytes(policy: Any, width: int, hidden: int, gated: bool, size: float) -> float:

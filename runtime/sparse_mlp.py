@@ -189,6 +189,11 @@ class Weights:
         return ExactScores(gate, PackedLinear.pack(w.up, w.up_bias), self.acts[layer], norm)
 
 
+def native_rule(policy: NeuronPolicy, gated: bool) -> bool:
+    """Whether a kernel scores the neurons, so that no scorer in Python is needed."""
+    return (isinstance(policy, Threshold) and gated) or (isinstance(policy, Sketch) and policy.bits == 4)
+
+
 def column_linears(anatomy: Anatomy, layer: int, policy: Threshold) -> Iterator[tuple[nn.Module, float, bool]]:
     """The linears of a layer that read their inputs by threshold: module, least, and whether it belongs to the MLP.
 

@@ -11,6 +11,7 @@ import functools
 import inspect
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -21,12 +22,14 @@ from transformers.cache_utils import Cache
 
 from ..kernels.ops import MAX_ROWS, PackedLinear, PackedMLP, available, linear, mlp
 from ..kernels.packed import DTYPES
+from ..kernels.step import BundledMLP
 from ..predictors.anatomy import Activation, Anatomy, FeedForward, dissect, rows_of
 from ..predictors.errors import CoreskipError
 from ..predictors.observe import down_norms
 from ..predictors.plan import CoreNeurons, Dense, NeuronPolicy, Plan, Similar, Static, Threshold
+from .decode import Chosen, Decoder
 from .selections import STEP, Phase, Selections, Step, Watch, attach, current_prompt, prefilling, selections_of
-from .sparse_mlp import TOKEN_POLICIES, SparseColumns, SparseMLP, Weights, column_linears
+from .sparse_mlp import TOKEN_POLICIES, SparseColumns, SparseMLP, Weights, column_linears, native_rule
 
 logger = logging.getLogger("coreskip")
 
@@ -142,6 +145,11 @@ class Usage:
             self._possible += self._per_token * step.rows * step.length
             self._skipped += step.skipped
 
+    def count(self, tokens: int, skipped: int) -> None:
+        with self._lock:
+            self._possible += self._per_token * tokens
+            self._skipped += skipped
+
     def neuron_sparsity(self) -> float:
         """Share of neurons skipped so far; 0 before the first decode step."""
         return self._skipped / self._possible if self._possible else 0.0
@@ -177,11 +185,15 @@ class Runtime:
         self._column_linears = [
             (index, *found) for index, p in self._column_policies.items() for found in column_linears(anatomy, index, p)
         ]
+        self._modules_only = self._reason_for_modules()
         self._watched = self._watches()
         self._weights = weights or Weights(anatomy)
         self._token_mlps: dict[int, SparseMLP] = {}
         self._static_packed: dict[int, PackedMLP] = {}
         self._linear_packed: dict[nn.Module, PackedLinear] = {}
+        self._decoder = Decoder(model, anatomy, plan.weights, self.usage.count)
+        self._chosen_once: Chosen | None = None
+        self._chosen_by: weakref.WeakKeyDictionary[Selections, tuple[object, Chosen]] = weakref.WeakKeyDictionary()
 
     def _width(self, layer: int) -> int:
         return self.anatomy.mlps[layer].intermediate_size
@@ -203,6 +215,7 @@ class Runtime:
     def install(self) -> None:
         """Everything was checked; from here on nothing can fail but for lack of memory."""
         try:
+            self._patch_model()
             self._patch_linears()
             self._patch_stack(self.anatomy.stack)
             for index, module, least, in_mlp in self._column_linears:
@@ -225,7 +238,62 @@ class Runtime:
         self._token_mlps.clear()
         self._static_packed.clear()
         self._linear_packed.clear()
+        self._chosen_once = None
+        self._chosen_by.clear()
+        self._decoder.forget()
         self._watched = self._watches()
+
+    def _patch_model(self) -> None:
+        """Decode steps go to the native step, where it covers the model and the call."""
+        original = cast(Callable[..., Any], self.model.forward)
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            named = {**signature.bind_partial(*args).arguments, **kwargs} if args else kwargs
+            cache = named.get("past_key_values")
+            if self.model.training or current_prompt() is not None or not isinstance(cache, Cache):
+                return original(*args, **kwargs)
+            if self._decoder.refusal is not None or int(cache.get_seq_length()) == 0:
+                return original(*args, **kwargs)
+            output = self._decoder.forward(original, self._chosen_for(selections_of(cache, self)), named)
+            return original(*args, **kwargs) if output is None else output
+
+        self._patches.set(self.model, "forward", forward)
+
+    def _chosen_for(self, selections: Selections | None) -> Chosen | str:
+        """What the native step runs for these sequences, or why it cannot."""
+        if self._modules_only is not None:
+            return self._modules_only
+        if not self._chosen or selections is None:
+            if self._chosen_once is None:
+                self._chosen_once = self._described({i: self._packed_static(i) for i in self._static})
+            return self._chosen_once
+        groups = selections.groups(self._pack)
+        if len(groups) > 1:
+            return "its sequences chose different neurons"
+        settled, chosen = self._chosen_by.get(selections, (None, None))
+        if chosen is None or settled is not groups[0][1]:
+            settled = groups[0][1]
+            chosen = self._described({**{i: self._packed_static(i) for i in self._static}, **settled})
+            self._chosen_by[selections] = (settled, chosen)
+        return chosen
+
+    def _reason_for_modules(self) -> str | None:
+        """Why policies that choose token by token need the modules' own pass, if they do."""
+        if self._column_policies:
+            return "its linears leave out small inputs"
+        if any(not native_rule(policy, self.anatomy.mlps[i].gated) for i, policy in self._token_policies.items()):
+            return "no kernel of the native step scores its neurons"
+        return None
+
+    def _described(self, packed: dict[int, PackedMLP]) -> Chosen:
+        mlps = {i: BundledMLP(p) for i, p in packed.items()}
+        skipped = sum(self._width(i) - p.intermediate_size for i, p in packed.items())
+        for index in self._token_policies:
+            sparse = self.token_mlp(index)  # what its rule leaves out the native step counts itself
+            mlps[index] = BundledMLP(sparse.packed, sparse.rule, sparse.keep, sparse.threshold, sparse.smooth)
+        return Chosen([mlps.get(i) for i in range(len(self.anatomy))], skipped)
 
     def _patch_stack(self, stack: nn.Module) -> None:
         original = stack.forward
@@ -437,7 +505,7 @@ class Runtime:
         return packed
 
     def _pack(self, index: int, indices: Tensor) -> PackedMLP:
-        return self._weights.pack(index, indices=indices)
+        return self._weights.pack(index, indices=indices, fmt=None if self.plan.weights is None else "int8")
 
 
 def _decoding(step: Step | None) -> bool:

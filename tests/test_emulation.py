@@ -13,6 +13,7 @@ from tiny_models import plan_of, tiny
 from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.calibration import tokenize
 from coreskip.predictors.plan import Plan, Sketch
+from coreskip.predictors.token_choice import TokenCalibration
 from coreskip.runtime.emulation import Emulation
 from coreskip.runtime.quality import evaluate_all
 from coreskip.runtime.sparse_mlp import Weights
@@ -56,13 +57,16 @@ def test_one_mlp_equals_the_kernels_definition(family: str, name: str) -> None:
 
 def test_the_embedded_model(embedded: tuple[Any, Any]) -> None:
     model, tokenizer = embedded
-    policy = Sketch(keep=0.6, mean=torch.full((1536,), 0.001))
     prose = tokenize(tokenizer, "The sea was calm that night, and the tide was full. " * 12)
-    found = Emulation(model, prose, windows=1, window=64, progress=False).score(plan_with(model, policy))
-    options: dict[str, Any] = {"windows": 1, "window": 64, "token_by_token": True, "progress": False}
-    expected = evaluate_all(model, [plan_with(model, policy)], prose, **options)[0]
-    for figure in FIGURES:
-        assert found[figure] == pytest.approx(expected[figure], rel=2e-2, abs=2e-3), figure
+    smooth = TokenCalibration(model, prose.windows(128, 1), progress=False).smooth
+    plan = plan_with(model, *(Sketch(keep=0.6, mean=torch.full((1536,), 0.001), smooth=s) for s in smooth))
+    found = Emulation(model, prose, windows=1, window=128, progress=False).score(plan)
+    options: dict[str, Any] = {"windows": 1, "window": 128, "token_by_token": True, "progress": False}
+    expected = evaluate_all(model, [plan], prose, **options)[0]
+    assert found["neuron_sparsity"] == pytest.approx(expected["neuron_sparsity"], abs=1e-4)
+    # 64 tokens, each with 30 layers in which rounding may exchange two neurons of equal worth
+    assert found["ppl_increase"] == pytest.approx(expected["ppl_increase"], abs=0.02)
+    assert found["kl"] == pytest.approx(expected["kl"], rel=0.2)
 
 
 def test_static_and_dense_plans(llama: Any) -> None:

@@ -1,0 +1,143 @@
+// A whole decode step as data: what the thread layer (cpu_step.cpp), the vector code (cpu_step_isa.h, compiled once
+// per instruction set) and kernels/step.py share. The structs between the marks have the same fields in step.py.
+#pragma once
+
+#include <stdint.h>
+
+#include "cpu.h"
+
+namespace coreskip {
+
+// A sixth weight format: nibbles in groups of kGroup inputs, w = scale * q + least, q in 0..15. Tiles of kTile rows
+// lie group by group: 4 vectors of 64 bytes (four inputs a row in the low nibbles, the four 16 further on in the high
+// ones), then kTile scales and kTile leasts in fp16. One stream through memory, 5 bits a weight.
+constexpr int kInt4 = 5;
+constexpr int kGroup = 32;
+constexpr int kTile = 16;
+constexpr int kTileBytes = kTile * kGroup / 2 + kTile * 4;
+
+constexpr int kChunk = 128;     // positions of the KV cache that one attention task reads; see attend()
+constexpr int kMaxHeadDim = 512;
+
+enum NormKind : int { kNoNorm = 0, kRms = 1, kLayer = 2 };
+
+// ---- shared with step.py from here ----
+
+struct StepNorm {
+    const float* weight;  // [size]
+    const float* bias;    // [size] or null
+    int64_t size;
+    float eps;
+    int kind;
+};
+
+struct StepLinear {
+    const void* weight;  // [out][stride] of `dtype`, or tiles for kInt4; null: there is no such projection
+    const float* scale;  // kInt8: [out]
+    const float* bias;   // [out] or null
+    int64_t in, out, stride;
+    int dtype;
+};
+
+struct StepMlp {         // neurons bundled as in MlpJob, instead of gate, up and down; weight null: those
+    const void* weight;
+    const void* low;
+    const float* scale;
+    const float* norm;
+    const float* gate_bias;
+    const float* up_bias;
+    const float* down_bias;
+    const float* mean;
+    int64_t neurons, stride, keep;
+    float threshold;
+    int dtype, gated, rule;
+};
+
+struct StepLayer {
+    StepNorm attention_in, q_norm, k_norm, attention_out, mlp_in, mlp_out;
+    StepLinear q, k, v, o, gate, up, down;
+    StepMlp mlp;
+    int64_t heads, kv_heads, head_dim, rope_dim, window;  // window 0: all of the past
+    const float* cos;                                     // [positions][rope_dim], null: no rotation
+    const float* sin;
+    float attention_scale, softcap, residual_scale;       // softcap 0: none
+    int act, run_attention, run_mlp, parallel;            // parallel: attention and MLP read the same residual
+};
+
+struct StepModel {
+    const StepLayer* layers;
+    const void* embedding;  // [vocabulary][hidden] of `embedding_dtype`
+    StepNorm norm;
+    StepLinear head;
+    int64_t layer_count, hidden;
+    float embedding_scale, logit_scale, logit_softcap;
+    int embedding_dtype, kv_dtype, logit_dtype;
+};
+
+struct StepCache {          // one layer's keys and values: [rows][kv_heads][capacity][head_dim]
+    void* keys;
+    void* values;
+    int64_t row_stride, head_stride;  // in elements
+    int64_t first;          // the position that lies at index 0 (window layers forget the oldest)
+};
+
+struct StepCall {
+    const int64_t* tokens;     // [rows][length]
+    const int64_t* positions;  // [rows][length], for the rotation
+    const int64_t* start;      // [rows]: the first cache position that counts (left padding before it)
+    const StepCache* caches;   // [layers]
+    void* logits;              // [rows][length, or the last `wanted`][vocabulary]
+    int64_t* skipped;          // neurons left out, summed over tokens and layers
+    int64_t rows, length, past, wanted;
+    int threads;
+};
+
+// ---- to here ----
+
+struct Linear4Job {
+    const void* weight;
+    const float* bias;
+    int64_t groups, out;
+    int rows;
+    const int8_t* q;       // [rows][groups * kGroup]
+    const float* scale;    // [rows][groups]
+    const float* sum;      // [rows][groups], scale times the sum of q
+    float* y;              // [rows][out]
+};
+
+// Queries against some positions of one KV head: leaves, per query, the largest score, the sum of exponentials and
+// the weighted sum of values, for `merge`.
+struct AttendJob {
+    const float* q;        // [queries][head_dim], scaled
+    const void* keys;      // at position 0
+    const void* values;
+    int dtype, queries;
+    int64_t head_dim, begin, end;
+    const int64_t* from;   // [queries]: the first position each may see
+    const int64_t* to;     // [queries]: one past the last
+    float softcap;
+    float* most;           // [queries]
+    float* sum;            // [queries]
+    float* value;          // [queries][head_dim]
+};
+
+struct StepIsa {
+    void (*linear4)(const Linear4Job& job, int64_t begin, int64_t end);  // tiles
+    void (*quantize_groups)(const float* x, int64_t n, int8_t* q, float* scale, float* sum);
+    void (*norm)(const StepNorm& norm, const float* x, float* y);
+    void (*rotate)(float* x, const float* cos, const float* sin, int64_t size);
+    void (*attend)(const AttendJob& job);
+    void (*merge)(int64_t parts, int64_t stride, const float* most, const float* sum, const float* value,
+                  int64_t head_dim, float* out);
+    void (*act)(float* gate, const float* up, int64_t n, int act);  // gate <- act(gate) * up; up null: act(gate)
+    void (*add_scaled)(float* to, const float* from, float scale, int64_t n);
+    void (*softcap)(float* x, float scale, float cap, int64_t n);
+};
+
+const StepIsa& generic_step();
+#if defined(__x86_64__)
+const StepIsa& avx2_step();
+const StepIsa& avx512_step();
+#endif
+
+}  // namespace coreskip

@@ -1,0 +1,234 @@
+// The vector code of a decode step beyond products with whole rows: 4-bit groups, norms, rotation, attention.
+// Included after cpu_isa.h, under its rules: once per instruction set, no C++ standard library.
+
+#include "cpu_step.h"
+
+namespace coreskip {
+namespace CORESKIP_ISA {
+
+// ---- 4-bit groups ----
+
+static inline VI as_lanes(const int8_t* four) {
+    int32_t word;
+    memcpy(&word, four, sizeof word);
+    return VI{} + word;
+}
+
+// kTile outputs for R rows. The integers of a group are exact; scales and sums are fp32. The next tile needs no
+// prefetch of its own: the whole matrix is one stream.
+template <int R>
+static inline void tile(const Linear4Job& job, const uint8_t* w, int row, float out[R][kTile]) {
+    constexpr int parts = kTile / kLanes;
+    V y[R][parts] = {};
+    for (int64_t g = 0; g < job.groups; g++, w += kTileBytes) {
+        VI sum[R][parts] = {};
+        for (int k = 0; k < 4; k++)
+            for (int p = 0; p < parts; p++) {
+                const VB bytes = load_bytes(w + k * kLine + p * kVector);
+                const VB low = bytes & 15, high = (VB)((VH2)bytes >> 4) & 15;
+                for (int r = 0; r < R; r++) {
+                    const int8_t* x = job.q + ((row + r) * job.groups + g) * kGroup + 4 * k;
+                    sum[r][p] = multiply_add(sum[r][p], low, (VB)as_lanes(x));
+                    sum[r][p] = multiply_add(sum[r][p], high, (VB)as_lanes(x + kGroup / 2));
+                }
+            }
+        const F16* ends = reinterpret_cast<const F16*>(w + 4 * kLine);
+        for (int p = 0; p < parts; p++) {
+            const V scale = load(ends + p * kLanes), least = load(ends + kTile + p * kLanes);
+            for (int r = 0; r < R; r++) {
+                const int64_t at = (row + r) * job.groups + g;
+                y[r][p] += scale * job.scale[at] * __builtin_convertvector(sum[r][p], V) + least * job.sum[at];
+            }
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < parts; p++) store(out[r] + p * kLanes, y[r][p]);
+}
+
+template <int R>
+static inline void write_tile(const Linear4Job& job, int64_t t, int row) {
+    float out[R][kTile];
+    tile<R>(job, static_cast<const uint8_t*>(job.weight) + t * job.groups * kTileBytes, row, out);
+    const int64_t first = t * kTile, count = job.out - first < kTile ? job.out - first : kTile;
+    for (int r = 0; r < R; r++)
+        for (int64_t i = 0; i < count; i++)
+            job.y[(row + r) * job.out + first + i] = out[r][i] + (job.bias ? job.bias[first + i] : 0.f);
+}
+
+static void linear4(const Linear4Job& job, int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++) {
+        int row = 0;
+        for (; row + 4 <= job.rows; row += 4) write_tile<4>(job, t, row);
+        for (; row + 2 <= job.rows; row += 2) write_tile<2>(job, t, row);
+        for (; row < job.rows; row++) write_tile<1>(job, t, row);
+    }
+}
+
+// Each group of x on its own: x is about scale * q. n is a multiple of kGroup.
+static void quantize_groups(const float* x, int64_t n, int8_t* q, float* scale, float* sum) {
+    for (int64_t g = 0; g < n / kGroup; g++) {
+        int32_t total_q;
+        quantize(x + g * kGroup, kGroup, q + g * kGroup, scale + g, &total_q);
+        sum[g] = scale[g] * static_cast<float>(total_q);
+    }
+}
+
+// ---- norms, rotation, activations ----
+
+static inline float sum_of_products(const float* a, const float* b, int64_t n) {
+    V sum = {};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) sum += load(a + i) * load(b + i);
+    float result = total(sum);
+    for (; i < n; i++) result += a[i] * b[i];
+    return result;
+}
+
+static void norm(const StepNorm& job, const float* x, float* y) {
+    const int64_t n = job.size;
+    float mean = 0;
+    if (job.kind == kLayer) {
+        for (int64_t i = 0; i < n; i++) mean += x[i];
+        mean /= static_cast<float>(n);
+        for (int64_t i = 0; i < n; i++) y[i] = x[i] - mean;
+        x = y;
+    }
+    const float scale = 1.f / sqrtf(sum_of_products(x, x, n) / static_cast<float>(n) + job.eps);
+    for (int64_t i = 0; i < n; i++) y[i] = x[i] * scale * job.weight[i] + (job.bias ? job.bias[i] : 0.f);
+}
+
+static void rotate(float* x, const float* cos, const float* sin, int64_t size) {
+    const int64_t half = size / 2;
+    for (int64_t i = 0; i < half; i++) {
+        const float a = x[i], b = x[i + half];
+        x[i] = a * cos[i] - b * sin[i];
+        x[i + half] = b * cos[i + half] + a * sin[i + half];
+    }
+}
+
+static void act(float* gate, const float* up, int64_t n, int kind) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+        const int64_t count = n - i < kLanes ? n - i : kLanes;
+        float a[kLanes] = {}, b[kLanes] = {};
+        memcpy(a, gate + i, count * sizeof(float));
+        if (up) memcpy(b, up + i, count * sizeof(float));
+        const V value = activate(load(a), kind);
+        store(a, up ? value * load(b) : value);
+        memcpy(gate + i, a, count * sizeof(float));
+    }
+}
+
+static void add_scaled(float* to, const float* from, float scale, int64_t n) {
+    for (int64_t i = 0; i < n; i++) to[i] += scale * from[i];
+}
+
+static inline V tanh_of(V x) { return 1.f - 2.f / (1.f + exp(x + x)); }
+
+static void softcap(float* x, float scale, float cap, int64_t n) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+        const int64_t count = n - i < kLanes ? n - i : kLanes;
+        float lane[kLanes] = {};
+        memcpy(lane, x + i, count * sizeof(float));
+        V v = load(lane) * scale;
+        if (cap > 0) v = tanh_of(v / cap) * cap;
+        store(lane, v);
+        memcpy(x + i, lane, count * sizeof(float));
+    }
+}
+
+// ---- attention ----
+
+template <class T>
+static inline float widened(const T* p) {
+    float lane[kLanes];
+    T few[kLanes] = {};
+    few[0] = *p;
+    store(lane, load(few));
+    return lane[0];
+}
+
+template <class T>
+static inline float dot_row(const float* q, const T* k, int64_t n) {
+    V sum = {};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) sum += load(q + i) * load(k + i);
+    float result = total(sum);
+    for (; i < n; i++) result += q[i] * widened(k + i);
+    return result;
+}
+
+template <class T>
+static inline void add_row(float* to, const T* v, float weight, int64_t n) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(to + i, load(to + i) + weight * load(v + i));
+    for (; i < n; i++) to[i] += weight * widened(v + i);
+}
+
+// A task is one chunk of positions, aligned to kChunk: what a query sums, and in which order, depends on nothing but
+// its own position, so that a token verified among others gets the same bits as a token on its own.
+template <class T>
+static void attend_as(const AttendJob& job) {
+    constexpr int step = 32;
+    const int64_t d = job.head_dim;
+    const T* keys = static_cast<const T*>(job.keys);
+    const T* values = static_cast<const T*>(job.values);
+    for (int n = 0; n < job.queries; n++) {
+        job.most[n] = -HUGE_VALF;
+        job.sum[n] = 0;
+        memset(job.value + n * d, 0, d * sizeof(float));
+    }
+    for (int64_t at = job.begin; at < job.end; at += step)
+        for (int n = 0; n < job.queries; n++) {
+            int64_t from = at > job.from[n] ? at : job.from[n], to = at + step < job.end ? at + step : job.end;
+            if (to > job.to[n]) to = job.to[n];
+            if (from >= to) continue;
+            float score[step];
+            float most = job.most[n];
+            const int count = static_cast<int>(to - from);
+            for (int i = 0; i < count; i++) score[i] = dot_row(job.q + n * d, keys + (from + i) * d, d);
+            if (job.softcap > 0) softcap(score, 1.f, job.softcap, count);
+            // a NaN has to reach the output, as it would in torch: this comparison lets it through to the sums
+            for (int i = 0; i < count; i++) most = score[i] > most ? score[i] : most;
+            const float fade = job.most[n] == most ? 1.f : expf(job.most[n] - most);
+            for (int i = count; i < step; i++) score[i] = -HUGE_VALF;
+            for (int i = 0; i < step; i += kLanes) store(score + i, exp(load(score + i) - most));
+            float* value = job.value + n * d;
+            float sum = 0;
+            if (fade != 1.f)
+                for (int64_t i = 0; i < d; i++) value[i] *= fade;
+            for (int i = 0; i < count; i++) {
+                sum += score[i];
+                add_row(value, values + (from + i) * d, score[i], d);
+            }
+            job.sum[n] = job.sum[n] * fade + sum;
+            job.most[n] = most;
+        }
+}
+
+static void attend(const AttendJob& job) {
+    if (job.dtype == kFloat32) attend_as<float>(job);
+    else if (job.dtype == kBFloat16) attend_as<BF16>(job);
+    else attend_as<F16>(job);
+}
+
+// One query's output from its parts, which lie `stride` queries apart.
+static void merge(int64_t parts, int64_t stride, const float* most, const float* sum, const float* value,
+                  int64_t head_dim, float* out) {
+    float top = -HUGE_VALF, whole = 0;
+    for (int64_t p = 0; p < parts; p++) top = most[p * stride] > top ? most[p * stride] : top;
+    memset(out, 0, head_dim * sizeof(float));
+    for (int64_t p = 0; p < parts; p++) {
+        if (sum[p * stride] == 0) continue;
+        const float weight = expf(most[p * stride] - top);
+        whole += weight * sum[p * stride];
+        add_row(out, value + p * stride * head_dim, weight, head_dim);
+    }
+    for (int64_t i = 0; i < head_dim; i++) out[i] /= whole;
+}
+
+static const StepIsa step_table = {
+    linear4, quantize_groups, norm, rotate, attend, merge, act, add_scaled, softcap,
+};
+
+}  // namespace CORESKIP_ISA
+}  // namespace coreskip

@@ -1,0 +1,307 @@
+"""A whole decode step as data, and the one native call that carries it out (cpu_step.h, cpu_step.cpp).
+
+The runtime describes an architecture once with `StepModel`; `Step` keeps that description in the form the native code
+reads, together with every tensor it points to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpu
+from .packed import PackedLinear, PackedMLP
+
+_P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+
+_NORM = {"rms": 1, "layer": 2}
+_INT4 = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """RMSNorm ("rms") or LayerNorm ("layer"): weight and bias are float32 of the normed size."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    kind: str
+
+
+@dataclass(frozen=True, eq=False)
+class BundledMLP:
+    """An MLP over bundles of neurons: all of `packed`, or those that a rule chooses ("sketch", "gate").
+
+    keep and threshold: as for `ops.sketch_mlp`; exactly one of them for a rule. smooth: factors of the inputs, float32
+    [hidden]; whoever builds the layer puts them into the norm before it.
+    """
+
+    packed: PackedMLP
+    rule: str = "listed"
+    keep: int | None = None
+    threshold: float | None = None
+    smooth: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class DenseMLP:
+    """down(act(gate(x)) * up(x)), each matrix where it lies; gate is None in a plain MLP."""
+
+    gate: PackedLinear | None
+    up: PackedLinear
+    down: PackedLinear
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Grouped-query attention. Projections q, k, v to heads of `head_dim`, and o back.
+
+    rotation: (cos, sin), each float32 [positions, rope_dim], applied to the first rope_dim dimensions by halves; None:
+    none. window: how many positions a token sees, itself included; 0: all. softcap: of the scores; 0: none.
+    """
+
+    q: PackedLinear
+    k: PackedLinear
+    v: PackedLinear
+    o: PackedLinear
+    head_dim: int
+    scale: float
+    rotation: tuple[Tensor, Tensor] | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    window: int = 0
+    softcap: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class StepLayer:
+    """A decoder layer: x += after(attention(before(x))), then the same for the MLP; absent norms are None.
+
+    parallel: the MLP reads x as it was before the attention. attention or mlp None: that half is skipped.
+    """
+
+    attention: Attention | None
+    mlp: DenseMLP | BundledMLP | None
+    act: str
+    attention_in: Norm | None = None
+    attention_out: Norm | None = None
+    mlp_in: Norm | None = None
+    mlp_out: Norm | None = None
+    residual_scale: float = 1.0
+    parallel: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class StepModel:
+    """A decoder: embedding [vocabulary, hidden], layers, a last norm, and the LM head."""
+
+    embedding: Tensor
+    layers: Sequence[StepLayer]
+    norm: Norm
+    head: PackedLinear
+    dtype: torch.dtype  # of logits, keys and values
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
+
+
+class Step:
+    """A described decoder, ready to run. Immutable but for the rotation tables, which may grow (`rotate_by`)."""
+
+    def __init__(self, model: StepModel) -> None:
+        self.model = model
+        self.library = cpu.library()
+        self._layers = (_Layer * len(model.layers))(*(_layer(layer) for layer in model.layers))
+        self._model = _Model(
+            layers=ctypes.cast(self._layers, _P),
+            embedding=model.embedding.data_ptr(),
+            norm=_norm(model.norm),
+            head=_linear(model.head),
+            layer_count=len(model.layers),
+            hidden=model.embedding.shape[1],
+            embedding_scale=model.embedding_scale,
+            logit_scale=model.logit_scale,
+            logit_softcap=model.logit_softcap,
+            embedding_dtype=cpu.DTYPE[model.embedding.dtype],
+            kv_dtype=cpu.DTYPE[model.dtype],
+            logit_dtype=cpu.DTYPE[model.dtype],
+        )
+        self._rotations: list[tuple[Tensor, Tensor]] = []
+
+    def rotate_by(self, rotations: Sequence[tuple[Tensor, Tensor] | None]) -> None:
+        """Uses other rotation tables, one pair a layer, from now on."""
+        for layer, rotation in zip(self._layers, rotations, strict=True):
+            layer.cos, layer.sin = (None, None) if rotation is None else (r.data_ptr() for r in rotation)
+        self._rotations = [r for r in rotations if r is not None]
+
+    def run(
+        self, tokens: Tensor, positions: Tensor, start: Tensor, caches: KeyValues, past: int, wanted: int
+    ) -> tuple[Tensor, int]:
+        """One step of every sequence by `length` tokens, whose keys and values are written to `caches`.
+
+        tokens, positions: int64 [rows, length], at most 8 tokens in all; start: int64 [rows], the first cache position
+        that counts (what lies before is left padding). past: positions already in the cache, whose capacity must
+        suffice. wanted: of how many last tokens of each row the logits are wanted.
+        Returns logits [rows, wanted, vocabulary] of the model's dtype, and the number of neurons that rules left out,
+        summed over tokens and layers.
+        """
+        rows, length = tokens.shape
+        if rows * length > cpu.MAX_ROWS:
+            raise ValueError(f"a step takes at most {cpu.MAX_ROWS} tokens, not {rows} x {length}")
+        tokens, positions = tokens.contiguous(), positions.contiguous()
+        logits = torch.empty((rows, wanted, self.model.head.out_features), dtype=self.model.dtype)
+        skipped = ctypes.c_int64(0)
+        call = _Call(
+            tokens.data_ptr(), positions.data_ptr(), start.data_ptr(), ctypes.addressof(caches.table),
+            logits.data_ptr(), ctypes.addressof(skipped), rows, length, past, wanted, torch.get_num_threads(),
+        )  # fmt: skip
+        cpu.check(self.library.coreskip_step(ctypes.byref(self._model), ctypes.byref(call)), 0)
+        return logits, skipped.value
+
+
+@dataclass(eq=False)
+class KeyValues:
+    """Where each layer's keys and values lie: [rows, kv_heads, capacity, head_dim] of the model's dtype.
+
+    first: per layer, the position that lies at index 0.
+    """
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    first: Sequence[int]
+    table: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.table = (_Cache * len(self.keys))(
+            *(
+                _Cache(k.data_ptr(), v.data_ptr(), k.stride(0), k.stride(1), first)
+                for k, v, first in zip(self.keys, self.values, self.first, strict=True)
+            )
+        )
+
+
+# ---- the structs of cpu_step.h ----
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("weight", _P), ("bias", _P), ("size", _N), ("eps", _F), ("kind", _I))
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (("weight", _P), ("scale", _P), ("bias", _P), ("in_", _N), ("out", _N), ("stride", _N), ("dtype", _I))
+
+
+class _Mlp(ctypes.Structure):
+    _fields_ = (
+        *((name, _P) for name in ("weight", "low", "scale", "norm", "gate_bias", "up_bias", "down_bias", "mean")),
+        *((name, _N) for name in ("neurons", "stride", "keep")),
+        ("threshold", _F),
+        *((name, _I) for name in ("dtype", "gated", "rule")),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _Norm) for name in ("attention_in", "q_norm", "k_norm", "attention_out", "mlp_in", "mlp_out")),
+        *((name, _Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        ("mlp", _Mlp),
+        *((name, _N) for name in ("heads", "kv_heads", "head_dim", "rope_dim", "window")),
+        ("cos", _P),
+        ("sin", _P),
+        *((name, _F) for name in ("attention_scale", "softcap", "residual_scale")),
+        *((name, _I) for name in ("act", "run_attention", "run_mlp", "parallel")),
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        ("layers", _P),
+        ("embedding", _P),
+        ("norm", _Norm),
+        ("head", _Linear),
+        *((name, _N) for name in ("layer_count", "hidden")),
+        *((name, _F) for name in ("embedding_scale", "logit_scale", "logit_softcap")),
+        *((name, _I) for name in ("embedding_dtype", "kv_dtype", "logit_dtype")),
+    )
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = (("keys", _P), ("values", _P), ("row_stride", _N), ("head_stride", _N), ("first", _N))
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        *((name, _P) for name in ("tokens", "positions", "start", "caches", "logits", "skipped")),
+        *((name, _N) for name in ("rows", "length", "past", "wanted")),
+        ("threads", _I),
+    )
+
+
+def _norm(norm: Norm | None) -> _Norm:
+    if norm is None:
+        return _Norm()
+    return _Norm(cpu.address(norm.weight), cpu.address(norm.bias), norm.weight.numel(), norm.eps, _NORM[norm.kind])
+
+
+def _linear(packed: PackedLinear | None) -> _Linear:
+    if packed is None:
+        return _Linear()
+    grouped = packed.fmt == "int4"
+    return _Linear(
+        packed.weight.data_ptr(),
+        cpu.address(packed.scale),
+        cpu.address(packed.bias),
+        packed.in_features,
+        packed.out_features,
+        packed.stride,
+        _INT4 if grouped else cpu.DTYPE[packed.weight.dtype],
+    )
+
+
+def _bundled(mlp: BundledMLP) -> _Mlp:
+    packed = mlp.packed
+    names = ("weight", "low", "scale", "norm", "gate_bias", "up_bias", "down_bias", "mean")
+    sliced = packed.low is not None
+    return _Mlp(
+        **{name: cpu.address(getattr(packed, name)) for name in names},
+        neurons=packed.intermediate_size,
+        stride=packed.weight.shape[2] * (2 if sliced else 1),
+        keep=-1 if mlp.keep is None else mlp.keep,
+        threshold=mlp.threshold or 0.0,
+        dtype=cpu.SLICED if sliced else cpu.DTYPE[packed.weight.dtype],
+        gated=packed.gated,
+        rule=cpu.RULE[mlp.rule],
+    )
+
+
+def _layer(layer: StepLayer) -> _Layer:
+    attention, mlp = layer.attention, layer.mlp
+    out = _Layer(
+        **{name: _norm(getattr(layer, name)) for name in ("attention_in", "attention_out", "mlp_in", "mlp_out")},
+        residual_scale=layer.residual_scale,
+        act=cpu.ACT[layer.act],
+        run_attention=attention is not None,
+        run_mlp=mlp is not None,
+        parallel=layer.parallel,
+    )
+    if attention is not None:
+        for name in ("q", "k", "v", "o"):
+            setattr(out, name, _linear(getattr(attention, name)))
+        out.q_norm, out.k_norm = _norm(attention.q_norm), _norm(attention.k_norm)
+        out.heads = attention.q.out_features // attention.head_dim
+        out.kv_heads = attention.k.out_features // attention.head_dim
+        out.head_dim, out.window = attention.head_dim, attention.window
+        out.attention_scale, out.softcap = attention.scale, attention.softcap
+        if attention.rotation is not None:
+            cos, sin = attention.rotation
+            out.rope_dim, out.cos, out.sin = cos.shape[1], cos.data_ptr(), sin.data_ptr()
+    if isinstance(mlp, DenseMLP):
+        out.gate, out.up, out.down = _linear(mlp.gate), _linear(mlp.up), _linear(mlp.down)
+    elif mlp is not None:
+        out.mlp = _bundled(mlp)
+    return out

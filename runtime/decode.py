@@ -1,0 +1,515 @@
+"""Decode steps in one native call: what the model is, read from its modules once, and the calls that replace its own.
+
+The description is data (`kernels.step`), built from the anatomy and the plan. It is read from attribute names that
+many architectures share, so it may be wrong for one that gives them another meaning: before the first native step is
+used, its logits are compared with those of the model's own modules for the same tokens. What is not covered, or does
+not pass, runs on the patched modules as before.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import math
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ..kernels import step as native
+from ..kernels.ops import MAX_ROWS, PackedLinear, available
+from ..kernels.packed import DTYPES
+from ..predictors.anatomy import Anatomy, canonical_activation
+from .kv_cache import rooms_of
+
+logger = logging.getLogger("coreskip")
+
+# Rotation types whose angles depend on the position alone; others depend on the length of the sequence too.
+_STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
+
+
+class NotCovered(Exception):
+    """A model or a call that the native step does not describe; the message says what it is."""
+
+
+# ---- reading the architecture ----
+
+
+class Architecture:
+    """A model as the native step sees it, with the weights where they lie or, under `weights`, packed anew.
+
+    weights: None: as loaded; "int8": one byte a weight; "int4": 4-bit groups, and bytes for the LM head.
+    """
+
+    def __init__(self, model: Any, anatomy: Anatomy, weights: str | None = None) -> None:
+        self._model, self._anatomy, self._weights = model, anatomy, weights
+        self.config = model.config.get_text_config()
+        self._check()
+        self.rotation = _Rotation(anatomy.stack)
+        windows = _windows(model.config, len(anatomy))
+        layers = [self._layer(index, windows[index]) for index in range(len(anatomy))]
+        head = model.get_output_embeddings()
+        embedding = model.get_input_embeddings().weight.detach()
+        self.base = native.StepModel(
+            embedding=embedding,
+            layers=layers,
+            norm=_norm(self._last_norm()),
+            head=self._pack(head.weight, head.bias, "int8" if weights else None),
+            dtype=embedding.dtype,
+            embedding_scale=self._embedding_scale(embedding),
+            logit_scale=self._logit_scale(),
+            logit_softcap=float(getattr(self.config, "final_logit_softcapping", None) or 0.0),
+        )
+
+    def step(self, mlps: Sequence[native.BundledMLP | None]) -> native.Step:
+        """A native step with these MLPs in place of the dense ones; None: dense."""
+        layers = [
+            layer if mlp is None else replace(layer, mlp=mlp, mlp_in=_scaled(layer.mlp_in, mlp.smooth))
+            for layer, mlp in zip(self.base.layers, mlps, strict=True)
+        ]
+        return native.Step(replace(self.base, layers=layers))
+
+    def _check(self) -> None:
+        if available("cpu") is not None:
+            raise NotCovered(str(available("cpu")))
+        parameters = list(self._model.parameters())
+        if any(p.device.type != "cpu" for p in parameters):
+            raise NotCovered("the model is not on the CPU")
+        if len({p.dtype for p in parameters}) > 1 or parameters[0].dtype not in DTYPES:
+            raise NotCovered("its parameters are not all float32, all bfloat16 or all float16")
+
+    def _pack(self, weight: Tensor, bias: Tensor | None, fmt: str | None) -> PackedLinear:
+        return PackedLinear.pack(weight.detach(), None if bias is None else bias.detach(), fmt=fmt)
+
+    def _linear(self, module: Any) -> PackedLinear:
+        if not isinstance(module, nn.Linear):
+            raise NotCovered(f"a projection is a {type(module).__name__}")
+        return self._pack(module.weight, module.bias, self._weights)
+
+    def _last_norm(self) -> nn.Module:
+        for name in ("norm", "final_layernorm", "final_layer_norm", "ln_f"):
+            module = getattr(self._anatomy.stack, name, None)
+            if isinstance(module, nn.Module):
+                return module
+        raise NotCovered("no norm before the LM head was found")
+
+    def _logit_scale(self) -> float:
+        divisor = getattr(self.config, "logits_scaling", None)
+        return 1.0 / float(divisor) if divisor else float(getattr(self.config, "logit_scale", None) or 1.0)
+
+    def _embedding_scale(self, embedding: Tensor) -> float:
+        """Gemma and Granite scale embeddings; who adds positions to them is not covered."""
+        ids = torch.tensor([[1, 2, 3]])
+        x, w = _input_of_first_layer(self._anatomy, ids)[0].float(), embedding[ids[0]].float()
+        scale = float((x * w).sum() / (w * w).sum())
+        if not (x - scale * w).norm() <= 1e-2 * x.norm():
+            raise NotCovered("the first layer does not read plain token embeddings")
+        return 1.0 if abs(scale - 1.0) < 1e-3 else scale
+
+    def _layer(self, index: int, window: int) -> native.StepLayer:
+        layer, mlp = self._anatomy.layers[index], self._anatomy.mlps[index]
+        act = canonical_activation(mlp.act)
+        if not isinstance(act, str):
+            raise NotCovered("its activation is not one of the kernels'")
+        w = mlp.matrices()
+        gate = None if w.gate is None else self._pack(w.gate, w.gate_bias, self._weights)
+        up, down = self._pack(w.up, w.up_bias, self._weights), self._pack(w.down.t(), w.down_bias, self._weights)
+        return native.StepLayer(
+            attention=self._attention(index, window),
+            mlp=native.DenseMLP(gate, up, down),
+            act=act,
+            residual_scale=float(getattr(layer, "residual_multiplier", 1.0)),
+            **_norms(layer),
+        )
+
+    def _attention(self, index: int, window: int) -> native.Attention:
+        found = self._anatomy.attentions[index]
+        if found is None:
+            raise NotCovered("a layer's attention was not recognised")
+        module = cast(Any, found.module)
+        head_dim = getattr(module, "head_dim", None)
+        if not isinstance(head_dim, int):
+            raise NotCovered("the attention does not say its head size")
+        if len(found.inputs) == 3:
+            q, k, v = (self._linear(getattr(module, name)) for name in found.inputs)
+        else:
+            q, k, v = self._fused(getattr(module, found.inputs[0]), head_dim)
+        self.rotation.add_layer(module, index)
+        scale = getattr(module, "scaling", getattr(module, "scale", None))
+        return native.Attention(
+            q, k, v, self._linear(getattr(module, found.output)),
+            head_dim=head_dim,
+            scale=float(head_dim**-0.5 if scale is None else scale),
+            rotation=self.rotation.tables()[-1],
+            q_norm=_head_norm(getattr(module, "q_norm", None)),
+            k_norm=_head_norm(getattr(module, "k_norm", None)),
+            window=window,
+            softcap=float(getattr(module, "attn_logit_softcapping", None) or 0.0),
+        )  # fmt: skip
+
+    def _fused(self, module: Any, head_dim: int) -> list[PackedLinear]:
+        """One projection whose rows are those of q, then k, then v."""
+        if not isinstance(module, nn.Linear):
+            raise NotCovered(f"a projection is a {type(module).__name__}")
+        heads = self.config.num_attention_heads
+        kv_heads = getattr(self.config, "num_key_value_heads", heads)
+        sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+        if sum(sizes) != module.out_features:
+            raise NotCovered("a fused projection does not hold q, k and v")
+        biases = [None] * 3 if module.bias is None else module.bias.split(sizes)
+        return [
+            self._pack(weight, bias, self._weights)
+            for weight, bias in zip(module.weight.split(sizes), biases, strict=True)
+        ]
+
+
+def _windows(config: Any, layers: int) -> list[int]:
+    """How far back each layer sees (0: all), as the cache that `generate` makes says it."""
+    cache = DynamicCache(config=config)
+    if len(cache.layers) != layers:
+        raise NotCovered("the model does not keep one KV cache layer for each decoder layer")
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise NotCovered(f"its KV cache has layers of type {type(layer).__name__}")
+    return [int(layer.sliding_window) if layer.is_sliding else 0 for layer in cache.layers]
+
+
+def _norms(layer: nn.Module) -> dict[str, Any]:
+    """Where a decoder layer has its norms: before its halves (Llama), after them (OLMo 2), or both (Gemma 2)."""
+    has = {
+        name: getattr(layer, name)
+        for name in (
+            "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+        )
+        if isinstance(getattr(layer, name, None), nn.Module)
+    }  # fmt: skip
+    names = set(has)
+    parallel = bool(getattr(layer, "use_parallel_residual", False))
+    if names == {"input_layernorm"}:
+        places, parallel = {"attention_in": "input_layernorm", "mlp_in": "input_layernorm"}, True
+    elif names == {"input_layernorm", "post_attention_layernorm"}:
+        places = {"attention_in": "input_layernorm", "mlp_in": "post_attention_layernorm"}
+    elif names == {"post_attention_layernorm", "post_feedforward_layernorm"}:
+        places = {"attention_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
+    elif len(names) == 4:
+        places = {
+            "attention_in": "input_layernorm",
+            "attention_out": "post_attention_layernorm",
+            "mlp_in": "pre_feedforward_layernorm",
+            "mlp_out": "post_feedforward_layernorm",
+        }
+    else:
+        raise NotCovered("its decoder layers have other norms than the native step knows")
+    return {"parallel": parallel, **{place: _norm(has[name]) for place, name in places.items()}}
+
+
+def _norm(module: nn.Module) -> native.Norm:
+    """A norm's kind, weight and bias, found by what it does to a few inputs: classes differ in whether the weight is an
+    offset from one (Gemma), or is there at all (OLMo)."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    size = next((p.shape[-1] for p in module.parameters()), None)
+    size = size or next(iter(getattr(module, "normalized_shape", ())), None)
+    if not isinstance(eps, float) or not isinstance(size, int) or size % 2:
+        raise NotCovered(f"a {type(module).__name__} is not a norm that the native step knows")
+    probe = copy.deepcopy(module).float()
+    signs = torch.ones(size)
+    signs[1::2] = -1
+    sample = torch.randn(size, generator=torch.Generator().manual_seed(0)) + 0.5
+    with torch.no_grad():
+        bias, flat, swing, expected = (probe(x[None])[0] for x in (torch.zeros(size), torch.ones(size), signs, sample))
+        kind = "layer" if (flat - bias).abs().max() < 1e-3 * (swing - bias).abs().max() else "rms"
+        weight = (swing - bias) * signs * math.sqrt(1 + eps)
+        centred = sample - sample.mean() if kind == "layer" else sample
+        got = centred * torch.rsqrt(centred.square().mean() + eps) * weight + bias
+    if not torch.allclose(got, expected, rtol=1e-4, atol=1e-5):
+        raise NotCovered(f"a {type(module).__name__} is not a norm that the native step knows")
+    return native.Norm(weight.contiguous(), bias.contiguous() if bool(bias.any()) else None, eps, kind)
+
+
+def _scaled(norm: native.Norm | None, factors: Tensor | None) -> native.Norm | None:
+    """A norm whose outputs are multiplied by `factors`, where there are any."""
+    if factors is None:
+        return norm
+    if norm is None:
+        raise NotCovered("no norm comes before an MLP whose inputs are smoothed")
+    return replace(norm, weight=norm.weight * factors, bias=None if norm.bias is None else norm.bias * factors)
+
+
+def _head_norm(module: Any) -> native.Norm | None:
+    return _norm(module) if isinstance(module, nn.Module) and any(True for _ in module.parameters()) else None
+
+
+class _Rotation:
+    """Tables of rotary position embeddings, made by the model's own module, longer as positions need it."""
+
+    def __init__(self, stack: Any) -> None:
+        self._module: Any = getattr(stack, "rotary_emb", None)
+        self._kinds: list[str | None] = []  # per layer; "" where there is no rotation
+        self.version = 0
+        self._tables: dict[str | None, tuple[Tensor, Tensor]] = {}
+        if self._module is None:
+            raise NotCovered("its positions are not rotary embeddings made once for all layers")
+        kinds = getattr(self._module, "rope_type", "default")
+        names = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
+        if not names <= set(_STATIC_ROPE):
+            raise NotCovered(f"rotary embeddings of type {', '.join(sorted(names))} change with the length of the text")
+        self._by_type = "layer_type" in inspect.signature(self._module.forward).parameters
+        self.positions = 1024
+
+    def add_layer(self, attention: Any, index: int) -> None:
+        kind = None
+        if not getattr(attention, "use_rope", True):
+            kind = ""
+        elif self._by_type:
+            kind = getattr(attention, "layer_type", None) or attention.config.layer_types[index]
+        self._kinds.append(kind)
+        if kind != "" and kind not in self._tables:
+            self._tables[kind] = self._make(kind)
+
+    def tables(self) -> list[tuple[Tensor, Tensor] | None]:
+        """(cos, sin) of each layer added so far, float32 [positions, rotated dimensions]."""
+        return [self._tables.get(kind) for kind in self._kinds]
+
+    def reach(self, positions: int) -> None:
+        """Makes sure that there are tables for so many positions."""
+        if positions <= self.positions:
+            return
+        self.positions = max(positions, 2 * self.positions)
+        self._tables = {kind: self._make(kind) for kind in self._tables}
+        self.version += 1
+
+    def _make(self, kind: str | None) -> tuple[Tensor, Tensor]:
+        arguments = (torch.zeros(1), torch.arange(self.positions)[None]) + ((kind,) if self._by_type else ())
+        with torch.no_grad():
+            cos, sin = self._module(*arguments)
+        return cos[0].float().contiguous(), sin[0].float().contiguous()
+
+
+class _Stop(Exception):
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+def _input_of_first_layer(anatomy: Anatomy, ids: Tensor) -> Tensor:
+    def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
+        raise _Stop(args[0] if args else kwargs["hidden_states"])
+
+    handle = anatomy.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            type(anatomy.stack).forward(anatomy.stack, input_ids=ids, use_cache=False)  # past what wrap has patched
+    except _Stop as stopped:
+        return stopped.value
+    finally:
+        handle.remove()
+    raise NotCovered("the first layer was not reached")
+
+
+# ---- running ----
+
+# Arguments of a model's forward that the native step honours. Others must be absent, None or False.
+_HONOURED = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+_HARMLESS = {"return_dict", "cache_position", "next_sequence_length"}
+
+# How far native logits may be from the modules' own, in standard deviations of the logits, for the description to
+# count as right: a wrong rotation or norm is off by 0.1 to 1. Where a rule chooses neurons, rounding may change one.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+_TOLERANCE_OF_RULES = 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """What the native step runs in place of each layer's MLP (None: dense), and the neurons that this skips per token.
+
+    Whoever makes one keeps it as long as its choice holds: the native step made for it goes with it.
+    """
+
+    mlps: Sequence[native.BundledMLP | None]
+    skipped: int
+
+    @property
+    def by_rule(self) -> bool:
+        return any(mlp is not None and mlp.rule != "listed" for mlp in self.mlps)
+
+
+class Decoder:
+    """Runs the decode steps of one wrapped model natively, where they are covered.
+
+    count: called with the tokens of a step and the neurons skipped in it.
+    """
+
+    def __init__(self, model: Any, anatomy: Anatomy, weights: str | None, count: Callable[[int, int], None]) -> None:
+        self._model, self._anatomy, self._weights, self._count = model, anatomy, weights, count
+        self._lock = threading.Lock()
+        # the dictionaries live as long as the modules: looking into them finds hooks registered later, too
+        self._hooks = [hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.forget()
+
+    def forget(self) -> None:
+        """The model's weights were moved, cast or loaded anew: describe it again before the next step."""
+        self._architecture: Architecture | None = None
+        self._refusal: str | None = None
+        self._steps: weakref.WeakKeyDictionary[Chosen, tuple[native.Step, int]] = weakref.WeakKeyDictionary()
+        self._output: type | None = None
+
+    @property
+    def refusal(self) -> str | None:
+        """Why this model's steps are not run natively, if they are not."""
+        return self._refusal
+
+    def forward(self, original: Callable[..., Any], chosen: Chosen | str, named: dict[str, Any]) -> Any:
+        """The output of one decode step, or None where the model's own modules have to compute it.
+
+        original: the model's own forward; named: its arguments; chosen: a text says why the native step cannot.
+        """
+        try:
+            self._check_call(named)
+            if isinstance(chosen, str):
+                raise NotCovered(chosen)
+            if self._output is None:
+                return self._first(original, chosen, named)
+            with self._lock:
+                step = self._step_of(chosen)
+            logits = self._run(step, named, chosen.skipped)
+        except NotCovered as reason:
+            logger.debug("this step runs on the model's modules: %s", reason)
+            return None
+        return self._output(logits=logits, past_key_values=named["past_key_values"])
+
+    def _step_of(self, chosen: Chosen) -> native.Step:
+        assert self._architecture is not None
+        version = self._architecture.rotation.version
+        step, made = self._steps.get(chosen, (None, -1))
+        if step is None:
+            step = self._architecture.step(chosen.mlps)
+        elif made != version:
+            step.rotate_by(self._architecture.rotation.tables())
+        if made != version:
+            self._steps[chosen] = (step, version)
+        return step
+
+    def _check_call(self, named: dict[str, Any]) -> None:
+        for name, value in named.items():
+            if name not in _HONOURED and name not in _HARMLESS and value is not None and value is not False:
+                raise NotCovered(f"{name} was given")
+        if named.get("return_dict") is False or named.get("use_cache") is False:
+            raise NotCovered("a tuple is wanted, or no cache")
+        ids, keep = named.get("input_ids"), named.get("logits_to_keep", 0)
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype != torch.int64 or ids.device.type != "cpu":
+            raise NotCovered("input_ids is not int64 [rows, length] on the CPU")
+        if not 1 <= ids.numel() <= MAX_ROWS:
+            raise NotCovered(f"the step has {ids.numel()} tokens, not 1 to {MAX_ROWS}")
+        if not isinstance(keep, int) or keep > ids.shape[1]:
+            raise NotCovered("logits_to_keep is not a number of last tokens")
+        if any(_foreign(hook) for hooks in self._hooks if hooks for hook in hooks.values()):
+            raise NotCovered("a module has hooks, which a native step would not call")
+        if torch.is_grad_enabled():
+            raise NotCovered("gradients are wanted: decode under torch.no_grad() or torch.inference_mode()")
+        config = self._model.config
+        if getattr(config, "output_attentions", False) or getattr(config, "output_hidden_states", False):
+            raise NotCovered("attentions or hidden states are wanted")
+
+    # --- the first step
+
+    def _first(self, original: Callable[..., Any], chosen: Chosen, named: dict[str, Any]) -> Any:
+        """Runs the model's own modules, and the native step on a copy of the cache, to see whether they agree."""
+        with self._lock:
+            try:
+                plain = Architecture(self._model, self._anatomy)
+                twin = copy.deepcopy(named["past_key_values"])
+                logits = self._run(plain.step(chosen.mlps), {**named, "past_key_values": twin}, None, plain)
+                output = original(**named)
+                self._compare(logits, output.logits, chosen)
+                if self._weights is not None:
+                    plain = Architecture(self._model, self._anatomy, self._weights)
+            except _OfThisCall:
+                raise
+            except (NotCovered, ValueError) as reason:
+                self._refuse(str(reason))
+                return None
+            self._architecture, self._output = plain, type(output)
+            return output
+
+    @staticmethod
+    def _compare(logits: Tensor, expected: Tensor, chosen: Chosen) -> None:
+        tolerance = _TOLERANCE[logits.dtype]
+        if chosen.by_rule:
+            tolerance = max(tolerance, _TOLERANCE_OF_RULES)
+        error = float((logits.float() - expected.float()).abs().max() / expected.float().std().clamp_min(1e-6))
+        if not error <= tolerance:
+            raise NotCovered(f"its logits differ from the model's own by {error:.2g} standard deviations")
+
+    def _refuse(self, reason: str) -> None:
+        self._refusal = reason
+        level = logging.DEBUG if self._weights is None else logging.WARNING
+        logger.log(level, "decode steps of this %s run on its own modules: %s", self._anatomy.model_type, reason)
+
+    # --- every step
+
+    def _run(
+        self, step: native.Step, named: dict[str, Any], skipped: int | None, architecture: Architecture | None = None
+    ) -> Tensor:
+        architecture = architecture or self._architecture
+        assert architecture is not None
+        ids: Tensor = named["input_ids"]
+        rows, length = ids.shape
+        rooms = rooms_of(named["past_key_values"], length)
+        if isinstance(rooms, str):
+            raise _OfThisCall(rooms)
+        if rooms.rows != rows:
+            raise _OfThisCall("the KV cache has another number of rows")
+        past = rooms.length
+        start = _starts(named.get("attention_mask"), rows, past + length)
+        positions = named.get("position_ids")
+        if positions is None:
+            positions = torch.arange(past, past + length).expand(rows, length)
+        elif positions.shape != ids.shape:
+            positions = positions.expand(rows, length)
+        self._check_ranges(step, architecture, ids, positions)
+        logits, left_out = step.run(ids, positions, start, rooms.table, past, named.get("logits_to_keep") or length)
+        rooms.advance(length)
+        if skipped is not None:
+            self._count(rows * length, skipped * rows * length + left_out)
+        return logits
+
+    def _check_ranges(self, step: native.Step, architecture: Architecture, ids: Tensor, positions: Tensor) -> None:
+        tokens, places = ids.flatten().tolist(), positions.flatten().tolist()
+        vocabulary = step.model.embedding.shape[0]
+        if min(tokens) < 0 or max(tokens) >= vocabulary:
+            raise IndexError(f"token ids must be in [0, {vocabulary})")
+        if min(places) < 0:
+            raise _OfThisCall("a position is negative")
+        if max(places) >= architecture.rotation.positions:
+            with self._lock:
+                architecture.rotation.reach(max(places) + 1)
+                step.rotate_by(architecture.rotation.tables())
+
+
+def _foreign(hook: Any) -> bool:
+    """Whether a hook is not one of those that transformers leaves behind after collecting hidden states."""
+    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
+
+
+class _OfThisCall(NotCovered):
+    """Not covered in this call; another may be."""
+
+
+def _starts(mask: Any, rows: int, length: int) -> Tensor:
+    """int64 [rows]: where each row's text begins, from a 2-D attention mask [rows, length] that pads on the left."""
+    if mask is None:
+        return torch.zeros(rows, dtype=torch.int64)
+    if not isinstance(mask, Tensor) or mask.shape != (rows, length):
+        raise _OfThisCall("the attention mask is not [rows, length so far]")
+    seen = mask.bool()
+    if bool(seen.all()):
+        return torch.zeros(rows, dtype=torch.int64)
+    start = length - seen.sum(1)
+    if not torch.equal(seen, torch.arange(length) >= start[:, None]) or bool((start == length).any()):
+        raise _OfThisCall("the attention mask has holes")
+    return start

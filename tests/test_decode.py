@@ -1,0 +1,374 @@
+"""The native decode step: the same logits as the model's own modules, for whatever it says it covers."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VOCABULARY, greedy, plan_of, prompt, tiny
+from transformers import DynamicCache, StaticCache
+
+import coreskip
+from coreskip.kernels import cpu
+from coreskip.kernels.ops import PackedLinear, available
+from coreskip.kernels.packed import ungroup, untile
+from coreskip.predictors.plan import Plan
+from coreskip.runtime.wrap import runtime_of
+
+pytestmark = pytest.mark.skipif(available("cpu") is not None, reason="needs the compiled kernels")
+
+COVERED = (
+    "llama", "llama_bias", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "olmo2", "stablelm",
+    "starcoder2", "granite", "phi", "nemotron_relu2", "smollm3",
+)  # fmt: skip
+NOT_COVERED = ("opt", "gpt2", "gpt_neox", "falcon", "bloom", "cohere")
+
+
+def refusal(model: Any) -> str | None:
+    return runtime_of(model)._decoder.refusal
+
+
+def ragged() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two prompts of 9 and 5 tokens, the second padded on the left."""
+    ids = prompt(2, 9)
+    ids[1, :4] = 0
+    return ids, (ids > 0).long()
+
+
+def spy(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths of the steps that ran natively from now on."""
+    decoder, seen = runtime_of(model)._decoder, []
+    run = decoder._run
+
+    def counted(step: Any, named: dict[str, Any], *rest: Any) -> Any:
+        logits = run(step, named, *rest)
+        seen.append(named["input_ids"].shape[1])
+        return logits
+
+    monkeypatch.setattr(decoder, "_run", counted)
+    return seen
+
+
+def cut_neurons(model: Any, plan: Plan) -> Any:
+    """The model whose other neurons' down columns are zero: what a static plan stands for."""
+    twin = copy.deepcopy(model)
+    for policy, mlp in zip(plan.layers, coreskip.predictors.anatomy.dissect(twin).mlps, strict=True):
+        rows = mlp.down.weight.data
+        left_out = torch.ones(rows.shape[1], dtype=torch.bool)
+        left_out[policy.neurons.indices] = False
+        rows[:, left_out] = 0
+    return twin
+
+
+@pytest.mark.parametrize("kind", ["dense", "static"])
+@pytest.mark.parametrize("family", COVERED)
+def test_two_hundred_steps_from_ragged_prompts(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(family)
+    plan = Plan.dense(model) if kind == "dense" else plan_of(model, "static")
+    reference = model if kind == "dense" else cut_neurons(model, plan)
+    ids, mask = ragged()
+    tokens = torch.cat([ids, torch.randint(5, VOCABULARY, (2, 200), generator=torch.Generator().manual_seed(3))], 1)
+    mask = torch.cat([mask, torch.ones(2, 200, dtype=torch.int64)], 1)
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+
+    def step_by_step() -> torch.Tensor:
+        cache, logits = DynamicCache(config=model.config), []
+        with coreskip.prefilling():
+            model(ids, attention_mask=mask[:, :9], position_ids=places[:, :9], past_key_values=cache)
+        for t in range(9, 209):
+            given = {"attention_mask": mask[:, : t + 1], "position_ids": places[:, t : t + 1]}
+            logits.append(model(tokens[:, t : t + 1], past_key_values=cache, **given).logits[:, 0])
+        return torch.stack(logits, 1)
+
+    def all_at_once(judge: Any) -> torch.Tensor:
+        """Each row on its own, unpadded. A static plan leaves prefill dense: the prompt's keys and values come from the
+        whole model."""
+        own, logits = copy.deepcopy(model).to(judge.dtype), []
+        for row in range(2):
+            first = int((mask[row] == 0).sum())
+            cache = DynamicCache(config=model.config)
+            own(ids[row : row + 1, first:], past_key_values=cache)
+            logits.append(judge(tokens[row : row + 1, 9:], past_key_values=cache).logits)
+        return torch.cat(logits)
+
+    with torch.no_grad():
+        exact = all_at_once(copy.deepcopy(reference).double())
+        usual = (all_at_once(reference) - exact).abs().max()
+        with coreskip.wrap(model, plan):
+            step_by_step()  # the first step of a wrapping is the modules' own
+            seen = spy(model, monkeypatch)
+            native = step_by_step()
+            assert refusal(model) is None
+            assert seen == [1] * 200
+    assert (native - exact).abs().max() <= 2 * usual + 1e-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize("family", NOT_COVERED)
+def test_what_is_not_covered_runs_on_the_models_modules(family: str) -> None:
+    model = tiny(family)
+    expected = greedy(model, prompt(1))
+    with coreskip.wrap(model, Plan.dense(model)):
+        assert torch.equal(greedy(model, prompt(1)), expected)
+        assert refusal(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+def test_half_precision_is_nearer_to_the_truth_than_torch(family: str, dtype: torch.dtype) -> None:
+    model = tiny(family).to(dtype)
+    ids = prompt(1, 30)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(ids).logits[:, 10:]
+        usual = (model(ids).logits[:, 10:] - exact).abs().max()
+        with coreskip.wrap(model, Plan.dense(model)):
+            for _ in range(2):
+                cache = DynamicCache(config=model.config)
+                model(ids[:, :10], past_key_values=cache)
+                native = [model(ids[:, t : t + 1], past_key_values=cache).logits[:, 0] for t in range(10, 30)]
+            assert refusal(model) is None
+    assert (torch.stack(native, 1) - exact).abs().max() <= 2 * usual
+
+
+def test_several_tokens_at_once_get_the_bits_they_get_alone() -> None:
+    model = tiny("llama")
+    ids = prompt(1, 140)
+    with torch.no_grad(), coreskip.wrap(model, Plan.dense(model)):
+        greedy(model, prompt(1), 4)
+        alone, together = DynamicCache(config=model.config), DynamicCache(config=model.config)
+        model(ids[:, :100], past_key_values=alone)
+        model(ids[:, :100], past_key_values=together)
+        for at in range(100, 140, 5):
+            run = model(ids[:, at : at + 5], past_key_values=together).logits
+            for k in range(5):
+                one = model(ids[:, at + k : at + k + 1], past_key_values=alone).logits
+                assert torch.equal(one[:, 0], run[:, k])
+
+
+@pytest.mark.parametrize("isa", cpu.supported() if available("cpu") is None else [])
+def test_every_instruction_set_gives_the_same_tokens(isa: str) -> None:
+    best = cpu.active()
+    model = tiny("gemma2")
+    expected = greedy(model, prompt(1), 40)
+    try:
+        cpu.use(isa)
+        with coreskip.wrap(model, Plan.dense(model)):
+            assert torch.equal(greedy(model, prompt(1), 40), expected)
+            assert refusal(model) is None
+    finally:
+        cpu.use(best)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3", "olmo2"])
+def test_generate_is_what_it_was(family: str) -> None:
+    model = tiny(family)
+    ids, mask = ragged()
+    calls: list[dict[str, Any]] = [
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"do_sample": True, "top_k": 20, "temperature": 0.8},
+        {"repetition_penalty": 1.3},
+        {"max_new_tokens": 150},
+    ]
+
+    def run(options: dict[str, Any]) -> torch.Tensor:
+        torch.manual_seed(5)
+        return model.generate(ids, attention_mask=mask, **{"max_new_tokens": 20, "do_sample": False, **options})
+
+    expected = [run(options) for options in calls]
+    with coreskip.wrap(model, Plan.dense(model)):
+        greedy(model, ids, 2)
+        for options, tokens in zip(calls, expected, strict=True):
+            assert torch.equal(run(options), tokens), options
+        assert refusal(model) is None
+
+
+def test_a_conversation_goes_on_over_the_same_cache() -> None:
+    model = tiny("mistral")  # with a window of 8
+    first, second = prompt(1, 12), prompt(1, 7, seed=9)
+
+    def talk() -> list[torch.Tensor]:
+        cache = DynamicCache(config=model.config)
+        said = greedy(model, first, 12, past_key_values=cache)
+        return [said, greedy(model, torch.cat([said, second], 1), 12, past_key_values=cache)]
+
+    expected = talk()
+    with coreskip.wrap(model, Plan.dense(model)):
+        for _ in range(2):
+            assert all(torch.equal(a, b) for a, b in zip(talk(), expected, strict=True))
+        assert refusal(model) is None
+
+
+def test_assisted_generation_crops_and_goes_on() -> None:
+    model, assistant = tiny("llama"), tiny("llama", seed=4)
+    expected = greedy(model, prompt(1), 40)
+    with coreskip.wrap(model, Plan.dense(model)):
+        for _ in range(2):
+            assert torch.equal(greedy(model, prompt(1), 40, assistant_model=assistant), expected)
+            assert torch.equal(greedy(model, prompt(1), 40, prompt_lookup_num_tokens=3), expected)
+        assert refusal(model) is None
+
+
+def test_a_copied_cache_is_a_cache_of_its_own() -> None:
+    model, ids = tiny("llama"), prompt(1, 20)
+    with torch.no_grad(), coreskip.wrap(model, Plan.dense(model)):
+        greedy(model, ids, 2)
+        cache = DynamicCache(config=model.config)
+        model(ids, past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        expected = model(ids[:, 1:2], past_key_values=cache).logits
+        for token in (7, 8, 9):
+            model(torch.tensor([[token]]), past_key_values=twin)
+        assert cache.get_seq_length() == 22
+        assert twin.get_seq_length() == 24
+        cache.crop(-1)
+        assert torch.equal(model(ids[:, 1:2], past_key_values=cache).logits, expected)
+
+
+def test_what_a_call_asks_for_beyond_logits_comes_from_the_modules(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, ids = tiny("llama"), prompt(1, 9)
+    options: list[dict[str, Any]] = [
+        {"output_hidden_states": True, "return_dict_in_generate": True},
+        {"output_attentions": True, "return_dict_in_generate": True},
+        {"cache_implementation": "static"},
+    ]
+    expected = greedy(model, ids)
+    with coreskip.wrap(model, Plan.dense(model)):
+        greedy(model, ids, 3)
+        seen = spy(model, monkeypatch)
+        for option in options:
+            with caplog.at_level(logging.DEBUG, "coreskip"):
+                output = greedy(model, ids, **option)
+            assert torch.equal(getattr(output, "sequences", output), expected)
+            assert seen == []
+            assert "runs on the model's modules" in caplog.text
+            caplog.clear()
+        greedy(model, ids)
+        assert seen == [1] * 15
+        with torch.enable_grad():
+            cache = DynamicCache(config=model.config)
+            model(ids, past_key_values=cache)
+            assert model(ids[:, :1], past_key_values=cache).logits.requires_grad
+        static = StaticCache(config=model.config, max_cache_len=32)
+        with torch.no_grad():
+            model(ids, past_key_values=static)
+            assert model(ids[:, :1], past_key_values=static).logits.shape == (1, 1, VOCABULARY)
+
+
+def test_hooks_are_called() -> None:
+    model = tiny("llama")
+    calls: list[int] = []
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    with coreskip.wrap(model, Plan.dense(model)):
+        calls.clear()
+        greedy(model, prompt(1), 10)
+        assert len(calls) == 10
+
+
+def test_a_mask_with_holes_is_honoured() -> None:
+    model, ids = tiny("llama"), prompt(1, 9)
+    mask = torch.ones(1, 10, dtype=torch.int64)
+    mask[0, 4] = 0
+
+    def last() -> torch.Tensor:
+        cache = DynamicCache(config=model.config)
+        model(ids, attention_mask=mask[:, :9], past_key_values=cache)
+        return model(ids[:, :1], attention_mask=mask, past_key_values=cache).logits
+
+    with torch.no_grad():
+        expected = last()
+        with coreskip.wrap(model, Plan.dense(model)):
+            greedy(model, ids, 3)
+            assert torch.allclose(last(), expected, atol=1e-5)
+
+
+def test_a_token_outside_the_vocabulary_is_an_error() -> None:
+    model = tiny("llama")
+    with torch.no_grad(), coreskip.wrap(model, Plan.dense(model)):
+        greedy(model, prompt(1), 3)
+        cache = DynamicCache(config=model.config)
+        model(prompt(1), past_key_values=cache)
+        with pytest.raises(IndexError, match="token ids"):
+            model(torch.tensor([[VOCABULARY]]), past_key_values=cache)
+        assert cache.get_seq_length() == 9
+
+
+def test_positions_beyond_the_first_tables() -> None:
+    model = tiny("llama", max_position_embeddings=4096)
+    ids = prompt(1, 2100)
+    with torch.no_grad():
+        expected = model(ids).logits[:, -60:]
+        with coreskip.wrap(model, Plan.dense(model)):
+            greedy(model, ids[:, :9], 3)
+            cache = DynamicCache(config=model.config)
+            model(ids[:, :2040], past_key_values=cache)
+            native = [model(ids[:, t : t + 1], past_key_values=cache).logits[:, 0] for t in range(2040, 2100)]
+            assert refusal(model) is None
+    assert torch.allclose(torch.stack(native, 1), expected, atol=2e-4)
+
+
+def test_llama3_rope_and_yarn_are_covered_and_dynamic_rope_is_not() -> None:
+    scaled = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaled |= {"original_max_position_embeddings": 32, "rope_theta": 10000.0}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    for rope, covered in ((scaled, True), (yarn, True), (dynamic, False)):
+        model = tiny("llama", rope_parameters=rope)
+        expected = greedy(model, prompt(1), 60)
+        with coreskip.wrap(model, Plan.dense(model)):
+            assert torch.equal(greedy(model, prompt(1), 60), expected)
+            assert (refusal(model) is None) is covered
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_weight_formats_compute_with_the_rounded_weights(weights: str) -> None:
+    model, ids = tiny("llama"), prompt(1, 40)
+    twin = copy.deepcopy(model)
+    for module in twin.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = rounded(module.weight.data, weights)
+    twin.lm_head.weight = torch.nn.Parameter(rounded(twin.lm_head.weight.data, "int8"))
+    with torch.no_grad(), coreskip.wrap(model, Plan.dense(model, weights=weights)):
+        greedy(model, ids[:, :9], 3)
+        # the keys and values of the prompt come from the model as it was loaded
+        cache, other = DynamicCache(config=model.config), DynamicCache(config=model.config)
+        model(ids[:, :9], past_key_values=cache)
+        model(ids[:, :9], past_key_values=other)
+        native = [model(ids[:, t : t + 1], past_key_values=cache).logits[:, 0] for t in range(9, 40)]
+        assert refusal(model) is None
+        expected = twin(ids[:, 9:], past_key_values=other).logits
+    error = (torch.stack(native, 1) - expected).norm() / expected.norm()
+    assert 1e-5 < error < 0.08  # x is rounded to 8 bits
+
+
+def rounded(weight: torch.Tensor, weights: str) -> torch.Tensor:
+    packed = PackedLinear.pack(weight, fmt=weights)
+    if weights == "int4":
+        return ungroup(*untile(packed)).flatten(1)[:, : weight.shape[1]]
+    return (packed.weight[:, : weight.shape[1]].float() - 128) * packed.scale[:, None]
+
+
+def test_four_bit_numbers_survive_packing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(0, 16, (48, 3, 32), generator=generator).float()
+    q[..., 0], q[..., 1] = 0, 15
+    scale = (torch.rand(48, 3, 1, generator=generator) + 0.1).half().float()
+    least = torch.randn(48, 3, 1, generator=generator).half().float()
+    weight = (scale * q + least).flatten(1)
+    assert torch.equal(ungroup(*untile(PackedLinear.pack(weight, fmt="int4"))).flatten(1), weight)
+
+
+def test_a_long_generation_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    psutil = pytest.importorskip("psutil")
+    model = tiny("llama", max_position_embeddings=512)
+    with coreskip.wrap(model, Plan.dense(model)):
+        greedy(model, prompt(1), 200)
+        before = psutil.Process().memory_info().rss
+        for seed in range(10):
+            greedy(model, prompt(1, seed=seed), 200)
+        assert psutil.Process().memory_info().rss - before < 8 << 20
