@@ -66,7 +66,7 @@ def test_the_embedded_model(embedded: tuple[Any, Any]) -> None:
     assert found["neuron_sparsity"] == pytest.approx(expected["neuron_sparsity"], abs=1e-4)
     # 64 tokens, each with 30 layers in which rounding may exchange two neurons of equal worth
     assert found["ppl_increase"] == pytest.approx(expected["ppl_increase"], abs=0.02)
-    assert found["kl"] == pytest.approx(expected["kl"], rel=0.2)
+    assert found["kl"] == pytest.approx(expected["kl"], rel=0.2, abs=1e-3)
 
 
 def test_static_and_dense_plans(llama: Any) -> None:
