@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,15 @@ Row = dict[str, Any]
 
 @dataclass
 class Case:
-    """One thing to time: `run` makes one pass and reads `nbytes` of weights."""
+    """One thing to time: `run` makes one pass and reads `nbytes` of weights.
+
+    call: "op" is the public function; "bound" the compiled one with its arguments in place, as a native loop over
+    layers calls it: between two layers the weights push Python out of the caches, and 20 us a call go by in it.
+    """
 
     op: str
     backend: str
+    call: str
     keep: float
     layers: int
     nbytes: int
@@ -53,7 +58,7 @@ def measure(shape: str, fmt: str, keeps: tuple[float, ...] = KEEPS, *, rows: int
     Raises RuntimeError where a kernel's result is wrong, before anything is timed.
     """
     hidden, neurons = (int(n) for n in shape.split("x"))
-    cases = [_read_case(), *_mlp_cases(hidden, neurons, fmt, keeps, rows)]
+    cases = list(_mlp_cases(hidden, neurons, fmt, keeps, rows))
     times = _interleave(cases, rounds)
     bandwidth = cases[0].nbytes / _quantile(times[0], 0.5) / 1e9
     about = {"shape": shape, "fmt": fmt, "rows": rows, **machine()}
@@ -66,6 +71,7 @@ def _row(case: Case, seconds: list[float], bandwidth: float) -> Row:
     return {
         "op": case.op,
         "backend": case.backend,
+        "call": case.call,
         "keep": case.keep,
         "layers": case.layers,
         "us_per_layer_p20": round(p20 / case.layers * 1e6, 1),
@@ -96,10 +102,12 @@ def _quantile(values: list[float], q: float) -> float:
 # ---- what is timed ----
 
 
-def _read_case() -> Case:
-    """Memory read from front to back by the compiled library: the ceiling."""
-    memory = allocate((8 * cache_bytes(),), torch.uint8, torch.device("cpu")).fill_(1)
-    return Case("read", "cpu", 1.0, 1, memory.nbytes, lambda: cpu.read(memory))
+def _read_case(memory: list[Tensor]) -> Case:
+    """The layers' own memory read from front to back by the compiled library: the ceiling.
+
+    Another buffer will not do: on a virtual machine it read at 33 or at 56 GB/s, by where the host had put it.
+    """
+    return Case("read", "cpu", "op", 1.0, 1, sum(m.nbytes for m in memory), lambda: [cpu.read(m) for m in memory])
 
 
 def _mlp_cases(hidden: int, neurons: int, fmt: str, keeps: tuple[float, ...], rows: int) -> Iterator[Case]:
@@ -110,8 +118,9 @@ def _mlp_cases(hidden: int, neurons: int, fmt: str, keeps: tuple[float, ...], ro
     weights = [torch.randn(neurons, hidden, generator=rng).div(hidden**0.5).to(dtype) for _ in range(3)]
     packed = PackedMLP.pack(*weights, act="silu", fmt=fmt if quantized else None)
     layers = {keep: max(2, -(-4 * cache_bytes() // _bytes_read(packed, keep))) for keep in (1.0, *keeps)}
+    copies, memory = _copies(packed, max(layers.values()))
+    yield _read_case(memory)
     yield _torch_case(x, weights, layers[1.0])
-    copies = [packed, *(packed.take(torch.arange(neurons)) for _ in range(max(layers.values()) - 1))]
     for keep in keeps:
         if packed.low is None:
             lists = [_kept(neurons, keep, rng) for _ in range(layers[keep])]
@@ -120,7 +129,25 @@ def _mlp_cases(hidden: int, neurons: int, fmt: str, keeps: tuple[float, ...], ro
             run = _Sketched(x, copies[: layers[keep]], int(neurons * keep))
         verify(run.first("cpu"), run.first("torch"), x.dtype)
         op = "mlp" if packed.low is None else "sketch_mlp"
-        yield Case(op, "cpu", keep, layers[keep], _bytes_read(packed, keep) * layers[keep], run)
+        nbytes = _bytes_read(packed, keep) * layers[keep]
+        yield Case(op, "cpu", "op", keep, layers[keep], nbytes, run)
+        yield Case(op, "cpu", "bound", keep, layers[keep], nbytes, _Bound(run.bound()))
+
+
+def _copies(packed: PackedMLP, count: int) -> tuple[list[PackedMLP], list[Tensor]]:
+    """Layers with weights and scales of their own, and the memory in which the weights lie side by side."""
+    planes = [packed.weight] if packed.low is None else [packed.weight, packed.low]
+    memory = [allocate((count, *plane.shape), plane.dtype, plane.device).copy_(plane) for plane in planes]
+    copies = [
+        replace(packed, weight=memory[0][i], scale=_own(packed.scale), norm=_own(packed.norm)) for i in range(count)
+    ]
+    if packed.low is not None:
+        copies = [replace(copy, low=low) for copy, low in zip(copies, memory[1], strict=True)]
+    return copies, memory
+
+
+def _own(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.clone()
 
 
 def _bytes_read(packed: PackedMLP, keep: float) -> int:
@@ -142,6 +169,10 @@ class _Listed:
         for packed, indices in zip(self.packed, self.lists, strict=False):
             mlp(self.x, packed, indices, backend="cpu")
 
+    def bound(self) -> list[Callable[[], Tensor]]:
+        pairs = zip(self.packed, self.lists, strict=False)
+        return [cpu.bind(self.x, packed, indices, "listed", -1, 0.0) for packed, indices in pairs]
+
     def first(self, backend: str) -> Tensor:
         x = self.x if backend == "cpu" else self.x.float()
         return mlp(x, self.packed[0], self.lists[0], backend=backend)
@@ -159,9 +190,23 @@ class _Sketched:
         for packed in self.packed:
             sketch_mlp(self.x, packed, keep=self.keep, backend="cpu")
 
+    def bound(self) -> list[Callable[[], Tensor]]:
+        return [cpu.bind(self.x, packed, None, "sketch", self.keep, 0.0) for packed in self.packed]
+
     def first(self, backend: str) -> Tensor:
         x = self.x if backend == "cpu" else self.x.float()
         return sketch_mlp(x, self.packed[0], keep=self.keep, backend=backend)
+
+
+@dataclass
+class _Bound:
+    """Calls that need nothing but to be made."""
+
+    calls: list[Callable[[], Tensor]]
+
+    def __call__(self) -> None:
+        for call in self.calls:
+            call()
 
 
 def _torch_case(x: Tensor, weights: list[Tensor], layers: int) -> Case:
@@ -172,7 +217,7 @@ def _torch_case(x: Tensor, weights: list[Tensor], layers: int) -> Case:
         for gate, up, down in own:
             F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
-    return Case("mlp", "torch", 1.0, layers, sum(w.nbytes for w in weights) * layers, run)
+    return Case("mlp", "torch", "op", 1.0, layers, sum(w.nbytes for w in weights) * layers, run)
 
 
 def _kept(neurons: int, keep: float, rng: torch.Generator) -> Tensor | None:
@@ -251,7 +296,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _summary(row: Row) -> str:
-    what = f"{row['shape']:>11} {row['fmt']:11} {row['op']:10} {row['backend']:6} keep {row['keep']:<5}"
+    what = f"{row['shape']:>11} {row['fmt']:11} {row['op']:10} {row['backend']:6} {row['call']:6} keep {row['keep']:<5}"
     speed = f"{row['gb_per_s']:6.1f} GB/s, {row['share_of_bandwidth']:.2f} of the memory's"
     return f"{what}{row['us_per_layer_p50']:>10} us  {speed}"
 

@@ -94,7 +94,7 @@ struct Call {
     int64_t* chosen = nullptr;    // [rows][width] of a rule's choice
     int64_t* list = nullptr;
     uint8_t* selected = nullptr;  // [neurons][rows]
-    float* scratch = nullptr;
+    uint32_t* scratch = nullptr;
     int64_t count = 0;            // neurons to compute
 
     int64_t width() const { return a.keep >= 0 ? std::min(a.keep, a.neurons) : a.neurons; }
@@ -108,11 +108,11 @@ struct Call {
                             Workspace::room<int64_t>(listed) + Workspace::room<uint8_t>(all) +
                             Workspace::room<int32_t>(scans() ? all * projections : 0) +
                             2 * Workspace::room<float>(ruled ? all : 0) +
-                            Workspace::room<float>(ruled ? a.neurons : 0) +
+                            Workspace::room<uint32_t>(ruled ? 2 * a.neurons + 1 : 0) +
                             Workspace::room<int64_t>(ruled ? all : 0)))
             return kNoMemory;
         const int64_t bytes = a.stride * (projections + 1) * size_of(a.w_dtype);
-        job = {a.weight, a.low, a.scale, a.gated != 0, a.act, std::min<int>(bundles(16, bytes), kMaxBlock),
+        job = {a.weight, a.low, a.scale, a.gated != 0, a.act, std::min<int>(bundles(32, bytes), kMaxBlock),
                std::min<int>(bundles(32, bytes), 4096), a.gate_bias, a.up_bias, nullptr, nullptr,
                load_rows(isa, a.x, a.x_dtype, a.w_dtype, a.rows, a.hidden, a.stride, memory), a.rule, a.norm,
                nullptr, nullptr, nullptr, a.neurons, a.mean};
@@ -123,7 +123,7 @@ struct Call {
         if (ruled) {
             if (a.rule == kGate) job.known_gate = memory.take<float>(all);
             job.score = memory.take<float>(all);
-            scratch = memory.take<float>(a.neurons);
+            scratch = memory.take<uint32_t>(2 * a.neurons + 1);
             chosen = memory.take<int64_t>(all);
         }
         count = a.neurons;
@@ -229,13 +229,13 @@ CORESKIP_API int coreskip_columns(const void* x, int x_dtype, int rows, int64_t 
     const Isa& isa = *active.load();
     const int64_t all = rows * inputs, size = rows * stride;
     Workspace& memory = workspace;
-    if (!memory.reserve(2 * Workspace::room<float>(all) + Workspace::room<float>(inputs) +
+    if (!memory.reserve(2 * Workspace::room<float>(all) + Workspace::room<uint32_t>(2 * inputs + 1) +
                         Workspace::room<int64_t>(all) + Workspace::room<int64_t>(inputs + 1) +
                         Workspace::room<uint8_t>(all) + Workspace::room<float>(size * threads)))
         return kNoMemory;
     float* values = memory.take<float>(all);
     float* score = memory.take<float>(all);
-    float* scratch = memory.take<float>(inputs);
+    uint32_t* scratch = memory.take<uint32_t>(2 * inputs + 1);
     int64_t* chosen = memory.take<int64_t>(all);
     int64_t* list = memory.take<int64_t>(inputs + 1);
     uint8_t* selected = memory.take<uint8_t>(all);

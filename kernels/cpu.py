@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from weakref import WeakKeyDictionary
@@ -106,15 +107,31 @@ class _Mlp(ctypes.Structure):
 
 def mlp(x: Tensor, packed: PackedMLP, indices: Tensor | None, rule: str, keep: int, threshold: float) -> Tensor:
     """The op coreskip::mlp on CPU tensors; `ops.mlp` describes it."""
+    return bind(x, packed, indices, rule, keep, threshold)()
+
+
+def bind(
+    x: Tensor, packed: PackedMLP, indices: Tensor | None, rule: str, keep: int, threshold: float
+) -> Callable[[], Tensor]:
+    """What `mlp` does, with its arguments in place: each call computes from x's present values into one same tensor.
+
+    Looks at the number of threads once. Raises what `mlp` raises, IndexError only when called.
+    """
     x = x.contiguous()
     call = _call(x, packed, rule, keep, threshold)
     if indices is not None:
-        indices = indices.to(torch.int64).contiguous()
+        if indices.dtype is not torch.int64 or not indices.is_contiguous():
+            indices = indices.to(torch.int64).contiguous()
         call.indices, call.count = indices.data_ptr(), indices.shape[-1]
         call.lists = 1 if indices.dim() == 1 else call.rows
     out = torch.empty_like(x)
-    check(library().coreskip_mlp(ctypes.byref(call), out.data_ptr()), packed.intermediate_size)
-    return out
+    native, argument, address = library().coreskip_mlp, ctypes.byref(call), out.data_ptr()
+
+    def run(_alive: object = (x, packed, indices)) -> Tensor:
+        check(native(argument, address), call.neurons)
+        return out
+
+    return run
 
 
 def choose(x: Tensor, packed: PackedMLP, rule: str, keep: int, threshold: float) -> Tensor:

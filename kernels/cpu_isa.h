@@ -105,12 +105,10 @@ static inline void load_pair(const BF16* p, V& a, V& b) {
     b = (V)(words & 0xffff0000);
 }
 
-// Four vectors from 4 * kLanes bytes: the first, second, third and fourth bytes of 32-bit words.
-static inline void load_quad(const U8* p, V* out) {
-    VU words;
-    memcpy(&words, p, sizeof words);
-    words ^= 0x80808080;
-    for (int k = 0; k < 4; k++) out[k] = __builtin_convertvector((VI)(words << (24 - 8 * k)) >> 24, V);
+// byte k of every 32-bit word, minus 128: put below the exponent of 2^23 a byte is that much more, and the difference
+// is exact. A conversion of the sign-extended byte takes longer.
+static inline V weight_of(VU words, int k) {
+    return (V)((words >> (8 * k) & 0xff) | 0x4b000000) - (0x1p23f + 128);
 }
 
 static inline VB load_bytes(const void* p) {
@@ -334,18 +332,24 @@ static inline void accumulate(const W* const* w, const W* const* next, const flo
 
 template <class W, int N, int R>
 static inline void accumulate(const U8* const* w, const U8* const* next, const float* h, int64_t stride, float* acc) {
+    V factor[N][R];
+    for (int n = 0; n < N; n++)
+        for (int r = 0; r < R; r++) factor[n][r] = splat(h[r * kMaxBlock + n]);
     for (int64_t j = 0; j < stride; j += kLine) {
         for (int n = 0; n < N; n++) __builtin_prefetch(next[n] + j, 0, 2);
         for (int64_t i = j; i < j + kLine; i += 4 * kLanes) {
-            V ws[N][4];
-            for (int n = 0; n < N; n++) load_quad(w[n] + i, ws[n]);
-            for (int r = 0; r < R; r++)
-                for (int k = 0; k < 4; k++) {
+            VU words[N];
+            for (int n = 0; n < N; n++) memcpy(&words[n], w[n] + i, sizeof words[n]);
+            for (int k = 0; k < 4; k++) {
+                V ws[N];
+                for (int n = 0; n < N; n++) ws[n] = weight_of(words[n], k);
+                for (int r = 0; r < R; r++) {
                     float* to = acc + r * stride + i + k * kLanes;
                     V sum = load(to);
-                    for (int n = 0; n < N; n++) sum += ws[n][k] * h[r * kMaxBlock + n];
+                    for (int n = 0; n < N; n++) sum += ws[n] * factor[n][r];
                     store(to, sum);
                 }
+            }
         }
     }
 }

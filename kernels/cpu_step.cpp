@@ -94,6 +94,7 @@ struct Own {
     int32_t* sum;
     int64_t *from, *to, *chosen, *list;
     uint8_t* selected;
+    uint32_t* keys;
 };
 
 template <class Take>
@@ -127,7 +128,7 @@ Own own_share(const Sizes& s, Take take) {
     w.rows = take(float(), t * wide);
     w.attended = take(float(), t * s.attention);
     w.queries = take(float(), s.attention + s.kv);
-    w.scratch = take(float(), std::max(s.listed, s.attention));
+    w.scratch = take(float(), s.attention);
     w.q = take(int8_t(), t * wide);
     w.scale = take(float(), t);
     w.group_scale = take(float(), t * (wide / kGroup + 1));
@@ -138,6 +139,7 @@ Own own_share(const Sizes& s, Take take) {
     w.chosen = take(int64_t(), s.listed * t);
     w.list = take(int64_t(), s.listed + 1);
     w.selected = take(uint8_t(), s.listed * t);
+    w.keys = take(uint32_t(), 2 * s.listed + 1);
     return w;
 }
 
@@ -154,6 +156,7 @@ class Walker {
         for (int64_t i = 0; i < m.layer_count; i++) {
             const StepLayer& layer = m.layers[i];
             if (layer.run_attention) attention(layer, c.caches[i]);
+            else write_entries(layer, c.caches[i]);
             if (layer.run_mlp) mlp(layer);
         }
         logits();
@@ -305,6 +308,31 @@ class Walker {
         else add_to_residual(l, l.attention_out, w.out);
     }
 
+    // What a skipped attention leaves behind: the entries of the new tokens.
+    void write_entries(const StepLayer& l, const StepCache& cache) {
+        read_from(normed(l.attention_in, own.x), m.hidden);
+        project_all({&l.k, &l.v}, {w.k, w.v});
+        meeting.meet();
+        const int64_t tasks = c.rows * l.kv_heads;
+        for (int64_t task = meeting.take(1); task < tasks; task = meeting.take(1))
+            put_entries(l, cache, task / l.kv_heads, task % l.kv_heads, c.past, c.past + c.length);
+        meeting.meet();
+    }
+
+    // Keys and values of the new tokens at positions `begin` to `end`, for one KV head of one sequence.
+    void put_entries(const StepLayer& l, const StepCache& cache, int64_t row, int64_t group, int64_t begin, int64_t end) {
+        for (int64_t position = begin; position < end; position++) {
+            const int64_t token = row * c.length + position - c.past, from = token * l.kv_heads + group;
+            const int64_t to = offset_of(l, cache, row, group) + position * l.head_dim;
+            put(prepared(l, l.k_norm, w.k, from, token, l.kv_heads), cache.keys, to, l.head_dim);
+            put(w.v + from * l.head_dim, cache.values, to, l.head_dim);
+        }
+    }
+
+    static int64_t offset_of(const StepLayer& l, const StepCache& cache, int64_t row, int64_t group) {
+        return row * cache.row_stride + group * cache.head_stride - cache.first * l.head_dim;
+    }
+
     int64_t first_seen(const StepLayer& l, int64_t row, int64_t position) const {
         return std::max(c.start[row], l.window ? position + 1 - l.window : 0);
     }
@@ -319,14 +347,8 @@ class Walker {
     // written first.
     void attend(const StepLayer& l, const StepCache& cache, int64_t row, int64_t group, int64_t first, int64_t chunk) {
         const int64_t begin = (first + chunk) * kChunk, end = std::min(begin + kChunk, c.past + c.length);
-        const int64_t offset = row * cache.row_stride + group * cache.head_stride - cache.first * l.head_dim;
-        const int64_t each = l.heads / l.kv_heads;
-        for (int64_t position = std::max(begin, c.past); position < end; position++) {
-            const int64_t token = row * c.length + position - c.past;
-            const int64_t to = offset + position * l.head_dim, from = token * l.kv_heads + group;
-            put(prepared(l, l.k_norm, w.k, from, token, l.kv_heads), cache.keys, to, l.head_dim);
-            put(w.v + from * l.head_dim, cache.values, to, l.head_dim);
-        }
+        const int64_t offset = offset_of(l, cache, row, group), each = l.heads / l.kv_heads;
+        put_entries(l, cache, row, group, std::max(begin, c.past), end);
         const int64_t bytes = size_of(m.kv_dtype);
         for (int64_t j = std::max<int64_t>(0, begin - c.past); j < c.length; j++) {
             const int64_t token = row * c.length + j, query = token * l.heads + group * each;
@@ -411,7 +433,7 @@ class Walker {
         const int64_t bytes = b.stride * (projections + 1) * size_of(b.dtype);
         MlpJob job{};
         job.weight = b.weight, job.low = b.low, job.scale = b.scale, job.gated = b.gated != 0, job.act = l.act;
-        job.block = static_cast<int>(std::min<int64_t>(bundles(16, bytes), kMaxBlock));
+        job.block = static_cast<int>(std::min<int64_t>(bundles(32, bytes), kMaxBlock));
         job.ahead = static_cast<int>(std::min<int64_t>(bundles(32, bytes), 4096));
         job.gate_bias = b.gate_bias, job.up_bias = b.up_bias, job.rows = rows_of(b.stride), job.rule = b.rule;
         job.norm = b.norm, job.mean = b.mean, job.neurons = b.neurons;
@@ -451,7 +473,7 @@ class Walker {
     int64_t choose_neurons(const StepMlp& b) {
         const int64_t width = b.keep >= 0 ? std::min(b.keep, b.neurons) : b.neurons;
         for (int t = 0; t < tokens; t++)
-            choose(w.score + t * b.neurons, b.neurons, b.keep, b.threshold, own.scratch, own.chosen + t * width, width);
+            choose(w.score + t * b.neurons, b.neurons, b.keep, b.threshold, own.keys, own.chosen + t * width, width);
         int64_t count = tokens > 1 ? merge(own.chosen, width, tokens, b.neurons, own.selected, own.list)
                                    : compact(own.chosen, width, b.neurons, own.list);
         if (tokens == 1) {

@@ -82,10 +82,11 @@ class Attention:
 class StepLayer:
     """A decoder layer: x += after(attention(before(x))), then the same for the MLP; absent norms are None.
 
-    parallel: the MLP reads x as it was before the attention. attention or mlp None: that half is skipped.
+    parallel: the MLP reads x as it was before the attention. mlp None: it is skipped. entries_only: the attention is
+    skipped but for the keys and values of the new tokens, which are written to the cache.
     """
 
-    attention: Attention | None
+    attention: Attention
     mlp: DenseMLP | BundledMLP | None
     act: str
     attention_in: Norm | None = None
@@ -94,6 +95,7 @@ class StepLayer:
     mlp_out: Norm | None = None
     residual_scale: float = 1.0
     parallel: bool = False
+    entries_only: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +150,7 @@ class Step:
         that counts (what lies before is left padding). past: positions already in the cache, whose capacity must
         suffice. wanted: of how many last tokens of each row the logits are wanted.
         Returns logits [rows, wanted, vocabulary] of the model's dtype, and the number of neurons that rules left out,
-        summed over tokens and layers.
+        summed over tokens and layers. Raises ValueError for more tokens.
         """
         rows, length = tokens.shape
         if rows * length > cpu.MAX_ROWS:
@@ -285,21 +287,20 @@ def _layer(layer: StepLayer) -> _Layer:
         **{name: _norm(getattr(layer, name)) for name in ("attention_in", "attention_out", "mlp_in", "mlp_out")},
         residual_scale=layer.residual_scale,
         act=cpu.ACT[layer.act],
-        run_attention=attention is not None,
+        run_attention=not layer.entries_only,
         run_mlp=mlp is not None,
         parallel=layer.parallel,
     )
-    if attention is not None:
-        for name in ("q", "k", "v", "o"):
-            setattr(out, name, _linear(getattr(attention, name)))
-        out.q_norm, out.k_norm = _norm(attention.q_norm), _norm(attention.k_norm)
-        out.heads = attention.q.out_features // attention.head_dim
-        out.kv_heads = attention.k.out_features // attention.head_dim
-        out.head_dim, out.window = attention.head_dim, attention.window
-        out.attention_scale, out.softcap = attention.scale, attention.softcap
-        if attention.rotation is not None:
-            cos, sin = attention.rotation
-            out.rope_dim, out.cos, out.sin = cos.shape[1], cos.data_ptr(), sin.data_ptr()
+    for name in ("q", "k", "v", "o"):
+        setattr(out, name, _linear(getattr(attention, name)))
+    out.q_norm, out.k_norm = _norm(attention.q_norm), _norm(attention.k_norm)
+    out.heads = attention.q.out_features // attention.head_dim
+    out.kv_heads = attention.k.out_features // attention.head_dim
+    out.head_dim, out.window = attention.head_dim, attention.window
+    out.attention_scale, out.softcap = attention.scale, attention.softcap
+    if attention.rotation is not None:
+        cos, sin = attention.rotation
+        out.rope_dim, out.cos, out.sin = cos.shape[1], cos.data_ptr(), sin.data_ptr()
     if isinstance(mlp, DenseMLP):
         out.gate, out.up, out.down = _linear(mlp.gate), _linear(mlp.up), _linear(mlp.down)
     elif mlp is not None:

@@ -232,14 +232,64 @@ class Run:
     """The layer runs."""
 
     name: ClassVar[str] = "run"
+    attention: ClassVar[bool] = True  # whether it always runs
+    mlp: ClassVar[bool] = True
+
+    def check(self) -> None:
+        """Nothing to check."""
+
+
+@dataclass(frozen=True)
+class Skip(Run):
+    """Neither attention nor MLP runs while decoding: the layer adds nothing to the residual stream.
+
+    A skipped attention still writes the keys and values that it would have written for the same input (the key and
+    value projections alone), so that the KV cache has an entry per token in every layer: the next prompt, a dense
+    verification or another row of a batch attends to them. See runtime/layers.py.
+    """
+
+    name: ClassVar[str] = "skip"
+    attention: ClassVar[bool] = False
+    mlp: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class SkipAttention(Run):
+    """The attention does not run while decoding, as in `Skip`; the MLP does."""
+
+    name: ClassVar[str] = "skip_attention"
+    attention: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class SkipMLP(Run):
+    """The MLP does not run while decoding, as in `Skip`; the attention does."""
+
+    name: ClassVar[str] = "skip_mlp"
+    mlp: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Adaptive(Run):
+    """Skipped while decoding, as in `Skip`, for the sequences in whose prompt it was void for most tokens.
+
+    `alpha` is LAC's (see `predictors.layers.void`): the larger, the more layers are void.
+    """
+
+    alpha: float
+    name: ClassVar[str] = "adaptive"
+
+    def check(self) -> None:
+        if not isinstance(self.alpha, (int, float)) or not 0.0 <= self.alpha < float("inf"):
+            raise CoreskipError(f"alpha is {self.alpha}: an adaptive layer needs a number of 0 or more")
 
 
 NeuronPolicy = Dense | Static | CoreNeurons | Similar | Threshold | TopK | Sketch | Learned
-LayerPolicy = Run
+LayerPolicy = Run  # or one of its subclasses
 _NEURON_POLICIES: dict[str, type[Any]] = {
     p.name: p for p in (Dense, Static, CoreNeurons, Similar, Threshold, TopK, Sketch, Learned)
 }
-_LAYER_POLICIES: dict[str, type[Any]] = {Run.name: Run}
+_LAYER_POLICIES: dict[str, type[Any]] = {p.name: p for p in (Run, Skip, SkipAttention, SkipMLP, Adaptive)}
 
 
 @dataclass(frozen=True)
@@ -248,6 +298,10 @@ class LayerPlan:
 
     neurons: NeuronPolicy = field(default_factory=Dense)
     layer: LayerPolicy = field(default_factory=Run)
+
+    def kept(self, width: int) -> int:
+        """Neurons that a decode step computes of `width`; where that depends on the prompt, as if the layer ran."""
+        return self.neurons.kept(width) if self.layer.mlp else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -373,6 +427,7 @@ class Plan:
         for index, (layer, width) in enumerate(zip(self.layers, widths, strict=True)):
             try:
                 layer.neurons.check(width)
+                layer.layer.check()
                 self._check_clusters(layer.neurons)
                 self._check_predictor(layer.neurons)
             except CoreskipError as error:
@@ -420,7 +475,7 @@ class Plan:
     def keep(self) -> float:
         """Planned share of all MLP neurons that a decode step computes."""
         widths = self.model.intermediate_sizes
-        kept = sum(layer.neurons.kept(width) for layer, width in zip(self.layers, widths, strict=True))
+        kept = sum(layer.kept(width) for layer, width in zip(self.layers, widths, strict=True))
         return kept / sum(widths)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -536,7 +591,10 @@ def _encode(plan: Plan) -> tuple[bytes, bytes]:
         values, arrays = _split(layer.neurons)
         tensors |= {f"layers.{index}.{name}": tensor for name, tensor in arrays.items()}
         layers.append(
-            {"neurons": {"policy": layer.neurons.name, **values}, "layer": {"policy": layer.layer.name}},
+            {
+                "neurons": {"policy": layer.neurons.name, **values},
+                "layer": {"policy": layer.layer.name, **_split(layer.layer)[0]},
+            },
         )
     document: dict[str, Any] = {
         "format": "coreskip.plan",
@@ -632,8 +690,9 @@ def _build(document: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
         policy = _known(_NEURON_POLICIES, neurons.pop("policy"))
         prefix = f"layers.{index}."
         arrays = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-        layer = _known(_LAYER_POLICIES, entry["layer"]["policy"])
-        layers.append(LayerPlan(_make(policy, neurons, arrays), layer()))
+        layer = dict(entry["layer"])
+        layer_policy = _known(_LAYER_POLICIES, layer.pop("policy"))
+        layers.append(LayerPlan(_make(policy, neurons, arrays), layer_policy(**layer)))
     clusters = None
     if document["clusters"] is not None:
         clusters = _make(Clusters, document["clusters"], {"centroids": tensors["clusters.centroids"]})

@@ -26,7 +26,7 @@ from ..kernels import step as native
 from ..kernels.ops import MAX_ROWS, PackedLinear, available
 from ..kernels.packed import DTYPES
 from ..predictors.anatomy import Anatomy, canonical_activation
-from .kv_cache import rooms_of
+from .kv_cache import rooms_of, take_back
 
 logger = logging.getLogger("coreskip")
 
@@ -67,12 +67,12 @@ class Architecture:
             logit_softcap=float(getattr(self.config, "final_logit_softcapping", None) or 0.0),
         )
 
-    def step(self, mlps: Sequence[native.BundledMLP | None]) -> native.Step:
-        """A native step with these MLPs in place of the dense ones; None: dense."""
-        layers = [
-            layer if mlp is None else replace(layer, mlp=mlp, mlp_in=_scaled(layer.mlp_in, mlp.smooth))
-            for layer, mlp in zip(self.base.layers, mlps, strict=True)
-        ]
+    def step(self, chosen: Chosen) -> native.Step:
+        layers = []
+        for index, (layer, mlp) in enumerate(zip(self.base.layers, chosen.mlps, strict=True)):
+            kept = None if index in chosen.no_mlp else layer.mlp if mlp is None else mlp
+            norm = layer.mlp_in if mlp is None else _scaled(layer.mlp_in, mlp.smooth)
+            layers.append(replace(layer, mlp=kept, mlp_in=norm, entries_only=index in chosen.no_attention))
         return native.Step(replace(self.base, layers=layers))
 
     def _check(self) -> None:
@@ -328,10 +328,16 @@ class Chosen:
     """What the native step runs in place of each layer's MLP (None: dense), and the neurons that this skips per token.
 
     Whoever makes one keeps it as long as its choice holds: the native step made for it goes with it.
+
+    no_attention, no_mlp: layers that skip these halves; their attention still writes its keys and values.
+    plain: use the weights as they were loaded, whatever the plan's format.
     """
 
     mlps: Sequence[native.BundledMLP | None]
     skipped: int
+    no_attention: frozenset[int] = frozenset()
+    no_mlp: frozenset[int] = frozenset()
+    plain: bool = False
 
     @property
     def by_rule(self) -> bool:
@@ -353,7 +359,8 @@ class Decoder:
 
     def forget(self) -> None:
         """The model's weights were moved, cast or loaded anew: describe it again before the next step."""
-        self._architecture: Architecture | None = None
+        self._loaded: Architecture | None = None  # with the weights where they lie
+        self._architecture: Architecture | None = None  # with the plan's
         self._refusal: str | None = None
         self._steps: weakref.WeakKeyDictionary[Chosen, tuple[native.Step, int]] = weakref.WeakKeyDictionary()
         self._output: type | None = None
@@ -376,20 +383,25 @@ class Decoder:
                 return self._first(original, chosen, named)
             with self._lock:
                 step = self._step_of(chosen)
-            logits = self._run(step, named, chosen.skipped)
+            logits, left_out = self._run(step, named, self._of(chosen))
+            tokens = named["input_ids"].numel()
+            self._count(tokens, chosen.skipped * tokens + left_out)
         except NotCovered as reason:
             logger.debug("this step runs on the model's modules: %s", reason)
             return None
         return self._output(logits=logits, past_key_values=named["past_key_values"])
 
+    def _of(self, chosen: Chosen) -> Architecture:
+        return cast(Architecture, self._loaded if chosen.plain else self._architecture)
+
     def _step_of(self, chosen: Chosen) -> native.Step:
-        assert self._architecture is not None
-        version = self._architecture.rotation.version
+        architecture = self._of(chosen)
+        version = architecture.rotation.version
         step, made = self._steps.get(chosen, (None, -1))
         if step is None:
-            step = self._architecture.step(chosen.mlps)
+            step = architecture.step(chosen)
         elif made != version:
-            step.rotate_by(self._architecture.rotation.tables())
+            step.rotate_by(architecture.rotation.tables())
         if made != version:
             self._steps[chosen] = (step, version)
         return step
@@ -418,23 +430,38 @@ class Decoder:
     # --- the first step
 
     def _first(self, original: Callable[..., Any], chosen: Chosen, named: dict[str, Any]) -> Any:
-        """Runs the model's own modules, and the native step on a copy of the cache, to see whether they agree."""
+        """Runs the native step, and the model's own modules on a copy of the cache, to see whether they agree."""
         with self._lock:
+            if self._output is not None:  # another thread was first
+                return None
             try:
-                plain = Architecture(self._model, self._anatomy)
+                loaded = Architecture(self._model, self._anatomy)
                 twin = copy.deepcopy(named["past_key_values"])
-                logits = self._run(plain.step(chosen.mlps), {**named, "past_key_values": twin}, None, plain)
-                output = original(**named)
-                self._compare(logits, output.logits, chosen)
-                if self._weights is not None:
-                    plain = Architecture(self._model, self._anatomy, self._weights)
+                step = loaded.step(chosen)
+                logits, _ = self._run(step, named, loaded)
             except _OfThisCall:
                 raise
-            except (NotCovered, ValueError) as reason:
+            except NotCovered as reason:
                 self._refuse(str(reason))
                 return None
-            self._architecture, self._output = plain, type(output)
-            return output
+            try:
+                output = original(**{**named, "past_key_values": twin})
+                self._compare(logits, output.logits, chosen)
+                self._architecture = self._packed(loaded)
+            except NotCovered as reason:
+                self._refuse(str(reason))
+                take_back(named["past_key_values"], named["input_ids"].shape[1])
+                return None
+            self._loaded, self._output = loaded, type(output)
+            return self._output(logits=logits, past_key_values=named["past_key_values"])
+
+    def _packed(self, loaded: Architecture) -> Architecture:
+        if self._weights is None:
+            return loaded
+        try:
+            return Architecture(self._model, self._anatomy, self._weights)
+        except ValueError as reason:
+            raise NotCovered(str(reason)) from None
 
     @staticmethod
     def _compare(logits: Tensor, expected: Tensor, chosen: Chosen) -> None:
@@ -452,11 +479,7 @@ class Decoder:
 
     # --- every step
 
-    def _run(
-        self, step: native.Step, named: dict[str, Any], skipped: int | None, architecture: Architecture | None = None
-    ) -> Tensor:
-        architecture = architecture or self._architecture
-        assert architecture is not None
+    def _run(self, step: native.Step, named: dict[str, Any], architecture: Architecture) -> tuple[Tensor, int]:
         ids: Tensor = named["input_ids"]
         rows, length = ids.shape
         rooms = rooms_of(named["past_key_values"], length)
@@ -472,11 +495,9 @@ class Decoder:
         elif positions.shape != ids.shape:
             positions = positions.expand(rows, length)
         self._check_ranges(step, architecture, ids, positions)
-        logits, left_out = step.run(ids, positions, start, rooms.table, past, named.get("logits_to_keep") or length)
+        result = step.run(ids, positions, start, rooms.table, past, named.get("logits_to_keep") or length)
         rooms.advance(length)
-        if skipped is not None:
-            self._count(rows * length, skipped * rows * length + left_out)
-        return logits
+        return result
 
     def _check_ranges(self, step: native.Step, architecture: Architecture, ids: Tensor, positions: Tensor) -> None:
         tokens, places = ids.flatten().tolist(), positions.flatten().tolist()

@@ -8,6 +8,7 @@ a KV cache that was filled once. A test holds the figures to those of the token-
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,10 @@ class Emulation:
 
     def __len__(self) -> int:
         return len(self._windows)
+
+    @property
+    def dense_ppl(self) -> float:
+        return math.exp(sum(window.loss for window in self._windows) / len(self._windows))
 
     def _fill(self, ids: Tensor) -> _Window:
         prompt, rest = ids.tensor_split(2, dim=1)

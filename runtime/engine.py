@@ -12,7 +12,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from ..predictors.errors import CoreskipError
 from ..predictors.plan import Plan
-from .wrap import is_wrapped, unwrap, wrap
+from .exact import Statistics
+from .wrap import is_wrapped, runtime_of, unwrap, wrap
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message]
@@ -33,13 +34,16 @@ class Engine:
     Args:
         model: a causal LM; wrapped here if a plan is given, until `close`.
         plan: None to use the model as it is (dense, or wrapped by the caller).
+        exact: as for `wrap`; without a plan, drafts come from the text alone.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, plan: Plan | None = None) -> None:
-        if plan is not None and is_wrapped(model):
+    def __init__(self, model: Any, tokenizer: Any, plan: Plan | None = None, *, exact: bool = False) -> None:
+        if (plan is not None or exact) and is_wrapped(model):
             raise CoreskipError("the model is wrapped already: call coreskip.unwrap(model) first, or pass no plan")
+        if plan is None and exact:
+            plan = Plan.dense(model)
         if plan is not None:
-            wrap(model, plan)
+            wrap(model, plan, exact=exact)
         self.model, self.tokenizer = model, tokenizer
         self._owns_wrapping = plan is not None
         self._sampling = threading.Lock()
@@ -50,6 +54,12 @@ class Engine:
         if self._owns_wrapping:
             self._owns_wrapping = False
             unwrap(self.model)
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """Of the generation in exact mode that ended last; None before the first, and in other modes."""
+        exact = runtime_of(self.model).exact if is_wrapped(self.model) else None
+        return None if exact is None else exact.last
 
     def __enter__(self) -> Engine:
         return self

@@ -155,6 +155,11 @@ def rooms_of(cache: Cache, more: int) -> Rooms | str:
     return rooms
 
 
+def take_back(cache: Cache, positions: int) -> None:
+    """Forgets the last positions of a cache that has just been given room for them."""
+    cast(Rooms, cache.__dict__[_ROOMS]).advance(-positions)
+
+
 def _unfit(cache: Cache) -> str | None:
     if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
         return f"the KV cache is a {type(cache).__name__}"

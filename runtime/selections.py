@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,6 +33,7 @@ class Phase(Enum):
 
     PREFILL = "prefill"
     DECODE = "decode"
+    VERIFY = "verify"  # decoding densely: every pass of exact mode but its drafts
 
 
 @dataclass(slots=True)
@@ -40,12 +41,15 @@ class Step:
     """One forward pass, as the patched modules below it see it.
 
     Attributes:
-        phase: prefill or decode.
+        phase: prefill, decode, or in exact mode verification.
         rows, length: sequences in the batch, tokens of each.
         valid: bool ``[rows, length]``, False at padding; None where every token counts. Prefill only.
         selections: of the pass's KV cache; None where nothing was selected (a cache filled before `wrap`).
         skipped: MLP neurons not computed, over layers, rows and tokens; of those whose weights are read in part, the
             parts unread.
+        entries_only: set while a skipped attention writes its keys and values.
+        norms: of the residual stream, ``[rows, length]`` before the first layer and after each; prefill of adaptive
+            plans only.
         bypass: set between the up and the down projection of an MLP whose output is already computed.
     """
 
@@ -56,6 +60,8 @@ class Step:
     selections: Selections | None
     bypass: bool = False
     skipped: float = 0
+    entries_only: bool = False
+    norms: list[Tensor] = field(default_factory=list)
 
 
 STEP: ContextVar[Step | None] = ContextVar("coreskip_step", default=None)
@@ -85,6 +91,19 @@ def prefilling(attention_mask: Tensor | None = None) -> Iterator[None]:
 
 def current_prompt() -> _Prompt | None:
     return _PROMPT.get()
+
+
+DRAFTING: ContextVar[bool] = ContextVar("coreskip_drafting", default=False)
+
+
+@contextmanager
+def drafting() -> Iterator[None]:
+    """Decode steps inside follow the plan even in exact mode."""
+    token = DRAFTING.set(True)
+    try:
+        yield
+    finally:
+        DRAFTING.reset(token)
 
 
 @dataclass(frozen=True)
@@ -120,6 +139,8 @@ class Selections:
         self._watched, self._policies, self._clusters = watched, policies, clusters
         self._scores: dict[int, Tensor] = {}
         self._ties: dict[int, Tensor] = {}
+        self._void: dict[int, Tensor] = {}  # per adaptive layer, tokens void less tokens not, [rows]
+        self._void_rows: dict[int, Tensor | bool] = {}
         self._groups: list[dict[int, PackedMLP]] = []
         self._members: list[Tensor] = []
         self._group_of_row: Tensor | None = None
@@ -128,6 +149,7 @@ class Selections:
         """A copied cache gets its own tallies; packed slices never change and are shared."""
         twin = Selections(self.owner, self.rows, self._watched, self._policies, self._clusters)
         twin._scores, twin._ties = dict(self._scores), dict(self._ties)
+        twin._void, twin._void_rows = dict(self._void), dict(self._void_rows)
         twin._groups, twin._members = self._groups, self._members
         twin._group_of_row = self._group_of_row
         return twin
@@ -148,7 +170,25 @@ class Selections:
         self._ties[layer] = tie if previous is None else self._ties[layer] + tie
         self._group_of_row = None
 
+    def observe_void(self, layer: int, void: Tensor, valid: Tensor | None) -> None:
+        """Tally on which tokens of one prefill pass an adaptive layer was void, bool ``[rows, length]``."""
+        votes = void.to(torch.int64) * 2 - 1
+        total = (votes if valid is None else votes * valid).sum(1)
+        previous = self._void.get(layer)
+        self._void[layer] = total if previous is None else previous + total
+        self._void_rows.pop(layer, None)
+
     # --- decode
+
+    def void_rows(self, layer: int) -> Tensor | bool:
+        """Whether an adaptive layer was void for most tokens of the prompt: of every row, of none, or where True in
+        bool ``[rows, 1, 1]``."""
+        found = self._void_rows.get(layer)
+        if found is None:
+            void = self._void[layer] > 0 if layer in self._void else torch.zeros(1, dtype=torch.bool)
+            found = bool(void[0]) if bool((void == void[0]).all()) else void.view(-1, 1, 1)
+            self._void_rows[layer] = found
+        return found
 
     def groups(self, pack: Packer) -> list[tuple[Tensor | None, dict[int, PackedMLP]]]:
         """Per distinct selection: its rows (None: all) and its packed MLPs by layer."""
@@ -187,7 +227,8 @@ class Selections:
     def take(self, index: Tensor) -> None:
         """Row i becomes what row `index[i]` was: beam reordering, repeating and selecting batch rows."""
         self.rows = int(index.shape[0])
-        for tally in (self._scores, self._ties):
+        self._void_rows.clear()
+        for tally in (self._scores, self._ties, self._void):
             for layer, value in tally.items():
                 tally[layer] = value[index.to(value.device)]
         if self._group_of_row is not None:

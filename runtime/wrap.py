@@ -27,8 +27,22 @@ from ..predictors.anatomy import Activation, Anatomy, FeedForward, dissect, rows
 from ..predictors.errors import CoreskipError
 from ..predictors.observe import down_norms
 from ..predictors.plan import CoreNeurons, Dense, NeuronPolicy, Plan, Similar, Static, Threshold
+from .attention import can_redirect, redirect_attention
 from .decode import Chosen, Decoder
-from .selections import STEP, Phase, Selections, Step, Watch, attach, current_prompt, prefilling, selections_of
+from .exact import Exact
+from .layers import LayerSkips
+from .selections import (
+    DRAFTING,
+    STEP,
+    Phase,
+    Selections,
+    Step,
+    Watch,
+    attach,
+    current_prompt,
+    prefilling,
+    selections_of,
+)
 from .sparse_mlp import TOKEN_POLICIES, SparseColumns, SparseMLP, Weights, column_linears, native_rule
 
 logger = logging.getLogger("coreskip")
@@ -38,13 +52,15 @@ Model = TypeVar("Model", bound=nn.Module)
 _RUNTIME = "_coreskip_runtime"
 
 
-def wrap(model: Model, plan: Plan) -> Model:
+def wrap(model: Model, plan: Plan, *, exact: bool = False) -> Model:
     """Run `model` under `plan` from now on: ``model.generate`` and everything built on it decode sparsely.
 
     Args:
         model: a causal LM; changed in place and returned. Use it as a context manager to unwrap at the end:
             ``with wrap(model, plan): ...``.
         plan: made for this model by `analyze` or `Plan.dense`.
+        exact: use the plan only to draft tokens that the dense model verifies (runtime/exact.py): the text is the
+            dense model's own, token for token, greedy or sampled. One sequence at a time; batches decode densely.
 
     Raises:
         CoreskipError: wrapped already, not supported, or the plan is another model's; nothing was changed.
@@ -54,7 +70,7 @@ def wrap(model: Model, plan: Plan) -> Model:
     _refuse_hooks(model)
     anatomy = dissect(model)
     plan.check(model, anatomy)
-    runtime = Runtime(model, anatomy, plan)
+    runtime = Runtime(model, anatomy, plan, exact)
     runtime.install()
     return model
 
@@ -74,7 +90,7 @@ def wrapped(model: Model, plan: Plan, weights: Weights) -> Iterator[Model]:
     """`wrap` for a while, with matrices that were packed before: for searches, which try many plans on one model."""
     anatomy = weights.anatomy
     plan.check(model, anatomy)
-    Runtime(model, anatomy, plan, weights).install()
+    Runtime(model, anatomy, plan, weights=weights).install()
     try:
         yield model
     finally:
@@ -158,7 +174,9 @@ class Usage:
 class Runtime:
     """One wrapped model: its plan, its patches, and the weights packed for it."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, plan: Plan, weights: Weights | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, plan: Plan, exact: bool = False, weights: Weights | None = None
+    ) -> None:
         self.model, self.anatomy, self.plan = model, anatomy, plan
         self._class = type(model)
         self._patches = Patches()
@@ -192,8 +210,12 @@ class Runtime:
         self._static_packed: dict[int, PackedMLP] = {}
         self._linear_packed: dict[nn.Module, PackedLinear] = {}
         self._decoder = Decoder(model, anatomy, plan.weights, self.usage.count)
+        self._dense = Chosen([None] * len(anatomy), 0, plain=True)  # what exact mode verifies with
         self._chosen_once: Chosen | None = None
         self._chosen_by: weakref.WeakKeyDictionary[Selections, tuple[object, Chosen]] = weakref.WeakKeyDictionary()
+        self._skips = LayerSkips(anatomy, plan)
+        sparse = self._chosen or self._static or self._token_policies or self._column_policies
+        self.exact = Exact(has_draft=bool(sparse or self._skips.policies or plan.weights)) if exact else None
 
     def _width(self, layer: int) -> int:
         return self.anatomy.mlps[layer].intermediate_size
@@ -216,12 +238,18 @@ class Runtime:
         """Everything was checked; from here on nothing can fail but for lack of memory."""
         try:
             self._patch_model()
-            self._patch_linears()
+            everything = self._patch_linears()
+            redirects = can_redirect(self.anatomy) and (self.exact is not None or self._skips.redirects)
+            if redirects:
+                redirect_attention(self.anatomy, self._patches.set)
+            if self.exact is not None:
+                self.exact.by_rows = everything and redirects
             self._patch_stack(self.anatomy.stack)
             for index, module, least, in_mlp in self._column_linears:
                 self._patch_columns(index, module, least, in_mlp)
             for index in sorted({*self._chosen, *self._static, *self._token_policies, *self._watched}):
                 self._patch_mlp(index, self.anatomy.mlps[index])
+            self._skips.install(self._patches.set, self._patch_passthrough)
             self._patches.set(self.model, _RUNTIME, self)
         except BaseException:
             self._patches.undo()
@@ -242,6 +270,8 @@ class Runtime:
         self._chosen_by.clear()
         self._decoder.forget()
         self._watched = self._watches()
+        if self.exact is not None:
+            self.exact.forget()
 
     def _patch_model(self) -> None:
         """Decode steps go to the native step, where it covers the model and the call."""
@@ -256,7 +286,9 @@ class Runtime:
                 return original(*args, **kwargs)
             if self._decoder.refusal is not None or int(cache.get_seq_length()) == 0:
                 return original(*args, **kwargs)
-            output = self._decoder.forward(original, self._chosen_for(selections_of(cache, self)), named)
+            verifying = self.exact is not None and not DRAFTING.get()
+            chosen = self._dense if verifying else self._chosen_for(selections_of(cache, self))
+            output = self._decoder.forward(original, chosen, named)
             return original(*args, **kwargs) if output is None else output
 
         self._patches.set(self.model, "forward", forward)
@@ -265,17 +297,17 @@ class Runtime:
         """What the native step runs for these sequences, or why it cannot."""
         if self._modules_only is not None:
             return self._modules_only
-        if not self._chosen or selections is None:
+        if not (self._chosen or self._skips.adaptive) or selections is None:
             if self._chosen_once is None:
-                self._chosen_once = self._described({i: self._packed_static(i) for i in self._static})
+                self._chosen_once = self._described({}, None)
             return self._chosen_once
         groups = selections.groups(self._pack)
-        if len(groups) > 1:
-            return "its sequences chose different neurons"
+        if len(groups) > 1 or self._skips.disputed(selections):
+            return "its sequences chose differently"
         settled, chosen = self._chosen_by.get(selections, (None, None))
         if chosen is None or settled is not groups[0][1]:
             settled = groups[0][1]
-            chosen = self._described({**{i: self._packed_static(i) for i in self._static}, **settled})
+            chosen = self._described(settled, selections)
             self._chosen_by[selections] = (settled, chosen)
         return chosen
 
@@ -287,13 +319,18 @@ class Runtime:
             return "no kernel of the native step scores its neurons"
         return None
 
-    def _described(self, packed: dict[int, PackedMLP]) -> Chosen:
+    def _described(self, settled: dict[int, PackedMLP], selections: Selections | None) -> Chosen:
+        packed = {**{i: self._packed_static(i) for i in self._static}, **settled}
+        attention, mlp = self._skips.skipped(selections)
         mlps = {i: BundledMLP(p) for i, p in packed.items()}
-        skipped = sum(self._width(i) - p.intermediate_size for i, p in packed.items())
         for index in self._token_policies:
             sparse = self.token_mlp(index)  # what its rule leaves out the native step counts itself
             mlps[index] = BundledMLP(sparse.packed, sparse.rule, sparse.keep, sparse.threshold, sparse.smooth)
-        return Chosen([mlps.get(i) for i in range(len(self.anatomy))], skipped)
+        widths = [self._width(i) for i in range(len(self.anatomy))]
+        skipped = sum(
+            w if i in mlp else w - packed[i].intermediate_size for i, w in enumerate(widths) if i in mlp or i in packed
+        )
+        return Chosen([mlps.get(i) for i in range(len(widths))], skipped, attention, mlp, plain=False)
 
     def _patch_stack(self, stack: nn.Module) -> None:
         original = stack.forward
@@ -314,7 +351,7 @@ class Runtime:
                 STEP.reset(token)
             if step is None:
                 return output
-            if step.phase is Phase.DECODE:
+            if step.phase is not Phase.PREFILL:
                 self.usage.add(step)
             elif step.selections is not None:
                 cache = getattr(output, "past_key_values", None)  # made inside the pass where none was given
@@ -324,20 +361,21 @@ class Runtime:
 
         self._patches.set(stack, "forward", forward)
 
-    def _patch_linears(self) -> None:
-        """Decode steps run every linear of the decoder layers, and the LM head, on the native kernel."""
+    def _patch_linears(self) -> bool:
+        """Decode steps run every linear of the decoder layers, and the LM head, on the native kernel. Returns whether
+        that is all of their matrices."""
         if available("cpu") is not None:
-            return
-        for layer in self.anatomy.layers:
-            for module in layer.modules():
-                self._patch_linear(module, lambda: _decoding(STEP.get()))
+            return False
+        inner = [module for layer in self.anatomy.layers for module in layer.modules() if _has_matrix(module)]
+        patched = [self._patch_linear(module, lambda: _decoding(STEP.get())) for module in inner]
         # the head runs after the stack's pass is over; in prefill it sees as few rows as in decode
-        self._patch_linear(cast(Any, self.model).get_output_embeddings(), lambda: not self.model.training)
+        head = cast(Any, self.model).get_output_embeddings()
+        return self._patch_linear(head, lambda: not self.model.training) and all(patched)
 
-    def _patch_linear(self, module: nn.Module, wanted: Callable[[], bool]) -> None:
+    def _patch_linear(self, module: nn.Module, wanted: Callable[[], bool]) -> bool:
         """Few rows go to the decode kernel, which reads the module's own weight in place; others to the module."""
         if not isinstance(module, nn.Linear) or not _shareable(module.weight):
-            return
+            return False
         original = module.forward
         most = MAX_ROWS * module.in_features
 
@@ -351,6 +389,7 @@ class Runtime:
             return linear(input, packed)
 
         self._patches.set(module, "forward", forward)
+        return True
 
     def _patch_columns(self, index: int, module: nn.Module, least: float, in_mlp: bool) -> None:
         """Decode steps leave out this linear's small inputs."""
@@ -452,8 +491,9 @@ class Runtime:
         if prompt is None and cache is not None and (selections is not None or int(cache.get_seq_length()) > 0):
             if selections is None and self._watched:
                 logger.debug("nothing was selected for this KV cache: layers that choose from the prompt run dense")
-            return Step(Phase.DECODE, rows, length, None, selections)
-        if not self._watched:
+            verifying = self.exact is not None and not DRAFTING.get()
+            return Step(Phase.VERIFY if verifying else Phase.DECODE, rows, length, None, selections)
+        if not (self._watched or self._skips.adaptive):
             return Step(Phase.PREFILL, rows, length, None, None)
         past = 0 if cache is None else int(cache.get_seq_length())
         if selections is None or past == 0:
@@ -509,7 +549,12 @@ class Runtime:
 
 
 def _decoding(step: Step | None) -> bool:
-    return step is not None and step.phase is Phase.DECODE
+    return step is not None and step.phase is not Phase.PREFILL
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    weight = vars(module).get("_parameters", {}).get("weight")
+    return isinstance(weight, Tensor) and weight.ndim == 2
 
 
 def _shareable(weight: Tensor) -> bool:
@@ -547,6 +592,30 @@ class _Wrapped:
             return super()._prefill(*arguments)  # type: ignore[misc]
         with prefilling(model_kwargs.get("attention_mask")):
             return super()._prefill(*arguments)  # type: ignore[misc]
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy search and sampling, which transformers send here alike."""
+        arguments = {
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            "generation_config": generation_config,
+            "synced_gpus": synced_gpus,
+            "streamer": streamer,
+        }
+        plain = functools.partial(super()._sample, input_ids, **arguments, **model_kwargs)  # type: ignore[misc]
+        exact = runtime_of(cast(nn.Module, self)).exact
+        if exact is None:
+            return plain()
+        return exact.generate(self, plain, input_ids, {**arguments, "model_kwargs": model_kwargs})
 
     def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
         return False  # the patched forward keeps state between steps that a captured graph would freeze

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from tiny_models import plan_of, tiny
 
 from coreskip.cli import main
@@ -68,6 +69,17 @@ def test_analyze_show_generate_eval(
 def test_generate_samples_by_seed(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     words = ("generate", str(folder), "-p", "The", "--max-new-tokens", "6", "--temperature", "2.0", "--seed")
     assert run(capsys, *words, "1")[1] == run(capsys, *words, "1")[1] != run(capsys, *words, "2")[1]
+
+
+def test_generate_exact_is_the_dense_text(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+    plan = str(tmp_path / "absurd.plan")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    plan_of(model, "griffin", 0.05).save(plan)
+    words = ("generate", str(folder), "-p", "The ferry and the ferry and the", "--max-new-tokens", "12")
+    dense = run(capsys, *words, "--exact")
+    drafted = run(capsys, *words, "--exact", "--plan", plan)
+    assert dense[:2] == drafted[:2] == (0, run(capsys, *words)[1])
+    assert "exact: 12 tokens" in drafted[2]
 
 
 def test_mistakes(capsys: pytest.CaptureFixture[str], folder: Path, story: Path, tmp_path: Path) -> None:

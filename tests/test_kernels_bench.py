@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from coreskip.bench import kernels as bench
 from coreskip.kernels import cpu, ops
@@ -20,15 +21,19 @@ def test_rows_are_complete(tmp_path):
     what = ["--shapes", "64x96", "--formats", "bfloat16,int8_sliced", "--keeps", "1.0,0.5"]
     bench.main([*what, "--rounds", "2", "--json", str(file)])
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [(row["op"], row["backend"], row["keep"]) for row in rows] == [
-        ("read", "cpu", 1.0),
-        ("mlp", "torch", 1.0),
-        ("mlp", "cpu", 1.0),
-        ("mlp", "cpu", 0.5),
-        ("read", "cpu", 1.0),
-        ("mlp", "torch", 1.0),
-        ("sketch_mlp", "cpu", 1.0),
-        ("sketch_mlp", "cpu", 0.5),
+    assert [(row["op"], row["backend"], row["call"], row["keep"]) for row in rows] == [
+        ("read", "cpu", "op", 1.0),
+        ("mlp", "torch", "op", 1.0),
+        ("mlp", "cpu", "op", 1.0),
+        ("mlp", "cpu", "bound", 1.0),
+        ("mlp", "cpu", "op", 0.5),
+        ("mlp", "cpu", "bound", 0.5),
+        ("read", "cpu", "op", 1.0),
+        ("mlp", "torch", "op", 1.0),
+        ("sketch_mlp", "cpu", "op", 1.0),
+        ("sketch_mlp", "cpu", "bound", 1.0),
+        ("sketch_mlp", "cpu", "op", 0.5),
+        ("sketch_mlp", "cpu", "bound", 0.5),
     ]
     for row in rows:
         assert row["us_per_layer_p20"] <= row["us_per_layer_p50"] <= row["us_per_layer_p80"]
@@ -41,3 +46,13 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
     monkeypatch.setattr(cpu, "mlp", lambda *arguments: right(*arguments) * 1.1)
     with pytest.raises(RuntimeError, match="nothing was timed"):
         bench.measure("64x96", "float32", rounds=1)
+
+
+def test_a_bound_call_reads_x_anew():
+    torch.manual_seed(0)
+    packed = ops.PackedMLP.pack(*torch.randn(3, 96, 64), act="silu")
+    x, wanted = torch.randn(1, 64), torch.tensor([5, 0, 80])
+    bound = cpu.bind(x, packed, wanted, "listed", -1, 0.0)
+    for _ in range(2):
+        assert torch.equal(bound(), ops.mlp(x, packed, wanted, backend="cpu"))
+        x.add_(1)

@@ -1,0 +1,188 @@
+"""Which layers matter: LAC's void layers, block influence, the rank of attention maps.
+
+- **Void layers** (L2 adaptive computation; Shemiranifar, "Void in Language Models", 2025; after Shemiranifar and
+  Dehghani, ICLR 2023 Tiny Papers), as the authors' code computes them: see `void`. It deletes nothing; it counts.
+- **Block influence** (ShortGPT; Men et al. 2024, section 3): 1 - E[cos(x_in, x_out)] of a layer, here also of its
+  attention and MLP apart.
+- **ARank** (gamma-MoD; Luo et al. 2024, section 3.2): the mean rank of a layer's attention maps over heads and texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .anatomy import Anatomy, dissect
+from .errors import CoreskipError
+from .observe import inference
+
+
+def void(norms: Sequence[Tensor], alpha: float) -> Tensor:
+    """Which layers are void for which tokens.
+
+    Layer l changes the norm of the residual stream by d_l = n_l - n_(l-1), with its sign. It is void where
+    d_l < alpha * (max d - min d), over the layers before it: a threshold of 0 for the first two.
+
+    Args:
+        norms: fp32 ``[...]`` before the first layer and after each.
+
+    Returns:
+        bool ``[layers, ...]``.
+    """
+    stacked = torch.stack(list(norms))
+    change = stacked.diff(dim=0)
+    spread = change.cummax(dim=0).values - change.cummin(dim=0).values
+    threshold = alpha * torch.cat([torch.zeros_like(spread[:1]), spread[:-1]])
+    return change < threshold
+
+
+@contextmanager
+def residuals(anatomy: Anatomy, see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call `see(layer, x_in, x_out)` with the residual stream before and after every decoder layer, both
+    ``[rows, tokens, hidden]``; the hooks come off however the block ends."""
+
+    def hook(index: int) -> Callable[..., None]:
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            see(index, before, output if isinstance(output, Tensor) else output[0])
+
+        return after
+
+    handles = [layer.register_forward_hook(hook(index), with_kwargs=True) for index, layer in enumerate(anatomy.layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True, eq=False)
+class VoidMaps:
+    """LAC's void layers in its two phases. `prompt`, `response`: bool ``[layers, tokens]``, tokens of all texts one
+    after another; `alpha`: the threshold's factor."""
+
+    alpha: float
+    prompt: Tensor
+    response: Tensor
+
+    def shares(self) -> dict[str, list[float]]:
+        """Per phase and layer, the share of tokens for which it is void."""
+        return {
+            "void_prompt": self.prompt.float().mean(1).tolist(),
+            "void_response": self.response.float().mean(1).tolist(),
+        }
+
+
+def void_maps(
+    model: Any, prompts: Sequence[Tensor], *, alpha: float = 0.8, new_tokens: int = 50, **options: Any
+) -> VoidMaps:
+    """Run the dense model over `prompts` (token ids ``[1, length]``) and let it answer each with `new_tokens`.
+
+    Prompt processing is one pass per prompt; response generation one per token, each judged by itself. `options` go to
+    ``model.generate`` (the authors sample at temperature 0.6 and top-p 0.9; the default here is greedy).
+
+    Raises:
+        CoreskipError: no prompt.
+    """
+    if not prompts:
+        raise CoreskipError("void maps need at least one prompt")
+    anatomy = dissect(model)
+    norms: list[Tensor] = []
+    found: dict[bool, list[Tensor]] = {True: [], False: []}
+
+    def see(index: int, before: Tensor, after: Tensor) -> None:
+        if index == 0:
+            norms[:] = [before.float().norm(dim=-1)]
+        norms.append(after.float().norm(dim=-1))
+        if index == len(anatomy) - 1:
+            found[passes[0] == 0].append(void(norms, alpha)[:, 0].cpu())
+            passes[0] += 1
+
+    with inference(model), residuals(anatomy, see):
+        for ids in prompts:
+            passes = [0]
+            model.generate(
+                ids.to(model.device),
+                attention_mask=torch.ones_like(ids).to(model.device),
+                max_new_tokens=new_tokens + 1,  # the first comes from the prompt's pass
+                **{"do_sample": False, **options},
+            )
+    return VoidMaps(alpha, torch.cat(found[True], dim=1), torch.cat(found[False], dim=1))
+
+
+@dataclass(frozen=True)
+class Influence:
+    """Block influence of one layer and of its two halves, each in [0, 2]; 0 leaves the residual stream's direction."""
+
+    layer: float
+    attention: float
+    mlp: float
+
+
+def block_influence(model: nn.Module, batches: Sequence[Tensor]) -> list[Influence]:
+    """Per layer, over token ids ``[rows, length]`` without padding. Half a layer's influence is 1 - E[cos(x, x + y)]
+    for its output y added to its layer's input (attention) or taken from its layer's output (MLP), in models that add
+    an MLP's output as it is."""
+    anatomy = dissect(model)
+    sums = torch.zeros(len(anatomy), 3, dtype=torch.float64)
+    outputs: dict[int, Tensor] = {}
+    tokens = 0
+
+    def see(index: int, before: Tensor, after: Tensor) -> None:
+        x, y, mlp = before.float(), after.float(), outputs.pop(index).float().view(before.shape)
+        for column, (left, right) in enumerate([(x, y), (x, y - mlp), (y - mlp, y)]):
+            sums[index, column] += (1 - torch.cosine_similarity(left, right, dim=-1)).sum(dtype=torch.float64).cpu()
+
+    with inference(model), residuals(anatomy, see), _mlp_outputs(anatomy, outputs):
+        for ids in batches:
+            anatomy.stack(input_ids=ids.to(cast(Any, model).device), use_cache=False)
+            tokens += ids.numel()
+    return [Influence(*(row / tokens).tolist()) for row in sums]
+
+
+@contextmanager
+def _mlp_outputs(anatomy: Anatomy, found: dict[int, Tensor]) -> Iterator[None]:
+    def keep(index: int) -> Callable[..., None]:
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            found[index] = output
+
+        return after
+
+    handles = [mlp.down.register_forward_hook(keep(index)) for index, mlp in enumerate(anatomy.mlps)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def attention_ranks(model: Any, batches: Sequence[Tensor]) -> list[float]:
+    """Per layer, the mean numerical rank of the attention maps ``[length, length]`` over heads and rows, as a share of
+    the length. A singular value counts from the largest times length times fp32's epsilon on.
+
+    Raises:
+        CoreskipError: the model cannot give its attention maps.
+    """
+    anatomy = dissect(model)
+    sums, maps = torch.zeros(len(anatomy), dtype=torch.float64), 0
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with inference(model):
+            for ids in batches:
+                output = anatomy.stack(input_ids=ids.to(model.device), use_cache=False, output_attentions=True)
+                found = output.attentions
+                if not found or any(attention is None for attention in found):
+                    raise CoreskipError(f"{anatomy.model_type!r} models do not return attention maps: no ranks")
+                for index, attention in enumerate(found):
+                    ranks = torch.linalg.matrix_rank(attention.float())
+                    sums[index] += (ranks.double() / ids.shape[1]).mean(1).sum().cpu()
+                maps += ids.shape[0]
+    finally:
+        model.set_attn_implementation(before)
+    return (sums / maps).tolist()

@@ -1,0 +1,607 @@
+"""Exact mode: the plan and the text itself draft tokens, the dense model verifies several in one pass.
+
+Output does not depend on the drafts. At every position the next token is a function of the dense model's logits and,
+when sampling, of one draw of noise: the largest of p / e over exponential noise e, which is how `torch.multinomial`
+draws too. A drafted token is accepted where it equals that token (drafter-invariant speculative decoding: Daliri,
+Musco and Suresh, "Coupling without Communication and Drafter-Invariant Speculative Decoding", 2024; the drafter uses
+the same noise, so that like distributions make like choices). Greedy and sampled text are therefore the dense
+model's own, token for token, for the same seed.
+
+That needs a pass over k tokens to give the logits of k passes over one. The linear layers' decode kernels do; attention
+is made to by running it query by query. Whether a whole model does is tested before its first draft. Where it does
+not (layers without a decode kernel, a GPU), float32 still drafts, and wherever rounding could decide between two
+tokens a pass over that token alone does; coarser types decode without drafts.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import logits_process
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from ..kernels.ops import MAX_ROWS
+from .selections import drafting
+
+logger = logging.getLogger("coreskip")
+
+MAX_DRAFT = MAX_ROWS - 1  # a verification pass also holds the last accepted token
+
+
+@dataclass
+class Statistics:
+    """What one generation in exact mode did.
+
+    Attributes:
+        tokens: generated.
+        passes: of the dense model after prefill, over one or several tokens.
+        drafted, accepted: tokens by where they came from, "lookup" or "plan".
+        prefill_s, draft_s, verify_s, total_s: seconds; what is left of the total is the choice of tokens.
+        note: why nothing was drafted; None where drafting was possible.
+    """
+
+    tokens: int = 0
+    passes: int = 0
+    drafted: dict[str, int] = field(default_factory=lambda: {"lookup": 0, "plan": 0})
+    accepted: dict[str, int] = field(default_factory=lambda: {"lookup": 0, "plan": 0})
+    prefill_s: float = 0.0
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    total_s: float = 0.0
+    note: str | None = None
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the drafted tokens that the dense model accepted; 0 where none was drafted."""
+        drafted = sum(self.drafted.values())
+        return sum(self.accepted.values()) / drafted if drafted else 0.0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens generated per dense pass; prefill, which gives the first, is not counted."""
+        return (self.tokens - 1) / self.passes if self.passes else 0.0
+
+    def __str__(self) -> str:
+        if self.note is not None:
+            return f"{self.tokens} tokens, nothing drafted: {self.note}"
+        by = ", ".join(f"{self.accepted[name]} of {n} from the {name}" for name, n in self.drafted.items())
+        return (
+            f"{self.tokens} tokens in {self.passes} dense passes ({self.tokens_per_pass:.2f} each); accepted {by}; "
+            f"prefill {self.prefill_s:.2f} s, drafting {self.draft_s:.2f} s, verifying {self.verify_s:.2f} s "
+            f"of {self.total_s:.2f} s"
+        )
+
+
+# --- passes over the KV cache ---------------------------------------------------------------------------------------
+
+
+class Passes(Protocol):
+    """The model and one sequence's KV cache, as the loop sees them. `length` counts the cache's tokens."""
+
+    length: int
+
+    def draft(self, token: int) -> Tensor:
+        """Append `token` under the plan; its logits ``[vocabulary]``."""
+
+    def verify(self, tokens: Sequence[int]) -> Tensor:
+        """Append 1 to 8 `tokens` densely; their logits ``[tokens, vocabulary]``, each row as from a pass of its own."""
+
+    def rollback(self, length: int) -> None:
+        """Drop the cache's entries from position `length` on. To be called after every `verify`."""
+
+
+class ModulePasses:
+    """`Passes` through the patched modules. Drafted and verified tokens share one cache: a draft reads exact entries
+    of the past, and its own are dropped before the verification writes theirs, so it costs no memory."""
+
+    def __init__(self, model: nn.Module, cache: Cache) -> None:
+        self._model, self._cache = model, cache
+        self._device = next(model.parameters()).device
+        self.length = int(cache.get_seq_length())
+
+    def draft(self, token: int) -> Tensor:
+        with drafting():
+            return self.verify([token])[0]
+
+    def verify(self, tokens: Sequence[int]) -> Tensor:
+        ids = torch.tensor([list(tokens)], device=self._device)
+        self.length += len(tokens)
+        logits = cast(Tensor, self._model(input_ids=ids, past_key_values=self._cache, use_cache=True).logits[0])
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(
+                self._device
+            ).synchronize()  # the pass is timed; the choice of tokens waits anyway
+        return logits
+
+    def rollback(self, length: int) -> None:
+        # zero tokens too: sliding windows shrink to their size here
+        self._cache.crop(length - self.length)
+        self.length = length
+
+
+# --- whether rows are apart -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _row_error(model: nn.Module, ids: Tensor) -> float:
+    """The largest difference between the logits of a pass over 8 tokens and those of 8 passes over one."""
+    ids = ids[:, -MAX_ROWS:].repeat(1, MAX_ROWS)[:, :MAX_ROWS]
+    logits = []
+    for width in (1, MAX_ROWS):
+        cache = DynamicCache(config=cast(Any, model).config)
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache.activate_past_recording()
+        passes = ModulePasses(model, cache)
+        parts = []
+        for tokens in ids[0].split(width):
+            parts.append(passes.verify(tokens.tolist()))
+            passes.rollback(passes.length)
+        logits.append(torch.cat(parts).float())
+    return float((logits[0] - logits[1]).abs().max())
+
+
+# --- what is worth drafting -----------------------------------------------------------------------------------------
+
+
+class Lookup:
+    """Continuations from the text itself: what followed the latest earlier occurrence of its last 4, 3 or 2 tokens
+    (prompt lookup decoding, Saxena 2023)."""
+
+    SIZES = (4, 3, 2)
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self._ids: list[int] = []
+        self._follower: dict[tuple[int, ...], int] = {}
+        for token in ids:
+            self.append(token)
+
+    def append(self, token: int) -> None:
+        for size in self.SIZES:
+            if len(self._ids) >= size:
+                self._follower[tuple(self._ids[-size:])] = len(self._ids)
+        self._ids.append(token)
+
+    def find(self, most: int) -> tuple[int, list[int]]:
+        """The length of the match (0: none) and up to `most` tokens that may follow."""
+        for size in self.SIZES:
+            at = self._follower.get(tuple(self._ids[-size:]))
+            if at is not None and len(self._ids) >= size:
+                text = list(self._ids[at:])
+                while len(text) < most:  # the match runs into the end of the text: it is repeating itself
+                    text += text
+                return size, text[:most]
+        return 0, []
+
+
+class _Share:
+    """A success rate that forgets: the last few dozen outcomes count, beside a prior belief worth two."""
+
+    def __init__(self, prior: float) -> None:
+        self._prior, self._hits, self._tries = prior, 0.0, 0.0
+
+    def add(self, hit: bool) -> None:
+        self._hits, self._tries = 0.97 * self._hits + hit, 0.97 * self._tries + 1
+
+    @property
+    def value(self) -> float:
+        return (self._hits + 2 * self._prior) / (self._tries + 2)
+
+
+class _Seconds:
+    """The median of the last few measurements: one pass in a few dozen is interrupted by something else."""
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=9)
+        self.value: float | None = None
+
+    def add(self, seconds: float) -> None:
+        self._recent.append(seconds)
+        self.value = statistics.median(list(self._recent))
+
+
+class Source:
+    """One place that drafts come from: how often they hold, and when to look at it again after it did not pay."""
+
+    PATIENCE = 32
+
+    def __init__(self, priors: dict[int, float]) -> None:
+        self.acceptance = {key: _Share(prior) for key, prior in priors.items()}
+        self.overall = _Share(statistics.mean(priors.values()))
+        self._patience, self._idle = self.PATIENCE, 0
+
+    def judge(self, key: int, held: bool) -> None:
+        self.acceptance[key].add(held)
+        self.overall.add(held)
+
+    def due(self, pays: bool) -> bool:
+        """Whether to draft from it now. One that does not pay is tried now and then, ever more rarely."""
+        if pays:
+            self._patience, self._idle = self.PATIENCE, 0
+            return True
+        self._idle += 1
+        if self._idle < self._patience:
+            return False
+        self._patience, self._idle = min(2 * self._patience, 1024), 0
+        return True
+
+
+class Pace:
+    """What passes cost and how often drafts hold, as measured so far: decides where to draft from and how far.
+
+    Expected tokens per second is the measure. Appending one more token to a draft that is reached with probability r
+    and accepted with probability a adds r * a tokens for the price of a draft step and of one more row to verify.
+    """
+
+    BINS = 8  # of the drafter's confidence in its token
+
+    def __init__(self) -> None:
+        self.single, self.row, self.step, self.settling = _Seconds(), _Seconds(), _Seconds(), _Seconds()
+        self.lookup = Source({2: 0.4, 3: 0.6, 4: 0.8})
+        self.plan = Source({i: (i + 0.5) / self.BINS for i in range(self.BINS)})
+        self._warm: set[bool] = set()
+
+    def verified(self, count: int, seconds: float) -> None:
+        """A dense pass over `count` tokens took so long. The first over one and the first over several are not kept:
+        they pack weights."""
+        if (count > 1) not in self._warm:
+            self._warm.add(count > 1)
+        elif count == 1:
+            self.single.add(seconds)
+        elif self.single.value is not None:
+            self.row.add(max(0.0, seconds - self.single.value) / (count - 1))
+
+    def stepped(self, seconds: float, first: bool) -> None:
+        """A draft step took so long. The first of a generation settles which neurons it decodes with."""
+        (self.settling if first else self.step).add(seconds)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a dense pass over one token has been timed, against which drafts are weighed."""
+        return self.single.value is not None
+
+    @property
+    def pass_s(self) -> float:
+        """Seconds of a dense pass over one token."""
+        return cast(float, self.single.value)
+
+    @property
+    def row_s(self) -> float:
+        """Seconds of one more token in a verification; a twentieth of a pass until it is measured."""
+        return self.row.value if self.row.value is not None else 0.05 * self.pass_s
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of one draft step; half a dense pass until it is measured."""
+        return self.step.value if self.step.value is not None else 0.5 * self.pass_s
+
+    @property
+    def settling_s(self) -> float:
+        """Seconds of a generation's first draft step; nothing until it is measured."""
+        return self.settling.value or 0.0
+
+    def worth(self, reach: float, step: float, expected: float, seconds: float) -> bool:
+        """Whether a token that is accepted with probability `reach` should be appended to a draft that gives
+        `expected` tokens in `seconds`."""
+        return reach * seconds > expected * (step + self.row_s)
+
+    def extent(self, acceptance: float, step: float, most: int) -> tuple[int, float]:
+        """The best draft length where every token is accepted with the same probability, and its tokens/s."""
+        expected, seconds, reach = 1.0, self.pass_s, 1.0
+        for length in range(most):
+            reach *= acceptance
+            if not self.worth(reach, step, expected, seconds):
+                return length, expected / seconds
+            expected, seconds = expected + reach, seconds + step + self.row_s
+        return most, expected / seconds
+
+
+# --- the loop -------------------------------------------------------------------------------------------------------
+
+
+class _Draws:
+    """The noise of one generation, in the order in which plain sampling draws it: one vector per token.
+
+    What was drawn ahead for drafts beyond the last token is given back to the generator.
+    """
+
+    def __init__(self, vocabulary: int, device: torch.device) -> None:
+        self._vocabulary, self._device = vocabulary, device
+        self._ahead: deque[tuple[Tensor, Tensor]] = deque()
+
+    def get(self, ahead: int) -> Tensor:
+        while len(self._ahead) <= ahead:
+            state = self._state()
+            noise = torch.empty(1, self._vocabulary, device=self._device).exponential_(1)
+            self._ahead.append((state, noise))
+        return self._ahead[ahead][1]
+
+    def use(self) -> None:
+        self._ahead.popleft()
+
+    def close(self) -> None:
+        if self._ahead:
+            state = self._ahead[0][0]
+            if self._device.type == "cuda":
+                torch.cuda.set_rng_state(state, self._device)
+            else:
+                torch.set_rng_state(state)
+
+    def _state(self) -> Tensor:
+        return torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else torch.get_rng_state()
+
+
+class _Sequence:
+    """The growing text of one generation: chooses tokens as plain generation does, and ends where it does."""
+
+    def __init__(
+        self, ids: Tensor, processors: Any, criteria: Any, config: Any, streamer: Any, vocabulary: int
+    ) -> None:
+        self.ids, self._processors, self._criteria, self._streamer = ids, processors, criteria, streamer
+        self._draws = _Draws(vocabulary, ids.device) if config.do_sample else None
+        self._for_drafts = [processor for processor in processors if _is_pure(processor)]
+        self.finished = False
+        self.scores: list[Tensor] | None = [] if config.return_dict_in_generate and config.output_scores else None
+        self.logits: list[Tensor] | None = [] if config.return_dict_in_generate and config.output_logits else None
+
+    def append(self, logits: Tensor) -> int:
+        """Choose the next token from the dense model's `logits` ``[vocabulary]``."""
+        raw = logits.to(copy=True, dtype=torch.float32, device=self.ids.device).unsqueeze(0)
+        scores = self._processors(self.ids, raw)
+        if self.scores is not None:
+            self.scores.append(scores)
+        if self.logits is not None:
+            self.logits.append(raw)
+        token = self._choose(scores, 0)[0]
+        if self._draws is not None:
+            self._draws.use()
+        self.ids = torch.cat([self.ids, torch.tensor([[token]], device=self.ids.device)], dim=-1)
+        if self._streamer is not None:
+            self._streamer.put(torch.tensor([token]))
+        self.finished = bool(self._criteria(self.ids, None if self.scores is None else tuple(self.scores)).all())
+        return token
+
+    def certain(self, logits: Tensor, margin: float) -> bool:
+        """Whether the next token is the same for all logits within `margin` of these. Only for pure processors."""
+        scores = self._score_draft(self.ids, logits).log_softmax(dim=-1)
+        first, second = (scores if self._draws is None else scores - self._draws.get(0).log()).topk(2, dim=-1).values[0]
+        return bool(first - second > margin)
+
+    def guess(self, drafts: Sequence[int], logits: Tensor) -> tuple[int, float]:
+        """The token that would follow `drafts` were `logits` the dense model's, and its probability."""
+        ids = torch.cat([self.ids, torch.tensor([list(drafts)], device=self.ids.device, dtype=self.ids.dtype)], dim=-1)
+        return self._choose(self._score_draft(ids, logits), len(drafts))
+
+    def _score_draft(self, ids: Tensor, logits: Tensor) -> Tensor:
+        scores = logits.to(copy=True, dtype=torch.float32, device=ids.device).unsqueeze(0)
+        for processor in self._for_drafts:
+            scores = processor(ids, scores)
+        return scores
+
+    def _choose(self, scores: Tensor, ahead: int) -> tuple[int, float]:
+        probabilities = scores.softmax(dim=-1)
+        weights = scores if self._draws is None else probabilities / self._draws.get(ahead)
+        token = int(weights.argmax(dim=-1))
+        return token, float(probabilities[0, token])
+
+    def close(self) -> None:
+        if self._draws is not None:
+            self._draws.close()
+
+
+_STATEFUL = ("UnbatchedClassifierFreeGuidance", "Watermark", "SynthID")
+
+
+def _is_pure(processor: Any) -> bool:
+    """Whether a logits processor may see drafts: it must not remember what it has seen. One that the user wrote
+    might; it then acts in verification only."""
+    cls = type(processor)
+    return cls.__module__ == logits_process.__name__ and not cls.__name__.startswith(_STATEFUL)
+
+
+def accepted(guess: int, token: int) -> bool:
+    """The acceptance rule: a drafted token stays where the dense model chose the same."""
+    return guess == token
+
+
+class Exact:
+    """Exact mode on one wrapped model: what it has measured, and the generation loop.
+
+    Attributes:
+        last: statistics of the generation that ended last; None before the first.
+    """
+
+    def __init__(self, has_draft: bool) -> None:
+        self._has_draft = has_draft  # a plan that skips nothing has no faster draft to offer
+        self.by_rows = False  # whether linear layers and attention all treat rows apart; `wrap` knows
+        self.pace = Pace()
+        self.last: Statistics | None = None
+        self._margin: float | None = None  # between scores that differ for rounding alone; 0 where rows are apart
+        self._noted: set[str] = set()
+
+    def forget(self) -> None:
+        """The model's weights were moved, cast or loaded anew."""
+        self.pace, self._margin = Pace(), None
+
+    @contextmanager
+    def _recorded(self, note: str | None = None) -> Iterator[Statistics]:
+        statistics_, start = Statistics(note=note), time.perf_counter()
+        yield statistics_
+        statistics_.total_s = time.perf_counter() - start
+        self.last = statistics_
+        logger.debug("exact mode: %s", statistics_)
+
+    def generate(self, model: Any, plain: Callable[[], Any], ids: Tensor, arguments: dict[str, Any]) -> Any:
+        """What ``model._sample`` returns, by drafts where they are possible and by `plain` where not."""
+        reason = self._refusal(model, ids, arguments)
+        if reason is not None:
+            if reason not in self._noted:
+                self._noted.add(reason)
+                logger.info("exact mode: %s: decoding densely, without drafts", reason)
+            with self._recorded(reason) as done:
+                output = plain()
+                done.tokens = int(getattr(output, "sequences", output).shape[1] - ids.shape[1])
+            return output
+        with self._recorded() as done:
+            return self._generate(model, ids, done, **arguments)
+
+    def _refusal(self, model: Any, ids: Tensor, arguments: dict[str, Any]) -> str | None:
+        config, kwargs = arguments["generation_config"], arguments["model_kwargs"]
+        cache, mask, positions = kwargs.get("past_key_values"), kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if ids.shape[0] != 1:
+            return f"a batch of {ids.shape[0]} sequences"
+        if arguments["synced_gpus"] or config.is_assistant:
+            return "the model is another's assistant or one of several synchronised ones"
+        if config.output_attentions or config.output_hidden_states:
+            return "attentions or hidden states are asked for"
+        if not kwargs.get("use_cache", True) or not isinstance(cache, DynamicCache):
+            return "the KV cache is not a DynamicCache"
+        if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+            return "the KV cache holds more than keys and values"
+        if ids.shape[1] == 0 or (isinstance(mask, Tensor) and not bool(mask.bool().all())):
+            return "the prompt is padded or given as embeddings"
+        if isinstance(positions, Tensor) and int(positions.flatten()[-1]) != ids.shape[1] - 1:
+            return "the positions are the caller's own"
+        if set(kwargs) - {"past_key_values", "use_cache", "attention_mask", "position_ids", "logits_to_keep"}:
+            return "the model takes more inputs than tokens"
+        if self._margin is None:
+            self._margin = self._measure_margin(model, ids)
+        if self._margin == float("inf"):
+            return "in this dtype and on this device a pass over several tokens rounds otherwise than passes over one"
+        if self._margin and not all(map(_is_pure, arguments["logits_processor"])):
+            return "a logits processor of the user's own might remember what it has seen"
+        return None
+
+    def _measure_margin(self, model: Any, ids: Tensor) -> float:
+        error = _row_error(model, ids)
+        if self.by_rows and error == 0.0:
+            return 0.0
+        # 20 times what 8 tokens showed: errors grow with the context, and both sides have one
+        return max(1e-3, 20 * error) if model.dtype is torch.float32 and error < 1e-2 else float("inf")
+
+    def _generate(
+        self,
+        model: Any,
+        ids: Tensor,
+        done: Statistics,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool,
+        streamer: Any,
+        model_kwargs: dict[str, Any],
+    ) -> Any:
+        start = time.perf_counter()
+        outputs = model._prefill(ids, generation_config, model_kwargs)
+        done.prefill_s = time.perf_counter() - start
+        cache = outputs.past_key_values
+        cache.activate_past_recording()
+        first = outputs.logits[0, -1]
+        text = _Sequence(
+            ids, logits_processor, stopping_criteria, generation_config, streamer, vocabulary=first.shape[0]
+        )
+        room = generation_config.max_length - ids.shape[1]
+        try:
+            self._decode(ModulePasses(model, cache), text, first, room, done)
+        finally:
+            text.close()
+            for layer in cache.layers:
+                layer.record_past = False
+        if streamer is not None:
+            streamer.end()
+        if not generation_config.return_dict_in_generate:
+            return text.ids
+        kept = {"scores": text.scores, "logits": text.logits}
+        tuples: dict[str, Any] = {name: None if value is None else tuple(value) for name, value in kept.items()}
+        return GenerateDecoderOnlyOutput(sequences=cast(Any, text.ids), past_key_values=cache, **tuples)
+
+    def _decode(self, passes: Passes, text: _Sequence, first: Tensor, room: int, done: Statistics) -> None:
+        lookup = Lookup(text.ids[0].tolist())
+        last = text.append(first)
+        lookup.append(last)
+        done.tokens = 1
+        margin, alone = self._margin or 0.0, False
+        while not text.finished:
+            left = 0 if alone else room - done.tokens
+            name, keys, drafts = self._draft(passes, text, lookup, last, left, done)
+            alone = False
+            start = time.perf_counter()
+            logits = passes.verify([last, *drafts])
+            seconds = time.perf_counter() - start
+            self.pace.verified(1 + len(drafts), seconds)
+            done.passes, done.verify_s = done.passes + 1, done.verify_s + seconds
+            for row, guess in enumerate([*drafts, None]):
+                if margin and drafts and not text.certain(logits[row], margin):
+                    alone = True
+                    break
+                last = text.append(logits[row])
+                lookup.append(last)
+                done.tokens += 1
+                if guess is None:
+                    break
+                held = accepted(guess, last)
+                getattr(self.pace, name).judge(keys[row], held)
+                done.accepted[name] += held
+                if text.finished or not held:
+                    break
+            # the cache holds every token but the last, as after plain generation
+            passes.rollback(text.ids.shape[1] - 1)
+
+    def _draft(
+        self, passes: Passes, text: _Sequence, lookup: Lookup, last: int, left: int, done: Statistics
+    ) -> tuple[str, list[int], list[int]]:
+        """Where the drafted tokens come from, what their acceptance is counted under, and the tokens; none where it
+        does not pay. `left`: tokens to the end at most."""
+        most = min(MAX_DRAFT, left - 1)
+        if most <= 0 or not self.pace.ready:
+            return "lookup", [], []
+        pace = self.pace
+        size, found = lookup.find(most)
+        from_text, text_rate = 0, 1 / pace.pass_s
+        if size:
+            from_text, text_rate = pace.extent(pace.lookup.acceptance[size].value, 0.0, most)
+        if self._has_draft:
+            by_plan, plan_rate = pace.extent(pace.plan.overall.value, pace.step_s, most)
+            first = not done.drafted["plan"]
+            saved = left * (1 / text_rate - 1 / plan_rate)
+            pays = saved > (pace.settling_s if first else 0.0)
+            if (pays or not from_text) and pace.plan.due(pays):
+                return "plan", *self._draft_by_plan(passes, text, last, most, by_plan, done)
+        if size and pace.lookup.due(from_text > 0):
+            drafts = found[: max(1, from_text)]
+            done.drafted["lookup"] += len(drafts)
+            return "lookup", [size] * len(drafts), drafts
+        return "lookup", [], []
+
+    def _draft_by_plan(
+        self, passes: Passes, text: _Sequence, last: int, most: int, hoped: int, done: Statistics
+    ) -> tuple[list[int], list[int]]:
+        pace, start = self.pace, passes.length
+        # two steps where it has yet to be seen whether it pays: the first may settle, the second is timed
+        least = 2 if hoped == 0 or not done.drafted["plan"] else 1
+        expected, seconds, reach = 1.0, pace.pass_s, 1.0
+        keys: list[int] = []
+        drafts: list[int] = []
+        while len(drafts) < most and (
+            len(drafts) < least or pace.worth(reach * pace.plan.overall.value, pace.step_s, expected, seconds)
+        ):
+            begin = time.perf_counter()
+            token, probability = text.guess(drafts, passes.draft(drafts[-1] if drafts else last))
+            spent = time.perf_counter() - begin
+            pace.stepped(spent, first=not done.drafted["plan"])
+            done.draft_s, done.drafted["plan"] = done.draft_s + spent, done.drafted["plan"] + 1
+            drafts.append(token)
+            keys.append(min(int(probability * pace.BINS), pace.BINS - 1))
+            reach *= pace.plan.acceptance[keys[-1]].value
+            expected, seconds = expected + reach, seconds + pace.step_s + pace.row_s
+        passes.rollback(start)
+        return keys, drafts
