@@ -1,6 +1,7 @@
-"""What the core-neuron methods cost on a text: one row per method and keep, for the README's table.
+"""What the methods cost on a text: one row per method and keep, for the README's tables.
 
     python -m coreskip.bench.quality TEXT --rows bench/rows/core_neurons.jsonl
+    python -m coreskip.bench.quality TEXT --rows bench/rows/token_choice.jsonl --by token
 
 The first half of TEXT calibrates, the second half is scored (DESIGN: windows of 512 tokens, 256 of them scored).
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,14 @@ from coreskip.bench.rows import commit, device_name, quality_table, replace_text
 from coreskip.predictors.calibration import TokenText, read_text, tokenize
 from coreskip.predictors.plan import Plan
 from coreskip.predictors.version import VERSION
+from coreskip.runtime.cost import bytes_per_token
+from coreskip.runtime.emulation import Emulation
 from coreskip.runtime.load import load
 from coreskip.runtime.quality import evaluate_all
 from coreskip.runtime.tune import Workshop
 
 # (how the table names it, method, options)
-METHODS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+BY_PROMPT: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("CoreInfer, stability-guided (signed, α 0.4)", "core", {"score": "signed", "alpha": 0.4}),
     ("the same, α 0.2 (the authors' code)", "core", {"score": "signed", "alpha": 0.2}),
     ("the same, α 0.4, layers 4 to last (the paper)", "core", {"score": "signed", "alpha": 0.4, "first_layer": 4}),
@@ -37,16 +41,34 @@ METHODS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("static, GRIFFIN's score", "static", {"score": "griffin"}),
     ("static, magnitude × ‖down column‖", "static", {"score": "magnitude_down", "alpha": 0.4}),
 )
-KEEPS = (0.7, 0.5)
+BY_TOKEN: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("oracle (exact top-k), equal shares", "topk", {"allocation": "equal"}),
+    ("oracle, Fisher norms, one threshold", "topk", {"allocation": "fisher"}),
+    ("4-bit sketch, equal shares", "sketch", {"allocation": "equal"}),
+    ("4-bit sketch, one CETT", "sketch", {"allocation": "cett"}),
+    ("4-bit sketch, relative to the residual", "sketch", {"allocation": "residual"}),
+    ("4-bit sketch, Fisher norms, one threshold", "sketch", {"allocation": "fisher"}),
+    ("learned, rank 64 (Deja Vu)", "learned", {}),
+    ("CATS", "threshold", {"rule": "cats"}),
+    ("WINA on the MLP", "threshold", {"rule": "wina"}),
+    ("TEAL on the MLP", "threshold", {"rule": "teal"}),
+    ("TEAL on all linears", "threshold", {"rule": "teal", "all_linears": True}),
+)
+KEEPS = {"prompt": (0.7, 0.5), "token": (0.7, 0.6, 0.5, 0.4)}
 
 
-def candidates(model: Any, calibration: TokenText, tokens: int) -> list[tuple[str, Plan]]:
-    """Every method at every keep, made from the calibration text alone."""
-    plans = []
-    for name, method, options in METHODS:
+def by_prompt(model: Any, calibration: TokenText, tokens: int) -> Iterator[tuple[str, Plan]]:
+    """Every method that chooses from the prompt or before it, at every keep, made from the calibration text alone."""
+    for name, method, options in BY_PROMPT:
         workshop = Workshop(model, calibration, max_tokens=tokens, **options)
-        plans += [(name, workshop.make(method, keep)) for keep in KEEPS]
-    return plans
+        yield from ((name, workshop.make(method, keep)) for keep in KEEPS["prompt"])
+
+
+def by_token(model: Any, calibration: TokenText, tokens: int, keeps: Sequence[float]) -> Iterator[tuple[str, Plan]]:
+    """Every method that chooses token by token."""
+    workshop = Workshop(model, calibration, max_tokens=tokens)
+    for name, method, options in BY_TOKEN:
+        yield from ((name, workshop.make(method, keep, **options)) for keep in keeps)
 
 
 def provenance(command: str) -> dict[str, Any]:
@@ -78,21 +100,38 @@ def undo_wikitext(text: str) -> str:
 @click.option("--rows", "output", required=True, type=click.Path(path_type=Path), help="JSONL file to write.")
 @click.option("--windows", default=24, show_default=True, help="Windows of 512 tokens to score.")
 @click.option("--tokens", default=16384, show_default=True, help="Calibration tokens.")
-def main(text: Path, output: Path, windows: int, tokens: int) -> None:
-    """Score every core-neuron method on TEXT with the embedded model in fp32."""
+@click.option("--by", default="prompt", show_default=True, type=click.Choice(["prompt", "token"]), help="Who chooses.")
+@click.option("--keep", "keeps", multiple=True, type=float, help="By token: shares to keep; 0.7, 0.6, 0.5 and 0.4.")
+def main(text: Path, output: Path, windows: int, tokens: int, by: str, keeps: tuple[float, ...]) -> None:
+    """Score every method of a kind on TEXT with the embedded model in fp32."""
     command = f"python -m coreskip.bench.quality {text.name} --rows {output.name} --windows {windows} --tokens {tokens}"
+    if by == "token":
+        command += " --by token" + "".join(f" --keep {keep:g}" for keep in keeps)
     output.parent.mkdir(parents=True, exist_ok=True)
     about = provenance(command)  # before the work: the commit may move on meanwhile
     model, tokenizer = load(device="cpu", dtype="float32")
     calibration, scored = tokenize(tokenizer, undo_wikitext(read_text(text)), text.name).split(0.5, 0.5)
-    plans = candidates(model, calibration, tokens)
-    qualities = evaluate_all(model, [plan for _, plan in plans], scored, windows=windows)
-    rows = [
-        {"name": name, "model": "SmolLM2-135M-Instruct", "dtype": "float32", **plan.recipe, **quality}
-        for (name, plan), quality in zip(plans, qualities, strict=True)
-    ]
-    replace_text(output, "".join(json.dumps({**row, **about}, ensure_ascii=False) + "\n" for row in rows))
-    click.echo(quality_table([{**row, **about} for row in rows]))
+    rows = []
+    for name, plan, quality in _scored(model, calibration, scored, windows, tokens, by, keeps):
+        row = {"name": name, "model": "SmolLM2-135M-Instruct", "dtype": "float32", **plan.recipe, **quality}
+        row["megabytes"] = round(bytes_per_token(model, plan) / 1e6, 2)
+        rows.append({**row, **about})
+        # after each: an interrupted run keeps what it has
+        replace_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    click.echo(quality_table(rows))
+
+
+def _scored(
+    model: Any, calibration: TokenText, text: TokenText, windows: int, tokens: int, by: str, keeps: tuple[float, ...]
+) -> Iterator[tuple[str, Plan, dict[str, Any]]]:
+    if by == "prompt":
+        plans = list(by_prompt(model, calibration, tokens))
+        qualities = evaluate_all(model, [plan for _, plan in plans], text, windows=windows)
+        yield from ((name, plan, quality) for (name, plan), quality in zip(plans, qualities, strict=True))
+        return
+    emulation = Emulation(model, text, windows=windows)
+    for name, plan in by_token(model, calibration, tokens, keeps or KEEPS["token"]):
+        yield name, plan, emulation.score(plan)
 
 
 if __name__ == "__main__":

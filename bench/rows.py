@@ -281,12 +281,17 @@ def origins(rows: Sequence[Row]) -> list[str]:
 def quality_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of `coreskip.bench.quality` as a Markdown table, with a line that says where they come from."""
     head = ["method", "keep", "neurons skipped", "perplexity", "increase", "KL", "top-1 agreement"]
-    lines = [head, ["---"] * len(head), ["dense", "", "0 %", f"{rows[0]['dense']['ppl']:.2f}", "", "", ""]]
+    moved = all("megabytes" in row for row in rows)  # rows of coreskip 0.1 do not say
+    head += ["MB per token"] if moved else []
+    dense = ["dense", "", "0 %", f"{rows[0]['dense']['ppl']:.2f}"]
+    lines = [head, ["---"] * len(head), [*dense, *[""] * (len(head) - len(dense))]]
     for row in rows:
-        increase = f"{100 * row['ppl_increase']:+.0f} ± {100 * row['ppl_increase_stderr']:.0f} %"
+        digits = 1 if abs(row["ppl_increase"]) < 0.1 else 0
+        increase = f"{100 * row['ppl_increase']:+.{digits}f} ± {100 * row['ppl_increase_stderr']:.{digits}f} %"
         shares = [f"{100 * row[name]:.0f} %" for name in ("neuron_sparsity", "top1_agreement")]
         perplexity = f"{row['sparse']['ppl']:.2f}"
         lines.append([row["name"], str(row["keep"]), shares[0], perplexity, increase, f"{row['kl']:.3f}", shares[1]])
+        lines[-1] += [f"{row['megabytes']:.0f}"] if moved else []
     first = rows[0]
     origin = (
         f"{first['model']} {first['dtype']} on {first['device']}, {first['tokens']} tokens of {first['text']} in "

@@ -29,6 +29,8 @@ _HOMES = {
     "analyze": "coreskip.runtime.tune",
     "evaluate": "coreskip.runtime.quality",
     "load": "coreskip.runtime.load",
+    "pareto": "coreskip.runtime.search",
+    "ppl_sparsity": "coreskip.runtime.sparsing_law",
     "prefilling": "coreskip.runtime.selections",
     "unwrap": "coreskip.runtime.wrap",
     "wrap": "coreskip.runtime.wrap",
@@ -42,6 +44,8 @@ __all__ = [
     "analyze",
     "evaluate",
     "load",
+    "pareto",
+    "ppl_sparsity",
     "prefilling",
     "unwrap",
     "wrap",
@@ -53,7 +57,9 @@ if TYPE_CHECKING:
     from coreskip.runtime.engine import Engine
     from coreskip.runtime.load import load
     from coreskip.runtime.quality import evaluate
+    from coreskip.runtime.search import pareto
     from coreskip.runtime.selections import prefilling
+    from coreskip.runtime.sparsing_law import ppl_sparsity
     from coreskip.runtime.tune import analyze
     from coreskip.runtime.wrap import unwrap, wrap
 

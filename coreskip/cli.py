@@ -52,16 +52,26 @@ def _quiet_libraries() -> None:
 @cli.command()
 @_model_options
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write the plan to.")
-@click.option("--method", default="auto", show_default=True, help="auto, core, similar or static.")
-@click.option("--keep", type=float, help="Share of each layer's neurons to keep, in (0, 1]; 0.6 by default.")
-@click.option("--budget", help="ppl+1%, kl<0.05 or agreement>0.95: keep the fewest neurons that hold it.")
+@click.option(
+    "--method", default="auto", show_default=True, help="auto, sketch, threshold, learned, core, similar, static, topk."
+)
+@click.option("--keep", type=float, help="Share of the MLP neurons to keep, in (0, 1]; 0.6 by default.")
+@click.option("--budget", help="ppl+1%, kl<0.05 or agreement>0.95: the fastest plan found that holds it.")
 @click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text to calibrate on; else the model writes some.")
 @click.option("--score", help="griffin (default), magnitude, magnitude_down, or signed as CoreInfer published.")
 @click.option("--alpha", type=float, default=0.4, show_default=True, help="Share of a token's neurons in its core.")
 @click.option("--first-layer", type=int, default=0, show_default=True, help="Layers before it stay dense.")
 @click.option("--layers", help="Leave layers out: skip:6, skip-attention:6, skip-mlp:6, every:2 or adaptive:0.8.")
 @click.option("--tokens", type=int, default=16384, show_default=True, help="Observe at most this many tokens.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of sampling and clustering.")
+@click.option("--rule", default="teal", show_default=True, help="Of threshold: teal, wina or cats.")
+@click.option("--all-linears", is_flag=True, help="Of threshold: the attention's linears, too.")
+@click.option("--allocation", default="fisher", show_default=True, help="Of sketch: equal, cett, residual or fisher.")
+@click.option("--bits", type=int, default=4, show_default=True, help="Of sketch: 4, or 1 for ReLU models.")
+@click.option("--rank", type=int, default=64, show_default=True, help="Of learned.")
+@click.option("--windows", type=click.IntRange(2), default=12, show_default=True, help="Of 512 tokens per measurement.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of sampling, clustering and training.")
+@click.option("--fast", is_flag=True, help="With a budget: fewer candidates and windows, about a third of the time.")
+@click.option("--resume", type=click.Path(path_type=Path), help="With a budget: keep measurements in this file.")
 def analyze(
     model: str | None,
     output: Path,
@@ -176,6 +186,9 @@ def generate(
 @click.option("--windows", type=click.IntRange(1), default=24, show_default=True, help="Score at most this many.")
 @click.option("--window", type=click.IntRange(4), default=512, show_default=True, help="Tokens each; half is scored.")
 @click.option("--token-by-token", is_flag=True, help="One forward pass per token, exactly as generation runs.")
+@click.option(
+    "--ppl-sparsity", type=float, help="Also the oracle's sparsity at this many % of perplexity: 1 for PPL-1%."
+)
 def evaluate(
     model: str | None,
     folder: Path,
@@ -184,6 +197,7 @@ def evaluate(
     windows: int,
     window: int,
     token_by_token: bool,
+    ppl_sparsity: float | None,
     dtype: str | None,
     device: str | None,
 ) -> None:
@@ -193,7 +207,10 @@ def evaluate(
     from coreskip.predictors.plan import Plan
     from coreskip.runtime.load import load
     from coreskip.runtime.quality import evaluate, summary
+    from coreskip.runtime.sparsing_law import ppl_sparsity as law
 
+    if ppl_sparsity is not None and not ppl_sparsity > 0:
+        raise CoreskipError(f"--ppl-sparsity is {ppl_sparsity}; give a number of % above 0")
     plan = Plan.load(folder)
     content = read_text(text) if text is not None else None
     _check_folder(output)
@@ -206,6 +223,11 @@ def evaluate(
         scored = sample_text(loaded, tokenizer, tokens=8 * window, length=window, seed=1)
     quality = evaluate(loaded, tokenizer, plan, scored, windows=windows, window=window, token_by_token=token_by_token)
     click.echo(summary(quality))
+    if ppl_sparsity is not None:
+        found = law(loaded, tokenizer, scored, percent=ppl_sparsity, windows=windows, window=window)
+        quality["ppl_sparsity"] = found
+        name = f"PPL-{ppl_sparsity:g}% sparsity"
+        click.echo(f"{name:22}{found['sparsity']:.1%} at CETT {found['cett']:.3f}, by oracle")
     if output is not None:
         replace_text(output, json.dumps(quality, indent=1) + "\n")
 

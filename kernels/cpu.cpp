@@ -74,6 +74,7 @@ struct CoreskipMlp {
     const float* gate_bias;    // float, or null
     const float* up_bias;
     const float* down_bias;
+    const float* mean;         // float [neurons], or null
     const int64_t* indices;    // lists of `count`: none (lists = 0), one (1), or one per row; -1 entries are skipped
     int64_t hidden, neurons, stride, count;
     int64_t keep;              // kSketch, kGate: how many to keep, or -1: those with a score of `threshold`
@@ -114,7 +115,7 @@ struct Call {
         job = {a.weight, a.low, a.scale, a.gated != 0, a.act, std::min<int>(bundles(32, bytes), kMaxBlock),
                std::min<int>(bundles(32, bytes), 4096), a.gate_bias, a.up_bias, nullptr, nullptr,
                load_rows(isa, a.x, a.x_dtype, a.w_dtype, a.rows, a.hidden, a.stride, memory), a.rule, a.norm,
-               nullptr, nullptr, nullptr, a.neurons};
+               nullptr, nullptr, nullptr, a.neurons, a.mean};
         acc = memory.take<float>(size * a.threads);
         list = memory.take<int64_t>(listed);
         selected = memory.take<uint8_t>(all);

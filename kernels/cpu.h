@@ -47,6 +47,7 @@ struct MlpJob {
     float* known_gate;         // kGate: [neurons][rows]
     float* score;              // kSketch, kGate: [rows][neurons]
     int64_t neurons;
+    const float* mean;         // [neurons] or null: what each neuron counts as where it is left out
 };
 
 struct LinearJob {

@@ -98,7 +98,7 @@ class _Mlp(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "weight", "low", "scale", "norm")),
-        *((name, ctypes.c_void_p) for name in ("gate_bias", "up_bias", "down_bias", "indices")),
+        *((name, ctypes.c_void_p) for name in ("gate_bias", "up_bias", "down_bias", "mean", "indices")),
         *((name, ctypes.c_int64) for name in ("hidden", "neurons", "stride", "count", "keep")),
         ("threshold", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("x_dtype", "w_dtype", "rows", "gated", "act", "lists", "rule", "threads")),
@@ -159,7 +159,7 @@ def _call(x: Tensor, packed: PackedMLP, rule: str, keep: int, threshold: float) 
 
 
 def _template(packed: PackedMLP) -> _Mlp:
-    names = ("weight", "low", "scale", "norm", "gate_bias", "up_bias", "down_bias")
+    names = ("weight", "low", "scale", "norm", "gate_bias", "up_bias", "down_bias", "mean")
     sliced = packed.low is not None
     return _Mlp(
         **{name: address(getattr(packed, name)) for name in names},

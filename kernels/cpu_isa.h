@@ -470,6 +470,11 @@ struct Block {
             }
     }
 
+    void subtract_mean() {
+        for (int r = 0; job.mean && r < rows; r++)
+            for (int n = 0; n < size; n++) up[r * kMaxBlock + n] -= job.mean[neuron[n]];
+    }
+
     void scale_down_rows() {
         for (int r = 0; job.scale && r < rows; r++)
             for (int n = 0; n < size; n++)
@@ -569,6 +574,7 @@ static void mlp(const MlpJob& job, int64_t begin, int64_t end, float* acc) {
         block.place(base, block.down_offset() + block.stride, i, end);
         block.project_all();
         block.apply_act();
+        block.subtract_mean();
         block.scale_down_rows();
         if (job.selected) block.expand_selected(acc);
         else block.expand_all(acc);

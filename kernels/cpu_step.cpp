@@ -436,7 +436,7 @@ class Walker {
         job.block = static_cast<int>(std::min<int64_t>(bundles(32, bytes), kMaxBlock));
         job.ahead = static_cast<int>(std::min<int64_t>(bundles(32, bytes), 4096));
         job.gate_bias = b.gate_bias, job.up_bias = b.up_bias, job.rows = rows_of(b.stride), job.rule = b.rule;
-        job.norm = b.norm, job.neurons = b.neurons;
+        job.norm = b.norm, job.mean = b.mean, job.neurons = b.neurons;
         job.high = b.dtype == kSliced ? w.high : nullptr;
         job.known_gate = b.rule == kGate ? w.known_gate : nullptr;
         job.score = w.score;

@@ -54,12 +54,13 @@ def _activations(rows: Tensor, packed: PackedMLP, indices: Tensor | None, count:
     if count == 0:
         return h
     _activations_kernel[grid](
-        rows, scale, packed.weight, packed.low, packed.scale, packed.gate_bias, packed.up_bias, indices, h,
+        rows, scale, packed.weight, packed.low, packed.scale, packed.gate_bias, packed.up_bias, packed.mean, indices, h,
         packed.hidden_size, count, _list_stride(indices), packed.weight.stride(0), packed.weight.stride(1),
         0 if packed.low is None else packed.low.stride(0),
         FORMAT=_HIGH if rule == "sketch" else _format(packed), ACT=_ACT[str(packed.act)],
         GATED=packed.gated, GATE_ONLY=rule == "gate", LISTED=indices is not None,
         GATE_BIAS=packed.gate_bias is not None, UP_BIAS=packed.up_bias is not None,
+        MEAN=rule == "listed" and packed.mean is not None,  # scores are of the activations themselves
         BLOCK_N=block_n, BLOCK_D=block_d,
     )  # fmt: skip
     return h
@@ -99,10 +100,10 @@ def _list_stride(indices: Tensor | None) -> int:
 
 @triton.jit
 def _activations_kernel(
-    x, x_scale, weight, low, scale, gate_bias, up_bias, indices, h,
+    x, x_scale, weight, low, scale, gate_bias, up_bias, mean, indices, h,
     hidden, count, list_stride, bundle, row, low_bundle,
     FORMAT: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, GATE_ONLY: tl.constexpr, LISTED: tl.constexpr,
-    GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, MEAN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(1)
     at = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -130,6 +131,8 @@ def _activations_kernel(
         if UP_BIAS:
             up += tl.load(up_bias + neuron, mask=wanted, other=0)
         value *= up
+    if MEAN:
+        value -= tl.load(mean + neuron, mask=wanted, other=0)
     tl.store(h + r * count + at, tl.where(wanted, value, 0), mask=at < count)
 
 

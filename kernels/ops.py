@@ -290,7 +290,7 @@ def _check_indices(indices: Tensor, rows: int, device: torch.device) -> None:
 
 _PACKED = (
     "Tensor weight, int hidden, bool gated, str act, Tensor? low, Tensor? scale, Tensor? norm, "
-    "Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias"
+    "Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, Tensor? mean"
 )
 _Library: Any = torch.library.Library  # torch leaves it without types
 _lib = _Library("coreskip", "DEF")
@@ -306,7 +306,8 @@ _lib.define("linear(Tensor x, Tensor weight, int in_features, Tensor? scale, Ten
 def _fields(packed: PackedMLP) -> tuple[Any, ...]:
     """What `PackedMLP(*fields)` takes, which is what the ops take."""
     p = packed
-    return (p.weight, p.hidden_size, p.gated, p.act, p.low, p.scale, p.norm, p.gate_bias, p.up_bias, p.down_bias)
+    biases = (p.gate_bias, p.up_bias, p.down_bias, p.mean)
+    return (p.weight, p.hidden_size, p.gated, p.act, p.low, p.scale, p.norm, *biases)
 
 
 def _linear_fields(packed: PackedLinear) -> tuple[Any, ...]:

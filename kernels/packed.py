@@ -57,7 +57,9 @@ class PackedMLP:
     `weight` is [intermediate_size, parts, stride], parts being (gate,) up, down. In "int8" it holds bytes and a weight
     is scale[neuron, part] * (byte - 128). In "int8_sliced" the bytes of gate and up lie in two planes of nibbles,
     byte = 16 * high + low: `weight` is the high plane, [intermediate_size, (gate,) up, stride / 2], and `low` has the
-    low plane and the bytes of the down row side by side. Biases, scales and norms are float32.
+    low plane and the bytes of the down row side by side. Biases, scales, norms and means are float32.
+    With `mean`, a neuron that is left out counts as its mean: y = down_bias + sum of (a_i - mean_i) * down_i over those
+    computed, where `down_bias` already holds the sum of mean_i * down_i over all neurons.
     Made by `pack`, never changed afterwards.
     """
 
@@ -71,6 +73,7 @@ class PackedMLP:
     gate_bias: Tensor | None = None
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    mean: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
@@ -116,6 +119,25 @@ class PackedMLP:
         )
 
     @torch.no_grad()
+    def compensated(self, mean: Tensor) -> PackedMLP:
+        """The same MLP, in which every neuron that is left out counts as its `mean` activation, [intermediate_size].
+
+        Nothing but the down projection's bias and the means is new; the weights are shared.
+        Raises ValueError for means of another shape, or where there are means already.
+        """
+        if self.mean is not None or mean.shape != (self.intermediate_size,):
+            raise ValueError(f"mean must be given once, as [{self.intermediate_size}], not {tuple(mean.shape)}")
+        mean = mean.to(self.weight.device, torch.float32).contiguous()
+        constant = mean @ self.down_rows()
+        return replace(self, mean=mean, down_bias=constant if self.down_bias is None else self.down_bias + constant)
+
+    def down_rows(self) -> Tensor:
+        """The down projection as it is computed with, float32 [intermediate_size, hidden_size]."""
+        rows = self.weight[:, -1] if self.low is None else self.low[:, -2 * self.weight.shape[2] :]
+        rows = rows[:, : self.hidden_size].float()
+        return rows if self.scale is None else (rows - 128) * self.scale[:, -1:]
+
+    @torch.no_grad()
     def take(self, indices: Tensor) -> PackedMLP:
         """The same MLP with the neurons in `indices` ([k] of int64) alone, copied side by side.
 
@@ -129,6 +151,7 @@ class PackedMLP:
             norm=_floats(self.norm, indices),
             gate_bias=_floats(self.gate_bias, indices),
             up_bias=_floats(self.up_bias, indices),
+            mean=_floats(self.mean, indices),
         )
 
     @property
@@ -143,8 +166,7 @@ class PackedMLP:
     @property
     def nbytes(self) -> int:
         """Bytes of memory in use, padding, scales and biases included."""
-        tensors = (self.weight, self.low, self.scale, self.norm, self.gate_bias, self.up_bias, self.down_bias)
-        return sum(t.nbytes for t in tensors if t is not None)
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
 
     def __repr__(self) -> str:
         shape = f"{self.hidden_size}x{self.intermediate_size}"

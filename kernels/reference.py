@@ -24,6 +24,8 @@ def mlp(x: Tensor, packed: PackedMLP, indices: Tensor | None = None) -> Tensor:
     if indices is not None and shared:
         packed = packed.take(indices[indices >= 0].long())
     h = _activations(rows, packed)
+    if packed.mean is not None:
+        h = h - packed.mean.to(h.dtype)
     if indices is not None and not shared:
         # A masked neuron is multiplied all the same: an infinite down row would show. The kernels leave it out.
         h = torch.where(_listed(indices, packed.intermediate_size), h, 0)
@@ -135,10 +137,8 @@ def _bytes(packed: PackedMLP, part: int) -> Tensor:
 
 
 def _down(packed: PackedMLP, dtype: torch.dtype) -> Tensor:
-    if packed.scale is None:
-        return packed.weight[:, -1, : packed.hidden_size].to(dtype)
-    rows = packed.weight[:, -1] if packed.low is None else packed.low[:, -2 * packed.weight.shape[2] :]
-    return (rows[:, : packed.hidden_size].float() - 128) * packed.scale[:, -1:]
+    # Float rows stay a view: prefill copies nothing.
+    return packed.down_rows() if packed.scale is not None else packed.weight[:, -1, : packed.hidden_size].to(dtype)
 
 
 def _sketch_scores(rows: Tensor, packed: PackedMLP) -> Tensor:

@@ -37,13 +37,15 @@ class Norm:
 class BundledMLP:
     """An MLP over bundles of neurons: all of `packed`, or those that a rule chooses ("sketch", "gate").
 
-    keep and threshold: as for `ops.sketch_mlp`; exactly one of them for a rule.
+    keep and threshold: as for `ops.sketch_mlp`; exactly one of them for a rule. smooth: factors of the inputs, float32
+    [hidden]; whoever builds the layer puts them into the norm before it.
     """
 
     packed: PackedMLP
     rule: str = "listed"
     keep: int | None = None
     threshold: float | None = None
+    smooth: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,7 +267,7 @@ def _linear(packed: PackedLinear | None) -> _Linear:
 
 def _bundled(mlp: BundledMLP) -> _Mlp:
     packed = mlp.packed
-    names = ("weight", "low", "scale", "norm", "gate_bias", "up_bias", "down_bias")
+    names = ("weight", "low", "scale", "norm", "gate_bias", "up_bias", "down_bias", "mean")
     sliced = packed.low is not None
     return _Mlp(
         **{name: cpu.address(getattr(packed, name)) for name in names},

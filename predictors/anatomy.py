@@ -134,12 +134,12 @@ class FeedForward:
 
     def matrices(self) -> Matrices:
         """The weights as they are now, as views: nothing is copied."""
-        up, up_bias = _rows(self.up)
-        down, down_bias = _rows(self.down)
+        up, up_bias = rows_of(self.up)
+        down, down_bias = rows_of(self.down)
         gate: Tensor | None = None
         gate_bias: Tensor | None = None
         if self.gate_name is not None:
-            gate, gate_bias = _rows(getattr(self.owner, self.gate_name))
+            gate, gate_bias = rows_of(getattr(self.owner, self.gate_name))
         elif self.stacked:
             gate, up = up.chunk(2)
             if up_bias is not None:
@@ -344,14 +344,14 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D)) and isinstance(weight, Tensor) and weight.ndim == 2
 
 
+def rows_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The weight of an nn.Linear or a Conv1D as ``[outputs, inputs]``, and its bias or None, as views."""
+    weight = cast(Tensor, linear.weight).detach()
+    bias = cast("Tensor | None", linear.bias)
+    return (weight.t() if isinstance(linear, Conv1D) else weight), (None if bias is None else bias.detach())
+
+
 def _shape(linear: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of an nn.Linear or a Conv1D, which stores its weight transposed."""
     rows, columns = cast(Tensor, linear.weight).shape
     return (rows, columns) if isinstance(linear, Conv1D) else (columns, rows)
-
-
-def _rows(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The weight as ``[outputs, inputs]`` and the bias."""
-    weight = cast(Tensor, linear.weight).detach()
-    bias = cast("Tensor | None", linear.bias)
-    return (weight.t() if isinstance(linear, Conv1D) else weight), (None if bias is None else bias.detach())

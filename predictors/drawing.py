@@ -32,7 +32,8 @@ def plan_table(plan: Plan) -> str:
             zip(policies, plan.layers, model.intermediate_sizes, strict=True)
         )
     ]
-    return "\n".join(lines + _measures(plan.recipe.get("measures"), len(plan.layers)))
+    lines += _measures(plan.recipe.get("measures"), len(plan.layers))
+    return "\n".join([*lines, *_frontier(plan.frontier)])
 
 
 def _measures(measures: Any, depth: int) -> list[str]:
@@ -50,6 +51,19 @@ def _measures(measures: Any, depth: int) -> list[str]:
     return lines
 
 
+def _frontier(rows: Any) -> list[str]:
+    """What the search found, fewest bytes first."""
+    if not rows:
+        return []
+    room = max(len(row["name"]) for row in rows)
+    lines = ["", f"found  {'':{room}}   keep  MB/token   ms  skipped     ppl      KL"]
+    return lines + [
+        f"       {row['name']:{room}}  {row['keep']:5.2f}  {row['megabytes']:8.1f} {row['milliseconds']:5.2f} "
+        f"{row['neuron_sparsity']:8.1%} {row['ppl_increase']:+7.2%} {row['kl']:7.4f}"
+        for row in rows
+    ]
+
+
 def _share(kept: int, width: int) -> str:
     bar = "█" * round(_BAR * kept / width)
     return f"{kept:6} / {width:<6} {bar:·<{_BAR}} {kept / width:6.1%}"
@@ -57,12 +71,15 @@ def _share(kept: int, width: int) -> str:
 
 def _policy(layer: LayerPlan) -> str:
     policy: Any = layer.neurons
-    names = ["alpha", "beta", "score"]
+    names = ["alpha", "beta", "score", "rule", "bits", "rank"]
     if getattr(policy, "score", None) == "griffin":
         names.remove("alpha")  # that score has none
     details = [f"{name}={getattr(policy, name)}" for name in names if hasattr(policy, name)]
     if hasattr(policy, "clusters"):
         details.append(f"clusters={policy.clusters.shape[0]}")
+    if getattr(policy, "threshold", None) is not None:
+        details.append(f"threshold={policy.threshold:.3g}")
+    details += [f"with {name}" for name in ("norm", "smooth", "mean") if getattr(policy, name, None) is not None]
     if layer.layer.name != "run":
         details.append("+ " + " ".join([layer.layer.name, *(f"{k}={v}" for k, v in vars(layer.layer).items())]))
     return " ".join([policy.name, *details])

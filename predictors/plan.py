@@ -1,8 +1,8 @@
 """The Plan: which neurons and layers run, decided once, kept as a folder.
 
 ``plan.json`` holds the recipe, the fingerprints, each layer's policy and the measured quality;
-``plan.safetensors`` the indices and centroids. A damaged, edited or foreign Plan raises `PlanError` before any
-model is touched.
+``plan.safetensors`` the indices, centroids, means and predictor weights. A damaged, edited or foreign Plan raises
+`PlanError` before any model is touched.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast, get_args
 
 import safetensors
 import safetensors.torch
@@ -98,6 +99,134 @@ class Similar:
         return int(self.clusters.shape[1])
 
 
+Rule = Literal["teal", "wina", "cats"]
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """What is small is left out, token by token, by thresholds that are quantiles of the calibration text.
+
+    `rule`: ``teal``: the inputs of each linear by |x_j| (TEAL, arXiv 2408.14690, section 4); ``wina``: by
+    |x_j| times the norm of the weight's column j (WINA, arXiv 2505.19427); ``cats``: the neurons by |act(gate)|,
+    in a plain MLP |act(up)| (CATS, arXiv 2404.08763).
+    `keep`: the share of the MLP's weights (``cats``: of its neurons) that stays on the calibration text.
+    `least`: what counts, by linear: ``mlp.NAME`` and ``attention.NAME`` as the model names them; for ``cats``
+    ``{"act": least}`` alone.
+    """
+
+    rule: Rule
+    keep: float
+    least: Mapping[str, float]
+    name: ClassVar[str] = "threshold"
+
+    def check(self, width: int) -> None:
+        if self.rule not in get_args(Rule):
+            raise PlanError(f"unknown threshold rule {self.rule!r}")
+        check_share("keep", self.keep)
+        if not isinstance(self.least, Mapping) or not self.least:
+            raise PlanError("the thresholds are not a table with an entry per linear")
+        for name, least in self.least.items():
+            if (name == "act") != (self.rule == "cats") or not name.startswith(("act", "mlp.", "attention.")):
+                raise PlanError(f"a {self.rule} threshold for {name!r} makes no sense")
+            _check_threshold(least)
+
+    def kept(self, width: int) -> int:
+        return kept_count(width, self.keep)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Scored:
+    """Neurons kept by a score of each token: the `keep` share with the highest or, where there is a `threshold`, all
+    from it up, which is the share `keep` on the calibration text.
+
+    `mean`: fp32 ``[width]`` or None: what a neuron counts as where it is left out.
+    """
+
+    keep: float
+    threshold: float | None = None
+    mean: Tensor | None = None
+
+    def check(self, width: int) -> None:
+        check_share("keep", self.keep)
+        if self.threshold is not None:
+            _check_threshold(self.threshold)
+        for name in ("mean", "norm"):
+            _check_floats(name, getattr(self, name, None), (width,))
+
+    def kept(self, width: int) -> int:
+        return kept_count(width, self.keep)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TopK(_Scored):
+    """The exact score |a_i| * norm_i, known only after gate and up were computed in full (Lazy Neuron, arXiv
+    2210.06313): the oracle that predictors are held against. Saves the down projection alone.
+
+    `norm`: fp32 ``[width]``; None: the norms of the down projection's columns.
+    """
+
+    norm: Tensor | None = None
+    name: ClassVar[str] = "topk"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Sketch(_Scored):
+    """The score of `TopK`, estimated from the first `bits` of each int8 weight.
+
+    `bits`: 4: the high nibbles of gate and up, which are part of the weights anyway. 1: the signs of the gate's (in a
+    plain MLP the up's) weights and of the inputs, the score being the share of them that agree: SparseInfer (arXiv
+    2411.12692) for ReLU models, whose parameter alpha is the threshold 1 / (1 + alpha).
+    `norm`: as in `TopK`; unused by signs. `smooth`: fp32 ``[hidden]`` or None: the MLP's inputs are divided by it and
+    the columns of gate and up multiplied, before either is rounded to 8 bits (SmoothQuant, arXiv 2211.10438).
+    """
+
+    bits: int = 4
+    norm: Tensor | None = None
+    smooth: Tensor | None = None
+    name: ClassVar[str] = "sketch"
+
+    def check(self, width: int) -> None:
+        super().check(width)
+        if self.bits not in (1, 4) or isinstance(self.bits, bool):
+            raise PlanError(f"a sketch of {self.bits} bits: there are 1 (signs) and 4 (high nibbles)")
+        if self.bits == 1 and not (self.norm is self.smooth is None):
+            raise PlanError("a sketch of signs has neither norms nor smoothed inputs")
+        if self.smooth is not None:
+            _check_floats("smooth", self.smooth, tuple(self.smooth.shape))
+            if not bool((self.smooth > 0).all()):
+                raise PlanError("smooth holds something that is not above 0")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Learned(_Scored):
+    """The score is a trained low-rank map of the MLP's input, sigmoid(expand @ (reduce @ x) + bias) (Deja Vu, arXiv
+    2310.17157, section 4.1).
+
+    `reduce`: fp32 ``[rank, hidden]``, `expand`: ``[width, rank]``, `bias`: ``[width]``. `recall`: the share of the
+    wanted neurons that it found on calibration text held out from its training.
+    """
+
+    reduce: Tensor
+    expand: Tensor
+    bias: Tensor
+    recall: float | None = None
+    name: ClassVar[str] = "learned"
+
+    @property
+    def rank(self) -> int:
+        return int(self.reduce.shape[0])
+
+    def check(self, width: int) -> None:
+        super().check(width)
+        if self.reduce.ndim != 2 or self.rank < 1:
+            raise PlanError("a learned predictor's maps are matrices of at least rank 1")
+        _check_floats("reduce", self.reduce, tuple(self.reduce.shape))
+        _check_floats("expand", self.expand, (width, self.rank))
+        _check_floats("bias", self.bias, (width,))
+        if self.recall is not None and not 0 <= self.recall <= 1:
+            raise PlanError(f"recall is {self.recall}; it is a share")
+
+
 @dataclass(frozen=True)
 class Run:
     """The layer runs."""
@@ -155,9 +284,11 @@ class Adaptive(Run):
             raise CoreskipError(f"alpha is {self.alpha}: an adaptive layer needs a number of 0 or more")
 
 
-NeuronPolicy = Dense | Static | CoreNeurons | Similar
+NeuronPolicy = Dense | Static | CoreNeurons | Similar | Threshold | TopK | Sketch | Learned
 LayerPolicy = Run  # or one of its subclasses
-_NEURON_POLICIES: dict[str, type[Any]] = {p.name: p for p in (Dense, Static, CoreNeurons, Similar)}
+_NEURON_POLICIES: dict[str, type[Any]] = {
+    p.name: p for p in (Dense, Static, CoreNeurons, Similar, Threshold, TopK, Sketch, Learned)
+}
 _LAYER_POLICIES: dict[str, type[Any]] = {p.name: p for p in (Run, Skip, SkipAttention, SkipMLP, Adaptive)}
 
 
@@ -273,6 +404,7 @@ class Plan:
         calibration: what text it was calibrated on: source, tokens, sha256 of the token ids.
         quality: what `evaluate` measured on held-out text, or None.
         clusters: for similarity-guided plans.
+        frontier: what the search for a budget found that nothing beat in both bytes and quality: plain JSON tables.
         weights: in which format the native decode step holds weights: None: as loaded; "int8": one byte each; "int4":
             4-bit groups, and bytes for the LM head. Where that step does not cover a model they stay as loaded.
     """
@@ -283,6 +415,7 @@ class Plan:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     quality: Mapping[str, Any] | None = None
     clusters: Clusters | None = None
+    frontier: tuple[Mapping[str, Any], ...] = ()
     weights: str | None = None
 
     def __post_init__(self) -> None:
@@ -296,6 +429,7 @@ class Plan:
                 layer.neurons.check(width)
                 layer.layer.check()
                 self._check_clusters(layer.neurons)
+                self._check_predictor(layer.neurons)
             except CoreskipError as error:
                 raise PlanError(f"layer {index} of the plan: {error}") from None
 
@@ -312,6 +446,15 @@ class Plan:
             raise PlanError(f"centroids of shape {tuple(c.centroids.shape)} do not fit the plan's clusters")
         if c.centroids.dtype != torch.float32 or not torch.isfinite(c.centroids).all():
             raise PlanError("the centroids are not finite fp32 numbers")
+
+    def _check_predictor(self, policy: NeuronPolicy) -> None:
+        read = self.model.hidden_size
+        if isinstance(policy, Learned):
+            read = policy.reduce.shape[1]
+        elif isinstance(policy, Sketch) and policy.smooth is not None:
+            read = policy.smooth.numel()
+        if read != self.model.hidden_size:
+            raise PlanError(f"the predictor reads {read} inputs, the model has {self.model.hidden_size}")
 
     @classmethod
     def dense(cls, model: nn.Module, weights: str | None = None) -> Plan:
@@ -424,6 +567,20 @@ def _check_indices(indices: Tensor, width: int, ndim: int) -> None:
         raise PlanError("neuron indices must be ascending without repeats")
 
 
+def _check_threshold(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
+        raise PlanError(f"a threshold is {value}; it must be a number of at least 0")
+
+
+def _check_floats(name: str, values: Tensor | None, shape: tuple[int, ...]) -> None:
+    if values is None:
+        return
+    if not isinstance(values, Tensor) or values.dtype != torch.float32 or values.shape != shape:
+        raise PlanError(f"{name} is not fp32 of shape {shape}")
+    if not bool(torch.isfinite(values).all()):
+        raise PlanError(f"{name} holds something that is not a finite number")
+
+
 # --- the file format -------------------------------------------------------------------------------------------
 
 
@@ -448,12 +605,14 @@ def _encode(plan: Plan) -> tuple[bytes, bytes]:
         "quality": None if plan.quality is None else dict(plan.quality),
         "layers": layers,
         "clusters": None,
+        "frontier": [dict(row) for row in plan.frontier],
         "weights": plan.weights,
     }
     if plan.clusters is not None:
         document["clusters"], arrays = _split(plan.clusters)
         tensors |= {f"clusters.{name}": tensor for name, tensor in arrays.items()}
-    data = safetensors.torch.save({name: t.contiguous().cpu() for name, t in tensors.items()})
+    # layers may share a tensor, which safetensors refuses
+    data = safetensors.torch.save({name: t.cpu().contiguous().clone() for name, t in tensors.items()})
     document["tensors_sha256"] = hashlib.sha256(data).hexdigest()
     return seal(document), data
 
@@ -474,6 +633,7 @@ def _split(value: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     arrays = {name: item for name, item in fields.items() if isinstance(item, Tensor)}
     plain = {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items() if name not in arrays}
+    plain = {name: dict(v) if isinstance(v, Mapping) else v for name, v in plain.items()}
     return plain, arrays
 
 
@@ -549,6 +709,7 @@ def _build(document: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
         calibration=document["calibration"],
         quality=document["quality"],
         clusters=clusters,
+        frontier=_frontier(document.get("frontier", [])),
         weights=document.get("weights"),  # plans of coreskip 0.1 have none
     )
 
@@ -560,6 +721,14 @@ def _check_quality(quality: Any) -> None:
     figures += [quality[name] for name in ("ppl_increase", "kl", "top1_agreement", "neuron_sparsity")]
     if not all(isinstance(figure, (int, float)) for figure in figures):
         raise PlanError("quality holds something that is not a number")
+
+
+def _frontier(rows: Any) -> tuple[dict[str, Any], ...]:
+    numbers = ("keep", "megabytes", "milliseconds", "ppl_increase", "kl", "top1_agreement", "neuron_sparsity")
+    for row in rows:
+        if not isinstance(row["name"], str) or not all(isinstance(row[name], (int, float)) for name in numbers):
+            raise PlanError("the frontier holds something that is not a measurement")
+    return tuple(rows)
 
 
 def _integers(values: object) -> list[int]:

@@ -71,7 +71,8 @@ class Architecture:
         layers = []
         for index, (layer, mlp) in enumerate(zip(self.base.layers, chosen.mlps, strict=True)):
             kept = None if index in chosen.no_mlp else layer.mlp if mlp is None else mlp
-            layers.append(replace(layer, mlp=kept, entries_only=index in chosen.no_attention))
+            norm = layer.mlp_in if mlp is None else _scaled(layer.mlp_in, mlp.smooth)
+            layers.append(replace(layer, mlp=kept, mlp_in=norm, entries_only=index in chosen.no_attention))
         return native.Step(replace(self.base, layers=layers))
 
     def _check(self) -> None:
@@ -229,6 +230,15 @@ def _norm(module: nn.Module) -> native.Norm:
     if not torch.allclose(got, expected, rtol=1e-4, atol=1e-5):
         raise NotCovered(f"a {type(module).__name__} is not a norm that the native step knows")
     return native.Norm(weight.contiguous(), bias.contiguous() if bool(bias.any()) else None, eps, kind)
+
+
+def _scaled(norm: native.Norm | None, factors: Tensor | None) -> native.Norm | None:
+    """A norm whose outputs are multiplied by `factors`, where there are any."""
+    if factors is None:
+        return norm
+    if norm is None:
+        raise NotCovered("no norm comes before an MLP whose inputs are smoothed")
+    return replace(norm, weight=norm.weight * factors, bias=None if norm.bias is None else norm.bias * factors)
 
 
 def _head_norm(module: Any) -> native.Norm | None:

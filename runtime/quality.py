@@ -69,7 +69,7 @@ def evaluate_all(
         plan.check(model, anatomy)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or window
     rows = text.windows(min(window, longest // 2 * 2), windows)
-    tallies = [_Tally() for _ in plans]
+    tallies = [Tally() for _ in plans]
     with inference(model):
         for ids in tqdm(rows.split(1), desc="scoring", unit="window", disable=not progress, leave=False):
             ids = ids.to(model.device)
@@ -77,6 +77,7 @@ def evaluate_all(
             dense = _decode_logits(model, ids, token_by_token).log_softmax(-1)
             for plan, tally in zip(plans, tallies, strict=True):
                 with wrap(model, plan):
+                    runtime_of(model).usage.counting = True
                     sparse = _decode_logits(model, ids, token_by_token).log_softmax(-1)
                     tally.add(dense, sparse, targets, runtime_of(model).usage.neuron_sparsity())
     about = {"windows": rows.shape[0], "window": rows.shape[1], "text": text.source}
@@ -102,7 +103,7 @@ def _pieces(ids: Tensor, token_by_token: bool) -> Iterator[Tensor]:
     yield from ids.split(1, dim=1) if token_by_token else (ids,)
 
 
-class _Tally:
+class Tally:
     """Sums over windows of negative log-likelihoods, divergence and agreement."""
 
     def __init__(self) -> None:
@@ -112,11 +113,14 @@ class _Tally:
         self.kl = 0.0
         self.agree = self.tokens = 0
 
-    def add(self, log_p: Tensor, log_q: Tensor, targets: Tensor, neuron_sparsity: float) -> None:
-        """One window: dense and sparse log-probabilities ``[tokens, vocabulary]``, target ids ``[tokens]``."""
+    def add(
+        self, log_p: Tensor, log_q: Tensor, targets: Tensor, neuron_sparsity: float, dense_loss: float | None = None
+    ) -> None:
+        """One window: dense and sparse log-probabilities ``[tokens, vocabulary]``, target ids ``[tokens]``; the dense
+        loss where it is known more precisely than `log_p`."""
         targets = targets.unsqueeze(1)
         self.sparsity.append(neuron_sparsity)
-        self.dense.append(-float(log_p.gather(1, targets).mean()))
+        self.dense.append(-float(log_p.gather(1, targets).mean()) if dense_loss is None else dense_loss)
         self.sparse.append(-float(log_q.gather(1, targets).mean()))
         self.kl += float((log_p.exp() * (log_p - log_q)).sum())
         self.agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())

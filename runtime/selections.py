@@ -45,7 +45,8 @@ class Step:
         rows, length: sequences in the batch, tokens of each.
         valid: bool ``[rows, length]``, False at padding; None where every token counts. Prefill only.
         selections: of the pass's KV cache; None where nothing was selected (a cache filled before `wrap`).
-        skipped: MLP neurons not computed, over layers, rows and tokens.
+        skipped: MLP neurons not computed, over layers, rows and tokens; of those whose weights are read in part, the
+            parts unread.
         entries_only: set while a skipped attention writes its keys and values.
         norms: of the residual stream, ``[rows, length]`` before the first layer and after each; prefill of adaptive
             plans only.
@@ -58,7 +59,7 @@ class Step:
     valid: Tensor | None
     selections: Selections | None
     bypass: bool = False
-    skipped: int = 0
+    skipped: float = 0
     entries_only: bool = False
     norms: list[Tensor] = field(default_factory=list)
 

@@ -1,11 +1,15 @@
-"""`analyze`: observe a model on text, propose plans, measure them, return the one asked for."""
+"""`analyze`: observe a model on text and make a plan. The search for a budget is in search.py."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
@@ -15,19 +19,22 @@ from ..predictors.calibration import TokenText, sample_text, tokenize
 from ..predictors.core_neurons import SentenceCounter, cluster_sentences, static_set
 from ..predictors.errors import CoreskipError
 from ..predictors.importance import Score, check_score, check_share, kept_count
+from ..predictors.learned import RANK
 from ..predictors.observe import LayerStats, down_norms, observe
 from ..predictors.plan import Clusters, CoreNeurons, Fingerprint, LayerPlan, NeuronPolicy, Plan, Similar, Static
+from ..predictors.token_choice import Allocation, TokenCalibration, check_allocation
+from .emulation import Emulation
 from .quality import WINDOW, evaluate_all
 from .wrap import is_wrapped
 
 logger = logging.getLogger("coreskip")
 
-METHODS = ("auto", "core", "similar", "static")
+METHODS = ("auto", "core", "similar", "static", "threshold", "sketch", "learned", "topk")
+RULES = ("teal", "wina", "cats")
 DEFAULT_KEEP = 0.6
 DEFAULT_SCORE: Score = "griffin"
 ALPHA = 0.4  # CoreInfer's, section 3
 _SENTENCE = 256  # tokens; CoreInfer finds core neurons stable from 200-300 tokens on
-_GRID = (0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # keeps that the budget search tries
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,8 @@ class Budget:
         raise CoreskipError(f"cannot read the budget {text!r}; write ppl+1%, kl<0.05 or agreement>0.95")
 
     def holds(self, quality: dict[str, Any]) -> bool:
-        """Whether a measurement is within the budget; perplexity with one standard error to spare."""
+        """Whether a measurement is within the budget; perplexity with one standard error to spare: by five to one
+        it then holds on other text of the kind."""
         if self.measure == "ppl":
             return bool(quality["ppl_increase"] + (quality["ppl_increase_stderr"] or 0.0) <= self.limit)
         if self.measure == "kl":
@@ -71,72 +79,88 @@ def analyze(
     score: Score | None = None,
     alpha: float = ALPHA,
     first_layer: int = 0,
+    rule: str = "teal",
+    all_linears: bool = False,
+    allocation: Allocation = "fisher",
+    bits: int = 4,
+    rank: int = RANK,
     tokens: int = 16384,
-    windows: int = 8,
+    windows: int = 12,
     seed: int = 0,
+    fast: bool = False,
+    resume: str | Path | None = None,
     progress: bool = True,
 ) -> Plan:
     """Make a Plan for `model`.
 
     Args:
         model, tokenizer: from `load`, or any causal LM and its tokenizer; the model must not be wrapped.
-        method: ``core`` (stability-guided core neurons, chosen from each prompt), ``similar`` (similarity-guided:
-            the set of the nearest cluster of calibration sentences), ``static`` (one fixed set), or ``auto``: of all
-            these, the one with the lowest KL divergence on held-out text.
-        keep: share of each layer's MLP neurons to keep, in (0, 1]; 0.6 where neither it nor a budget is given.
-        budget: ``ppl+1%``, ``kl<0.05`` or ``agreement>0.95``: the fewest neurons that hold it on text that the search
-            did not see. A plan that skips nothing where no candidate does.
+        method: by prompt: ``core`` (stability-guided core neurons), ``similar`` (similarity-guided: the set of the
+            nearest cluster of calibration sentences); by token: ``sketch`` (the high nibbles of the weights choose),
+            ``threshold`` (TEAL, WINA, CATS), ``learned`` (low-rank predictors), ``topk`` (the exact oracle, which
+            saves little time); ``static`` (one fixed set); or ``auto``: with a budget the search looks at all that
+            save time, else it is ``sketch``.
+        keep: share of the MLP neurons to keep, in (0, 1]; 0.6 where neither it nor a budget is given.
+        budget: ``ppl+1%``, ``kl<0.05`` or ``agreement>0.95``: the fastest plan found that holds it on text that the
+            search did not see, with a margin; see `search`. A plan that skips nothing where none does.
         text: calibration text; None samples some from the model itself. The last part is held out to measure on.
-        score: how neurons are ranked, see `token_contributions`; by default ``griffin``, which measured best on the
-            embedded model (README); CoreInfer's own is ``signed``.
+        score: how ``core``, ``similar`` and ``static`` rank neurons, see `token_contributions`; by default
+            ``griffin``, which measured best on the embedded model (README); CoreInfer's own is ``signed``.
         alpha: share of a token's neurons that count as its core (all scores but ``griffin``).
         first_layer: layers before it stay dense (CoreInfer leaves the first 4).
+        rule, all_linears: of ``threshold``: ``teal``, ``wina`` or ``cats``; whether the attention's linears leave out
+            small inputs, too.
+        allocation: of ``sketch`` and ``topk``: how the share is spread over the layers, see `TokenCalibration`.
+        bits: of ``sketch``: 4, or 1 for the signs (ReLU models).
+        rank: of ``learned``.
         tokens: at most this many are observed.
         windows: held-out windows of 512 tokens per measurement.
-        seed: of sampling and clustering.
+        seed: of sampling, clustering and training.
+        fast: with a budget: fewer windows, tokens and candidates; about a third of the time.
+        resume: with a budget: a file that keeps what was measured; a search that was stopped goes on from there.
 
     Returns:
-        a Plan whose ``quality`` was measured on held-out text.
+        a Plan whose ``quality`` was measured on held-out text; with a budget, its ``frontier`` holds what was found.
 
     Raises:
         CoreskipError: before any work is done where an argument is wrong.
     """
     check_options(
-        method=method, keep=keep, budget=budget, score=score, alpha=alpha, tokens=tokens, first_layer=first_layer
+        method=method,
+        keep=keep,
+        budget=budget,
+        score=score,
+        alpha=alpha,
+        tokens=tokens,
+        first_layer=first_layer,
+        rule=rule,
+        allocation=allocation,
+        bits=bits,
+        rank=rank,
     )
-    limit = Budget.parse(budget) if budget is not None else None
-    if is_wrapped(model):
-        raise CoreskipError("the model is wrapped already: call coreskip.unwrap(model) first")
-    depth = len(dissect(model))
-    if first_layer >= depth:
-        raise CoreskipError(f"first_layer is {first_layer}; the model has layers 0..{depth - 1}")
-
-    calibration = _calibration_text(model, tokenizer, text, tokens, seed, progress)
-    # one part is observed, one chooses between candidates, one is measured on once, at the end
-    observed, searched, checked = calibration.split(0.6, 0.2, 0.2)
-    window = _even(min(WINDOW, len(searched.ids), len(checked.ids)))
-    if window < 16:
-        raise CoreskipError(
-            f"the text ({calibration.source}) has {len(calibration.ids)} tokens; at least 100 are needed, "
-            "some 10,000 are good"
-        )
-    workshop = Workshop(
+    study = Study(
         model,
-        observed,
-        score=score or DEFAULT_SCORE,
+        tokenizer,
+        text=text,
+        score=score,
         alpha=alpha,
         first_layer=first_layer,
-        max_tokens=tokens,
+        rule=rule,
+        all_linears=all_linears,
+        allocation=allocation,
+        bits=bits,
+        rank=rank,
+        tokens=tokens,
+        windows=windows,
         seed=seed,
+        fast=fast,
         progress=progress,
     )
-    search = _Search(model, workshop, searched, checked, windows, window, progress)
-    names = list(METHODS[1:]) if method == "auto" else [method]
-    if limit is not None:
-        plan = search.within(limit, names)
-    else:
-        plan = search.closest(names, DEFAULT_KEEP if keep is None else keep)
-    return replace(plan, calibration=calibration.fingerprint())
+    if budget is not None:
+        from .search import search
+
+        return search(study, Budget.parse(budget), method, journal=resume)
+    return study.measured(study.workshop.make("sketch" if method == "auto" else method, keep or DEFAULT_KEEP))
 
 
 def check_options(
@@ -148,7 +172,11 @@ def check_options(
     alpha: float,
     tokens: int,
     first_layer: int,
-    seed: int = 0,
+    rule: str = "teal",
+    allocation: str = "fisher",
+    bits: int = 4,
+    rank: int = RANK,
+    **_: Any,
 ) -> None:
     """Raise `CoreskipError` for what `analyze` would refuse, before a model is loaded."""
     if method not in METHODS:
@@ -162,8 +190,93 @@ def check_options(
         check_score(score)
     if budget is not None:
         Budget.parse(budget)
+    if rule not in RULES:
+        raise CoreskipError(f"unknown rule {rule!r}; choose from {', '.join(RULES)}")
+    check_allocation(allocation)
+    if bits not in (1, 4) or rank < 1:
+        raise CoreskipError(f"a sketch of {bits} bits, rank {rank}: give 1 or 4 bits and at least rank 1")
     if tokens < 1 or first_layer < 0:
         raise CoreskipError(f"tokens is {tokens} and first_layer {first_layer}: give at least 1 and 0")
+
+
+class Study:
+    """A model, the workshop that observes one part of a text, and two more parts to measure plans on: one chooses
+    between candidates, one is measured on at the end.
+
+    Args:
+        the arguments: as in `analyze`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        text: str | TokenText | None = None,
+        tokens: int = 16384,
+        windows: int = 12,
+        first_layer: int = 0,
+        score: Score | None = None,
+        seed: int = 0,
+        fast: bool = False,
+        progress: bool = True,
+        **options: Any,
+    ) -> None:
+        if is_wrapped(model):
+            raise CoreskipError("the model is wrapped already: call coreskip.unwrap(model) first")
+        depth = len(dissect(model))
+        if first_layer >= depth:
+            raise CoreskipError(f"first_layer is {first_layer}; the model has layers 0..{depth - 1}")
+        tokens, windows = (-(-tokens // 2), -(-windows // 2)) if fast else (tokens, windows)
+        self.model, self.windows, self.fast, self.progress = model, windows, fast, progress
+        self.calibration = _calibration_text(model, tokenizer, text, tokens, seed, progress)
+        observed, self.searched, self.checked = self.calibration.split(0.6, 0.2, 0.2)
+        self.window = min(WINDOW, _longest(model), len(self.searched.ids), len(self.checked.ids)) // 2 * 2
+        if self.window < 16:
+            raise CoreskipError(
+                f"the text ({self.calibration.source}) has {len(self.calibration.ids)} tokens; at least 100 are "
+                "needed, some 10,000 are good"
+            )
+        self.workshop = Workshop(
+            model,
+            observed,
+            score=score or DEFAULT_SCORE,
+            first_layer=first_layer,
+            max_tokens=tokens,
+            seed=seed,
+            progress=progress,
+            **options,
+        )
+        self._about = {**options, "score": score, "first_layer": first_layer, "tokens": tokens, "seed": seed}
+        self._emulations: dict[str, Emulation] = {}
+
+    def identity(self) -> str:
+        """What a plan's quality depends on besides the plan: the model, the text, the options."""
+        probes = hashlib.sha256(Fingerprint.of(self.model).probes.numpy().tobytes()).hexdigest()
+        about = [probes, self.calibration.fingerprint(), self._about, self.windows, self.window]
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+    def measure(self, plan: Plan, part: str = "checked") -> dict[str, Any]:
+        """`evaluate_all`'s figures on the part ``searched`` or ``checked``."""
+        text = self.checked if part == "checked" else self.searched
+        if any(isinstance(layer.neurons, (CoreNeurons, Similar)) for layer in plan.layers):
+            return evaluate_all(
+                self.model, [plan], text, windows=self.windows, window=self.window, progress=self.progress
+            )[0]
+        emulation = self._emulations.get(part)
+        if emulation is None:
+            emulation = self._emulations[part] = Emulation(
+                self.model, text, windows=self.windows, window=self.window, progress=self.progress
+            )
+        return emulation.score(plan)
+
+    def measured(self, plan: Plan) -> Plan:
+        """The plan with its quality on the part held out from everything."""
+        return replace(plan, quality=self.measure(plan), calibration=self.calibration.fingerprint())
+
+
+def _longest(model: Any) -> int:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or WINDOW
 
 
 def _calibration_text(
@@ -173,10 +286,14 @@ def _calibration_text(
         return text
     if text is not None:
         return tokenize(tokenizer, text)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or WINDOW
     # half of what a given text would provide: sampling is some ten times slower than observing
     return sample_text(
-        model, tokenizer, tokens=-(-tokens // 2), length=min(WINDOW, longest - 1), seed=seed, progress=progress
+        model,
+        tokenizer,
+        tokens=-(-tokens // 2),
+        length=min(WINDOW, _longest(model) - 1),
+        seed=seed,
+        progress=progress,
     )
 
 
@@ -185,7 +302,7 @@ class Workshop:
 
     Args:
         text: what is observed; at most `max_tokens` of it, in sentences of 256 tokens.
-        score, alpha, first_layer, seed: as in `analyze`.
+        the others: as in `analyze`.
     """
 
     def __init__(
@@ -196,23 +313,31 @@ class Workshop:
         score: Score,
         alpha: float = ALPHA,
         first_layer: int = 0,
+        rule: str = "teal",
+        all_linears: bool = False,
+        allocation: Allocation = "fisher",
+        bits: int = 4,
+        rank: int = RANK,
         max_tokens: int = 16384,
         seed: int = 0,
         progress: bool = True,
     ) -> None:
         self._model, self._text, self._progress = model, text, progress
+        self._rule, self._all_linears, self._allocation = rule, all_linears, allocation
+        self._bits, self._rank = bits, rank
         self._score, self._alpha, self._first, self._seed = score, alpha, first_layer, seed
         self._max_tokens = max_tokens
         self._fingerprint = Fingerprint.of(model)
         self._stats: list[LayerStats] | None = None
         self._sentences: list[Tensor] | None = None
 
-    def make(self, method: str, keep: float) -> Plan:
-        """A plan of this method (``core``, ``static`` or ``similar``) that keeps this share of each layer's neurons.
+    def make(self, method: str, keep: float, **options: Any) -> Plan:
+        """A plan of this method that keeps this share of the neurons. `options` replace those given to the workshop:
+        ``rule``, ``all_linears``, ``allocation``, ``bits``, ``rank``.
 
         Deterministic; observes the text when a method first needs it.
         """
-        return {"core": self._core, "static": self._static, "similar": self._similar}[method](keep)
+        return cast(Plan, getattr(self, f"_{method}")(keep, **options))
 
     def _core(self, keep: float) -> Plan:
         policy = CoreNeurons(self._alpha, keep, self._score)
@@ -227,6 +352,37 @@ class Workshop:
         found = cluster_sentences(cast("list[Tensor]", self._sentences), keep, self._seed)
         clusters = Clusters(found.anchor, self._alpha, keep, self._score, found.centroids)
         return self._plan("similar", keep, [Similar(sets) for sets in found.sets], clusters)
+
+    @cached_property
+    def tokens(self) -> TokenCalibration:
+        length = min(WINDOW, _longest(self._model), len(self._text.ids) + len(self._text.prefix))
+        rows = self._text.windows(length, max(1, self._max_tokens // length))
+        return TokenCalibration(self._model, rows, seed=self._seed, progress=self._progress)
+
+    def _sketch(self, keep: float, *, allocation: Allocation | None = None, bits: int | None = None) -> Plan:
+        allocation, bits = allocation or self._allocation, bits or self._bits
+        if bits == 1:
+            return self._by_token("sketch", keep, self.tokens.signs(keep), bits=1)
+        return self._by_token("sketch", keep, self.tokens.sketch(keep, allocation), allocation=allocation)
+
+    def _topk(self, keep: float, *, allocation: Allocation | None = None) -> Plan:
+        allocation = allocation or self._allocation
+        return self._by_token("topk", keep, self.tokens.topk(keep, allocation), allocation=allocation)
+
+    def _learned(self, keep: float, *, rank: int | None = None) -> Plan:
+        policies = self.tokens.learned(keep, rank or self._rank)
+        found = sum(policy.recall or 0.0 for policy in policies) / len(policies)
+        return self._by_token("learned", keep, policies, rank=rank or self._rank, recall=round(found, 4))
+
+    def _threshold(self, keep: float, *, rule: str | None = None, all_linears: bool | None = None) -> Plan:
+        rule, everywhere = rule or self._rule, self._all_linears if all_linears is None else all_linears
+        policies = self.tokens.threshold(keep, cast(Any, rule), everywhere=everywhere)
+        return self._by_token("threshold", keep, policies, rule=rule, all_linears=everywhere)
+
+    def _by_token(self, method: str, keep: float, policies: Sequence[NeuronPolicy], **recipe: Any) -> Plan:
+        plan = self._plan(method, keep, policies)
+        recipe = {"method": method, "keep": keep, **recipe, "first_layer": self._first, "seed": self._seed}
+        return replace(plan, recipe=recipe)
 
     def _plan(
         self, method: str, keep: float, policies: Sequence[NeuronPolicy], clusters: Clusters | None = None
@@ -261,74 +417,3 @@ class Workshop:
         if counter is not None:
             self._sentences = counter.counts()
         return self._stats
-
-
-class _Search:
-    """Chooses between a workshop's plans by measuring them on text that it did not observe."""
-
-    def __init__(
-        self,
-        model: Any,
-        workshop: Workshop,
-        searched: TokenText,
-        checked: TokenText,
-        windows: int,
-        window: int,
-        progress: bool,
-    ) -> None:
-        self._model, self._workshop = model, workshop
-        self._searched, self._checked = searched, checked
-        self._windows, self._window, self._progress = windows, window, progress
-
-    def closest(self, methods: list[str], keep: float) -> Plan:
-        """Of one plan per method, the one with the lowest KL divergence from the dense model."""
-        plans = [self._workshop.make(method, keep) for method in methods]
-        if len(plans) == 1:
-            return self._check(plans[0])
-        qualities = self._measure(plans, self._searched)
-        for method, quality in zip(methods, qualities, strict=True):
-            _report(method, keep, quality)
-        best = min(range(len(plans)), key=lambda i: float(qualities[i]["kl"]))
-        return self._check(plans[best])
-
-    def within(self, budget: Budget, methods: list[str]) -> Plan:
-        """The plan that keeps the fewest neurons and holds `budget` on the text searched and on the text checked."""
-        found = [plan for method in methods for plan in self._holding(method, budget)]
-        for plan in sorted(found, key=lambda plan: plan.keep):
-            checked = self._check(plan)
-            if budget.holds(dict(checked.quality or {})):
-                return replace(checked, recipe={**checked.recipe, "budget": budget.text})
-        logger.warning("no candidate holds the budget %s: the plan skips nothing", budget.text)
-        dense = replace(Plan.dense(self._model), recipe={"method": "dense", "budget": budget.text})
-        return self._check(dense)
-
-    def _holding(self, method: str, budget: Budget) -> Iterator[Plan]:
-        """Plans of one method that hold the budget on the searched text, by bisection over the keep: quality falls
-        with it."""
-        low, high = 0, len(_GRID)  # the first `low` keeps hold, from `high` on they do not
-        while low < high:
-            middle = (low + high) // 2
-            plan = self._workshop.make(method, _GRID[middle])
-            quality = self._measure([plan], self._searched)[0]
-            _report(method, _GRID[middle], quality)
-            if budget.holds(quality):
-                yield plan
-                low = middle + 1
-            else:
-                high = middle
-
-    def _measure(self, plans: list[Plan], text: TokenText) -> list[dict[str, Any]]:
-        return evaluate_all(
-            self._model, plans, text, windows=self._windows, window=self._window, progress=self._progress
-        )
-
-    def _check(self, plan: Plan) -> Plan:
-        return replace(plan, quality=self._measure([plan], self._checked)[0])
-
-
-def _report(name: str, keep: float, quality: dict[str, Any]) -> None:
-    logger.info("%s at keep %g: perplexity %+.2f%%, KL %.4f", name, keep, 100 * quality["ppl_increase"], quality["kl"])
-
-
-def _even(number: int) -> int:
-    return number // 2 * 2

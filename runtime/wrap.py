@@ -12,7 +12,8 @@ import inspect
 import logging
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -22,10 +23,10 @@ from transformers.cache_utils import Cache
 from ..kernels.ops import MAX_ROWS, PackedLinear, PackedMLP, available, linear, mlp
 from ..kernels.packed import DTYPES
 from ..kernels.step import BundledMLP
-from ..predictors.anatomy import Activation, Anatomy, FeedForward, canonical_activation, dissect
+from ..predictors.anatomy import Activation, Anatomy, FeedForward, dissect, rows_of
 from ..predictors.errors import CoreskipError
 from ..predictors.observe import down_norms
-from ..predictors.plan import CoreNeurons, Dense, Plan, Similar, Static
+from ..predictors.plan import CoreNeurons, Dense, NeuronPolicy, Plan, Similar, Static, Threshold
 from .attention import can_redirect, redirect_attention
 from .decode import Chosen, Decoder
 from .exact import Exact
@@ -42,6 +43,7 @@ from .selections import (
     prefilling,
     selections_of,
 )
+from .sparse_mlp import TOKEN_POLICIES, SparseColumns, SparseMLP, Weights, column_linears, native_rule
 
 logger = logging.getLogger("coreskip")
 
@@ -81,6 +83,18 @@ def unwrap(model: Model) -> Model:
     """
     runtime_of(model).remove()
     return model
+
+
+@contextmanager
+def wrapped(model: Model, plan: Plan, weights: Weights) -> Iterator[Model]:
+    """`wrap` for a while, with matrices that were packed before: for searches, which try many plans on one model."""
+    anatomy = weights.anatomy
+    plan.check(model, anatomy)
+    Runtime(model, anatomy, plan, weights=weights).install()
+    try:
+        yield model
+    finally:
+        unwrap(model)
 
 
 def is_wrapped(model: nn.Module) -> bool:
@@ -127,11 +141,20 @@ class Patches:
 
 
 class Usage:
-    """MLP neurons that decode steps could have computed and those they skipped, over all threads."""
+    """MLP neurons that decode steps could have computed and those they skipped, over all threads.
+
+    `counting`: whether to count what thresholds keep, which takes time; else the share that they kept in calibration
+    is taken for it.
+    """
 
     def __init__(self, neurons_per_token: int) -> None:
+        self.counting = False
         self._per_token, self._lock = neurons_per_token, threading.Lock()
-        self._possible = self._skipped = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        self._possible, self._skipped = 0, 0.0
 
     def add(self, step: Step) -> None:
         with self._lock:
@@ -151,7 +174,9 @@ class Usage:
 class Runtime:
     """One wrapped model: its plan, its patches, and the weights packed for it."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, plan: Plan, exact: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, plan: Plan, exact: bool = False, weights: Weights | None = None
+    ) -> None:
         self.model, self.anatomy, self.plan = model, anatomy, plan
         self._class = type(model)
         self._patches = Patches()
@@ -168,9 +193,20 @@ class Runtime:
             for index, policy in policies.items()
             if isinstance(policy, Static) and policy.kept(self._width(index)) < self._width(index)
         }
-        assert all(isinstance(p, (Dense, Static, CoreNeurons, Similar)) for p in policies.values())
+        assert all(isinstance(p, (Dense, Static, CoreNeurons, Similar, *TOKEN_POLICIES)) for p in policies.values())
+        self._column_policies = {i: p for i, p in policies.items() if isinstance(p, Threshold) and p.rule != "cats"}
+        self._token_policies: dict[int, NeuronPolicy] = {
+            index: policy
+            for index, policy in policies.items()
+            if isinstance(policy, TOKEN_POLICIES) and index not in self._column_policies
+        }
+        self._column_linears = [
+            (index, *found) for index, p in self._column_policies.items() for found in column_linears(anatomy, index, p)
+        ]
+        self._modules_only = self._reason_for_modules()
         self._watched = self._watches()
-        self._acts = [canonical_activation(layer.act) for layer in anatomy.mlps]
+        self._weights = weights or Weights(anatomy)
+        self._token_mlps: dict[int, SparseMLP] = {}
         self._static_packed: dict[int, PackedMLP] = {}
         self._linear_packed: dict[nn.Module, PackedLinear] = {}
         self._decoder = Decoder(model, anatomy, plan.weights, self.usage.count)
@@ -178,11 +214,8 @@ class Runtime:
         self._chosen_once: Chosen | None = None
         self._chosen_by: weakref.WeakKeyDictionary[Selections, tuple[object, Chosen]] = weakref.WeakKeyDictionary()
         self._skips = LayerSkips(anatomy, plan)
-        self.exact = (
-            Exact(has_draft=bool(self._chosen or self._static or self._skips.policies or plan.weights))
-            if exact
-            else None
-        )
+        sparse = self._chosen or self._static or self._token_policies or self._column_policies
+        self.exact = Exact(has_draft=bool(sparse or self._skips.policies or plan.weights)) if exact else None
 
     def _width(self, layer: int) -> int:
         return self.anatomy.mlps[layer].intermediate_size
@@ -212,7 +245,9 @@ class Runtime:
             if self.exact is not None:
                 self.exact.by_rows = everything and redirects
             self._patch_stack(self.anatomy.stack)
-            for index in sorted({*self._chosen, *self._static, *self._watched}):
+            for index, module, least, in_mlp in self._column_linears:
+                self._patch_columns(index, module, least, in_mlp)
+            for index in sorted({*self._chosen, *self._static, *self._token_policies, *self._watched}):
                 self._patch_mlp(index, self.anatomy.mlps[index])
             self._skips.install(self._patches.set, self._patch_passthrough)
             self._patches.set(self.model, _RUNTIME, self)
@@ -227,6 +262,8 @@ class Runtime:
 
     def repack(self) -> None:
         """Forget packed weights: the model's own were moved, cast or loaded anew."""
+        self._weights.clear()
+        self._token_mlps.clear()
         self._static_packed.clear()
         self._linear_packed.clear()
         self._chosen_once = None
@@ -258,6 +295,8 @@ class Runtime:
 
     def _chosen_for(self, selections: Selections | None) -> Chosen | str:
         """What the native step runs for these sequences, or why it cannot."""
+        if self._modules_only is not None:
+            return self._modules_only
         if not (self._chosen or self._skips.adaptive) or selections is None:
             if self._chosen_once is None:
                 self._chosen_once = self._described({}, None)
@@ -272,15 +311,26 @@ class Runtime:
             self._chosen_by[selections] = (settled, chosen)
         return chosen
 
+    def _reason_for_modules(self) -> str | None:
+        """Why policies that choose token by token need the modules' own pass, if they do."""
+        if self._column_policies:
+            return "its linears leave out small inputs"
+        if any(not native_rule(policy, self.anatomy.mlps[i].gated) for i, policy in self._token_policies.items()):
+            return "no kernel of the native step scores its neurons"
+        return None
+
     def _described(self, settled: dict[int, PackedMLP], selections: Selections | None) -> Chosen:
         packed = {**{i: self._packed_static(i) for i in self._static}, **settled}
         attention, mlp = self._skips.skipped(selections)
-        mlps = [BundledMLP(packed[i]) if i in packed else None for i in range(len(self.anatomy))]
+        mlps = {i: BundledMLP(p) for i, p in packed.items()}
+        for index in self._token_policies:
+            sparse = self.token_mlp(index)  # what its rule leaves out the native step counts itself
+            mlps[index] = BundledMLP(sparse.packed, sparse.rule, sparse.keep, sparse.threshold, sparse.smooth)
         widths = [self._width(i) for i in range(len(self.anatomy))]
         skipped = sum(
             w if i in mlp else w - packed[i].intermediate_size for i, w in enumerate(widths) if i in mlp or i in packed
         )
-        return Chosen(mlps, skipped, attention, mlp, plain=False)
+        return Chosen([mlps.get(i) for i in range(len(widths))], skipped, attention, mlp, plain=False)
 
     def _patch_stack(self, stack: nn.Module) -> None:
         original = stack.forward
@@ -341,10 +391,32 @@ class Runtime:
         self._patches.set(module, "forward", forward)
         return True
 
+    def _patch_columns(self, index: int, module: nn.Module, least: float, in_mlp: bool) -> None:
+        """Decode steps leave out this linear's small inputs."""
+        policy = self._column_policies[index]
+        original = cast(Any, module).forward
+        outputs, inputs = rows_of(module)[0].shape
+        layer = self.anatomy.mlps[index]
+        # a neuron's worth of weights: what an unread column adds to the neurons skipped
+        column = outputs / ((3 if layer.gated else 2) * layer.hidden_size) if in_mlp else 0.0
+
+        @functools.wraps(original)
+        def forward(input: Tensor) -> Tensor:
+            step = STEP.get()
+            if step is None or step.phase is not Phase.DECODE or torch.is_grad_enabled():
+                return cast(Tensor, original(input))
+            sparse = SparseColumns(self._weights.columns(module), least, policy.rule == "wina")
+            rows = input.numel() // inputs
+            kept = sparse.kept(input) if self.usage.counting and column else policy.keep * inputs * rows
+            step.skipped += (inputs * rows - kept) * column
+            return sparse.run(input)
+
+        self._patches.set(module, "forward", forward)
+
     def _patch_mlp(self, index: int, layer: FeedForward) -> None:
         if index in self._watched:
             self._patch_observer(index, layer.down)
-        if index not in self._chosen and index not in self._static:
+        if not any(index in policies for policies in (self._chosen, self._static, self._token_policies)):
             return
         target = layer.owner if layer.whole else layer.up
         original = target.forward
@@ -435,6 +507,8 @@ class Runtime:
 
     def _decode(self, index: int, step: Step, x: Tensor) -> Tensor | None:
         """The sparse MLP's output for x ``[rows, length, hidden]`` or flattened; None: run dense."""
+        if index in self._token_policies:
+            return self._decode_by_token(index, step, x)
         if index in self._static:
             packed = self._packed_static(index)
         elif step.selections is None:
@@ -451,6 +525,19 @@ class Runtime:
             y[rows] = mlp(by_row[rows], layers[index])
         return y.view_as(x)
 
+    def _decode_by_token(self, index: int, step: Step, x: Tensor) -> Tensor:
+        y, kept = self.token_mlp(index).run(x, self.usage.counting)
+        tokens, width = step.rows * step.length, self._width(index)
+        step.skipped += width * tokens - (self._token_policies[index].kept(width) * tokens if kept is None else kept)
+        return y
+
+    def token_mlp(self, index: int) -> SparseMLP:
+        """What a layer whose policy chooses token by token computes at a decode step."""
+        sparse = self._token_mlps.get(index)
+        if sparse is None:
+            sparse = self._token_mlps[index] = self._weights.describe(index, self._token_policies[index])
+        return sparse
+
     def _packed_static(self, index: int) -> PackedMLP:
         packed = self._static_packed.get(index)
         if packed is None:
@@ -458,19 +545,7 @@ class Runtime:
         return packed
 
     def _pack(self, index: int, indices: Tensor) -> PackedMLP:
-        layer = self.anatomy.mlps[index]
-        w = layer.matrices()
-        return PackedMLP.pack(
-            w.gate,
-            w.up,
-            w.down,
-            act=self._acts[index],
-            gate_bias=w.gate_bias,
-            up_bias=w.up_bias,
-            down_bias=w.down_bias,
-            indices=indices.to(w.up.device),
-            fmt=None if self.plan.weights is None else "int8",
-        )
+        return self._weights.pack(index, indices=indices, fmt=None if self.plan.weights is None else "int8")
 
 
 def _decoding(step: Step | None) -> bool:

@@ -92,6 +92,24 @@ for rule in ({"keep": 13}, {"threshold": 0.4}):
 """)
 
 
+@pytest.mark.parametrize("fmt", [None, "int8", "int8_sliced"])
+def test_means(fmt):
+    run(f"""
+x, packed = random_mlp(200, 40, fmt={fmt!r})
+packed = packed.compensated(torch.randn(40))
+check(x, packed)
+check(x, packed, torch.randperm(40)[:13])
+check(x, packed, torch.tensor([4, -1, 7, -1]))
+rule = {{"keep": 13}}
+if packed.fmt == "int8_sliced":
+    chosen = sketch_select(x, packed, backend="torch", **rule)
+    close(sketch_mlp(x, packed, backend="triton", **rule), mlp(x, packed, chosen, backend="torch"))
+if packed.fmt is None:
+    chosen = gate_select(x, packed, backend="torch", **rule)
+    close(gate_mlp(x, packed, backend="triton", **rule), mlp(x, packed, chosen, backend="torch"))
+""")
+
+
 def test_two_runs_are_bit_identical():
     run("""
 x, packed = random_mlp(300, 90, dtype=torch.bfloat16)

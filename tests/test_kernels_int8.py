@@ -219,3 +219,33 @@ def test_bad_arguments():
         PackedMLP.pack(x, x, x, act="silu", fmt="int4")
     with pytest.raises(ValueError, match="fmt"):
         PackedLinear.pack(x, fmt="int8_sliced")
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("fmt", [None, "int8", "int8_sliced"])
+def test_a_neuron_left_out_counts_as_its_mean(backend, fmt, gated, rows):
+    x, plain = random_mlp(70, 53, fmt=fmt, gated=gated)
+    mean = torch.randn(53, generator=torch.Generator().manual_seed(1))
+    packed = plain.compensated(mean)
+    x = x[:rows]
+    close(mlp(x, packed, backend=backend), mlp(x, plain, backend="torch"), 1e-4)
+    lists = torch.stack([torch.randperm(53, generator=torch.Generator().manual_seed(r))[:20] for r in range(rows)])
+    absent = torch.ones(rows, 53).scatter_(1, lists, 0)
+    expected = mlp(x, plain, lists, backend="torch") + (absent * mean) @ plain.down_rows()
+    close(mlp(x, packed, lists, backend=backend), expected, 1e-4)
+    if rows == 1:
+        close(mlp(x, packed, lists[0], backend=backend), expected, 1e-4)
+        close(mlp(x, packed.take(lists[0]), backend=backend), expected, 1e-4)
+    if fmt == "int8_sliced":  # the choice is by the activations themselves, as without means
+        chosen = sketch_select(x, plain, keep=20, backend="torch")
+        assert torch.equal(sketch_select(x, packed, keep=20, backend=backend), chosen)
+        close(sketch_mlp(x, packed, keep=20, backend=backend), mlp(x, packed, chosen, backend="torch"), 1e-4)
+
+
+def test_means_are_given_once_and_fit():
+    _, packed = random_mlp(8, 5, fmt=None)
+    with pytest.raises(ValueError, match="mean must be given once"):
+        packed.compensated(torch.zeros(6))
+    with pytest.raises(ValueError, match="mean must be given once"):
+        packed.compensated(torch.zeros(5)).compensated(torch.zeros(5))

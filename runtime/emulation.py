@@ -1,0 +1,191 @@
+"""Scores many plans on the same windows, for the searches: what token-by-token decoding would give, as masks over
+whole passes.
+
+Only plans that choose token by token, or not at all, can be scored this way: their scored halves run in one pass over
+a KV cache that was filled once. A test holds the figures to those of the token-by-token run through the kernels.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers.cache_utils import Cache
+
+from ..kernels import reference
+from ..kernels.ops import MAX_ROWS, PackedMLP
+from ..kernels.packed import ACTS, quantize, spread
+from ..predictors.anatomy import dissect
+from ..predictors.calibration import TokenText
+from ..predictors.observe import inference
+from ..predictors.plan import CoreNeurons, NeuronPolicy, Plan, Similar
+from .quality import WINDOW, Tally
+from .sparse_mlp import SparseMLP, Weights
+from .wrap import runtime_of, wrapped
+
+_FLOAT_BYTES = 4 << 30  # of dequantised weights are kept at most; beyond it each pass makes them anew
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A window after its prompt: the filled cache, the ids that follow, and what the dense model says of them."""
+
+    cache: Cache
+    first: Tensor  # logits of the first scored token, which come from prefill
+    rest: Tensor
+    targets: Tensor
+    dense: Tensor  # log-probabilities in half precision: a KL divergence from them is off by some 1e-5
+    loss: float
+
+
+class Emulation:
+    """Windows of `text`, prefilled densely once.
+
+    Args:
+        model: an unwrapped causal LM.
+        windows, window: as in `evaluate_all`.
+    """
+
+    def __init__(
+        self, model: Any, text: TokenText, *, windows: int, window: int = WINDOW, progress: bool = True
+    ) -> None:
+        self._model, self._source, self._window = model, text.source, window
+        self.weights: Weights = _FloatWeights(dissect(model))
+        rows = text.windows(window, windows)
+        with inference(model):
+            bar = tqdm(rows.split(1), desc="prefilling", unit="window", disable=not progress, leave=False)
+            self._windows = [self._fill(ids.to(model.device)) for ids in bar]
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    @property
+    def dense_ppl(self) -> float:
+        return math.exp(sum(window.loss for window in self._windows) / len(self._windows))
+
+    def _fill(self, ids: Tensor) -> _Window:
+        prompt, rest = ids.tensor_split(2, dim=1)
+        out = self._model(input_ids=prompt, use_cache=True)
+        cache, first = out.past_key_values, out.logits[0, -1:].float()
+        log_p = self._continue(cache, first, rest[:, :-1]).log_softmax(-1)
+        loss = -float(log_p.gather(1, rest[0].unsqueeze(1)).mean())
+        return _Window(cache, first, rest[:, :-1], rest[0], log_p.half(), loss)
+
+    def _continue(self, cache: Cache, first: Tensor, ids: Tensor) -> Tensor:
+        out = self._model(input_ids=ids, past_key_values=copy.deepcopy(cache), use_cache=True)
+        return torch.cat([first, out.logits[0].float()])
+
+    def score(self, plan: Plan, windows: int | None = None) -> dict[str, Any]:
+        """`evaluate_all`'s figures for one plan, on the first `windows` windows or on all."""
+        assert not any(isinstance(layer.neurons, (CoreNeurons, Similar)) for layer in plan.layers), "chosen in prefill"
+        tally = Tally()
+        with inference(self._model), wrapped(self._model, plan, self.weights):
+            usage = runtime_of(self._model).usage
+            usage.counting = True
+            for window in self._windows[:windows]:
+                log_q = self._continue(window.cache, window.first, window.rest).log_softmax(-1)
+                tally.add(window.dense.float(), log_q, window.targets, usage.neuron_sparsity(), window.loss)
+                usage.reset()
+        about = {"windows": len(self._windows[:windows]), "window": self._window, "text": self._source}
+        return {**tally.result(), **about}
+
+
+@dataclass(frozen=True, eq=False)
+class _Floats:
+    """A sliced MLP's integers as float32: the high nibbles' estimates and the whole bytes of gate and up, down."""
+
+    high: Tensor
+    whole: Tensor
+    down: Tensor
+
+
+class _FloatWeights(Weights):
+    """Sketches that keep their weights dequantised, so that a pass of many rows is three matrix products."""
+
+    def __init__(self, anatomy: Any) -> None:
+        super().__init__(anatomy)
+        self._floats: dict[int, tuple[_Floats, Tensor]] = {}
+
+    def clear(self) -> None:
+        super().clear()
+        self._floats.clear()
+
+    def describe(self, layer: int, policy: NeuronPolicy) -> SparseMLP:
+        sparse = super().describe(layer, policy)
+        if sparse.rule != "sketch":
+            return sparse
+        found = self._floats.get(layer)
+        if found is None or found[1] is not sparse.packed.weight:
+            found = _floats(sparse.packed), sparse.packed.weight
+            if found[0].high.nbytes * 3 * len(self.anatomy.mlps) <= _FLOAT_BYTES:
+                self._floats[layer] = found
+        return _ManyRows(**vars(sparse), floats=found[0])
+
+
+def _floats(packed: PackedMLP) -> _Floats:
+    assert packed.low is not None
+    half, hidden = packed.weight.shape[2], packed.hidden_size
+    high, whole = [], []
+    for part in range(packed.weight.shape[1]):
+        nibbles = 16.0 * spread(packed.weight[:, part])
+        high.append((nibbles + (7.5 - 128))[:, :hidden])
+        whole.append((nibbles + spread(packed.low[:, part * half : (part + 1) * half]) - 128)[:, :hidden])
+    down = packed.low[:, -2 * half :][:, :hidden].float() - 128
+    return _Floats(torch.cat(high).contiguous(), torch.cat(whole).contiguous(), down.contiguous())
+
+
+@dataclass(frozen=True, eq=False)
+class _ManyRows(SparseMLP):
+    """`SparseMLP` by the rule "sketch" for passes of many rows: the kernels' integers in floats, exact up to 2**24."""
+
+    floats: _Floats | None = None
+
+    def _compute(self, x: Tensor, counting: bool) -> tuple[Tensor, int | None]:
+        if x.numel() <= MAX_ROWS * x.shape[-1]:
+            return super()._compute(x, counting)
+        assert self.floats is not None
+        packed, floats = self.packed, self.floats
+        assert packed.scale is not None
+        assert packed.norm is not None
+        rows, factor = quantize(x.reshape(-1, x.shape[-1]).float())
+        wanted = self._wanted(self._activations(rows, floats.high, factor).abs_() * packed.norm)
+        a = self._activations(rows, floats.whole, factor)
+        if packed.mean is not None:
+            a -= packed.mean
+        a *= wanted
+        y = (a * packed.scale[:, -1]) @ floats.down
+        if packed.down_bias is not None:
+            y += packed.down_bias
+        return y.to(x.dtype).view_as(x), int(wanted.sum())
+
+    def _wanted(self, score: Tensor) -> Tensor:
+        """Which neurons each row keeps, bool ``[rows, neurons]``; a sort is ten times slower than topk, which breaks
+        ties (ReLU's zeros) in no order."""
+        if self.threshold is not None:
+            return score >= self.threshold
+        assert self.keep is not None
+        wanted = score >= score.topk(self.keep, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        if int(wanted.sum()) == self.keep * score.shape[0]:
+            return wanted
+        listed = reference.pick(score, self.keep, 0.0)
+        return torch.zeros_like(wanted).scatter_(1, listed, True)
+
+    def _activations(self, rows: Tensor, integers: Tensor, factor: Tensor) -> Tensor:
+        packed = self.packed
+        assert packed.scale is not None
+        act = ACTS[packed.act] if isinstance(packed.act, str) else packed.act
+        products = F.linear(rows, integers).view(rows.shape[0], -1, packed.intermediate_size)
+        products *= factor[:, None, None] * packed.scale[:, :-1].t()
+        if packed.up_bias is not None:
+            products[:, -1] += packed.up_bias
+        if not packed.gated:
+            return act(products[:, 0])
+        if packed.gate_bias is not None:
+            products[:, 0] += packed.gate_bias
+        return act(products[:, 0]) * products[:, 1]

@@ -1,0 +1,304 @@
+"""The budget search: the fastest plan that keeps within the quality a user will give up.
+
+Every *family* (a method with its options) is a line of plans by the share of neurons that they keep. The most promising
+family is bisected first; each other family has one chance, at the keep where it would be faster than the best plan so
+far, and is bisected only if it holds the budget there. What is fast is predicted from the bytes that a decode step
+reads and the measured bandwidth of the memory. The winner must hold the budget, with a margin, on text that the search
+did not see; else it gives way.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..predictors.anatomy import Anatomy, dissect
+from ..predictors.errors import CoreskipError
+from ..predictors.learned import RANK
+from ..predictors.plan import CoreNeurons, LayerPlan, Learned, NeuronPolicy, Plan, Sketch, Threshold, TopK
+from .cost import bytes_per_token, read_bandwidth
+from .tune import ALPHA, Budget, Study
+
+logger = logging.getLogger("coreskip")
+
+_KEEPS = tuple(round(0.05 * i, 2) for i in range(19, 1, -1))  # 0.95 ... 0.1
+_COARSE = (0.8, 0.65, 0.5, 0.35)
+_FINE = 0.02
+_CHECKS = 4  # plans that are measured on the held-out text at most
+_FIGURES = ("ppl_increase", "ppl_increase_stderr", "kl", "top1_agreement", "neuron_sparsity")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One way of choosing neurons."""
+
+    method: str
+    options: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        return " ".join([self.method, *(str(v) for k, v in self.options.items() if v and k != "all_linears")]) + (
+            " all linears" if self.options.get("all_linears") else ""
+        )
+
+
+#: Most promising first, as measured on the embedded model.
+FAMILIES = (
+    Family("sketch", {"allocation": "fisher"}),
+    Family("sketch", {"allocation": "residual"}),
+    Family("sketch", {"allocation": "equal"}),
+    Family("threshold", {"rule": "cats", "all_linears": False}),
+    Family("threshold", {"rule": "wina", "all_linears": False}),
+    Family("threshold", {"rule": "teal", "all_linears": False}),
+    Family("threshold", {"rule": "teal", "all_linears": True}),
+    Family("sketch", {"allocation": "cett"}),
+    Family("learned", {}),
+    Family("static", {}),
+    Family("core", {}),
+    Family("similar", {}),
+)
+_FAST = (FAMILIES[0], FAMILIES[3], FAMILIES[5], FAMILIES[9])
+
+
+def search(study: Study, budget: Budget, method: str, *, journal: str | Path | None = None) -> Plan:
+    """The fastest plan of `method`'s families, or under ``auto`` of all, that holds `budget`; of a fast study's, four.
+
+    Args:
+        journal: a file of what was measured, made if it is not there; a search of the same study goes on from it.
+    """
+    families = [f for f in (_FAST if study.fast and method == "auto" else FAMILIES) if method in ("auto", f.method)]
+    hunt = _Hunt(study, budget, Journal(journal))
+    for family in families or [Family(method, {})]:
+        hunt.pursue(family)
+    return hunt.conclude()
+
+
+def pareto(
+    model: Any, tokenizer: Any, *, keeps: Sequence[float] = (0.8, 0.65, 0.5, 0.35), **options: Any
+) -> list[Plan]:
+    """The plans that nothing found here beats in both predicted time and quality, fastest first.
+
+    Args:
+        keeps: shares of neurons at which every family is measured.
+        options: of `analyze`, without method, keep and budget.
+
+    Returns:
+        plans whose ``quality`` was measured on one held-out part of the text. The first entry of each ``frontier`` is
+        the plan's own.
+    """
+    journal = Journal(options.pop("resume", None))
+    study = Study(model, tokenizer, **options)
+    hunt = _Hunt(study, None, journal)
+    for family in _FAST if study.fast else FAMILIES:
+        for keep in keeps:
+            hunt.measure(family, keep)
+    return hunt.front()
+
+
+class Journal:
+    """Measurements by what was measured, on disk where there is a path: one JSON object a line."""
+
+    def __init__(self, path: str | Path | None) -> None:
+        self._path = None if path is None else Path(path)
+        self._known: dict[str, dict[str, Any]] = {}
+        self._size = 0
+        if self._path is None or not self._path.exists():
+            return
+        try:
+            data = self._path.read_bytes()
+        except OSError as error:
+            raise CoreskipError(f"cannot read the search so far from {self._path}: {error.strerror}") from None
+        self._size = data.rfind(b"\n") + 1  # an interruption may have cut the last line: it is written over
+        for number, line in enumerate(data[: self._size].splitlines(), 1):
+            try:
+                entry = json.loads(line)
+                self._known[entry["key"]] = entry["quality"]
+            except (ValueError, KeyError, TypeError):
+                raise CoreskipError(f"line {number} of {self._path} is no measurement: name another file") from None
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        return self._known.get(key)
+
+    def add(self, key: str, quality: dict[str, Any]) -> None:
+        self._known[key] = quality
+        if self._path is None:
+            return
+        try:
+            with self._path.open("r+b" if self._path.exists() else "wb") as file:
+                file.truncate(self._size)
+                file.seek(self._size)
+                self._size += file.write(json.dumps({"key": key, "quality": quality}).encode() + b"\n")
+        except OSError as error:
+            raise CoreskipError(f"cannot write to {self._path}: {error.strerror or error}") from None
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    family: Family
+    keep: float
+    plan: Plan
+    quality: dict[str, Any]
+    megabytes: float
+
+    def row(self, bandwidth: float) -> dict[str, Any]:
+        """As the plan's frontier keeps it."""
+        return {
+            "name": self.family.label,
+            "keep": self.keep,
+            "megabytes": round(self.megabytes, 2),
+            "milliseconds": round(1e9 * self.megabytes / bandwidth, 3),
+            **{name: self.quality[name] for name in _FIGURES},
+        }
+
+
+class _Hunt:
+    """The state of one search."""
+
+    def __init__(self, study: Study, budget: Budget | None, journal: Journal) -> None:
+        self._study, self._budget, self._journal = study, budget, journal
+        self._anatomy = dissect(study.model)
+        self._dense = Plan.dense(study.model)
+        self._all = self._megabytes(self._dense)
+        self._found: list[_Found] = []
+        self._best: _Found | None = None
+        self._about = study.identity()[:16]
+
+    def _megabytes(self, plan: Plan) -> float:
+        return bytes_per_token(self._study.model, plan, self._anatomy) / 1e6
+
+    # ---- candidates
+
+    def measure(self, family: Family, keep: float) -> _Found:
+        plan = self._study.workshop.make(family.method, keep, **family.options)
+        quality = self._quality(f"{family.label} at {keep:g}", plan, "searched")
+        found = _Found(family, keep, plan, quality, self._megabytes(plan))
+        logger.info(
+            "%s, keep %g: %.1f MB a token (dense %.1f), perplexity %+.2f %%, KL %.4f",
+            *(family.label, keep, found.megabytes, self._all, 100 * quality["ppl_increase"], quality["kl"]),
+        )
+        self._found.append(found)
+        return found
+
+    def _quality(self, name: str, plan: Plan, part: str) -> dict[str, Any]:
+        key = f"{self._about} {part} {name}"
+        known = self._journal.get(key)
+        if known is None:
+            known = self._study.measure(plan, part)
+            self._journal.add(key, known)
+        return known
+
+    def _holds(self, family: Family, keep: float) -> bool:
+        assert self._budget is not None
+        found = self.measure(family, keep)
+        held = self._budget.holds(found.quality)
+        if held and found.megabytes < (self._best.megabytes if self._best else self._all):
+            self._best = found
+        return held
+
+    def pursue(self, family: Family) -> None:
+        """Find the fewest neurons with which this family holds the budget, if that can win."""
+        keeps = [keep for keep in _KEEPS if self._promises(family, keep)]
+        if not keeps or (self._best is not None and not self._holds(family, keeps[0])):
+            return
+        low, high = (0 if self._best is not None and self._best.family is family else -1), len(keeps)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._holds(family, keeps[middle]) else (low, middle)
+
+    def _promises(self, family: Family, keep: float) -> bool:
+        """Whether the family would be faster than the best so far, at this keep."""
+        policies = [_outline(family, keep, self._anatomy, i) for i in range(len(self._anatomy))]
+        plan = replace(self._dense, layers=tuple(LayerPlan(policy) for policy in policies))
+        return self._megabytes(plan) < 0.99 * (self._best.megabytes if self._best else self._all)
+
+    # ---- the end
+
+    def conclude(self) -> Plan:
+        """The best candidate that also holds the budget on the held-out text."""
+        assert self._budget is not None
+        budget, best = self._budget, self._best
+        for _ in range(_CHECKS):
+            if best is None:
+                break
+            keep = best.plan.recipe["keep"]
+            quality = self._quality(f"{best.family.label} at {keep:g}", best.plan, "checked")
+            if budget.holds(quality):
+                return self._finished(best.plan, quality, {"budget": budget.text})
+            logger.info(
+                "%s, keep %g does not hold on the held-out text: a little more is kept", best.family.label, keep
+            )
+            best = self._milder(best, keep, quality)
+        logger.warning("no plan found within %s is faster than dense: this plan skips nothing", budget.text)
+        quality = self._quality("dense", self._dense, "checked")
+        return self._finished(self._dense, quality, {"method": "dense", "budget": budget.text})
+
+    def _milder(self, best: _Found, keep: float, quality: dict[str, Any]) -> _Found | None:
+        more = round(keep + max(_FINE, 0.25 * (1 - keep)), 2)
+        if more >= 1:
+            return None
+        plan = self._study.workshop.make(best.family.method, more, **best.family.options)
+        megabytes = self._megabytes(plan)
+        return _Found(best.family, more, plan, quality, megabytes) if megabytes < self._all else None
+
+    def _finished(self, plan: Plan, quality: dict[str, Any], recipe: dict[str, Any]) -> Plan:
+        return replace(
+            plan,
+            quality=quality,
+            recipe={**plan.recipe, **recipe},
+            calibration=self._study.calibration.fingerprint(),
+            frontier=tuple(found.row(self._bandwidth()) for found in self._best_of_all()),
+        )
+
+    def _bandwidth(self) -> float:
+        return read_bandwidth(self._study.model.device.type)
+
+    def _best_of_all(self) -> list[_Found]:
+        """Fewest bytes first; each next one has more, and less loss."""
+        front: list[_Found] = []
+        for found in sorted(self._found, key=lambda f: (f.megabytes, _loss(f.quality))):
+            if not front or _loss(found.quality) < _loss(front[-1].quality):
+                front.append(found)
+        return front
+
+    def front(self) -> list[Plan]:
+        rows = [found.row(self._bandwidth()) for found in self._best_of_all()]
+        return [
+            replace(
+                found.plan,
+                quality=found.quality,
+                calibration=self._study.calibration.fingerprint(),
+                frontier=(row, *(other for other in rows if other is not row)),
+            )
+            for found, row in zip(self._best_of_all(), rows, strict=True)
+        ]
+
+
+def _loss(quality: dict[str, Any]) -> float:
+    return float(quality["kl"])  # less noisy than perplexity, and grows with it
+
+
+def _outline(family: Family, keep: float, anatomy: Anatomy, layer: int) -> NeuronPolicy:
+    """A policy that moves the bytes of the family's at this keep, without its calibration."""
+    mlp, attention = anatomy.mlps[layer], anatomy.attentions[layer]
+    if family.method == "sketch":
+        return Sketch(keep=keep, bits=family.options.get("bits", 4))
+    if family.method == "topk":
+        return TopK(keep=keep)
+    if family.method == "learned":
+        width, zeros = mlp.intermediate_size, torch.zeros
+        return Learned(keep=keep, reduce=zeros(RANK, mlp.hidden_size), expand=zeros(width, RANK), bias=zeros(width))
+    if family.method != "threshold":
+        return CoreNeurons(ALPHA, keep, "griffin")
+    rule = family.options["rule"]
+    if rule == "cats":
+        return Threshold("cats", keep, {"act": 0.0})
+    least = {f"mlp.{mlp.down_name}": 0.0}
+    if family.options.get("all_linears") and attention is not None:
+        least |= {f"attention.{name}": 0.0 for name in (*attention.inputs, attention.output)}
+    return Threshold(rule, keep, least)

@@ -1,0 +1,182 @@
+"""Calibration of the policies that choose token by token, against what each figure is defined as."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+import torch
+from test_policies import plan_with
+from tiny_models import greedy, prompt, tiny
+from torch import Tensor
+
+import coreskip
+from coreskip import CoreskipError
+from coreskip.predictors.anatomy import dissect
+from coreskip.predictors.learned import recall, train_predictors
+from coreskip.predictors.plan import Rule
+from coreskip.predictors.token_choice import ALLOCATIONS, TokenCalibration
+from coreskip.predictors.token_samples import (
+    cett_threshold,
+    fisher_norms,
+    means_when_left_out,
+    quantile,
+    relative_error,
+    sample_tokens,
+)
+
+
+def calibration(model: Any) -> TokenCalibration:
+    return TokenCalibration(model, prompt(6, 40), most=120, progress=False)
+
+
+def test_samples_are_the_linears_inputs(llama: Any) -> None:
+    windows = prompt(3, 20)
+    seen: list[Tensor] = []
+    handle = dissect(llama).mlps[1].down.register_forward_pre_hook(lambda m, arguments: seen.append(arguments[0]))
+    with torch.no_grad():
+        for row in windows.split(1):
+            llama(row)
+    handle.remove()
+    found = sample_tokens(llama, windows, attention=True, progress=False)
+    expected = torch.cat([a[0, 10:] for a in seen])
+    assert torch.allclose(found.activations[1], expected, rtol=1e-4, atol=1e-5)
+    assert found.hidden[0].shape == (30, 64)
+    assert found.attention[2][0].shape == found.attention[2][1].shape == (30, 64)
+    assert len(sample_tokens(llama, windows, most=6, progress=False).hidden[0]) == 6
+    assert all(size > 0 for size in found.residual)
+
+
+def test_quantile() -> None:
+    values = torch.arange(100.0)[torch.randperm(100)]
+    for share in (0.0, 0.01, 0.3, 1.0):
+        least = quantile(values, share)
+        assert int((values < least).sum()) == pytest.approx(100 * share, abs=1)
+
+
+def test_cett_is_the_sparsing_laws_ratio() -> None:
+    rng = torch.Generator().manual_seed(0)
+    a, down = torch.randn(50, 30, generator=rng), torch.randn(30, 12, generator=rng)
+    for cett in (0.1, 0.3, 0.7):
+        least = cett_threshold(a, down, cett)
+        ratios = []
+        for token in a:
+            outputs = token[:, None] * down
+            left_out = outputs[outputs.norm(dim=1) < least].sum(0)
+            ratios.append(float(left_out.norm() / outputs.sum(0).norm()))
+        mean = sum(ratios) / len(ratios)
+        assert mean <= cett
+        assert mean == pytest.approx(cett, abs=0.03)
+        wanted = a.abs() * down.norm(dim=1) >= least
+        assert relative_error(a, down, wanted) == pytest.approx(torch.tensor(ratios), rel=1e-3)
+    assert cett_threshold(a, down, 0.0) == pytest.approx(float((a.abs() * down.norm(dim=1)).min()))
+
+
+def test_means_of_what_is_left_out() -> None:
+    a = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    wanted = torch.tensor([[True, True], [False, True], [False, True]])
+    assert means_when_left_out(a, wanted).tolist() == [4.0, 0.0]
+
+
+def test_fisher_norms_predict_what_an_error_costs() -> None:
+    """Against KL divergences measured after nudging one neuron's output at one position."""
+    model = tiny("llama", num_hidden_layers=2)
+    ids = prompt(1, 12)
+    norms = fisher_norms(model, ids.repeat(400, 1), progress=False)
+    mlp = dissect(model).mlps[0]
+    rows = mlp.matrices().down
+    chosen = [int(norms[0].argmax()), int(norms[0].argmin()), 7]
+    measured = []
+    with torch.no_grad():
+        dense = model(ids).logits[0].log_softmax(-1)
+        for neuron in chosen:
+            total = 0.0
+            for place in range(6, 12):
+                nudge = torch.zeros(1, 12, 64)
+                nudge[0, place] = 0.02 * rows[neuron]
+                handle = mlp.down.register_forward_hook(lambda m, i, out, nudge=nudge: out + nudge)
+                log_q = model(ids).logits[0].log_softmax(-1)
+                handle.remove()
+                total += float((dense.exp() * (dense - log_q)).sum())
+            measured.append((2 * total / 6) ** 0.5 / 0.02)
+    assert [float(norms[0][n]) for n in chosen] == pytest.approx(measured, rel=0.25)
+    assert measured[0] > 1.5 * measured[1]
+
+
+def test_gradients_leave_the_model_as_it_was(llama: Any) -> None:
+    llama.train()
+    frozen = next(llama.parameters()).requires_grad_(False)
+    before = llama(prompt()).logits
+    fisher_norms(llama, prompt(1, 12), progress=False)
+    assert llama.training
+    assert not frozen.requires_grad
+    assert all(p.requires_grad for p in llama.parameters() if p is not frozen)
+    assert all(p.grad is None for p in llama.parameters())
+    assert torch.equal(llama(prompt()).logits, before)
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_allocations_keep_the_share_asked_for(family: str, allocation: Any) -> None:
+    model = tiny(family)
+    found = calibration(model)
+    for keep in (0.8, 0.4):
+        policies = found.sketch(keep, allocation)
+        plan = plan_with(model, *policies)
+        # half of a tiny OPT's activations are zero and never kept
+        expected = keep if family == "llama" or allocation == "equal" else min(keep, 0.5)
+        assert plan.keep == pytest.approx(expected, abs=0.03)
+        layers = {policy.keep for policy in policies}
+        assert (len(layers) == 1) == (allocation == "equal")
+        with coreskip.wrap(model, plan):
+            greedy(model, prompt(), 3)
+        oracle = found.topk(keep, allocation)
+        assert [o.keep for o in oracle] == [p.keep for p in policies]
+    assert {policy.keep for policy in found.sketch(1.0, allocation)} == {1.0}
+
+
+@pytest.mark.parametrize("rule", get_args(Rule))
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_thresholds_keep_the_share_asked_for(family: str, rule: Any) -> None:
+    model = tiny(family)
+    found = calibration(model)
+    policies = found.threshold(0.6, rule, everywhere=rule == "teal")
+    assert ("act" in policies[0].least) == (rule == "cats")
+    if rule != "cats":
+        down = next(name for name in policies[1].least if name == f"mlp.{dissect(model).mlps[1].down_name}")
+        x = found.samples.activations[1].abs()
+        x = x * dissect(model).mlps[1].matrices().down.norm(dim=1) if rule == "wina" else x
+        assert float((x >= policies[1].least[down]).float().mean()) == pytest.approx(
+            0.5 if family == "opt" else 0.6, abs=0.04
+        )
+        assert any(name.startswith("attention.") for name in policies[0].least) == (rule == "teal")
+    with coreskip.wrap(model, plan_with(model, *policies)):
+        greedy(model, prompt(), 3)
+
+
+def test_learned_predictors_find_what_can_be_found() -> None:
+    """Scores that are a low-rank map of the inputs can be learned; a predictor of another layer's cannot know them."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(1200, 20, generator=rng)
+    truth = torch.randn(20, 3, generator=rng) @ torch.randn(3, 48, generator=rng)
+    scores = [(x @ truth).exp(), (torch.randn(1200, 20, generator=rng) @ truth).exp()]
+    good, hopeless = train_predictors([x, x], scores, keep=0.25, rank=4, progress=False)
+    assert good.recall is not None
+    assert hopeless.recall is not None
+    assert good.recall > 0.85
+    assert hopeless.recall < 0.45
+    assert recall(good, x, scores[0]) == pytest.approx(good.recall, abs=0.05)
+    again = train_predictors([x], scores[:1], keep=0.25, rank=4, progress=False)[0]
+    assert torch.equal(again.expand, good.expand)
+
+
+def test_learned_plans_run(llama: Any) -> None:
+    policies = calibration(llama).learned(0.5, rank=8)
+    assert all(policy.rank == 8 for policy in policies)
+    with coreskip.wrap(llama, plan_with(llama, *policies)):
+        greedy(llama, prompt(), 3)
+
+
+def test_mistakes(llama: Any) -> None:
+    with pytest.raises(CoreskipError, match="unknown allocation 'best'; choose from equal"):
+        calibration(llama).sketch(0.5, "best")  # type: ignore[arg-type]
