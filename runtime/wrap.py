@@ -178,8 +178,11 @@ class Runtime:
         self._chosen_once: Chosen | None = None
         self._chosen_by: weakref.WeakKeyDictionary[Selections, tuple[object, Chosen]] = weakref.WeakKeyDictionary()
         self._skips = LayerSkips(anatomy, plan)
-        has_draft = bool(self._chosen or self._static or self._skips.policies or plan.weights)
-        self.exact = Exact(has_draft) if exact else None
+        self.exact = (
+            Exact(has_draft=bool(self._chosen or self._static or self._skips.policies or plan.weights))
+            if exact
+            else None
+        )
 
     def _width(self, layer: int) -> int:
         return self.anatomy.mlps[layer].intermediate_size
