@@ -523,3 +523,17 @@ def test_statistics_say_what_happened() -> None:
     assert "4 of 6 from the lookup" in str(done)
     assert "a batch" in str(Statistics(tokens=3, note="a batch of 2"))
     assert Statistics().acceptance == Statistics().tokens_per_pass == 0.0
+
+
+@needs_kernels
+def test_rows_are_apart_where_a_pass_reaches_over_128_positions(embedded: tuple[Any, Any]) -> None:
+    """The native step reads the cache in parts of 128; a token before the border must not notice the part after."""
+    model, _ = embedded
+    ids = torch.arange(100, 237).unsqueeze(0)
+    with torch.no_grad(), coreskip.wrap(model, Plan.dense(model)):
+        one, many = DynamicCache(config=model.config), DynamicCache(config=model.config)
+        for cache in (one, many):
+            model(ids[:, :120], past_key_values=cache)
+        single = torch.cat([model(t, past_key_values=one).logits for t in ids[:, 120:136].split(1, dim=1)], dim=1)
+        several = torch.cat([model(t, past_key_values=many).logits for t in ids[:, 120:136].split(5, dim=1)], dim=1)
+        assert torch.equal(several, single)
