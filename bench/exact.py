@@ -37,18 +37,19 @@ def cuts(workload: str, count: int) -> list[str]:
 
 
 def plan_named(name: str, model: Any) -> Plan:
-    """``dense`` (drafts come from the text alone), ``core:KEEP`` (core neurons of the prompt), or layers left out:
-    ``every:2``, ``adaptive:0.8``."""
+    """``dense`` (drafts come from the text alone), ``core:KEEP`` (core neurons of the prompt), or layers left out,
+    ``every:2``; each may draft with coarser weights: ``dense+int4``, ``every:2+int8``."""
+    name, _, weights = name.partition("+")
     dense = Plan.dense(model)
     kind, _, share = name.partition(":")
-    if kind == "dense":
-        return dense
     if kind == "core":
         layers = tuple(LayerPlan(CoreNeurons(0.4, float(share), "griffin")) for _ in dense.layers)
-        return Plan(layers, dense.model, {"method": name})
-    even = [Influence(0.0, 0.0, 0.0)] * len(dense.layers)
-    policies = LayerChoice.parse(name).policies(even)
-    return Plan(tuple(LayerPlan(layer=policy) for policy in policies), dense.model, {"method": name})
+    elif kind == "dense":
+        layers = dense.layers
+    else:
+        even = [Influence(0.0, 0.0, 0.0)] * len(dense.layers)
+        layers = tuple(LayerPlan(layer=policy) for policy in LayerChoice.parse(name).policies(even))
+    return Plan(layers, dense.model, {"method": name}, weights=weights or None)
 
 
 @dataclass
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=10, help="in all; a multiple of the workloads")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--plans", default="dense,core:0.8,core:0.05,every:2")
+    parser.add_argument("--plans", default="dense,dense+int4,core:0.8,core:0.05,every:2")
     parser.add_argument("--workloads", default=",".join(PROMPTS))
     parser.add_argument("--json", type=Path, help="write rows to this file")
     options = parser.parse_args()

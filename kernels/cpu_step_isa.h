@@ -215,7 +215,9 @@ static void attend(const AttendJob& job) {
 static void merge(int64_t parts, int64_t stride, const float* most, const float* sum, const float* value,
                   int64_t head_dim, float* out) {
     float top = -HUGE_VALF, whole = 0;
-    for (int64_t p = 0; p < parts; p++) top = most[p * stride] > top ? most[p * stride] : top;
+    // a part that this query did not see has no greatest score: what lies there is another step's
+    for (int64_t p = 0; p < parts; p++)
+        if (sum[p * stride] != 0 && most[p * stride] > top) top = most[p * stride];
     memset(out, 0, head_dim * sizeof(float));
     for (int64_t p = 0; p < parts; p++) {
         if (sum[p * stride] == 0) continue;

@@ -118,9 +118,8 @@ class ModulePasses:
         self.length += len(tokens)
         logits = cast(Tensor, self._model(input_ids=ids, past_key_values=self._cache, use_cache=True).logits[0])
         if self._device.type == "cuda":
-            torch.cuda.current_stream(
-                self._device
-            ).synchronize()  # the pass is timed; the choice of tokens waits anyway
+            # the pass is timed, and choosing tokens waits for it anyway
+            torch.cuda.current_stream(self._device).synchronize()
         return logits
 
     def rollback(self, length: int) -> None:

@@ -177,6 +177,7 @@ class Selections:
         previous = self._void.get(layer)
         self._void[layer] = total if previous is None else previous + total
         self._void_rows.pop(layer, None)
+        self._group_of_row = None
 
     # --- decode
 
@@ -200,9 +201,10 @@ class Selections:
 
     def _settle(self, pack: Packer) -> None:
         chosen = {layer: self._choose(layer, policy) for layer, policy in self._policies.items()}
-        if not chosen:  # adaptive layers alone
+        if not chosen:  # adaptive layers alone: every row has the same neurons, all of them
             self._groups = [{}]
-            return self._assign(torch.zeros(self.rows, dtype=torch.int64))
+            self._assign(torch.zeros(self.rows, dtype=torch.int64))
+            return
         every = torch.cat(list(chosen.values()), dim=1)
         distinct, group_of_row = every.unique(dim=0, return_inverse=True)
         first = [int((group_of_row == g).nonzero()[0, 0]) for g in range(distinct.shape[0])]

@@ -362,8 +362,8 @@ def test_shapes_have_the_sparsity_that_they_state() -> None:
 def test_a_shape_has_no_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = settings_of(model=None, shape="opt-1.3b", layers=1, against="hf", keeps=(0.5,), windows=4)
     assert [str(job) for job in chosen.jobs] == [
-        *("hf float32", "hf bfloat16", "coreskip-dense float32", "coreskip-dense bfloat16"),
-        *("coreskip float32 0.5", "coreskip bfloat16 0.5"),
+        *("hf float32", "hf bfloat16", "coreskip-dense float32", "coreskip-dense bfloat16", "coreskip-dense int4"),
+        *("coreskip float32 0.5", "coreskip bfloat16 0.5", "coreskip int4 0.5"),
     ]
     outcome = throughput.run(dataclasses.replace(chosen, rounds=1), lambda job: Pretender(job))
     assert all(row.synthetic and row.ppl is None for row in outcome.rows)

@@ -68,7 +68,7 @@ def test_in_half_precision_too(kind: str, dtype: torch.dtype) -> None:
     model = tiny("llama", hidden_size=128, intermediate_size=256, num_hidden_layers=2).to(dtype)
     plan = plan_of(model, kind, 0.7)
     for seed in range(4):
-        ids = prompt(1, 30, seed=seed)
+        ids = prompt(1, 30 + 30 * seed, seed=seed)  # over the 128 positions that one attention task reads
         output, done = tokens_and_statistics(model, plan, ids, new=60)
         assert done.note is None
         assert sum(done.drafted.values()) > 0
@@ -299,7 +299,7 @@ def test_what_rounding_could_decide_gets_a_pass_of_its_own(monkeypatch: pytest.M
 def test_a_rounding_model_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama", hidden_size=128, intermediate_size=256).to(torch.bfloat16)
     monkeypatch.setattr("coreskip.runtime.wrap.redirect_attention", lambda *a: None)
-    monkeypatch.setattr("coreskip.runtime.decode.Decoder.forward", lambda *a: None)  # whose rows are apart
+    monkeypatch.setattr("coreskip.runtime.wrap.Decoder.refusal", "switched off")  # which attends row by row
     _, done = tokens_and_statistics(model, plan_of(model, "griffin", 0.5), prompt(1, 40), new=4)
     assert "rounds otherwise" in done.note
 
@@ -523,3 +523,17 @@ def test_statistics_say_what_happened() -> None:
     assert "4 of 6 from the lookup" in str(done)
     assert "a batch" in str(Statistics(tokens=3, note="a batch of 2"))
     assert Statistics().acceptance == Statistics().tokens_per_pass == 0.0
+
+
+@needs_kernels
+def test_rows_are_apart_where_a_pass_reaches_over_128_positions(embedded: tuple[Any, Any]) -> None:
+    """The native step reads the cache in parts of 128; a token before the border must not notice the part after."""
+    model, _ = embedded
+    ids = torch.arange(100, 237).unsqueeze(0)
+    with torch.no_grad(), coreskip.wrap(model, Plan.dense(model)):
+        one, many = DynamicCache(config=model.config), DynamicCache(config=model.config)
+        for cache in (one, many):
+            model(ids[:, :120], past_key_values=cache)
+        single = torch.cat([model(t, past_key_values=one).logits for t in ids[:, 120:136].split(1, dim=1)], dim=1)
+        several = torch.cat([model(t, past_key_values=many).logits for t in ids[:, 120:136].split(5, dim=1)], dim=1)
+        assert torch.equal(several, single)
