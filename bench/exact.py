@@ -20,6 +20,7 @@ from torch import Tensor
 
 from coreskip.bench.rows import commit, device_name, model_name, replace_text
 from coreskip.bench.workloads import PROMPTS
+from coreskip.predictors.layers import Influence, LayerChoice
 from coreskip.predictors.plan import CoreNeurons, LayerPlan, Plan
 from coreskip.runtime.load import load
 from coreskip.runtime.wrap import runtime_of, unwrap, wrap
@@ -36,7 +37,8 @@ def cuts(workload: str, count: int) -> list[str]:
 
 
 def plan_named(name: str, model: Any) -> Plan:
-    """``dense`` (drafts come from the text alone), or ``core:KEEP`` (core neurons of the prompt)."""
+    """``dense`` (drafts come from the text alone), ``core:KEEP`` (core neurons of the prompt), or layers left out:
+    ``every:2``, ``adaptive:0.8``."""
     dense = Plan.dense(model)
     kind, _, share = name.partition(":")
     if kind == "dense":
@@ -44,7 +46,9 @@ def plan_named(name: str, model: Any) -> Plan:
     if kind == "core":
         layers = tuple(LayerPlan(CoreNeurons(0.4, float(share), "griffin")) for _ in dense.layers)
         return Plan(layers, dense.model, {"method": name})
-    raise SystemExit(f"unknown plan {name!r}: dense or core:0.05")
+    even = [Influence(0.0, 0.0, 0.0)] * len(dense.layers)
+    policies = LayerChoice.parse(name).policies(even)
+    return Plan(tuple(LayerPlan(layer=policy) for policy in policies), dense.model, {"method": name})
 
 
 @dataclass
@@ -69,7 +73,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=10, help="in all; a multiple of the workloads")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--plans", default="dense,core:0.8,core:0.05")
+    parser.add_argument("--plans", default="dense,core:0.8,core:0.05,every:2")
     parser.add_argument("--workloads", default=",".join(PROMPTS))
     parser.add_argument("--json", type=Path, help="write rows to this file")
     options = parser.parse_args()

@@ -61,6 +61,7 @@ def _quiet_libraries() -> None:
 @click.option("--score", help="griffin (default), magnitude, magnitude_down, or signed as CoreInfer published.")
 @click.option("--alpha", type=float, default=0.4, show_default=True, help="Share of a token's neurons in its core.")
 @click.option("--first-layer", type=int, default=0, show_default=True, help="Layers before it stay dense.")
+@click.option("--layers", help="Leave layers out: skip:6, skip-attention:6, skip-mlp:6, every:2 or adaptive:0.8.")
 @click.option("--tokens", type=int, default=16384, show_default=True, help="Observe at most this many tokens.")
 @click.option("--rule", default="teal", show_default=True, help="Of threshold: teal, wina or cats.")
 @click.option("--all-linears", is_flag=True, help="Of threshold: the attention's linears, too.")
@@ -75,25 +76,53 @@ def analyze(
     model: str | None,
     output: Path,
     text: Path | None,
+    layers: str | None,
     dtype: str | None,
     device: str | None,
     **options: Any,
 ) -> None:
     """Observe MODEL and write a plan."""
     from coreskip.predictors.calibration import read_text, tokenize
+    from coreskip.predictors.layers import LayerChoice
     from coreskip.predictors.plan import check_target
     from coreskip.runtime.load import load
     from coreskip.runtime.tune import analyze, check_options
 
     check_target(output)
     check_options(**options)
+    choice = LayerChoice.parse(layers) if layers is not None else None
     content = read_text(text) if text is not None else None
     loaded, tokenizer = load(model, dtype=dtype, device=device)
     given = tokenize(tokenizer, content, Path(str(text)).name) if content is not None else None
-    plan = analyze(loaded, tokenizer, text=given, **options)
+    if choice is None:
+        plan = analyze(loaded, tokenizer, text=given, **options)
+    else:
+        plan = _without_layers(loaded, tokenizer, choice, given, options)
     plan.save(output)
     click.echo(str(plan))
     click.echo(f"\nwritten to {output}")
+
+
+def _without_layers(model: Any, tokenizer: Any, choice: Any, text: Any, options: dict[str, Any]) -> Any:
+    """A plan that leaves layers out, and neurons too where that was asked for; measured on the text's last part."""
+    from dataclasses import replace
+
+    from coreskip.predictors.calibration import sample_text
+    from coreskip.predictors.layers import leave_out
+    from coreskip.predictors.plan import Plan
+    from coreskip.runtime.quality import evaluate
+    from coreskip.runtime.tune import analyze
+
+    if text is None:
+        text = sample_text(model, tokenizer, tokens=8192, length=512, seed=options["seed"])
+    seen, held_out = text.split(0.8, 0.2)
+    if options["method"] == "auto" and options["keep"] is None and options["budget"] is None:
+        plan = replace(Plan.dense(model), calibration=seen.fingerprint())
+    else:
+        plan = analyze(model, tokenizer, text=seen, **options)
+    plan = leave_out(plan, model, seen, choice)
+    window = min(512, len(held_out.ids) // 2 * 2)
+    return replace(plan, quality=evaluate(model, tokenizer, plan, held_out, windows=8, window=window))
 
 
 @cli.command()

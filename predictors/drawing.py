@@ -16,7 +16,7 @@ def plan_table(plan: Plan) -> str:
     lines = [
         f"plan for {model.model_type}: {len(plan.layers)} layers, hidden {model.hidden_size}, "
         f"activation {model.activation}",
-        "recipe       " + _pairs(plan.recipe),
+        "recipe       " + _pairs({name: value for name, value in plan.recipe.items() if name != "measures"}),
         "calibration  " + (_pairs(plan.calibration) or "none"),
         "quality      " + _quality(plan.quality),
         f"keeps        {plan.keep:.1%} of all MLP neurons at each decode step",
@@ -27,12 +27,28 @@ def plan_table(plan: Plan) -> str:
     room = max(map(len, policies))
     lines.append(f"layer  {'neurons':{room}}   kept / all")
     lines += [
-        f"{index:5}  {policy:{room}} {_share(layer.neurons.kept(width), width)}"
+        f"{index:5}  {policy:{room}} {_share(layer.kept(width), width)}"
         for index, (policy, layer, width) in enumerate(
             zip(policies, plan.layers, model.intermediate_sizes, strict=True)
         )
     ]
+    lines += _measures(plan.recipe.get("measures"), len(plan.layers))
     return "\n".join([*lines, *_frontier(plan.frontier)])
+
+
+def _measures(measures: Any, depth: int) -> list[str]:
+    """What was measured of whole layers: block influence, and the share of tokens for which LAC finds each void."""
+    names = ("influence", "void_prompt", "void_response")
+    if not isinstance(measures, dict) or any(len(measures.get(name, ())) != depth for name in names):
+        return []
+    influence, *shares = (measures[name] for name in names)
+    means = [f"{sum(values) / depth:.1%}" for values in shares]
+    lines = ["", f"void layers (LAC, alpha 0.8): {means[0]} in prompts, {means[1]} in responses"]
+    lines.append("layer  influence  void in prompts                         void in responses")
+    for index in range(depth):
+        bars = "  ".join(f"{'█' * round(_BAR * v[index]):·<{_BAR}} {v[index]:6.1%}" for v in shares)
+        lines.append(f"{index:5}  {influence[index]:9.3f}  {bars}")
+    return lines
 
 
 def _frontier(rows: Any) -> list[str]:
@@ -64,6 +80,8 @@ def _policy(layer: LayerPlan) -> str:
     if getattr(policy, "threshold", None) is not None:
         details.append(f"threshold={policy.threshold:.3g}")
     details += [f"with {name}" for name in ("norm", "smooth", "mean") if getattr(policy, name, None) is not None]
+    if layer.layer.name != "run":
+        details.append("+ " + " ".join([layer.layer.name, *(f"{k}={v}" for k, v in vars(layer.layer).items())]))
     return " ".join([policy.name, *details])
 
 

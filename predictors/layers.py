@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .anatomy import Anatomy, dissect
+from .calibration import TokenText
 from .errors import CoreskipError
 from .observe import inference
+from .plan import Adaptive, LayerPolicy, Plan, Run, Skip, SkipAttention, SkipMLP
 
 
 def void(norms: Sequence[Tensor], alpha: float) -> Tensor:
@@ -186,3 +188,78 @@ def attention_ranks(model: Any, batches: Sequence[Tensor]) -> list[float]:
     finally:
         model.set_attn_implementation(before)
     return (sums / maps).tolist()
+
+
+# --- layer policies for a plan
+
+
+_FEWEST: dict[str, tuple[type[Run], str]] = {
+    "skip": (Skip, "layer"),
+    "skip-attention": (SkipAttention, "attention"),
+    "skip-mlp": (SkipMLP, "mlp"),
+}
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """Which layers a plan leaves out, as a user writes it: see `parse`."""
+
+    kind: str
+    amount: float
+
+    @classmethod
+    def parse(cls, text: str) -> LayerChoice:
+        """``skip:6``, ``skip-attention:6`` or ``skip-mlp:6`` leave out the 6 of least block influence, ``every:2``
+        every second layer, ``adaptive:0.8`` the layers void in most of the prompt under LAC's alpha of 0.8.
+
+        Raises:
+            CoreskipError: none of these.
+        """
+        kind, _, amount = text.partition(":")
+        try:
+            value = float(amount)
+        except ValueError:
+            value = -1.0
+        whole = value >= (2 if kind == "every" else 1) and value == int(value)
+        if not (kind == "adaptive" and 0 <= value < float("inf")) and not (whole and kind in (*_FEWEST, "every")):
+            raise CoreskipError(
+                f"cannot read the layers {text!r}; write skip:6, skip-attention:6, skip-mlp:6, every:2 or adaptive:0.8"
+            )
+        return cls(kind, value)
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.amount:g}"
+
+    def policies(self, influence: Sequence[Influence]) -> list[LayerPolicy]:
+        """One per layer.
+
+        Raises:
+            CoreskipError: more layers than there are.
+        """
+        depth = len(influence)
+        if self.kind == "adaptive":
+            return [Adaptive(self.amount)] * depth
+        if self.kind == "every":
+            step = int(self.amount)
+            return [Skip() if index % step == step - 1 else Run() for index in range(depth)]
+        if self.amount > depth:
+            raise CoreskipError(f"{self} leaves out more layers than the model's {depth}")
+        policy, half = _FEWEST[self.kind]
+        least = sorted(range(depth), key=lambda index: getattr(influence[index], half))[: int(self.amount)]
+        return [policy() if index in least else Run() for index in range(depth)]
+
+
+def leave_out(plan: Plan, model: Any, text: TokenText, choice: LayerChoice, *, window: int = 256) -> Plan:
+    """`plan` with the layers of `choice` left out, and what was measured on `text` to choose them in its recipe:
+    ``{"measures": {"influence", "void_prompt", "void_response"}}``, one number per layer each. Its quality is not
+    measured yet."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or window
+    rows = text.windows(min(window, longest // 2, len(text.ids)), 8)
+    influence = block_influence(model, rows.split(1))
+    maps = void_maps(model, rows[:4, : rows.shape[1] // 2].split(1), new_tokens=16)
+    layers = tuple(
+        replace(layer, layer=policy) for layer, policy in zip(plan.layers, choice.policies(influence), strict=True)
+    )
+    measures = {"influence": [each.layer for each in influence], **maps.shares()}
+    recipe = {**plan.recipe, "layers": str(choice), "measures": measures}
+    return replace(plan, layers=layers, recipe=recipe, quality=None)

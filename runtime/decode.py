@@ -26,7 +26,7 @@ from ..kernels import step as native
 from ..kernels.ops import MAX_ROWS, PackedLinear, available
 from ..kernels.packed import DTYPES
 from ..predictors.anatomy import Anatomy, canonical_activation
-from .kv_cache import rooms_of, take_back
+from .kv_cache import Rooms, known_rooms, make_rooms, take_back
 
 logger = logging.getLogger("coreskip")
 
@@ -419,13 +419,23 @@ class Decoder:
             raise NotCovered(f"the step has {ids.numel()} tokens, not 1 to {MAX_ROWS}")
         if not isinstance(keep, int) or keep > ids.shape[1]:
             raise NotCovered("logits_to_keep is not a number of last tokens")
-        if any(_foreign(hook) for hooks in self._hooks if hooks for hook in hooks.values()):
-            raise NotCovered("a module has hooks, which a native step would not call")
         if torch.is_grad_enabled():
             raise NotCovered("gradients are wanted: decode under torch.no_grad() or torch.inference_mode()")
+
+    def _admit(self, cache: Any, more: int) -> Rooms:
+        """The cache's rooms. What takes longer to check is checked once a cache, not once a step."""
+        rooms = known_rooms(cache, more)
+        if rooms is not None:
+            return rooms
         config = self._model.config
         if getattr(config, "output_attentions", False) or getattr(config, "output_hidden_states", False):
-            raise NotCovered("attentions or hidden states are wanted")
+            raise _OfThisCall("attentions or hidden states are wanted")
+        if any(_foreign(hook) for hooks in self._hooks for hook in hooks.values()):
+            raise _OfThisCall("a module has hooks, which a native step would not call")
+        found = make_rooms(cache, more)
+        if isinstance(found, str):
+            raise _OfThisCall(found)
+        return found
 
     # --- the first step
 
@@ -482,9 +492,7 @@ class Decoder:
     def _run(self, step: native.Step, named: dict[str, Any], architecture: Architecture) -> tuple[Tensor, int]:
         ids: Tensor = named["input_ids"]
         rows, length = ids.shape
-        rooms = rooms_of(named["past_key_values"], length)
-        if isinstance(rooms, str):
-            raise _OfThisCall(rooms)
+        rooms = self._admit(named["past_key_values"], length)
         if rooms.rows != rows:
             raise _OfThisCall("the KV cache has another number of rows")
         past = rooms.length

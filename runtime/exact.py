@@ -467,6 +467,8 @@ class Exact:
             return "the KV cache is not a DynamicCache"
         if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
             return "the KV cache holds more than keys and values"
+        if getattr(cache, "offloading", False):
+            return "the KV cache is offloaded"
         if ids.shape[1] == 0 or (isinstance(mask, Tensor) and not bool(mask.bool().all())):
             return "the prompt is padded or given as embeddings"
         if isinstance(positions, Tensor) and int(positions.flatten()[-1]) != ids.shape[1] - 1:
@@ -571,10 +573,11 @@ class Exact:
             from_text, text_rate = pace.extent(pace.lookup.acceptance[size].value, 0.0, most)
         if self._has_draft:
             by_plan, plan_rate = pace.extent(pace.plan.overall.value, pace.step_s, most)
-            first = not done.drafted["plan"]
-            saved = left * (1 / text_rate - 1 / plan_rate)
-            pays = saved > (pace.settling_s if first else 0.0)
-            if (pays or not from_text) and pace.plan.due(pays):
+            price = 0.0 if done.drafted["plan"] else pace.settling_s
+            pays = left * (1 / text_rate - 1 / plan_rate) > price
+            # a look where even near-perfect drafts would not pay is wasted
+            could_pay = left * (1 / text_rate - 1 / pace.extent(0.95, pace.step_s, most)[1]) > price
+            if could_pay and (pays or not from_text) and pace.plan.due(pays):
                 return "plan", *self._draft_by_plan(passes, text, last, most, by_plan, done)
         if size and pace.lookup.due(from_text > 0):
             drafts = found[: max(1, from_text)]

@@ -112,8 +112,8 @@ class Rooms:
             _give_room(layer, more)
         self.rooms: list[Room] = [layer._room for layer in layers]
         self.length = _length(layers[0])
-        first = [_length(layer) - room.end for layer, room in zip(layers, self.rooms, strict=True)]
-        self.table = KeyValues([r.keys for r in self.rooms], [r.values for r in self.rooms], first)
+        self._first = [_length(layer) - room.end for layer, room in zip(layers, self.rooms, strict=True)]
+        self.table = KeyValues([r.keys for r in self.rooms], [r.values for r in self.rooms], self._first)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied cache makes its own: this one's table points into the original's buffers."""
@@ -121,13 +121,10 @@ class Rooms:
     def fits(self, more: int) -> bool:
         """Whether nothing has been moved since, and `more` positions fit. Takes note of positions cut off the end."""
         length = _length(self.layers[0])
-        for layer, room in zip(self.layers, self.rooms, strict=True):
-            if layer._room is not room or room.end + more > room.keys.shape[2]:
+        for layer, room, first in zip(self.layers, self.rooms, self._first, strict=True):
+            if layer._room is not room or room.end + more > room.keys.shape[2] or room.end + first != length:
                 return False
-        cut = self.length - length
-        if any(_length(layer) != length for layer in self.layers):
-            return False
-        self.length -= cut
+        self.length = length
         return True
 
     def advance(self, more: int) -> None:
@@ -142,16 +139,18 @@ class Rooms:
         return self.rooms[0].keys.shape[0]
 
 
-def rooms_of(cache: Cache, more: int) -> Rooms | str:
-    """The cache's layers with room for `more` positions, or why they cannot have it."""
+def known_rooms(cache: Cache, more: int) -> Rooms | None:
+    """The rooms that an earlier step gave the cache, if they still hold and `more` positions fit."""
     rooms = cache.__dict__.get(_ROOMS)
-    if isinstance(rooms, Rooms) and rooms.layers is cache.layers and rooms.fits(more):
-        return rooms
+    return rooms if isinstance(rooms, Rooms) and rooms.layers is cache.layers and rooms.fits(more) else None
+
+
+def make_rooms(cache: Cache, more: int) -> Rooms | str:
+    """Gives the cache's layers room for `more` positions; or says why they cannot have it."""
     reason = _unfit(cache)
     if reason is not None:
         return reason
-    rooms = Rooms(cache.layers, more)
-    cache.__dict__[_ROOMS] = rooms
+    rooms = cache.__dict__[_ROOMS] = Rooms(cache.layers, more)
     return rooms
 
 

@@ -66,6 +66,26 @@ def test_analyze_show_generate_eval(
     assert found["tokens"] == 64
 
 
+def test_analyze_leaves_layers_out(
+    capsys: pytest.CaptureFixture[str], folder: Path, story: Path, tmp_path: Path
+) -> None:
+    plan = str(tmp_path / "layers.plan")
+    words = ("analyze", str(folder), "-o", plan, "--text", str(story), "--layers")
+    code, out, _ = run(capsys, *words, "skip-mlp:1")
+    assert (code, out.count("+ skip_mlp")) == (0, 1)
+    assert "keeps        66.7%" in out
+    assert "void layers" in run(capsys, "show", plan)[1]
+    code, out, _ = run(capsys, *words, "every:2", "--method", "core", "--keep", "0.5")
+    assert (code, out.count("+ skip"), out.count("core_neurons")) == (0, 1, 3)
+    code, out, _ = run(capsys, *words, "adaptive:0.8")
+    assert out.count("+ adaptive alpha=0.8") == 3
+    assert "not measured" not in out
+    for wrong in ("skip", "skip:0", "skip:1.5", "every:1", "adaptive:-1", "adaptive:nan", "some:3"):
+        assert run(capsys, *words, wrong)[0] == 2
+    code, _, err = run(capsys, *words, "skip:4")
+    assert (code, "more layers than the model's 3" in err) == (2, True)
+
+
 def test_generate_samples_by_seed(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     words = ("generate", str(folder), "-p", "The", "--max-new-tokens", "6", "--temperature", "2.0", "--seed")
     assert run(capsys, *words, "1")[1] == run(capsys, *words, "1")[1] != run(capsys, *words, "2")[1]

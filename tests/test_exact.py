@@ -463,6 +463,20 @@ def test_drafting_that_does_not_pay_switches_itself_off(llama: Any) -> None:
         assert exact.last.passes > 180
 
 
+@needs_kernels
+def test_a_draft_that_could_never_pay_is_not_looked_at_again(llama: Any) -> None:
+    """Choosing core neurons costs more than the rest of this text could save, however well they drafted."""
+
+    class Settling(Pace):
+        pass_s, row_s, step_s, settling_s, ready = 1.0, 0.1, 0.8, 50.0, True  # type: ignore[assignment]
+
+    with coreskip.wrap(llama, plan_of(llama, "griffin", 0.8), exact=True):
+        exact = runtime_of(llama).exact
+        exact.pace = Settling()
+        greedy(llama, prompt(1, 9), 120, do_sample=True, temperature=5.0)
+        assert exact.last.drafted["plan"] == 0
+
+
 # --- engine
 
 

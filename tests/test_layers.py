@@ -75,19 +75,25 @@ def reference(
         return model(ids, use_cache=False).logits
 
 
-def majority(model: Any, prompts: list[torch.Tensor], alpha: float) -> torch.Tensor:
-    """Bool ``[layers, rows]``: void for most prompt tokens, from one dense pass over each part of the prompt's
-    context (`prompts`: growing prefixes of which only the new tokens vote is not needed here: one prefix)."""
+def majority(model: Any, ids: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Bool ``[layers, rows]``: void for most of the prompt's tokens, from one dense pass."""
     norms: list[torch.Tensor] = []
 
     def see(index: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        if index == 0:
-            norms[:] = [before.norm(dim=-1)]
-        norms.append(after.norm(dim=-1))
+        norms.extend([before.norm(dim=-1), after.norm(dim=-1)][index > 0 :])
 
     with torch.no_grad(), residuals(dissect(model), see):
-        model(prompts[-1], use_cache=False)
+        model(ids, use_cache=False)
     return void(norms, alpha).float().mean(-1) > 0.5
+
+
+def telling_alpha(model: Any, ids: torch.Tensor) -> float:
+    """An alpha under which some layer is void for some rows and not for others."""
+    for alpha in (0.25 * i for i in range(1, 60)):
+        chosen = majority(model, ids, alpha).float().mean(1)
+        if bool(((chosen > 0) & (chosen < 1)).any()):
+            return alpha
+    raise AssertionError("the rows of this model never disagree")
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)
@@ -151,12 +157,10 @@ def test_what_is_skipped_is_not_computed(family: str, policy: Run) -> None:
 def test_adaptive_layers_follow_their_own_prompt(family: str) -> None:
     """Rows that disagree, alone, together, reordered, and a second turn: always the reference."""
     model, ids = tiny(family), prompt(6, 20)
-    alpha = 0.3
-    chosen = majority(model, [ids[:, :9]], alpha)
+    alpha = telling_alpha(model, ids[:, :9])
+    chosen = majority(model, ids[:, :9], alpha)
     policies: dict[int, Run] = {i: Adaptive(alpha) for i in range(3)}
     decoded = torch.arange(20) >= 9
-    mixed = [bool(row.any()) and not bool(row.all()) for row in chosen]
-    assert any(mixed)  # else this test would not see rows apart
     expected = reference(model, ids, decoded, policies, dict(enumerate(chosen)))
     with torch.no_grad(), coreskip.wrap(model, plan_with(model, policies)):
         cache = DynamicCache(config=model.config)
@@ -177,7 +181,7 @@ def test_adaptive_layers_follow_their_own_prompt(family: str) -> None:
 
 
 def test_padding_does_not_vote_and_generation_in_a_batch_equals_generation_alone(llama: Any) -> None:
-    ids, alpha = prompt(1, 9), 0.3
+    ids, alpha = prompt(1, 9), telling_alpha(llama, prompt(6, 9))
     padded = torch.cat([torch.zeros(1, 5, dtype=torch.int64), ids], dim=1)
     both = torch.cat([padded, prompt(1, 14, seed=3)])
     mask = (both > 0).long()
@@ -189,9 +193,9 @@ def test_padding_does_not_vote_and_generation_in_a_batch_equals_generation_alone
 
 def test_beam_search_under_adaptive_layers_equals_beam_search_without_a_cache(llama: Any) -> None:
     """Every step of the slow one prefills all it has with the skips that the prompt decided."""
-    ids, alpha = prompt(1, 9), 0.3
+    ids, alpha = prompt(1, 9), 5.0
     policies: dict[int, Run] = {i: Adaptive(alpha) for i in range(3)}
-    chosen = majority(llama, [ids], alpha)
+    chosen = majority(llama, ids, alpha)
     assert bool(chosen.any())
     with coreskip.wrap(llama, plan_with(llama, policies)):
         found = greedy(llama, ids, 8, num_beams=3, num_return_sequences=3)
@@ -229,11 +233,11 @@ def test_a_second_prompt_votes_too(llama: Any) -> None:
         with coreskip.prefilling():
             llama(ids[:, 14:], past_key_values=cache)
         changed = {i: int(v) - int(votes[i]) for i, v in cache._coreskip_selections._void.items()}
-        assert all(-6 <= change <= 6 and change % 2 == 0 for change in changed.values())
+        assert all(change in (-6, -4, -2, 0, 2, 4, 6) for change in changed.values())
 
 
 @pytest.mark.skipif(available("cpu") is not None, reason="drafts are verified by the CPU kernels")
-@pytest.mark.parametrize("policy", [*POLICIES, Adaptive(0.3)], ids=lambda p: p.name)
+@pytest.mark.parametrize("policy", [*POLICIES, Adaptive(5.0)], ids=lambda p: p.name)
 @pytest.mark.parametrize("family", ["llama", "mistral", "opt"])
 def test_exact_mode_drafts_with_layers_left_out(family: str, policy: Run) -> None:
     from test_exact import dense, tokens_and_statistics
