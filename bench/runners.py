@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -45,7 +45,8 @@ class Job:
 
     Attributes:
         runner: a key of `RUNNERS`.
-        dtype: of the weights: float32, bfloat16, float16, or the peer's own (int4, gguf).
+        dtype: of the weights: float32, bfloat16, float16; int8 or int4, which coreskip makes of float32; or the peer's
+            own (int4, gguf).
         model: as `coreskip.load` takes it; not looked at where there is a `shape`.
         plan: folder of a plan, or a share of neurons to keep by core neurons without any calibration.
         gguf: for llama.cpp and a model other than the embedded one.
@@ -153,7 +154,9 @@ class HuggingFace(Runner):
     """transformers, eager, with its dynamic KV cache."""
 
     def load(self) -> None:
-        dtype, device = getattr(torch, self.job.dtype), torch.device(self.job.device)
+        formats = self.job.dtype in FORMATS  # coreskip's own, packed from what is loaded
+        dtype = torch.float32 if formats else getattr(torch, self.job.dtype)
+        device = torch.device(self.job.device)
         self.tokenizer: Any = None
         if self.job.shape is not None:
             self.model: Any = self.job.shape.build(dtype, device)
@@ -231,37 +234,39 @@ class Compiled(HuggingFace):
 class Coreskip(HuggingFace):
     """coreskip under a plan: the job's, or one that skips nothing."""
 
+    exact = False
+
     def load(self) -> None:
         super().load()
         self.plan = self._plan()
-        wrap(self.model, self.plan)
+        wrap(self.model, self.plan, exact=self.exact)
 
     def _plan(self) -> Plan:
-        dense = Plan.dense(self.model)
+        dense = Plan.dense(self.model, self.job.dtype if self.job.dtype in FORMATS else None)
         if self.job.plan is None:
             return dense
         if isinstance(self.job.plan, Path):
-            return Plan.load(self.job.plan)
+            plan = Plan.load(self.job.plan)
+            return replace(plan, weights=dense.weights or plan.weights)
         policy = CoreNeurons(alpha=0.4, beta=self.job.plan, score="griffin")
         layers = tuple(LayerPlan(policy) for _ in dense.layers)
-        return Plan(layers, dense.model, {"method": "core", "keep": self.job.plan, "score": "griffin"})
+        recipe = {"method": "core", "keep": self.job.plan, "score": "griffin"}
+        return Plan(layers, dense.model, recipe, weights=dense.weights)
 
     def weight_bytes(self) -> int:
-        total = dense_weight_bytes(self.model)
-        matrices = (w for layer in dissect(self.model).mlps for w in vars(layer.matrices()).values())
-        mlps = sum(int(w.nbytes) for w in matrices if w is not None)
-        skipped = runtime_of(self.model).usage.neuron_sparsity()
-        return total - round(skipped * mlps)
+        packed = runtime_of(self.model).packed_bytes()
+        total, mlps = packed if packed is not None else (dense_weight_bytes(self.model), mlp_bytes(self.model))
+        return total - round(runtime_of(self.model).usage.neuron_sparsity() * mlps)
 
     def perplexity(self, text: TokenText, windows: int) -> Scored | None:
         unwrap(self.model)
         measured = evaluate_all(self.model, [self.plan], text, windows=windows, progress=False)[0]
-        wrap(self.model, self.plan)
+        wrap(self.model, self.plan, exact=self.exact)
         return measured["sparse"]["ppl"], measured["tokens"]
 
     def traits(self) -> dict[str, Any]:
         return {
-            "dtype": self.job.dtype,
+            "dtype": self.plan.weights or self.job.dtype,
             "method": str(self.plan.recipe.get("method", "unknown")),
             "keep": self.plan.keep,
             "neurons_skipped": runtime_of(self.model).usage.neuron_sparsity(),
@@ -270,6 +275,37 @@ class Coreskip(HuggingFace):
     def close(self) -> None:
         if is_wrapped(self.model):
             unwrap(self.model)
+
+
+class CoreskipExact(Coreskip):
+    """Exact mode: the dense model's own text. Unless the job has a plan, 4-bit weights and the text itself draft."""
+
+    exact = True
+
+    def _plan(self) -> Plan:
+        return Plan.dense(self.model, "int4") if self.job.plan is None else super()._plan()
+
+    def weight_bytes(self) -> int:
+        """What tokens cost on average: verification passes and draft steps together."""
+        done = runtime_of(self.model).exact
+        last = None if done is None else done.last
+        total = dense_weight_bytes(self.model)
+        if last is None or last.tokens == 0:
+            return total
+        packed = runtime_of(self.model).packed_bytes()
+        draft = total if packed is None else packed[0]
+        return round((last.passes * total + last.drafted["plan"] * draft) / last.tokens)
+
+    def perplexity(self, text: TokenText, windows: int) -> Scored | None:
+        return None  # that of the dense model
+
+    def traits(self) -> dict[str, Any]:
+        return {"dtype": self.job.dtype, "method": "exact", "keep": 1.0, "neurons_skipped": 0.0}
+
+
+def mlp_bytes(model: Any) -> int:
+    matrices = (w for layer in dissect(model).mlps for w in vars(layer.matrices()).values())
+    return sum(int(w.nbytes) for w in matrices if w is not None)
 
 
 def dense_weight_bytes(model: Any) -> int:
@@ -496,7 +532,9 @@ RUNNERS: dict[str, type[Runner]] = {
     "llama.cpp": LlamaCpp,
     "coreskip-dense": Coreskip,
     "coreskip": Coreskip,
+    "coreskip-exact": CoreskipExact,
 }
+FORMATS = ("int8", "int4")  # in which coreskip holds weights
 OPPONENTS = ("hf", "hf-compile", "onnxruntime", "llama.cpp")
 _MODULES = {"onnxruntime": ("onnxruntime_genai", "onnx_ir"), "llama.cpp": ("llama_cpp",)}
 _INSTALL = {"onnxruntime": "pip install onnxruntime-genai onnx-ir", "llama.cpp": "pip install llama-cpp-python"}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from coreskip.bench.runners import OPPONENTS, Job
+from coreskip.bench.runners import FORMATS, OPPONENTS, Job
 from coreskip.bench.workloads import NATURAL_SPARSITY, Prompt, Shape, prompts, threads_available
 from coreskip.predictors.errors import CoreskipError
 from coreskip.predictors.importance import check_share
@@ -52,7 +52,7 @@ def settings_of(
     plans: Sequence[Path] = (),
     keeps: Sequence[float] = (),
     against: str | None = None,
-    dtypes: str = "float32,bfloat16",
+    dtypes: str = "float32,bfloat16,int4",
     device: str | None = None,
     threads: int | None = None,
     tokens: int = 64,
@@ -117,9 +117,9 @@ def _opponents(against: str | None, device: str, shape: str | None) -> list[str]
 
 def _dtypes(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
-    unknown = [name for name in names if name not in WIDTHS]
+    unknown = [name for name in names if name not in (*WIDTHS, *FORMATS)]
     if unknown:
-        raise CoreskipError(f"unknown dtype {unknown[0]!r}; choose from {', '.join(WIDTHS)}")
+        raise CoreskipError(f"unknown dtype {unknown[0]!r}; choose from {', '.join([*WIDTHS, *FORMATS])}")
     return names
 
 
@@ -130,9 +130,10 @@ def _jobs(
     common: dict[str, Any],
 ) -> list[Job]:
     """hf first: what is compared with it then follows it closely in every round."""
-    its_own = {"onnxruntime": ["float32", "int4"], "llama.cpp": ["gguf"]}
-    names = [*opponents, "coreskip-dense"]
-    jobs = [Job(name, dtype, **common) for name in names for dtype in its_own.get(name, dtypes)]
+    floats = [dtype for dtype in dtypes if dtype in WIDTHS]
+    its_own = {"onnxruntime": ["float32", "int4"], "llama.cpp": ["gguf"], "coreskip-dense": dtypes}
+    names = [*opponents, "coreskip-dense", "coreskip-exact"]
+    jobs = [Job(name, dtype, **common) for name in names for dtype in its_own.get(name, floats)]
     return jobs + [Job("coreskip", dtype, plan=plan, **common) for plan in plans for dtype in dtypes]
 
 

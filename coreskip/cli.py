@@ -251,7 +251,7 @@ def bench() -> None:
 @click.option("--plan", "plans", multiple=True, type=click.Path(path_type=Path), help="A plan; may be given again.")
 @click.option("--keep", "keeps", multiple=True, type=float, help="Keep this share by core neurons, uncalibrated.")
 @click.option("--against", help="hf, hf-compile, onnxruntime, llama.cpp, or none; by default all.")
-@click.option("--dtype", "dtypes", default="float32,bfloat16", show_default=True, help="Of hf and coreskip.")
+@click.option("--dtype", "dtypes", default="float32,bfloat16,int4", show_default=True, help="Of hf and coreskip.")
 @click.option("--device", help="cpu or cuda; by default cuda where there is one.")
 @click.option("--threads", type=click.IntRange(1), help="Of every runner; by default as many as there are.")
 @click.option("--tokens", type=click.IntRange(16), default=64, show_default=True, help="Generated each time.")

@@ -75,6 +75,14 @@ class Architecture:
             layers.append(replace(layer, mlp=kept, mlp_in=norm, entries_only=index in chosen.no_attention))
         return native.Step(replace(self.base, layers=layers))
 
+    def nbytes(self) -> tuple[int, int]:
+        """Of all matrices, and of the dense MLPs'."""
+        mlps = [cast(native.DenseMLP, layer.mlp) for layer in self.base.layers]
+        of_mlps = sum(m.nbytes for mlp in mlps for m in (mlp.gate, mlp.up, mlp.down) if m is not None)
+        attentions = [layer.attention for layer in self.base.layers]
+        of_attention = sum(m.nbytes for a in attentions for m in (a.q, a.k, a.v, a.o))
+        return of_mlps + of_attention + self.base.head.nbytes, of_mlps
+
     def _check(self) -> None:
         if available("cpu") is not None:
             raise NotCovered(str(available("cpu")))
@@ -390,6 +398,12 @@ class Decoder:
             logger.debug("this step runs on the model's modules: %s", reason)
             return None
         return self._output(logits=logits, past_key_values=named["past_key_values"])
+
+    def packed_bytes(self) -> tuple[int, int] | None:
+        """Bytes of all matrices as packed for the plan's weight format, and of the MLPs'; None where nothing was."""
+        if self._architecture is None or self._weights is None:
+            return None
+        return self._architecture.nbytes()
 
     def _of(self, chosen: Chosen) -> Architecture:
         return cast(Architecture, self._loaded if chosen.plain else self._architecture)

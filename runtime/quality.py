@@ -4,18 +4,20 @@ under the plan, teacher-forced over real text."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..kernels.ops import MAX_ROWS
 from ..predictors.anatomy import dissect
 from ..predictors.calibration import TokenText, tokenize
 from ..predictors.errors import CoreskipError
 from ..predictors.observe import inference
 from ..predictors.plan import Plan
+from .selections import prefilling
 from .wrap import is_wrapped, runtime_of, wrap
 
 WINDOW = 512  # tokens; the first half is the prompt, the second half is scored
@@ -76,15 +78,34 @@ def evaluate_all(
             targets = ids[0, ids.shape[1] // 2 :]
             dense = _decode_logits(model, ids, token_by_token).log_softmax(-1)
             for plan, tally in zip(plans, tallies, strict=True):
-                with wrap(model, plan):
-                    runtime_of(model).usage.counting = True
-                    sparse = _decode_logits(model, ids, token_by_token).log_softmax(-1)
-                    tally.add(dense, sparse, targets, runtime_of(model).usage.neuron_sparsity())
+                if plan.weights is None:
+                    with wrap(model, plan):
+                        runtime_of(model).usage.counting = True
+                        sparse = _decode_logits(model, ids, token_by_token).log_softmax(-1)
+                        tally.add(dense, sparse, targets, runtime_of(model).usage.neuron_sparsity())
+        for plan, tally in zip(plans, tallies, strict=True):
+            if plan.weights is not None:
+                _score_native(model, plan, rows, tally, progress)
     about = {"windows": rows.shape[0], "window": rows.shape[1], "text": text.source}
     return [{**tally.result(), **about} for tally in tallies]
 
 
-def _decode_logits(model: Any, ids: Tensor, token_by_token: bool) -> Tensor:
+def _score_native(model: Any, plan: Plan, rows: Tensor, tally: Tally, progress: bool) -> None:
+    """Plans whose weights have a format of their own, which only the native step carries out. They
+    are packed once: the dense logits come from the same wrapping, as prefill."""
+    with wrap(model, plan):
+        for ids in tqdm(
+            rows.split(1), desc=f"scoring {plan.weights}", unit="window", disable=not progress, leave=False
+        ):
+            with prefilling():
+                dense = _decode_logits(model, ids, False).log_softmax(-1)
+            usage = runtime_of(model).usage
+            usage.reset()
+            sparse = _decode_logits(model, ids, False, MAX_ROWS).log_softmax(-1)
+            tally.add(dense, sparse, ids[0, ids.shape[1] // 2 :], usage.neuron_sparsity())
+
+
+def _decode_logits(model: Any, ids: Tensor, token_by_token: bool, at_once: int | None = None) -> Tensor:
     """fp32 logits ``[scored tokens, vocabulary]`` that predict the second half of ids ``[1, window]``.
 
     The first row comes from prefill, the others from decode steps, as in generation.
@@ -93,14 +114,11 @@ def _decode_logits(model: Any, ids: Tensor, token_by_token: bool) -> Tensor:
     keep_last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     out = model(input_ids=prompt, use_cache=True, **keep_last)
     logits = [out.logits[0, -1:]]
-    for piece in _pieces(rest[:, :-1], token_by_token):
+    most = 1 if token_by_token else at_once or rest.shape[1]
+    for piece in rest[:, :-1].split(most, dim=1):
         out = model(input_ids=piece, past_key_values=out.past_key_values, use_cache=True)
         logits.append(out.logits[0])
     return torch.cat(logits).float()
-
-
-def _pieces(ids: Tensor, token_by_token: bool) -> Iterator[Tensor]:
-    yield from ids.split(1, dim=1) if token_by_token else (ids,)
 
 
 class Tally:

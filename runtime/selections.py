@@ -200,6 +200,9 @@ class Selections:
 
     def _settle(self, pack: Packer) -> None:
         chosen = {layer: self._choose(layer, policy) for layer, policy in self._policies.items()}
+        if not chosen:  # adaptive layers alone
+            self._groups = [{}]
+            return self._assign(torch.zeros(self.rows, dtype=torch.int64))
         every = torch.cat(list(chosen.values()), dim=1)
         distinct, group_of_row = every.unique(dim=0, return_inverse=True)
         first = [int((group_of_row == g).nonzero()[0, 0]) for g in range(distinct.shape[0])]

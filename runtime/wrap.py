@@ -273,6 +273,11 @@ class Runtime:
         if self.exact is not None:
             self.exact.forget()
 
+    def packed_bytes(self) -> tuple[int, int] | None:
+        """Bytes of all matrices that a native decode step reads, and of the MLPs' share of them; None where steps are
+        not native, or read the model's own."""
+        return self._decoder.packed_bytes()
+
     def _patch_model(self) -> None:
         """Decode steps go to the native step, where it covers the model and the call."""
         original = cast(Callable[..., Any], self.model.forward)
