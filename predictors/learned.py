@@ -46,14 +46,14 @@ def train_predictors(
 def recall(predictor: Learned, x: Tensor, score: Tensor) -> float:
     """The share of each token's `keep` share of neurons by `score` that the predictor puts among its own."""
     kept = kept_count(score.shape[1], predictor.keep)
-    wanted = _top(score, kept)
+    wanted = best(score, kept)
     return float(
-        (wanted & _top(_logits(predictor.reduce, predictor.expand, predictor.bias, x), kept)).sum() / wanted.sum()
+        (wanted & best(_logits(predictor.reduce, predictor.expand, predictor.bias, x), kept)).sum() / wanted.sum()
     )
 
 
 def _train(x: Tensor, score: Tensor, keep: float, rank: int, steps: int, seed: int) -> Learned:
-    wanted = _top(score, kept_count(score.shape[1], keep))
+    wanted = best(score, kept_count(score.shape[1], keep))
     trained = len(x) - max(1, round(_HELD_OUT * len(x)))
     generator = torch.Generator().manual_seed(seed)
     # inputs of unit size: those of a norm layer differ by orders of magnitude between models
@@ -82,6 +82,7 @@ def _logits(reduce: Tensor, expand: Tensor, bias: Tensor, x: Tensor) -> Tensor:
     return F.linear(F.linear(x, reduce), expand, bias)
 
 
-def _top(score: Tensor, kept: int) -> Tensor:
-    best = score.topk(kept, dim=-1, sorted=False).indices
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, best, True)
+def best(score: Tensor, kept: int) -> Tensor:
+    """Which neurons are among the `kept` with the highest score of each row, bool like `score`."""
+    highest = score.topk(kept, dim=-1, sorted=False).indices
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, highest, True)

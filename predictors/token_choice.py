@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .anatomy import Anatomy, dissect, rows_of
 from .errors import CoreskipError
-from .learned import train_predictors
+from .importance import kept_count
+from .learned import best, train_predictors
 from .observe import down_norms
 from .plan import Learned, Rule, Sketch, Threshold, TopK
 from .token_samples import TokenSamples, cett_threshold, fisher_norms, means_when_left_out, quantile, sample_tokens
@@ -80,6 +81,21 @@ class TokenCalibration:
 
     def signs(self, keep: float) -> list[Sketch]:
         return [Sketch(keep=keep, bits=1) for _ in self._down]
+
+    def sign_recall(self, keep: float) -> float:
+        """The share of the neurons worth computing, those not zero and among the token's `keep` share, that the
+        agreement of signs (`Sketch` of 1 bit) puts among its own `keep` share."""
+        found = total = 0
+        for mlp, x, a, norm in zip(
+            self._anatomy.mlps, self.samples.hidden, self.samples.activations, self._norms, strict=True
+        ):
+            w = mlp.matrices()
+            rows = w.up if w.gate is None else w.gate
+            kept = kept_count(mlp.intermediate_size, keep)
+            chosen = best(_signs(x) @ _signs(rows).t(), kept)
+            wanted = best(a.float().abs() * norm, kept) & (a != 0)
+            found, total = found + int((chosen & wanted).sum()), total + int(wanted.sum())
+        return found / max(total, 1)
 
     def learned(self, keep: float, rank: int) -> list[Learned]:
         scores = [a.float().abs() * norm for a, norm in zip(self.samples.activations, self._norms, strict=True)]
@@ -183,3 +199,8 @@ class TokenCalibration:
                 score *= rows_of(getattr(owner, name))[0].float().norm(dim=0)
             least[key] = quantile(score, 1 - keep)
         return least
+
+
+def _signs(values: Tensor) -> Tensor:
+    """1 where a value is at least zero, else -1, as floats."""
+    return torch.where(values < 0, -1.0, 1.0)

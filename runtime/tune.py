@@ -310,7 +310,7 @@ class Workshop:
         model: Any,
         text: TokenText,
         *,
-        score: Score,
+        score: Score = DEFAULT_SCORE,
         alpha: float = ALPHA,
         first_layer: int = 0,
         rule: str = "teal",
@@ -362,7 +362,8 @@ class Workshop:
     def _sketch(self, keep: float, *, allocation: Allocation | None = None, bits: int | None = None) -> Plan:
         allocation, bits = allocation or self._allocation, bits or self._bits
         if bits == 1:
-            return self._by_token("sketch", keep, self.tokens.signs(keep), bits=1)
+            recall = round(self.tokens.sign_recall(keep), 4)
+            return self._by_token("sketch", keep, self.tokens.signs(keep), bits=1, recall=recall)
         return self._by_token("sketch", keep, self.tokens.sketch(keep, allocation), allocation=allocation)
 
     def _topk(self, keep: float, *, allocation: Allocation | None = None) -> Plan:

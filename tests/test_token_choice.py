@@ -170,6 +170,24 @@ def test_learned_predictors_find_what_can_be_found() -> None:
     assert torch.equal(again.expand, good.expand)
 
 
+def test_signs_find_what_relu_leaves() -> None:
+    """An OPT whose biases leave about one neuron in six: signs see the weights, so they do better than chance."""
+    model = tiny("opt")
+    with torch.no_grad():
+        for mlp in dissect(model).mlps:
+            mlp.up.bias.fill_(-1.5)
+    found = calibration(model)
+    natural = float(torch.cat([a == 0 for a in found.samples.activations]).float().mean())
+    assert 0.7 < natural < 0.95
+    recall = found.sign_recall(0.4)
+    assert 0.7 < recall < 1
+    x, mlp, a = found.samples.hidden[1], dissect(model).mlps[1], found.samples.activations[1]
+    score = torch.sign(x) @ torch.sign(mlp.matrices().up).t()
+    chosen = score >= score.topk(64, dim=1).values[:, -1:]
+    assert float((chosen & (a > 0)).sum() / (a > 0).sum()) == pytest.approx(recall, abs=0.15)
+    assert found.sign_recall(1.0) == 1.0
+
+
 def test_learned_plans_run(llama: Any) -> None:
     policies = calibration(llama).learned(0.5, rank=8)
     assert all(policy.rank == 8 for policy in policies)
