@@ -91,6 +91,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.coreskip_linear.argtypes = [p, i, i, n, p, i, n, n, p, p, p, i]
     lib.coreskip_linear4.argtypes = [p, i, i, n, p, n, n, p, p, i]
     lib.coreskip_step.argtypes = [p, p]
+    lib.coreskip_generate.argtypes = [p, p, n, p, n, p, p]
 
 
 class _Mlp(ctypes.Structure):

@@ -58,7 +58,7 @@ class Meeting {
 struct Sizes {
     int64_t tokens, hidden, width = 0, attention = 0, queries = 0, kv = 0, neurons = 0, parts = 0, listed = 0;
 
-    Sizes(const StepModel& model, const StepCall& call) : tokens(call.rows * call.length), hidden(model.hidden) {
+    Sizes(const StepModel& model, const StepCall& call, int64_t ahead) : tokens(call.rows * call.length), hidden(model.hidden) {
         for (int64_t i = 0; i < model.layer_count; i++) {
             const StepLayer& l = model.layers[i];
             attention = std::max(attention, l.heads * l.head_dim);
@@ -70,7 +70,7 @@ struct Sizes {
             width = std::max(width, l.mlp.stride);
         }
         width = std::max({width, model.head.stride, hidden});
-        parts = (call.past + call.length - 1) / kChunk + 1;
+        parts = (call.past + call.length + ahead - 1) / kChunk + 1;
         int64_t room = 8;  // grows by doubling, so that the workspace is not made anew every kChunk tokens
         while (room < parts) room *= 2;
         parts = room;
@@ -83,6 +83,8 @@ struct Shared {
     float *most, *sum, *value;  // attention: [parts][tokens][heads], value times [head_dim]
     float* acc;                 // bundled MLPs: [2][threads][tokens][stride], used in turn
     float *score, *known_gate;
+    float* best;                // [threads]
+    int64_t* best_at;
     int32_t* high;
 };
 
@@ -95,7 +97,10 @@ struct Own {
     int64_t *from, *to, *chosen, *list;
     uint8_t* selected;
     uint32_t* keys;
+    float* slice;
 };
+
+constexpr int64_t kSlice = 4096;  // logits looked at together
 
 template <class Take>
 Shared share_out(const Sizes& s, const StepModel& m, const StepCall& c, int threads, Take take) {
@@ -115,6 +120,8 @@ Shared share_out(const Sizes& s, const StepModel& m, const StepCall& c, int thre
     w.score = take(float(), s.listed * t);
     w.known_gate = take(float(), s.listed * t);
     w.high = take(int32_t(), s.listed * t * 2);
+    w.best = take(float(), threads);
+    w.best_at = take(int64_t(), threads);
     return w;
 }
 
@@ -140,6 +147,7 @@ Own own_share(const Sizes& s, Take take) {
     w.list = take(int64_t(), s.listed + 1);
     w.selected = take(uint8_t(), s.listed * t);
     w.keys = take(uint32_t(), 2 * s.listed + 1);
+    w.slice = take(float(), kSlice);
     return w;
 }
 
@@ -149,9 +157,25 @@ class Walker {
     Walker(const StepModel& model, const StepCall& call, Meeting& meeting, const Sizes& sizes, const Shared& shared,
            const Own& own, int part, int parts)
         : m(model), c(call), meeting(meeting), s(sizes), w(shared), own(own), part(part), parts(parts),
-          tokens(static_cast<int>(sizes.tokens)), isa(*active.load()), step(*active_step.load()) {}
+          past(call.past), ids(call.tokens), places(call.positions), isa(*active.load()), step(*active_step.load()) {}
+
+    // Steps of one token, each the likeliest after the last, until `count` are made or one of `ends` is. Every thread
+    // finds the same token and keeps it to itself.
+    void generate(int64_t count, const int64_t* ends, int64_t end_count, int64_t* made, int64_t* made_count) {
+        int64_t token = *c.tokens, place = *c.positions, n = 0;
+        ids = &token;
+        places = &place;
+        for (bool ended = false; n < count && !ended; n++, past++, place++) {
+            run();
+            token = likeliest();
+            if (part == 0) made[n] = token;
+            ended = std::find(ends, ends + end_count, token) != ends + end_count;
+        }
+        if (part == 0) *made_count = n;
+    }
 
     void run() {
+        tokens = static_cast<int>(s.tokens);
         embed();
         for (int64_t i = 0; i < m.layer_count; i++) {
             const StepLayer& layer = m.layers[i];
@@ -171,7 +195,10 @@ class Walker {
     const Shared& w;
     const Own& own;
     const int part, parts;
-    int tokens;
+    int tokens = 0;
+    int64_t past;
+    const int64_t* ids;
+    const int64_t* places;
     const Isa& isa;
     const StepIsa& step;
     int64_t skipped = 0;
@@ -185,7 +212,7 @@ class Walker {
     void embed() {
         const int64_t row = m.hidden * size_of(m.embedding_dtype);
         for (int t = 0; t < tokens; t++) {
-            const char* from = static_cast<const char*>(m.embedding) + c.tokens[t] * row;
+            const char* from = static_cast<const char*>(m.embedding) + ids[t] * row;
             float* to = own.x + t * m.hidden;
             isa.to_float(from, m.embedding_dtype, to, m.hidden);
             for (int64_t i = 0; i < m.hidden && m.embedding_scale != 1.f; i++) to[i] *= m.embedding_scale;
@@ -293,7 +320,7 @@ class Walker {
         read_from(normed(l.attention_in, own.x), m.hidden);
         project_all({&l.q, &l.k, &l.v}, {w.q, w.k, w.v});
         meeting.meet();
-        const int64_t first = first_chunk(l), chunks = (c.past + c.length - 1) / kChunk + 1 - first;
+        const int64_t first = first_chunk(l), chunks = (past + c.length - 1) / kChunk + 1 - first;
         const int64_t tasks = c.rows * l.kv_heads * chunks;
         for (int64_t task = meeting.take(1); task < tasks; task = meeting.take(1))
             attend(l, cache, task / chunks / l.kv_heads, task / chunks % l.kv_heads, first, task % chunks);
@@ -315,14 +342,14 @@ class Walker {
         meeting.meet();
         const int64_t tasks = c.rows * l.kv_heads;
         for (int64_t task = meeting.take(1); task < tasks; task = meeting.take(1))
-            put_entries(l, cache, task / l.kv_heads, task % l.kv_heads, c.past, c.past + c.length);
+            put_entries(l, cache, task / l.kv_heads, task % l.kv_heads, past, past + c.length);
         meeting.meet();
     }
 
     // Keys and values of the new tokens at positions `begin` to `end`, for one KV head of one sequence.
     void put_entries(const StepLayer& l, const StepCache& cache, int64_t row, int64_t group, int64_t begin, int64_t end) {
         for (int64_t position = begin; position < end; position++) {
-            const int64_t token = row * c.length + position - c.past, from = token * l.kv_heads + group;
+            const int64_t token = row * c.length + position - past, from = token * l.kv_heads + group;
             const int64_t to = offset_of(l, cache, row, group) + position * l.head_dim;
             put(prepared(l, l.k_norm, w.k, from, token, l.kv_heads), cache.keys, to, l.head_dim);
             put(w.v + from * l.head_dim, cache.values, to, l.head_dim);
@@ -338,27 +365,27 @@ class Walker {
     }
 
     int64_t first_chunk(const StepLayer& l) const {
-        int64_t first = c.past;
-        for (int64_t row = 0; row < c.rows; row++) first = std::min(first, first_seen(l, row, c.past));
+        int64_t first = past;
+        for (int64_t row = 0; row < c.rows; row++) first = std::min(first, first_seen(l, row, past));
         return std::max<int64_t>(first, 0) / kChunk;
     }
 
     // One KV head of one sequence over one chunk of positions: for new tokens in the chunk keys and values are
     // written first.
     void attend(const StepLayer& l, const StepCache& cache, int64_t row, int64_t group, int64_t first, int64_t chunk) {
-        const int64_t begin = (first + chunk) * kChunk, end = std::min(begin + kChunk, c.past + c.length);
+        const int64_t begin = (first + chunk) * kChunk, end = std::min(begin + kChunk, past + c.length);
         const int64_t offset = offset_of(l, cache, row, group), each = l.heads / l.kv_heads;
-        put_entries(l, cache, row, group, std::max(begin, c.past), end);
+        put_entries(l, cache, row, group, std::max(begin, past), end);
         const int64_t bytes = size_of(m.kv_dtype);
-        for (int64_t j = std::max<int64_t>(0, begin - c.past); j < c.length; j++) {
+        for (int64_t j = std::max<int64_t>(0, begin - past); j < c.length; j++) {
             const int64_t token = row * c.length + j, query = token * l.heads + group * each;
             const int64_t at = chunk * tokens * l.heads + query;
             for (int64_t i = 0; i < each; i++) {
                 float* to = own.queries + i * l.head_dim;
                 memcpy(to, prepared(l, l.q_norm, w.q, query + i, token, l.heads), l.head_dim * sizeof(float));
                 for (int64_t e = 0; e < l.head_dim; e++) to[e] *= l.attention_scale;
-                own.from[i] = first_seen(l, row, c.past + j);
-                own.to[i] = c.past + j + 1;
+                own.from[i] = first_seen(l, row, past + j);
+                own.to[i] = past + j + 1;
             }
             step.attend({own.queries, static_cast<const char*>(cache.keys) + offset * bytes,
                          static_cast<const char*>(cache.values) + offset * bytes, m.kv_dtype, static_cast<int>(each),
@@ -366,7 +393,7 @@ class Walker {
                          w.value + at * l.head_dim});
         }
         // chunks that lie wholly after a token: nothing to see
-        for (int64_t j = 0; j < std::min(c.length, begin - c.past); j++)
+        for (int64_t j = 0; j < std::min(c.length, begin - past); j++)
             for (int64_t i = 0; i < each; i++)
                 w.sum[chunk * tokens * l.heads + (row * c.length + j) * l.heads + group * each + i] = 0;
     }
@@ -386,7 +413,7 @@ class Walker {
             memcpy(to, all + (at - token * count) * l.head_dim, l.head_dim * sizeof(float));
         }
         if (l.cos) {
-            const int64_t position = c.positions[token] * l.rope_dim;
+            const int64_t position = places[token] * l.rope_dim;
             step.rotate(to, l.cos + position, l.sin + position, l.rope_dim);
         }
         return to;
@@ -484,6 +511,34 @@ class Walker {
         return count;
     }
 
+    // The first of the greatest logits, of the model's dtype. A NaN is greater than all, as in torch.
+    int64_t likeliest() {
+        meeting.meet();
+        const Range here = share(m.head.out, part, parts);
+        float best = -HUGE_VALF;
+        int64_t at = m.head.out;
+        for (int64_t i = here.begin; i < here.end; i += kSlice) {
+            const int64_t n = std::min(kSlice, here.end - i);
+            isa.to_float(static_cast<const char*>(c.logits) + i * size_of(m.logit_dtype), m.logit_dtype, own.slice, n);
+            const int64_t first = step.argmax(own.slice, n);
+            if (at == m.head.out || own.slice[first] > best || (own.slice[first] != own.slice[first] && best == best)) {
+                best = own.slice[first];
+                at = i + first;
+            }
+        }
+        w.best[part] = best;
+        w.best_at[part] = at;
+        meeting.meet();
+        for (int p = 0; p < parts; p++) {
+            if (w.best_at[p] == m.head.out) continue;
+            if (p == 0 || w.best[p] > best || (w.best[p] != w.best[p] && best == best)) {
+                best = w.best[p];
+                at = w.best_at[p];
+            }
+        }
+        return at;
+    }
+
     // ---- logits ----
 
     void logits() {
@@ -514,24 +569,28 @@ using namespace coreskip;
 
 #define CORESKIP_API extern "C" __attribute__((visibility("default")))
 
-// Runs one decode step. Returns a Status.
-CORESKIP_API int coreskip_step(const StepModel* model, const StepCall* call) {
-    const Sizes sizes(*model, *call);
+namespace coreskip {
+namespace {
+
+// Gives every thread of a team its share of the workspace and calls walk(walker). Returns a Status.
+template <class Walk>
+int with_team(const StepModel& model, const StepCall& call, int64_t ahead, Walk walk) {
+    const Sizes sizes(model, call, ahead);
     size_t bytes = 0;
     auto count = [&](auto type, int64_t n) {
         bytes += Workspace::room<decltype(type)>(n);
         return static_cast<decltype(type)*>(nullptr);
     };
-    share_out(sizes, *model, *call, call->threads, count);
+    share_out(sizes, model, call, call.threads, count);
     const size_t shared_bytes = bytes;
     own_share(sizes, count);
     const size_t own_bytes = bytes - shared_bytes;
-    if (!workspace.reserve(shared_bytes + call->threads * own_bytes)) return kNoMemory;
+    if (!workspace.reserve(shared_bytes + call.threads * own_bytes)) return kNoMemory;
     auto take = [&](auto type, int64_t n) { return workspace.take<decltype(type)>(n); };
-    const Shared shared = share_out(sizes, *model, *call, call->threads, take);
-    char* private_memory = workspace.take<char>(call->threads * own_bytes);
+    const Shared shared = share_out(sizes, model, call, call.threads, take);
+    char* private_memory = workspace.take<char>(call.threads * own_bytes);
     Meeting meeting;
-#pragma omp parallel num_threads(call->threads)
+#pragma omp parallel num_threads(call.threads)
     {
         const int part = omp_get_thread_num(), parts = omp_get_num_threads();
         char* at = private_memory + part * own_bytes;
@@ -542,9 +601,27 @@ CORESKIP_API int coreskip_step(const StepModel* model, const StepCall* call) {
         });
 #pragma omp single
         meeting.expect(parts);
-        Walker(*model, *call, meeting, sizes, shared, own, part, parts).run();
+        Walker walker(model, call, meeting, sizes, shared, own, part, parts);
+        walk(walker);
     }
     return kOk;
+}
+
+}  // namespace
+}  // namespace coreskip
+
+// Runs one decode step. Returns a Status.
+CORESKIP_API int coreskip_step(const StepModel* model, const StepCall* call) {
+    return with_team(*model, *call, 0, [](Walker& walker) { walker.run(); });
+}
+
+// Decodes greedily from one token of one sequence: `count` tokens, or fewer where one of `ends` comes. The caches have
+// room for `count`; call->logits, of one token, is scratch. Returns a Status.
+CORESKIP_API int coreskip_generate(const StepModel* model, const StepCall* call, int64_t count, const int64_t* ends,
+                                   int64_t end_count, int64_t* made, int64_t* made_count) {
+    return with_team(*model, *call, count, [=](Walker& walker) {
+        walker.generate(count, ends, end_count, made, made_count);
+    });
 }
 
 // The op coreskip::linear for kInt4. x: [rows][in_features] of x_dtype; out: [rows][out_features] of x_dtype.

@@ -132,6 +132,7 @@ struct StepIsa {
     void (*act)(float* gate, const float* up, int64_t n, int act);  // gate <- act(gate) * up; up null: act(gate)
     void (*add_scaled)(float* to, const float* from, float scale, int64_t n);
     void (*softcap)(float* x, float scale, float cap, int64_t n);
+    int64_t (*argmax)(const float* x, int64_t n);  // the first NaN, or the first of the greatest
 };
 
 const StepIsa& generic_step();

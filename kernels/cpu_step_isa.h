@@ -136,6 +136,27 @@ static void softcap(float* x, float scale, float cap, int64_t n) {
     }
 }
 
+static int64_t argmax(const float* x, int64_t n) {
+    V most = splat(-HUGE_VALF);
+    VI odd = {};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        const V v = load(x + i);
+        most = v > most ? v : most;
+        odd |= v != v;
+    }
+    float greatest = -HUGE_VALF;
+    for (int k = 0; k < kLanes; k++) greatest = most[k] > greatest ? most[k] : greatest;
+    bool strange = total(odd & 1) != 0;
+    for (; i < n; i++) {
+        greatest = x[i] > greatest ? x[i] : greatest;
+        strange |= x[i] != x[i];
+    }
+    for (i = 0; i < n; i++)
+        if (strange ? x[i] != x[i] : x[i] == greatest) return i;
+    return 0;
+}
+
 // ---- attention ----
 
 template <class T>
@@ -229,7 +250,7 @@ static void merge(int64_t parts, int64_t stride, const float* most, const float*
 }
 
 static const StepIsa step_table = {
-    linear4, quantize_groups, norm, rotate, attend, merge, act, add_scaled, softcap,
+    linear4, quantize_groups, norm, rotate, attend, merge, act, add_scaled, softcap, argmax,
 };
 
 }  // namespace CORESKIP_ISA

@@ -165,6 +165,29 @@ class Step:
         cpu.check(self.library.coreskip_step(ctypes.byref(self._model), ctypes.byref(call)), 0)
         return logits, skipped.value
 
+    def generate(
+        self, token: int, position: int, start: int, caches: KeyValues, past: int, count: int, ends: Sequence[int]
+    ) -> tuple[list[int], int]:
+        """Greedy decoding of one sequence without leaving the native code.
+
+        token: the last one, whose keys and values are not in the cache yet, at `position`; start, past: as for `run`.
+        Makes `count` tokens, for which the caches have room, or fewer where one of `ends` comes, the last then.
+        Returns the tokens and the number of neurons that rules left out. The entries of all but the last are written.
+        """
+        numbers = (ctypes.c_int64 * 3)(token, position, start)
+        at, width = ctypes.addressof(numbers), 8
+        stops, made = (ctypes.c_int64 * len(ends))(*ends), (ctypes.c_int64 * count)()
+        done, skipped = ctypes.c_int64(0), ctypes.c_int64(0)
+        logits = torch.empty(self.model.head.out_features, dtype=self.model.dtype)
+        call = _Call(
+            at, at + width, at + 2 * width, ctypes.addressof(caches.table), logits.data_ptr(),
+            ctypes.addressof(skipped), 1, 1, past, 1, torch.get_num_threads(),
+        )  # fmt: skip
+        model, arguments = ctypes.byref(self._model), ctypes.byref(call)
+        status = self.library.coreskip_generate(model, arguments, count, stops, len(ends), made, ctypes.byref(done))
+        cpu.check(status, 0)
+        return list(made[: done.value]), skipped.value
+
 
 @dataclass(eq=False)
 class KeyValues:

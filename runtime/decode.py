@@ -399,6 +399,11 @@ class Decoder:
             return None
         return self._output(logits=logits, past_key_values=named["past_key_values"])
 
+    @property
+    def ready(self) -> bool:
+        """Whether a native step has been found to agree with the model's own modules."""
+        return self._output is not None and self._refusal is None
+
     def packed_bytes(self) -> tuple[int, int] | None:
         """Bytes of all matrices as packed for the plan's weight format, and of the MLPs'; None where nothing was."""
         if self._architecture is None or self._weights is None:
@@ -532,6 +537,48 @@ class Decoder:
             with self._lock:
                 architecture.rotation.reach(max(places) + 1)
                 step.rotate_by(architecture.rotation.tables())
+
+
+class NativeSequence:
+    """One sequence that nobody else touches while it decodes: steps without a look at the caller's arguments."""
+
+    def __init__(self, decoder: Decoder, cache: Any) -> None:
+        self._decoder, self._cache = decoder, cache
+        self._rooms = decoder._admit(cache, 1)
+        self._start = torch.zeros(1, dtype=torch.int64)
+
+    @property
+    def length(self) -> int:
+        """Tokens whose keys and values are in the cache."""
+        return self._rooms.length
+
+    def _ready(self, chosen: Chosen, more: int) -> native.Step:
+        if not self._rooms.fits(more):
+            self._rooms = self._decoder._admit(self._cache, more)
+        architecture = self._decoder._of(chosen)
+        if self.length + more > architecture.rotation.positions:
+            architecture.rotation.reach(self.length + more)
+        return self._decoder._step_of(chosen)
+
+    def step(self, tokens: Sequence[int], chosen: Chosen) -> Tensor:
+        """Logits ``[tokens, vocabulary]`` of 1 to 8 tokens that are appended."""
+        step, count = self._ready(chosen, len(tokens)), len(tokens)
+        ids, positions = torch.tensor([tokens]), torch.arange(self.length, self.length + count)[None]
+        logits, left_out = step.run(ids, positions, self._start, self._rooms.table, self.length, count)
+        self._rooms.advance(count)
+        self._decoder._count(count, chosen.skipped * count + left_out)
+        return logits[0]
+
+    def greedy(self, token: int, count: int, ends: Sequence[int], chosen: Chosen) -> list[int]:
+        """Appends `token` and returns the likeliest tokens after it: `count`, or fewer up to one of `ends`."""
+        step, past = self._ready(chosen, count), self.length
+        made, left_out = step.generate(token, past, 0, self._rooms.table, past, count, ends)
+        self._rooms.advance(len(made))
+        self._decoder._count(len(made), chosen.skipped * len(made) + left_out)
+        return made
+
+    def rollback(self, length: int) -> None:
+        self._rooms.advance(length - self.length)
 
 
 def _foreign(hook: Any) -> bool:

@@ -31,6 +31,8 @@ from transformers.generation import logits_process
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..kernels.ops import MAX_ROWS
+from .decode import Chosen, NativeSequence
+from .kv_cache import plain_class
 from .selections import drafting
 
 logger = logging.getLogger("coreskip")
@@ -98,6 +100,26 @@ class Passes(Protocol):
 
     def rollback(self, length: int) -> None:
         """Drop the cache's entries from position `length` on. To be called after every `verify`."""
+
+
+class NativePasses:
+    """`Passes` through the native step, without the model's forward in between."""
+
+    def __init__(self, native: NativeSequence, draft: Chosen, dense: Chosen) -> None:
+        self._native, self._draft, self._dense = native, draft, dense
+
+    @property
+    def length(self) -> int:
+        return self._native.length
+
+    def draft(self, token: int) -> Tensor:
+        return self._native.step([token], self._draft)[0]
+
+    def verify(self, tokens: Sequence[int]) -> Tensor:
+        return self._native.step(tokens, self._dense)
+
+    def rollback(self, length: int) -> None:
+        self._native.rollback(length)
 
 
 class ModulePasses:
@@ -339,7 +361,7 @@ class _Draws:
         return torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else torch.get_rng_state()
 
 
-class _Sequence:
+class Text:
     """The growing text of one generation: chooses tokens as plain generation does, and ends where it does."""
 
     def __init__(
@@ -392,6 +414,22 @@ class _Sequence:
         token = int(weights.argmax(dim=-1))
         return token, float(probabilities[0, token])
 
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append tokens that were chosen greedily elsewhere; only their number and the last decide about the end."""
+        self.ids = torch.cat([self.ids, torch.tensor([list(tokens)], device=self.ids.device)], dim=-1)
+        if self._streamer is not None:
+            for token in tokens:
+                self._streamer.put(torch.tensor([token]))
+        self.finished = bool(self._criteria(self.ids, None).all())
+
+    def result(self, config: Any, cache: Any) -> Any:
+        """What ``generate`` returns."""
+        if not config.return_dict_in_generate:
+            return self.ids
+        kept = {"scores": self.scores, "logits": self.logits}
+        tuples: dict[str, Any] = {name: None if value is None else tuple(value) for name, value in kept.items()}
+        return GenerateDecoderOnlyOutput(sequences=cast(Any, self.ids), past_key_values=cache, **tuples)
+
     def close(self) -> None:
         if self._draws is not None:
             self._draws.close()
@@ -410,6 +448,31 @@ def _is_pure(processor: Any) -> bool:
 def accepted(guess: int, token: int) -> bool:
     """The acceptance rule: a drafted token stays where the dense model chose the same."""
     return guess == token
+
+
+def obstacle(ids: Tensor, arguments: dict[str, Any]) -> str | None:
+    """Why a call of ``_sample`` is more than one unpadded sequence over a plain KV cache, if it is."""
+    config, kwargs = arguments["generation_config"], arguments["model_kwargs"]
+    cache, mask, positions = kwargs.get("past_key_values"), kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if ids.shape[0] != 1:
+        return f"a batch of {ids.shape[0]} sequences"
+    if arguments["synced_gpus"] or config.is_assistant:
+        return "the model is another's assistant or one of several synchronised ones"
+    if config.output_attentions or config.output_hidden_states:
+        return "attentions or hidden states are asked for"
+    if not kwargs.get("use_cache", True) or not isinstance(cache, DynamicCache):
+        return "the KV cache is not a DynamicCache"
+    if any(plain_class(type(layer)) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        return "the KV cache holds more than keys and values"
+    if getattr(cache, "offloading", False):
+        return "the KV cache is offloaded"
+    if ids.shape[1] == 0 or (isinstance(mask, Tensor) and not bool(mask.bool().all())):
+        return "the prompt is padded or given as embeddings"
+    if isinstance(positions, Tensor) and int(positions.flatten()[-1]) != ids.shape[1] - 1:
+        return "the positions are the caller's own"
+    if set(kwargs) - {"past_key_values", "use_cache", "attention_mask", "position_ids", "logits_to_keep"}:
+        return "the model takes more inputs than tokens"
+    return None
 
 
 class Exact:
@@ -439,8 +502,16 @@ class Exact:
         self.last = statistics_
         logger.debug("exact mode: %s", statistics_)
 
-    def generate(self, model: Any, plain: Callable[[], Any], ids: Tensor, arguments: dict[str, Any]) -> Any:
-        """What ``model._sample`` returns, by drafts where they are possible and by `plain` where not."""
+    def generate(
+        self,
+        model: Any,
+        plain: Callable[[], Any],
+        ids: Tensor,
+        arguments: dict[str, Any],
+        native: Callable[[Cache], Passes | None],
+    ) -> Any:
+        """What ``model._sample`` returns, by drafts where they are possible and by `plain` where not. `native` gives
+        passes that avoid the model's forward, where the native step covers it."""
         reason = self._refusal(model, ids, arguments)
         if reason is not None:
             if reason not in self._noted:
@@ -451,29 +522,12 @@ class Exact:
                 done.tokens = int(getattr(output, "sequences", output).shape[1] - ids.shape[1])
             return output
         with self._recorded() as done:
-            return self._generate(model, ids, done, **arguments)
+            return self._generate(model, ids, done, native, **arguments)
 
     def _refusal(self, model: Any, ids: Tensor, arguments: dict[str, Any]) -> str | None:
-        config, kwargs = arguments["generation_config"], arguments["model_kwargs"]
-        cache, mask, positions = kwargs.get("past_key_values"), kwargs.get("attention_mask"), kwargs.get("position_ids")
-        if ids.shape[0] != 1:
-            return f"a batch of {ids.shape[0]} sequences"
-        if arguments["synced_gpus"] or config.is_assistant:
-            return "the model is another's assistant or one of several synchronised ones"
-        if config.output_attentions or config.output_hidden_states:
-            return "attentions or hidden states are asked for"
-        if not kwargs.get("use_cache", True) or not isinstance(cache, DynamicCache):
-            return "the KV cache is not a DynamicCache"
-        if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
-            return "the KV cache holds more than keys and values"
-        if getattr(cache, "offloading", False):
-            return "the KV cache is offloaded"
-        if ids.shape[1] == 0 or (isinstance(mask, Tensor) and not bool(mask.bool().all())):
-            return "the prompt is padded or given as embeddings"
-        if isinstance(positions, Tensor) and int(positions.flatten()[-1]) != ids.shape[1] - 1:
-            return "the positions are the caller's own"
-        if set(kwargs) - {"past_key_values", "use_cache", "attention_mask", "position_ids", "logits_to_keep"}:
-            return "the model takes more inputs than tokens"
+        reason = obstacle(ids, arguments)
+        if reason is not None:
+            return reason
         if self._margin is None:
             self._margin = self._measure_margin(model, ids)
         if self._margin == float("inf"):
@@ -494,6 +548,7 @@ class Exact:
         model: Any,
         ids: Tensor,
         done: Statistics,
+        native: Callable[[Cache], Passes | None],
         logits_processor: Any,
         stopping_criteria: Any,
         generation_config: Any,
@@ -507,25 +562,19 @@ class Exact:
         cache = outputs.past_key_values
         cache.activate_past_recording()
         first = outputs.logits[0, -1]
-        text = _Sequence(
-            ids, logits_processor, stopping_criteria, generation_config, streamer, vocabulary=first.shape[0]
-        )
+        text = Text(ids, logits_processor, stopping_criteria, generation_config, streamer, vocabulary=first.shape[0])
         room = generation_config.max_length - ids.shape[1]
         try:
-            self._decode(ModulePasses(model, cache), text, first, room, done)
+            self._decode(native(cache) or ModulePasses(model, cache), text, first, room, done)
         finally:
             text.close()
             for layer in cache.layers:
                 layer.record_past = False
         if streamer is not None:
             streamer.end()
-        if not generation_config.return_dict_in_generate:
-            return text.ids
-        kept = {"scores": text.scores, "logits": text.logits}
-        tuples: dict[str, Any] = {name: None if value is None else tuple(value) for name, value in kept.items()}
-        return GenerateDecoderOnlyOutput(sequences=cast(Any, text.ids), past_key_values=cache, **tuples)
+        return text.result(generation_config, cache)
 
-    def _decode(self, passes: Passes, text: _Sequence, first: Tensor, room: int, done: Statistics) -> None:
+    def _decode(self, passes: Passes, text: Text, first: Tensor, room: int, done: Statistics) -> None:
         lookup = Lookup(text.ids[0].tolist())
         last = text.append(first)
         lookup.append(last)
@@ -558,7 +607,7 @@ class Exact:
             passes.rollback(text.ids.shape[1] - 1)
 
     def _draft(
-        self, passes: Passes, text: _Sequence, lookup: Lookup, last: int, left: int, done: Statistics
+        self, passes: Passes, text: Text, lookup: Lookup, last: int, left: int, done: Statistics
     ) -> tuple[str, list[int], list[int]]:
         """Where the drafted tokens come from, what their acceptance is counted under, and the tokens; none where it
         does not pay. `left`: tokens to the end at most."""
@@ -585,7 +634,7 @@ class Exact:
         return "lookup", [], []
 
     def _draft_by_plan(
-        self, passes: Passes, text: _Sequence, last: int, most: int, hoped: int, done: Statistics
+        self, passes: Passes, text: Text, last: int, most: int, hoped: int, done: Statistics
     ) -> tuple[list[int], list[int]]:
         pace, start = self.pace, passes.length
         # two steps where it has yet to be seen whether it pays: the first may settle, the second is timed

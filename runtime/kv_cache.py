@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from ..kernels.step import KeyValues
 
 _ROOMS = "_coreskip_rooms"
-_MARK = "_coreskip_plain_class"
+_MARK = "_coreskipplain_class"
 
 
 @dataclass(eq=False)
@@ -83,7 +83,7 @@ class _Roomy:
         """A pass of the model's own modules writes into the room, too, while there is some."""
         room, more = self._room, key_states.shape[2]
         if room is None or cast(Any, self).is_sliding or room.end + more > room.keys.shape[2]:
-            plain = cast(Any, _plain_class(type(self)))
+            plain = cast(Any, plain_class(type(self)))
             return plain.update(self, key_states, value_states, *args, **kwargs)
         room.keys[:, :, room.end : room.end + more] = key_states
         room.values[:, :, room.end : room.end + more] = value_states
@@ -98,7 +98,7 @@ def _roomy(cls: type) -> type:
     return type(cls.__name__, (cls,), {**names, **own, _MARK: cls})
 
 
-def _plain_class(cls: type) -> type:
+def plain_class(cls: type) -> type:
     """The class of a layer before it was given room."""
     return cast(type, getattr(cls, _MARK, cls))
 
@@ -164,7 +164,7 @@ def _unfit(cache: Cache) -> str | None:
         return f"the KV cache is a {type(cache).__name__}"
     lengths = set()
     for layer in cache.layers:
-        if _plain_class(type(layer)) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        if plain_class(type(layer)) not in (DynamicLayer, DynamicSlidingWindowLayer):
             return f"a KV cache layer is a {type(layer).__name__}"
         if not layer.is_initialized or layer.keys.device.type != "cpu":
             return "a KV cache layer is empty or not on the CPU"
@@ -190,7 +190,7 @@ def _give_room(layer: Any, more: int) -> None:
     new = [torch.empty((rows, heads, capacity, t.shape[3]), dtype=t.dtype) for t in (keys, values)]
     for buffer, old in zip(new, (keys, values), strict=True):
         buffer[:, :, :used] = old
-    if _plain_class(type(layer)) is type(layer):
+    if plain_class(type(layer)) is type(layer):
         for name in ("keys", "values"):
             del layer.__dict__[name]
         layer.__class__ = _roomy(type(layer))

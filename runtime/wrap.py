@@ -27,9 +27,10 @@ from ..predictors.anatomy import Activation, Anatomy, FeedForward, dissect, rows
 from ..predictors.errors import CoreskipError
 from ..predictors.observe import down_norms
 from ..predictors.plan import CoreNeurons, Dense, NeuronPolicy, Plan, Similar, Static, Threshold
+from . import loop
 from .attention import can_redirect, redirect_attention
-from .decode import Chosen, Decoder
-from .exact import Exact
+from .decode import Chosen, Decoder, NativeSequence, NotCovered
+from .exact import Exact, NativePasses
 from .layers import LayerSkips
 from .selections import (
     DRAFTING,
@@ -209,7 +210,7 @@ class Runtime:
         self._token_mlps: dict[int, SparseMLP] = {}
         self._static_packed: dict[int, PackedMLP] = {}
         self._linear_packed: dict[nn.Module, PackedLinear] = {}
-        self._decoder = Decoder(model, anatomy, plan.weights, self.usage.count)
+        self.decoder = Decoder(model, anatomy, plan.weights, self.usage.count)
         self._dense = Chosen([None] * len(anatomy), 0, plain=True)  # what exact mode verifies with
         self._chosen_once: Chosen | None = None
         self._chosen_by: weakref.WeakKeyDictionary[Selections, tuple[object, Chosen]] = weakref.WeakKeyDictionary()
@@ -268,7 +269,7 @@ class Runtime:
         self._linear_packed.clear()
         self._chosen_once = None
         self._chosen_by.clear()
-        self._decoder.forget()
+        self.decoder.forget()
         self._watched = self._watches()
         if self.exact is not None:
             self.exact.forget()
@@ -276,7 +277,7 @@ class Runtime:
     def packed_bytes(self) -> tuple[int, int] | None:
         """Bytes of all matrices that a native decode step reads, and of the MLPs' share of them; None where steps are
         not native, or read the model's own."""
-        return self._decoder.packed_bytes()
+        return self.decoder.packed_bytes()
 
     def _patch_model(self) -> None:
         """Decode steps go to the native step, where it covers the model and the call."""
@@ -289,14 +290,28 @@ class Runtime:
             cache = named.get("past_key_values")
             if self.model.training or current_prompt() is not None or not isinstance(cache, Cache):
                 return original(*args, **kwargs)
-            if self._decoder.refusal is not None or int(cache.get_seq_length()) == 0:
+            if self.decoder.refusal is not None or int(cache.get_seq_length()) == 0:
                 return original(*args, **kwargs)
             verifying = self.exact is not None and not DRAFTING.get()
-            chosen = self._dense if verifying else self._chosen_for(selections_of(cache, self))
-            output = self._decoder.forward(original, chosen, named)
+            chosen = self._dense if verifying else self.chosen_for(cache)
+            output = self.decoder.forward(original, chosen, named)
             return original(*args, **kwargs) if output is None else output
 
         self._patches.set(self.model, "forward", forward)
+
+    def native_passes(self, cache: Cache) -> NativePasses | None:
+        """Exact mode's passes over one sequence's cache by native steps, where they cover model and plan."""
+        draft = self.chosen_for(cache)
+        if not self.decoder.ready or isinstance(draft, str):
+            return None
+        try:
+            return NativePasses(NativeSequence(self.decoder, cache), draft, self._dense)
+        except NotCovered:
+            return None
+
+    def chosen_for(self, cache: Cache) -> Chosen | str:
+        """What the native step runs for the sequences of a cache, or why it cannot."""
+        return self._chosen_for(selections_of(cache, self))
 
     def _chosen_for(self, selections: Selections | None) -> Chosen | str:
         """What the native step runs for these sequences, or why it cannot."""
@@ -617,10 +632,13 @@ class _Wrapped:
             "streamer": streamer,
         }
         plain = functools.partial(super()._sample, input_ids, **arguments, **model_kwargs)  # type: ignore[misc]
-        exact = runtime_of(cast(nn.Module, self)).exact
-        if exact is None:
-            return plain()
-        return exact.generate(self, plain, input_ids, {**arguments, "model_kwargs": model_kwargs})
+        runtime = runtime_of(cast(nn.Module, self))
+        exact = runtime.exact
+        arguments["model_kwargs"] = model_kwargs
+        if exact is not None:
+            return exact.generate(self, plain, input_ids, arguments, runtime.native_passes)
+        output = loop.generate(runtime, self, input_ids, arguments)
+        return plain() if output is None else output
 
     def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
         return False  # the patched forward keeps state between steps that a captured graph would freeze

@@ -28,7 +28,7 @@ NOT_COVERED = ("opt", "gpt2", "gpt_neox", "falcon", "bloom", "cohere")
 
 
 def refusal(model: Any) -> str | None:
-    return runtime_of(model)._decoder.refusal
+    return runtime_of(model).decoder.refusal
 
 
 def ragged() -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,7 +40,7 @@ def ragged() -> tuple[torch.Tensor, torch.Tensor]:
 
 def spy(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The lengths of the steps that ran natively from now on."""
-    decoder, seen = runtime_of(model)._decoder, []
+    decoder, seen = runtime_of(model).decoder, []
     run = decoder._run
 
     def counted(step: Any, named: dict[str, Any], *rest: Any) -> Any:

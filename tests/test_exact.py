@@ -20,7 +20,7 @@ from coreskip import CoreskipError, Engine
 from coreskip.kernels.ops import available
 from coreskip.predictors.plan import Plan
 from coreskip.runtime import exact as exact_module
-from coreskip.runtime.exact import Exact, Lookup, Pace, Source, Statistics, _Sequence
+from coreskip.runtime.exact import Exact, Lookup, Pace, Source, Statistics, Text
 from coreskip.runtime.wrap import runtime_of
 
 needs_kernels = pytest.mark.skipif(available("cpu") is not None, reason="drafts are verified by the CPU kernels")
@@ -282,7 +282,7 @@ def test_what_rounding_could_decide_gets_a_pass_of_its_own(monkeypatch: pytest.M
         exact = Exact(has_draft=True)
         exact.pace, exact._margin = Eager(), margin
         criteria = StoppingCriteriaList([MaxLengthCriteria(42)])
-        text = _Sequence(torch.zeros(1, 2, dtype=torch.int64), LogitsProcessorList(), criteria, config, None, 6)
+        text = Text(torch.zeros(1, 2, dtype=torch.int64), LogitsProcessorList(), criteria, config, None, 6)
         passes = Rounding(logits, logits, 2)
         exact._decode(passes, text, logits[0], 40, Statistics())  # type: ignore[arg-type]
         return text.ids[0].tolist(), passes
@@ -373,7 +373,7 @@ def transitions(draws: int) -> tuple[torch.Tensor, torch.Tensor, Exact]:
     for _ in range(draws // 500):
         ids = torch.zeros(1, 2, dtype=torch.int64)
         criteria = StoppingCriteriaList([MaxLengthCriteria(502)])
-        text = _Sequence(ids, processors, criteria, config, None, VOCABULARY)
+        text = Text(ids, processors, criteria, config, None, VOCABULARY)
         exact._decode(Chain(logits, drafts, 2), text, logits[0], 500, done := Statistics())  # type: ignore[arg-type]
         assert done.tokens == 500
         pairs = text.ids[0, 1:].unfold(0, 2, 1)

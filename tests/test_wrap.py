@@ -81,7 +81,7 @@ def phases(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return step
 
     monkeypatch.setattr(runtime, "_begin", spy)
-    monkeypatch.setattr(runtime._decoder, "forward", lambda *_: None)  # which tells the phases apart by itself
+    monkeypatch.setattr(runtime.decoder, "forward", lambda *_: None)  # which tells the phases apart by itself
     return seen
 
 
