@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, greedy, plan_of, prompt, tiny
 from transformers import DynamicCache, StaticCache
+from transformers.generation.streamers import BaseStreamer
 
 import coreskip
 from coreskip.kernels import cpu
@@ -39,16 +40,15 @@ def ragged() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def spy(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The lengths of the steps that ran natively from now on."""
+    """The tokens of each native call from now on."""
     decoder, seen = runtime_of(model).decoder, []
-    run = decoder._run
+    count = decoder._count
 
-    def counted(step: Any, named: dict[str, Any], *rest: Any) -> Any:
-        logits = run(step, named, *rest)
-        seen.append(named["input_ids"].shape[1])
-        return logits
+    def counted(tokens: int, skipped: int) -> None:
+        seen.append(tokens)
+        count(tokens, skipped)
 
-    monkeypatch.setattr(decoder, "_run", counted)
+    monkeypatch.setattr(decoder, "_count", counted)
     return seen
 
 
@@ -185,6 +185,56 @@ def test_generate_is_what_it_was(family: str) -> None:
         assert refusal(model) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_sequence_without_transformers_own_loop(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy text of many tokens at once, and everything that is decided token by token, ends where it did."""
+    model, ids = tiny("qwen3").to(dtype), prompt(1, 12)
+    text = greedy(model, ids, 60)
+    ends = [int(t) for t in text[0, [30, 50]]]  # one in the middle of what is decoded at once
+    streamed: list[int] = []
+
+    class Streamer(BaseStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            streamed.extend(value.flatten().tolist())
+
+        def end(self) -> None:
+            streamed.append(-1)
+
+    calls: list[dict[str, Any]] = [
+        {},
+        {"eos_token_id": ends},
+        {"eos_token_id": ends, "max_new_tokens": 1},
+        {"eos_token_id": ends, "streamer": Streamer()},
+        {"max_new_tokens": 3},
+        {"max_new_tokens": 17},
+        {"do_sample": True, "temperature": 0.7, "top_k": 30},
+        {"do_sample": True, "top_p": 0.8, "repetition_penalty": 1.2, "eos_token_id": ends},
+        {"repetition_penalty": 1.3},
+        {"min_new_tokens": 40, "eos_token_id": ends},
+        {"max_time": 60.0},
+    ]
+
+    def run(options: dict[str, Any]) -> tuple[list[int], list[int]]:
+        streamed.clear()
+        torch.manual_seed(3)
+        return greedy(model, ids, **{"new": 40, **options}).flatten().tolist(), list(streamed)
+
+    for options in calls:
+        options["new"] = options.pop("max_new_tokens", 40)
+    if dtype is torch.bfloat16:  # rounds otherwise than the modules: compared with its own steps, one by one
+        with coreskip.wrap(model, Plan.dense(model)):
+            greedy(model, ids, 2)
+            with monkeypatch.context() as patch:
+                patch.setattr("coreskip.runtime.loop.generate", lambda *_: None)
+                expected = [run(options) for options in calls]
+    else:
+        expected = [run(options) for options in calls]
+    with coreskip.wrap(model, Plan.dense(model)):
+        greedy(model, ids, 2)
+        for options, result in zip(calls, expected, strict=True):
+            assert run(options) == result, options
+
+
 def test_a_conversation_goes_on_over_the_same_cache() -> None:
     model = tiny("mistral")  # with a window of 8
     first, second = prompt(1, 12), prompt(1, 7, seed=9)
@@ -249,7 +299,7 @@ def test_what_a_call_asks_for_beyond_logits_comes_from_the_modules(
             assert "runs on the model's modules" in caplog.text
             caplog.clear()
         greedy(model, ids)
-        assert seen == [1] * 15
+        assert sum(seen) == 15
         with torch.enable_grad():
             cache = DynamicCache(config=model.config)
             model(ids, past_key_values=cache)
