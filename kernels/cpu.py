@@ -89,7 +89,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.coreskip_choose.argtypes = [p, p]
     lib.coreskip_columns.argtypes = [p, i, i, n, p, i, n, n, p, n, ctypes.c_float, p, p, i]
     lib.coreskip_linear.argtypes = [p, i, i, n, p, i, n, n, p, p, p, i]
-    lib.coreskip_linear4.argtypes = [p, i, i, n, p, n, n, p, p, i]
+    lib.coreskip_tiles.argtypes = [p, i, i, n, p, i, n, n, p, p, i]
     lib.coreskip_step.argtypes = [p, p]
     lib.coreskip_generate.argtypes = [p, p, n, p, n, p, p]
 
@@ -178,10 +178,11 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     x = x.contiguous()
     weight = packed.weight
     out = x.new_empty((*x.shape[:-1], packed.out_features))
-    if packed.fmt == "int4":
-        status = library().coreskip_linear4(
+    if packed.grouped:
+        status = library().coreskip_tiles(
             x.data_ptr(), DTYPE[x.dtype], x.numel() // packed.in_features, packed.in_features, weight.data_ptr(),
-            packed.out_features, packed.stride, address(packed.bias), out.data_ptr(), torch.get_num_threads(),
+            packed.fmt == "int8_groups", packed.out_features, packed.stride, address(packed.bias), out.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
         check(status, 0)
         return out

@@ -242,7 +242,7 @@ class Walker {
             float* row = own.rows + t * stride;
             memcpy(row, input + t * input_width, input_width * sizeof(float));
             memset(row + input_width, 0, (stride - input_width) * sizeof(float));
-            if (dtype == kInt4) {
+            if (grouped(dtype)) {
                 const int64_t groups = stride / kGroup;
                 step.quantize_groups(row, stride, own.q + t * stride, own.group_scale + t * groups,
                                      own.group_sum + t * groups);
@@ -257,15 +257,16 @@ class Walker {
     Rows rows_of(int64_t stride) const { return {tokens, stride, own.rows, own.q, own.scale, own.sum}; }
 
     static int64_t units(const StepLinear& l) { return (l.out + unit(l) - 1) / unit(l); }
-    static int64_t unit(const StepLinear& l) { return l.dtype == kInt4 ? kTile : 4; }
+    static int64_t unit(const StepLinear& l) { return grouped(l.dtype) ? kTile : 4; }
+    static bool grouped(int dtype) { return dtype == kInt4 || dtype == kInt8Groups; }
 
     // One matrix's units `begin` to `end`.
     void project(const StepLinear& l, float* y, int64_t begin, int64_t end) {
         prepare(l.dtype, l.stride);
-        if (l.dtype == kInt4) {
-            const Linear4Job job = {l.weight, l.bias, l.stride / kGroup, l.out, tokens, own.q, own.group_scale,
+        if (grouped(l.dtype)) {
+            const TileJob job = {l.weight, l.dtype == kInt8Groups, l.bias, l.stride / kGroup, l.out, tokens, own.q, own.group_scale,
                                     own.group_sum, y};
-            step.linear4(job, begin, end);
+            step.tiles(job, begin, end);
         } else {
             const LinearJob job = {l.weight, l.scale, l.bias, rows_of(l.stride), l.out, y};
             isa.linear[l.dtype](job, begin * 4, std::min(end * 4, l.out));
@@ -300,7 +301,8 @@ class Walker {
     static constexpr int64_t kPiece = 48 << 10;  // bytes of weights
 
     static int64_t unit_bytes(const StepLinear& l) {
-        return l.dtype == kInt4 ? l.stride / kGroup * kTileBytes : 4 * l.stride * size_of(l.dtype);
+        if (grouped(l.dtype)) return l.stride / kGroup * (l.dtype == kInt4 ? kTileBytes : kTile8Bytes);
+        return 4 * l.stride * size_of(l.dtype);
     }
 
     void add_to_residual(const StepLayer& layer, const StepNorm& after, const float* y) {
@@ -624,9 +626,9 @@ CORESKIP_API int coreskip_generate(const StepModel* model, const StepCall* call,
     });
 }
 
-// The op coreskip::linear for kInt4. x: [rows][in_features] of x_dtype; out: [rows][out_features] of x_dtype.
-CORESKIP_API int coreskip_linear4(const void* x, int x_dtype, int rows, int64_t in_features, const void* weight,
-                                  int64_t out_features, int64_t stride, const float* bias, void* out, int threads) {
+// The op coreskip::linear for tiles, of bytes or of nibbles. x: [rows][in_features] of x_dtype; out: [rows][out_features] of x_dtype.
+CORESKIP_API int coreskip_tiles(const void* x, int x_dtype, int rows, int64_t in_features, const void* weight, int bytes,
+                                int64_t out_features, int64_t stride, const float* bias, void* out, int threads) {
     const Isa& isa = *active.load();
     const StepIsa& step = *active_step.load();
     const int64_t groups = stride / kGroup, tiles = (out_features + kTile - 1) / kTile;
@@ -644,11 +646,11 @@ CORESKIP_API int coreskip_linear4(const void* x, int x_dtype, int rows, int64_t 
         memset(row + in_features, 0, (stride - in_features) * sizeof(float));
         step.quantize_groups(row, stride, q + r * stride, scale + r * groups, sum + r * groups);
     }
-    const Linear4Job job = {weight, bias, groups, out_features, rows, q, scale, sum, y};
+    const TileJob job = {weight, bytes != 0, bias, groups, out_features, rows, q, scale, sum, y};
 #pragma omp parallel num_threads(threads)
     {
         const Range here = share(tiles, omp_get_thread_num(), omp_get_num_threads());
-        step.linear4(job, here.begin, here.end);
+        step.tiles(job, here.begin, here.end);
     }
     isa.from_float(y, out, x_dtype, rows * out_features);
     return kOk;

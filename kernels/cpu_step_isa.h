@@ -6,7 +6,7 @@
 namespace coreskip {
 namespace CORESKIP_ISA {
 
-// ---- 4-bit groups ----
+// ---- groups of 4 or 8 bits ----
 
 static inline VI as_lanes(const int8_t* four) {
     int32_t word;
@@ -14,54 +14,97 @@ static inline VI as_lanes(const int8_t* four) {
     return VI{} + word;
 }
 
-// kTile outputs for R rows. The integers of a group are exact; scales and sums are fp32. The next tile needs no
-// prefetch of its own: the whole matrix is one stream.
-template <int R>
-static inline void tile(const Linear4Job& job, const uint8_t* w, int row, float out[R][kTile]) {
-    constexpr int parts = kTile / kLanes;
-    V y[R][parts] = {};
-    for (int64_t g = 0; g < job.groups; g++, w += kTileBytes) {
-        VI sum[R][parts] = {};
+// One group of kInt4: exact sums of q, and what they stand for.
+struct Nibbles {
+    static constexpr int bytes = kTileBytes;
+
+    template <int R>
+    static void sums(const uint8_t* w, const int8_t* const* x, VI sum[R][kTile / kLanes]) {
         for (int k = 0; k < 4; k++)
-            for (int p = 0; p < parts; p++) {
-                const VB bytes = load_bytes(w + k * kLine + p * kVector);
-                const VB low = bytes & 15, high = (VB)((VH2)bytes >> 4) & 15;
+            for (int p = 0; p < kTile / kLanes; p++) {
+                const VB both = load_bytes(w + k * kLine + p * kVector);
+                const VB low = both & 15, high = (VB)((VH2)both >> 4) & 15;
                 for (int r = 0; r < R; r++) {
-                    const int8_t* x = job.q + ((row + r) * job.groups + g) * kGroup + 4 * k;
-                    sum[r][p] = multiply_add(sum[r][p], low, (VB)as_lanes(x));
-                    sum[r][p] = multiply_add(sum[r][p], high, (VB)as_lanes(x + kGroup / 2));
+                    sum[r][p] = multiply_add(sum[r][p], low, (VB)as_lanes(x[r] + 4 * k));
+                    sum[r][p] = multiply_add(sum[r][p], high, (VB)as_lanes(x[r] + 4 * k + kGroup / 2));
                 }
             }
-        const F16* ends = reinterpret_cast<const F16*>(w + 4 * kLine);
-        for (int p = 0; p < parts; p++) {
-            const V scale = load(ends + p * kLanes), least = load(ends + kTile + p * kLanes);
+    }
+    static V value(const uint8_t* w, int p, VI sum, float x_scale, float x_sum) {
+        const F16* ends = reinterpret_cast<const F16*>(w + 4 * kLine) + p * kLanes;
+        return load(ends) * x_scale * __builtin_convertvector(sum, V) + load(ends + kTile) * x_sum;
+    }
+};
+
+// And of kInt8Groups. Without VNNI the bytes are multiplied as two nibbles.
+struct Bytes {
+    static constexpr int bytes = kTile8Bytes;
+
+    template <int R>
+    static void sums(const uint8_t* w, const int8_t* const* x, VI sum[R][kTile / kLanes]) {
+        for (int k = 0; k < 8; k++)
+            for (int p = 0; p < kTile / kLanes; p++) {
+                const VB u = load_bytes(w + k * kLine + p * kVector);
+                for (int r = 0; r < R; r++) {
+                    const VB xs = (VB)as_lanes(x[r] + 4 * k);
+                    if (CORESKIP_LEVEL == 512) {
+                        sum[r][p] = multiply_add(sum[r][p], u, xs);
+                    } else {
+                        sum[r][p] = multiply_add(sum[r][p], u & 15, xs);
+                        sum[r][p] += multiply_add(VI{}, (VB)((VH2)u >> 4) & 15, xs) * 16;
+                    }
+                }
+            }
+    }
+    static V value(const uint8_t* w, int p, VI sum, float x_scale, float x_sum) {
+        const F16* scales = reinterpret_cast<const F16*>(w + 8 * kLine) + p * kLanes;
+        return load(scales) * (x_scale * __builtin_convertvector(sum, V) - 128.f * x_sum);
+    }
+};
+
+// kTile outputs for R rows. The next tile needs no prefetch of its own: the whole matrix is one stream.
+template <class G, int R>
+static inline void tile(const TileJob& job, const uint8_t* w, int row, float out[R][kTile]) {
+    constexpr int parts = kTile / kLanes;
+    V y[R][parts] = {};
+    for (int64_t g = 0; g < job.groups; g++, w += G::bytes) {
+        VI sum[R][parts] = {};
+        const int8_t* x[R];
+        for (int r = 0; r < R; r++) x[r] = job.q + ((row + r) * job.groups + g) * kGroup;
+        G::template sums<R>(w, x, sum);
+        for (int p = 0; p < parts; p++)
             for (int r = 0; r < R; r++) {
                 const int64_t at = (row + r) * job.groups + g;
-                y[r][p] += scale * job.scale[at] * __builtin_convertvector(sum[r][p], V) + least * job.sum[at];
+                y[r][p] += G::value(w, p, sum[r][p], job.scale[at], job.sum[at]);
             }
-        }
     }
     for (int r = 0; r < R; r++)
         for (int p = 0; p < parts; p++) store(out[r] + p * kLanes, y[r][p]);
 }
 
-template <int R>
-static inline void write_tile(const Linear4Job& job, int64_t t, int row) {
+template <class G, int R>
+static inline void write_tile(const TileJob& job, int64_t t, int row) {
     float out[R][kTile];
-    tile<R>(job, static_cast<const uint8_t*>(job.weight) + t * job.groups * kTileBytes, row, out);
+    tile<G, R>(job, static_cast<const uint8_t*>(job.weight) + t * job.groups * G::bytes, row, out);
     const int64_t first = t * kTile, count = job.out - first < kTile ? job.out - first : kTile;
     for (int r = 0; r < R; r++)
         for (int64_t i = 0; i < count; i++)
             job.y[(row + r) * job.out + first + i] = out[r][i] + (job.bias ? job.bias[first + i] : 0.f);
 }
 
-static void linear4(const Linear4Job& job, int64_t begin, int64_t end) {
+template <class G>
+static void tiles_of(const TileJob& job, int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) {
         int row = 0;
-        for (; row + 4 <= job.rows; row += 4) write_tile<4>(job, t, row);
-        for (; row + 2 <= job.rows; row += 2) write_tile<2>(job, t, row);
-        for (; row < job.rows; row++) write_tile<1>(job, t, row);
+        for (; row + 4 <= job.rows; row += 4) write_tile<G, 4>(job, t, row);
+        for (; row + 2 <= job.rows; row += 2) write_tile<G, 2>(job, t, row);
+        for (; row < job.rows; row++) write_tile<G, 1>(job, t, row);
     }
+}
+
+static void tiles(const TileJob& job, int64_t begin, int64_t end) {
+    if (job.bytes) tiles_of<Bytes>(job, begin, end);
+    else tiles_of<Nibbles>(job, begin, end);
 }
 
 // Each group of x on its own: x is about scale * q. n is a multiple of kGroup.
@@ -250,7 +293,7 @@ static void merge(int64_t parts, int64_t stride, const float* most, const float*
 }
 
 static const StepIsa step_table = {
-    linear4, quantize_groups, norm, rotate, attend, merge, act, add_scaled, softcap, argmax,
+    tiles, quantize_groups, norm, rotate, attend, merge, act, add_scaled, softcap, argmax,
 };
 
 }  // namespace CORESKIP_ISA

@@ -17,7 +17,8 @@ from torch import Tensor
 LINE = 64  # bytes of a cache line, to whose multiples a row of whole bytes is padded; kLine in cpu.h
 PAD = 128  # bytes, or nibbles, to whose multiples any other row is padded; kPad in cpu.h
 HUGE_PAGE = 2 << 20
-GROUP, TILE = 32, 16  # inputs of an "int4" group, rows of a tile; kGroup and kTile in cpu_step.h
+GROUP, TILE = 32, 16  # inputs of a group, rows of a tile; kGroup and kTile in cpu_step.h
+GROUPED = ("int4", "int8_groups")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = (None, "int8", "int8_sliced")
 MAX_INT8_WIDTH = (2**31 - 1) // (255 * 127)  # beyond it a row of products could overflow 32 bits
@@ -180,22 +181,24 @@ class PackedLinear:
 
     In "int8" the weight holds bytes and stands for scale[out_feature] * (byte - 128). In "int4" it is
     [ceil(out_features / 16), groups, 320] bytes: tiles of 16 rows by 32 inputs, w = scale * q + least with q in 0..15,
-    as cpu_step.h describes them (llama.cpp calls these numbers Q4_1).
+    as cpu_step.h describes them (llama.cpp calls these numbers Q4_1). "int8_groups" is alike, 544 bytes a tile,
+    w = scale * (byte - 128) (Q8_0). For both, x is rounded to 8 bits in the same groups.
     """
 
     weight: Tensor
     in_features: int
     scale: Tensor | None = None
     bias: Tensor | None = None
-    rows: int | None = None  # of "int4", where the last tile may be filled up
+    rows: int | None = None  # of tiles, the last of which may be filled up
 
     @classmethod
     @torch.no_grad()
     def pack(cls, weight: Tensor, bias: Tensor | None = None, *, fmt: str | None = None) -> PackedLinear:
         """weight: [out_features, in_features] of float32, bfloat16 or float16; bias: [out_features] or None.
 
-        fmt: None, "int8" or "int4". With None, rows that need no padding are shared with `weight`, anything else is
-        copied. "int4" loses nothing where the weights are 4-bit numbers already, as in a model loaded from such a file.
+        fmt: None, "int8", "int8_groups" or "int4". With None, rows that need no padding are shared with `weight`,
+        anything else is copied. The groups lose nothing where the weights are such numbers already, as in a model
+        loaded from a file of them.
         Raises ValueError where shapes or names do not fit, TypeError for another dtype.
         """
         _check_dtype(weight)
@@ -203,11 +206,11 @@ class PackedLinear:
             raise ValueError(f"weight must be [out_features, in_features], not {tuple(weight.shape)}")
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must have shape {tuple(weight.shape[:1])}, not {tuple(bias.shape)}")
-        if fmt not in (None, "int8", "int4"):
-            raise ValueError(f"fmt must be None, 'int8' or 'int4', not {fmt!r}")
+        if fmt not in (None, "int8", *GROUPED):
+            raise ValueError(f"fmt must be None, 'int8', {', '.join(map(repr, GROUPED))}, not {fmt!r}")
         rows, scale = weight.detach(), None
-        if fmt == "int4":
-            return cls(_tiles(rows), weight.shape[1], bias=_floats(bias, None), rows=weight.shape[0])
+        if fmt in GROUPED:
+            return cls(_tiles(rows, fmt), weight.shape[1], bias=_floats(bias, None), rows=weight.shape[0])
         if fmt == "int8":
             packed, _, scales = _pack_bytes([rows], sliced=False)
             rows, scale = packed[:, 0], scales[:, 0].contiguous()
@@ -226,8 +229,14 @@ class PackedLinear:
 
     @property
     def fmt(self) -> str | None:
-        """None, "int8" or "int4"."""
-        return "int4" if self.rows is not None else None if self.scale is None else "int8"
+        """None, "int8", "int8_groups" or "int4"."""
+        if self.grouped:
+            return "int4" if self.weight.shape[2] == TILE * GROUP // 2 + 4 * TILE else "int8_groups"
+        return None if self.scale is None else "int8"
+
+    @property
+    def grouped(self) -> bool:
+        return self.rows is not None
 
     @property
     def nbytes(self) -> int:
@@ -350,25 +359,40 @@ def ungroup(q: Tensor, scale: Tensor, least: Tensor) -> Tensor:
     return q.float() * scale.float()[..., None] + least.float()[..., None]
 
 
-def _tiles(weight: Tensor) -> Tensor:
-    """The bytes of "int4", [ceil(rows / 16), groups, 320]."""
+def _tiles(weight: Tensor, fmt: str) -> Tensor:
+    """The bytes of "int4", [ceil(rows / 16), groups, 320], or of "int8_groups", [.., 544]."""
     if not bool(weight.isfinite().all()):
-        raise ValueError("weights with infinities or NaNs have no 4-bit form")
-    q, scale, least = group_weights(weight)
+        raise ValueError("weights with infinities or NaNs have no form of 4 or 8 bits")
+    q, scale, least = group_weights(weight) if fmt == "int4" else _group_bytes(weight)
     fill = -q.shape[0] % TILE
     if fill:
         q, scale, least = (torch.nn.functional.pad(t, (0, 0) * (t.dim() - 1) + (0, fill)) for t in (q, scale, least))
     groups = q.shape[1]
-    # [tile, row, group, half, four, input of four] -> [tile, group, four, row, input of four] for each half
-    low, high = q.view(-1, TILE, groups, 2, 4, 4).permute(3, 0, 2, 4, 1, 5)
-    nibbles = (low | high << 4).reshape(-1, groups, TILE * GROUP // 2)
     ends = [t.view(-1, TILE, groups).transpose(1, 2).contiguous().view(torch.uint8) for t in (scale, least)]
-    tiles = allocate((nibbles.shape[0], groups, nibbles.shape[2] + 4 * TILE), torch.uint8, weight.device)
-    return tiles.copy_(torch.cat([nibbles, *ends], -1))
+    if fmt == "int4":
+        # [tile, row, group, half, four, input of four] -> [tile, group, four, row, input of four] for each half
+        low, high = q.view(-1, TILE, groups, 2, 4, 4).permute(3, 0, 2, 4, 1, 5)
+        numbers = (low | high << 4).reshape(-1, groups, TILE * GROUP // 2)
+    else:
+        numbers = q.view(-1, TILE, groups, 8, 4).permute(0, 2, 3, 1, 4).reshape(-1, groups, TILE * GROUP)
+        del ends[1]
+    parts = torch.cat([numbers, *ends], -1)
+    return allocate(tuple(parts.shape), torch.uint8, weight.device).copy_(parts)
+
+
+def _group_bytes(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `group_weights`, for w about scale * (q - 128) with q in 1..255."""
+    rows, width = weight.shape
+    w = torch.nn.functional.pad(weight.float(), (0, -width % GROUP)).view(rows, -1, GROUP)
+    scale = (w.abs().amax(-1) / 127).half()
+    q = (w / torch.where(scale == 0, 1.0, scale.float())[..., None]).round().clamp(-127, 127) + 128
+    return q.to(torch.uint8), scale, scale
 
 
 def untile(packed: PackedLinear) -> tuple[Tensor, Tensor, Tensor]:
-    """What `group_weights` returned for an "int4" weight."""
+    """q, scale and least of tiles: w = scale * q + least, as `group_weights` gives them."""
+    if packed.fmt == "int8_groups":
+        return _untile_bytes(packed)
     tiles, size = packed.weight, TILE * GROUP // 2
     groups = tiles.shape[1]
     fours = tiles[..., :size].reshape(-1, groups, 4, TILE, 4).permute(0, 3, 1, 2, 4).reshape(-1, groups, 16)
@@ -376,6 +400,14 @@ def untile(packed: PackedLinear) -> tuple[Tensor, Tensor, Tensor]:
     ends = tiles[..., size:].contiguous().view(torch.float16).view(-1, groups, 2, TILE).permute(2, 0, 3, 1)
     scale, least = ends.reshape(2, -1, groups)
     return q[: packed.rows], scale[: packed.rows], least[: packed.rows]
+
+
+def _untile_bytes(packed: PackedLinear) -> tuple[Tensor, Tensor, Tensor]:
+    tiles, size = packed.weight, TILE * GROUP
+    groups = tiles.shape[1]
+    q = tiles[..., :size].reshape(-1, groups, 8, TILE, 4).permute(0, 3, 1, 2, 4).reshape(-1, groups, GROUP)
+    scale = tiles[..., size:].contiguous().view(torch.float16).transpose(1, 2).reshape(-1, groups)
+    return q[: packed.rows], scale[: packed.rows], -128 * scale[: packed.rows].float()
 
 
 def _nibbles(values: Tensor) -> Tensor:

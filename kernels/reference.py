@@ -58,7 +58,7 @@ def pick(score: Tensor, keep: int, threshold: float) -> Tensor:
 
 def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     """See `ops.linear`; any number of rows."""
-    if packed.fmt == "int4":
+    if packed.grouped:
         return _grouped_linear(x, packed)
     if packed.scale is not None:
         integers, scale = quantize(x.reshape(-1, packed.in_features).float())

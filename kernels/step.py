@@ -20,7 +20,7 @@ from .packed import PackedLinear, PackedMLP
 _P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 
 _NORM = {"rms": 1, "layer": 2}
-_INT4 = 5
+_GROUPED = {"int4": 5, "int8_groups": 6}
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,7 +276,6 @@ def _norm(norm: Norm | None) -> _Norm:
 def _linear(packed: PackedLinear | None) -> _Linear:
     if packed is None:
         return _Linear()
-    grouped = packed.fmt == "int4"
     return _Linear(
         packed.weight.data_ptr(),
         cpu.address(packed.scale),
@@ -284,7 +283,7 @@ def _linear(packed: PackedLinear | None) -> _Linear:
         packed.in_features,
         packed.out_features,
         packed.stride,
-        _INT4 if grouped else cpu.DTYPE[packed.weight.dtype],
+        _GROUPED[packed.fmt] if packed.grouped else cpu.DTYPE[packed.weight.dtype],
     )
 
 

@@ -405,8 +405,9 @@ class Plan:
         quality: what `evaluate` measured on held-out text, or None.
         clusters: for similarity-guided plans.
         frontier: what the search for a budget found that nothing beat in both bytes and quality: plain JSON tables.
-        weights: in which format the native decode step holds weights: None: as loaded; "int8": one byte each; "int4":
-            4-bit groups, and bytes for the LM head. Where that step does not cover a model they stay as loaded.
+        weights: in which format the native decode step holds weights: None: as loaded; "int8": one byte each, in
+            groups of 32 inputs; "int4": 4-bit groups, and bytes for the LM head. Where that step does not
+            cover a model they stay as loaded.
     """
 
     layers: tuple[LayerPlan, ...]

@@ -44,11 +44,11 @@ class NotCovered(Exception):
 class Architecture:
     """A model as the native step sees it, with the weights where they lie or, under `weights`, packed anew.
 
-    weights: None: as loaded; "int8": one byte a weight; "int4": 4-bit groups, and bytes for the LM head.
+    weights: None: as loaded; "int8": one byte a weight, in groups; "int4": 4-bit groups, and bytes for the LM head.
     """
 
     def __init__(self, model: Any, anatomy: Anatomy, weights: str | None = None) -> None:
-        self._model, self._anatomy, self._weights = model, anatomy, weights
+        self._model, self._anatomy, self._weights = model, anatomy, {"int8": "int8_groups"}.get(str(weights), weights)
         self.config = model.config.get_text_config()
         self._check()
         self.rotation = _Rotation(anatomy.stack)
@@ -60,7 +60,7 @@ class Architecture:
             embedding=embedding,
             layers=layers,
             norm=_norm(self._last_norm()),
-            head=self._pack(head.weight, head.bias, "int8" if weights else None),
+            head=self._pack(head.weight, head.bias, "int8_groups" if weights else None),
             dtype=embedding.dtype,
             embedding_scale=self._embedding_scale(embedding),
             logit_scale=self._logit_scale(),

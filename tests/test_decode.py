@@ -397,10 +397,8 @@ def test_weight_formats_compute_with_the_rounded_weights(weights: str) -> None:
 
 
 def rounded(weight: torch.Tensor, weights: str) -> torch.Tensor:
-    packed = PackedLinear.pack(weight, fmt=weights)
-    if weights == "int4":
-        return ungroup(*untile(packed)).flatten(1)[:, : weight.shape[1]]
-    return (packed.weight[:, : weight.shape[1]].float() - 128) * packed.scale[:, None]
+    packed = PackedLinear.pack(weight, fmt="int4" if weights == "int4" else "int8_groups")
+    return ungroup(*untile(packed)).flatten(1)[:, : weight.shape[1]]
 
 
 def test_four_bit_numbers_survive_packing() -> None:

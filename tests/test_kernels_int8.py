@@ -249,3 +249,32 @@ def test_means_are_given_once_and_fit():
         packed.compensated(torch.zeros(6))
     with pytest.raises(ValueError, match="mean must be given once"):
         packed.compensated(torch.zeros(5)).compensated(torch.zeros(5))
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ["generic"] if NO_LIBRARY else cpu.supported())
+@pytest.mark.parametrize("fmt", ["int4", "int8_groups"])
+@pytest.mark.parametrize(("outputs", "inputs", "rows"), [(64, 64, 1), (50, 70, 3), (577, 100, 8), (1, 1, 2)])
+def test_grouped_linears_are_the_definition(isa: str, fmt: str, outputs: int, inputs: int, rows: int) -> None:
+    best = cpu.active()
+    cpu.use(isa)
+    generator = torch.Generator().manual_seed(outputs)
+    weight, bias = torch.randn(outputs, inputs, generator=generator), torch.randn(outputs, generator=generator)
+    x = torch.randn(rows, inputs, generator=generator) * 3
+    packed = PackedLinear.pack(weight, bias, fmt=fmt)
+    assert (packed.out_features, packed.fmt) == (outputs, fmt)
+    y = linear(x, packed, backend="cpu")
+    expected = linear(x, packed, backend="torch")
+    assert torch.allclose(y, expected, rtol=1e-5, atol=1e-4)
+    assert torch.equal(y, linear(x, packed, backend="cpu"))
+    assert torch.equal(y[:1], linear(x[:1], packed, backend="cpu"))  # rows do not see each other
+    exact = x @ weight.t() + bias
+    assert (y - exact).norm() <= (0.12 if fmt == "int4" else 0.015) * exact.norm()
+    x[0, 0] = float("nan")
+    assert bool(linear(x, packed, backend="cpu")[0].isnan().all())
+    cpu.use(best)
+
+
+def test_grouped_weights_must_be_finite() -> None:
+    with pytest.raises(ValueError, match="4 or 8 bits"):
+        PackedLinear.pack(torch.full((4, 4), float("inf")), fmt="int4")
