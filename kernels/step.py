@@ -20,7 +20,7 @@ from .packed import PackedLinear, PackedMLP
 _P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 
 _NORM = {"rms": 1, "layer": 2}
-_GROUPED = {"int4": 5, "int8_groups": 6}
+_GROUPED: dict[str | None, int] = {"int4": 5, "int8_groups": 6}
 
 
 @dataclass(frozen=True, eq=False)

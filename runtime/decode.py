@@ -182,10 +182,11 @@ def _windows(config: Any, layers: int) -> list[int]:
     cache = DynamicCache(config=config)
     if len(cache.layers) != layers:
         raise NotCovered("the model does not keep one KV cache layer for each decoder layer")
-    for layer in cache.layers:
+    kept: Any = cache.layers
+    for layer in kept:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise NotCovered(f"its KV cache has layers of type {type(layer).__name__}")
-    return [int(layer.sliding_window) if layer.is_sliding else 0 for layer in cache.layers]
+    return [int(layer.sliding_window) if layer.is_sliding else 0 for layer in kept]
 
 
 def _norms(layer: nn.Module) -> dict[str, Any]:

@@ -90,7 +90,8 @@ class Statistics:
 class Passes(Protocol):
     """The model and one sequence's KV cache, as the loop sees them. `length` counts the cache's tokens."""
 
-    length: int
+    @property
+    def length(self) -> int: ...
 
     def draft(self, token: int) -> Tensor:
         """Append `token` under the plan; its logits ``[vocabulary]``."""

@@ -163,6 +163,7 @@ def _unfit(cache: Cache) -> str | None:
     if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
         return f"the KV cache is a {type(cache).__name__}"
     lengths = set()
+    layer: Any
     for layer in cache.layers:
         if plain_class(type(layer)) not in (DynamicLayer, DynamicSlidingWindowLayer):
             return f"a KV cache layer is a {type(layer).__name__}"
@@ -187,11 +188,10 @@ def _give_room(layer: Any, more: int) -> None:
     keys, values = layer.keys, layer.values
     rows, heads, used, _ = keys.shape
     capacity = -(-(max(2 * used, used + 128) + more) // 128) * 128
-    new = [torch.empty((rows, heads, capacity, t.shape[3]), dtype=t.dtype) for t in (keys, values)]
-    for buffer, old in zip(new, (keys, values), strict=True):
-        buffer[:, :, :used] = old
+    new_keys, new_values = (torch.empty((rows, heads, capacity, t.shape[3]), dtype=t.dtype) for t in (keys, values))
+    new_keys[:, :, :used], new_values[:, :, :used] = keys, values
     if plain_class(type(layer)) is type(layer):
         for name in ("keys", "values"):
             del layer.__dict__[name]
-        layer.__class__ = _roomy(type(layer))
-    layer._room, layer._loose = Room(*new, 0, used), (None, None)
+        layer.__class__ = _roomy(cast(Any, type(layer)))
+    layer._room, layer._loose = Room(new_keys, new_values, 0, used), (None, None)

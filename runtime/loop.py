@@ -8,6 +8,7 @@ criteria, streamers) is done token by token, as in exact mode.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +21,10 @@ from .exact import Text, obstacle
 if TYPE_CHECKING:
     from .wrap import Runtime
 
-# Tokens made in one native call. An interrupt from the keyboard waits for it.
+# Tokens made in one native call at most, and how long one may take: a streamer should not stutter, and an interrupt
+# from the keyboard waits for the call's end.
 AT_ONCE = 16
+STREAMING_S, ALONE_S = 0.025, 0.5
 
 
 def generate(runtime: Runtime, model: Any, ids: Tensor, arguments: dict[str, Any]) -> Any:
@@ -61,13 +64,17 @@ def _decode(runtime: Runtime, model: Any, cache: Any, text: Text, first: Tensor,
             last = text.append(logits[0, -1])
         return
     ends = _ends(arguments)
+    longest = ALONE_S if arguments["streamer"] is None else STREAMING_S
+    at_once = 1
     while not text.finished:
         if ends is None:
             last = text.append(sequence.step([last], chosen)[0])
             continue
         room = arguments["stopping_criteria"].max_length - text.ids.shape[1]
-        at_once = 1 if arguments["streamer"] is not None else AT_ONCE
+        start = time.perf_counter()
         made = sequence.greedy(last, min(room, at_once), ends, chosen)
+        each = (time.perf_counter() - start) / len(made)
+        at_once = max(1, min(AT_ONCE, int(longest / each)))
         text.extend(made)
         last = made[-1]
 

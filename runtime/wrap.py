@@ -281,7 +281,7 @@ class Runtime:
 
     def _patch_model(self) -> None:
         """Decode steps go to the native step, where it covers the model and the call."""
-        original = cast(Callable[..., Any], self.model.forward)
+        original = self.model.forward
         signature = inspect.signature(original)
 
         @functools.wraps(original)
