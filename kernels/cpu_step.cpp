@@ -456,7 +456,6 @@ class Walker {
     void bundled(const StepLayer& l, const float* x) {
         const StepMlp& b = l.mlp;
         read_from(x, m.hidden);
-        ready = -1;
         prepare(b.dtype, b.stride);
         const int projections = b.gated ? 2 : 1;
         const int64_t bytes = b.stride * (projections + 1) * size_of(b.dtype);

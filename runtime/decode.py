@@ -262,6 +262,8 @@ class _Rotation:
         self._kinds: list[str | None] = []  # per layer; "" where there is no rotation
         self.version = 0
         self._tables: dict[str | None, tuple[Tensor, Tensor]] = {}
+        self._outgrown: list[Any] = []  # a step in another thread may still read them; together as large as the present
+        self._lock = threading.Lock()
         if self._module is None:
             raise NotCovered("its positions are not rotary embeddings made once for all layers")
         kinds = getattr(self._module, "rope_type", "default")
@@ -287,11 +289,13 @@ class _Rotation:
 
     def reach(self, positions: int) -> None:
         """Makes sure that there are tables for so many positions."""
-        if positions <= self.positions:
-            return
-        self.positions = max(positions, 2 * self.positions)
-        self._tables = {kind: self._make(kind) for kind in self._tables}
-        self.version += 1
+        with self._lock:
+            if positions <= self.positions:
+                return
+            self.positions = max(positions, 2 * self.positions)
+            self._outgrown.append(self._tables)
+            self._tables = {kind: self._make(kind) for kind in self._tables}
+            self.version += 1
 
     def _make(self, kind: str | None) -> tuple[Tensor, Tensor]:
         arguments = (torch.zeros(1), torch.arange(self.positions)[None]) + ((kind,) if self._by_type else ())
@@ -390,8 +394,7 @@ class Decoder:
                 raise NotCovered(chosen)
             if self._output is None:
                 return self._first(original, chosen, named)
-            with self._lock:
-                step = self._step_of(chosen)
+            step = self._step_of(chosen)
             logits, left_out = self._run(step, named, self._of(chosen))
             tokens = named["input_ids"].numel()
             self._count(tokens, chosen.skipped * tokens + left_out)
@@ -416,14 +419,14 @@ class Decoder:
 
     def _step_of(self, chosen: Chosen) -> native.Step:
         architecture = self._of(chosen)
-        version = architecture.rotation.version
-        step, made = self._steps.get(chosen, (None, -1))
-        if step is None:
-            step = architecture.step(chosen)
-        elif made != version:
-            step.rotate_by(architecture.rotation.tables())
-        if made != version:
-            self._steps[chosen] = (step, version)
+        with self._lock:
+            version = architecture.rotation.version
+            step, made = self._steps.get(chosen, (None, -1))
+            if step is None:
+                step = architecture.step(chosen)
+            if made != version:
+                step.rotate_by(architecture.rotation.tables())
+                self._steps[chosen] = (step, version)
         return step
 
     def _check_call(self, named: dict[str, Any]) -> None:
@@ -535,9 +538,8 @@ class Decoder:
         if min(places) < 0:
             raise _OfThisCall("a position is negative")
         if max(places) >= architecture.rotation.positions:
-            with self._lock:
-                architecture.rotation.reach(max(places) + 1)
-                step.rotate_by(architecture.rotation.tables())
+            architecture.rotation.reach(max(places) + 1)
+            step.rotate_by(architecture.rotation.tables())
 
 
 class NativeSequence:
@@ -556,9 +558,7 @@ class NativeSequence:
     def _ready(self, chosen: Chosen, more: int) -> native.Step:
         if not self._rooms.fits(more):
             self._rooms = self._decoder._admit(self._cache, more)
-        architecture = self._decoder._of(chosen)
-        if self.length + more > architecture.rotation.positions:
-            architecture.rotation.reach(self.length + more)
+        self._decoder._of(chosen).rotation.reach(self.length + more)
         return self._decoder._step_of(chosen)
 
     def step(self, tokens: Sequence[int], chosen: Chosen) -> Tensor:

@@ -311,10 +311,7 @@ class Runtime:
 
     def chosen_for(self, cache: Cache) -> Chosen | str:
         """What the native step runs for the sequences of a cache, or why it cannot."""
-        return self._chosen_for(selections_of(cache, self))
-
-    def _chosen_for(self, selections: Selections | None) -> Chosen | str:
-        """What the native step runs for these sequences, or why it cannot."""
+        selections = selections_of(cache, self)
         if self._modules_only is not None:
             return self._modules_only
         if not (self._chosen or self._skips.adaptive) or selections is None:
@@ -346,11 +343,9 @@ class Runtime:
         for index in self._token_policies:
             sparse = self.token_mlp(index)  # what its rule leaves out the native step counts itself
             mlps[index] = BundledMLP(sparse.packed, sparse.rule, sparse.keep, sparse.threshold, sparse.smooth)
-        widths = [self._width(i) for i in range(len(self.anatomy))]
-        skipped = sum(
-            w if i in mlp else w - packed[i].intermediate_size for i, w in enumerate(widths) if i in mlp or i in packed
-        )
-        return Chosen([mlps.get(i) for i in range(len(widths))], skipped, attention, mlp, plain=False)
+        skipped = sum(self._width(i) for i in mlp)
+        skipped += sum(self._width(i) - p.intermediate_size for i, p in packed.items() if i not in mlp)
+        return Chosen([mlps.get(i) for i in range(len(self.anatomy))], skipped, attention, mlp)
 
     def _patch_stack(self, stack: nn.Module) -> None:
         original = stack.forward

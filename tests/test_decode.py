@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from typing import Any
 
 import pytest
@@ -360,6 +361,25 @@ def test_positions_beyond_the_first_tables() -> None:
             native = [model(ids[:, t : t + 1], past_key_values=cache).logits[:, 0] for t in range(2040, 2100)]
             assert refusal(model) is None
     assert torch.allclose(torch.stack(native, 1), expected, atol=2e-4)
+
+
+def test_the_first_step_may_come_after_a_long_prompt() -> None:
+    """Before any table of positions reaches that far, and with two sequences at once after it."""
+    model, ids = tiny("llama", max_position_embeddings=4096), prompt(1, 1100)
+    expected = greedy(model, ids, 6)
+    with coreskip.wrap(model, Plan.dense(model)):
+        for _ in range(2):
+            assert torch.equal(greedy(model, ids, 6), expected)
+        assert refusal(model) is None
+        longer = prompt(1, 2200)
+        texts: list[torch.Tensor] = []
+        threads = [threading.Thread(target=lambda: texts.append(greedy(model, longer, 6))) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(texts) == 2
+        assert torch.equal(*texts)
 
 
 def test_llama3_rope_and_yarn_are_covered_and_dynamic_rope_is_not() -> None:
