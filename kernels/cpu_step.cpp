@@ -180,7 +180,7 @@ class Walker {
         for (int64_t i = 0; i < m.layer_count; i++) {
             const StepLayer& layer = m.layers[i];
             if (layer.run_attention) attention(layer, c.caches[i]);
-            else write_entries(layer, c.caches[i]);
+            else if (layer.k.weight) write_entries(layer, c.caches[i]);
             if (layer.run_mlp) mlp(layer);
         }
         logits();
