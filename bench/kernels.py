@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from coreskip.kernels import cpu
 from coreskip.kernels.ops import PackedMLP, available, mlp, sketch_mlp
 from coreskip.kernels.packed import PackedLinear, allocate
-from coreskip.kernels.step import BundledMLP, KeyValues, Norm, Step, StepLayer, StepModel
+from coreskip.kernels.step import BundledMLP, DenseMLP, KeyValues, Norm, Step, StepLayer, StepModel
 
 SHAPES = ("576x1536", "2048x8192", "4096x11008")
 FORMATS = ("float32", "bfloat16", "int8", "int8_sliced")
@@ -41,7 +41,7 @@ class Case:
 
     call: "op" is the public function; "bound" the compiled one with its arguments in place: the weights push Python
     out of the caches, and 10 to 30 us a call go by in it; "step" all layers in one native call, as decoding runs them
-    (listed neurons lie side by side there: a sequence decodes with bundles of its own).
+    (a dense layer from its three matrices, listed neurons from bundles of their own, side by side).
     """
 
     op: str
@@ -135,7 +135,9 @@ def _mlp_cases(hidden: int, neurons: int, fmt: str, keeps: tuple[float, ...], ro
         yield Case(op, "cpu", "op", keep, layers[keep], nbytes, run)
         yield Case(op, "cpu", "bound", keep, layers[keep], nbytes, _Bound(run.bound()))
         if rows == 1:
-            yield Case(op, "cpu", "step", keep, layers[keep], nbytes, _decoder(x, copies[: layers[keep]], keep))
+            yield Case(
+                op, "cpu", "step", keep, layers[keep], nbytes, _decoder(x, weights, copies[: layers[keep]], keep)
+            )
 
 
 def _copies(packed: PackedMLP, count: int) -> tuple[list[PackedMLP], list[Tensor]]:
@@ -231,24 +233,33 @@ _ONE_TOKEN = (
 )
 
 
-def _decoder(x: Tensor, layers: list[PackedMLP], keep: float) -> _Decoder:
+def _decoder(x: Tensor, weights: list[Tensor], layers: list[PackedMLP], keep: float) -> _Decoder:
     """A decoder of which `x` [1, hidden] is the only embedding. Raises RuntimeError where its result is wrong."""
-    kept, hidden = int(layers[0].intermediate_size * keep), x.shape[1]
-    sketched = layers[0].low is not None
+    first, count, hidden = layers[0], len(layers), x.shape[1]
+    kept, sketched = int(first.intermediate_size * keep), layers[0].low is not None
     if keep < 1 and not sketched:
         layers = [layer.take(torch.arange(kept)) for layer in layers]
-    mlps = [BundledMLP(one, "sketch", kept) if sketched else BundledMLP(one) for one in layers]
-    share = 1 / len(layers)
+    if sketched:
+        mlps: list[BundledMLP] | list[DenseMLP] = [BundledMLP(layer, "sketch", kept) for layer in layers]
+    else:
+        mlps = [BundledMLP(layer) if keep < 1 else _dense(weights, first.fmt) for layer in layers]
     norm = Norm(torch.ones(hidden), None, 1e-6, "rms")
-    stack = [StepLayer(None, one, "silu", residual_scale=share) for one in mlps]
+    stack = [StepLayer(None, one, "silu", residual_scale=1 / count) for one in mlps]
     head = PackedLinear.pack(torch.eye(_HEAD, hidden, dtype=x.dtype))
     decoder = _Decoder(Step(StepModel(x, stack, norm, head, x.dtype)))
     expected = x.float()
     for one in layers:
         y = sketch_mlp(expected, one, keep=kept, backend="torch") if sketched else mlp(expected, one, backend="torch")
-        expected = expected + share * y
+        expected = expected + y / count
     verify(decoder()[0], F.rms_norm(expected, (hidden,), eps=1e-6)[:, :_HEAD], x.dtype)
     return decoder
+
+
+def _dense(weights: list[Tensor], fmt: str | None) -> DenseMLP:
+    gate, up, down = weights[0], weights[1], weights[2].t()
+    return DenseMLP(
+        *(PackedLinear.pack(w.clone(memory_format=torch.contiguous_format), fmt=fmt) for w in (gate, up, down))
+    )
 
 
 def _torch_case(x: Tensor, weights: list[Tensor], layers: int) -> Case:
