@@ -333,7 +333,7 @@ class Walker {
         read_from(own.attended, l.heads * l.head_dim);
         project_all({&l.o}, {w.out});
         meeting.meet();
-        if (l.parallel) memcpy(own.pending, w.out, tokens * m.hidden * sizeof(float));
+        if (l.parallel && l.run_mlp) memcpy(own.pending, w.out, tokens * m.hidden * sizeof(float));
         else add_to_residual(l, l.attention_out, w.out);
     }
 
