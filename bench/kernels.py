@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from coreskip.bench.rows import commit, device_name
 from coreskip.kernels import cpu
 from coreskip.kernels.ops import PackedMLP, available, mlp, sketch_mlp
 from coreskip.kernels.packed import PackedLinear, allocate
@@ -298,29 +299,15 @@ def cache_bytes() -> int:
 def machine() -> Row:
     """What a row needs to be compared with another: device, threads, versions, commit."""
     return {
-        "device": _cpu_name(),
+        "device": device_name("cpu"),
         "isa": cpu.active(),
         "threads": torch.get_num_threads(),
         "coreskip": version("coreskip"),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10", "--match=-"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
 
 
 # ---- command line ----
@@ -340,11 +327,12 @@ def main(arguments: list[str] | None = None) -> None:
     if reason:
         parser.error(reason)
     keeps = tuple(float(keep) for keep in options.keeps.split(","))
+    command = shlex.join(["coreskip", "bench", "kernels", *(sys.argv[1:] if arguments is None else arguments)])
     with open(options.json, "a") if options.json else sys.stdout as out:
         for shape in options.shapes.split(","):
             for fmt in options.formats.split(","):
                 for row in measure(shape, fmt, keeps, rows=options.rows, rounds=options.rounds):
-                    print(json.dumps(row), file=out, flush=True)
+                    print(json.dumps(row | {"command": command}), file=out, flush=True)
                     print(_summary(row), file=sys.stderr)
 
 

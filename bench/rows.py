@@ -300,13 +300,37 @@ def quality_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", origin])
 
 
+def kernel_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of `coreskip.bench.kernels` as a Markdown table: a layer of a native step by the share of neurons kept."""
+    steps = [row for row in rows if row["call"] == "step"]
+    keeps = sorted({row["keep"] for row in steps}, reverse=True)
+    lines = [["MLP", "weights", "torch dense, µs", *(f"keep {keep:g}, µs (of bandwidth, × torch)" for keep in keeps)]]
+    lines.append(["---"] * len(lines[0]))
+    for shape, fmt in dict.fromkeys((row["shape"], row["fmt"]) for row in steps):
+        here = [row for row in rows if (row["shape"], row["fmt"]) == (shape, fmt)]
+        dense = next(row["us_per_layer_p50"] for row in here if row["backend"] == "torch")
+        found = {row["keep"]: row for row in here if row["call"] == "step"}
+        cell = "{us_per_layer_p50:.0f} ({share_of_bandwidth:.2f}, {times:.1f}×)"
+        times = {keep: dense / row["us_per_layer_p50"] for keep, row in found.items()}
+        done = [cell.format(**found[keep], times=times[keep]) if keep in found else "" for keep in keeps]
+        lines.append([shape, fmt, f"{dense:.0f}", *done])
+    first, read = rows[0], sorted({row["bandwidth_gb_per_s"] for row in rows})
+    origin = (
+        f"{first['device']} ({first['isa']}), {first['threads']} threads; the memory read at {read[0]:.1f} to "
+        f"{read[-1]:.1f} GB/s; {first['date']}, commit {first['commit'] or 'unknown'}: `{first['command']}`"
+    )
+    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", origin])
+
+
 def _table_of(path: Path) -> str:
-    """The table of a file of rows: of quality where they have a KL divergence, else of speed."""
+    """The table of a file of rows: of quality where they have a KL divergence, of kernels, else of speed."""
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise CoreskipError(f"cannot read the rows {path}: {error}") from None
-    return quality_table(lines) if lines and "kl" in lines[0] else markdown_table(read([path]))
+    if lines and "kl" in lines[0]:
+        return quality_table(lines)
+    return kernel_table(lines) if lines and "us_per_layer_p50" in lines[0] else markdown_table(read([path]))
 
 
 _MARK = "<!-- table: "

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from coreskip.bench import kernels as bench
+from coreskip.bench.rows import kernel_table
 from coreskip.kernels import cpu, ops
 
 pytestmark = pytest.mark.skipif(ops.available("cpu") is not None, reason="needs the compiled kernels")
@@ -30,7 +31,10 @@ def test_rows_are_complete(tmp_path):
     for row in rows:
         assert row["us_per_layer_p20"] <= row["us_per_layer_p50"] <= row["us_per_layer_p80"]
         assert row["gb_per_s"] >= 0
-        assert {"device", "isa", "threads", "torch", "coreskip", "commit", "shape", "fmt"} <= row.keys()
+        assert {"device", "isa", "threads", "torch", "coreskip", "commit", "command", "shape", "fmt"} <= row.keys()
+    table = kernel_table(rows).splitlines()
+    assert [line.split(" | ")[1] for line in table[2:4]] == ["bfloat16", "int8_sliced"]
+    assert all(line.count("×)") == 2 for line in table[2:4])
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
