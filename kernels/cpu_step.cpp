@@ -8,6 +8,8 @@
 #include <omp.h>
 #include <sched.h>
 
+#include <new>
+
 #include "cpu_work.h"
 
 namespace coreskip {
@@ -15,31 +17,28 @@ namespace {
 
 thread_local Workspace workspace;
 
-// Where the threads meet. The last to arrive also rewinds the counter from which they take work.
+// Where the threads meet.
 class Meeting {
   public:
     void expect(int parts) { parts_ = parts; }
 
-    void meet() {
-        if (parts_ == 1) {
-            next_ = 0;
-            return;
-        }
+    // meanwhile(): does something short and useful, or returns false.
+    template <class Meanwhile>
+    void meet(Meanwhile meanwhile) {
+        if (parts_ == 1) return;
         const int here = round_.load(std::memory_order_relaxed);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) == parts_ - 1) {
             arrived_.store(0, std::memory_order_relaxed);
-            next_.store(0, std::memory_order_relaxed);
             round_.store(here + 1, std::memory_order_release);
             return;
         }
         // Spinning is fastest while every thread has a core. Where one has lost its core, the rest must let go of theirs.
-        for (int spins = 0; round_.load(std::memory_order_acquire) == here; spins++)
+        for (int spins = 0; round_.load(std::memory_order_acquire) == here; spins++) {
+            if (meanwhile()) continue;
             if (spins < 2000) pause();
             else sched_yield();
+        }
     }
-
-    // The begin of a piece of work that no other thread has taken.
-    int64_t take(int64_t size) { return next_.fetch_add(size, std::memory_order_relaxed); }
 
   private:
     static void pause() {
@@ -51,7 +50,38 @@ class Meeting {
     int parts_ = 1;
     alignas(kLine) std::atomic<int> arrived_{0};
     alignas(kLine) std::atomic<int> round_{0};
-    alignas(kLine) std::atomic<int64_t> next_{0};
+};
+
+// One thread's stretch of the work that all share out: it takes pieces from the front, the others, when they are done
+// with their own, from the back. The cores of a shared machine are not equally fast.
+class alignas(kLine) Stretch {
+  public:
+    void set(Range range) { range_.store(pack(range.begin, range.end), std::memory_order_relaxed); }
+
+    bool take_front(int64_t size, Range& piece) {
+        return take([&](Range all) { return Range{all.begin, std::min(all.begin + size, all.end)}; }, piece);
+    }
+    bool take_back(int64_t size, Range& piece) {
+        return take([&](Range all) { return Range{std::max(all.begin, all.end - size), all.end}; }, piece);
+    }
+
+  private:
+    static uint64_t pack(int64_t begin, int64_t end) { return static_cast<uint64_t>(begin) << 32 | end; }
+
+    template <class Choose>
+    bool take(Choose choose, Range& piece) {
+        uint64_t seen = range_.load(std::memory_order_relaxed);
+        for (;;) {
+            const Range all = {static_cast<int64_t>(seen >> 32), static_cast<int64_t>(seen & 0xffffffff)};
+            if (all.begin >= all.end) return false;
+            piece = choose(all);
+            const bool front = piece.begin == all.begin;
+            const uint64_t rest = front ? pack(piece.end, all.end) : pack(all.begin, piece.begin);
+            if (range_.compare_exchange_weak(seen, rest, std::memory_order_relaxed)) return true;
+        }
+    }
+
+    std::atomic<uint64_t> range_{0};  // begin and end, 32 bits each
 };
 
 // The largest sizes of all layers.
@@ -83,6 +113,7 @@ struct Shared {
     float *most, *sum, *value;  // attention: [parts][tokens][heads], value times [head_dim]
     float* acc;                 // bundled MLPs: [2][threads][tokens][stride], used in turn
     float *score, *known_gate;
+    Stretch* stretches;         // [threads]
     float* best;                // [threads]
     int64_t* best_at;
     int32_t* high;
@@ -100,28 +131,32 @@ struct Own {
     float* slice;
 };
 
+template <class T>
+constexpr T* kind = nullptr;
+
 constexpr int64_t kSlice = 4096;  // logits looked at together
 
 template <class Take>
 Shared share_out(const Sizes& s, const StepModel& m, const StepCall& c, int threads, Take take) {
     Shared w{};
     const int64_t t = s.tokens;
-    w.q = take(float(), t * s.attention);
-    w.k = take(float(), t * s.kv);
-    w.v = take(float(), t * s.kv);
-    w.out = take(float(), t * s.hidden);
-    w.gate = take(float(), t * s.neurons);
-    w.up = take(float(), t * s.neurons);
-    w.logits = take(float(), c.rows * c.wanted * m.head.out);
-    w.most = take(float(), s.parts * t * s.queries);
-    w.sum = take(float(), s.parts * t * s.queries);
-    w.value = take(float(), s.parts * t * s.attention);
-    w.acc = take(float(), s.listed ? 2 * threads * t * s.width : 0);
-    w.score = take(float(), s.listed * t);
-    w.known_gate = take(float(), s.listed * t);
-    w.high = take(int32_t(), s.listed * t * 2);
-    w.best = take(float(), threads);
-    w.best_at = take(int64_t(), threads);
+    w.q = take(kind<float>, t * s.attention);
+    w.k = take(kind<float>, t * s.kv);
+    w.v = take(kind<float>, t * s.kv);
+    w.out = take(kind<float>, t * s.hidden);
+    w.gate = take(kind<float>, t * s.neurons);
+    w.up = take(kind<float>, t * s.neurons);
+    w.logits = take(kind<float>, c.rows * c.wanted * m.head.out);
+    w.most = take(kind<float>, s.parts * t * s.queries);
+    w.sum = take(kind<float>, s.parts * t * s.queries);
+    w.value = take(kind<float>, s.parts * t * s.attention);
+    w.acc = take(kind<float>, s.listed ? 2 * threads * t * s.width : 0);
+    w.score = take(kind<float>, s.listed * t);
+    w.known_gate = take(kind<float>, s.listed * t);
+    w.high = take(kind<int32_t>, s.listed * t * 2);
+    w.stretches = take(kind<Stretch>, threads);
+    w.best = take(kind<float>, threads);
+    w.best_at = take(kind<int64_t>, threads);
     return w;
 }
 
@@ -129,25 +164,25 @@ template <class Take>
 Own own_share(const Sizes& s, Take take) {
     Own w{};
     const int64_t t = s.tokens, wide = std::max(s.width, s.neurons + kPad);
-    w.x = take(float(), t * s.hidden);
-    w.h = take(float(), t * wide);
-    w.pending = take(float(), t * s.hidden);
-    w.rows = take(float(), t * wide);
-    w.attended = take(float(), t * s.attention);
-    w.queries = take(float(), s.attention + s.kv);
-    w.scratch = take(float(), s.attention);
-    w.q = take(int8_t(), t * wide);
-    w.scale = take(float(), t);
-    w.group_scale = take(float(), t * (wide / kGroup + 1));
-    w.group_sum = take(float(), t * (wide / kGroup + 1));
-    w.sum = take(int32_t(), t);
-    w.from = take(int64_t(), s.queries);
-    w.to = take(int64_t(), s.queries);
-    w.chosen = take(int64_t(), s.listed * t);
-    w.list = take(int64_t(), s.listed + 1);
-    w.selected = take(uint8_t(), s.listed * t);
-    w.keys = take(uint32_t(), 2 * s.listed + 1);
-    w.slice = take(float(), kSlice);
+    w.x = take(kind<float>, t * s.hidden);
+    w.h = take(kind<float>, t * wide);
+    w.pending = take(kind<float>, t * s.hidden);
+    w.rows = take(kind<float>, t * wide);
+    w.attended = take(kind<float>, t * s.attention);
+    w.queries = take(kind<float>, s.attention + s.kv);
+    w.scratch = take(kind<float>, s.attention);
+    w.q = take(kind<int8_t>, t * wide);
+    w.scale = take(kind<float>, t);
+    w.group_scale = take(kind<float>, t * (wide / kGroup + 1));
+    w.group_sum = take(kind<float>, t * (wide / kGroup + 1));
+    w.sum = take(kind<int32_t>, t);
+    w.from = take(kind<int64_t>, s.queries);
+    w.to = take(kind<int64_t>, s.queries);
+    w.chosen = take(kind<int64_t>, s.listed * t);
+    w.list = take(kind<int64_t>, s.listed + 1);
+    w.selected = take(kind<uint8_t>, s.listed * t);
+    w.keys = take(kind<uint32_t>, 2 * s.listed + 1);
+    w.slice = take(kind<float>, kSlice);
     return w;
 }
 
@@ -265,7 +300,7 @@ class Walker {
         prepare(l.dtype, l.stride);
         if (grouped(l.dtype)) {
             const TileJob job = {l.weight, l.dtype == kInt8Groups, l.bias, l.stride / kGroup, l.out, tokens, own.q, own.group_scale,
-                                    own.group_sum, y};
+                                    own.group_sum, y, to_fetch()};
             step.tiles(job, begin, end);
         } else {
             const LinearJob job = {l.weight, l.scale, l.bias, rows_of(l.stride), l.out, y};
@@ -273,36 +308,194 @@ class Walker {
         }
     }
 
-    // Matrices that read the same input, as one stretch of work. The cores of a shared machine are not equally fast:
-    // each thread takes the next piece when it is done with one. An output does not depend on who computes it.
-    void project_all(std::initializer_list<const StepLinear*> matrices, std::initializer_list<float*> outputs) {
-        int64_t all = 0, bytes = 0;
-        for (const StepLinear* l : matrices) {
-            if (!l->weight) continue;
-            all += units(*l);
-            bytes = std::max(bytes, unit_bytes(*l));
+    // Calls work(begin, end) for pieces of `all` until none is left: first those of this thread's own share, from its
+    // front on, which is what it fetches ahead. An output does not depend on who computes it. bytes: read for each.
+    template <class Work>
+    void share_work(int64_t all, int64_t piece, int64_t bytes, Work work) {
+        const Range mine = share(all, part, parts);
+        const int64_t end = passed + (mine.end - mine.begin) * bytes;
+        w.stretches[part].set(mine);
+        Range r{};
+        while (w.stretches[part].take_front(piece, r)) {
+            work(r.begin, r.end);
+            passed += (r.end - r.begin) * bytes;
         }
-        const int64_t piece = std::max<int64_t>(1, std::min(kPiece / bytes, (all + parts - 1) / parts));
-        for (int64_t at = meeting.take(piece); at < all; at = meeting.take(piece)) {
-            const int64_t stop = std::min(at + piece, all);
-            int64_t first = 0;
-            auto y = outputs.begin();
-            for (const StepLinear* l : matrices) {
-                float* to = *y++;
-                if (!l->weight) continue;
-                const int64_t last = first + units(*l);
-                if (at < last && stop > first)
-                    project(*l, to, std::max(at, first) - first, std::min(stop, last) - first);
-                first = last;
-            }
-        }
+        passed = end;
+        for (int k = 1; k < parts; k++)
+            while (w.stretches[(part + k) % parts].take_back(piece, r)) work(r.begin, r.end);
     }
 
-    static constexpr int64_t kPiece = 48 << 10;  // bytes of weights
+    // Matrices that read the same input, and are shared out as one.
+    struct Matrices {
+        const StepLinear* matrix[3] = {};
+        float* y[3] = {};
+        int64_t end[3] = {}, bytes = 1;  // units up to each one's last; of the largest unit
+
+        Matrices(std::initializer_list<const StepLinear*> matrices, std::initializer_list<float*> outputs) {
+            std::copy(matrices.begin(), matrices.end(), matrix);
+            std::copy(outputs.begin(), outputs.end(), y);
+            int64_t all = 0;
+            for (int i = 0; i < 3; i++) {
+                if (matrix[i] && matrix[i]->weight) {
+                    all += units(*matrix[i]);
+                    bytes = std::max(bytes, unit_bytes(*matrix[i]));
+                }
+                end[i] = all;
+            }
+        }
+        int64_t begin(int i) const { return i ? end[i - 1] : 0; }
+        // Matrix i's units among `range` of all.
+        Range among(Range range, int i) const {
+            return {std::max(range.begin, begin(i)) - begin(i), std::min(range.end, end[i]) - begin(i)};
+        }
+    };
+
+    Matrices inputs(const StepLayer& l) const {
+        if (!l.run_attention) return {{&l.k, &l.v}, {w.k, w.v}};
+        return {{&l.q, &l.k, &l.v}, {w.q, w.k, w.v}};
+    }
+    Matrices output(const StepLayer& l) const { return {{&l.o}, {w.out}}; }
+    Matrices widening(const StepLayer& l) const { return {{&l.gate, &l.up}, {w.gate, w.up}}; }
+    Matrices narrowing(const StepLayer& l) const { return {{&l.down}, {w.out}}; }
+    Matrices head() const { return {{&m.head}, {direct() ? static_cast<float*>(c.logits) : w.logits}}; }
+    bool direct() const { return m.logit_dtype == kFloat32; }
+
+    void project_all(const Matrices& all) {
+        share_work(all.end[2], std::max<int64_t>(1, kPiece / all.bytes), all.bytes, [&](int64_t begin, int64_t end) {
+            for (int i = 0; i < 3; i++) {
+                const Range range = all.among({begin, end}, i);
+                if (range.begin < range.end) project(*all.matrix[i], all.y[i], range.begin, range.end);
+            }
+        });
+    }
+
+    static constexpr int64_t kPiece = 16 << 10;  // bytes of weights
 
     static int64_t unit_bytes(const StepLinear& l) {
         if (grouped(l.dtype)) return l.stride / kGroup * (l.dtype == kInt4 ? kTileBytes : kTile8Bytes);
         return 4 * l.stride * size_of(l.dtype);
+    }
+
+    // ---- memory to be read later ----
+    //
+    // A thread knows what it will read: its own share of each matrix and of the cache, layer by layer. It fetches that
+    // kLead bytes ahead, while it reads what comes before, computes, or waits for the others.
+
+    static constexpr int64_t kLead = 128 << 10;
+
+    struct Memory {
+        uintptr_t at;
+        int64_t bytes;
+    };
+
+    Ahead ahead{}, nothing{};
+    int64_t ahead_layer = 0, ahead_entry = 0;
+    int ahead_stage = 0;
+    int64_t planned = 0, passed = 0;  // bytes of the way up to the end of `ahead`, and of what has been read
+
+    int64_t lead() const {
+        const int64_t now = ahead.at < ahead.end ? ahead.end - ahead.at : 0;
+        return planned - now - static_cast<int64_t>(ahead.then_end - ahead.then) - passed;
+    }
+
+    // This thread's share of matrix i.
+    Memory memory_of(const Matrices& all, int i) const {
+        const Range range = all.among(share(all.end[2], part, parts), i);
+        if (range.begin >= range.end) return {0, 0};
+        const int64_t bytes = unit_bytes(*all.matrix[i]);
+        return {reinterpret_cast<uintptr_t>(all.matrix[i]->weight) + range.begin * bytes, (range.end - range.begin) * bytes};
+    }
+
+    // The keys, or the values, of this thread's share of the attention: of its i-th task.
+    Memory entries_of(const StepLayer& l, const StepCache& cache, int64_t i, bool values) const {
+        const int64_t first = first_chunk(l), chunks = chunks_of(l), task = share(tasks_of(l), part, parts).begin + i;
+        const int64_t begin = (first + task % chunks) * kChunk, end = std::min(begin + kChunk, past);
+        if (begin >= end) return {0, 0};
+        const int64_t size = size_of(m.kv_dtype) * l.head_dim;
+        const int64_t offset = offset_of(l, cache, task / chunks / l.kv_heads, task / chunks % l.kv_heads);
+        return {reinterpret_cast<uintptr_t>(values ? cache.values : cache.keys) + offset * size_of(m.kv_dtype) + begin * size,
+                (end - begin) * size};
+    }
+
+    // The next part of the way. May be empty.
+    Memory next_memory() {
+        if (ahead_layer == m.layer_count) {
+            ahead_layer++;
+            return memory_of(head(), 0);
+        }
+        const StepLayer& l = m.layers[ahead_layer];
+        if (ahead_stage == 3 && l.run_attention) {
+            const Range mine = share(tasks_of(l), part, parts);
+            if (ahead_entry < 2 * (mine.end - mine.begin)) {
+                const int64_t i = ahead_entry++;
+                return entries_of(l, c.caches[ahead_layer], i / 2, i % 2);
+            }
+        }
+        const int stage = ahead_stage++;
+        switch (stage) {
+            case 0: case 1: case 2: return memory_of(inputs(l), stage);
+            case 3: return {0, 0};
+            case 4: return l.run_attention ? memory_of(output(l), 0) : Memory{0, 0};
+            case 5: case 6: return l.run_mlp && !l.mlp.weight ? memory_of(widening(l), stage - 5) : Memory{0, 0};
+            default:
+                ahead_stage = 0;
+                ahead_entry = 0;
+                ahead_layer++;
+                return l.run_mlp && !l.mlp.weight ? memory_of(narrowing(l), 0) : Memory{0, 0};
+        }
+    }
+
+    // Puts the next parts of the way into `ahead`.
+    void refill() {
+        pass_over();
+        while (ahead.then >= ahead.then_end && ahead_layer <= m.layer_count) {
+            const Memory next = next_memory();
+            planned += next.bytes;
+            if (ahead.at >= ahead.end) ahead.at = next.at, ahead.end = next.at + next.bytes;
+            else ahead.then = next.at, ahead.then_end = next.at + next.bytes;
+        }
+    }
+
+    // What has been read without being fetched ahead need not be fetched any more.
+    void pass_over() {
+        for (int64_t behind = -lead(); behind > 0; behind = -lead()) {
+            if (ahead.at < ahead.end) {
+                ahead.at += std::min<int64_t>(behind, ahead.end - ahead.at);
+            } else if (ahead.then < ahead.then_end) {
+                ahead = {ahead.then, ahead.then_end, 0, 0};
+            } else if (ahead_layer <= m.layer_count) {
+                const Memory next = next_memory();
+                planned += next.bytes;
+                ahead = {next.at, next.at + next.bytes, 0, 0};
+            } else {
+                return;
+            }
+        }
+    }
+
+    // Where a kernel finds what to fetch meanwhile.
+    Ahead* to_fetch() {
+        if (lead() >= kLead) return &nothing;
+        refill();
+        return &ahead;
+    }
+
+    // Some lines, unless enough have been fetched.
+    bool fetch_some() {
+        Ahead* some = to_fetch();
+        if (some->at >= some->end) return false;
+        step.fetch(*some, 8 * kLine);
+        return true;
+    }
+
+    // The way begins anew.
+    void rewind() {
+        ahead = {};
+        ahead_layer = ahead_stage = ahead_entry = planned = passed = 0;
+    }
+
+    void meet() {
+        meeting.meet([&] { return fetch_some(); });
     }
 
     void add_to_residual(const StepLayer& layer, const StepNorm& after, const float* y) {
@@ -320,19 +513,21 @@ class Walker {
 
     void attention(const StepLayer& l, const StepCache& cache) {
         read_from(normed(l.attention_in, own.x), m.hidden);
-        project_all({&l.q, &l.k, &l.v}, {w.q, w.k, w.v});
-        meeting.meet();
-        const int64_t first = first_chunk(l), chunks = (past + c.length - 1) / kChunk + 1 - first;
-        const int64_t tasks = c.rows * l.kv_heads * chunks;
-        for (int64_t task = meeting.take(1); task < tasks; task = meeting.take(1))
+        project_all(inputs(l));
+        meet();
+        const int64_t first = first_chunk(l), chunks = chunks_of(l), tasks = tasks_of(l);
+        share_work(tasks, 1, 0, [&](int64_t task, int64_t) {
             attend(l, cache, task / chunks / l.kv_heads, task / chunks % l.kv_heads, first, task % chunks);
-        meeting.meet();
+        });
+        const Range mine = share(tasks, part, parts);
+        for (int64_t i = 0; i < mine.end - mine.begin; i++) passed += 2 * entries_of(l, cache, i, false).bytes;
+        meet();
         for (int64_t q = 0; q < tokens * l.heads; q++)
             step.merge(chunks, tokens * l.heads, w.most + q, w.sum + q, w.value + q * l.head_dim, l.head_dim,
                        own.attended + q * l.head_dim);
         read_from(own.attended, l.heads * l.head_dim);
-        project_all({&l.o}, {w.out});
-        meeting.meet();
+        project_all(output(l));
+        meet();
         if (l.parallel) memcpy(own.pending, w.out, tokens * m.hidden * sizeof(float));
         else add_to_residual(l, l.attention_out, w.out);
     }
@@ -340,12 +535,13 @@ class Walker {
     // What a skipped attention leaves behind: the entries of the new tokens.
     void write_entries(const StepLayer& l, const StepCache& cache) {
         read_from(normed(l.attention_in, own.x), m.hidden);
-        project_all({&l.k, &l.v}, {w.k, w.v});
-        meeting.meet();
+        project_all(inputs(l));
+        meet();
         const int64_t tasks = c.rows * l.kv_heads;
-        for (int64_t task = meeting.take(1); task < tasks; task = meeting.take(1))
+        share_work(tasks, 1, 0, [&](int64_t task, int64_t) {
             put_entries(l, cache, task / l.kv_heads, task % l.kv_heads, past, past + c.length);
-        meeting.meet();
+        });
+        meet();
     }
 
     // Keys and values of the new tokens at positions `begin` to `end`, for one KV head of one sequence.
@@ -365,6 +561,9 @@ class Walker {
     int64_t first_seen(const StepLayer& l, int64_t row, int64_t position) const {
         return std::max(c.start[row], l.window ? position + 1 - l.window : 0);
     }
+
+    int64_t chunks_of(const StepLayer& l) const { return (past + c.length - 1) / kChunk + 1 - first_chunk(l); }
+    int64_t tasks_of(const StepLayer& l) const { return c.rows * l.kv_heads * chunks_of(l); }
 
     int64_t first_chunk(const StepLayer& l) const {
         int64_t first = past;
@@ -392,7 +591,7 @@ class Walker {
             step.attend({own.queries, static_cast<const char*>(cache.keys) + offset * bytes,
                          static_cast<const char*>(cache.values) + offset * bytes, m.kv_dtype, static_cast<int>(each),
                          l.head_dim, begin, end, own.from, own.to, l.softcap, w.most + at, w.sum + at,
-                         w.value + at * l.head_dim});
+                         w.value + at * l.head_dim, to_fetch()});
         }
         // chunks that lie wholly after a token: nothing to see
         for (int64_t j = 0; j < std::min(c.length, begin - past); j++)
@@ -434,8 +633,8 @@ class Walker {
             return;
         }
         read_from(x, m.hidden);
-        project_all({&l.gate, &l.up}, {w.gate, w.up});
-        meeting.meet();
+        project_all(widening(l));
+        meet();
         const int64_t n = l.up.out;
         for (int t = 0; t < tokens; t++) {
             float* a = own.h + t * n;
@@ -443,8 +642,8 @@ class Walker {
             step.act(a, l.gate.weight ? w.up + t * n : nullptr, n, l.act);
         }
         read_from(own.h, n);
-        project_all({&l.down}, {w.out});
-        meeting.meet();
+        project_all(narrowing(l));
+        meet();
         finish_mlp(l, w.out);
     }
 
@@ -472,7 +671,7 @@ class Walker {
         if (b.dtype == kSliced || b.rule != kListed) {
             const Range here = share(b.neurons, part, parts);
             isa.scan[b.dtype](job, here.begin, here.end);
-            meeting.meet();
+            meet();
         }
         if (b.rule != kListed) {
             count = choose_neurons(b);
@@ -486,7 +685,7 @@ class Walker {
         memset(mine, 0, tokens * b.stride * sizeof(float));
         const Range here = share(count, part, parts);
         isa.mlp[b.dtype](job, here.begin, here.end, mine);
-        meeting.meet();
+        meet();
         for (int t = 0; t < tokens; t++) {
             float* sum = own.rows + t * m.hidden;
             memcpy(sum, all + t * b.stride, b.stride * sizeof(float));
@@ -514,7 +713,7 @@ class Walker {
 
     // The first of the greatest logits, of the model's dtype. A NaN is greater than all, as in torch.
     int64_t likeliest() {
-        meeting.meet();
+        meet();
         const Range here = share(m.head.out, part, parts);
         float best = -HUGE_VALF;
         int64_t at = m.head.out;
@@ -529,7 +728,7 @@ class Walker {
         }
         w.best[part] = best;
         w.best_at[part] = at;
-        meeting.meet();
+        meet();
         for (int p = 0; p < parts; p++) {
             if (w.best_at[p] == m.head.out) continue;
             if (p == 0 || w.best[p] > best || (w.best[p] != w.best[p] && best == best)) {
@@ -550,15 +749,16 @@ class Walker {
                         m.hidden * sizeof(float));
         tokens = static_cast<int>(c.rows * c.wanted);
         read_from(normed(m.norm, own.x), m.hidden);
-        const bool direct = m.logit_dtype == kFloat32;
-        float* y = direct ? static_cast<float*>(c.logits) : w.logits;
-        project_all({&m.head}, {y});
-        if (!direct || m.logit_scale != 1.f || m.logit_softcap > 0) {
-            meeting.meet();
+        const Matrices last = head();
+        float* y = last.y[0];
+        project_all(last);
+        rewind();
+        if (!direct() || m.logit_scale != 1.f || m.logit_softcap > 0) {
+            meet();
             const Range here = share(tokens * m.head.out, part, parts);
             const int64_t n = here.end - here.begin;
             if (m.logit_scale != 1.f || m.logit_softcap > 0) step.softcap(y + here.begin, m.logit_scale, m.logit_softcap, n);
-            if (!direct) isa.from_float(y + here.begin, static_cast<uint16_t*>(c.logits) + here.begin, m.logit_dtype, n);
+            if (!direct()) isa.from_float(y + here.begin, static_cast<uint16_t*>(c.logits) + here.begin, m.logit_dtype, n);
         }
     }
 };
@@ -578,27 +778,28 @@ template <class Walk>
 int with_team(const StepModel& model, const StepCall& call, int64_t ahead, Walk walk) {
     const Sizes sizes(model, call, ahead);
     size_t bytes = 0;
-    auto count = [&](auto type, int64_t n) {
-        bytes += Workspace::room<decltype(type)>(n);
-        return static_cast<decltype(type)*>(nullptr);
+    auto count = [&](auto* type, int64_t n) {
+        bytes += Workspace::room<std::remove_pointer_t<decltype(type)>>(n);
+        return type;
     };
     share_out(sizes, model, call, call.threads, count);
     const size_t shared_bytes = bytes;
     own_share(sizes, count);
     const size_t own_bytes = bytes - shared_bytes;
     if (!workspace.reserve(shared_bytes + call.threads * own_bytes)) return kNoMemory;
-    auto take = [&](auto type, int64_t n) { return workspace.take<decltype(type)>(n); };
+    auto take = [&](auto* type, int64_t n) { return workspace.take<std::remove_pointer_t<decltype(type)>>(n); };
     const Shared shared = share_out(sizes, model, call, call.threads, take);
+    for (int i = 0; i < call.threads; i++) new (shared.stretches + i) Stretch();
     char* private_memory = workspace.take<char>(call.threads * own_bytes);
     Meeting meeting;
 #pragma omp parallel num_threads(call.threads)
     {
         const int part = omp_get_thread_num(), parts = omp_get_num_threads();
         char* at = private_memory + part * own_bytes;
-        const Own own = own_share(sizes, [&](auto type, int64_t n) {
-            auto* p = reinterpret_cast<decltype(type)*>(at);
-            at += Workspace::room<decltype(type)>(n);
-            return p;
+        const Own own = own_share(sizes, [&](auto* type, int64_t n) {
+            type = reinterpret_cast<decltype(type)>(at);
+            at += Workspace::room<std::remove_pointer_t<decltype(type)>>(n);
+            return type;
         });
 #pragma omp single
         meeting.expect(parts);
@@ -645,9 +846,10 @@ CORESKIP_API int coreskip_tiles(const void* x, int x_dtype, int rows, int64_t in
         memset(row + in_features, 0, (stride - in_features) * sizeof(float));
         step.quantize_groups(row, stride, q + r * stride, scale + r * groups, sum + r * groups);
     }
-    const TileJob job = {weight, bytes != 0, bias, groups, out_features, rows, q, scale, sum, y};
 #pragma omp parallel num_threads(threads)
     {
+        Ahead none{};
+        const TileJob job = {weight, bytes != 0, bias, groups, out_features, rows, q, scale, sum, y, &none};
         const Range here = share(tiles, omp_get_thread_num(), omp_get_num_threads());
         step.tiles(job, here.begin, here.end);
     }

@@ -6,6 +6,17 @@
 namespace coreskip {
 namespace CORESKIP_ISA {
 
+// ---- memory to be read later ----
+
+static inline void fetch(Ahead& ahead, int64_t bytes) {
+    if (ahead.at >= ahead.end) {
+        if (ahead.then >= ahead.then_end) return;
+        ahead = {ahead.then, ahead.then_end, 0, 0};
+    }
+    for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(reinterpret_cast<const void*>(ahead.at + i), 0, 2);
+    ahead.at += bytes;
+}
+
 // ---- groups of 4 or 8 bits ----
 
 static inline VI as_lanes(const int8_t* four) {
@@ -62,12 +73,13 @@ struct Bytes {
     }
 };
 
-// kTile outputs for R rows. The next tile needs no prefetch of its own: the whole matrix is one stream.
+// kTile outputs for R rows.
 template <class G, int R>
-static inline void tile(const TileJob& job, const uint8_t* w, int row, float out[R][kTile]) {
+static inline void tile(const TileJob& job, const uint8_t* w, int row, Ahead& ahead, float out[R][kTile]) {
     constexpr int parts = kTile / kLanes;
     V y[R][parts] = {};
     for (int64_t g = 0; g < job.groups; g++, w += G::bytes) {
+        fetch(ahead, G::bytes);
         VI sum[R][parts] = {};
         const int8_t* x[R];
         for (int r = 0; r < R; r++) x[r] = job.q + ((row + r) * job.groups + g) * kGroup;
@@ -83,9 +95,10 @@ static inline void tile(const TileJob& job, const uint8_t* w, int row, float out
 }
 
 template <class G, int R>
-static inline void write_tile(const TileJob& job, int64_t t, int row) {
+static inline void write_tile(const TileJob& job, int64_t t, int row, Ahead& ahead) {
     float out[R][kTile];
-    tile<G, R>(job, static_cast<const uint8_t*>(job.weight) + t * job.groups * G::bytes, row, out);
+    Ahead none{};  // the first rows' tile has fetched what there is
+    tile<G, R>(job, static_cast<const uint8_t*>(job.weight) + t * job.groups * G::bytes, row, row ? none : ahead, out);
     const int64_t first = t * kTile, count = job.out - first < kTile ? job.out - first : kTile;
     for (int r = 0; r < R; r++)
         for (int64_t i = 0; i < count; i++)
@@ -94,12 +107,14 @@ static inline void write_tile(const TileJob& job, int64_t t, int row) {
 
 template <class G>
 static void tiles_of(const TileJob& job, int64_t begin, int64_t end) {
+    Ahead ahead = *job.ahead;
     for (int64_t t = begin; t < end; t++) {
         int row = 0;
-        for (; row + 4 <= job.rows; row += 4) write_tile<G, 4>(job, t, row);
-        for (; row + 2 <= job.rows; row += 2) write_tile<G, 2>(job, t, row);
-        for (; row < job.rows; row++) write_tile<G, 1>(job, t, row);
+        for (; row + 4 <= job.rows; row += 4) write_tile<G, 4>(job, t, row, ahead);
+        for (; row + 2 <= job.rows; row += 2) write_tile<G, 2>(job, t, row, ahead);
+        for (; row < job.rows; row++) write_tile<G, 1>(job, t, row, ahead);
     }
+    *job.ahead = ahead;
 }
 
 static void tiles(const TileJob& job, int64_t begin, int64_t end) {
@@ -316,7 +331,10 @@ static void attend_as(const AttendJob& job) {
             float most = job.most[n];
             const int count = static_cast<int>(to - from);
             int done = 0;
-            for (; done + 4 <= count; done += 4) dot_rows<4>(job.q + n * d, keys + (from + done) * d, d, score + done);
+            for (; done + 4 <= count; done += 4) {
+                if (n == 0) fetch(*job.ahead, 2 * 4 * d * sizeof(T));
+                dot_rows<4>(job.q + n * d, keys + (from + done) * d, d, score + done);
+            }
             for (; done < count; done++) dot_rows<1>(job.q + n * d, keys + (from + done) * d, d, score + done);
             if (job.softcap > 0) softcap(score, 1.f, job.softcap, count);
             // a NaN has to reach the output, as it would in torch: this comparison lets it through to the sums
@@ -356,7 +374,7 @@ static void merge(int64_t parts, int64_t stride, const float* most, const float*
 }
 
 static const StepIsa step_table = {
-    tiles, quantize_groups, norm, rotate, attend, merge, act, add_scaled, softcap, argmax,
+    tiles, quantize_groups, norm, rotate, attend, merge, act, add_scaled, softcap, fetch, argmax,
 };
 
 }  // namespace CORESKIP_ISA
