@@ -303,7 +303,7 @@ class Walker {
                                     own.group_sum, y, to_fetch()};
             step.tiles(job, begin, end);
         } else {
-            const LinearJob job = {l.weight, l.scale, l.bias, rows_of(l.stride), l.out, y};
+            const LinearJob job = {l.weight, l.scale, l.bias, rows_of(l.stride), l.out, y, to_fetch()};
             isa.linear[l.dtype](job, begin * 4, std::min(end * 4, l.out));
         }
     }
@@ -369,7 +369,7 @@ class Walker {
         });
     }
 
-    static constexpr int64_t kPiece = 16 << 10;  // bytes of weights
+    static constexpr int64_t kPiece = 48 << 10;  // bytes of weights
 
     static int64_t unit_bytes(const StepLinear& l) {
         if (grouped(l.dtype)) return l.stride / kGroup * (l.dtype == kInt4 ? kTileBytes : kTile8Bytes);
@@ -482,9 +482,10 @@ class Walker {
 
     // Some lines, unless enough have been fetched.
     bool fetch_some() {
-        Ahead* some = to_fetch();
-        if (some->at >= some->end) return false;
-        step.fetch(*some, 8 * kLine);
+        if (lead() >= kLead) return false;
+        refill();
+        if (ahead.at >= ahead.end) return false;
+        step.fetch(ahead, 8 * kLine);
         return true;
     }
 

@@ -99,12 +99,6 @@ struct StepCall {
 
 // ---- to here ----
 
-// What a thread will read next: memory from `at` to `end`, then from `then` to `then_end`. A kernel fetches it into the
-// second cache level, as many bytes as it reads meanwhile. Addresses as numbers: they may run past an array's end.
-struct Ahead {
-    uintptr_t at, end, then, then_end;
-};
-
 struct TileJob {
     const void* weight;
     bool bytes;            // kInt8Groups, not kInt4

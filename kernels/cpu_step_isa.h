@@ -9,12 +9,8 @@ namespace CORESKIP_ISA {
 // ---- memory to be read later ----
 
 static inline void fetch(Ahead& ahead, int64_t bytes) {
-    if (ahead.at >= ahead.end) {
-        if (ahead.then >= ahead.then_end) return;
-        ahead = {ahead.then, ahead.then_end, 0, 0};
-    }
-    for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(reinterpret_cast<const void*>(ahead.at + i), 0, 2);
-    ahead.at += bytes;
+    const char* from = static_cast<const char*>(later(ahead, bytes));
+    for (int64_t i = 0; from && i < bytes; i += kLine) __builtin_prefetch(from + i, 0, 2);
 }
 
 // ---- groups of 4 or 8 bits ----
