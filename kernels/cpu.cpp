@@ -208,7 +208,7 @@ CORESKIP_API int coreskip_linear(const void* x, int x_dtype, int rows, int64_t i
         return kNoMemory;
     const Rows rows_in = load_rows(isa, x, x_dtype, w_dtype, rows, in_features, stride, memory);
     float* y = direct ? static_cast<float*>(out) : memory.take<float>(rows * out_features);
-    const LinearJob job = {weight, scale, bias, rows_in, out_features, y};
+    const LinearJob job = {weight, scale, bias, rows_in, out_features, y, nullptr};
 #pragma omp parallel num_threads(threads)
     {
         const Range here = share(out_features, omp_get_thread_num(), omp_get_num_threads());

@@ -50,6 +50,12 @@ struct MlpJob {
     const float* mean;         // [neurons] or null: what each neuron counts as where it is left out
 };
 
+// What a thread will read next: memory from `at` to `end`, then from `then` to `then_end`. A kernel fetches it into the
+// second cache level, as many bytes as it reads meanwhile. Addresses as numbers: they may run past an array's end.
+struct Ahead {
+    uintptr_t at, end, then, then_end;
+};
+
 struct LinearJob {
     const void* weight;  // [out_features][stride]
     const float* scale;  // quantised: [out_features]
@@ -57,6 +63,7 @@ struct LinearJob {
     Rows rows;
     int64_t out_features;
     float* y;            // [rows][out_features]
+    Ahead* ahead;        // null: the rows after those it reads
 };
 
 struct ColumnsJob {

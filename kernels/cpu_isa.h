@@ -622,6 +622,14 @@ static void columns(const ColumnsJob& job, int64_t begin, int64_t end, float* ac
 
 // ---- linear ----
 
+// What is to be fetched while so many bytes are read, or null.
+static inline const void* later(Ahead& ahead, int64_t bytes) {
+    if (ahead.at >= ahead.end) ahead = {ahead.then, ahead.then_end, 0, 0};
+    if (ahead.at >= ahead.end) return nullptr;
+    ahead.at += bytes;
+    return reinterpret_cast<const void*>(ahead.at - bytes);
+}
+
 template <class W, int N, int R>
 static inline void outputs(const LinearJob& job, int64_t at, int64_t end, int row) {
     const int64_t stride = job.rows.stride;
@@ -630,6 +638,9 @@ static inline void outputs(const LinearJob& job, int64_t at, int64_t end, int ro
         int64_t ahead = at + 2 * N + n;
         w[n] = static_cast<const W*>(job.weight) + (at + n) * stride;
         next[n] = static_cast<const W*>(job.weight) + (ahead < end ? ahead : end - 1) * stride;
+        if (!job.ahead) continue;
+        const void* other = row == 0 ? later(*job.ahead, stride * sizeof(W)) : nullptr;
+        next[n] = other ? static_cast<const W*>(other) : w[n];
     }
     typename Format<W>::Sum out[N][R];
     dots<W, N, R>(w, next, input(job.rows, typename Format<W>::X()) + row * stride, stride, out);

@@ -109,6 +109,7 @@ struct TileJob {
     const float* scale;    // [rows][groups]
     const float* sum;      // [rows][groups], scale times the sum of q
     float* y;              // [rows][out]
+    Ahead* ahead;
 };
 
 // Queries against some positions of one KV head: leaves, per query, the largest score, the sum of exponentials and
@@ -125,6 +126,7 @@ struct AttendJob {
     float* most;           // [queries]
     float* sum;            // [queries]
     float* value;          // [queries][head_dim]
+    Ahead* ahead;
 };
 
 struct StepIsa {
@@ -138,6 +140,7 @@ struct StepIsa {
     void (*act)(float* gate, const float* up, int64_t n, int act);  // gate <- act(gate) * up; up null: act(gate)
     void (*add_scaled)(float* to, const float* from, float scale, int64_t n);
     void (*softcap)(float* x, float scale, float cap, int64_t n);
+    void (*fetch)(Ahead& ahead, int64_t bytes);
     int64_t (*argmax)(const float* x, int64_t n);  // the first NaN, or the first of the greatest
 };
 
