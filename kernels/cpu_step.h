@@ -139,6 +139,7 @@ struct StepIsa {
     void (*add_scaled)(float* to, const float* from, float scale, int64_t n);
     void (*softcap)(float* x, float scale, float cap, int64_t n);
     int64_t (*argmax)(const float* x, int64_t n);  // the first NaN, or the first of the greatest
+    float (*exp_sum)(const float* x, int64_t n, float most);
 };
 
 const StepIsa& generic_step();

@@ -20,7 +20,7 @@ from coreskip import CoreskipError, Engine
 from coreskip.kernels.ops import available
 from coreskip.predictors.plan import Plan
 from coreskip.runtime import exact as exact_module
-from coreskip.runtime.exact import Exact, Lookup, Pace, Source, Statistics, Text
+from coreskip.runtime.exact import Choices, Exact, Lookup, Pace, Source, Statistics, Text
 from coreskip.runtime.wrap import runtime_of
 
 needs_kernels = pytest.mark.skipif(available("cpu") is not None, reason="drafts are verified by the CPU kernels")
@@ -284,7 +284,7 @@ def test_what_rounding_could_decide_gets_a_pass_of_its_own(monkeypatch: pytest.M
         criteria = StoppingCriteriaList([MaxLengthCriteria(42)])
         text = Text(torch.zeros(1, 2, dtype=torch.int64), LogitsProcessorList(), criteria, config, None, 6)
         passes = Rounding(logits, logits, 2)
-        exact._decode(passes, text, logits[0], 40, Statistics())  # type: ignore[arg-type]
+        exact._decode(Choices(passes, text), logits[0], 40, Statistics())  # type: ignore[arg-type]
         return text.ids[0].tolist(), passes
 
     expected = [0, 0]
@@ -330,12 +330,14 @@ def test_unwrap_restores_attention_and_verification_is_dense(llama: Any) -> None
 class Chain:
     """`Passes` over a Markov chain: the next token's logits depend on the last token alone."""
 
+    widest = 8
+
     def __init__(self, logits: torch.Tensor, drafts: torch.Tensor, length: int) -> None:
         self._logits, self._drafts, self.length = logits, drafts, length
 
-    def draft(self, token: int) -> torch.Tensor:
-        self.length += 1
-        return self._drafts[token]
+    def draft(self, tokens: list[int]) -> torch.Tensor:
+        self.length += len(tokens)
+        return self._drafts[list(tokens)]
 
     def verify(self, tokens: list[int]) -> torch.Tensor:
         self.length += len(tokens)
@@ -374,7 +376,7 @@ def transitions(draws: int) -> tuple[torch.Tensor, torch.Tensor, Exact]:
         ids = torch.zeros(1, 2, dtype=torch.int64)
         criteria = StoppingCriteriaList([MaxLengthCriteria(502)])
         text = Text(ids, processors, criteria, config, None, VOCABULARY)
-        exact._decode(Chain(logits, drafts, 2), text, logits[0], 500, done := Statistics())  # type: ignore[arg-type]
+        exact._decode(Choices(Chain(logits, drafts, 2), text), logits[0], 500, done := Statistics())  # type: ignore[arg-type]
         assert done.tokens == 500
         pairs = text.ids[0, 1:].unfold(0, 2, 1)
         counts += torch.bincount(pairs[:, 0] * VOCABULARY + pairs[:, 1], minlength=VOCABULARY**2).view_as(counts)
