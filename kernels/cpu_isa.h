@@ -22,6 +22,11 @@ constexpr int kVector = 32;
 constexpr int kVector = 16;
 #endif
 constexpr int kLanes = kVector / 4;
+#ifdef CORESKIP_BF16
+constexpr bool kPaired = true;
+#else
+constexpr bool kPaired = false;
+#endif
 
 typedef float V __attribute__((vector_size(kVector)));
 typedef int32_t VI __attribute__((vector_size(kVector)));
@@ -36,7 +41,8 @@ struct U8 { uint8_t bits; };      // a weight and 128
 struct Sliced { uint8_t bits; };  // nibbles of two weights; U8 in the down row
 
 // What a weight format computes with: X are the rows of x, Sum their products, Down the format of the down rows.
-template <class W> struct Format { typedef float X; typedef float Sum; typedef W Down; static constexpr bool sliced = false; };
+template <class W> struct Format { typedef float X; typedef float Sum; typedef W Down; static constexpr bool sliced = false, paired = false; };
+template <> struct Format<BF16> { typedef float X; typedef float Sum; typedef BF16 Down; static constexpr bool sliced = false, paired = kPaired; };
 template <> struct Format<U8> { typedef int8_t X; typedef int32_t Sum; typedef U8 Down; static constexpr bool sliced = false; };
 template <> struct Format<Sliced> { typedef int8_t X; typedef int32_t Sum; typedef U8 Down; static constexpr bool sliced = true; };
 
@@ -184,9 +190,10 @@ static inline float total(V v) {
 #endif
 }
 
-// `total` of each, four at a time: the same additions in the same order, on full vectors.
+// `total` of each, four at a time: the same additions in the same order, on full vectors. Always inlined: sums whose
+// address is taken would live in memory while they are added up (8 rows in bf16: 25 ms for 15).
 template <int N>
-static inline void totals(const V* v, float* out) {
+__attribute__((always_inline)) static inline void totals(const V* v, float* out) {
     int n = 0;
 #if CORESKIP_LEVEL == 512
     const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
@@ -265,6 +272,19 @@ static inline void dots(const W* const* w, const W* const* next, const float* x,
     do {  // stride > 0: a loop that might not run would keep the sums in memory
         for (int n = 0; n < N; n++) prefetch(next[n] + j);
         for (int64_t i = j; i < j + run; i += 2 * kLanes) {
+#ifdef CORESKIP_BF16  // x is bf16, too, in order: `arrange`
+            if constexpr (Format<W>::paired) {
+                VH2 words[N];
+                for (int n = 0; n < N; n++) memcpy(&words[n], w[n] + i, sizeof words[n]);
+                for (int r = 0; r < R; r++) {
+                    VH2 xs;
+                    memcpy(&xs, reinterpret_cast<const BF16*>(x + r * stride) + i, sizeof xs);
+                    for (int n = 0; n < N; n++)
+                        sum[n * R + r] = (V)_mm512_dpbf16_ps((__m512)sum[n * R + r], (__m512bh)xs, (__m512bh)words[n]);
+                }
+                continue;
+            }
+#endif
             V c[N], d[N];
             for (int n = 0; n < N; n++) load_pair(w[n] + i, c[n], d[n]);
             for (int r = 0; r < R; r++) {
@@ -728,6 +748,10 @@ static void quantize(const float* x, int64_t n, int8_t* q, float* scale, int32_t
 static int ways(int dtype) { return dtype == kBFloat16 ? 2 : dtype >= kInt8 ? 4 : 1; }
 
 static void arrange(float* x, int64_t n, int dtype) {
+    if (kPaired && dtype == kBFloat16) {
+        convert(x, reinterpret_cast<BF16*>(x), n);  // in place: what is written lies before what is still to be read
+        return;
+    }
     const int count = ways(dtype);
     float mixed[4 * kLanes];
     for (float* group = x; count > 1 && group < x + n; group += count * kLanes) {

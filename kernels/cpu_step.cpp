@@ -157,7 +157,8 @@ class Walker {
     Walker(const StepModel& model, const StepCall& call, Meeting& meeting, const Sizes& sizes, const Shared& shared,
            const Own& own, int part, int parts)
         : m(model), c(call), meeting(meeting), s(sizes), w(shared), own(own), part(part), parts(parts),
-          past(call.past), ids(call.tokens), places(call.positions), isa(*active.load()), step(*active_step.load()) {}
+          past(call.past), ids(call.tokens), places(call.positions), isa(*(model.kv_dtype == kBFloat16 ? active_bf16 : active).load()),
+          step(*active_step.load()) {}
 
     // Steps of one token, each the likeliest after the last, until `count` are made or one of `ends` is. Every thread
     // finds the same token and keeps it to itself.
@@ -179,7 +180,7 @@ class Walker {
         int64_t token = *c.tokens, place = *c.positions, n = 0;
         ids = &token;
         places = &place;
-        for (float chance = 1; n < count && chance >= least; n++, past++, place++) {
+        for (float chance = HUGE_VALF; n < count && chance >= least; n++, past++, place++) {
             run();
             token = likeliest();
             chance = probability();

@@ -177,7 +177,15 @@ class Step:
         """
         stops, made, done = (_N * len(ends))(*ends), (_N * count)(), _N(0)
         with self._of_one_token(token, position, start, caches, past) as (call, skipped):
-            arguments = (ctypes.byref(self._model), ctypes.byref(call), count, stops, len(ends), made, ctypes.byref(done))
+            arguments = (
+                ctypes.byref(self._model),
+                ctypes.byref(call),
+                count,
+                stops,
+                len(ends),
+                made,
+                ctypes.byref(done),
+            )
             cpu.check(self.library.coreskip_generate(*arguments), 0)
         return list(made[: done.value]), skipped.value
 

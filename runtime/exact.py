@@ -216,7 +216,9 @@ class Lookup:
         for size in self.SIZES:
             at = self._follower.get(tuple(end[-size:]))
             if at is not None and len(end) >= size:
-                text = [*self._ids[at : at + most], *drafts] if at + most > len(self._ids) else self._ids[at : at + most]
+                text = (
+                    [*self._ids[at : at + most], *drafts] if at + most > len(self._ids) else self._ids[at : at + most]
+                )
                 while len(text) < most:  # the match runs into the end of the text: it is repeating itself
                     text += text
                 return size, text[:most]
