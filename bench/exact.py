@@ -1,7 +1,9 @@
-"""Exact mode against the dense path, prompt by prompt in turn: is every token the same, and how much faster is it?
+"""Exact mode against the dense path: is every token the same, and how much faster is it?
 
-``python -m coreskip.bench.exact --prompts 200 --tokens 128 --json rows.jsonl`` takes hours on two cores; fewer prompts
-take evenly from all workloads.
+``python -m coreskip.bench.exact identity --prompts 200`` compares texts and times nothing: the dense path's once per
+dtype, whatever the number of plans, and in float32 these with Hugging Face's own logits. It takes hours on two cores;
+fewer prompts take evenly from all workloads, and rows are written as they come.
+``python -m coreskip.bench.exact speed --repeats 3`` times both paths in turn, on few prompts.
 """
 
 from __future__ import annotations
@@ -9,21 +11,22 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from coreskip.bench.rows import commit, device_name, model_name, replace_text
+from coreskip.bench.rows import commit, device_name, model_name
 from coreskip.bench.workloads import PROMPTS
 from coreskip.predictors.layers import Influence, LayerChoice
 from coreskip.predictors.plan import CoreNeurons, LayerPlan, Plan
 from coreskip.runtime.load import load
-from coreskip.runtime.wrap import runtime_of, unwrap, wrap
+from coreskip.runtime.wrap import runtime_of, wrap
 
 NEAR_TIE = 1e-3  # two logits of Hugging Face's own that its rounding may order either way
 
@@ -52,65 +55,179 @@ def plan_named(name: str, model: Any) -> Plan:
     return Plan(layers, dense.model, {"method": name}, weights=weights or None)
 
 
+def main() -> None:
+    options = parsed()
+    options.commit = commit()  # before the work: the commit may move on meanwhile
+    kind = {"identity": identity, "speed": speed}[options.kind]
+    for dtype in options.dtypes.split(","):
+        for row in kind(dtype, options):
+            print(json.dumps(row), flush=True)
+            if options.json is not None:
+                with options.json.open("a", encoding="utf-8") as file:  # what an interrupted run has found stays
+                    file.write(json.dumps(row) + "\n")
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=["identity", "speed"])
+    parser.add_argument("model", nargs="?", help="hub id, folder or .gguf; the embedded model without")
+    parser.add_argument("--prompts", type=int, default=5, help="in all; a multiple of the workloads")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3, help="of each prompt, in turn with the dense path (speed)")
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--plans", default="dense+int4")
+    parser.add_argument("--workloads", default=",".join(PROMPTS))
+    parser.add_argument("--json", type=Path, help="append rows to this file")
+    return parser.parse_args()
+
+
+def prompts_of(tokenizer: Any, options: argparse.Namespace) -> dict[str, list[Tensor]]:
+    """int64 ``[1, length]`` each, by workload."""
+    names = options.workloads.split(",")
+    each = max(1, options.prompts // len(names))
+    return {name: [tokenizer(text, return_tensors="pt").input_ids for text in cuts(name, each)] for name in names}
+
+
+# --- identity -------------------------------------------------------------------------------------------------------
+
+
+def identity(dtype: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row per workload for the dense path against Hugging Face (float32), then one per plan and workload."""
+    model, tokenizer = load(options.model, dtype=dtype, device="cpu")
+    prompts = prompts_of(tokenizer, options)
+    with wrap(model, Plan.dense(model)):
+        dense = {name: texts(f"{dtype} dense {name}", model, ids, options.tokens) for name, ids in prompts.items()}
+    for name, ids in prompts.items():
+        if dtype == "float32":  # coarser types tie too often for Hugging Face's kernels and ours to agree
+            yield about(options, dtype, "hf", name) | against_hf(model, ids, dense[name])
+    for plan in options.plans.split(","):
+        with wrap(model, plan_named(plan, model), exact=True):
+            for name, ids in prompts.items():
+                tally = Tally()
+                made = texts(f"{dtype} {plan} {name}", model, ids, options.tokens, tally)
+                yield about(options, dtype, plan, name) | compared(dense[name], made, ids) | tally.summary()
+
+
+def texts(label: str, model: Any, prompts: Sequence[Tensor], tokens: int, tally: Tally | None = None) -> list[Tensor]:
+    """The greedy continuation of each prompt, whole."""
+    made = []
+    for i, ids in enumerate(prompts, 1):
+        made.append(generate(model, ids, tokens)[0])
+        if tally is not None:
+            tally.add(runtime_of(model).exact)
+        progress(f"{label}: {i} of {len(prompts)}")
+    return made
+
+
+def progress(text: str) -> None:
+    print(f"\r{text:<60}", end="", file=sys.stderr, flush=True)
+
+
+def compared(expected: Sequence[Tensor], made: Sequence[Tensor], prompts: Sequence[Tensor]) -> dict[str, Any]:
+    """How many texts are the same, and where the others part, counted in generated tokens."""
+    differing = [
+        {"prompt": i, "at": first_difference(left, right) - ids.shape[1]}
+        for i, (left, right, ids) in enumerate(zip(expected, made, prompts, strict=True))
+        if not torch.equal(left, right)
+    ]
+    return {"prompts": len(made), "identical": len(made) - len(differing), "differing": differing}
+
+
+def against_hf(model: Any, prompts: Sequence[Tensor], made: Sequence[Tensor]) -> dict[str, Any]:
+    """Whether Hugging Face's greedy choice is the text's own token at every position, which is one pass over a finished
+    text: as long as it is, greedy search goes the same way. `near_ties` are the positions where it is not although
+    the two best logits lie within `NEAR_TIE`."""
+    differing = [
+        {"prompt": i, **place}
+        for i, (ids, text) in enumerate(zip(prompts, made, strict=True))
+        for place in places_off(model, ids, text)
+    ]
+    off = {place["prompt"] for place in differing}
+    ties = sum(place["gap"] < NEAR_TIE for place in differing)
+    return {"prompts": len(made), "identical": len(made) - len(off), "differing": differing, "near_ties": ties}
+
+
+@torch.no_grad()
+def places_off(model: Any, ids: Tensor, text: Tensor) -> list[dict[str, Any]]:
+    """Generated tokens (counted from 0) of `text` ``[1, length]`` that are not the likeliest by the model's own
+    modules, and by how much the two best logits differ there."""
+    past = ids.shape[1]
+    logits = model(text[:, :-1], logits_to_keep=text.shape[1] - past).logits[0].float()
+    best = logits.topk(2)
+    off = (best.indices[:, 0] != text[0, past:]).nonzero().flatten().tolist()
+    return [{"at": at, "gap": float(best.values[at, 0] - best.values[at, 1])} for at in off]
+
+
+# --- speed ----------------------------------------------------------------------------------------------------------
+
+
+def speed(dtype: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row per plan and workload."""
+    dense, tokenizer = load(options.model, dtype=dtype, device="cpu")
+    exact, _ = load(options.model, dtype=dtype, device="cpu")
+    prompts = prompts_of(tokenizer, options)
+    wrap(dense, Plan.dense(dense))
+    for plan in options.plans.split(","):
+        with wrap(exact, plan_named(plan, exact), exact=True):
+            for model in (dense, exact):
+                generate(model, next(iter(prompts.values()))[0], 16)
+            for name, ids in prompts.items():
+                yield about(options, dtype, plan, name) | timed(f"{dtype} {plan} {name}", dense, exact, ids, options)
+
+
+def timed(label: str, dense: Any, exact: Any, prompts: list[Tensor], options: argparse.Namespace) -> dict[str, Any]:
+    """Both paths in turn. Speeds count the tokens after the first, in the time after it; `whole` is the speed-up of
+    whole generations, prefill included, which is the same pass in both."""
+    tally, made = Tally(), list[tuple[Tensor, Tensor]]()
+    speeds: dict[str, list[float]] = {"dense": [], "exact": [], "ratio": [], "whole": []}
+    for i, ids in enumerate(prompts * options.repeats, 1):
+        firsts = [generate(model, ids, 1)[1] for model in (dense, exact)]
+        (left, dense_s), (right, exact_s) = (generate(model, ids, options.tokens) for model in (dense, exact))
+        tally.add(runtime_of(exact).exact)
+        made.append((left, right))
+        decode = [dense_s - firsts[0], exact_s - firsts[1]]
+        speeds["dense"].append((options.tokens - 1) / decode[0])
+        speeds["exact"].append((options.tokens - 1) / decode[1])
+        speeds["ratio"].append(decode[0] / decode[1])
+        speeds["whole"].append(dense_s / exact_s)
+        progress(f"{label}: {i} of {len(prompts) * options.repeats}")
+    return {
+        **compared([left for left, _ in made], [right for _, right in made], prompts * options.repeats),
+        **tally.summary(),
+        "repeats": options.repeats,
+        "dense_tok_s": quantiles(speeds["dense"]),
+        "exact_tok_s": quantiles(speeds["exact"]),
+        "speedup": quantiles(speeds["ratio"]),
+        "whole_speedup": quantiles(speeds["whole"]),
+    }
+
+
+# --- both -----------------------------------------------------------------------------------------------------------
+
+
 @dataclass
 class Tally:
     """What exact mode did on one workload."""
 
-    prompts: int = 0
-    identical: int = 0
+    generations: int = 0
     tokens: int = 0
     passes: int = 0
     drafted: int = 0
     accepted: int = 0
-    ratios: list[float] = field(default_factory=list)
-    dense_tok_s: list[float] = field(default_factory=list)
-    exact_tok_s: list[float] = field(default_factory=list)
-    differing: list[dict[str, Any]] = field(default_factory=list)
 
+    def add(self, exact: Any) -> None:
+        done = exact.last
+        self.generations += 1
+        self.tokens, self.passes = self.tokens + done.tokens, self.passes + done.passes
+        self.drafted += sum(done.drafted.values())
+        self.accepted += sum(done.accepted.values())
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", nargs="?", help="hub id, folder or .gguf; the embedded model without")
-    parser.add_argument("--prompts", type=int, default=10, help="in all; a multiple of the workloads")
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--plans", default="dense,dense+int4,core:0.8,core:0.05,every:2")
-    parser.add_argument("--workloads", default=",".join(PROMPTS))
-    parser.add_argument("--json", type=Path, help="write rows to this file")
-    options = parser.parse_args()
-    rows = [row for dtype in options.dtypes.split(",") for row in measure(dtype, options)]
-    if options.json is not None:
-        replace_text(options.json, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def measure(dtype: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One row per plan and workload; printed as they come."""
-    names = options.workloads.split(",")
-    dense, tokenizer = load(options.model, dtype=dtype, device="cpu")
-    each = max(1, options.prompts // len(names))
-    prompts = {name: [tokenizer(text, return_tensors="pt").input_ids for text in cuts(name, each)] for name in names}
-    reference = {}
-    if dtype == "float32":  # coarser types tie too often for Hugging Face's kernels and ours to agree
-        reference = {name: [generate(dense, ids, options.tokens)[0] for ids in prompts[name]] for name in names}
-    wrap(dense, Plan.dense(dense))
-    exact, _ = load(options.model, dtype=dtype, device="cpu")
-    for plan in options.plans.split(","):
-        wrap(exact, plan_named(plan, exact), exact=True)
-        for model in (dense, exact):
-            generate(model, prompts[names[0]][0], 8)
-        for name in names:
-            tally, hf = Tally(), {"differing": 0, "near_ties": 0}
-            for i, ids in enumerate(prompts[name]):
-                expected, dense_s = generate(dense, ids, options.tokens)
-                output, exact_s = generate(exact, ids, options.tokens)
-                compare(tally, i, ids, expected, output, dense_s, exact_s, runtime_of(exact).exact)
-                if reference and not torch.equal(reference[name][i], output):
-                    hf["differing"] += 1
-                    hf["near_ties"] += near_tie(dense, reference[name][i], output)
-            row = about(options, dtype, plan, name) | summary(tally) | ({"hf": hf} if reference else {})
-            print(json.dumps(row), flush=True)
-            yield row
-        unwrap(exact)
+    def summary(self) -> dict[str, Any]:
+        return {
+            "tokens": self.tokens,
+            "acceptance": round(self.accepted / self.drafted, 3) if self.drafted else None,
+            "tokens_per_pass": round((self.tokens - self.generations) / self.passes, 2) if self.passes else None,
+        }
 
 
 def generate(model: Any, ids: Tensor, tokens: int) -> tuple[Tensor, float]:
@@ -122,52 +239,20 @@ def generate(model: Any, ids: Tensor, tokens: int) -> tuple[Tensor, float]:
     return output, time.perf_counter() - begin
 
 
-def compare(
-    tally: Tally, i: int, ids: Tensor, expected: Tensor, output: Tensor, dense_s: float, exact_s: float, exact: Any
-) -> None:
-    tally.prompts += 1
-    tally.identical += torch.equal(expected, output)
-    if not torch.equal(expected, output):
-        tally.differing.append({"prompt": i, "at": first_difference(expected, output) - ids.shape[1]})
-    done = exact.last
-    tally.tokens, tally.passes = tally.tokens + done.tokens, tally.passes + done.passes
-    tally.drafted += sum(done.drafted.values())
-    tally.accepted += sum(done.accepted.values())
-    tally.ratios.append(dense_s / exact_s)
-    tally.dense_tok_s.append(done.tokens / dense_s)
-    tally.exact_tok_s.append(done.tokens / exact_s)
-
-
 def first_difference(left: Tensor, right: Tensor) -> int:
     return int((left != right)[0].nonzero()[0, 0])
 
 
-@torch.no_grad()
-def near_tie(dense: Any, reference: Tensor, output: Tensor) -> bool:
-    """Whether Hugging Face's two best logits lie within `NEAR_TIE` where the texts part."""
-    unwrap(dense)
-    best = dense(reference[:, : first_difference(reference, output)]).logits[0, -1].topk(2).values
-    wrap(dense, Plan.dense(dense))
-    return bool(best[0] - best[1] < NEAR_TIE)
-
-
 def about(options: argparse.Namespace, dtype: str, plan: str, workload: str) -> dict[str, Any]:
-    where = {"device": device_name("cpu"), "threads": torch.get_num_threads(), "commit": commit()}
-    return {"model": model_name(options.model), "dtype": dtype, "plan": plan, "workload": workload, **where}
-
-
-def summary(tally: Tally) -> dict[str, Any]:
-    return {
-        "prompts": tally.prompts,
-        "tokens": tally.tokens,
-        "identical": tally.identical,
-        "differing": tally.differing,
-        "acceptance": round(tally.accepted / tally.drafted, 3) if tally.drafted else None,
-        "tokens_per_pass": round((tally.tokens - tally.prompts) / tally.passes, 2) if tally.passes else None,
-        "dense_tok_s": quantiles(tally.dense_tok_s),
-        "exact_tok_s": quantiles(tally.exact_tok_s),
-        "speedup": quantiles(tally.ratios),
-    }
+    where = {"device": device_name("cpu"), "threads": torch.get_num_threads(), "commit": options.commit}
+    what = {"model": model_name(options.model), "dtype": dtype, "plan": plan, "workload": workload}
+    command = (
+        f"python -m coreskip.bench.exact {options.kind} --prompts {options.prompts} --tokens {options.tokens} "
+        f"--dtypes {dtype} --plans {plan} --workloads {options.workloads}"
+    )
+    if options.kind == "speed":
+        command += f" --repeats {options.repeats}"
+    return {"kind": options.kind, **what, **where, "command": command}
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:

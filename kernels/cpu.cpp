@@ -16,6 +16,7 @@
 namespace coreskip {
 
 std::atomic<const Isa*> active{nullptr};
+std::atomic<const Isa*> active_bf16{nullptr};
 std::atomic<const StepIsa*> active_step{nullptr};
 
 namespace {
@@ -56,7 +57,10 @@ CORESKIP_API int coreskip_use(const char* name) {
     if (!strcmp(name, "avx512") && avx512) isa = &avx512_isa(), step = &avx512_step();
 #endif
     if (!isa) return kUnknown;
-    active = isa;
+    active = active_bf16 = isa;
+#if defined(__x86_64__)
+    if (isa == &avx512_isa() && __builtin_cpu_supports("avx512bf16")) active_bf16 = &avx512bf16_isa();
+#endif
     active_step = step;
     return kOk;
 }

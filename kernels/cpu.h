@@ -97,6 +97,7 @@ const Isa& generic_isa();
 #if defined(__x86_64__)
 const Isa& avx2_isa();
 const Isa& avx512_isa();
+const Isa& avx512bf16_isa();
 #endif
 
 }  // namespace coreskip

@@ -92,6 +92,8 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.coreskip_tiles.argtypes = [p, i, i, n, p, i, n, n, p, p, i]
     lib.coreskip_step.argtypes = [p, p]
     lib.coreskip_generate.argtypes = [p, p, n, p, n, p, p]
+    lib.coreskip_draft.argtypes = [p, p, n, ctypes.c_float, p, p, p]
+    lib.coreskip_likeliest.argtypes, lib.coreskip_likeliest.restype = [p, i, n, n, p, p, i], None
 
 
 class _Mlp(ctypes.Structure):

@@ -189,7 +189,8 @@ class Walker {
     Walker(const StepModel& model, const StepCall& call, Meeting& meeting, const Sizes& sizes, const Shared& shared,
            const Own& own, int part, int parts)
         : m(model), c(call), meeting(meeting), s(sizes), w(shared), own(own), part(part), parts(parts),
-          past(call.past), ids(call.tokens), places(call.positions), isa(*active.load()), step(*active_step.load()) {}
+          past(call.past), ids(call.tokens), places(call.positions), isa(*(model.kv_dtype == kBFloat16 ? active_bf16 : active).load()),
+          step(*active_step.load()) {}
 
     // Steps of one token, each the likeliest after the last, until `count` are made or one of `ends` is. Every thread
     // finds the same token and keeps it to itself.
@@ -202,6 +203,20 @@ class Walker {
             token = likeliest();
             if (part == 0) made[n] = token;
             ended = std::find(ends, ends + end_count, token) != ends + end_count;
+        }
+        if (part == 0) *made_count = n;
+    }
+
+    // The same until a token's probability is below `least`; and the probabilities.
+    void draft(int64_t count, float least, int64_t* made, float* chances, int64_t* made_count) {
+        int64_t token = *c.tokens, place = *c.positions, n = 0;
+        ids = &token;
+        places = &place;
+        for (float chance = HUGE_VALF; n < count && chance >= least; n++, past++, place++) {
+            run();
+            token = likeliest();
+            chance = probability();
+            if (part == 0) made[n] = token, chances[n] = chance;
         }
         if (part == 0) *made_count = n;
     }
@@ -236,6 +251,7 @@ class Walker {
     const Isa& isa;
     const StepIsa& step;
     int64_t skipped = 0, finished = 0;  // neurons; layers
+    float greatest = 0;   // the logit that `likeliest` found
     bool second = false;  // which half of `acc` the next bundled MLP uses
 
     // The input that `project` reads, and for what format it has been prepared.
@@ -734,7 +750,25 @@ class Walker {
                 at = w.best_at[p];
             }
         }
+        greatest = best;
         return at;
+    }
+
+    // What softmax gives the token that `likeliest` has just found.
+    float probability() {
+        const Range here = share(m.head.out, part, parts);
+        float sum = 0;
+        for (int64_t i = here.begin; i < here.end; i += kSlice) {
+            const int64_t n = std::min(kSlice, here.end - i);
+            isa.to_float(static_cast<const char*>(c.logits) + i * size_of(m.logit_dtype), m.logit_dtype, own.slice, n);
+            sum += step.exp_sum(own.slice, n, greatest);
+        }
+        meet();  // `best` has been read by all
+        w.best[part] = sum;
+        meet();
+        sum = 0;
+        for (int p = 0; p < parts; p++) sum += w.best[p];
+        return 1 / sum;
     }
 
     // ---- logits ----
@@ -822,6 +856,44 @@ CORESKIP_API int coreskip_generate(const StepModel* model, const StepCall* call,
     return with_team(*model, *call, count, [=](Walker& walker) {
         walker.generate(count, ends, end_count, made, made_count);
     });
+}
+
+// Drafts greedily as coreskip_generate decodes, until a token's probability is below `least`; chances: [count].
+CORESKIP_API int coreskip_draft(const StepModel* model, const StepCall* call, int64_t count, float least, int64_t* made,
+                                float* chances, int64_t* made_count) {
+    return with_team(*model, *call, count, [=](Walker& walker) {
+        walker.draft(count, least, made, chances, made_count);
+    });
+}
+
+// Of each row of logits [rows][n] of `dtype` the likeliest token, as coreskip_generate finds it, and its probability;
+// chances may be null.
+CORESKIP_API void coreskip_likeliest(const void* logits, int dtype, int64_t rows, int64_t n, int64_t* tokens,
+                                     float* chances, int threads) {
+    const Isa& isa = *active.load();
+    const StepIsa& step = *active_step.load();
+#pragma omp parallel for num_threads(threads)
+    for (int64_t r = 0; r < rows; r++) {
+        const char* row = static_cast<const char*>(logits) + r * n * size_of(dtype);
+        float slice[kSlice], best = -HUGE_VALF, sum = 0;
+        int64_t at = -1;
+        for (int64_t i = 0; i < n; i += kSlice) {
+            const int64_t count = std::min(kSlice, n - i);
+            isa.to_float(row + i * size_of(dtype), dtype, slice, count);
+            const int64_t first = step.argmax(slice, count);
+            if (at < 0 || slice[first] > best || (slice[first] != slice[first] && best == best)) {
+                best = slice[first];
+                at = i + first;
+            }
+        }
+        for (int64_t i = 0; chances && i < n; i += kSlice) {
+            const int64_t count = std::min(kSlice, n - i);
+            isa.to_float(row + i * size_of(dtype), dtype, slice, count);
+            sum += step.exp_sum(slice, count, best);
+        }
+        tokens[r] = at;
+        if (chances) chances[r] = 1 / sum;
+    }
 }
 
 // The op coreskip::linear for tiles, of bytes or of nibbles. x: [rows][in_features] of x_dtype; out: [rows][out_features] of x_dtype.

@@ -142,6 +142,7 @@ struct StepIsa {
     void (*softcap)(float* x, float scale, float cap, int64_t n);
     void (*fetch)(Ahead& ahead, int64_t bytes);
     int64_t (*argmax)(const float* x, int64_t n);  // the first NaN, or the first of the greatest
+    float (*exp_sum)(const float* x, int64_t n, float most);
 };
 
 const StepIsa& generic_step();

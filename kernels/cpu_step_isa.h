@@ -246,6 +246,16 @@ static int64_t argmax(const float* x, int64_t n) {
     return 0;
 }
 
+// The sum of e^(x - most): what softmax divides by.
+static float exp_sum(const float* x, int64_t n, float most) {
+    V sum = {};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) sum += exp(load(x + i) - most);
+    float last[kLanes];
+    for (int k = 0; k < kLanes; k++) last[k] = i + k < n ? x[i + k] : -HUGE_VALF;
+    return total(sum + exp(load(last) - most));
+}
+
 // ---- attention ----
 
 template <class T>
@@ -370,7 +380,7 @@ static void merge(int64_t parts, int64_t stride, const float* most, const float*
 }
 
 static const StepIsa step_table = {
-    tiles, quantize_groups, norm, rotate, attend, merge, act, add_scaled, softcap, fetch, argmax,
+    tiles, quantize_groups, norm, rotate, attend, merge, act, add_scaled, softcap, fetch, argmax, exp_sum,
 };
 
 }  // namespace CORESKIP_ISA

@@ -7,7 +7,8 @@ reads, together with every tensor it points to.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,19 +176,55 @@ class Step:
         Makes `count` tokens, for which the caches have room, or fewer where one of `ends` comes, the last then.
         Returns the tokens and the number of neurons that rules left out. The entries of all but the last are written.
         """
-        numbers = (ctypes.c_int64 * 3)(token, position, start)
-        at, width = ctypes.addressof(numbers), 8
-        stops, made = (ctypes.c_int64 * len(ends))(*ends), (ctypes.c_int64 * count)()
-        done, skipped = ctypes.c_int64(0), ctypes.c_int64(0)
+        stops, made, done = (_N * len(ends))(*ends), (_N * count)(), _N(0)
+        with self._of_one_token(token, position, start, caches, past) as (call, skipped):
+            arguments = (
+                ctypes.byref(self._model),
+                ctypes.byref(call),
+                count,
+                stops,
+                len(ends),
+                made,
+                ctypes.byref(done),
+            )
+            cpu.check(self.library.coreskip_generate(*arguments), 0)
+        return list(made[: done.value]), skipped.value
+
+    def draft(
+        self, token: int, position: int, start: int, caches: KeyValues, past: int, count: int, least: float
+    ) -> tuple[list[int], list[float], int]:
+        """Greedy decoding as `generate` does it, up to the first token whose probability is below `least`, the last
+        then. Returns the tokens, their probabilities, and the number of neurons that rules left out."""
+        made, chances, done = (_N * count)(), (_F * count)(), _N(0)
+        with self._of_one_token(token, position, start, caches, past) as (call, skipped):
+            arguments = (ctypes.byref(self._model), ctypes.byref(call), count, least, made, chances, ctypes.byref(done))
+            cpu.check(self.library.coreskip_draft(*arguments), 0)
+        return list(made[: done.value]), list(chances[: done.value]), skipped.value
+
+    @contextmanager
+    def _of_one_token(
+        self, token: int, position: int, start: int, caches: KeyValues, past: int
+    ) -> Iterator[tuple[_Call, ctypes.c_int64]]:
+        """The call of a step of one token, with what it points to; and where it counts neurons left out."""
+        numbers, skipped = (_N * 3)(token, position, start), _N(0)
+        at, width = ctypes.addressof(numbers), ctypes.sizeof(_N)
         logits = torch.empty(self.model.head.out_features, dtype=self.model.dtype)
-        call = _Call(
+        yield _Call(
             at, at + width, at + 2 * width, ctypes.addressof(caches.table), logits.data_ptr(),
             ctypes.addressof(skipped), 1, 1, past, 1, torch.get_num_threads(),
-        )  # fmt: skip
-        model, arguments = ctypes.byref(self._model), ctypes.byref(call)
-        status = self.library.coreskip_generate(model, arguments, count, stops, len(ends), made, ctypes.byref(done))
-        cpu.check(status, 0)
-        return list(made[: done.value]), skipped.value
+        ), skipped  # fmt: skip
+
+
+def likeliest(logits: Tensor, chances: bool = True) -> tuple[list[int], list[float]]:
+    """Of each row of `logits` ``[rows, vocabulary]`` the first of the likeliest tokens, and its probability (where
+    `chances` are wanted, else nothing)."""
+    rows, vocabulary = logits.shape
+    logits, made, found = logits.contiguous(), (_N * rows)(), (_F * rows)()
+    cpu.library().coreskip_likeliest(
+        logits.data_ptr(), cpu.DTYPE[logits.dtype], rows, vocabulary, made, found if chances else None,
+        min(rows, torch.get_num_threads()),
+    )  # fmt: skip
+    return list(made), list(found) if chances else []
 
 
 @dataclass(eq=False)

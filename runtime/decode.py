@@ -578,6 +578,15 @@ class NativeSequence:
         self._decoder._count(len(made), chosen.skipped * len(made) + left_out)
         return made
 
+    def draft(self, token: int, count: int, least: float, chosen: Chosen) -> tuple[list[int], list[float]]:
+        """Appends `token` and returns the likeliest tokens after it with their probabilities: `count`, or fewer up to
+        one whose probability is below `least`."""
+        step, past = self._ready(chosen, count), self.length
+        made, chances, left_out = step.draft(token, past, 0, self._rooms.table, past, count, least)
+        self._rooms.advance(len(made))
+        self._decoder._count(len(made), chosen.skipped * len(made) + left_out)
+        return made, chances
+
     def rollback(self, length: int) -> None:
         self._rooms.advance(length - self.length)
 

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from .decode import NativeSequence, NotCovered
-from .exact import Text, obstacle
+from .exact import Text, ends_of, obstacle
 
 if TYPE_CHECKING:
     from .wrap import Runtime
@@ -63,7 +62,7 @@ def _decode(runtime: Runtime, model: Any, cache: Any, text: Text, first: Tensor,
             logits = model(input_ids=torch.tensor([[last]]), past_key_values=cache, use_cache=True).logits
             last = text.append(logits[0, -1])
         return
-    ends = _ends(arguments)
+    ends = ends_of(arguments)
     longest = ALONE_S if arguments["streamer"] is None else STREAMING_S
     at_once = 1
     while not text.finished:
@@ -77,14 +76,3 @@ def _decode(runtime: Runtime, model: Any, cache: Any, text: Text, first: Tensor,
         at_once = max(1, min(AT_ONCE, int(longest / each)))
         text.extend(made)
         last = made[-1]
-
-
-def _ends(arguments: dict[str, Any]) -> list[int] | None:
-    """The tokens that end a greedy text, where nothing but them and a length decides; else None."""
-    config, criteria = arguments["generation_config"], arguments["stopping_criteria"]
-    wants_more = config.return_dict_in_generate and (config.output_scores or config.output_logits)
-    if config.do_sample or len(arguments["logits_processor"]) or wants_more:
-        return None
-    if any(type(c) not in (EosTokenCriteria, MaxLengthCriteria) for c in criteria) or criteria.max_length is None:
-        return None
-    return [int(t) for c in criteria if isinstance(c, EosTokenCriteria) for t in c.eos_token_id.flatten()]

@@ -17,10 +17,13 @@ from transformers.generation.streamers import BaseStreamer
 
 import coreskip
 from coreskip import CoreskipError, Engine
+from coreskip.bench.exact import places_off
 from coreskip.kernels.ops import available
+from coreskip.kernels.step import likeliest
 from coreskip.predictors.plan import Plan
 from coreskip.runtime import exact as exact_module
-from coreskip.runtime.exact import Exact, Lookup, Pace, Source, Statistics, Text
+from coreskip.runtime.decode import NativeSequence
+from coreskip.runtime.exact import Choices, Exact, Lookup, Pace, Source, Statistics, Text
 from coreskip.runtime.wrap import runtime_of
 
 needs_kernels = pytest.mark.skipif(available("cpu") is not None, reason="drafts are verified by the CPU kernels")
@@ -284,7 +287,7 @@ def test_what_rounding_could_decide_gets_a_pass_of_its_own(monkeypatch: pytest.M
         criteria = StoppingCriteriaList([MaxLengthCriteria(42)])
         text = Text(torch.zeros(1, 2, dtype=torch.int64), LogitsProcessorList(), criteria, config, None, 6)
         passes = Rounding(logits, logits, 2)
-        exact._decode(passes, text, logits[0], 40, Statistics())  # type: ignore[arg-type]
+        exact._decode(Choices(passes, text), logits[0], 40, Statistics())  # type: ignore[arg-type]
         return text.ids[0].tolist(), passes
 
     expected = [0, 0]
@@ -330,12 +333,14 @@ def test_unwrap_restores_attention_and_verification_is_dense(llama: Any) -> None
 class Chain:
     """`Passes` over a Markov chain: the next token's logits depend on the last token alone."""
 
+    widest = 8
+
     def __init__(self, logits: torch.Tensor, drafts: torch.Tensor, length: int) -> None:
         self._logits, self._drafts, self.length = logits, drafts, length
 
-    def draft(self, token: int) -> torch.Tensor:
-        self.length += 1
-        return self._drafts[token]
+    def draft(self, tokens: list[int]) -> torch.Tensor:
+        self.length += len(tokens)
+        return self._drafts[list(tokens)]
 
     def verify(self, tokens: list[int]) -> torch.Tensor:
         self.length += len(tokens)
@@ -374,7 +379,7 @@ def transitions(draws: int) -> tuple[torch.Tensor, torch.Tensor, Exact]:
         ids = torch.zeros(1, 2, dtype=torch.int64)
         criteria = StoppingCriteriaList([MaxLengthCriteria(502)])
         text = Text(ids, processors, criteria, config, None, VOCABULARY)
-        exact._decode(Chain(logits, drafts, 2), text, logits[0], 500, done := Statistics())  # type: ignore[arg-type]
+        exact._decode(Choices(Chain(logits, drafts, 2), text), logits[0], 500, done := Statistics())  # type: ignore[arg-type]
         assert done.tokens == 500
         pairs = text.ids[0, 1:].unfold(0, 2, 1)
         counts += torch.bincount(pairs[:, 0] * VOCABULARY + pairs[:, 1], minlength=VOCABULARY**2).view_as(counts)
@@ -420,6 +425,14 @@ def test_lookup_takes_the_longest_match_and_its_latest_occurrence() -> None:
     assert Lookup([]).find(5) == (0, [])
 
 
+def test_lookup_goes_on_after_drafts() -> None:
+    lookup = Lookup([1, 2, 3, 4, 5, 9, 6, 7, 1])
+    assert lookup.find(2, [2]) == (2, [3, 4])
+    assert lookup.find(3, [2, 3, 4]) == (4, [5, 9, 6])
+    assert lookup.find(2, [8]) == (0, [])
+    assert Lookup([7, 8, 7, 8]).find(4, [7]) == (3, [8, 7, 8, 7])
+
+
 def test_the_pace_weighs_acceptance_against_measured_cost() -> None:
     pace = Pace()
     assert not pace.ready
@@ -438,6 +451,102 @@ def test_the_pace_weighs_acceptance_against_measured_cost() -> None:
     rates = [sum(0.8**i for i in range(n + 1)) / (0.040 + n * 0.012) for n in range(8)]
     assert length == max(range(8), key=rates.__getitem__)
     assert rate == pytest.approx(max(rates))
+
+
+def test_a_look_is_as_wide_as_it_saves_draft_steps() -> None:
+    pace = Pace()
+    for _ in range(2):
+        pace.verified(1, 0.040)
+    pace.stepped(1, 2, 0.010, first=False)
+    pace.stepped(5, 1, 0.009, first=False)
+    assert pace.step_s == pytest.approx(0.005)
+    assert pace.step_row_s == pytest.approx(0.001)
+    assert pace.look(0.1, 7) == (0, pytest.approx(0.005))  # a row that rarely holds costs more than it saves
+    assert pace.look(0.9, 7)[0] >= 5
+    assert pace.look(0.9, 2)[0] == 2
+    width, each = pace.look(0.6, 7)
+    costs = [(0.005 + 0.001 * n) / sum(0.6**i for i in range(n + 1)) for n in range(8)]
+    assert width == min(range(8), key=costs.__getitem__)
+    assert each == pytest.approx(min(costs))
+
+
+class Looking(Eager):
+    """Drafts from the plan alone, and lets it look at what the text offers."""
+
+    step_s, step_row_s = 0.1, 0.01  # type: ignore[assignment]
+
+    def extent(self, acceptance: float, step: float, most: int) -> tuple[int, float]:
+        return (most, 2.0) if step else (0, 1.0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 1}, {"repetition_penalty": 1.0001}])
+def test_the_plan_looks_at_what_the_text_offers(llama: Any, options: dict[str, Any], monkeypatch: Any) -> None:
+    """A text that repeats itself is drafted in fewer draft passes than tokens, by native choices and by Python's."""
+    widths: list[int] = []
+
+    def spied(native: Any, tokens: Any) -> torch.Tensor:
+        widths.append(len(tokens))
+        return native._native.step(tokens, native._draft)
+
+    monkeypatch.setattr(exact_module.NativePasses, "draft", spied)
+    ids = prompt(1, 9).repeat(1, 4)
+    torch.manual_seed(0)
+    expected = dense(llama, ids, new=60, **options)
+    with coreskip.wrap(llama, plan_of(llama, "static", 1.0), exact=True):
+        exact = runtime_of(llama).exact
+        exact._has_draft, exact.pace = True, Looking()
+        torch.manual_seed(0)
+        assert torch.equal(greedy(llama, ids, 60, **options), expected)
+        assert exact.last.drafted["plan"] > 40
+        assert exact.last.acceptance == 1.0
+        assert max(widths) > 1
+
+
+@needs_kernels
+def test_native_drafts_stop_at_the_first_doubt(llama: Any) -> None:
+    with coreskip.wrap(llama, Plan.dense(llama)), torch.no_grad():
+        runtime, cache = runtime_of(llama), DynamicCache(config=llama.config)
+        for tokens in (prompt(1, 9), torch.tensor([[5]])):
+            llama(tokens, past_key_values=cache)
+        sequence, chosen = NativeSequence(runtime.decoder, cache), runtime.chosen_for(cache)
+        start, made, chances = sequence.length, [5], list[float]()
+        for _ in range(6):
+            logits = sequence.step(made[-1:], chosen)[0].float()
+            made.append(int(logits.argmax()))
+            chances.append(float(logits.softmax(0).max()))
+        sequence.rollback(start)
+        tokens, found = sequence.draft(5, 6, 0.0, chosen)
+        assert (tokens, sequence.length) == (made[1:], start + 6)
+        assert found == pytest.approx(chances, rel=1e-4)
+        for least in (sorted(chances)[2], 2.0):
+            sequence.rollback(start)
+            count = next(i for i, chance in enumerate(chances, 1) if chance < least * 1.001)
+            assert sequence.draft(5, 6, least * 1.001, chosen)[0] == made[1 : 1 + count]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_likeliest_tokens_are_the_first_of_the_greatest(dtype: torch.dtype) -> None:
+    logits = torch.randn(5, 9001, generator=torch.Generator().manual_seed(3)).to(dtype)
+    logits[1, [400, 8000]] = 9.0
+    logits[2, 5000] = float("inf")
+    logits[3, 7000] = float("nan")
+    tokens, chances = likeliest(logits)
+    assert tokens == logits.float().argmax(1).tolist()
+    assert tokens[1:4] == [400, 5000, 7000]
+    expected = logits.float().softmax(1).max(1).values
+    assert [chances[i] for i in (0, 1, 4)] == pytest.approx(expected[[0, 1, 4]].tolist(), rel=1e-4)
+    assert likeliest(logits, chances=False) == (tokens, [])
+
+
+def test_the_bench_notices_a_token_that_is_not_hugging_faces(llama: Any) -> None:
+    ids = prompt(1, 9)
+    text = greedy(llama, ids, 12)
+    assert places_off(llama, ids, text) == []
+    text[0, 14] = (text[0, 14] + 1) % 128
+    assert places_off(llama, ids, text)[0]["at"] == 5
+    assert places_off(llama, ids, text)[0]["gap"] > 0
 
 
 def test_a_source_that_does_not_pay_is_tried_ever_more_rarely() -> None:
