@@ -155,9 +155,7 @@ class TokenCalibration:
     def _norms(self) -> list[Tensor]:
         return down_norms(self._anatomy)
 
-    def _amounts(
-        self, keep: float, allocation: Allocation, mean: bool, seen: Sequence[Tensor]
-    ) -> list[dict[str, Any]]:
+    def _amounts(self, keep: float, allocation: Allocation, mean: bool, seen: Sequence[Tensor]) -> list[dict[str, Any]]:
         """Keyword arguments of a `TopK` per layer. seen: the magnitudes by which tokens will choose."""
         check_allocation(allocation)
         if keep >= 1:
