@@ -25,7 +25,8 @@ from torch.nn import functional as F
 
 from coreskip.kernels import cpu
 from coreskip.kernels.ops import PackedMLP, available, mlp, sketch_mlp
-from coreskip.kernels.packed import allocate
+from coreskip.kernels.packed import PackedLinear, allocate
+from coreskip.kernels.step import BundledMLP, DenseMLP, KeyValues, Norm, Step, StepLayer, StepModel
 
 SHAPES = ("576x1536", "2048x8192", "4096x11008")
 FORMATS = ("float32", "bfloat16", "int8", "int8_sliced")
@@ -38,8 +39,9 @@ Row = dict[str, Any]
 class Case:
     """One thing to time: `run` makes one pass and reads `nbytes` of weights.
 
-    call: "op" is the public function; "bound" the compiled one with its arguments in place, as a native loop over
-    layers calls it: the weights push Python out of the caches, and 10 to 30 us a call go by in it.
+    call: "op" is the public function; "bound" the compiled one with its arguments in place: the weights push Python
+    out of the caches, and 10 to 30 us a call go by in it; "step" all layers in one native call, as decoding runs them
+    (a dense layer from its three matrices, listed neurons from bundles of their own, side by side).
     """
 
     op: str
@@ -132,6 +134,10 @@ def _mlp_cases(hidden: int, neurons: int, fmt: str, keeps: tuple[float, ...], ro
         nbytes = _bytes_read(packed, keep) * layers[keep]
         yield Case(op, "cpu", "op", keep, layers[keep], nbytes, run)
         yield Case(op, "cpu", "bound", keep, layers[keep], nbytes, _Bound(run.bound()))
+        if rows == 1:
+            yield Case(
+                op, "cpu", "step", keep, layers[keep], nbytes, _decoder(x, weights, copies[: layers[keep]], keep)
+            )
 
 
 def _copies(packed: PackedMLP, count: int) -> tuple[list[PackedMLP], list[Tensor]]:
@@ -207,6 +213,53 @@ class _Bound:
     def __call__(self) -> None:
         for call in self.calls:
             call()
+
+
+@dataclass
+class _Decoder:
+    """One native step of a decoder that consists of MLPs alone."""
+
+    step: Step
+
+    def __call__(self) -> Tensor:
+        return self.step.run(*_ONE_TOKEN, KeyValues([], [], []), 0, 1)[0]
+
+
+_HEAD = 16  # of the hidden state's values come out as logits: enough to verify, few enough not to be timed
+_ONE_TOKEN = (
+    torch.zeros(1, 1, dtype=torch.int64),
+    torch.zeros(1, 1, dtype=torch.int64),
+    torch.zeros(1, dtype=torch.int64),
+)
+
+
+def _decoder(x: Tensor, weights: list[Tensor], layers: list[PackedMLP], keep: float) -> _Decoder:
+    """A decoder of which `x` [1, hidden] is the only embedding. Raises RuntimeError where its result is wrong."""
+    first, count, hidden = layers[0], len(layers), x.shape[1]
+    kept, sketched = int(first.intermediate_size * keep), layers[0].low is not None
+    if keep < 1 and not sketched:
+        layers = [layer.take(torch.arange(kept)) for layer in layers]
+    if sketched:
+        mlps: list[BundledMLP] | list[DenseMLP] = [BundledMLP(layer, "sketch", kept) for layer in layers]
+    else:
+        mlps = [BundledMLP(layer) if keep < 1 else _dense(weights, first.fmt) for layer in layers]
+    norm = Norm(torch.ones(hidden), None, 1e-6, "rms")
+    stack = [StepLayer(None, one, "silu", residual_scale=1 / count) for one in mlps]
+    head = PackedLinear.pack(torch.eye(_HEAD, hidden, dtype=x.dtype))
+    decoder = _Decoder(Step(StepModel(x, stack, norm, head, x.dtype)))
+    expected = x.float()
+    for one in layers:
+        y = sketch_mlp(expected, one, keep=kept, backend="torch") if sketched else mlp(expected, one, backend="torch")
+        expected = expected + y / count
+    verify(decoder()[0], F.rms_norm(expected, (hidden,), eps=1e-6)[:, :_HEAD], x.dtype)
+    return decoder
+
+
+def _dense(weights: list[Tensor], fmt: str | None) -> DenseMLP:
+    gate, up, down = weights[0], weights[1], weights[2].t()
+    return DenseMLP(
+        *(PackedLinear.pack(w.clone(memory_format=torch.contiguous_format), fmt=fmt) for w in (gate, up, down))
+    )
 
 
 def _torch_case(x: Tensor, weights: list[Tensor], layers: int) -> Case:

@@ -180,7 +180,7 @@ class Walker {
         for (int64_t i = 0; i < m.layer_count; i++) {
             const StepLayer& layer = m.layers[i];
             if (layer.run_attention) attention(layer, c.caches[i]);
-            else write_entries(layer, c.caches[i]);
+            else if (layer.k.weight) write_entries(layer, c.caches[i]);
             if (layer.run_mlp) mlp(layer);
         }
         logits();
@@ -333,7 +333,7 @@ class Walker {
         read_from(own.attended, l.heads * l.head_dim);
         project_all({&l.o}, {w.out});
         meeting.meet();
-        if (l.parallel) memcpy(own.pending, w.out, tokens * m.hidden * sizeof(float));
+        if (l.parallel && l.run_mlp) memcpy(own.pending, w.out, tokens * m.hidden * sizeof(float));
         else add_to_residual(l, l.attention_out, w.out);
     }
 

@@ -19,6 +19,7 @@ PAD = 128  # bytes, or nibbles, to whose multiples any other row is padded; kPad
 HUGE_PAGE = 2 << 20
 GROUP, TILE = 32, 16  # inputs of a group, rows of a tile; kGroup and kTile in cpu_step.h
 GROUPED = ("int4", "int8_groups")
+_AT_ONCE = 2048  # rows that are rounded together
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = (None, "int8", "int8_sliced")
 MAX_INT8_WIDTH = (2**31 - 1) // (255 * 127)  # beyond it a row of products could overflow 32 bits
@@ -363,6 +364,16 @@ def _tiles(weight: Tensor, fmt: str) -> Tensor:
     """The bytes of "int4", [ceil(rows / 16), groups, 320], or of "int8_groups", [.., 544]."""
     if not bool(weight.isfinite().all()):
         raise ValueError("weights with infinities or NaNs have no form of 4 or 8 bits")
+    size = TILE * GROUP // 2 + 4 * TILE if fmt == "int4" else TILE * GROUP + 2 * TILE
+    shape = (-(-weight.shape[0] // TILE), -(-weight.shape[1] // GROUP), size)
+    tiles = allocate(shape, torch.uint8, weight.device)
+    # a few rows at a time: rounding a whole LM head takes memory for six copies of it
+    for rows, some in zip(weight.split(_AT_ONCE), tiles.split(_AT_ONCE // TILE), strict=True):
+        some.copy_(_tiles_of(rows, fmt))
+    return tiles
+
+
+def _tiles_of(weight: Tensor, fmt: str) -> Tensor:
     q, scale, least = group_weights(weight) if fmt == "int4" else _group_bytes(weight)
     fill = -q.shape[0] % TILE
     if fill:
@@ -376,8 +387,7 @@ def _tiles(weight: Tensor, fmt: str) -> Tensor:
     else:
         numbers = q.view(-1, TILE, groups, 8, 4).permute(0, 2, 3, 1, 4).reshape(-1, groups, TILE * GROUP)
         del ends[1]
-    parts = torch.cat([numbers, *ends], -1)
-    return allocate(tuple(parts.shape), torch.uint8, weight.device).copy_(parts)
+    return torch.cat([numbers, *ends], -1)
 
 
 def _group_bytes(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

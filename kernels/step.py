@@ -83,10 +83,11 @@ class StepLayer:
     """A decoder layer: x += after(attention(before(x))), then the same for the MLP; absent norms are None.
 
     parallel: the MLP reads x as it was before the attention. mlp None: it is skipped. entries_only: the attention is
-    skipped but for the keys and values of the new tokens, which are written to the cache.
+    skipped but for the keys and values of the new tokens, which are written to the cache. attention None: there
+    is none.
     """
 
-    attention: Attention
+    attention: Attention | None
     mlp: DenseMLP | BundledMLP | None
     act: str
     attention_in: Norm | None = None
@@ -309,10 +310,20 @@ def _layer(layer: StepLayer) -> _Layer:
         **{name: _norm(getattr(layer, name)) for name in ("attention_in", "attention_out", "mlp_in", "mlp_out")},
         residual_scale=layer.residual_scale,
         act=cpu.ACT[layer.act],
-        run_attention=not layer.entries_only,
+        run_attention=attention is not None and not layer.entries_only,
         run_mlp=mlp is not None,
         parallel=layer.parallel,
     )
+    if attention is not None:
+        _put_attention(out, attention)
+    if isinstance(mlp, DenseMLP):
+        out.gate, out.up, out.down = _linear(mlp.gate), _linear(mlp.up), _linear(mlp.down)
+    elif mlp is not None:
+        out.mlp = _bundled(mlp)
+    return out
+
+
+def _put_attention(out: _Layer, attention: Attention) -> None:
     for name in ("q", "k", "v", "o"):
         setattr(out, name, _linear(getattr(attention, name)))
     out.q_norm, out.k_norm = _norm(attention.q_norm), _norm(attention.k_norm)
@@ -323,8 +334,3 @@ def _layer(layer: StepLayer) -> _Layer:
     if attention.rotation is not None:
         cos, sin = attention.rotation
         out.rope_dim, out.cos, out.sin = cos.shape[1], cos.data_ptr(), sin.data_ptr()
-    if isinstance(mlp, DenseMLP):
-        out.gate, out.up, out.down = _linear(mlp.gate), _linear(mlp.up), _linear(mlp.down)
-    elif mlp is not None:
-        out.mlp = _bundled(mlp)
-    return out

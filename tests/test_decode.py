@@ -40,6 +40,23 @@ def ragged() -> tuple[torch.Tensor, torch.Tensor]:
     return ids, (ids > 0).long()
 
 
+def some_tokens(rows: int, count: int) -> torch.Tensor:
+    return torch.randint(5, VOCABULARY, (rows, count), generator=torch.Generator().manual_seed(3))
+
+
+def teacher_forced(model: Any, ids: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor, each: int) -> torch.Tensor:
+    """Logits of `tokens` [rows, n], decoded `each` at a time after prompts padded on the left."""
+    cache, length, logits = DynamicCache(config=model.config), ids.shape[1], []
+    mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    with coreskip.prefilling():
+        model(ids, attention_mask=mask[:, :length], position_ids=places[:, :length], past_key_values=cache)
+    for at, some in zip(range(length, mask.shape[1], each), tokens.split(each, 1), strict=True):
+        given = {"attention_mask": mask[:, : at + each], "position_ids": places[:, at : at + each]}
+        logits.append(model(some, past_key_values=cache, **given).logits)
+    return torch.cat(logits, 1)
+
+
 def spy(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The tokens of each native call from now on."""
     decoder, seen = runtime_of(model).decoder, []
@@ -71,18 +88,7 @@ def test_two_hundred_steps_from_ragged_prompts(family: str, kind: str, monkeypat
     plan = Plan.dense(model) if kind == "dense" else plan_of(model, "static")
     reference = model if kind == "dense" else cut_neurons(model, plan)
     ids, mask = ragged()
-    tokens = torch.cat([ids, torch.randint(5, VOCABULARY, (2, 200), generator=torch.Generator().manual_seed(3))], 1)
-    mask = torch.cat([mask, torch.ones(2, 200, dtype=torch.int64)], 1)
-    places = (mask.cumsum(1) - 1).clamp_min(0)
-
-    def step_by_step() -> torch.Tensor:
-        cache, logits = DynamicCache(config=model.config), []
-        with coreskip.prefilling():
-            model(ids, attention_mask=mask[:, :9], position_ids=places[:, :9], past_key_values=cache)
-        for t in range(9, 209):
-            given = {"attention_mask": mask[:, : t + 1], "position_ids": places[:, t : t + 1]}
-            logits.append(model(tokens[:, t : t + 1], past_key_values=cache, **given).logits[:, 0])
-        return torch.stack(logits, 1)
+    tokens = some_tokens(2, 200)
 
     def all_at_once(judge: Any) -> torch.Tensor:
         """Each row on its own, unpadded. A static plan leaves prefill dense: the prompt's keys and values come from the
@@ -92,16 +98,16 @@ def test_two_hundred_steps_from_ragged_prompts(family: str, kind: str, monkeypat
             first = int((mask[row] == 0).sum())
             cache = DynamicCache(config=model.config)
             own(ids[row : row + 1, first:], past_key_values=cache)
-            logits.append(judge(tokens[row : row + 1, 9:], past_key_values=cache).logits)
+            logits.append(judge(tokens[row : row + 1], past_key_values=cache).logits)
         return torch.cat(logits)
 
     with torch.no_grad():
         exact = all_at_once(copy.deepcopy(reference).double())
         usual = (all_at_once(reference) - exact).abs().max()
         with coreskip.wrap(model, plan):
-            step_by_step()  # the first step of a wrapping is the modules' own
+            teacher_forced(model, ids, mask, tokens[:, :2], each=1)  # the first step of a wrapping is the modules' own
             seen = spy(model, monkeypatch)
-            native = step_by_step()
+            native = teacher_forced(model, ids, mask, tokens, each=1)
             assert refusal(model) is None
             assert seen == [2] * 200  # two rows
     assert (native - exact).abs().max() <= 2 * usual + 1e-6 * exact.abs().max()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_decode import COVERED, some_tokens, teacher_forced
 from tiny_models import greedy, plan_of, prompt, tiny
 from transformers import DynamicCache
 
@@ -115,6 +116,23 @@ def test_decoding_equals_the_reference_that_recomputes_everything(family: str, p
         parts.append(model(ids[:, 18:], past_key_values=cache).logits)  # several tokens at once
         assert {layer.get_seq_length() for layer in cache.layers} == {24}
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.skipif(available("cpu") is not None, reason="needs the compiled kernels")
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)
+@pytest.mark.parametrize("family", COVERED)
+def test_two_hundred_native_steps_without_layers(family: str, policy: Run) -> None:
+    model = tiny(family)
+    policies: dict[int, Run] = {0: policy, 2: policy}
+    tokens = some_tokens(1, 200)
+    for length in (9, 5):
+        ids = prompt(1, length)
+        decoded = torch.arange(length + 200) >= length
+        expected = reference(model, torch.cat([ids, tokens], 1), decoded, policies, {})[:, length:]
+        with torch.no_grad(), coreskip.wrap(model, plan_with(model, policies)):
+            found = teacher_forced(model, ids, torch.ones_like(ids), tokens, each=1)
+            assert runtime_of(model).decoder.refusal is None
+        torch.testing.assert_close(found, expected, rtol=5e-4, atol=5e-4)
 
 
 def test_bloom_may_skip_mlps_and_falcon_nothing_of_its_attention() -> None:

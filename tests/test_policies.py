@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_decode import COVERED, ragged, some_tokens, teacher_forced
 from test_plan import rewrite
 from tiny_models import greedy, prompt, tiny
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 import coreskip
 from coreskip import Plan, PlanError
+from coreskip.kernels.ops import available
 from coreskip.kernels.packed import quantize
 from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.plan import LayerPlan, Learned, Sketch, Threshold, TopK
@@ -199,6 +201,26 @@ def test_equals_its_definition(family: str, name: str) -> None:
         assert float((a - b).norm() if "sketch" in name else (a - b).abs().max()) <= error
     assert not torch.allclose(found.logits[-1], dense.logits[-1], rtol=1e-2, atol=1e-2)
     assert 0.1 < skipped < 0.9
+
+
+@pytest.mark.skipif(available("cpu") is not None, reason="needs the compiled kernels")
+@pytest.mark.parametrize("name", ["sketch", "sketch_threshold", "cats"])
+@pytest.mark.parametrize("family", COVERED)
+def test_two_hundred_native_steps_from_ragged_prompts(family: str, name: str) -> None:
+    model = tiny(family)
+    policy = some_policy(model, name)
+    ids, mask = ragged()
+    tokens = some_tokens(2, 200)
+    with torch.no_grad():
+        dense = teacher_forced(model, ids, mask, tokens, each=200)
+        with by_definition(model, policy):
+            expected = teacher_forced(model, ids, mask, tokens, each=200)
+        with coreskip.wrap(model, plan_with(model, policy)):
+            found = teacher_forced(model, ids, mask, tokens, each=1)
+            assert runtime_of(model).decoder.refusal is None
+    error, change = (found - expected).norm(dim=-1), (dense - expected).norm(dim=-1)
+    print("ERR", family, name, float((error / change).median()), float((error / change).max()))
+    assert float((error / change).median()) < 1
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith(("teal", "wina"))])
