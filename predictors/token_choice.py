@@ -197,7 +197,8 @@ class TokenCalibration:
         if allocation == "greedy":
             shares = spread_share(self._losses(seen), [norm.numel() for norm in norms], 1 - keep)
             pairs = zip(seen, norms, shares, strict=True)
-            return [quantile(values.float() * norm, share) for values, norm, share in pairs]
+            # what is zero is left out even of a layer that leaves out nothing else
+            return [quantile(values.float() * norm, max(share, 1e-9)) for values, norm, share in pairs]
         # one threshold for all layers: every second token is enough to find it
         scores = [values[::2].float() * norm for values, norm in zip(seen, norms, strict=True)]
         return [quantile(torch.cat([score.flatten() for score in scores]), 1 - keep)] * len(norms)
@@ -291,17 +292,18 @@ def spread_share(losses: Tensor, widths: Sequence[int], share: float) -> list[fl
     Neurons go where the next ones cost least (the lower convex hulls of the curves make that the optimum at every sum
     it reaches). `losses`: float64 ``[layers, shares]``.
     """
-    steps = []
+    segments = []
     for layer, (curve, width) in enumerate(zip(losses.tolist(), widths, strict=True)):
-        corners = _hull(curve)
-        for start, end in pairwise(corners):
-            neurons = (SHARES[end] - SHARES[start]) * width
-            steps.append(((curve[end] - curve[start]) / neurons, layer, end, neurons))
+        for start, end in pairwise(_hull(curve)):
+            slope = (curve[end] - curve[start]) / ((SHARES[end] - SHARES[start]) * width)
+            segments.append((slope, layer, start, end))
     chosen, left_out = [0.0] * len(widths), 0.0
-    for _, layer, end, neurons in sorted(steps):
-        if left_out + neurons / 2 > share * sum(widths):
-            break
-        chosen[layer], left_out = SHARES[end], left_out + neurons
+    for _, layer, start, end in sorted(segments):
+        for index in range(start + 1, end + 1):
+            neurons = (SHARES[index] - SHARES[index - 1]) * widths[layer]
+            if left_out + neurons / 2 > share * sum(widths):
+                return chosen
+            chosen[layer], left_out = SHARES[index], left_out + neurons
     return chosen
 
 

@@ -53,6 +53,11 @@ class Family:
         return " ".join(words + ([self.weights] if self.weights else []))
 
     @property
+    def kin(self) -> tuple[Any, ...]:
+        """What families share that differ in weights or allocation alone."""
+        return self.method, self.options.get("rule"), self.options.get("all_linears")
+
+    @property
     def formats(self) -> tuple[str | None, ...]:
         """In which weights the native step runs it, the fewest bytes first; as loaded alone where it does not."""
         native = self.method in ("dense", "sketch", "static", "core", "similar") or self.options.get("rule") == "cats"
@@ -185,8 +190,10 @@ class _Hunt:
         self._dense = Plan.dense(study.model)
         self._all = self._cost(self._dense)
         self._found: list[_Found] = []
+        self._measured: _Found | None = None  # the last one
         self._held: list[_Found] = []
-        self._scouted: dict[tuple[str, str | None], bool] = {}
+        self._hopeless: set[tuple[Any, ...]] = set()
+        self._scouted: set[tuple[Any, ...]] = set()
         self._spoilt: set[str | None] = set()  # formats that break the budget without a neuron left out
         self._about = study.identity()[:16]
         self._refusal = refusal(study.model, self._anatomy)
@@ -220,6 +227,7 @@ class _Hunt:
         if windows is None:  # the figures of all windows take the place of a few's
             self._found = [f for f in self._found if (f.family, f.keep) != (family, keep)]
         self._found.append(found)
+        self._measured = found
         return found
 
     def _make(self, family: Family, keep: float) -> Plan:
@@ -251,14 +259,15 @@ class _Hunt:
     def pursue(self, family: Family) -> None:
         """Find the fewest neurons with which this family holds the budget, if that can win."""
         keeps = [keep for keep in self._keeps(family) if self._promises(family, keep)]
-        if not keeps or family.weights in self._spoilt or self._is_hopeless(family, keeps[0]):
+        if not keeps or family.weights in self._spoilt:
             return
         if family.method == "dense":
             if not self._holds(family, 1.0):
                 self._spoilt.add(family.weights)
             return
         tried = self._best is not None
-        if tried and not self._holds(family, keeps[0]):
+        if tried and (self._is_hopeless(family, keeps[0]) or not self._holds(family, keeps[0])):
+            self._give_up(family)
             return
         low, high = (0 if tried else -1), len(keeps)
         while high - low > 1:
@@ -279,15 +288,20 @@ class _Hunt:
         return self._cost(plan).weighed < 0.99 * self._to_beat
 
     def _is_hopeless(self, family: Family, keep: float) -> bool:
-        """Whether the method is far off the budget where it would be fast enough to win."""
+        """Whether the family's kin is far off the budget where it would be fast enough to win."""
+        scout = _SCOUTS.get(family.method)
+        if scout is not None and (family.kin, family.weights) not in self._scouted:
+            self._scouted.add((family.kin, family.weights))
+            self.measure(replace(scout, weights=family.weights), keep, _SCREEN)
+            self._give_up(family)
+        return family.kin in self._hopeless
+
+    def _give_up(self, family: Family) -> None:
+        """Do without the family's kin where the last measurement was far off."""
         assert self._budget is not None
-        scout, about = _SCOUTS.get(family.method), (family.method, family.weights)
-        if scout is None or self._best is None:
-            return False
-        if about not in self._scouted:
-            found = self.measure(replace(scout, weights=family.weights), keep, _SCREEN)
-            self._scouted[about] = self._budget.exceeds(found.quality, _HOPELESS)
-        return self._scouted[about]
+        assert self._measured is not None
+        if self._budget.exceeds(self._measured.quality, _HOPELESS):
+            self._hopeless.add(family.kin)
 
     # ---- the end
 
