@@ -25,7 +25,7 @@ import transformers
 from coreskip.bench.rows import commit, device_name, quality_table, replace_text
 from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.calibration import TokenText, read_text, tokenize
-from coreskip.predictors.plan import Plan
+from coreskip.predictors.plan import LayerPlan, Plan, Sketch
 from coreskip.predictors.version import VERSION
 from coreskip.runtime.cost import bytes_per_token, runs_natively
 from coreskip.runtime.emulation import Emulation
@@ -47,6 +47,7 @@ BY_PROMPT: tuple[tuple[str, str, dict[str, Any]], ...] = (
 )
 # (how the table names it, method, options, shares to keep)
 BY_TOKEN: tuple[tuple[str, str, dict[str, Any], tuple[float, ...]], ...] = (
+    ("4-bit sketch, equal shares, neither means nor smoothing", "bare", {}, (0.7, 0.6, 0.5, 0.4)),
     ("4-bit sketch, equal shares", "sketch", {"allocation": "equal"}, (0.7, 0.6, 0.5, 0.4)),
     ("dense, int8 in groups", "dense", {"weights": "int8"}, (1.0,)),
     ("dense, int4 in groups", "dense", {"weights": "int4"}, (1.0,)),
@@ -73,17 +74,31 @@ def by_prompt(model: Any, calibration: TokenText, tokens: int) -> Iterator[tuple
         yield from ((name, workshop.make(method, keep)) for keep in KEEPS)
 
 
-def by_token(model: Any, calibration: TokenText, tokens: int, keeps: Sequence[float]) -> Iterator[tuple[str, Plan]]:
-    """Every method that chooses token by token, or not at all, at its own keeps or, of those, at `keeps`."""
+def by_token(
+    model: Any, calibration: TokenText, tokens: int, keeps: Sequence[float], only: str = ""
+) -> Iterator[tuple[str, Plan]]:
+    """Every method that chooses token by token, or not at all, at its own keeps or, of those, at `keeps`; `only` those
+    whose names hold this."""
     workshop = Workshop(model, calibration, max_tokens=tokens)
     for name, method, options, own in BY_TOKEN:
+        if only not in name:
+            continue
         weights = options.get("weights")
         named = {key: value for key, value in options.items() if key != "weights"}
         for keep in own:
             if method == "dense":
                 yield name, Plan.dense(model, weights=weights)
+            elif method == "bare" and (not keeps or keep in keeps):
+                yield name, _bare_sketch(model, keep)
             elif not keeps or keep in keeps:
                 yield name, replace(workshop.make(method, keep, **named), weights=weights)
+
+
+def _bare_sketch(model: Any, keep: float) -> Plan:
+    """Nothing calibrated: an equal share of every layer's neurons, left out without a trace."""
+    dense = Plan.dense(model)
+    layers = tuple(LayerPlan(Sketch(keep=keep)) for _ in dense.layers)
+    return replace(dense, layers=layers, recipe={"method": "sketch", "keep": keep})
 
 
 def provenance(command: str) -> dict[str, Any]:
@@ -117,20 +132,30 @@ def undo_wikitext(text: str) -> str:
 @click.option("--tokens", default=16384, show_default=True, help="Calibration tokens.")
 @click.option("--by", default="prompt", show_default=True, type=click.Choice(["prompt", "token"]), help="Who chooses.")
 @click.option("--keep", "keeps", multiple=True, type=float, help="By token: of the shares to keep only these.")
+@click.option("--only", default="", help="By token: of the methods only those whose names hold this.")
 @click.option("--plans", "folder", type=click.Path(path_type=Path), help="Also write the plans into this folder.")
 def main(
-    text: Path, output: Path, windows: int, tokens: int, by: str, keeps: tuple[float, ...], folder: Path | None
+    text: Path,
+    output: Path,
+    windows: int,
+    tokens: int,
+    by: str,
+    keeps: tuple[float, ...],
+    only: str,
+    folder: Path | None,
 ) -> None:
     """Score every method of a kind on TEXT with the embedded model in fp32."""
     command = f"python -m coreskip.bench.quality {text.name} --rows {output.name} --windows {windows} --tokens {tokens}"
     if by == "token":
-        command += " --by token" + "".join(f" --keep {keep:g}" for keep in keeps)
+        command += (
+            " --by token" + "".join(f" --keep {keep:g}" for keep in keeps) + (f' --only "{only}"' if only else "")
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     about = provenance(command)  # before the work: the commit may move on meanwhile
     model, tokenizer = load(device="cpu", dtype="float32")
     calibration, scored = tokenize(tokenizer, undo_wikitext(read_text(text)), text.name).split(0.5, 0.5)
     rows: list[dict[str, Any]] = []
-    for name, plan, quality in _scored(model, calibration, scored, windows, tokens, by, keeps):
+    for name, plan, quality in _scored(model, calibration, scored, windows, tokens, by, keeps, only):
         row = {"name": name, "model": "SmolLM2-135M-Instruct", "dtype": "float32", "keep": 1.0, **plan.recipe}
         row |= {"weights": plan.weights, **quality}
         row["megabytes"] = round(bytes_per_token(model, plan) / 1e6, 2)
@@ -151,7 +176,14 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _scored(
-    model: Any, calibration: TokenText, text: TokenText, windows: int, tokens: int, by: str, keeps: tuple[float, ...]
+    model: Any,
+    calibration: TokenText,
+    text: TokenText,
+    windows: int,
+    tokens: int,
+    by: str,
+    keeps: tuple[float, ...],
+    only: str,
 ) -> Iterator[tuple[str, Plan, dict[str, Any]]]:
     if by == "prompt":
         plans = list(by_prompt(model, calibration, tokens))
@@ -159,7 +191,7 @@ def _scored(
         yield from ((name, plan, quality) for (name, plan), quality in zip(plans, qualities, strict=True))
         return
     emulation, anatomy = Emulation(model, text, windows=windows), dissect(model)
-    for name, plan in by_token(model, calibration, tokens, keeps):
+    for name, plan in by_token(model, calibration, tokens, keeps, only):
         real = runs_natively(anatomy, plan)  # on the modules a token takes ten times as long, and says the same
         yield name, plan, {**emulation.score(plan, token_by_token=real), "token_by_token": real}
 
