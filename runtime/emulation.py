@@ -29,6 +29,7 @@ from .quality import WINDOW, Tally
 from .sparse_mlp import SparseMLP, Weights
 from .wrap import runtime_of, wrapped
 
+_LOGITS = 1 << 28  # of windows side by side are kept at most, 4 bytes each
 _FLOAT_BYTES = 4 << 30  # of dequantised weights are kept at most; beyond it each pass makes them anew
 
 
@@ -94,8 +95,9 @@ class Emulation:
             usage = runtime_of(self._model).usage
             usage.counting = True
             bar = tqdm(total=len(scored), desc="scoring", unit="window", disable=not self._progress, leave=False)
-            for at in range(0, len(scored), MAX_ROWS if real else 1):
-                group = scored[at : at + MAX_ROWS] if real else scored[at : at + 1]
+            together = max(1, min(MAX_ROWS, _LOGITS // scored[0].dense.numel())) if real else 1
+            for at in range(0, len(scored), together):
+                group = scored[at : at + together]
                 usage.reset()
                 found = self._decoded(group) if real else self._masked(group[0])
                 for window, logits in zip(group, found, strict=True):
