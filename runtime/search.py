@@ -33,6 +33,7 @@ _KEEPS = tuple(round(0.05 * i, 2) for i in range(19, 1, -1))  # 0.95 ... 0.1
 _FINE = 0.02
 _CHECKS = 4  # plans that are measured on the held-out text at most
 _SCREEN = 3  # windows on which a plan that is far off shows
+_MORE = 3  # times the study's windows, where only the margin of error stands between a plan and the budget
 _FAR_OFF = 1.5  # times the budget
 _HOPELESS = 4  # times the budget: no allocation of the same method mends that
 _FIGURES = ("ppl_increase", "ppl_increase_stderr", "kl", "top1_agreement", "neuron_sparsity", "tokens")
@@ -197,6 +198,7 @@ class _Hunt:
         self._spoilt: set[str | None] = set()  # formats that break the budget without a neuron left out
         self._about = study.identity()[:16]
         self._refusal = refusal(study.model, self._anatomy)
+        self._many = _MORE * study.windows
 
     def _cost(self, plan: Plan) -> Cost:
         return cost(self._study.model, plan, self._anatomy)
@@ -224,8 +226,8 @@ class _Hunt:
             *(family.label, keep, found.cost.moved / 1e6, self._all.moved / 1e6),
             *(100 * quality["ppl_increase"], quality["kl"], "" if windows is None else f", {windows} windows"),
         )
-        if windows is None:  # the figures of all windows take the place of a few's
-            self._found = [f for f in self._found if (f.family, f.keep) != (family, keep)]
+        # the figures of more windows take the place of a few's
+        self._found = [f for f in self._found if (f.family, f.keep) != (family, keep)]
         self._found.append(found)
         self._measured = found
         return found
@@ -251,6 +253,8 @@ class _Hunt:
             if self._budget.exceeds(screened.quality, _FAR_OFF):
                 return False
         found = self.measure(family, keep)
+        if family.method == "dense" and self._budget.undecided(found.quality):
+            found = self.measure(family, keep, self._many)
         held = self._budget.holds(found.quality)
         if held:
             self._held.append(found)
@@ -316,6 +320,8 @@ class _Hunt:
             candidates.remove(best)
             name = f"{best.family.label} at {best.keep:g}"
             quality = self._quality(name, best.plan, "checked")
+            if budget.undecided(quality):
+                quality = self._quality(name, best.plan, "checked", self._many)
             if budget.holds(quality):
                 return self._finished(best.plan, quality, {"budget": budget.text})
             logger.info("%s does not hold on the held-out text: the next best is checked", name)

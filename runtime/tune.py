@@ -67,6 +67,10 @@ class Budget:
         """Whether a measurement is beyond so many times the budget, perplexity beyond doubt."""
         return self.loss(quality, -1.0) > times * self.limit_of_loss
 
+    def undecided(self, quality: dict[str, Any]) -> bool:
+        """Whether a measurement is within the budget, but for the spare."""
+        return self.loss(quality, 0.0) <= self.limit_of_loss < self.loss(quality, 1.0)
+
     @property
     def limit_of_loss(self) -> float:
         return 1 - self.limit if self.measure == "agreement" else self.limit
@@ -268,16 +272,17 @@ class Study:
 
     def measure(self, plan: Plan, part: str = "checked", windows: int | None = None) -> dict[str, Any]:
         """`evaluate_all`'s figures on the part ``searched`` or ``checked``, the latter token by token; on so many
-        windows, or on all."""
+        windows, fewer or more than the study's own."""
         text = self.checked if part == "checked" else self.searched
+        options: dict[str, Any] = {"window": self.window, "progress": self.progress}
         if any(isinstance(layer.neurons, (CoreNeurons, Similar)) for layer in plan.layers):
-            few = min(windows or self.windows, self.windows)
-            return evaluate_all(self.model, [plan], text, windows=few, window=self.window, progress=self.progress)[0]
+            return evaluate_all(self.model, [plan], text, windows=windows or self.windows, **options)[0]
+        if windows is not None and windows > self.windows:
+            many = Emulation(self.model, text, windows=windows, **options)
+            return many.score(plan, token_by_token=part == "checked")
         emulation = self._emulations.get(part)
         if emulation is None:
-            emulation = self._emulations[part] = Emulation(
-                self.model, text, windows=self.windows, window=self.window, progress=self.progress
-            )
+            emulation = self._emulations[part] = Emulation(self.model, text, windows=self.windows, **options)
         return emulation.score(plan, windows, token_by_token=part == "checked")
 
     def measured(self, plan: Plan) -> Plan:
