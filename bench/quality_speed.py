@@ -21,6 +21,7 @@ from coreskip.bench.quality import plan_name, provenance, write_rows
 from coreskip.bench.runners import Stopwatch
 from coreskip.bench.workloads import prompts
 from coreskip.predictors.plan import Plan
+from coreskip.runtime.cost import bytes_per_token
 from coreskip.runtime.load import load
 from coreskip.runtime.wrap import wrap
 
@@ -41,7 +42,9 @@ def main(rows: Path, folder: Path) -> None:
     for index, row in enumerate(lines):
         if "tok_s" in row:
             continue
-        with wrap(model, Plan.load(folder / plan_name(index))):
+        plan = Plan.load(folder / plan_name(index))
+        row["megabytes"] = round(bytes_per_token(model, plan) / 1e6, 2)
+        with wrap(model, plan):
             for each in (reference, model):  # packs, and proves the native step
                 speed(each, ids, 8)
             pairs = [(speed(reference, ids, _TOKENS), speed(model, ids, _TOKENS)) for _ in range(_ROUNDS)]

@@ -370,6 +370,7 @@ def test_the_plot_of_quality_has_every_method(tmp_path: Path) -> None:
 
 
 def test_the_plot_of_the_readme_is_up_to_date() -> None:
+    """Its methods are those of the rows; matplotlib's versions draw them a little differently."""
     pytest.importorskip("matplotlib")
     folder = ROOT / "bench"
     rows = [folder / "rows" / f"{name}.jsonl" for name in ("core_neurons", "token_choice")]
