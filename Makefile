@@ -27,9 +27,10 @@ bench: setup
 	$(BIN)/coreskip bench --keep 0.6 --json build/bench.jsonl $(ARGS)
 	$(BIN)/coreskip bench report build/bench.jsonl -o build/bench.html
 
-# The README's tables from bench/rows.
+# The README's tables and its plot of the methods from bench/rows.
 tables: setup
 	$(BIN)/coreskip bench tables README.md bench/rows
+	$(BIN)/python -m coreskip.bench.quality_plot bench/rows/core_neurons.jsonl bench/rows/token_choice.jsonl -o bench/quality.svg
 
 test: setup
 	$(BIN)/python -m pytest

@@ -1,9 +1,11 @@
 """What the methods cost on a text: one row per method and keep, for the README's tables.
 
     python -m coreskip.bench.quality TEXT --rows bench/rows/core_neurons.jsonl
-    python -m coreskip.bench.quality TEXT --rows bench/rows/token_choice.jsonl --by token
+    python -m coreskip.bench.quality TEXT --rows bench/rows/token_choice.jsonl --by token --plans plans
+    python -m coreskip.bench.quality_speed bench/rows/token_choice.jsonl --plans plans
 
-The first half of TEXT calibrates, the second half is scored (DESIGN: windows of 512 tokens, 256 of them scored).
+The first half of TEXT calibrates, the second half is scored (DESIGN: windows of 512 tokens, 256 of them scored), token
+by token where the native step decodes. The last command adds decode speeds and may have the machine to itself.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,10 +23,11 @@ import torch
 import transformers
 
 from coreskip.bench.rows import commit, device_name, quality_table, replace_text
+from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.calibration import TokenText, read_text, tokenize
-from coreskip.predictors.plan import Plan
+from coreskip.predictors.plan import LayerPlan, Plan, Sketch
 from coreskip.predictors.version import VERSION
-from coreskip.runtime.cost import bytes_per_token
+from coreskip.runtime.cost import bytes_per_token, runs_natively
 from coreskip.runtime.emulation import Emulation
 from coreskip.runtime.load import load
 from coreskip.runtime.quality import evaluate_all
@@ -41,34 +45,60 @@ BY_PROMPT: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("static, GRIFFIN's score", "static", {"score": "griffin"}),
     ("static, magnitude × ‖down column‖", "static", {"score": "magnitude_down", "alpha": 0.4}),
 )
-BY_TOKEN: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("oracle (exact top-k), equal shares", "topk", {"allocation": "equal"}),
-    ("oracle, Fisher norms, one threshold", "topk", {"allocation": "fisher"}),
-    ("4-bit sketch, equal shares", "sketch", {"allocation": "equal"}),
-    ("4-bit sketch, one CETT", "sketch", {"allocation": "cett"}),
-    ("4-bit sketch, relative to the residual", "sketch", {"allocation": "residual"}),
-    ("4-bit sketch, Fisher norms, one threshold", "sketch", {"allocation": "fisher"}),
-    ("learned, rank 64 (Deja Vu)", "learned", {}),
-    ("CATS", "threshold", {"rule": "cats"}),
-    ("WINA on the MLP", "threshold", {"rule": "wina"}),
-    ("TEAL on the MLP", "threshold", {"rule": "teal"}),
-    ("TEAL on all linears", "threshold", {"rule": "teal", "all_linears": True}),
+# (how the table names it, method, options, shares to keep)
+BY_TOKEN: tuple[tuple[str, str, dict[str, Any], tuple[float, ...]], ...] = (
+    ("4-bit sketch, equal shares, neither means nor smoothing", "bare", {}, (0.7, 0.6, 0.5, 0.4)),
+    ("4-bit sketch, equal shares", "sketch", {"allocation": "equal"}, (0.7, 0.6, 0.5, 0.4)),
+    ("dense, int8 in groups", "dense", {"weights": "int8"}, (1.0,)),
+    ("dense, int4 in groups", "dense", {"weights": "int4"}, (1.0,)),
+    ("4-bit sketch, greedy by predicted loss", "sketch", {"allocation": "greedy"}, (0.7, 0.6, 0.5, 0.4)),
+    ("4-bit sketch, Fisher norms, one threshold", "sketch", {"allocation": "fisher"}, (0.6, 0.5)),
+    ("4-bit sketch, relative to the residual", "sketch", {"allocation": "residual"}, (0.6, 0.5)),
+    ("4-bit sketch, one CETT", "sketch", {"allocation": "cett"}, (0.6, 0.5)),
+    ("4-bit sketch, greedy, the rest int4", "sketch", {"allocation": "greedy", "weights": "int4"}, (0.6, 0.5)),
+    ("oracle (exact top-k), equal shares", "topk", {"allocation": "equal"}, (0.6, 0.5)),
+    ("oracle, greedy by predicted loss", "topk", {"allocation": "greedy"}, (0.6, 0.5)),
+    ("CATS", "threshold", {"rule": "cats"}, (0.6, 0.5)),
+    ("TEAL on the MLP", "threshold", {"rule": "teal"}, (0.6, 0.5)),
+    ("WINA on the MLP", "threshold", {"rule": "wina"}, (0.6, 0.5)),
+    ("TEAL on all linears", "threshold", {"rule": "teal", "all_linears": True}, (0.6, 0.5)),
+    ("learned, rank 64 (Deja Vu)", "learned", {}, (0.6, 0.5)),
 )
-KEEPS = {"prompt": (0.7, 0.5), "token": (0.7, 0.6, 0.5, 0.4)}
+KEEPS = (0.7, 0.5)  # of methods that choose by prompt
 
 
 def by_prompt(model: Any, calibration: TokenText, tokens: int) -> Iterator[tuple[str, Plan]]:
     """Every method that chooses from the prompt or before it, at every keep, made from the calibration text alone."""
     for name, method, options in BY_PROMPT:
         workshop = Workshop(model, calibration, max_tokens=tokens, **options)
-        yield from ((name, workshop.make(method, keep)) for keep in KEEPS["prompt"])
+        yield from ((name, workshop.make(method, keep)) for keep in KEEPS)
 
 
-def by_token(model: Any, calibration: TokenText, tokens: int, keeps: Sequence[float]) -> Iterator[tuple[str, Plan]]:
-    """Every method that chooses token by token."""
+def by_token(
+    model: Any, calibration: TokenText, tokens: int, keeps: Sequence[float], only: str = ""
+) -> Iterator[tuple[str, Plan]]:
+    """Every method that chooses token by token, or not at all, at its own keeps or, of those, at `keeps`; `only` those
+    whose names hold this."""
     workshop = Workshop(model, calibration, max_tokens=tokens)
-    for name, method, options in BY_TOKEN:
-        yield from ((name, workshop.make(method, keep, **options)) for keep in keeps)
+    for name, method, options, own in BY_TOKEN:
+        if only not in name:
+            continue
+        weights = options.get("weights")
+        named = {key: value for key, value in options.items() if key != "weights"}
+        for keep in own:
+            if method == "dense":
+                yield name, Plan.dense(model, weights=weights)
+            elif method == "bare" and (not keeps or keep in keeps):
+                yield name, _bare_sketch(model, keep)
+            elif not keeps or keep in keeps:
+                yield name, replace(workshop.make(method, keep, **named), weights=weights)
+
+
+def _bare_sketch(model: Any, keep: float) -> Plan:
+    """Nothing calibrated: an equal share of every layer's neurons, left out without a trace."""
+    dense = Plan.dense(model)
+    layers = tuple(LayerPlan(Sketch(keep=keep)) for _ in dense.layers)
+    return replace(dense, layers=layers, recipe={"method": "sketch", "keep": keep})
 
 
 def provenance(command: str) -> dict[str, Any]:
@@ -101,37 +131,69 @@ def undo_wikitext(text: str) -> str:
 @click.option("--windows", default=24, show_default=True, help="Windows of 512 tokens to score.")
 @click.option("--tokens", default=16384, show_default=True, help="Calibration tokens.")
 @click.option("--by", default="prompt", show_default=True, type=click.Choice(["prompt", "token"]), help="Who chooses.")
-@click.option("--keep", "keeps", multiple=True, type=float, help="By token: shares to keep; 0.7, 0.6, 0.5 and 0.4.")
-def main(text: Path, output: Path, windows: int, tokens: int, by: str, keeps: tuple[float, ...]) -> None:
+@click.option("--keep", "keeps", multiple=True, type=float, help="By token: of the shares to keep only these.")
+@click.option("--only", default="", help="By token: of the methods only those whose names hold this.")
+@click.option("--plans", "folder", type=click.Path(path_type=Path), help="Also write the plans into this folder.")
+def main(
+    text: Path,
+    output: Path,
+    windows: int,
+    tokens: int,
+    by: str,
+    keeps: tuple[float, ...],
+    only: str,
+    folder: Path | None,
+) -> None:
     """Score every method of a kind on TEXT with the embedded model in fp32."""
     command = f"python -m coreskip.bench.quality {text.name} --rows {output.name} --windows {windows} --tokens {tokens}"
     if by == "token":
-        command += " --by token" + "".join(f" --keep {keep:g}" for keep in keeps)
+        command += (
+            " --by token" + "".join(f" --keep {keep:g}" for keep in keeps) + (f' --only "{only}"' if only else "")
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     about = provenance(command)  # before the work: the commit may move on meanwhile
     model, tokenizer = load(device="cpu", dtype="float32")
     calibration, scored = tokenize(tokenizer, undo_wikitext(read_text(text)), text.name).split(0.5, 0.5)
-    rows = []
-    for name, plan, quality in _scored(model, calibration, scored, windows, tokens, by, keeps):
-        row = {"name": name, "model": "SmolLM2-135M-Instruct", "dtype": "float32", **plan.recipe, **quality}
+    rows: list[dict[str, Any]] = []
+    for name, plan, quality in _scored(model, calibration, scored, windows, tokens, by, keeps, only):
+        row = {"name": name, "model": "SmolLM2-135M-Instruct", "dtype": "float32", "keep": 1.0, **plan.recipe}
+        row |= {"weights": plan.weights, **quality}
         row["megabytes"] = round(bytes_per_token(model, plan) / 1e6, 2)
+        if folder is not None:
+            plan.save(folder / plan_name(len(rows)))
         rows.append({**row, **about})
-        # after each: an interrupted run keeps what it has
-        replace_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_rows(output, rows)  # after each: an interrupted run keeps what it has
     click.echo(quality_table(rows))
 
 
+def plan_name(row: int) -> str:
+    """The folder of a row's plan."""
+    return f"{row}.plan"
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 def _scored(
-    model: Any, calibration: TokenText, text: TokenText, windows: int, tokens: int, by: str, keeps: tuple[float, ...]
+    model: Any,
+    calibration: TokenText,
+    text: TokenText,
+    windows: int,
+    tokens: int,
+    by: str,
+    keeps: tuple[float, ...],
+    only: str,
 ) -> Iterator[tuple[str, Plan, dict[str, Any]]]:
     if by == "prompt":
         plans = list(by_prompt(model, calibration, tokens))
         qualities = evaluate_all(model, [plan for _, plan in plans], text, windows=windows)
         yield from ((name, plan, quality) for (name, plan), quality in zip(plans, qualities, strict=True))
         return
-    emulation = Emulation(model, text, windows=windows)
-    for name, plan in by_token(model, calibration, tokens, keeps or KEEPS["token"]):
-        yield name, plan, emulation.score(plan)
+    emulation, anatomy = Emulation(model, text, windows=windows), dissect(model)
+    for name, plan in by_token(model, calibration, tokens, keeps, only):
+        real = runs_natively(anatomy, plan)  # on the modules a token takes ten times as long, and says the same
+        yield name, plan, {**emulation.score(plan, token_by_token=real), "token_by_token": real}
 
 
 if __name__ == "__main__":

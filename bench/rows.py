@@ -279,25 +279,14 @@ def origins(rows: Sequence[Row]) -> list[str]:
 
 
 def quality_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of `coreskip.bench.quality` as a Markdown table, with a line that says where they come from."""
-    head = ["method", "keep", "neurons skipped", "perplexity", "increase", "KL", "top-1 agreement"]
-    moved = all("megabytes" in row for row in rows)  # rows of coreskip 0.1 do not say
-    head += ["MB per token"] if moved else []
-    dense = ["dense", "", "0 %", f"{rows[0]['dense']['ppl']:.2f}"]
-    lines = [head, ["---"] * len(head), [*dense, *[""] * (len(head) - len(dense))]]
-    for row in rows:
-        digits = 1 if abs(row["ppl_increase"]) < 0.1 else 0
-        increase = f"{100 * row['ppl_increase']:+.{digits}f} ± {100 * row['ppl_increase_stderr']:.{digits}f} %"
-        shares = [f"{100 * row[name]:.0f} %" for name in ("neuron_sparsity", "top1_agreement")]
-        perplexity = f"{row['sparse']['ppl']:.2f}"
-        lines.append([row["name"], str(row["keep"]), shares[0], perplexity, increase, f"{row['kl']:.3f}", shares[1]])
-        lines[-1] += [f"{row['megabytes']:.0f}"] if moved else []
-    first = rows[0]
-    origin = (
-        f"{first['model']} {first['dtype']} on {first['device']}, {first['tokens']} tokens of {first['text']} in "
-        f"{first['windows']} windows; {first['time'][:10]}, commit {first['commit'] or 'unknown'}: `{first['command']}`"
+    """Rows of `coreskip.bench.quality` as a Markdown table, with a line per run that says where they come from."""
+    columns = {heading: [cell(row) for row in rows] for heading, cell in _QUALITY.items()}
+    shown = {heading: cells for heading, cells in columns.items() if any(cells)}  # older rows do not say everything
+    lines = [list(shown), ["---"] * len(shown), *map(list, zip(*shown.values(), strict=True))]
+    firsts = {row["command"]: row for row in reversed(rows)}
+    return "\n".join(
+        ["| " + " | ".join(line) + " |" for line in lines] + [""] + list(map(_origin, reversed(firsts.values())))
     )
-    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", origin])
 
 
 def kernel_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -322,15 +311,52 @@ def kernel_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", origin])
 
 
-def _table_of(path: Path) -> str:
-    """The table of a file of rows: of quality where they have a KL divergence, of kernels, else of speed."""
+def _increase(row: dict[str, Any]) -> str:
+    digits = 2 if abs(row["ppl_increase"]) < 0.1 else 0
+    return f"{100 * row['ppl_increase']:+.{digits}f} ± {100 * row['ppl_increase_stderr']:.{digits}f} %"
+
+
+# heading -> how a row of quality fills it
+_QUALITY: dict[str, Callable[[dict[str, Any]], str]] = {
+    "method": lambda row: str(row["name"]),
+    "keep": lambda row: f"{row['keep']:g}",
+    "neurons skipped": lambda row: f"{100 * row['neuron_sparsity']:.0f} %",
+    "perplexity": lambda row: f"{row['sparse']['ppl']:.2f}",
+    "increase": _increase,
+    "KL": lambda row: f"{row['kl']:.3f}",
+    "top-1 agreement": lambda row: f"{100 * row['top1_agreement']:.0f} %",
+    "MB per token": lambda row: f"{row['megabytes']:.0f}" if "megabytes" in row else "",
+    "tok/s (p20-p80)": lambda row: "{p50:.0f} ({p20:.0f}-{p80:.0f})".format(**row["tok_s"]) if "tok_s" in row else "",
+    "x dense fp32": lambda row: f"{row['speedup']:.2f}" if "speedup" in row else "",
+}
+
+
+def _origin(row: dict[str, Any]) -> str:
+    """Where a run's quality comes from, and its speeds."""
+    origin = (
+        f"{row['model']} {row['dtype']} on {row['device']}, {row['tokens']} tokens of {row['text']} in "
+        f"{row['windows']} windows, perplexity of the dense model {row['dense']['ppl']:.2f}; {row['time'][:10]}, "
+        f"commit {row['commit'] or 'unknown'}: `{row['command']}`"
+    )
+    if "timed" not in row:
+        return origin
+    timed = row["timed"]
+    return (
+        f"{origin}; speeds with {timed['threads']} threads, commit {timed['commit'] or 'unknown'}: `{timed['command']}`"
+    )
+
+
+def _table_of(folder: Path, names: str) -> str:
+    """The table of files of rows, joined by ``+``: of quality where they have a KL divergence, of kernels, else of
+    speed."""
+    paths = [folder / f"{name}.jsonl" for name in names.split("+")]
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
-        raise CoreskipError(f"cannot read the rows {path}: {error}") from None
+        raise CoreskipError(f"cannot read the rows of the table {names}: {error}") from None
     if lines and "kl" in lines[0]:
         return quality_table(lines)
-    return kernel_table(lines) if lines and "us_per_layer_p50" in lines[0] else markdown_table(read([path]))
+    return kernel_table(lines) if lines and "us_per_layer_p50" in lines[0] else markdown_table(read(paths))
 
 
 _MARK = "<!-- table: "
@@ -338,7 +364,7 @@ _MARK = "<!-- table: "
 
 def fill_tables(text: str, folder: Path) -> str:
     """`text` with every table between ``<!-- table: NAME -->`` and ``<!-- end table -->`` made anew from
-    ``folder/NAME.jsonl``.
+    ``folder/NAME.jsonl``, or from several files joined by ``+``.
 
     Raises:
         CoreskipError: a mark without its end, or without rows.
@@ -350,5 +376,5 @@ def fill_tables(text: str, folder: Path) -> str:
         _, end, tail = rest.partition("<!-- end table -->")
         if not close or not end:
             raise CoreskipError(f"the table {name.strip()[:40]!r} has no `<!-- end table -->`")
-        done.append(f"{_MARK}{name} -->\n{_table_of(folder / f'{name}.jsonl')}\n{end}{tail}")
+        done.append(f"{_MARK}{name} -->\n{_table_of(folder, name)}\n{end}{tail}")
     return "".join(done)

@@ -65,7 +65,9 @@ def _quiet_libraries() -> None:
 @click.option("--tokens", type=int, default=16384, show_default=True, help="Observe at most this many tokens.")
 @click.option("--rule", default="teal", show_default=True, help="Of threshold: teal, wina or cats.")
 @click.option("--all-linears", is_flag=True, help="Of threshold: the attention's linears, too.")
-@click.option("--allocation", default="fisher", show_default=True, help="Of sketch: equal, cett, residual or fisher.")
+@click.option(
+    "--allocation", default="greedy", show_default=True, help="Of sketch: equal, cett, residual, fisher, greedy."
+)
 @click.option("--bits", type=int, default=4, show_default=True, help="Of sketch: 4, or 1 for ReLU models.")
 @click.option("--rank", type=int, default=64, show_default=True, help="Of learned.")
 @click.option("--windows", type=click.IntRange(2), default=12, show_default=True, help="Of 512 tokens per measurement.")

@@ -37,7 +37,7 @@ def mlp(x: Tensor, packed: PackedMLP, indices: Tensor | None = None) -> Tensor:
 def choose(x: Tensor, packed: PackedMLP, rule: str, keep: int, threshold: float) -> Tensor:
     """[R, k] of int64: the neurons of each row by `rule`, ascending, then -1. See `ops.sketch_select`."""
     rows = x.reshape(-1, packed.hidden_size)
-    score = _sketch_scores(rows, packed) if rule == "sketch" else _gate(rows.float(), packed).abs()
+    score = sketch_scores(rows, packed) if rule == "sketch" else _gate(rows.float(), packed).abs()
     return pick(score, keep, threshold)
 
 
@@ -141,7 +141,7 @@ def _down(packed: PackedMLP, dtype: torch.dtype) -> Tensor:
     return packed.down_rows() if packed.scale is not None else packed.weight[:, -1, : packed.hidden_size].to(dtype)
 
 
-def _sketch_scores(rows: Tensor, packed: PackedMLP) -> Tensor:
+def sketch_scores(rows: Tensor, packed: PackedMLP) -> Tensor:
     """|act(gate) * up| * |down| from the high nibbles, where a low nibble counts as 7.5, the middle of its range."""
     assert packed.norm is not None
     biases = (packed.gate_bias, packed.up_bias) if packed.gated else (packed.up_bias,)

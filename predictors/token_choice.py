@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .anatomy import Anatomy, dissect, rows_of
+from ..kernels.packed import PackedMLP
+from ..kernels.reference import sketch_scores
+from .anatomy import Anatomy, canonical_activation, dissect, rows_of
 from .errors import CoreskipError
 from .importance import kept_count
 from .learned import best, train_predictors
 from .observe import down_norms
 from .plan import Learned, Rule, Sketch, Threshold, TopK
-from .token_samples import TokenSamples, cett_threshold, fisher_norms, means_when_left_out, quantile, sample_tokens
+from .token_samples import (
+    TokenSamples,
+    cett_threshold,
+    fisher_information,
+    fisher_norms,
+    means_when_left_out,
+    quantile,
+    sample_tokens,
+)
 
-Allocation = Literal["equal", "cett", "residual", "fisher"]
+Allocation = Literal["equal", "cett", "residual", "fisher", "greedy"]
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
+
+
+#: Shares of a layer's neurons between which "greedy" chooses.
+SHARES = tuple(round(0.05 * step, 2) for step in range(20))
+_LOSS_TOKENS = 700  # over which a predicted loss is averaged
 
 
 def check_allocation(allocation: str) -> None:
@@ -37,6 +55,7 @@ class TokenCalibration:
         self._model, self._windows, self._most = model, windows, most
         self._seed, self._progress = seed, progress
         self._anatomy: Anatomy = dissect(model)
+        self._known_losses: dict[int, Tensor] = {}
 
     @cached_property
     def samples(self) -> TokenSamples:
@@ -46,9 +65,14 @@ class TokenCalibration:
         )
 
     @cached_property
+    def information(self) -> list[Tensor]:
+        """See `fisher_information`."""
+        return fisher_information(self._model, self._windows, seed=self._seed, progress=self._progress)
+
+    @cached_property
     def fisher(self) -> list[Tensor]:
         """See `fisher_norms`."""
-        return fisher_norms(self._model, self._windows, seed=self._seed, progress=self._progress)
+        return fisher_norms(self._anatomy, self.information)
 
     @cached_property
     def smooth(self) -> list[Tensor]:
@@ -68,16 +92,40 @@ class TokenCalibration:
     def _down(self) -> list[Tensor]:
         return [mlp.matrices().down for mlp in self._anatomy.mlps]
 
+    @cached_property
+    def sketched(self) -> list[Tensor]:
+        """The magnitudes of the sampled activations as the 4-bit sketch sees them, ``[tokens, intermediate]``."""
+        found = []
+        for mlp, x, smooth in zip(self._anatomy.mlps, self.samples.hidden, self.smooth, strict=True):
+            w, columns = mlp.matrices(), smooth.to(x.device)
+            packed = PackedMLP.pack(
+                None if w.gate is None else w.gate * columns.to(w.gate),
+                w.up * columns.to(w.up),
+                w.down,
+                act=canonical_activation(mlp.act),
+                gate_bias=w.gate_bias,
+                up_bias=w.up_bias,
+                fmt="int8_sliced",
+            )
+            packed = replace(packed, norm=torch.ones(mlp.intermediate_size, device=x.device))
+            found.append(sketch_scores(x.float() / columns, packed).to(x.dtype))
+        return found
+
+    @cached_property
+    def exact(self) -> list[Tensor]:
+        """The magnitudes of the sampled activations, ``[tokens, intermediate]``."""
+        return [a.abs() for a in self.samples.activations]
+
     # ---- neurons by a score of each token ----
 
-    def sketch(self, keep: float, allocation: Allocation = "fisher", *, mean: bool = True) -> list[Sketch]:
+    def sketch(self, keep: float, allocation: Allocation = "greedy", *, mean: bool = True) -> list[Sketch]:
         """Per layer a 4-bit `Sketch`."""
-        amounts = self._amounts(keep, allocation, mean)
+        amounts = self._amounts(keep, allocation, mean, self.sketched)
         return [Sketch(**amount, smooth=smooth) for amount, smooth in zip(amounts, self.smooth, strict=True)]
 
     def topk(self, keep: float, allocation: Allocation = "equal", *, mean: bool = False) -> list[TopK]:
         """Per layer the oracle with the same amounts."""
-        return [TopK(**amount) for amount in self._amounts(keep, allocation, mean)]
+        return [TopK(**amount) for amount in self._amounts(keep, allocation, mean, self.exact)]
 
     def signs(self, keep: float) -> list[Sketch]:
         return [Sketch(keep=keep, bits=1) for _ in self._down]
@@ -107,40 +155,72 @@ class TokenCalibration:
     def _norms(self) -> list[Tensor]:
         return down_norms(self._anatomy)
 
-    def _amounts(self, keep: float, allocation: Allocation, mean: bool) -> list[dict[str, Any]]:
-        """Keyword arguments of a `TopK` per layer."""
+    def _amounts(self, keep: float, allocation: Allocation, mean: bool, seen: Sequence[Tensor]) -> list[dict[str, Any]]:
+        """Keyword arguments of a `TopK` per layer. seen: the magnitudes by which tokens will choose."""
         check_allocation(allocation)
         if keep >= 1:
             return [{"keep": 1.0} for _ in self._down]
-        norms = {"fisher": lambda: self.fisher, "residual": self._relative}.get(allocation, lambda: self._norms)()
-        thresholds = self._thresholds(keep, allocation, norms)
+        norms = self._score_norms(allocation)
+        thresholds = self._thresholds(keep, allocation, norms, seen)
         amounts = []
-        for a, norm, threshold in zip(self.samples.activations, norms, thresholds, strict=True):
-            score = a.float().abs() * norm
+        for layer, (norm, threshold) in enumerate(zip(norms, thresholds, strict=True)):
+            score = seen[layer].float() * norm
             # an equal share is kept by count: a threshold per layer lets tokens differ, but measured the same
             wanted = score >= (quantile(score, 1 - keep) if threshold is None else threshold)
+            means = means_when_left_out(self.samples.activations[layer], wanted).cpu() if mean else None
             amounts.append(
                 {
                     "keep": keep if threshold is None else max(float(wanted.float().mean()), 1 / score.shape[1]),
                     "threshold": threshold,
                     "norm": None if norms is self._norms else norm.cpu(),
-                    "mean": means_when_left_out(a, wanted).cpu() if mean else None,
+                    "mean": means,
                 }
             )
         return amounts
+
+    def _score_norms(self, allocation: Allocation) -> list[Tensor]:
+        if allocation in ("fisher", "greedy"):
+            return self.fisher
+        return self._relative() if allocation == "residual" else self._norms
 
     def _relative(self) -> list[Tensor]:
         """Norms by which one threshold is relative to each layer's residual stream."""
         return [norm / size for norm, size in zip(self._norms, self.samples.residual, strict=True)]
 
-    def _thresholds(self, keep: float, allocation: Allocation, norms: list[Tensor]) -> list[float] | list[None]:
+    def _thresholds(
+        self, keep: float, allocation: Allocation, norms: list[Tensor], seen: Sequence[Tensor]
+    ) -> list[float] | list[None]:
         if allocation == "equal":
             return [None] * len(norms)
         if allocation == "cett":
             return self._shared_cett(keep)
+        if allocation == "greedy":
+            shares = spread_share(self._losses(seen), [norm.numel() for norm in norms], 1 - keep)
+            pairs = zip(seen, norms, shares, strict=True)
+            # what is zero is left out even of a layer that leaves out nothing else
+            return [quantile(values.float() * norm, max(share, 1e-9)) for values, norm, share in pairs]
         # one threshold for all layers: every second token is enough to find it
-        scores = [a[::2].float().abs() * norm for a, norm in zip(self.samples.activations, norms, strict=True)]
+        scores = [values[::2].float() * norm for values, norm in zip(seen, norms, strict=True)]
         return [quantile(torch.cat([score.flatten() for score in scores]), 1 - keep)] * len(norms)
+
+    def _losses(self, seen: Sequence[Tensor]) -> Tensor:
+        """What leaving out each of `SHARES` costs each layer alone, in nats a token, float64 ``[layers, shares]``: the
+        neurons' errors are summed as they add up, which a sum of their norms does not know."""
+        if id(seen) not in self._known_losses:
+            rows = [self._losses_of(layer, values) for layer, values in enumerate(seen)]
+            self._known_losses[id(seen)] = torch.tensor(rows, dtype=torch.float64)
+        return self._known_losses[id(seen)]
+
+    def _losses_of(self, layer: int, seen: Tensor) -> list[float]:
+        every = max(1, seen.shape[0] // _LOSS_TOKENS)
+        a, down = self.samples.activations[layer][::every].float(), self._down[layer].float()
+        score = seen[::every].float() * self.fisher[layer]
+        losses = [0.0]
+        for share in SHARES[1:]:
+            wanted = score >= quantile(score, share)
+            error = torch.where(wanted, 0, a - means_when_left_out(a, wanted)) @ down
+            losses.append(float(((error @ self.information[layer]) * error).sum(1).mean()) / 2)
+        return losses
 
     def cett(self, cett: float, every: int = 1) -> list[float]:
         """Per layer the threshold on |a_i| * ||down_i|| that one CETT means, from every so manieth token."""
@@ -204,3 +284,37 @@ class TokenCalibration:
 def _signs(values: Tensor) -> Tensor:
     """1 where a value is at least zero, else -1, as floats."""
     return torch.where(values < 0, -1.0, 1.0)
+
+
+def spread_share(losses: Tensor, widths: Sequence[int], share: float) -> list[float]:
+    """Per layer one of `SHARES`, together about `share` of all neurons, at the least sum of losses.
+
+    Neurons go where the next ones cost least (the lower convex hulls of the curves make that the optimum at every sum
+    it reaches). `losses`: float64 ``[layers, shares]``.
+    """
+    segments = []
+    for layer, (curve, width) in enumerate(zip(losses.tolist(), widths, strict=True)):
+        for start, end in pairwise(_hull(curve)):
+            slope = (curve[end] - curve[start]) / ((SHARES[end] - SHARES[start]) * width)
+            segments.append((slope, layer, start, end))
+    chosen, left_out = [0.0] * len(widths), 0.0
+    for _, layer, start, end in sorted(segments):
+        for index in range(start + 1, end + 1):
+            neurons = (SHARES[index] - SHARES[index - 1]) * widths[layer]
+            if left_out + neurons / 2 > share * sum(widths):
+                return chosen
+            chosen[layer], left_out = SHARES[index], left_out + neurons
+    return chosen
+
+
+def _hull(curve: Sequence[float]) -> list[int]:
+    """The corners of the lower convex hull of points at equal distances."""
+    corners: list[int] = []
+    for point, value in enumerate(curve):
+        while len(corners) > 1:
+            first, last = corners[-2:]
+            if (curve[last] - curve[first]) * (point - first) < (value - curve[first]) * (last - first):
+                break
+            corners.pop()
+        corners.append(point)
+    return corners

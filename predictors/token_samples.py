@@ -6,7 +6,7 @@ a distribution fitted to them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -107,14 +107,12 @@ def _sites(anatomy: Anatomy, attention: bool) -> dict[tuple[int, str], tuple[nn.
 # ---- what errors cost ----
 
 
-def fisher_norms(model: Any, windows: Tensor, *, seed: int = 0, progress: bool = True) -> list[Tensor]:
-    """What a unit of each neuron's activation costs where it is left out, fp32 ``[intermediate]`` per layer.
+def fisher_information(model: Any, windows: Tensor, *, seed: int = 0, progress: bool = True) -> list[Tensor]:
+    """What errors at the MLPs' outputs cost, fp32 ``[hidden, hidden]`` per layer.
 
-    An error e at an MLP's output changes the predicted distribution by about e' F e / 2 nats (KL divergence), F being
-    the Fisher information E[g g'] of the gradients g of log p(y) at that output, y drawn from the model's own
-    predictions. A neuron left out is an error of a_i times its down row d_i: it costs |a_i| * sqrt(d_i' F d_i), in the
-    same unit in every layer, so that one threshold serves the whole model. (The argument is that of Optimal Brain
-    Surgeon, Hassibi and Stork 1993, applied to activations.)
+    An error e changes the predicted distribution by about e' F e / 2 nats (KL divergence), F being the Fisher
+    information E[g g'] of the gradients g of log p(y) at that output, y drawn from the model's own predictions. (The
+    argument is that of Optimal Brain Surgeon, Hassibi and Stork 1993, applied to activations.)
 
     Args:
         windows: token ids ``[rows, length]``; one forward and one backward pass each.
@@ -142,10 +140,19 @@ def fisher_norms(model: Any, windows: Tensor, *, seed: int = 0, progress: bool =
                 total += g.t() @ g
             probes.clear()
     tokens = rows * (length - skipped) / _STRIDE
+    return [total / tokens for total in sums]
+
+
+def fisher_norms(anatomy: Anatomy, information: Sequence[Tensor]) -> list[Tensor]:
+    """What a unit of each neuron's activation costs where it is left out, fp32 ``[intermediate]`` per layer.
+
+    A neuron left out is an error of a_i times its down row d_i: it costs |a_i| * sqrt(d_i' F d_i), in the same unit in
+    every layer, so that one threshold serves the whole model. `information`: see `fisher_information`.
+    """
     norms = []
-    for total, mlp in zip(sums, anatomy.mlps, strict=True):
+    for mlp, matrix in zip(anatomy.mlps, information, strict=True):
         down = mlp.matrices().down.float()
-        norms.append(((down @ (total / tokens)) * down).sum(1).clamp_min(0).sqrt())
+        norms.append(((down @ matrix) * down).sum(1).clamp_min(0).sqrt())
     return norms
 
 

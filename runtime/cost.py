@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -11,41 +12,84 @@ import torch
 from ..kernels import cpu
 from ..kernels.ops import available
 from ..predictors.anatomy import Anatomy, dissect, rows_of
-from ..predictors.plan import Dense, Learned, Plan, Sketch, Threshold, TopK
+from ..predictors.plan import CoreNeurons, Dense, Learned, Plan, Similar, Sketch, Static, Threshold, TopK
+from .sparse_mlp import TOKEN_POLICIES, native_rule
 
-_INT4 = 0.5 + 1 / 16  # bytes a weight, with a scale per group
+# bytes a weight with the ends of its group of 32: two half-precision numbers in 4 bits, one in 8
+_INT4, _INT8_GROUPS = 0.5 + 4 / 32, 1 + 2 / 32
 _READ = 256 << 20  # bytes: several times the last cache
 
+# What a byte costs where neurons are chosen token by token, in bytes read in a row: the rule comes first, then
+# scattered bundles. Measured on the embedded model, 2 cores with AVX-512: sketches read at 16-18 GB/s what dense int8
+# reads at 22 and dense int4 at 24-27; by bytes alone a sketch of 0.5 would be as fast as dense int4, it takes 1.4 times
+# as long. Fixed sets read at the dense kernels' rate.
+_CHOSEN = 1.4
+# A decoder layer whose step runs in Python, on the modules, in bytes read meanwhile (0.5 ms at 20 GB/s).
+_MODULES = 10e6
 
-def bytes_per_token(model: Any, plan: Plan, anatomy: Anatomy | None = None) -> int:
-    """Bytes of weights that one decode step of one sequence reads under `plan`.
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes of weights that a decode step reads, and those that would take as long to read in a row."""
+
+    moved: float
+    weighed: float
+
+
+def cost(model: Any, plan: Plan, anatomy: Anatomy | None = None) -> Cost:
+    """What one decode step of one sequence reads under `plan`.
 
     A threshold's share is what it kept on the calibration text. The KV cache is left out: no plan changes it.
     """
     anatomy = anatomy or dissect(model)
     head = model.get_output_embeddings().weight
-    size = _weight_size(plan, head.element_size())
+    loaded = head.element_size()
+    fmt = plan.weights if runs_natively(anatomy, plan) else None  # the modules know no format but their own
+    size = {None: float(loaded), "int8": _INT8_GROUPS, "int4": _INT4}[fmt]
     mlp_weights = {id(p) for mlp in anatomy.mlps for p in (mlp.up.weight, mlp.down.weight)}
     mlp_weights |= {id(getattr(mlp.owner, mlp.gate_name).weight) for mlp in anatomy.mlps if mlp.gate_name is not None}
-    total = head.numel() * (1 if plan.weights is not None else head.element_size())
+    moved = head.numel() * (loaded if fmt is None else _INT8_GROUPS)
+    extra = 0.0
     for index, (layer, mlp) in enumerate(zip(anatomy.layers, anatomy.mlps, strict=True)):
-        others = sum(p.numel() for p in layer.parameters() if id(p) not in mlp_weights)
         policy = plan.layers[index].neurons
-        total += round(size * (others - _unread_attention(anatomy, index, policy)))
-        total += round(_mlp_bytes(policy, mlp.intermediate_size, mlp.hidden_size, mlp.gated, size))
-    return int(total)
+        others = [p for p in layer.parameters() if id(p) not in mlp_weights]
+        moved += loaded * sum(p.numel() for p in others if p.ndim < 2)
+        moved += size * (sum(p.numel() for p in others if p.ndim > 1) - _unread_attention(anatomy, index, policy))
+        read = _mlp_bytes(policy, mlp.intermediate_size, mlp.hidden_size, mlp.gated, size, loaded, fmt)
+        moved += read
+        extra += (_CHOSEN - 1) * read if isinstance(policy, TOKEN_POLICIES) else 0.0
+    if not runs_natively(anatomy, plan):
+        extra += _MODULES * len(anatomy)
+    return Cost(moved, moved + extra)
 
 
-def _weight_size(plan: Plan, loaded: int) -> float:
-    return {None: float(loaded), "int8": 1.0, "int4": _INT4}[plan.weights]
+def bytes_per_token(model: Any, plan: Plan, anatomy: Anatomy | None = None) -> int:
+    """Bytes of weights that one decode step of one sequence reads under `plan`; see `cost`."""
+    return round(cost(model, plan, anatomy).moved)
 
 
-def _mlp_bytes(policy: Any, width: int, hidden: int, gated: bool, size: float) -> float:
+def predicted_seconds(model: Any, plan: Plan, anatomy: Anatomy | None = None) -> float:
+    """How long a decode step takes if it does nothing but read its weights, by what reads them."""
+    return cost(model, plan, anatomy).weighed / read_bandwidth(model.device.type)
+
+
+def runs_natively(anatomy: Anatomy, plan: Plan) -> bool:
+    """Whether every policy of the plan is one that the native step carries out, where it covers the model."""
+    return all(
+        native_rule(layer.neurons, mlp.gated) and getattr(layer.neurons, "rule", "cats") == "cats"
+        for layer, mlp in zip(plan.layers, anatomy.mlps, strict=True)
+        if isinstance(layer.neurons, TOKEN_POLICIES)
+    )
+
+
+def _mlp_bytes(policy: Any, width: int, hidden: int, gated: bool, size: float, loaded: int, fmt: str | None) -> float:
     first = 2 if gated else 1  # projections that give the activations
     kept = int(policy.kept(width))
-    row = hidden * size
+    row = hidden * loaded
     if isinstance(policy, Dense):
-        return width * (first + 1) * row
+        return width * (first + 1) * hidden * size
+    if isinstance(policy, (Static, CoreNeurons, Similar)):  # packed in bytes under either format
+        return kept * (first + 1) * (row if fmt is None else hidden)
     if isinstance(policy, Sketch) and policy.bits == 4:
         return width * first * hidden / 2 + kept * (first * hidden / 2 + hidden)
     if isinstance(policy, Sketch):
@@ -81,8 +125,3 @@ def read_bandwidth(device: str) -> float:
             float(memory.view(torch.float32).sum())
         best = min(best, time.perf_counter() - start)
     return _READ / best
-
-
-def predicted_seconds(model: Any, plan: Plan, anatomy: Anatomy | None = None) -> float:
-    """How long a decode step takes if it does nothing but read its weights."""
-    return bytes_per_token(model, plan, anatomy) / read_bandwidth(model.device.type)

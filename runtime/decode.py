@@ -177,6 +177,15 @@ class Architecture:
         ]
 
 
+def refusal(model: Any, anatomy: Anatomy) -> str | None:
+    """Why decode steps of this model would not run natively, as far as its description tells; None where they would."""
+    try:
+        Architecture(model, anatomy)
+    except NotCovered as reason:
+        return str(reason)
+    return None
+
+
 def _windows(config: Any, layers: int) -> list[int]:
     """How far back each layer sees (0: all), as the cache that `generate` makes says it."""
     cache = DynamicCache(config=config)

@@ -1,10 +1,11 @@
 """The budget search: the fastest plan that keeps within the quality a user will give up.
 
-Every *family* (a method with its options) is a line of plans by the share of neurons that they keep. The most promising
-family is bisected first; each other family has one chance, at the keep where it would be faster than the best plan so
-far, and is bisected only if it holds the budget there. What is fast is predicted from the bytes that a decode step
-reads and the measured bandwidth of the memory. The winner must hold the budget, with a margin, on text that the search
-did not see; else it gives way.
+Weights in fewer bits come first: where the native step runs the model, they cost no neurons, and what they leave to win
+is often nothing. Then every *family* (a method with its options and a weight format) is a line of plans by the share of
+neurons that they keep. The most promising family is bisected; each other one has one chance, at the keep where it would
+be faster than the best plan so far, and is bisected only if it holds the budget there. What cannot be faster is not
+even calibrated. What is fast is predicted from the bytes that a decode step reads (`cost`) and the measured bandwidth
+of the memory. The winner must hold the budget, with a margin, on text that the search did not see; else it gives way.
 """
 
 from __future__ import annotations
@@ -22,34 +23,51 @@ from ..predictors.anatomy import Anatomy, dissect
 from ..predictors.errors import CoreskipError
 from ..predictors.learned import RANK
 from ..predictors.plan import CoreNeurons, LayerPlan, Learned, NeuronPolicy, Plan, Sketch, Threshold, TopK
-from .cost import bytes_per_token, read_bandwidth
+from .cost import Cost, cost, read_bandwidth
+from .decode import refusal
 from .tune import ALPHA, Budget, Study
 
 logger = logging.getLogger("coreskip")
 
 _KEEPS = tuple(round(0.05 * i, 2) for i in range(19, 1, -1))  # 0.95 ... 0.1
-_COARSE = (0.8, 0.65, 0.5, 0.35)
 _FINE = 0.02
 _CHECKS = 4  # plans that are measured on the held-out text at most
-_FIGURES = ("ppl_increase", "ppl_increase_stderr", "kl", "top1_agreement", "neuron_sparsity")
+_SCREEN = 3  # windows on which a plan that is far off shows
+_MORE = 3  # times the study's windows, where only the margin of error stands between a plan and the budget
+_FAR_OFF = 1.5  # times the budget
+_HOPELESS = 4  # times the budget: no allocation of the same method mends that
+_FIGURES = ("ppl_increase", "ppl_increase_stderr", "kl", "top1_agreement", "neuron_sparsity", "tokens")
 
 
 @dataclass(frozen=True)
 class Family:
-    """One way of choosing neurons."""
+    """One way of choosing neurons, with the weights as loaded or in a format of their own (`Plan.weights`)."""
 
     method: str
     options: Mapping[str, Any]
+    weights: str | None = None
 
     @property
     def label(self) -> str:
-        return " ".join([self.method, *(str(v) for k, v in self.options.items() if v and k != "all_linears")]) + (
-            " all linears" if self.options.get("all_linears") else ""
-        )
+        words = [self.method, *(str(v) for k, v in self.options.items() if v and k != "all_linears")]
+        words += ["all linears"] if self.options.get("all_linears") else []
+        return " ".join(words + ([self.weights] if self.weights else []))
+
+    @property
+    def kin(self) -> tuple[Any, ...]:
+        """What families share that differ in weights or allocation alone."""
+        return self.method, self.options.get("rule"), self.options.get("all_linears")
+
+    @property
+    def formats(self) -> tuple[str | None, ...]:
+        """In which weights the native step runs it, the fewest bytes first; as loaded alone where it does not."""
+        native = self.method in ("dense", "sketch", "static", "core", "similar") or self.options.get("rule") == "cats"
+        return ("int4", "int8", None) if native else (None,)
 
 
 #: Most promising first, as measured on the embedded model.
 FAMILIES = (
+    Family("sketch", {"allocation": "greedy"}),
     Family("sketch", {"allocation": "fisher"}),
     Family("sketch", {"allocation": "residual"}),
     Family("sketch", {"allocation": "equal"}),
@@ -63,7 +81,10 @@ FAMILIES = (
     Family("core", {}),
     Family("similar", {}),
 )
-_FAST = (FAMILIES[0], FAMILIES[3], FAMILIES[5], FAMILIES[9])
+_FAST = tuple(f for f in FAMILIES if f.label in ("sketch greedy", "threshold cats", "threshold teal", "static"))
+_DENSE = Family("dense", {})
+#: What tells, cheaply calibrated, whether a method's other families have a chance.
+_SCOUTS = {"sketch": Family("sketch", {"allocation": "equal"})}
 
 
 def search(study: Study, budget: Budget, method: str, *, journal: str | Path | None = None) -> Plan:
@@ -73,9 +94,11 @@ def search(study: Study, budget: Budget, method: str, *, journal: str | Path | N
         journal: a file of what was measured, made if it is not there; a search of the same study goes on from it.
     """
     families = [f for f in (_FAST if study.fast and method == "auto" else FAMILIES) if method in ("auto", f.method)]
+    families = ([_DENSE] if method == "auto" else []) + (families or [Family(method, {})])
     hunt = _Hunt(study, budget, Journal(journal))
-    for family in families or [Family(method, {})]:
-        hunt.pursue(family)
+    for family in families:
+        for weights in hunt.formats(family):
+            hunt.pursue(replace(family, weights=weights))
     return hunt.conclude()
 
 
@@ -85,7 +108,7 @@ def pareto(
     """The plans that nothing found here beats in both predicted time and quality, fastest first.
 
     Args:
-        keeps: shares of neurons at which every family is measured.
+        keeps: shares of neurons at which every family is measured, with the weights in their fewest bits.
         options: of `analyze`, without method, keep and budget.
 
     Returns:
@@ -95,9 +118,11 @@ def pareto(
     journal = Journal(options.pop("resume", None))
     study = Study(model, tokenizer, **options)
     hunt = _Hunt(study, None, journal)
+    for weights in hunt.formats(_DENSE):
+        hunt.measure(replace(_DENSE, weights=weights), 1.0)
     for family in _FAST if study.fast else FAMILIES:
         for keep in keeps:
-            hunt.measure(family, keep)
+            hunt.measure(replace(family, weights=hunt.formats(family)[0]), keep)
     return hunt.front()
 
 
@@ -144,15 +169,15 @@ class _Found:
     keep: float
     plan: Plan
     quality: dict[str, Any]
-    megabytes: float
+    cost: Cost
 
     def row(self, bandwidth: float) -> dict[str, Any]:
         """As the plan's frontier keeps it."""
         return {
             "name": self.family.label,
             "keep": self.keep,
-            "megabytes": round(self.megabytes, 2),
-            "milliseconds": round(1e9 * self.megabytes / bandwidth, 3),
+            "megabytes": round(self.cost.moved / 1e6, 2),
+            "milliseconds": round(1e3 * self.cost.weighed / bandwidth, 3),
             **{name: self.quality[name] for name in _FIGURES},
         }
 
@@ -164,87 +189,155 @@ class _Hunt:
         self._study, self._budget, self._journal = study, budget, journal
         self._anatomy = dissect(study.model)
         self._dense = Plan.dense(study.model)
-        self._all = self._megabytes(self._dense)
+        self._all = self._cost(self._dense)
         self._found: list[_Found] = []
-        self._best: _Found | None = None
+        self._measured: _Found | None = None  # the last one
+        self._held: list[_Found] = []
+        self._hopeless: set[tuple[Any, ...]] = set()
+        self._scouted: set[tuple[Any, ...]] = set()
+        self._spoilt: set[str | None] = set()  # formats that break the budget without a neuron left out
         self._about = study.identity()[:16]
+        self._refusal = refusal(study.model, self._anatomy)
+        self._many = _MORE * study.windows
 
-    def _megabytes(self, plan: Plan) -> float:
-        return bytes_per_token(self._study.model, plan, self._anatomy) / 1e6
+    def _cost(self, plan: Plan) -> Cost:
+        return cost(self._study.model, plan, self._anatomy)
+
+    def formats(self, family: Family) -> tuple[str | None, ...]:
+        """The weight formats in which the family can run here."""
+        return family.formats if self._refusal is None else (None,)
+
+    @property
+    def _best(self) -> _Found | None:
+        return min(self._held, key=lambda found: found.cost.weighed, default=None)
+
+    @property
+    def _to_beat(self) -> float:
+        return self._best.cost.weighed if self._best else self._all.weighed
 
     # ---- candidates
 
-    def measure(self, family: Family, keep: float) -> _Found:
-        plan = self._study.workshop.make(family.method, keep, **family.options)
-        quality = self._quality(f"{family.label} at {keep:g}", plan, "searched")
-        found = _Found(family, keep, plan, quality, self._megabytes(plan))
+    def measure(self, family: Family, keep: float, windows: int | None = None) -> _Found:
+        plan = self._make(family, keep)
+        quality = self._quality(f"{family.label} at {keep:g}", plan, "searched", windows)
+        found = _Found(family, keep, plan, quality, self._cost(plan))
         logger.info(
-            "%s, keep %g: %.1f MB a token (dense %.1f), perplexity %+.2f %%, KL %.4f",
-            *(family.label, keep, found.megabytes, self._all, 100 * quality["ppl_increase"], quality["kl"]),
+            "%s, keep %g: %.1f MB a token (dense %.1f), perplexity %+.2f %%, KL %.4f%s",
+            *(family.label, keep, found.cost.moved / 1e6, self._all.moved / 1e6),
+            *(100 * quality["ppl_increase"], quality["kl"], "" if windows is None else f", {windows} windows"),
         )
+        # the figures of more windows take the place of a few's
+        self._found = [f for f in self._found if (f.family, f.keep) != (family, keep)]
         self._found.append(found)
+        self._measured = found
         return found
 
-    def _quality(self, name: str, plan: Plan, part: str) -> dict[str, Any]:
-        key = f"{self._about} {part} {name}"
+    def _make(self, family: Family, keep: float) -> Plan:
+        if family.method == "dense":
+            return replace(self._dense, weights=family.weights)
+        return replace(self._study.workshop.make(family.method, keep, **family.options), weights=family.weights)
+
+    def _quality(self, name: str, plan: Plan, part: str, windows: int | None = None) -> dict[str, Any]:
+        key = f"{self._about} {part} {name}" + ("" if windows is None else f" in {windows} windows")
         known = self._journal.get(key)
         if known is None:
-            known = self._study.measure(plan, part)
+            known = self._study.measure(plan, part, windows)
             self._journal.add(key, known)
         return known
 
     def _holds(self, family: Family, keep: float) -> bool:
+        """Whether the budget is held on the searched part; what is far off shows on a few windows already."""
         assert self._budget is not None
+        if self._study.windows >= 2 * _SCREEN and family.method != "dense":
+            screened = self.measure(family, keep, _SCREEN)
+            if self._budget.exceeds(screened.quality, _FAR_OFF):
+                return False
         found = self.measure(family, keep)
+        if family.method == "dense" and self._budget.undecided(found.quality):
+            found = self.measure(family, keep, self._many)
         held = self._budget.holds(found.quality)
-        if held and found.megabytes < (self._best.megabytes if self._best else self._all):
-            self._best = found
+        if held:
+            self._held.append(found)
         return held
 
     def pursue(self, family: Family) -> None:
         """Find the fewest neurons with which this family holds the budget, if that can win."""
-        keeps = [keep for keep in _KEEPS if self._promises(family, keep)]
-        if not keeps or (self._best is not None and not self._holds(family, keeps[0])):
+        keeps = [keep for keep in self._keeps(family) if self._promises(family, keep)]
+        if not keeps or family.weights in self._spoilt:
             return
-        low, high = (0 if self._best is not None and self._best.family is family else -1), len(keeps)
+        if family.method == "dense":
+            if not self._holds(family, 1.0):
+                self._spoilt.add(family.weights)
+            return
+        tried = self._best is not None
+        if tried and (self._is_hopeless(family, keeps[0]) or not self._holds(family, keeps[0])):
+            self._give_up(family)
+            return
+        low, high = (0 if tried else -1), len(keeps)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self._holds(family, keeps[middle]) else (low, middle)
 
+    def _keeps(self, family: Family) -> tuple[float, ...]:
+        return (1.0,) if family.method == "dense" else _KEEPS
+
     def _promises(self, family: Family, keep: float) -> bool:
         """Whether the family would be faster than the best so far, at this keep."""
-        policies = [_outline(family, keep, self._anatomy, i) for i in range(len(self._anatomy))]
-        plan = replace(self._dense, layers=tuple(LayerPlan(policy) for policy in policies))
-        return self._megabytes(plan) < 0.99 * (self._best.megabytes if self._best else self._all)
+        if family.method == "dense":
+            plan = self._make(family, keep)
+        else:
+            policies = [_outline(family, keep, self._anatomy, i) for i in range(len(self._anatomy))]
+            layers = tuple(LayerPlan(policy) for policy in policies)
+            plan = replace(self._dense, layers=layers, weights=family.weights)
+        return self._cost(plan).weighed < 0.99 * self._to_beat
+
+    def _is_hopeless(self, family: Family, keep: float) -> bool:
+        """Whether the family's kin is far off the budget where it would be fast enough to win."""
+        scout = _SCOUTS.get(family.method)
+        if scout is not None and (family.kin, family.weights) not in self._scouted:
+            self._scouted.add((family.kin, family.weights))
+            self.measure(replace(scout, weights=family.weights), keep, _SCREEN)
+            self._give_up(family)
+        return family.kin in self._hopeless
+
+    def _give_up(self, family: Family) -> None:
+        """Do without the family's kin where the last measurement was far off."""
+        assert self._budget is not None
+        assert self._measured is not None
+        if self._budget.exceeds(self._measured.quality, _HOPELESS):
+            self._hopeless.add(family.kin)
 
     # ---- the end
 
     def conclude(self) -> Plan:
         """The best candidate that also holds the budget on the held-out text."""
         assert self._budget is not None
-        budget, best = self._budget, self._best
+        budget, candidates = self._budget, list(self._held)
         for _ in range(_CHECKS):
-            if best is None:
+            if not candidates:
                 break
-            keep = best.plan.recipe["keep"]
-            quality = self._quality(f"{best.family.label} at {keep:g}", best.plan, "checked")
+            best = min(candidates, key=lambda found: found.cost.weighed)
+            candidates.remove(best)
+            name = f"{best.family.label} at {best.keep:g}"
+            quality = self._quality(name, best.plan, "checked")
+            if budget.undecided(quality):
+                quality = self._quality(name, best.plan, "checked", self._many)
             if budget.holds(quality):
                 return self._finished(best.plan, quality, {"budget": budget.text})
-            logger.info(
-                "%s, keep %g does not hold on the held-out text: a little more is kept", best.family.label, keep
-            )
-            best = self._milder(best, keep, quality)
+            logger.info("%s does not hold on the held-out text: the next best is checked", name)
+            candidates += self._milder(best, quality)
         logger.warning("no plan found within %s is faster than dense: this plan skips nothing", budget.text)
         quality = self._quality("dense", self._dense, "checked")
         return self._finished(self._dense, quality, {"method": "dense", "budget": budget.text})
 
-    def _milder(self, best: _Found, keep: float, quality: dict[str, Any]) -> _Found | None:
-        more = round(keep + max(_FINE, 0.25 * (1 - keep)), 2)
+    def _milder(self, best: _Found, quality: dict[str, Any]) -> list[_Found]:
+        """The same with a little more kept, where that is still faster than dense."""
+        more = round(best.keep + max(_FINE, 0.25 * (1 - best.keep)), 2)
         if more >= 1:
-            return None
-        plan = self._study.workshop.make(best.family.method, more, **best.family.options)
-        megabytes = self._megabytes(plan)
-        return _Found(best.family, more, plan, quality, megabytes) if megabytes < self._all else None
+            return []
+        plan = self._make(best.family, more)
+        found = _Found(best.family, more, plan, quality, self._cost(plan))
+        return [found] if found.cost.weighed < self._all.weighed else []
 
     def _finished(self, plan: Plan, quality: dict[str, Any], recipe: dict[str, Any]) -> Plan:
         return replace(
@@ -259,9 +352,9 @@ class _Hunt:
         return read_bandwidth(self._study.model.device.type)
 
     def _best_of_all(self) -> list[_Found]:
-        """Fewest bytes first; each next one has more, and less loss."""
+        """Fastest first; each next one is slower, and has less loss."""
         front: list[_Found] = []
-        for found in sorted(self._found, key=lambda f: (f.megabytes, _loss(f.quality))):
+        for found in sorted(self._found, key=lambda f: (f.cost.weighed, _loss(f.quality))):
             if not front or _loss(found.quality) < _loss(front[-1].quality):
                 front.append(found)
         return front

@@ -61,11 +61,25 @@ class Budget:
     def holds(self, quality: dict[str, Any]) -> bool:
         """Whether a measurement is within the budget; perplexity with one standard error to spare: by five to one
         it then holds on other text of the kind."""
+        return self.loss(quality, 1.0) <= self.limit_of_loss
+
+    def exceeds(self, quality: dict[str, Any], times: float = 1.0) -> bool:
+        """Whether a measurement is beyond so many times the budget, perplexity beyond doubt."""
+        return self.loss(quality, -1.0) > times * self.limit_of_loss
+
+    def undecided(self, quality: dict[str, Any]) -> bool:
+        """Whether a measurement is within the budget, but for the spare."""
+        return self.loss(quality, 0.0) <= self.limit_of_loss < self.loss(quality, 1.0)
+
+    @property
+    def limit_of_loss(self) -> float:
+        return 1 - self.limit if self.measure == "agreement" else self.limit
+
+    def loss(self, quality: dict[str, Any], spare: float) -> float:
+        """What is limited, the more the worse; of perplexity with so many standard errors added."""
         if self.measure == "ppl":
-            return bool(quality["ppl_increase"] + (quality["ppl_increase_stderr"] or 0.0) <= self.limit)
-        if self.measure == "kl":
-            return bool(quality["kl"] <= self.limit)
-        return bool(quality["top1_agreement"] >= self.limit)
+            return float(quality["ppl_increase"] + spare * (quality["ppl_increase_stderr"] or 0.0))
+        return float(quality["kl"] if self.measure == "kl" else 1 - quality["top1_agreement"])
 
 
 def analyze(
@@ -81,7 +95,7 @@ def analyze(
     first_layer: int = 0,
     rule: str = "teal",
     all_linears: bool = False,
-    allocation: Allocation = "fisher",
+    allocation: Allocation = "greedy",
     bits: int = 4,
     rank: int = RANK,
     tokens: int = 16384,
@@ -173,7 +187,7 @@ def check_options(
     tokens: int,
     first_layer: int,
     rule: str = "teal",
-    allocation: str = "fisher",
+    allocation: str = "greedy",
     bits: int = 4,
     rank: int = RANK,
     **_: Any,
@@ -256,19 +270,20 @@ class Study:
         about = [probes, self.calibration.fingerprint(), self._about, self.windows, self.window]
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
-    def measure(self, plan: Plan, part: str = "checked") -> dict[str, Any]:
-        """`evaluate_all`'s figures on the part ``searched`` or ``checked``."""
+    def measure(self, plan: Plan, part: str = "checked", windows: int | None = None) -> dict[str, Any]:
+        """`evaluate_all`'s figures on the part ``searched`` or ``checked``, the latter token by token; on so many
+        windows, fewer or more than the study's own."""
         text = self.checked if part == "checked" else self.searched
+        options: dict[str, Any] = {"window": self.window, "progress": self.progress}
         if any(isinstance(layer.neurons, (CoreNeurons, Similar)) for layer in plan.layers):
-            return evaluate_all(
-                self.model, [plan], text, windows=self.windows, window=self.window, progress=self.progress
-            )[0]
+            return evaluate_all(self.model, [plan], text, windows=windows or self.windows, **options)[0]
+        if windows is not None and windows > self.windows:
+            many = Emulation(self.model, text, windows=windows, **options)
+            return many.score(plan, token_by_token=part == "checked")
         emulation = self._emulations.get(part)
         if emulation is None:
-            emulation = self._emulations[part] = Emulation(
-                self.model, text, windows=self.windows, window=self.window, progress=self.progress
-            )
-        return emulation.score(plan)
+            emulation = self._emulations[part] = Emulation(self.model, text, windows=self.windows, **options)
+        return emulation.score(plan, windows, token_by_token=part == "checked")
 
     def measured(self, plan: Plan) -> Plan:
         """The plan with its quality on the part held out from everything."""
@@ -315,7 +330,7 @@ class Workshop:
         first_layer: int = 0,
         rule: str = "teal",
         all_linears: bool = False,
-        allocation: Allocation = "fisher",
+        allocation: Allocation = "greedy",
         bits: int = 4,
         rank: int = RANK,
         max_tokens: int = 16384,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from click.testing import CliRunner
 from tiny_models import tiny
 
-from coreskip.bench import throughput
+from coreskip.bench import quality_plot, throughput
 from coreskip.bench.processes import MACHINE, Local, RunnerFailed, Worker
+from coreskip.bench.quality import write_rows
 from coreskip.bench.report import page, pareto
 from coreskip.bench.rows import FORMAT, Row, fill_tables, read, terminal_table, write
 from coreskip.bench.runners import RUNNERS, Generation, HuggingFace, Job, Stopwatch, dense_weight_bytes
@@ -330,6 +332,52 @@ def test_tables_are_made_from_rows(tmp_path: Path, rows: list[Row]) -> None:
     assert fill_tables(filled, tmp_path) == filled
     with pytest.raises(CoreskipError, match="no `<!-- end table"):
         fill_tables("<!-- table: mine -->", tmp_path)
+
+
+def quality_row(name: str, keep: float, **more: Any) -> dict[str, Any]:
+    about = {"model": "tiny", "dtype": "float32", "device": "cpu", "tokens": 64, "text": "t.txt", "windows": 2}
+    figures = {"ppl_increase": 0.05 / keep, "ppl_increase_stderr": 0.004, "kl": 0.02, "top1_agreement": 0.9}
+    figures |= {"dense": {"ppl": 20.0}, "sparse": {"ppl": 20.5}, "neuron_sparsity": 1 - keep}
+    return {"name": name, "keep": keep, **about, **figures, "time": "2026", "commit": None, "command": name, **more}
+
+
+def test_quality_rows_of_two_files_are_one_table(tmp_path: Path) -> None:
+    speed = {"tok_s": {"p20": 90.0, "p50": 100.0, "p80": 110.0}, "speedup": 2.0, "megabytes": 12.3}
+    timed = {"timed": {"threads": 2, "commit": "abc", "command": "time it"}}
+    for name, more in (("one", {}), ("two", {**speed, **timed})):
+        write_rows(tmp_path / f"{name}.jsonl", [quality_row(name, keep, **more) for keep in (0.7, 0.5)])
+    filled = fill_tables("<!-- table: one+two -->\n<!-- end table -->", tmp_path)
+    assert "| one | 0.7 | 30 % | 20.50 | +7.14 ± 0.40 % | 0.020 | 90 % |  |  |  |" in filled
+    assert "| two | 0.5 | 50 % | 20.50 | +10 ± 0 % | 0.020 | 90 % | 12 | 100 (90-110) | 2.00 |" in filled
+    assert "commit abc: `time it`" in filled
+    one = fill_tables("<!-- table: one -->\n<!-- end table -->", tmp_path)
+    assert "tok/s" not in one, "no column without a figure"
+
+
+def test_the_plot_of_quality_has_every_method(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    speed = {"tok_s": {"p20": 90.0, "p50": 100.0, "p80": 110.0}}
+    write_rows(tmp_path / "r.jsonl", [quality_row("untimed", 0.7), quality_row("timed", 0.5, **speed)])
+    output = tmp_path / "plot.svg"
+    result = CliRunner().invoke(quality_plot.main, [str(tmp_path / "r.jsonl"), "-o", str(output)])
+    assert result.exit_code == 0, result.output
+    drawn = output.read_text()
+    for label in ("untimed", "timed", "MLP neurons skipped (percent)", "decode speed (tokens per second)"):
+        assert label in drawn
+    before = drawn
+    CliRunner().invoke(quality_plot.main, [str(tmp_path / "r.jsonl"), "-o", str(output)])
+    assert output.read_text() == before
+
+
+def test_the_plot_of_the_readme_is_up_to_date() -> None:
+    """Its methods are those of the rows; matplotlib's versions draw them a little differently."""
+    pytest.importorskip("matplotlib")
+    folder = ROOT / "bench"
+    rows = [folder / "rows" / f"{name}.jsonl" for name in ("core_neurons", "token_choice")]
+    lines = [json.loads(line) for path in rows for line in path.read_text(encoding="utf-8").splitlines()]
+    names = {row["name"] for row in lines}
+    drawn = (folder / "quality.svg").read_text(encoding="utf-8")
+    assert all(escape(name, quote=False) in drawn for name in names), "run `make tables`"
 
 
 # --- workloads and options --------------------------------------------------------------------------------------------
