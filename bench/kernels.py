@@ -240,10 +240,12 @@ def _decoder(x: Tensor, weights: list[Tensor], layers: list[PackedMLP], keep: fl
     kept, sketched = int(first.intermediate_size * keep), layers[0].low is not None
     if keep < 1 and not sketched:
         layers = [layer.take(torch.arange(kept)) for layer in layers]
-    if sketched:
-        mlps: list[BundledMLP] | list[DenseMLP] = [BundledMLP(layer, "sketch", kept) for layer in layers]
-    else:
-        mlps = [BundledMLP(layer) if keep < 1 else _dense(weights, first.fmt) for layer in layers]
+    mlps: list[BundledMLP | DenseMLP] = []
+    for layer in layers:
+        if sketched:
+            mlps.append(BundledMLP(layer, "sketch", kept))
+        else:
+            mlps.append(BundledMLP(layer) if keep < 1 else _dense(weights, first.fmt))
     norm = Norm(torch.ones(hidden), None, 1e-6, "rms")
     stack = [StepLayer(None, one, "silu", residual_scale=1 / count) for one in mlps]
     head = PackedLinear.pack(torch.eye(_HEAD, hidden, dtype=x.dtype))

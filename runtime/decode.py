@@ -79,7 +79,7 @@ class Architecture:
         """Of all matrices, and of the dense MLPs'."""
         mlps = [cast(native.DenseMLP, layer.mlp) for layer in self.base.layers]
         of_mlps = sum(m.nbytes for mlp in mlps for m in (mlp.gate, mlp.up, mlp.down) if m is not None)
-        attentions = [layer.attention for layer in self.base.layers]
+        attentions = [cast(native.Attention, layer.attention) for layer in self.base.layers]
         of_attention = sum(m.nbytes for a in attentions for m in (a.q, a.k, a.v, a.o))
         return of_mlps + of_attention + self.base.head.nbytes, of_mlps
 
