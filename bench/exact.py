@@ -12,7 +12,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from coreskip.bench.rows import commit, device_name, model_name
+from coreskip.bench.runners import Generation, Stopwatch
 from coreskip.bench.workloads import PROMPTS
 from coreskip.predictors.layers import Influence, LayerChoice
 from coreskip.predictors.plan import CoreNeurons, LayerPlan, Plan
@@ -181,15 +181,13 @@ def timed(label: str, dense: Any, exact: Any, prompts: list[Tensor], options: ar
     tally, made = Tally(), list[tuple[Tensor, Tensor]]()
     speeds: dict[str, list[float]] = {"dense": [], "exact": [], "ratio": [], "whole": []}
     for i, ids in enumerate(prompts * options.repeats, 1):
-        firsts = [generate(model, ids, 1)[1] for model in (dense, exact)]
-        (left, dense_s), (right, exact_s) = (generate(model, ids, options.tokens) for model in (dense, exact))
+        (left, before), (right, after) = (generate(model, ids, options.tokens) for model in (dense, exact))
         tally.add(runtime_of(exact).exact)
         made.append((left, right))
-        decode = [dense_s - firsts[0], exact_s - firsts[1]]
-        speeds["dense"].append((options.tokens - 1) / decode[0])
-        speeds["exact"].append((options.tokens - 1) / decode[1])
-        speeds["ratio"].append(decode[0] / decode[1])
-        speeds["whole"].append(dense_s / exact_s)
+        speeds["dense"].append(before.tok_s)
+        speeds["exact"].append(after.tok_s)
+        speeds["ratio"].append(after.tok_s / before.tok_s)
+        speeds["whole"].append((before.ttft + sum(before.gaps)) / (after.ttft + sum(after.gaps)))
         progress(f"{label}: {i} of {len(prompts) * options.repeats}")
     return {
         **compared([left for left, _ in made], [right for _, right in made], prompts * options.repeats),
@@ -230,13 +228,12 @@ class Tally:
         }
 
 
-def generate(model: Any, ids: Tensor, tokens: int) -> tuple[Tensor, float]:
-    """Greedy continuation, whole, and the seconds it took."""
-    begin = time.perf_counter()
-    output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, eos_token_id=None
-    )
-    return output, time.perf_counter() - begin
+def generate(model: Any, ids: Tensor, tokens: int) -> tuple[Tensor, Generation]:
+    """Greedy continuation, whole, and when its tokens came."""
+    watch = Stopwatch()
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "streamer": watch}
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **options)
+    return output, watch.generation()
 
 
 def first_difference(left: Tensor, right: Tensor) -> int:

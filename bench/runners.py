@@ -76,6 +76,11 @@ class Generation:
     ttft: float
     gaps: list[float]
 
+    @property
+    def tok_s(self) -> float:
+        """Tokens per second after the first."""
+        return len(self.gaps) / sum(self.gaps)
+
 
 Scored = tuple[float, int]  # a perplexity, and over how many tokens
 

@@ -58,7 +58,7 @@ class Contender:
 
     def speeds(self) -> list[float]:
         """Tokens per second after the first token, by round."""
-        return [len(g.gaps) / sum(g.gaps) for g in self.generations]
+        return [g.tok_s for g in self.generations]
 
 
 @dataclass(frozen=True)
