@@ -48,6 +48,7 @@ struct MlpJob {
     float* score;              // kSketch, kGate: [rows][neurons]
     int64_t neurons;
     const float* mean;         // [neurons] or null: what each neuron counts as where it is left out
+    uintptr_t after;           // an address: what is read after the last neuron; 0: not known
 };
 
 // What a thread will read next: memory from `at` to `end`, then from `then` to `then_end`. A kernel fetches it into the

@@ -432,10 +432,12 @@ struct Block {
     void place(const void* base, int64_t bundle_size, int64_t begin, int64_t end) {
         size = end - begin < job.block ? end - begin : job.block;
         for (int n = 0; n < size; n++) {
-            int64_t ahead = begin + job.ahead + n;
+            const int64_t ahead = begin + job.ahead + n;
             neuron[n] = at(begin + n);
             bundle[n] = static_cast<const W*>(base) + neuron[n] * bundle_size;
             next[n] = static_cast<const W*>(base) + at(ahead < end ? ahead : end - 1) * bundle_size;
+            if (ahead >= end && job.after)
+                next[n] = reinterpret_cast<const W*>(job.after + (ahead - end) * bundle_size * sizeof(W));
         }
     }
     int64_t at(int64_t i) const { return job.list ? job.list[i] : i; }

@@ -443,8 +443,25 @@ class Walker {
         return mine.end - mine.begin;
     }
 
-    // The next part of the way, maybe empty. False where nothing is known: at the end, and at an MLP over bundles, which
-    // fetches for itself; what lies behind it would not stay in the cache.
+    // The first bundles of this thread's share, or of the plane that it scans. The rest an MLP over bundles fetches for
+    // itself; it may be chosen first.
+    Memory bundles_of(const StepMlp& b) const {
+        if (b.rule != kListed && b.dtype != kSliced) return {0, 0};
+        const Range range = share(b.neurons, part, parts);
+        const int64_t projections = b.gated ? 2 : 1;
+        const int64_t row = b.dtype == kSliced ? projections * b.stride / 2 : (projections + 1) * b.stride * size_of(b.dtype);
+        const auto base = reinterpret_cast<uintptr_t>(b.weight);
+        return {base + range.begin * row, std::min((range.end - range.begin) * row, kLead)};
+    }
+
+    // What this thread reads first after a layer.
+    uintptr_t first_after(const StepLayer& l) const {
+        const StepLayer* next = &l + 1;
+        return memory_of(next == m.layers + m.layer_count ? head() : inputs(*next), 0).at;
+    }
+
+    // The next part of the way, maybe empty. False where nothing is known: at the end, and behind an MLP over bundles until
+    // it is done: it would not stay in the cache.
     bool next_memory(Memory& next) {
         if (ahead_layer > m.layer_count) return false;
         if (ahead_layer == m.layer_count) {
@@ -463,6 +480,8 @@ class Walker {
             return true;
         } else if (ahead_stage == 4 && l.run_attention) {
             next = memory_of(output(l), 0);
+        } else if (ahead_stage == 5 && l.run_mlp && !dense) {
+            next = bundles_of(l.mlp);
         } else if ((ahead_stage == 5 || ahead_stage == 6) && dense) {
             next = memory_of(widening(l), ahead_stage - 5);
         } else if (ahead_stage == 7) {
@@ -681,6 +700,7 @@ class Walker {
         job.high = b.dtype == kSliced ? w.high : nullptr;
         job.known_gate = b.rule == kGate ? w.known_gate : nullptr;
         job.score = w.score;
+        passed += bundles_of(b).bytes;
         int64_t count = b.neurons;
         if (b.dtype == kSliced || b.rule != kListed) {
             const Range here = share(b.neurons, part, parts);
@@ -697,8 +717,10 @@ class Walker {
         second = !second;
         float* mine = all + part * tokens * s.width;
         memset(mine, 0, tokens * b.stride * sizeof(float));
+        job.after = first_after(l);
         const Range here = share(count, part, parts);
         isa.mlp[b.dtype](job, here.begin, here.end, mine);
+        finished++;  // what follows may be fetched
         meet();
         for (int t = 0; t < tokens; t++) {
             float* sum = own.rows + t * m.hidden;
