@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from coreskip.kernels import cpu
 from coreskip.kernels.ops import PackedLinear, available
 from coreskip.kernels.packed import ungroup, untile
 from coreskip.predictors.plan import Plan
+from coreskip.runtime.decode import Decoder, NotCovered
 from coreskip.runtime.wrap import runtime_of
 
 pytestmark = pytest.mark.skipif(available("cpu") is not None, reason="needs the compiled kernels")
@@ -389,6 +391,17 @@ def test_the_first_step_may_come_after_a_long_prompt() -> None:
             thread.join()
         assert len(texts) == 2
         assert torch.equal(*texts)
+
+
+def test_a_neuron_chosen_otherwise_is_not_a_wrong_description() -> None:
+    expected = torch.randn(1, 1, 1000, generator=torch.Generator().manual_seed(0))
+    dense, ruled = SimpleNamespace(by_rule=False), SimpleNamespace(by_rule=True)
+    few, all_of_them = expected.clone(), expected + 0.2 * torch.randn_like(expected)
+    few[..., :5] += 0.2
+    Decoder._compare(few, expected, cast(Any, ruled))
+    for logits, chosen in ((few, dense), (all_of_them, ruled)):
+        with pytest.raises(NotCovered, match="differ"):
+            Decoder._compare(logits, expected, cast(Any, chosen))
 
 
 def test_llama3_rope_and_yarn_are_covered_and_dynamic_rope_is_not() -> None:
