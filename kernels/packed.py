@@ -91,6 +91,7 @@ class PackedMLP:
         down_bias: Tensor | None = None,
         indices: Tensor | None = None,
         fmt: str | None = None,
+        memory: Tensor | None = None,
     ) -> PackedMLP:
         """Copies the weights, or those of the neurons in `indices` alone, into the packed layout.
 
@@ -98,6 +99,8 @@ class PackedMLP:
         strides, all of one dtype: float32, bfloat16 or float16. gate is None for a plain MLP.
         act: "silu", "gelu", "gelu_tanh", "relu", "relu2", or a callable, which only the torch backend runs.
         gate_bias, up_bias: [I]; down_bias: [d]. indices: [k] of int64, distinct.
+        memory: the `weight` of a packed MLP that is no longer used, written over where it fits (fmt None): fresh memory
+        is most of the time that packing takes.
         fmt: None keeps the dtype; "int8" and "int8_sliced" round every row to 255 steps: the originals cannot be had
         back from them, who needs them keeps them.
         Raises ValueError where shapes or names do not fit, TypeError for another dtype.
@@ -106,7 +109,8 @@ class PackedMLP:
         _check_parts(parts, act, fmt)
         _check_biases(up, gate is not None, gate_bias, up_bias, down_bias)
         rows = [part.detach() if indices is None else _rows(part.detach(), indices) for part in parts]
-        weight, low, scale = _pack_floats(rows) if fmt is None else _pack_bytes(rows, sliced=fmt == "int8_sliced")
+        sliced = fmt == "int8_sliced"
+        weight, low, scale = _pack_floats(rows, memory) if fmt is None else _pack_bytes(rows, sliced=sliced)
         return cls(
             weight=weight,
             hidden_size=up.shape[1],
@@ -114,7 +118,7 @@ class PackedMLP:
             act=act,
             low=low,
             scale=scale,
-            norm=rows[-1].float().norm(dim=1) if fmt == "int8_sliced" else None,
+            norm=rows[-1].float().norm(dim=1) if sliced else None,
             gate_bias=_floats(gate_bias, indices),
             up_bias=_floats(up_bias, indices),
             down_bias=_floats(down_bias, None),
@@ -292,10 +296,12 @@ class PackedColumns:
 # ---- packing ----
 
 
-def _pack_floats(parts: list[Tensor]) -> tuple[Tensor, None, None]:
+def _pack_floats(parts: list[Tensor], memory: Tensor | None = None) -> tuple[Tensor, None, None]:
     neurons, width = parts[0].shape
-    dtype = parts[0].dtype
-    weight = allocate((neurons, len(parts), padded(width, dtype)), dtype, parts[0].device)
+    dtype, device = parts[0].dtype, parts[0].device
+    shape = (neurons, len(parts), padded(width, dtype))
+    fits = memory is not None and (memory.shape, memory.dtype, memory.device) == (shape, dtype, device)
+    weight = memory if memory is not None and fits else allocate(shape, dtype, device)
     for part, rows in enumerate(parts):
         weight[:, part, :width] = rows
     weight[:, :, width:] = 0

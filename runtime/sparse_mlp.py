@@ -127,9 +127,15 @@ class Weights:
         return found[0]
 
     def pack(
-        self, layer: int, *, fmt: str | None = None, indices: Tensor | None = None, smooth: Tensor | None = None
+        self,
+        layer: int,
+        *,
+        fmt: str | None = None,
+        indices: Tensor | None = None,
+        smooth: Tensor | None = None,
+        memory: Tensor | None = None,
     ) -> PackedMLP:
-        """A layer's MLP, or some of its neurons, packed anew."""
+        """A layer's MLP, or some of its neurons, packed anew; memory: see `PackedMLP.pack`."""
         w = self.anatomy.mlps[layer].matrices()
         columns = 1 if smooth is None else smooth.to(w.up)
         return PackedMLP.pack(
@@ -142,6 +148,7 @@ class Weights:
             down_bias=w.down_bias,
             indices=None if indices is None else indices.to(w.up.device),
             fmt=fmt,
+            memory=memory,
         )
 
     def columns(self, module: nn.Module) -> PackedColumns:

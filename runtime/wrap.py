@@ -12,6 +12,7 @@ import inspect
 import logging
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -209,6 +210,7 @@ class Runtime:
         self._weights = weights or Weights(anatomy)
         self._token_mlps: dict[int, SparseMLP] = {}
         self._static_packed: dict[int, PackedMLP] = {}
+        self._spare: dict[int, deque[Tensor]] = {}  # memory of sequences that are over, by layer
         self._linear_packed: dict[nn.Module, PackedLinear] = {}
         self.decoder = Decoder(model, anatomy, plan.weights, self.usage.count)
         self._dense = Chosen([None] * len(anatomy), 0, plain=True)  # what exact mode verifies with
@@ -266,6 +268,7 @@ class Runtime:
         self._weights.clear()
         self._token_mlps.clear()
         self._static_packed.clear()
+        self._spare.clear()
         self._linear_packed.clear()
         self._chosen_once = None
         self._chosen_by.clear()
@@ -318,7 +321,7 @@ class Runtime:
             if self._chosen_once is None:
                 self._chosen_once = self._described({}, None)
             return self._chosen_once
-        groups = selections.groups(self._pack)
+        groups = selections.groups(self._pack_chosen)
         if len(groups) > 1 or self._skips.disputed(selections):
             return "its sequences chose differently"
         settled, chosen = self._chosen_by.get(selections, (None, None))
@@ -529,7 +532,7 @@ class Runtime:
         elif step.selections is None:
             return None
         else:
-            groups = step.selections.groups(self._pack)
+            groups = step.selections.groups(self._pack_chosen)
             packed = groups[0][1][index]  # every row keeps the same number of neurons
         step.skipped += (self._width(index) - packed.intermediate_size) * step.rows * step.length
         if index in self._static or len(groups) == 1:
@@ -559,8 +562,21 @@ class Runtime:
             packed = self._static_packed[index] = self._pack(index, self._static[index])
         return packed
 
-    def _pack(self, index: int, indices: Tensor) -> PackedMLP:
-        return self._weights.pack(index, indices=indices, fmt=None if self.plan.weights is None else "int8")
+    def _pack(self, index: int, indices: Tensor, memory: Tensor | None = None) -> PackedMLP:
+        fmt = None if self.plan.weights is None else "int8"
+        return self._weights.pack(index, indices=indices, fmt=fmt, memory=memory)
+
+    def _pack_chosen(self, index: int, indices: Tensor) -> PackedMLP:
+        """The neurons that a sequence chose, in the memory of one that is over, where there is one."""
+        spare = self._spare.setdefault(index, deque())
+        try:
+            memory = spare.pop()
+        except IndexError:
+            memory = None
+        packed = self._pack(index, indices, memory)
+        if self.plan.weights is None:
+            weakref.finalize(packed, spare.append, packed.weight).atexit = False
+        return packed
 
 
 def _decoding(step: Step | None) -> bool:

@@ -426,3 +426,28 @@ def test_copying_and_pickling_a_wrapped_model(llama: Any) -> None:
 def test_bloom_in_slices_is_refused() -> None:
     model = tiny("bloom", pretraining_tp=2, slow_but_exact=True)
     refuses(lambda: Plan.dense(model), "slow_but_exact")
+
+
+def test_a_sequences_neurons_lie_in_the_memory_of_one_that_is_over(llama: Any) -> None:
+    def addresses(cache: Any) -> list[int]:
+        groups = selections_of(cache, runtime_of(llama)).groups(lambda *_: pytest.fail("settled already"))
+        return [packed.weight.data_ptr() for packed in groups[0][1].values()]
+
+    plan = plan_of(llama, "griffin")
+    prompts = [prompt(1, 9, seed=seed) for seed in range(3)]
+    expected = []
+    for ids in prompts:
+        with coreskip.wrap(llama, plan):
+            expected.append(greedy(llama, ids))
+    with coreskip.wrap(llama, plan):
+        first = greedy(llama, prompts[0], return_dict_in_generate=True)
+        second = greedy(llama, prompts[1], return_dict_in_generate=True)
+        before = addresses(first.past_key_values)
+        assert not set(before) & set(addresses(second.past_key_values)), "both are in use"
+        assert torch.equal(first.sequences, expected[0])
+        del first
+        third = greedy(llama, prompts[2], return_dict_in_generate=True)
+        assert addresses(third.past_key_values) == before
+        assert torch.equal(third.sequences, expected[2])
+        assert torch.equal(greedy(llama, prompts[1]), expected[1])
+        assert torch.equal(second.sequences, expected[1])
