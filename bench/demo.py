@@ -31,8 +31,7 @@ def generate(model: Any, tokenizer: Any) -> tuple[str, float]:
     output = model.generate(
         **inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, streamer=watch
     )
-    gaps = watch.generation().gaps
-    return tokenizer.decode(output[0, inputs.input_ids.shape[1] :]), len(gaps) / sum(gaps)
+    return tokenizer.decode(output[0, inputs.input_ids.shape[1] :]), watch.generation().tok_s
 
 
 def race(model: Any, tokenizer: Any, plan: Plan) -> dict[str, tuple[str, list[float]]]:

@@ -9,7 +9,6 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from io import StringIO
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,10 +17,10 @@ import torch
 from torch import Tensor
 
 from coreskip.bench.rows import commit, device_name, model_name, replace_text
+from coreskip.bench.svg import new_figure, svg_of
 from coreskip.bench.workloads import prompts
 from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.calibration import TokenText, read_text, tokenize
-from coreskip.predictors.errors import CoreskipError
 from coreskip.predictors.layers import LayerChoice, VoidMaps, attention_ranks, block_influence, void_maps
 from coreskip.predictors.plan import LayerPlan, LayerPolicy, Plan, Run, Skip, SkipAttention, SkipMLP
 from coreskip.runtime.load import load
@@ -138,12 +137,7 @@ def draw(maps: VoidMaps, most: int = 160) -> str:
     Raises:
         CoreskipError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise CoreskipError("the void maps are drawn with matplotlib: run `pip install 'coreskip[plots]'`") from None
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure = new_figure((9, 3.2), "the void maps are")
     phases = (("prompt processing", maps.prompt), ("response generation", maps.response))
     for axis, (name, void) in zip(figure.subplots(1, 2, sharey=True), phases, strict=True):
         axis.pcolormesh(void[:, :most].int().numpy(), cmap="Greys", vmin=0, vmax=1.4, rasterized=True)
@@ -151,10 +145,7 @@ def draw(maps: VoidMaps, most: int = 160) -> str:
         axis.set_xlabel("token")
     figure.axes[0].set_ylabel("layer")
     figure.suptitle(f"void layers, LAC with α = {maps.alpha:g} (dark: void)", fontsize=11)
-    text = StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "void"}):
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return text.getvalue()
+    return svg_of(figure, "void")
 
 
 if __name__ == "__main__":

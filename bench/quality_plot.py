@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import click
 
 from coreskip.bench.rows import replace_text
-from coreskip.predictors.errors import CoreskipError
+from coreskip.bench.svg import new_figure, svg_of
 
 
 @click.command()
@@ -32,12 +31,7 @@ def draw(rows: Sequence[dict[str, Any]]) -> str:
     Raises:
         CoreskipError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise CoreskipError("the plot is drawn with matplotlib: run `pip install 'coreskip[plots]'`") from None
-    figure = Figure(figsize=(11, 5.4), layout="constrained")
+    figure = new_figure((11, 5.4), "the plot is")
     left, right = figure.subplots(1, 2, sharey=True)
     names = list(dict.fromkeys(row["name"] for row in rows))
     for number, name in enumerate(names):
@@ -54,10 +48,7 @@ def draw(rows: Sequence[dict[str, Any]]) -> str:
         axes.yaxis.set_major_formatter("{x:g}")
     left.set_ylabel("increase of perplexity (percent)")
     figure.legend(fontsize=7, frameon=False, loc="outside lower center", ncols=3)
-    text = StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "quality"}):
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return text.getvalue()
+    return svg_of(figure, "quality")
 
 
 def _curve(
