@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coreskip.bench.quality_speed import speed
 from coreskip.bench.rows import commit, device_name, model_name, replace_text
 from coreskip.bench.svg import new_figure, svg_of
 from coreskip.bench.workloads import prompts
@@ -115,20 +115,12 @@ def _speed(model: Any, plan: Plan, texts: Sequence[Tensor], tokens: int) -> Row:
     for ids in texts:
         for name, chosen in (("dense_tok_s", Plan.dense(model)), ("tok_s", plan)):
             with wrap(model, chosen):
-                speeds[name].append(_decode_speed(model, ids, tokens))
+                speed(model, ids, 8)  # packs, and proves the native step
+                speeds[name].append(speed(model, ids, tokens))
                 skipped = runtime_of(model).usage.neuron_sparsity()
     ratios = [sparse / dense for dense, sparse in zip(*speeds.values(), strict=True)]
     row = {name: round(median(values), 2) for name, values in speeds.items()}
     return {**row, "speedup": round(median(ratios), 3), "mlps_skipped_last_prompt": round(skipped, 3)}
-
-
-def _decode_speed(model: Any, ids: Tensor, tokens: int) -> float:
-    seconds = []
-    for new in (1, 1 + tokens):
-        begin = time.perf_counter()
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=None)
-        seconds.append(time.perf_counter() - begin)
-    return tokens / (seconds[1] - seconds[0])
 
 
 def draw(maps: VoidMaps, most: int = 160) -> str:

@@ -14,11 +14,10 @@ from statistics import median
 from typing import Any
 
 import click
-import torch
 from torch import Tensor
 
 from coreskip.bench.quality import plan_name, provenance, write_rows
-from coreskip.bench.runners import Stopwatch
+from coreskip.bench.runners import greedy
 from coreskip.bench.workloads import prompts
 from coreskip.predictors.plan import Plan
 from coreskip.runtime.cost import bytes_per_token
@@ -58,11 +57,8 @@ def main(rows: Path, folder: Path) -> None:
 
 
 def speed(model: Any, ids: Tensor, tokens: int) -> float:
-    """Tokens per second of greedy ``generate`` after the first token; ids ``[1, length]``."""
-    watch = Stopwatch()
-    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "streamer": watch}
-    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1 + tokens, **options)
-    return watch.generation().tok_s
+    """Tokens per second of greedy ``generate``: `tokens` after the first one; ids ``[1, length]``."""
+    return greedy(model, ids, 1 + tokens)[1].tok_s
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class Row:
     Attributes:
         format: the version of this schema.
         run: names the run; rows of one run were interleaved and may be compared.
-        runner: hf, hf-compile, coreskip-dense, coreskip, onnxruntime or llama.cpp.
+        runner: a key of `coreskip.bench.runners.RUNNERS`.
         model: what was run: ``embedded``, a hub id, a folder's or file's name, or a synthetic shape.
         synthetic: random weights: speed means something, quality nothing.
         device: the processor by name. cores: CPUs that the process may use. threads: that each runner used.

@@ -22,7 +22,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import CompileConfig, GenerationConfig, StaticCache
+from transformers import CompileConfig, GenerationConfig, StaticCache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from coreskip.bench.workloads import Shape, byte_ids
@@ -34,6 +34,7 @@ from coreskip.predictors.errors import CoreskipError
 from coreskip.predictors.observe import inference
 from coreskip.predictors.plan import CoreNeurons, LayerPlan, Plan
 from coreskip.predictors.version import VERSION
+from coreskip.runtime.engine import Engine
 from coreskip.runtime.load import embedded_gguf, load
 from coreskip.runtime.quality import WINDOW, evaluate_all
 from coreskip.runtime.wrap import is_wrapped, runtime_of, unwrap, wrap
@@ -113,6 +114,15 @@ class Stopwatch(BaseStreamer):
         return Generation(self.tokens, arrivals[0] - self._start, gaps)
 
 
+def greedy(model: Any, ids: Tensor, tokens: int, **options: Any) -> tuple[Tensor, Generation]:
+    """``model.generate``'s greedy continuation of `ids` ``[1, length]``, whole, and when its `tokens` tokens came: an
+    end-of-text token does not stop it."""
+    watch = Stopwatch()
+    chosen: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "streamer": watch, **options}
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **chosen)
+    return output, watch.generation()
+
+
 class Runner:
     """One way to run a model. Figures that it cannot give are None."""
 
@@ -181,10 +191,7 @@ class HuggingFace(Runner):
 
     def generate(self, ids: Sequence[int], new: int) -> Generation:
         prompt = torch.tensor([ids], device=self.model.device)
-        watch = Stopwatch()
-        options = {"max_new_tokens": new, "streamer": watch, **self._fresh_cache()}
-        self.model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-        return watch.generation()
+        return greedy(self.model, prompt, new, **self._fresh_cache())[1]
 
     def _fresh_cache(self) -> dict[str, Any]:
         return {}  # generate makes one
@@ -306,6 +313,35 @@ class CoreskipExact(Coreskip):
 
     def traits(self) -> dict[str, Any]:
         return {"dtype": self.job.dtype, "method": "exact", "keep": 1.0, "neurons_skipped": 0.0}
+
+
+class CoreskipEngine(Coreskip):
+    """`Engine.stream`: from a text to the pieces of its continuation, made in one thread and taken in another.
+
+    Tokens are clocked where they are made, by a stopping criterion: an engine's stream has one of its own, so that this
+    one changes nothing of how it decodes."""
+
+    def generate(self, ids: Sequence[int], new: int) -> Generation:
+        engine = Engine(self.model, self.tokenizer)
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        if list(self.tokenizer(text).input_ids) != list(ids):
+            raise CoreskipError("an engine takes texts, and this prompt's tokens are not those of its text")
+        watch = Stopwatch()
+        options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "stopping_criteria": [_Clock(watch)]}
+        for _ in engine.stream(text, max_new_tokens=new, **options):
+            pass
+        return watch.generation()
+
+
+class _Clock(StoppingCriteria):
+    """Tells a stopwatch of every token, and stops nothing."""
+
+    def __init__(self, watch: Stopwatch) -> None:
+        self._watch = watch
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
+        self._watch.add(int(input_ids[0, -1]))
+        return torch.zeros(1, dtype=torch.bool, device=input_ids.device)
 
 
 def mlp_bytes(model: Any) -> int:
@@ -538,6 +574,7 @@ RUNNERS: dict[str, type[Runner]] = {
     "coreskip-dense": Coreskip,
     "coreskip": Coreskip,
     "coreskip-exact": CoreskipExact,
+    "coreskip-engine": CoreskipEngine,
 }
 FORMATS = ("int8", "int4")  # in which coreskip holds weights
 OPPONENTS = ("hf", "hf-compile", "onnxruntime", "llama.cpp")

@@ -132,9 +132,10 @@ def _jobs(
     """hf first: what is compared with it then follows it closely in every round."""
     floats = [dtype for dtype in dtypes if dtype in WIDTHS]
     its_own = {"onnxruntime": ["float32", "int4"], "llama.cpp": ["gguf"], "coreskip-dense": dtypes}
+    its_own["coreskip-engine"] = [dtype for dtype in dtypes if dtype != "float32"]  # what it adds shows in short steps
     names = [*opponents, "coreskip-dense"]
-    if common["shape"] is None:  # the text of random weights says nothing about drafts
-        names.append("coreskip-exact")
+    if common["shape"] is None:  # the text of random weights says nothing about drafts, and there is no tokenizer
+        names += ["coreskip-engine", "coreskip-exact"]
     jobs = [Job(name, dtype, **common) for name in names for dtype in its_own.get(name, floats)]
     return jobs + [Job("coreskip", dtype, plan=plan, **common) for plan in plans for dtype in dtypes]
 
