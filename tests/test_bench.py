@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny_models import tiny
+from tiny_models import greedy, prompt, tiny
 
-from coreskip.bench import quality_plot, throughput
+from coreskip.bench import endurance, quality_plot, throughput
+from coreskip.bench.exact import against_hf
 from coreskip.bench.processes import MACHINE, Local, RunnerFailed, Worker
 from coreskip.bench.quality import write_rows
 from coreskip.bench.report import page, pareto
@@ -171,6 +172,27 @@ def test_coreskip_is_verified_by_its_own_plan_and_counts_its_bytes(monkeypatch: 
     assert (half.ppl_tokens, half.ppl_text) == (256, "noise")  # this model's context holds 256
 
 
+def test_the_engine_runner_clocks_the_dense_plans_tokens(
+    monkeypatch: pytest.MonkeyPatch, embedded: tuple[Any, Any]
+) -> None:
+    def load_embedded(self: HuggingFace) -> None:
+        self.model, self.tokenizer = embedded
+
+    monkeypatch.setattr(HuggingFace, "load", load_embedded)
+    ids = embedded[1](PROMPTS["qa"]).input_ids
+    made = []
+    for name in ("coreskip-dense", "coreskip-engine"):
+        runner = Local(Job(name, "float32"))
+        runner("load")
+        made.append(runner("generate", ids, 12))
+        if name == "coreskip-engine":
+            with pytest.raises(RunnerFailed, match="not those of its text"):
+                runner("generate", [*ids[:-1], *embedded[1]("An swer").input_ids, *embedded[1]("ing").input_ids], 2)
+        runner.close()
+    assert made[0].tokens == made[1].tokens
+    assert len(made[1].gaps) == 11
+
+
 def test_a_runner_that_fails_while_timed_leaves_the_others() -> None:
     outcome = throughput.run(
         settings(HF, OTHER), lambda job: Pretender(job, fails_at=5 if job.dtype == "bfloat16" else None)
@@ -248,6 +270,40 @@ def test_stopwatch_counts_from_the_prompt() -> None:
     assert generation.tokens == [7, 8, 9]
     assert len(generation.gaps) == 2
     assert generation.ttft > 0
+
+
+def test_endurance_measures_both(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, embedded: tuple[Any, Any]) -> None:
+    def load_tiny(dtype: str, **options: Any) -> tuple[Any, Any]:
+        return tiny("llama", vocab_size=len(embedded[1])).to(getattr(torch, dtype)), embedded[1]
+
+    monkeypatch.setattr(endurance, "load", load_tiny)
+    asked = ["--context", "100", "--tokens", "5", "--rounds", "2", "--run", "30", "--each", "10"]
+    result = CliRunner().invoke(
+        endurance.main, ["--rows", str(tmp_path / "long.jsonl"), *asked], catch_exceptions=False
+    )
+    assert result.exit_code == 0
+    memory, single, half = (json.loads(line) for line in (tmp_path / "long.jsonl").read_text().splitlines())
+    assert list(memory["rss_mb_by_tokens"]) == ["10", "20", "30"]
+    assert min(memory["rss_mb_by_tokens"].values()) > 100
+    assert [(row["dtype"], row["prompt_tokens"]) for row in (single, half)] == [("float32", 100), ("bfloat16", 100)]
+    assert single["same_tokens"] == 5
+    assert single["speedup"] == pytest.approx(single["hf_ms_per_token"] / single["dense_ms_per_token"], rel=0.5)
+    assert str(tmp_path) not in single["command"]
+
+
+def test_agreement_with_hugging_face_is_counted_by_token() -> None:
+    model, prompts = tiny("llama"), [prompt(1, 9), prompt(1, 9, seed=2)]
+    made = [greedy(model, ids, 12) for ids in prompts]
+    assert against_hf(model, prompts, made)["agreement"] == 1
+    with torch.no_grad():
+        logits = model(made[1][:, :-1]).logits[0, -1]
+    made[1][0, -1] = logits.argmin()
+    found = against_hf(model, prompts, made)
+    assert found["identical"] == 1
+    assert found["agreement"] == pytest.approx(23 / 24, abs=1e-5)
+    assert found["largest_gap"] == pytest.approx(float(logits.max() - logits.min()), rel=1e-4)
+    assert [(place["prompt"], place["at"]) for place in found["differing"]] == [(1, 11)]
+    assert found["near_ties"] == 0
 
 
 # --- rows, tables, report ---------------------------------------------------------------------------------------------
@@ -405,6 +461,12 @@ def test_shapes_have_the_sparsity_that_they_state() -> None:
     assert zero[0] == pytest.approx(0.8, abs=0.02)
     assert float(logits.std()) == pytest.approx(3, rel=0.1)
     assert "80% of neurons zero" in str(shape)
+
+
+def test_the_engine_is_timed_where_steps_are_short() -> None:
+    assert [str(job) for job in settings_of(model=None, against="none", dtypes="float32,int4").jobs] == [
+        *("coreskip-dense float32", "coreskip-dense int4", "coreskip-engine int4", "coreskip-exact float32"),
+    ]
 
 
 def test_a_shape_has_no_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:
