@@ -107,6 +107,53 @@ struct Sizes {
     }
 };
 
+constexpr int64_t kSlice = 4096;  // logits looked at together
+
+// The greatest of the numbers shown, and the first place of it. A NaN is greater than all, as in torch.
+struct Greatest {
+    float value = 0;
+    int64_t at = -1;  // none was shown
+
+    void show(float other, int64_t place) {
+        if (at < 0 || other > value || (other != other && value == value)) *this = {other, place};
+    }
+};
+
+// A row of logits. slice: [kSlice], scratch.
+struct Logits {
+    const void* row;
+    int dtype;
+    float* slice;
+    const Isa& isa = *active.load();
+    const StepIsa& step = *active_step.load();
+
+    Greatest greatest(Range range) const {
+        Greatest found{};
+        in_slices(range, [&](int64_t begin, int64_t n) {
+            const int64_t first = step.argmax(slice, n);
+            found.show(slice[first], begin + first);
+        });
+        return found;
+    }
+
+    // What softmax divides e^(x - most) by.
+    float exp_sum(Range range, float most) const {
+        float sum = 0;
+        in_slices(range, [&](int64_t, int64_t n) { sum += step.exp_sum(slice, n, most); });
+        return sum;
+    }
+
+  private:
+    template <class Look>
+    void in_slices(Range range, Look look) const {
+        for (int64_t i = range.begin; i < range.end; i += kSlice) {
+            const int64_t n = std::min(kSlice, range.end - i);
+            isa.to_float(static_cast<const char*>(row) + i * size_of(dtype), dtype, slice, n);
+            look(i, n);
+        }
+    }
+};
+
 // What all threads see.
 struct Shared {
     float *q, *k, *v, *out, *gate, *up, *logits;
@@ -114,8 +161,7 @@ struct Shared {
     float* acc;                 // bundled MLPs: [2][threads][tokens][stride], used in turn
     float *score, *known_gate;
     Stretch* stretches;         // [threads]
-    float* best;                // [threads]
-    int64_t* best_at;
+    Greatest* best;             // [threads]
     int32_t* high;
 };
 
@@ -130,8 +176,6 @@ struct Own {
     uint32_t* keys;
     float* slice;
 };
-
-constexpr int64_t kSlice = 4096;  // logits looked at together
 
 template <class Take>
 Shared share_out(const Sizes& s, const StepModel& m, const StepCall& c, int threads, Take take) {
@@ -152,8 +196,7 @@ Shared share_out(const Sizes& s, const StepModel& m, const StepCall& c, int thre
     w.known_gate = take(float(), s.listed * t);
     w.high = take(int32_t(), s.listed * t * 2);
     w.stretches = reinterpret_cast<Stretch*>(take(char(), threads * sizeof(Stretch)));
-    w.best = take(float(), threads);
-    w.best_at = take(int64_t(), threads);
+    w.best = take(Greatest(), threads);
     return w;
 }
 
@@ -192,31 +235,20 @@ class Walker {
           past(call.past), ids(call.tokens), places(call.positions), isa(*(model.kv_dtype == kBFloat16 ? active_bf16 : active).load()),
           step(*active_step.load()) {}
 
-    // Steps of one token, each the likeliest after the last, until `count` are made or one of `ends` is. Every thread
-    // finds the same token and keeps it to itself.
-    void generate(int64_t count, const int64_t* ends, int64_t end_count, int64_t* made, int64_t* made_count) {
+    // Steps of one token, each the likeliest after the last, until `count` are made, one of `ends` is, or one's
+    // probability is below `least`. chances: theirs, or null. Every thread finds the same token and keeps it to itself.
+    void generate(int64_t count, const int64_t* ends, int64_t end_count, float least, int64_t* made, float* chances,
+                  int64_t* made_count) {
         int64_t token = *c.tokens, place = *c.positions, n = 0;
         ids = &token;
         places = &place;
         for (bool ended = false; n < count && !ended; n++, past++, place++) {
             run();
             token = likeliest();
+            const float chance = chances ? probability() : 1.f;
             if (part == 0) made[n] = token;
-            ended = std::find(ends, ends + end_count, token) != ends + end_count;
-        }
-        if (part == 0) *made_count = n;
-    }
-
-    // The same until a token's probability is below `least`; and the probabilities.
-    void draft(int64_t count, float least, int64_t* made, float* chances, int64_t* made_count) {
-        int64_t token = *c.tokens, place = *c.positions, n = 0;
-        ids = &token;
-        places = &place;
-        for (float chance = HUGE_VALF; n < count && chance >= least; n++, past++, place++) {
-            run();
-            token = likeliest();
-            chance = probability();
-            if (part == 0) made[n] = token, chances[n] = chance;
+            if (part == 0 && chances) chances[n] = chance;
+            ended = !(chance >= least) || std::find(ends, ends + end_count, token) != ends + end_count;
         }
         if (part == 0) *made_count = n;
     }
@@ -230,7 +262,6 @@ class Walker {
             if (layer.run_attention) attention(layer, c.caches[i]);
             else if (layer.k.weight) write_entries(layer, c.caches[i]);
             if (layer.run_mlp) mlp(layer);
-            finished = i + 1;
         }
         logits();
         if (part == 0 && c.skipped) *c.skipped = skipped;
@@ -250,7 +281,7 @@ class Walker {
     const int64_t* places;
     const Isa& isa;
     const StepIsa& step;
-    int64_t skipped = 0, finished = 0;  // neurons; layers
+    int64_t skipped = 0, finished = 0;  // neurons; layers up to the last one whose bundles have been read
     float greatest = 0;   // the logit that `likeliest` found
     bool second = false;  // which half of `acc` the next bundled MLP uses
 
@@ -720,7 +751,7 @@ class Walker {
         job.after = first_after(l);
         const Range here = share(count, part, parts);
         isa.mlp[b.dtype](job, here.begin, here.end, mine);
-        finished++;  // what follows may be fetched
+        finished = &l - m.layers + 1;  // what follows may be fetched
         meet();
         for (int t = 0; t < tokens; t++) {
             float* sum = own.rows + t * m.hidden;
@@ -747,49 +778,28 @@ class Walker {
         return count;
     }
 
-    // The first of the greatest logits, of the model's dtype. A NaN is greater than all, as in torch.
+    Logits all_logits() const { return {c.logits, m.logit_dtype, own.slice}; }
+
+    // The first of the greatest logits, of the model's dtype.
     int64_t likeliest() {
         meet();
-        const Range here = share(m.head.out, part, parts);
-        float best = -HUGE_VALF;
-        int64_t at = m.head.out;
-        for (int64_t i = here.begin; i < here.end; i += kSlice) {
-            const int64_t n = std::min(kSlice, here.end - i);
-            isa.to_float(static_cast<const char*>(c.logits) + i * size_of(m.logit_dtype), m.logit_dtype, own.slice, n);
-            const int64_t first = step.argmax(own.slice, n);
-            if (at == m.head.out || own.slice[first] > best || (own.slice[first] != own.slice[first] && best == best)) {
-                best = own.slice[first];
-                at = i + first;
-            }
-        }
-        w.best[part] = best;
-        w.best_at[part] = at;
+        w.best[part] = all_logits().greatest(share(m.head.out, part, parts));
         meet();
-        for (int p = 0; p < parts; p++) {
-            if (w.best_at[p] == m.head.out) continue;
-            if (p == 0 || w.best[p] > best || (w.best[p] != w.best[p] && best == best)) {
-                best = w.best[p];
-                at = w.best_at[p];
-            }
-        }
-        greatest = best;
-        return at;
+        Greatest best{};
+        for (int p = 0; p < parts; p++)
+            if (w.best[p].at >= 0) best.show(w.best[p].value, w.best[p].at);
+        greatest = best.value;
+        return best.at;
     }
 
     // What softmax gives the token that `likeliest` has just found.
     float probability() {
-        const Range here = share(m.head.out, part, parts);
-        float sum = 0;
-        for (int64_t i = here.begin; i < here.end; i += kSlice) {
-            const int64_t n = std::min(kSlice, here.end - i);
-            isa.to_float(static_cast<const char*>(c.logits) + i * size_of(m.logit_dtype), m.logit_dtype, own.slice, n);
-            sum += step.exp_sum(own.slice, n, greatest);
-        }
+        float sum = all_logits().exp_sum(share(m.head.out, part, parts), greatest);
         meet();  // `best` has been read by all
-        w.best[part] = sum;
+        w.best[part].value = sum;
         meet();
         sum = 0;
-        for (int p = 0; p < parts; p++) sum += w.best[p];
+        for (int p = 0; p < parts; p++) sum += w.best[p].value;
         return 1 / sum;
     }
 
@@ -876,7 +886,7 @@ CORESKIP_API int coreskip_step(const StepModel* model, const StepCall* call) {
 CORESKIP_API int coreskip_generate(const StepModel* model, const StepCall* call, int64_t count, const int64_t* ends,
                                    int64_t end_count, int64_t* made, int64_t* made_count) {
     return with_team(*model, *call, count, [=](Walker& walker) {
-        walker.generate(count, ends, end_count, made, made_count);
+        walker.generate(count, ends, end_count, 0, made, nullptr, made_count);
     });
 }
 
@@ -884,7 +894,7 @@ CORESKIP_API int coreskip_generate(const StepModel* model, const StepCall* call,
 CORESKIP_API int coreskip_draft(const StepModel* model, const StepCall* call, int64_t count, float least, int64_t* made,
                                 float* chances, int64_t* made_count) {
     return with_team(*model, *call, count, [=](Walker& walker) {
-        walker.draft(count, least, made, chances, made_count);
+        walker.generate(count, nullptr, 0, least, made, chances, made_count);
     });
 }
 
@@ -892,29 +902,13 @@ CORESKIP_API int coreskip_draft(const StepModel* model, const StepCall* call, in
 // chances may be null.
 CORESKIP_API void coreskip_likeliest(const void* logits, int dtype, int64_t rows, int64_t n, int64_t* tokens,
                                      float* chances, int threads) {
-    const Isa& isa = *active.load();
-    const StepIsa& step = *active_step.load();
 #pragma omp parallel for num_threads(threads)
     for (int64_t r = 0; r < rows; r++) {
-        const char* row = static_cast<const char*>(logits) + r * n * size_of(dtype);
-        float slice[kSlice], best = -HUGE_VALF, sum = 0;
-        int64_t at = -1;
-        for (int64_t i = 0; i < n; i += kSlice) {
-            const int64_t count = std::min(kSlice, n - i);
-            isa.to_float(row + i * size_of(dtype), dtype, slice, count);
-            const int64_t first = step.argmax(slice, count);
-            if (at < 0 || slice[first] > best || (slice[first] != slice[first] && best == best)) {
-                best = slice[first];
-                at = i + first;
-            }
-        }
-        for (int64_t i = 0; chances && i < n; i += kSlice) {
-            const int64_t count = std::min(kSlice, n - i);
-            isa.to_float(row + i * size_of(dtype), dtype, slice, count);
-            sum += step.exp_sum(slice, count, best);
-        }
-        tokens[r] = at;
-        if (chances) chances[r] = 1 / sum;
+        float slice[kSlice];
+        const Logits row = {static_cast<const char*>(logits) + r * n * size_of(dtype), dtype, slice};
+        const Greatest best = row.greatest({0, n});
+        tokens[r] = best.at;
+        if (chances) chances[r] = 1 / row.exp_sum({0, n}, best.value);
     }
 }
 

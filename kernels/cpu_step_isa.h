@@ -234,15 +234,14 @@ static int64_t argmax(const float* x, int64_t n) {
         most = v > most ? v : most;
         odd |= v != v;
     }
-    float greatest = -HUGE_VALF;
-    for (int k = 0; k < kLanes; k++) greatest = most[k] > greatest ? most[k] : greatest;
+    float top = greatest(most);
     bool strange = total(odd & 1) != 0;
     for (; i < n; i++) {
-        greatest = x[i] > greatest ? x[i] : greatest;
+        top = x[i] > top ? x[i] : top;
         strange |= x[i] != x[i];
     }
     for (i = 0; i < n; i++)
-        if (strange ? x[i] != x[i] : x[i] == greatest) return i;
+        if (strange ? x[i] != x[i] : x[i] == top) return i;
     return 0;
 }
 
