@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from .calibration import TokenText
 from .errors import CoreskipError
 from .observe import inference
 from .plan import Adaptive, LayerPolicy, Plan, Run, Skip, SkipAttention, SkipMLP
+from .token_samples import output_gradients
 
 
 def void(norms: Sequence[Tensor], alpha: float) -> Tensor:
@@ -161,6 +162,74 @@ def _mlp_outputs(anatomy: Anatomy, found: dict[int, Tensor]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def half_losses(model: Any, windows: Tensor, *, seed: int = 0, progress: bool = True) -> Tensor:
+    """What leaving halves of layers out costs, as far as gradients tell: float64 ``[2 * layers, 2 * layers]``, the
+    attention of layer i at 2 i, its MLP at 2 i + 1. A set of halves costs about the sum over its rows and columns, in
+    nats (KL divergence) a token; a half whose output is all that it adds to the residual stream.
+
+    The argument is `fisher_information`'s with the output itself for the error. On the embedded model its order agrees
+    with what leaving each half out costs, measured, better than block influence's, at a tenth of the work.
+
+    Args:
+        windows: token ids ``[rows, length]``; one forward and one backward pass each.
+        seed: of drawing predictions.
+    """
+    anatomy = dissect(model)
+    modules = [module for index in range(len(anatomy)) for module in _added(anatomy, index)]
+    total = torch.zeros(len(modules), len(modules), dtype=torch.float64)
+    tokens = 0
+    for found in output_gradients(model, windows, modules, seed=seed, progress=progress):
+        changes = torch.stack([(output * gradient).sum(-1).cpu() for output, gradient in found]).double()
+        total += changes @ changes.t() / 2
+        tokens += changes.shape[1]
+    return total / tokens
+
+
+def _added(anatomy: Anatomy, index: int) -> tuple[nn.Module, nn.Module]:
+    """The modules whose outputs a layer's attention and MLP add to the residual stream."""
+    layer, attention = cast(Any, anatomy.layers[index]), anatomy.attentions[index]
+    if isinstance(getattr(layer, "post_feedforward_layernorm", None), nn.Module):  # norms come after both (Gemma, OLMo)
+        return layer.post_attention_layernorm, layer.post_feedforward_layernorm
+    if attention is None:
+        raise CoreskipError(f"{anatomy.model_type!r} models have attention that is not known: no losses of layers")
+    return getattr(attention.module, attention.output), anatomy.mlps[index].down
+
+
+Leave = Literal["layers", "attentions", "mlps"]
+_HALVES: dict[Leave, tuple[type[Run], tuple[int, ...]]] = {
+    "layers": (Skip, (0, 1)),
+    "attentions": (SkipAttention, (0,)),
+    "mlps": (SkipMLP, (1,)),
+}
+
+
+def least_first(losses: Tensor, leave: Leave) -> list[int]:
+    """The layers in the order in which to leave them, or halves of them, out: each next one adds the least to the loss
+    of those before it. `losses`: see `half_losses`."""
+    halves = _HALVES[leave][1]
+    units = torch.zeros(len(losses) // 2, len(losses), dtype=losses.dtype)
+    for half in halves:
+        units[:, half::2].fill_diagonal_(1.0)
+    joint = units @ losses @ units.t()
+    left, order = list(range(len(joint))), list[int]()
+    while left:
+        costs = joint.diagonal() + 2 * joint[:, order].sum(1)
+        order.append(min(left, key=costs.tolist().__getitem__))
+        left.remove(order[-1])
+    return order
+
+
+def left_out(keep: float, depth: int) -> int:
+    """Of `depth` layers, how many are left out where a share `keep` stays."""
+    return round((1 - keep) * depth)
+
+
+def leaving_out(leave: Leave, layers: Sequence[int], depth: int) -> list[LayerPolicy]:
+    """One policy per layer: these `layers`, or halves of them, are left out."""
+    policy = _HALVES[leave][0]
+    return [policy() if index in layers else Run() for index in range(depth)]
 
 
 def attention_ranks(model: Any, batches: Sequence[Tensor]) -> list[float]:
