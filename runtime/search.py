@@ -4,8 +4,9 @@ Weights in fewer bits come first: where the native step runs the model, they cos
 is often nothing. Then every *family* (a method with its options and a weight format) is a line of plans by the share of
 neurons, or of layers, that they keep. The most promising family is bisected; each other one has one chance, at the keep
 where it would be faster than the best plan so far, and is bisected only if it holds the budget there. What cannot be
-faster is not even calibrated. What is fast is predicted from the bytes that a decode step reads (`cost`) and the measured bandwidth
-of the memory. The winner must hold the budget, with a margin, on text that the search did not see; else it gives way.
+faster is not even calibrated. What is fast is predicted from the bytes that a decode step reads (`cost`) and the
+measured bandwidth of the memory. The winner must hold the budget, with a margin, on text that the search did not see;
+else it gives way.
 """
 
 from __future__ import annotations

@@ -37,9 +37,7 @@ DEFAULT_KEEP = 0.6
 DEFAULT_KEEP_OF_LAYERS = 0.9
 DEFAULT_SCORE: Score = "griffin"
 ALPHA = 0.4  # CoreInfer's, section 3
-_TOKENS_A_WINDOW = (
-    2048  # of those observed, for one whose gradients tell what layers are worth: they cost much, and tell
-)
+_PER_WINDOW = 2048  # tokens observed, to one window whose gradients tell what layers are worth
 _SENTENCE = 256  # tokens; CoreInfer finds core neurons stable from 200-300 tokens on
 
 
@@ -383,7 +381,7 @@ class Workshop:
     @cached_property
     def _half_losses(self) -> Tensor:
         length = min(_SENTENCE, _longest(self._model), len(self._text.ids) + len(self._text.prefix))
-        rows = self._text.windows(length, max(1, self._max_tokens // _TOKENS_A_WINDOW))
+        rows = self._text.windows(length, max(1, self._max_tokens // _PER_WINDOW))
         return half_losses(self._model, rows, seed=self._seed, progress=self._progress)
 
     def _core(self, keep: float) -> Plan:

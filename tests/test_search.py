@@ -11,12 +11,12 @@ import pytest
 import torch
 from test_policies import plan_with, some_policy
 from test_tune import NoTokenizer, run, text
-from tiny_models import plan_of, tiny
+from tiny_models import greedy, plan_of, prompt, tiny
 
 import coreskip
 from coreskip import CoreskipError, Plan, PlanError
 from coreskip.kernels.ops import available
-from coreskip.predictors.plan import Sketch
+from coreskip.predictors.plan import Adaptive, LayerPlan, Run, Sketch, Skip, SkipAttention, SkipMLP
 from coreskip.runtime.cost import bytes_per_token, cost, predicted_seconds, read_bandwidth
 from coreskip.runtime.search import FAMILIES, Journal, pareto
 from coreskip.runtime.tune import Study
@@ -209,6 +209,91 @@ def test_time_is_bytes_over_bandwidth_and_dearer_where_neurons_are_chosen() -> N
     assert cost(model, sparse).weighed > cost(model, sparse).moved
     on_modules = plan_with(model, some_policy(model, "topk"))
     assert cost(model, on_modules).weighed > cost(model, on_modules).moved + 1e7
+
+
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+@pytest.mark.parametrize("policy", [Skip(), SkipAttention(), SkipMLP()], ids=lambda p: p.name)
+@needs_kernels
+def test_bytes_of_layers_left_out_are_those_that_the_step_does_not_read(
+    embedded: tuple[Any, Any], policy: Run, weights: str | None
+) -> None:
+    model = embedded[0]
+    dense = Plan.dense(model, weights)
+    plan = replace(dense, layers=(LayerPlan(layer=policy), *dense.layers[1:]))
+    with coreskip.wrap(model, plan):
+        ids = torch.tensor([[5, 6, 7]])
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+        runtime = runtime_of(model)
+        architecture = runtime.decoder._architecture
+        assert architecture is not None
+        full = architecture.base.layers[0]
+        step = next(iter(runtime.decoder._steps.values()))[0].model.layers[0]
+    attention, mlp = full.attention, full.mlp
+    unread = [attention.q, attention.o] if step.entries_only else []
+    unread += [mlp.gate, mlp.up, mlp.down] if step.mlp is None else []
+    assert unread
+    fewer = bytes_per_token(model, dense) - bytes_per_token(model, plan)
+    assert fewer == pytest.approx(sum(matrix.nbytes for matrix in unread), rel=0.002)
+
+
+def test_neurons_of_an_mlp_that_is_left_out_cost_nothing(llama: Any) -> None:
+    plan = plan_with(llama, Sketch(keep=0.5))
+    dense = Plan.dense(llama)
+    without = replace(plan, layers=tuple(replace(layer, layer=SkipMLP()) for layer in plan.layers))
+    assert bytes_per_token(llama, without) == bytes_per_token(llama, dense) - 3 * 3 * 160 * 64 * 4
+    assert cost(llama, without).weighed == cost(llama, without).moved
+    adaptive = replace(dense, layers=tuple(LayerPlan(layer=Adaptive(0.5)) for _ in dense.layers))
+    assert bytes_per_token(llama, adaptive) == bytes_per_token(llama, dense)
+
+
+# ---- layers ----
+
+
+def with_idle_halves(*idle: tuple[int, str]) -> Any:
+    """A model of four layers, of which some attentions and MLPs add nothing: the weights of their outputs are zero."""
+    model = tiny("llama", num_hidden_layers=4)
+    with torch.no_grad():
+        for index, half in idle:
+            layer = model.model.layers[index]
+            (layer.self_attn.o_proj if half == "attention" else layer.mlp.down_proj).weight.zero_()
+    return model
+
+
+def test_a_layer_that_does_nothing_is_found_and_left_out() -> None:
+    model = with_idle_halves((1, "attention"), (1, "mlp"))
+    plan = budgeted(model, "kl<0.00001", method="layers")
+    assert [type(layer.layer) for layer in plan.layers] == [Run, Skip, Run, Run]
+    assert plan.recipe["method"] == "layers"
+    assert plan.recipe["leave"] == "layers"
+    assert plan.weights is None, "random weights lose more than this by rounding"
+    assert "+ skip" in str(plan)
+    assert any(row["name"] == "skip layers" for row in plan.frontier)
+    with coreskip.wrap(model, plan):
+        greedy(model, prompt(), 4)
+
+
+@pytest.mark.parametrize(("half", "policy"), [("attention", SkipAttention), ("mlp", SkipMLP)])
+def test_halves_that_do_nothing_are_left_out_where_no_whole_layer_may_be(half: str, policy: type[Run]) -> None:
+    model = with_idle_halves((0, half), (2, half))
+    plan = budgeted(model, "kl<0.00001", fast=True)
+    assert [type(layer.layer) for layer in plan.layers] == [policy, Run, policy, Run]
+
+
+def test_layers_are_not_calibrated_for_where_they_cannot_win(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("coreskip.runtime.tune.half_losses", lambda *about, **options: asked.append(about))
+    monkeypatch.setattr("coreskip.runtime.search._Hunt._promises", lambda self, family, keep: family.method == "dense")
+    assert budgeted(llama, "kl<100").recipe["method"] == "dense"
+    assert not asked
+
+
+def test_a_search_for_layers_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, file = with_idle_halves((3, "mlp")), tmp_path / "search.jsonl"
+    plan = budgeted(model, "kl<0.00001", method="layers", resume=file)
+    monkeypatch.setattr(Study, "measure", lambda *about: pytest.fail("measured again"))
+    assert str(budgeted(model, "kl<0.00001", method="layers", resume=file)) == str(plan)
+    plan.save(tmp_path / "p.plan")
+    assert str(Plan.load(tmp_path / "p.plan")) == str(plan)
 
 
 # ---- weights in fewer bits ----
