@@ -64,13 +64,14 @@ def main(
     for budget, method in missing:
         start = time.perf_counter()
         plan = search(study, Budget.parse(budget), method, journal=journal or folder / "measured.jsonl")
-        row = {"name": _name(budget, method), "model": "SmolLM2-135M-Instruct", "dtype": "float32", "keep": 1.0}
+        name = _name(budget, method)
+        row = {"name": name, "model": "SmolLM2-135M-Instruct", "dtype": "float32", "keep": 1.0}
         # a search profits from what those before it measured and calibrated
         row |= {**plan.recipe, "weights": plan.weights, "search_s": round(time.perf_counter() - start, 1)}
         row |= {"searched": plan.quality, "frontier": len(plan.frontier), **scored.of(plan)}
         row["megabytes"] = round(bytes_per_token(model, plan) / 1e6, 2)
         plan.save(folder / plan_name(len(rows)))
-        rows[row["name"]] = {**row, **about}
+        rows[name] = {**row, **about}
         write_rows(output, list(rows.values()))
     click.echo(quality_table(list(rows.values())))
 

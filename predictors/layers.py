@@ -169,8 +169,9 @@ def half_losses(model: Any, windows: Tensor, *, seed: int = 0, progress: bool = 
     float64 ``[layers, 2]``.
 
     The argument is `fisher_information`'s, with all that a half adds to the residual stream for the error. On the
-    embedded model its order is closer to that of the losses measured, one half at a time, than block influence's; of
-    several halves the sum was a better guide than the whole quadratic form.
+    embedded model these choose halves as well as their losses measured one by one do, at a tenth of the work: 3 MLPs
+    left out cost +25 % of perplexity, by block influence +59 %; 6 attentions +25 and +54 %. Of whole layers, whose
+    changes are far from small, block influence chooses better: 3 of them cost +34 %, by the sums of these losses +64 %.
 
     Args:
         windows: token ids ``[rows, length]``; one forward and one backward pass each.
@@ -197,16 +198,7 @@ def _added(anatomy: Anatomy, index: int) -> tuple[nn.Module, nn.Module]:
 
 
 Leave = Literal["layers", "attentions", "mlps"]
-_LEFT: dict[Leave, tuple[type[Run], tuple[int, ...]]] = {  # with the columns of `half_losses`
-    "layers": (Skip, (0, 1)),
-    "attentions": (SkipAttention, (0,)),
-    "mlps": (SkipMLP, (1,)),
-}
-
-
-def least_first(losses: Tensor, leave: Leave) -> list[int]:
-    """The layers in the order in which to leave them, or halves of them, out. `losses`: see `half_losses`."""
-    return losses[:, list(_LEFT[leave][1])].sum(1).argsort(stable=True).tolist()
+_LEFT: dict[Leave, type[Run]] = {"layers": Skip, "attentions": SkipAttention, "mlps": SkipMLP}
 
 
 def left_out(keep: float, depth: int) -> int:
@@ -216,7 +208,7 @@ def left_out(keep: float, depth: int) -> int:
 
 def leaving_out(leave: Leave, layers: Sequence[int], depth: int) -> list[LayerPolicy]:
     """One policy per layer: these `layers`, or halves of them, are left out."""
-    policy = _LEFT[leave][0]
+    policy = _LEFT[leave]
     return [policy() if index in layers else Run() for index in range(depth)]
 
 

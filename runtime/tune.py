@@ -19,7 +19,7 @@ from ..predictors.calibration import TokenText, sample_text, tokenize
 from ..predictors.core_neurons import SentenceCounter, cluster_sentences, static_set
 from ..predictors.errors import CoreskipError
 from ..predictors.importance import Score, check_score, check_share, kept_count
-from ..predictors.layers import Leave, half_losses, least_first, leaving_out, left_out
+from ..predictors.layers import Leave, block_influence, half_losses, leaving_out, left_out
 from ..predictors.learned import RANK
 from ..predictors.observe import LayerStats, down_norms, observe
 from ..predictors.plan import Clusters, CoreNeurons, Fingerprint, LayerPlan, NeuronPolicy, Plan, Similar, Static
@@ -37,7 +37,7 @@ DEFAULT_KEEP = 0.6
 DEFAULT_KEEP_OF_LAYERS = 0.9
 DEFAULT_SCORE: Score = "griffin"
 ALPHA = 0.4  # CoreInfer's, section 3
-_PER_WINDOW = 2048  # tokens observed, to one window whose gradients tell what layers are worth
+_PER_WINDOW = 2048  # tokens observed, to one window that tells what layers are worth
 _SENTENCE = 256  # tokens; CoreInfer finds core neurons stable from 200-300 tokens on
 
 
@@ -372,17 +372,32 @@ class Workshop:
 
     def _layers(self, keep: float, *, leave: Leave = "layers") -> Plan:
         depth = len(self._fingerprint.intermediate_sizes)
-        order = [index for index in least_first(self._half_losses, leave) if index >= self._first]
+        worth = self._worth(leave)
+        order = sorted(range(self._first, depth), key=worth.__getitem__)
         policies = leaving_out(leave, order[: left_out(keep, depth)], depth)
         recipe = {"method": "layers", "leave": leave, "keep": keep, "first_layer": self._first, "seed": self._seed}
         layers = tuple(LayerPlan(layer=policy) for policy in policies)
         return Plan(layers, self._fingerprint, recipe, self._text.fingerprint())
 
+    def _worth(self, leave: Leave) -> list[float]:
+        """Of each layer, or half of it: by what was measured to choose best, see `half_losses`."""
+        if leave == "layers":
+            return self._influence
+        column = 0 if leave == "attentions" else 1
+        return cast("list[float]", self._half_losses[:, column].tolist())
+
+    @cached_property
+    def _influence(self) -> list[float]:
+        return [each.layer for each in block_influence(self._model, self._few_windows.split(1))]
+
     @cached_property
     def _half_losses(self) -> Tensor:
+        return half_losses(self._model, self._few_windows, seed=self._seed, progress=self._progress)
+
+    @cached_property
+    def _few_windows(self) -> Tensor:
         length = min(_SENTENCE, _longest(self._model), len(self._text.ids) + len(self._text.prefix))
-        rows = self._text.windows(length, max(1, self._max_tokens // _PER_WINDOW))
-        return half_losses(self._model, rows, seed=self._seed, progress=self._progress)
+        return self._text.windows(length, max(1, self._max_tokens // _PER_WINDOW))
 
     def _core(self, keep: float) -> Plan:
         policy = CoreNeurons(self._alpha, keep, self._score)
