@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from test_policies import plan_with, some_policy
 from test_tune import NoTokenizer, run, text
 from tiny_models import greedy, plan_of, prompt, tiny
 
 import coreskip
 from coreskip import CoreskipError, Plan, PlanError
+from coreskip.bench import budget as benchmark
 from coreskip.kernels.ops import available
 from coreskip.predictors.plan import Adaptive, LayerPlan, Run, Sketch, Skip, SkipAttention, SkipMLP
 from coreskip.runtime.cost import bytes_per_token, cost, predicted_seconds, read_bandwidth
@@ -330,3 +334,43 @@ def test_a_winner_that_fails_the_check_gives_way(llama: Any, monkeypatch: pytest
     assert plan.recipe["method"] != "dense"
     assert plan.quality is not None
     assert plan.quality["kl"] <= 5
+
+
+# ---- the benchmark of searches ----
+
+
+class Letters(NoTokenizer):
+    def __call__(self, text: str, **options: Any) -> Any:
+        return SimpleNamespace(input_ids=[5 + ord(letter) % 100 for letter in text])
+
+
+def test_the_benchmark_goes_on_from_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, rows, plans = tmp_path / "text.txt", tmp_path / "rows.jsonl", tmp_path / "plans"
+    text.write_text("".join(chr(97 + letter) for letter in prompt(1, 4000)[0].tolist()))
+    monkeypatch.setattr(benchmark, "load", lambda **options: (tiny("llama"), Letters()))
+    searched: list[str] = []
+    original = benchmark.search
+
+    def counted(study: Study, limit: Any, method: str, **options: Any) -> Plan:
+        searched.append(f"{limit.text}, {method}")
+        if len(searched) == 3:
+            raise KeyboardInterrupt
+        return original(study, limit, method, **options)
+
+    monkeypatch.setattr(benchmark, "search", counted)
+    words = [str(text), "--rows", str(rows), "--plans", str(plans), "--fast", "--windows", "2"]
+    wanted = ["--budget", "kl<0.5", "--budget", "kl<100", "--method", "static", "--method", "auto"]
+    assert CliRunner().invoke(benchmark.main, words + wanted).exit_code == 1
+    before = rows.read_text()
+    assert len(before.splitlines()) == 2
+    result = CliRunner().invoke(benchmark.main, words + wanted)
+    assert result.exit_code == 0, result.output
+    assert searched == ["kl<0.5, static", "kl<0.5, auto", "kl<100, static", "kl<100, static", "kl<100, auto"]
+    assert rows.read_text().startswith(before)
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert all(row["search_s"] >= 0 and row["frontier"] > 0 and row["windows"] == 2 for row in found)
+    for index, row in enumerate(found):
+        assert Plan.load(plans / f"{index}.plan").recipe["budget"] == row["budget"]
+    result = CliRunner().invoke(benchmark.main, [*words[:-1], "3"])
+    assert isinstance(result.exception, CoreskipError)
+    assert "rows of another command" in str(result.exception)
