@@ -38,6 +38,7 @@ _CHECKS = 4  # plans that are measured on the held-out text at most
 _SCREEN = 3  # windows on which a plan that is far off shows
 _MORE = 3  # times the study's windows, where only the margin of error stands between a plan and the budget
 _FAR_OFF = 1.5  # times the budget
+_IN_ANY_WEIGHTS = 2  # times the budget, of which the weights' format, where it holds, has used one at most
 _HOPELESS = 4  # times the budget: no allocation of the same method mends that
 _FIGURES = ("ppl_increase", "ppl_increase_stderr", "kl", "top1_agreement", "neuron_sparsity", "tokens")
 
@@ -219,6 +220,7 @@ class _Hunt:
         self._measured: _Found | None = None  # the last one
         self._held: list[_Found] = []
         self._hopeless: set[tuple[Any, ...]] = set()
+        self._refused: dict[str, float] = {}  # by label without weights: the keep that fails in all of them
         self._scouted: set[tuple[Any, ...]] = set()
         self._spoilt: set[str | None] = set()  # formats that break the budget without a neuron left out
         self._about = study.identity()[:16]
@@ -323,14 +325,16 @@ class _Hunt:
             self._scouted.add((family.kin, family.weights))
             self.measure(replace(scout, weights=family.weights), keep, _SCREEN)
             self._give_up(family)
-        return family.kin in self._hopeless
+        return family.kin in self._hopeless or keep <= self._refused.get(replace(family, weights=None).label, 0.0)
 
     def _give_up(self, family: Family) -> None:
-        """Do without the family's kin where the last measurement was far off."""
+        """Do without the kin where the last measurement was far off, or without the family in other weights."""
         assert self._budget is not None
         assert self._measured is not None
         if self._budget.exceeds(self._measured.quality, _HOPELESS):
             self._hopeless.add(family.kin)
+        elif self._budget.exceeds(self._measured.quality, _IN_ANY_WEIGHTS):
+            self._refused[replace(self._measured.family, weights=None).label] = self._measured.keep
 
     # ---- the end
 

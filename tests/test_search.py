@@ -22,7 +22,7 @@ from coreskip.bench import budget as benchmark
 from coreskip.kernels.ops import available
 from coreskip.predictors.plan import Adaptive, LayerPlan, Run, Sketch, Skip, SkipAttention, SkipMLP
 from coreskip.runtime.cost import bytes_per_token, cost, predicted_seconds, read_bandwidth
-from coreskip.runtime.search import FAMILIES, Journal, pareto
+from coreskip.runtime.search import FAMILIES, Family, Journal, pareto
 from coreskip.runtime.tune import Study
 from coreskip.runtime.wrap import runtime_of
 
@@ -289,6 +289,27 @@ def test_layers_are_not_calibrated_for_where_they_cannot_win(llama: Any, monkeyp
     monkeypatch.setattr("coreskip.runtime.search._Hunt._promises", lambda self, family, keep: family.method == "dense")
     assert budgeted(llama, "kl<100").recipe["method"] == "dense"
     assert not asked
+
+
+@needs_kernels
+def test_what_fails_by_far_is_not_tried_with_less_kept_in_other_weights(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dense int4 holds; without a layer it is three times the budget away: int8 without two is not measured."""
+    measured: list[tuple[str | None, int]] = []
+
+    def judged(self: Study, plan: Plan, part: str = "checked", windows: int | None = None) -> dict[str, Any]:
+        skipped = sum(isinstance(layer.layer, Skip) for layer in plan.layers)
+        measured.append((plan.weights, skipped))
+        figures = {"kl": 0.9 + 2.1 * skipped, "ppl_increase": 0.0, "ppl_increase_stderr": 0.0, "tokens": 1}
+        return {**figures, "top1_agreement": 1.0, "neuron_sparsity": 0.0}
+
+    monkeypatch.setattr(Study, "measure", judged)
+    only = Family("layers", {"leave": "layers"})
+    monkeypatch.setattr("coreskip.runtime.search._Hunt.families", lambda self: [only])
+    assert budgeted(llama, "kl<1").weights == "int4"
+    assert ("int4", 1) in measured
+    assert not [weights for weights, skipped in measured if skipped and weights != "int4"]
 
 
 def test_a_search_for_layers_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
