@@ -3,11 +3,13 @@
     python -m coreskip.bench.budget TEXT --rows bench/rows/budget.jsonl --plans FOLDER
     python -m coreskip.bench.quality_speed bench/rows/budget.jsonl --plans FOLDER
 
-The first half of TEXT is all that the searches see; the rows' figures are of its second half, token by token.
+The first half of TEXT is all that the searches see; the rows' figures are of its second half, token by token where the
+native step decodes. Rows are written as they come, and those that there are stay: what was stopped goes on.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,11 @@ import click
 
 from coreskip.bench.quality import plan_name, provenance, undo_wikitext, write_rows
 from coreskip.bench.rows import quality_table
+from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.calibration import read_text, tokenize
-from coreskip.runtime.cost import bytes_per_token
+from coreskip.predictors.errors import CoreskipError
+from coreskip.predictors.plan import Plan
+from coreskip.runtime.cost import bytes_per_token, runs_natively
 from coreskip.runtime.emulation import Emulation
 from coreskip.runtime.load import load
 from coreskip.runtime.search import search
@@ -29,39 +34,76 @@ METHODS = ("auto", "sketch", "threshold", "static")
 
 @click.command()
 @click.argument("text", type=click.Path(path_type=Path))
-@click.option("--rows", "output", required=True, type=click.Path(path_type=Path), help="JSONL file to write.")
+@click.option("--rows", "output", required=True, type=click.Path(path_type=Path), help="JSONL file to write or go on.")
 @click.option("--plans", "folder", required=True, type=click.Path(path_type=Path), help="Folder for the plans found.")
-@click.option("--journal", type=click.Path(path_type=Path), help="Keep the searches' measurements in this file.")
+@click.option("--journal", type=click.Path(path_type=Path), help="Of all searches; measured.jsonl among the plans.")
 @click.option("--method", "methods", multiple=True, help=f"By default {', '.join(METHODS)}.")
+@click.option("--budget", "budgets", multiple=True, help=f"By default {', '.join(BUDGETS)}.")
 @click.option("--windows", default=24, show_default=True, help="Windows of 512 tokens to score the plans found on.")
 @click.option("--fast", is_flag=True, help="As analyze's.")
 def main(
-    text: Path, output: Path, folder: Path, journal: Path | None, methods: tuple[str, ...], windows: int, fast: bool
+    text: Path,
+    output: Path,
+    folder: Path,
+    journal: Path | None,
+    methods: tuple[str, ...],
+    budgets: tuple[str, ...],
+    windows: int,
+    fast: bool,
 ) -> None:
     """Search for every budget and method with the embedded model in fp32, and score what is found."""
-    command = f"python -m coreskip.bench.budget {text.name} --rows {output.name} --windows {windows}"
-    command += " --fast" * fast + "".join(f" --method {method}" for method in methods)
+    command = f"python -m coreskip.bench.budget {text.name} --rows {output.name} --windows {windows}" + " --fast" * fast
     about = provenance(command)  # before the work: the commit may move on meanwhile
+    rows = _so_far(output, command)
+    missing = [(b, m) for b in budgets or BUDGETS for m in methods or METHODS if _name(b, m) not in rows]
+    folder.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load(device="cpu", dtype="float32")
     seen, unseen = tokenize(tokenizer, undo_wikitext(read_text(text)), text.name).split(0.5, 0.5)
     study = Study(model, tokenizer, text=seen, fast=fast)
-    scored = Emulation(model, unseen, windows=windows)
-    rows: list[dict[str, Any]] = []
-    for budget in BUDGETS:
-        for method in methods or METHODS:
-            start = time.perf_counter()
-            plan = search(study, Budget.parse(budget), method, journal=journal)
-            row = {"name": f"{budget}, {method}", "model": "SmolLM2-135M-Instruct", "dtype": "float32", "keep": 1.0}
-            row |= {**plan.recipe, "weights": plan.weights, "search_s": round(time.perf_counter() - start, 1)}
-            row["searched"] = plan.quality
-            row |= {
-                **scored.score(plan, token_by_token=True),
-                "megabytes": round(bytes_per_token(model, plan) / 1e6, 2),
-            }
-            plan.save(folder / plan_name(len(rows)))
-            rows.append({**row, **about})
-            write_rows(output, rows)
-    click.echo(quality_table(rows))
+    scored = Scores(model, Emulation(model, unseen, windows=windows))
+    for budget, method in missing:
+        start = time.perf_counter()
+        plan = search(study, Budget.parse(budget), method, journal=journal or folder / "measured.jsonl")
+        name = _name(budget, method)
+        row = {"name": name, "model": "SmolLM2-135M-Instruct", "dtype": "float32", "keep": 1.0}
+        # a search profits from what those before it measured and calibrated
+        row |= {**plan.recipe, "weights": plan.weights, "search_s": round(time.perf_counter() - start, 1)}
+        row |= {"searched": plan.quality, "frontier": len(plan.frontier), **scored.of(plan)}
+        row["megabytes"] = round(bytes_per_token(model, plan) / 1e6, 2)
+        plan.save(folder / plan_name(len(rows)))
+        rows[name] = {**row, **about}
+        write_rows(output, list(rows.values()))
+    click.echo(quality_table(list(rows.values())))
+
+
+def _name(budget: str, method: str) -> str:
+    return f"{budget}, {method}"
+
+
+def _so_far(output: Path, command: str) -> dict[str, dict[str, Any]]:
+    """By name the rows that there are, in their order, which is that of the plans."""
+    if not output.exists():
+        return {}
+    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    if any(row["command"] != command for row in rows):
+        raise CoreskipError(f"{output} holds rows of another command than `{command}`: name another file")
+    return {row["name"]: row for row in rows}
+
+
+class Scores:
+    """Figures of plans on one text, each scored once however many searches end with it."""
+
+    def __init__(self, model: Any, emulation: Emulation) -> None:
+        self._emulation, self._anatomy = emulation, dissect(model)
+        self._known: dict[str, dict[str, Any]] = {}
+
+    def of(self, plan: Plan) -> dict[str, Any]:
+        made = {name: value for name, value in plan.recipe.items() if name != "budget"}
+        key = json.dumps([made, plan.weights], sort_keys=True)
+        if key not in self._known:
+            real = runs_natively(self._anatomy, plan)  # else a token takes ten times as long, and says the same
+            self._known[key] = {**self._emulation.score(plan, token_by_token=real), "token_by_token": real}
+        return self._known[key]
 
 
 if __name__ == "__main__":

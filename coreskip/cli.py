@@ -53,9 +53,12 @@ def _quiet_libraries() -> None:
 @_model_options
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write the plan to.")
 @click.option(
-    "--method", default="auto", show_default=True, help="auto, sketch, threshold, learned, core, similar, static, topk."
+    "--method",
+    default="auto",
+    show_default=True,
+    help="auto, sketch, threshold, learned, core, similar, static, topk, layers.",
 )
-@click.option("--keep", type=float, help="Share of the MLP neurons to keep, in (0, 1]; 0.6 by default.")
+@click.option("--keep", type=float, help="Share of neurons (0.6 by default) or layers (0.9) to keep, in (0, 1].")
 @click.option("--budget", help="ppl+1%, kl<0.05 or agreement>0.95: the fastest plan found that holds it.")
 @click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text to calibrate on; else the model writes some.")
 @click.option("--score", help="griffin (default), magnitude, magnitude_down, or signed as CoreInfer published.")
@@ -93,6 +96,8 @@ def analyze(
     check_target(output)
     check_options(**options)
     choice = LayerChoice.parse(layers) if layers is not None else None
+    if choice is not None and options["method"] == "layers":
+        raise CoreskipError("--layers says which layers to leave out, --method layers looks for them: give one of them")
     content = read_text(text) if text is not None else None
     loaded, tokenizer = load(model, dtype=dtype, device=device)
     given = tokenize(tokenizer, content, Path(str(text)).name) if content is not None else None

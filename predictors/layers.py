@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from .calibration import TokenText
 from .errors import CoreskipError
 from .observe import inference
 from .plan import Adaptive, LayerPolicy, Plan, Run, Skip, SkipAttention, SkipMLP
+from .token_samples import output_gradients
 
 
 def void(norms: Sequence[Tensor], alpha: float) -> Tensor:
@@ -163,6 +164,54 @@ def _mlp_outputs(anatomy: Anatomy, found: dict[int, Tensor]) -> Iterator[None]:
             handle.remove()
 
 
+def half_losses(model: Any, windows: Tensor, *, seed: int = 0, progress: bool = True) -> Tensor:
+    """What leaving out each layer's attention and MLP costs, as far as gradients tell: nats (KL divergence) a token,
+    float64 ``[layers, 2]``.
+
+    The argument is `fisher_information`'s, with all that a half adds to the residual stream for the error. On the
+    embedded model these choose halves as well as their losses measured one by one do, at a tenth of the work: 3 MLPs
+    left out cost +25 % of perplexity, by block influence +59 %; 6 attentions +25 and +54 %. Of whole layers, whose
+    changes are far from small, block influence chooses better: 3 of them cost +34 %, by the sums of these losses +64 %.
+
+    Args:
+        windows: token ids ``[rows, length]``; one forward and one backward pass each.
+        seed: of drawing predictions.
+    """
+    anatomy = dissect(model)
+    modules = [module for index in range(len(anatomy)) for module in _added(anatomy, index)]
+    total, tokens = torch.zeros(len(modules), dtype=torch.float64), 0
+    for found in output_gradients(model, windows, modules, seed=seed, progress=progress):
+        changes = torch.stack([(output * gradient).sum(-1).cpu() for output, gradient in found]).double()
+        total += changes.square().sum(1) / 2
+        tokens += changes.shape[1]
+    return (total / tokens).view(-1, 2)
+
+
+def _added(anatomy: Anatomy, index: int) -> tuple[nn.Module, nn.Module]:
+    """The modules whose outputs a layer's attention and MLP add to the residual stream."""
+    layer, attention = cast(Any, anatomy.layers[index]), anatomy.attentions[index]
+    if isinstance(getattr(layer, "post_feedforward_layernorm", None), nn.Module):  # norms come after both (Gemma, OLMo)
+        return layer.post_attention_layernorm, layer.post_feedforward_layernorm
+    if attention is None:
+        raise CoreskipError(f"{anatomy.model_type!r} models have attention that is not known: no losses of layers")
+    return getattr(attention.module, attention.output), anatomy.mlps[index].down
+
+
+Leave = Literal["layers", "attentions", "mlps"]
+_LEFT: dict[Leave, type[Run]] = {"layers": Skip, "attentions": SkipAttention, "mlps": SkipMLP}
+
+
+def left_out(keep: float, depth: int) -> int:
+    """Of `depth` layers, how many are left out where a share `keep` stays."""
+    return round((1 - keep) * depth)
+
+
+def leaving_out(leave: Leave, layers: Sequence[int], depth: int) -> list[LayerPolicy]:
+    """One policy per layer: these `layers`, or halves of them, are left out."""
+    policy = _LEFT[leave]
+    return [policy() if index in layers else Run() for index in range(depth)]
+
+
 def attention_ranks(model: Any, batches: Sequence[Tensor]) -> list[float]:
     """Per layer, the mean numerical rank of the attention maps ``[length, length]`` over heads and rows, as a share of
     the length. A singular value counts from the largest times length times fp32's epsilon on.
@@ -258,8 +307,19 @@ def leave_out(plan: Plan, model: Any, text: TokenText, choice: LayerChoice, *, w
     influence = block_influence(model, rows.split(1))
     maps = void_maps(model, rows[:4, : rows.shape[1] // 2].split(1), new_tokens=16)
     layers = tuple(
-        replace(layer, layer=policy) for layer, policy in zip(plan.layers, choice.policies(influence), strict=True)
+        replace(layer, layer=_fewer(layer.layer, policy))
+        for layer, policy in zip(plan.layers, choice.policies(influence), strict=True)
     )
     measures = {"influence": [each.layer for each in influence], **maps.shares()}
     recipe = {**plan.recipe, "layers": str(choice), "measures": measures}
     return replace(plan, layers=layers, recipe=recipe, quality=None)
+
+
+def _fewer(one: LayerPolicy, other: LayerPolicy) -> LayerPolicy:
+    """What leaves out all that both do, or may do."""
+    for policy in (one, other):
+        if isinstance(policy, Adaptive):
+            rest = other if policy is one else one
+            return rest if isinstance(rest, Skip) else policy
+    kinds = {(True, True): Run, (False, True): SkipAttention, (True, False): SkipMLP, (False, False): Skip}
+    return kinds[one.attention and other.attention, one.mlp and other.mlp]()

@@ -120,12 +120,29 @@ def fisher_information(model: Any, windows: Tensor, *, seed: int = 0, progress: 
     """
     anatomy = dissect(model)
     sums = [torch.zeros(mlp.hidden_size, mlp.hidden_size, device=mlp.matrices().down.device) for mlp in anatomy.mlps]
+    tokens = 0
+    for found in output_gradients(model, windows, [mlp.down for mlp in anatomy.mlps], seed=seed, progress=progress):
+        for total, (_, g) in zip(sums, found, strict=True):
+            total += g.t() @ g
+        tokens += len(found[0][1])
+    return [total / tokens for total in sums]
+
+
+def output_gradients(
+    model: Any, windows: Tensor, modules: Sequence[nn.Module], *, seed: int = 0, progress: bool = True
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Per window, the outputs of `modules` and the gradients of log p(y) there, y drawn from the model's own
+    predictions: a pair of fp32 ``[tokens, width]`` each, without the first tokens of the window. The gradients are of a
+    part of the positions, scaled so that the mean of their squares is that of all.
+
+    Args: as in `fisher_information`.
+    """
     generator = torch.Generator(device=model.device).manual_seed(seed)
-    rows, length = windows.shape
+    length = windows.shape[1]
     skipped = min(_SETTLED, length // 2)
     few = bool(model._supports_logits_to_keep())
     bar = tqdm(windows.split(1), desc="sensitivities", unit="window", disable=not progress, leave=False)
-    with _gradients_at_outputs(model, anatomy) as probes:
+    with _gradients_at(model, modules) as probes:
         for row, ids in enumerate(bar):
             # gradients of independent draws do not correlate: a part of the positions gives that part of the sum, and
             # the LM head, half of the work at all positions, is spared
@@ -135,12 +152,11 @@ def fisher_information(model: Any, windows: Tensor, *, seed: int = 0, progress: 
             logits = logits if few else logits[places]
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
             logits.log_softmax(-1).gather(1, drawn).sum().backward()
-            for total, probe in zip(sums, probes.values(), strict=True):
-                g = cast(Tensor, probe.grad).reshape(-1, total.shape[0])[skipped:].float()
-                total += g.t() @ g
-            probes.clear()
-    tokens = rows * (length - skipped) / _STRIDE
-    return [total / tokens for total in sums]
+            yield [(_settled(output, skipped), _STRIDE**0.5 * _settled(zero.grad, skipped)) for output, zero in probes]
+
+
+def _settled(values: Tensor | None, skipped: int) -> Tensor:
+    return cast(Tensor, values).reshape(-1, cast(Tensor, values).shape[-1])[skipped:].float()
 
 
 def fisher_norms(anatomy: Anatomy, information: Sequence[Tensor]) -> list[Tensor]:
@@ -157,20 +173,21 @@ def fisher_norms(anatomy: Anatomy, information: Sequence[Tensor]) -> list[Tensor
 
 
 @contextmanager
-def _gradients_at_outputs(model: nn.Module, anatomy: Anatomy) -> Iterator[dict[int, Tensor]]:
-    """Inside, every forward pass leaves, per layer, a zero that was added to the MLP's output and gets its gradient."""
-    probes: dict[int, Tensor] = {}
+def _gradients_at(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Inside, every forward pass leaves, per module, its output and a zero added to it, which gets its gradient."""
+    probes = [(torch.empty(0), torch.empty(0)) for _ in modules]
 
     def probe(index: int) -> Callable[..., Tensor]:
         def after(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
-            probes[index] = torch.zeros_like(output, requires_grad=True)
-            return output + probes[index]
+            zero = torch.zeros_like(output, requires_grad=True)
+            probes[index] = output.detach(), zero
+            return output + zero
 
         return after
 
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     was_training = model.training
-    handles = [mlp.down.register_forward_hook(probe(index)) for index, mlp in enumerate(anatomy.mlps)]
+    handles = [module.register_forward_hook(probe(index)) for index, module in enumerate(modules)]
     try:
         model.eval().requires_grad_(False)
         with torch.enable_grad():

@@ -12,7 +12,7 @@ import torch
 from ..kernels import cpu
 from ..kernels.ops import available
 from ..predictors.anatomy import Anatomy, dissect, rows_of
-from ..predictors.plan import CoreNeurons, Dense, Learned, Plan, Similar, Sketch, Static, Threshold, TopK
+from ..predictors.plan import Adaptive, CoreNeurons, Dense, Learned, Plan, Run, Similar, Sketch, Static, Threshold, TopK
 from .sparse_mlp import TOKEN_POLICIES, native_rule
 
 # bytes a weight with the ends of its group of 32: two half-precision numbers in 4 bits, one in 8
@@ -39,7 +39,8 @@ class Cost:
 def cost(model: Any, plan: Plan, anatomy: Anatomy | None = None) -> Cost:
     """What one decode step of one sequence reads under `plan`.
 
-    A threshold's share is what it kept on the calibration text. The KV cache is left out: no plan changes it.
+    A threshold's share is what it kept on the calibration text; an adaptive layer counts as if it ran. The KV cache is
+    left out: no plan changes it, for skipped attentions write their entries, too.
     """
     anatomy = anatomy or dissect(model)
     head = model.get_output_embeddings().weight
@@ -51,10 +52,12 @@ def cost(model: Any, plan: Plan, anatomy: Anatomy | None = None) -> Cost:
     moved = head.numel() * (loaded if fmt is None else _INT8_GROUPS)
     extra = 0.0
     for index, (layer, mlp) in enumerate(zip(anatomy.layers, anatomy.mlps, strict=True)):
-        policy = plan.layers[index].neurons
+        policy, runs = plan.layers[index].neurons, plan.layers[index].layer
         others = [p for p in layer.parameters() if id(p) not in mlp_weights]
         moved += loaded * sum(p.numel() for p in others if p.ndim < 2)
-        moved += size * (sum(p.numel() for p in others if p.ndim > 1) - _unread_attention(anatomy, index, policy))
+        moved += size * (sum(p.numel() for p in others if p.ndim > 1) - _unread_attention(anatomy, index, policy, runs))
+        if not runs.mlp:
+            continue
         read = _mlp_bytes(policy, mlp.intermediate_size, mlp.hidden_size, mlp.gated, size, loaded, fmt)
         moved += read
         extra += (_CHOSEN - 1) * read if isinstance(policy, TOKEN_POLICIES) else 0.0
@@ -103,10 +106,15 @@ def _mlp_bytes(policy: Any, width: int, hidden: int, gated: bool, size: float, l
     return kept * (first + 1) * row
 
 
-def _unread_attention(anatomy: Anatomy, index: int, policy: Any) -> float:
+def _unread_attention(anatomy: Anatomy, index: int, policy: Any, runs: Run) -> float:
     """Weights of the attention that stay unread."""
     attention = anatomy.attentions[index]
-    if not isinstance(policy, Threshold) or attention is None:
+    if attention is None:
+        return 0.0
+    if not (runs.attention or isinstance(runs, Adaptive)):
+        # keys and values are still written; the queries' projection has as many weights as the output's
+        return 2.0 * rows_of(getattr(attention.module, attention.output))[0].numel()
+    if not isinstance(policy, Threshold):
         return 0.0
     names = [name.partition(".")[2] for name in policy.least if name.startswith("attention.")]
     return sum((1 - policy.keep) * rows_of(getattr(attention.module, name))[0].numel() for name in names)

@@ -41,13 +41,24 @@ class NotCovered(Exception):
 # ---- reading the architecture ----
 
 
+PackedBefore = dict[tuple[Any, ...], tuple[Tensor, PackedLinear]]
+
+
 class Architecture:
     """A model as the native step sees it, with the weights where they lie or, under `weights`, packed anew.
 
     weights: None: as loaded; "int8": one byte a weight, in groups; "int4": 4-bit groups, and bytes for the LM head.
+    packed: what was packed in a format of its own before, and is added to; kept as long as the model's weights stay.
     """
 
-    def __init__(self, model: Any, anatomy: Anatomy, weights: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        anatomy: Anatomy,
+        weights: str | None = None,
+        packed: PackedBefore | None = None,
+    ) -> None:
+        self._packed = {} if packed is None else packed
         self._model, self._anatomy, self._weights = model, anatomy, {"int8": "int8_groups"}.get(str(weights), weights)
         self.config = model.config.get_text_config()
         self._check()
@@ -93,7 +104,13 @@ class Architecture:
             raise NotCovered("its parameters are not all float32, all bfloat16 or all float16")
 
     def _pack(self, weight: Tensor, bias: Tensor | None, fmt: str | None) -> PackedLinear:
-        return PackedLinear.pack(weight.detach(), None if bias is None else bias.detach(), fmt=fmt)
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        if fmt is None:  # read where it lies
+            return PackedLinear.pack(weight, bias)
+        key = (weight.data_ptr(), weight.shape, weight.stride(), fmt)
+        if key not in self._packed:  # with the weight: while it is alive, its address is no other's
+            self._packed[key] = weight, PackedLinear.pack(weight, bias, fmt=fmt)
+        return self._packed[key][1]
 
     def _linear(self, module: Any) -> PackedLinear:
         if not isinstance(module, nn.Linear):
@@ -370,10 +387,18 @@ class Chosen:
 class Decoder:
     """Runs the decode steps of one wrapped model natively, where they are covered.
 
-    count: called with the tokens of a step and the neurons skipped in it.
+    count: called with the tokens of a step and the neurons skipped in it. packed: see `Architecture`.
     """
 
-    def __init__(self, model: Any, anatomy: Anatomy, weights: str | None, count: Callable[[int, int], None]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        anatomy: Anatomy,
+        weights: str | None,
+        count: Callable[[int, int], None],
+        packed: PackedBefore | None = None,
+    ) -> None:
+        self._packed_before = packed
         self._model, self._anatomy, self._weights, self._count = model, anatomy, weights, count
         self._lock = threading.Lock()
         # the dictionaries live as long as the modules: looking into them finds hooks registered later, too
@@ -502,7 +527,7 @@ class Decoder:
         if self._weights is None:
             return loaded
         try:
-            return Architecture(self._model, self._anatomy, self._weights)
+            return Architecture(self._model, self._anatomy, self._weights, self._packed_before)
         except ValueError as reason:
             raise NotCovered(str(reason)) from None
 

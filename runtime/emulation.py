@@ -51,13 +51,21 @@ class Emulation:
     Args:
         model: an unwrapped causal LM.
         windows, window: as in `evaluate_all`.
+        weights: another emulation's of the same model: what it packed is not packed again.
     """
 
     def __init__(
-        self, model: Any, text: TokenText, *, windows: int, window: int = WINDOW, progress: bool = True
+        self,
+        model: Any,
+        text: TokenText,
+        *,
+        windows: int,
+        window: int = WINDOW,
+        weights: Weights | None = None,
+        progress: bool = True,
     ) -> None:
         self._model, self._source, self._window, self._progress = model, text.source, window, progress
-        self.weights: Weights = _FloatWeights(dissect(model))
+        self.weights = weights or _FloatWeights(dissect(model))
         rows = text.windows(window, windows)
         with inference(model):
             bar = tqdm(rows.split(1), desc="prefilling", unit="window", disable=not progress, leave=False)
@@ -72,7 +80,8 @@ class Emulation:
 
     def _fill(self, ids: Tensor) -> _Window:
         prompt, rest = ids.tensor_split(2, dim=1)
-        out = self._model(input_ids=prompt, use_cache=True)
+        keep_last = {"logits_to_keep": 1} if self._model._supports_logits_to_keep() else {}
+        out = self._model(input_ids=prompt, use_cache=True, **keep_last)
         cache, first = out.past_key_values, out.logits[0, -1:].float()
         log_p = self._continue(cache, first, rest[:, :-1]).log_softmax(-1)
         loss = -float(log_p.gather(1, rest[0].unsqueeze(1)).mean())

@@ -2,10 +2,11 @@
 
 Weights in fewer bits come first: where the native step runs the model, they cost no neurons, and what they leave to win
 is often nothing. Then every *family* (a method with its options and a weight format) is a line of plans by the share of
-neurons that they keep. The most promising family is bisected; each other one has one chance, at the keep where it would
-be faster than the best plan so far, and is bisected only if it holds the budget there. What cannot be faster is not
-even calibrated. What is fast is predicted from the bytes that a decode step reads (`cost`) and the measured bandwidth
-of the memory. The winner must hold the budget, with a margin, on text that the search did not see; else it gives way.
+neurons, or of layers, that they keep. The most promising family is bisected; each other one has one chance, at the keep
+where it would be faster than the best plan so far, and is bisected only if it holds the budget there. What cannot be
+faster is not even calibrated. What is fast is predicted from the bytes that a decode step reads (`cost`) and the
+measured bandwidth of the memory. The winner must hold the budget, with a margin, on text that the search did not see;
+else it gives way.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from ..predictors.anatomy import Anatomy, dissect
 from ..predictors.errors import CoreskipError
+from ..predictors.layers import Leave, leaving_out, left_out
 from ..predictors.learned import RANK
 from ..predictors.plan import CoreNeurons, LayerPlan, Learned, NeuronPolicy, Plan, Sketch, Threshold, TopK
+from .attention import can_redirect
 from .cost import Cost, cost, read_bandwidth
 from .decode import refusal
 from .tune import ALPHA, Budget, Study
@@ -35,13 +38,14 @@ _CHECKS = 4  # plans that are measured on the held-out text at most
 _SCREEN = 3  # windows on which a plan that is far off shows
 _MORE = 3  # times the study's windows, where only the margin of error stands between a plan and the budget
 _FAR_OFF = 1.5  # times the budget
+_IN_ANY_WEIGHTS = 2  # times the budget, of which the weights' format, where it holds, has used one at most
 _HOPELESS = 4  # times the budget: no allocation of the same method mends that
 _FIGURES = ("ppl_increase", "ppl_increase_stderr", "kl", "top1_agreement", "neuron_sparsity", "tokens")
 
 
 @dataclass(frozen=True)
 class Family:
-    """One way of choosing neurons, with the weights as loaded or in a format of their own (`Plan.weights`)."""
+    """One way of choosing neurons or layers, with the weights as loaded or in a format of their own."""
 
     method: str
     options: Mapping[str, Any]
@@ -49,20 +53,36 @@ class Family:
 
     @property
     def label(self) -> str:
-        words = [self.method, *(str(v) for k, v in self.options.items() if v and k != "all_linears")]
+        method = "skip" if self.method == "layers" else self.method
+        words = [method, *(str(v) for k, v in self.options.items() if v and k != "all_linears")]
         words += ["all linears"] if self.options.get("all_linears") else []
         return " ".join(words + ([self.weights] if self.weights else []))
 
     @property
     def kin(self) -> tuple[Any, ...]:
         """What families share that differ in weights or allocation alone."""
-        return self.method, self.options.get("rule"), self.options.get("all_linears")
+        return self.method, self.options.get("rule"), self.options.get("all_linears"), self.options.get("leave")
 
     @property
     def formats(self) -> tuple[str | None, ...]:
         """In which weights the native step runs it, the fewest bytes first; as loaded alone where it does not."""
-        native = self.method in ("dense", "sketch", "static", "core", "similar") or self.options.get("rule") == "cats"
-        return ("int4", "int8", None) if native else (None,)
+        native = self.method in ("dense", "sketch", "static", "core", "similar", "layers")
+        return ("int4", "int8", None) if native or self.options.get("rule") == "cats" else (None,)
+
+    def keeps(self, depth: int) -> tuple[float, ...]:
+        """The shares that are tried in a model of so many layers, the most first."""
+        if self.method == "layers":
+            return tuple(round(1 - left / depth, 4) for left in range(1, -(-9 * depth // 10)))
+        return (1.0,) if self.method == "dense" else _KEEPS
+
+    def milder(self, keep: float, depth: int) -> float | None:
+        """A share that keeps about a quarter more of what `keep` leaves out; None where that is all of it."""
+        if self.method == "layers":
+            left = left_out(keep, depth)
+            more = round(1 - (left - max(1, left // 4)) / depth, 4)
+        else:
+            more = round(keep + max(_FINE, 0.25 * (1 - keep)), 2)
+        return more if more < 1 else None
 
 
 #: Most promising first, as measured on the embedded model.
@@ -80,23 +100,29 @@ FAMILIES = (
     Family("static", {}),
     Family("core", {}),
     Family("similar", {}),
+    *(Family("layers", {"leave": leave}) for leave in get_args(Leave)),
 )
-_FAST = tuple(f for f in FAMILIES if f.label in ("sketch greedy", "threshold cats", "threshold teal", "static"))
+_FAST = tuple(
+    f
+    for f in FAMILIES
+    if f.method == "layers" or f.label in ("sketch greedy", "threshold cats", "threshold teal", "static")
+)
 _DENSE = Family("dense", {})
 #: What tells, cheaply calibrated, whether a method's other families have a chance.
 _SCOUTS = {"sketch": Family("sketch", {"allocation": "equal"})}
 
 
 def search(study: Study, budget: Budget, method: str, *, journal: str | Path | None = None) -> Plan:
-    """The fastest plan of `method`'s families, or under ``auto`` of all, that holds `budget`; of a fast study's, four.
+    """The fastest plan of `method`'s families, or under ``auto`` of all, that holds `budget`; a fast study looks at the
+    most promising ones alone.
 
     Args:
         journal: a file of what was measured, made if it is not there; a search of the same study goes on from it.
     """
-    families = [f for f in (_FAST if study.fast and method == "auto" else FAMILIES) if method in ("auto", f.method)]
-    families = ([_DENSE] if method == "auto" else []) + (families or [Family(method, {})])
     hunt = _Hunt(study, budget, Journal(journal))
-    for family in families:
+    families = [f for f in hunt.families() if method in ("auto", f.method)]
+    families = families or [f for f in FAMILIES if f.method == method] or [Family(method, {})]
+    for family in ([_DENSE] if method == "auto" else []) + families:
         for weights in hunt.formats(family):
             hunt.pursue(replace(family, weights=weights))
     return hunt.conclude()
@@ -108,7 +134,7 @@ def pareto(
     """The plans that nothing found here beats in both predicted time and quality, fastest first.
 
     Args:
-        keeps: shares of neurons at which every family is measured, with the weights in their fewest bits.
+        keeps: shares of neurons, or layers, at which every family is measured, with the weights in their fewest bits.
         options: of `analyze`, without method, keep and budget.
 
     Returns:
@@ -120,7 +146,7 @@ def pareto(
     hunt = _Hunt(study, None, journal)
     for weights in hunt.formats(_DENSE):
         hunt.measure(replace(_DENSE, weights=weights), 1.0)
-    for family in _FAST if study.fast else FAMILIES:
+    for family in hunt.families():
         for keep in keeps:
             hunt.measure(replace(family, weights=hunt.formats(family)[0]), keep)
     return hunt.front()
@@ -194,6 +220,7 @@ class _Hunt:
         self._measured: _Found | None = None  # the last one
         self._held: list[_Found] = []
         self._hopeless: set[tuple[Any, ...]] = set()
+        self._refused: dict[str, float] = {}  # by label without weights: the keep that fails in all of them
         self._scouted: set[tuple[Any, ...]] = set()
         self._spoilt: set[str | None] = set()  # formats that break the budget without a neuron left out
         self._about = study.identity()[:16]
@@ -202,6 +229,11 @@ class _Hunt:
 
     def _cost(self, plan: Plan) -> Cost:
         return cost(self._study.model, plan, self._anatomy)
+
+    def families(self) -> list[Family]:
+        """Those to look at here."""
+        layers = can_redirect(self._anatomy)  # else attentions cannot be left out
+        return [f for f in (_FAST if self._study.fast else FAMILIES) if layers or f.method != "layers"]
 
     def formats(self, family: Family) -> tuple[str | None, ...]:
         """The weight formats in which the family can run here."""
@@ -262,7 +294,7 @@ class _Hunt:
 
     def pursue(self, family: Family) -> None:
         """Find the fewest neurons with which this family holds the budget, if that can win."""
-        keeps = [keep for keep in self._keeps(family) if self._promises(family, keep)]
+        keeps = [keep for keep in family.keeps(len(self._anatomy)) if self._promises(family, keep)]
         if not keeps or family.weights in self._spoilt:
             return
         if family.method == "dense":
@@ -278,17 +310,12 @@ class _Hunt:
             middle = (low + high) // 2
             low, high = (middle, high) if self._holds(family, keeps[middle]) else (low, middle)
 
-    def _keeps(self, family: Family) -> tuple[float, ...]:
-        return (1.0,) if family.method == "dense" else _KEEPS
-
     def _promises(self, family: Family, keep: float) -> bool:
         """Whether the family would be faster than the best so far, at this keep."""
         if family.method == "dense":
             plan = self._make(family, keep)
         else:
-            policies = [_outline(family, keep, self._anatomy, i) for i in range(len(self._anatomy))]
-            layers = tuple(LayerPlan(policy) for policy in policies)
-            plan = replace(self._dense, layers=layers, weights=family.weights)
+            plan = replace(self._dense, layers=_outline(family, keep, self._anatomy), weights=family.weights)
         return self._cost(plan).weighed < 0.99 * self._to_beat
 
     def _is_hopeless(self, family: Family, keep: float) -> bool:
@@ -298,14 +325,16 @@ class _Hunt:
             self._scouted.add((family.kin, family.weights))
             self.measure(replace(scout, weights=family.weights), keep, _SCREEN)
             self._give_up(family)
-        return family.kin in self._hopeless
+        return family.kin in self._hopeless or keep <= self._refused.get(replace(family, weights=None).label, 0.0)
 
     def _give_up(self, family: Family) -> None:
-        """Do without the family's kin where the last measurement was far off."""
+        """Do without the kin where the last measurement was far off, or without the family in other weights."""
         assert self._budget is not None
         assert self._measured is not None
         if self._budget.exceeds(self._measured.quality, _HOPELESS):
             self._hopeless.add(family.kin)
+        elif self._budget.exceeds(self._measured.quality, _IN_ANY_WEIGHTS):
+            self._refused[replace(self._measured.family, weights=None).label] = self._measured.keep
 
     # ---- the end
 
@@ -332,8 +361,8 @@ class _Hunt:
 
     def _milder(self, best: _Found, quality: dict[str, Any]) -> list[_Found]:
         """The same with a little more kept, where that is still faster than dense."""
-        more = round(best.keep + max(_FINE, 0.25 * (1 - best.keep)), 2)
-        if more >= 1:
+        more = best.family.milder(best.keep, len(self._anatomy))
+        if more is None:
             return []
         plan = self._make(best.family, more)
         found = _Found(best.family, more, plan, quality, self._cost(plan))
@@ -376,8 +405,16 @@ def _loss(quality: dict[str, Any]) -> float:
     return float(quality["kl"])  # less noisy than perplexity, and grows with it
 
 
-def _outline(family: Family, keep: float, anatomy: Anatomy, layer: int) -> NeuronPolicy:
-    """A policy that moves the bytes of the family's at this keep, without its calibration."""
+def _outline(family: Family, keep: float, anatomy: Anatomy) -> tuple[LayerPlan, ...]:
+    """Policies that move the bytes of the family's at this keep, without its calibration."""
+    depth = len(anatomy)
+    if family.method == "layers":
+        policies = leaving_out(family.options["leave"], range(left_out(keep, depth)), depth)
+        return tuple(LayerPlan(layer=policy) for policy in policies)
+    return tuple(LayerPlan(_neurons(family, keep, anatomy, index)) for index in range(depth))
+
+
+def _neurons(family: Family, keep: float, anatomy: Anatomy, layer: int) -> NeuronPolicy:
     mlp, attention = anatomy.mlps[layer], anatomy.attentions[layer]
     if family.method == "sketch":
         return Sketch(keep=keep, bits=family.options.get("bits", 4))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -113,11 +113,13 @@ class Weights:
         self.acts = [canonical_activation(layer.act) for layer in anatomy.mlps]
         self._mlps: dict[tuple[int, str | None], tuple[PackedMLP, Tensor | None]] = {}
         self._columns: dict[nn.Module, PackedColumns] = {}
+        self.linears: dict[tuple[Any, ...], tuple[Tensor, PackedLinear]] = {}  # of native steps
 
     def clear(self) -> None:
         """Forget everything: the model's own weights were moved, cast or loaded anew."""
         self._mlps.clear()
         self._columns.clear()
+        self.linears.clear()
 
     def mlp(self, layer: int, fmt: str | None, smooth: Tensor | None = None) -> PackedMLP:
         """A layer's MLP, for inputs that are divided by `smooth` where it is given."""

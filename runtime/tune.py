@@ -19,21 +19,25 @@ from ..predictors.calibration import TokenText, sample_text, tokenize
 from ..predictors.core_neurons import SentenceCounter, cluster_sentences, static_set
 from ..predictors.errors import CoreskipError
 from ..predictors.importance import Score, check_score, check_share, kept_count
+from ..predictors.layers import Leave, block_influence, half_losses, leaving_out, left_out
 from ..predictors.learned import RANK
 from ..predictors.observe import LayerStats, down_norms, observe
 from ..predictors.plan import Clusters, CoreNeurons, Fingerprint, LayerPlan, NeuronPolicy, Plan, Similar, Static
 from ..predictors.token_choice import Allocation, TokenCalibration, check_allocation
+from .cost import runs_natively
 from .emulation import Emulation
 from .quality import WINDOW, evaluate_all
 from .wrap import is_wrapped
 
 logger = logging.getLogger("coreskip")
 
-METHODS = ("auto", "core", "similar", "static", "threshold", "sketch", "learned", "topk")
+METHODS = ("auto", "core", "similar", "static", "threshold", "sketch", "learned", "topk", "layers")
 RULES = ("teal", "wina", "cats")
 DEFAULT_KEEP = 0.6
+DEFAULT_KEEP_OF_LAYERS = 0.9
 DEFAULT_SCORE: Score = "griffin"
 ALPHA = 0.4  # CoreInfer's, section 3
+_PER_WINDOW = 2048  # tokens observed, to one window that tells what layers are worth
 _SENTENCE = 256  # tokens; CoreInfer finds core neurons stable from 200-300 tokens on
 
 
@@ -112,9 +116,11 @@ def analyze(
         method: by prompt: ``core`` (stability-guided core neurons), ``similar`` (similarity-guided: the set of the
             nearest cluster of calibration sentences); by token: ``sketch`` (the high nibbles of the weights choose),
             ``threshold`` (TEAL, WINA, CATS), ``learned`` (low-rank predictors), ``topk`` (the exact oracle, which
-            saves little time); ``static`` (one fixed set); or ``auto``: with a budget the search looks at all that
-            save time, else it is ``sketch``.
-        keep: share of the MLP neurons to keep, in (0, 1]; 0.6 where neither it nor a budget is given.
+            saves little time); ``static`` (one fixed set); ``layers`` (whole layers are left out; with a budget also
+            attentions or MLPs alone); or ``auto``: with a budget the search looks at all that save time, else it is
+            ``sketch``.
+        keep: share of the MLP neurons to keep, of ``layers`` that of the layers, in (0, 1]; where neither it nor a
+            budget is given 0.6, of ``layers`` 0.9.
         budget: ``ppl+1%``, ``kl<0.05`` or ``agreement>0.95``: the fastest plan found that holds it on text that the
             search did not see, with a margin; see `search`. A plan that skips nothing where none does.
         text: calibration text; None samples some from the model itself. The last part is held out to measure on.
@@ -174,7 +180,8 @@ def analyze(
         from .search import search
 
         return search(study, Budget.parse(budget), method, journal=resume)
-    return study.measured(study.workshop.make("sketch" if method == "auto" else method, keep or DEFAULT_KEEP))
+    default = DEFAULT_KEEP_OF_LAYERS if method == "layers" else DEFAULT_KEEP
+    return study.measured(study.workshop.make("sketch" if method == "auto" else method, keep or default))
 
 
 def check_options(
@@ -238,7 +245,8 @@ class Study:
     ) -> None:
         if is_wrapped(model):
             raise CoreskipError("the model is wrapped already: call coreskip.unwrap(model) first")
-        depth = len(dissect(model))
+        self._anatomy = dissect(model)
+        depth = len(self._anatomy)
         if first_layer >= depth:
             raise CoreskipError(f"first_layer is {first_layer}; the model has layers 0..{depth - 1}")
         tokens, windows = (-(-tokens // 2), -(-windows // 2)) if fast else (tokens, windows)
@@ -262,7 +270,7 @@ class Study:
             **options,
         )
         self._about = {**options, "score": score, "first_layer": first_layer, "tokens": tokens, "seed": seed}
-        self._emulations: dict[str, Emulation] = {}
+        self._emulations: dict[tuple[str, int], Emulation] = {}
 
     def identity(self) -> str:
         """What a plan's quality depends on besides the plan: the model, the text, the options."""
@@ -271,19 +279,21 @@ class Study:
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
     def measure(self, plan: Plan, part: str = "checked", windows: int | None = None) -> dict[str, Any]:
-        """`evaluate_all`'s figures on the part ``searched`` or ``checked``, the latter token by token; on so many
-        windows, fewer or more than the study's own."""
+        """`evaluate_all`'s figures on the part ``searched`` or ``checked``, the latter token by token where the native
+        step decodes; on so many windows, fewer or more than the study's own."""
         text = self.checked if part == "checked" else self.searched
         options: dict[str, Any] = {"window": self.window, "progress": self.progress}
         if any(isinstance(layer.neurons, (CoreNeurons, Similar)) for layer in plan.layers):
             return evaluate_all(self.model, [plan], text, windows=windows or self.windows, **options)[0]
-        if windows is not None and windows > self.windows:
-            many = Emulation(self.model, text, windows=windows, **options)
-            return many.score(plan, token_by_token=part == "checked")
-        emulation = self._emulations.get(part)
+        prefilled = max(windows or 0, self.windows)
+        emulation = self._emulations.get((part, prefilled))
         if emulation is None:
-            emulation = self._emulations[part] = Emulation(self.model, text, windows=self.windows, **options)
-        return emulation.score(plan, windows, token_by_token=part == "checked")
+            weights = next((each.weights for each in self._emulations.values()), None)
+            emulation = Emulation(self.model, text, windows=prefilled, weights=weights, **options)
+            self._emulations[part, prefilled] = emulation
+        # on the modules a token takes ten times as long, and says the same
+        real = part == "checked" and runs_natively(self._anatomy, plan)
+        return emulation.score(plan, windows, token_by_token=real)
 
     def measured(self, plan: Plan) -> Plan:
         """The plan with its quality on the part held out from everything."""
@@ -345,14 +355,49 @@ class Workshop:
         self._fingerprint = Fingerprint.of(model)
         self._stats: list[LayerStats] | None = None
         self._sentences: list[Tensor] | None = None
+        self._made: dict[tuple[Any, ...], Plan] = {}
 
     def make(self, method: str, keep: float, **options: Any) -> Plan:
-        """A plan of this method that keeps this share of the neurons. `options` replace those given to the workshop:
-        ``rule``, ``all_linears``, ``allocation``, ``bits``, ``rank``.
+        """A plan of this method that keeps this share of the neurons, or layers. `options` replace those given to the
+        workshop: ``rule``, ``all_linears``, ``allocation``, ``bits``, ``rank``; of ``layers``, ``leave`` says what is
+        left out.
 
-        Deterministic; observes the text when a method first needs it.
+        Deterministic; observes the text when a method first needs it. A plan is made once: searches ask for it again
+        on more windows, in other formats and for other budgets.
         """
-        return cast(Plan, getattr(self, f"_{method}")(keep, **options))
+        key = (method, keep, *sorted(options.items()))
+        if key not in self._made:
+            self._made[key] = getattr(self, f"_{method}")(keep, **options)
+        return self._made[key]
+
+    def _layers(self, keep: float, *, leave: Leave = "layers") -> Plan:
+        depth = len(self._fingerprint.intermediate_sizes)
+        worth = self._worth(leave)
+        order = sorted(range(self._first, depth), key=worth.__getitem__)
+        policies = leaving_out(leave, order[: left_out(keep, depth)], depth)
+        recipe = {"method": "layers", "leave": leave, "keep": keep, "first_layer": self._first, "seed": self._seed}
+        layers = tuple(LayerPlan(layer=policy) for policy in policies)
+        return Plan(layers, self._fingerprint, recipe, self._text.fingerprint())
+
+    def _worth(self, leave: Leave) -> list[float]:
+        """Of each layer, or half of it: by what was measured to choose best, see `half_losses`."""
+        if leave == "layers":
+            return self._influence
+        column = 0 if leave == "attentions" else 1
+        return cast("list[float]", self._half_losses[:, column].tolist())
+
+    @cached_property
+    def _influence(self) -> list[float]:
+        return [each.layer for each in block_influence(self._model, self._few_windows.split(1))]
+
+    @cached_property
+    def _half_losses(self) -> Tensor:
+        return half_losses(self._model, self._few_windows, seed=self._seed, progress=self._progress)
+
+    @cached_property
+    def _few_windows(self) -> Tensor:
+        length = min(_SENTENCE, _longest(self._model), len(self._text.ids) + len(self._text.prefix))
+        return self._text.windows(length, max(1, self._max_tokens // _PER_WINDOW))
 
     def _core(self, keep: float) -> Plan:
         policy = CoreNeurons(self._alpha, keep, self._score)

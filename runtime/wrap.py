@@ -212,7 +212,7 @@ class Runtime:
         self._static_packed: dict[int, PackedMLP] = {}
         self._spare: dict[int, deque[Tensor]] = {}  # memory of sequences that are over, by layer
         self._linear_packed: dict[nn.Module, PackedLinear] = {}
-        self.decoder = Decoder(model, anatomy, plan.weights, self.usage.count)
+        self.decoder = Decoder(model, anatomy, plan.weights, self.usage.count, self._weights.linears)
         self._dense = Chosen([None] * len(anatomy), 0, plain=True)  # what exact mode verifies with
         self._chosen_once: Chosen | None = None
         self._chosen_by: weakref.WeakKeyDictionary[Selections, tuple[object, Chosen]] = weakref.WeakKeyDictionary()

@@ -17,7 +17,17 @@ import coreskip
 from coreskip import CoreskipError, PlanError
 from coreskip.kernels.ops import available
 from coreskip.predictors.anatomy import dissect
-from coreskip.predictors.layers import attention_ranks, block_influence, residuals, void, void_maps
+from coreskip.predictors.calibration import TokenText
+from coreskip.predictors.layers import (
+    LayerChoice,
+    attention_ranks,
+    block_influence,
+    half_losses,
+    leave_out,
+    residuals,
+    void,
+    void_maps,
+)
 from coreskip.predictors.plan import Adaptive, Dense, LayerPlan, Plan, Run, Skip, SkipAttention, SkipMLP
 from coreskip.runtime.wrap import runtime_of
 
@@ -356,3 +366,35 @@ def test_attention_ranks_are_those_of_the_maps(llama: Any) -> None:
     uniform = tiny("llama")
     uniform.model.layers[1].self_attn.q_proj.weight.data.zero_()
     assert attention_ranks(uniform, [prompt(2, 12)])[1] == 1.0  # the mean of all before: triangular, full rank
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "olmo2", "gpt_neox"])
+def test_losses_of_small_halves_are_those_of_leaving_them_out(family: str) -> None:
+    """Where a half adds little, its predicted loss is the divergence measured; OLMo 2 has norms after both halves."""
+    model, ids = tiny(family), prompt(8, 96)
+    layer = dissect(model).layers[1]
+    after = {"llama": ("self_attn.o_proj", "mlp.down_proj"), "opt": ("self_attn.out_proj", "fc2")}
+    after |= {"olmo2": ("post_attention_layernorm", "post_feedforward_layernorm")}
+    modules = [layer.get_submodule(name) for name in after.get(family, ("attention.dense", "mlp.dense_4h_to_h"))]
+    with torch.no_grad():
+        for module in modules:
+            for parameter in module.parameters():
+                parameter *= 0.03
+        predicted = half_losses(model, ids, progress=False)
+        dense = model(ids).logits.log_softmax(-1)
+        for module, loss in zip(modules, predicted[1].tolist(), strict=True):
+            handle = module.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+            without = model(ids).logits.log_softmax(-1)
+            handle.remove()
+            measured = float((dense.exp() * (dense - without)).sum(-1)[:, 48:].mean())
+            assert 0.5 * measured < loss < 1.5 * measured
+    assert float(predicted[[0, 2]].min()) > 10 * float(predicted[1].max())
+
+
+def test_layers_of_a_plan_that_leaves_some_out_already_stay_out(llama: Any) -> None:
+    plan = plan_with(llama, {0: SkipMLP(), 1: SkipAttention()})
+    text = TokenText(prompt(1, 200)[0], torch.tensor([], dtype=torch.int64), "random letters")
+    every = leave_out(plan, llama, text, LayerChoice.parse("skip-attention:3"))
+    assert [type(layer.layer) for layer in every.layers] == [Skip, SkipAttention, SkipAttention]
+    adaptive = leave_out(plan_with(llama, {2: Skip()}), llama, text, LayerChoice.parse("adaptive:0.8"))
+    assert [type(layer.layer) for layer in adaptive.layers] == [Adaptive, Adaptive, Skip]

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from test_policies import plan_with, some_policy
 from test_tune import NoTokenizer, run, text
-from tiny_models import plan_of, tiny
+from tiny_models import greedy, plan_of, prompt, tiny
 
 import coreskip
 from coreskip import CoreskipError, Plan, PlanError
+from coreskip.bench import budget as benchmark
 from coreskip.kernels.ops import available
-from coreskip.predictors.plan import Sketch
+from coreskip.predictors.plan import Adaptive, LayerPlan, Run, Sketch, Skip, SkipAttention, SkipMLP
 from coreskip.runtime.cost import bytes_per_token, cost, predicted_seconds, read_bandwidth
-from coreskip.runtime.search import FAMILIES, Journal, pareto
+from coreskip.runtime.search import FAMILIES, Family, Journal, pareto
 from coreskip.runtime.tune import Study
 from coreskip.runtime.wrap import runtime_of
 
@@ -211,6 +215,112 @@ def test_time_is_bytes_over_bandwidth_and_dearer_where_neurons_are_chosen() -> N
     assert cost(model, on_modules).weighed > cost(model, on_modules).moved + 1e7
 
 
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+@pytest.mark.parametrize("policy", [Skip(), SkipAttention(), SkipMLP()], ids=lambda p: p.name)
+@needs_kernels
+def test_bytes_of_layers_left_out_are_those_that_the_step_does_not_read(
+    embedded: tuple[Any, Any], policy: Run, weights: str | None
+) -> None:
+    model = embedded[0]
+    dense = Plan.dense(model, weights)
+    plan = replace(dense, layers=(LayerPlan(layer=policy), *dense.layers[1:]))
+    with coreskip.wrap(model, plan):
+        ids = torch.tensor([[5, 6, 7]])
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+        runtime = runtime_of(model)
+        architecture = runtime.decoder._architecture
+        assert architecture is not None
+        full = architecture.base.layers[0]
+        step = next(iter(runtime.decoder._steps.values()))[0].model.layers[0]
+    attention, mlp = full.attention, full.mlp
+    unread = [attention.q, attention.o] if step.entries_only else []
+    unread += [mlp.gate, mlp.up, mlp.down] if step.mlp is None else []
+    assert unread
+    fewer = bytes_per_token(model, dense) - bytes_per_token(model, plan)
+    assert fewer == pytest.approx(sum(matrix.nbytes for matrix in unread), rel=0.002)
+
+
+def test_neurons_of_an_mlp_that_is_left_out_cost_nothing(llama: Any) -> None:
+    plan = plan_with(llama, Sketch(keep=0.5))
+    dense = Plan.dense(llama)
+    without = replace(plan, layers=tuple(replace(layer, layer=SkipMLP()) for layer in plan.layers))
+    assert bytes_per_token(llama, without) == bytes_per_token(llama, dense) - 3 * 3 * 160 * 64 * 4
+    assert cost(llama, without).weighed == cost(llama, without).moved
+    adaptive = replace(dense, layers=tuple(LayerPlan(layer=Adaptive(0.5)) for _ in dense.layers))
+    assert bytes_per_token(llama, adaptive) == bytes_per_token(llama, dense)
+
+
+# ---- layers ----
+
+
+def with_idle_halves(*idle: tuple[int, str]) -> Any:
+    """A model of four layers, of which some attentions and MLPs add nothing: the weights of their outputs are zero."""
+    model = tiny("llama", num_hidden_layers=4)
+    with torch.no_grad():
+        for index, half in idle:
+            layer = model.model.layers[index]
+            (layer.self_attn.o_proj if half == "attention" else layer.mlp.down_proj).weight.zero_()
+    return model
+
+
+def test_a_layer_that_does_nothing_is_found_and_left_out() -> None:
+    model = with_idle_halves((1, "attention"), (1, "mlp"))
+    plan = budgeted(model, "kl<0.00001", method="layers")
+    assert [type(layer.layer) for layer in plan.layers] == [Run, Skip, Run, Run]
+    assert plan.recipe["method"] == "layers"
+    assert plan.recipe["leave"] == "layers"
+    assert plan.weights is None, "random weights lose more than this by rounding"
+    assert "+ skip" in str(plan)
+    assert any(row["name"] == "skip layers" for row in plan.frontier)
+    with coreskip.wrap(model, plan):
+        greedy(model, prompt(), 4)
+
+
+@pytest.mark.parametrize(("half", "policy"), [("attention", SkipAttention), ("mlp", SkipMLP)])
+def test_halves_that_do_nothing_are_left_out_where_no_whole_layer_may_be(half: str, policy: type[Run]) -> None:
+    model = with_idle_halves((0, half), (2, half))
+    plan = budgeted(model, "kl<0.00001", fast=True)
+    assert [type(layer.layer) for layer in plan.layers] == [policy, Run, policy, Run]
+
+
+def test_layers_are_not_calibrated_for_where_they_cannot_win(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("coreskip.runtime.tune.half_losses", lambda *about, **options: asked.append(about))
+    monkeypatch.setattr("coreskip.runtime.search._Hunt._promises", lambda self, family, keep: family.method == "dense")
+    assert budgeted(llama, "kl<100").recipe["method"] == "dense"
+    assert not asked
+
+
+@needs_kernels
+def test_what_fails_by_far_is_not_tried_with_less_kept_in_other_weights(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dense int4 holds; without a layer it is three times the budget away: int8 without two is not measured."""
+    measured: list[tuple[str | None, int]] = []
+
+    def judged(self: Study, plan: Plan, part: str = "checked", windows: int | None = None) -> dict[str, Any]:
+        skipped = sum(isinstance(layer.layer, Skip) for layer in plan.layers)
+        measured.append((plan.weights, skipped))
+        figures = {"kl": 0.9 + 2.1 * skipped, "ppl_increase": 0.0, "ppl_increase_stderr": 0.0, "tokens": 1}
+        return {**figures, "top1_agreement": 1.0, "neuron_sparsity": 0.0}
+
+    monkeypatch.setattr(Study, "measure", judged)
+    only = Family("layers", {"leave": "layers"})
+    monkeypatch.setattr("coreskip.runtime.search._Hunt.families", lambda self: [only])
+    assert budgeted(llama, "kl<1").weights == "int4"
+    assert ("int4", 1) in measured
+    assert not [weights for weights, skipped in measured if skipped and weights != "int4"]
+
+
+def test_a_search_for_layers_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, file = with_idle_halves((3, "mlp")), tmp_path / "search.jsonl"
+    plan = budgeted(model, "kl<0.00001", method="layers", resume=file)
+    monkeypatch.setattr(Study, "measure", lambda *about: pytest.fail("measured again"))
+    assert str(budgeted(model, "kl<0.00001", method="layers", resume=file)) == str(plan)
+    plan.save(tmp_path / "p.plan")
+    assert str(Plan.load(tmp_path / "p.plan")) == str(plan)
+
+
 # ---- weights in fewer bits ----
 
 
@@ -245,3 +355,43 @@ def test_a_winner_that_fails_the_check_gives_way(llama: Any, monkeypatch: pytest
     assert plan.recipe["method"] != "dense"
     assert plan.quality is not None
     assert plan.quality["kl"] <= 5
+
+
+# ---- the benchmark of searches ----
+
+
+class Letters(NoTokenizer):
+    def __call__(self, text: str, **options: Any) -> Any:
+        return SimpleNamespace(input_ids=[5 + ord(letter) % 100 for letter in text])
+
+
+def test_the_benchmark_goes_on_from_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, rows, plans = tmp_path / "text.txt", tmp_path / "rows.jsonl", tmp_path / "plans"
+    text.write_text("".join(chr(97 + letter) for letter in prompt(1, 4000)[0].tolist()))
+    monkeypatch.setattr(benchmark, "load", lambda **options: (tiny("llama"), Letters()))
+    searched: list[str] = []
+    original = benchmark.search
+
+    def counted(study: Study, limit: Any, method: str, **options: Any) -> Plan:
+        searched.append(f"{limit.text}, {method}")
+        if len(searched) == 3:
+            raise KeyboardInterrupt
+        return original(study, limit, method, **options)
+
+    monkeypatch.setattr(benchmark, "search", counted)
+    words = [str(text), "--rows", str(rows), "--plans", str(plans), "--fast", "--windows", "2"]
+    wanted = ["--budget", "kl<0.5", "--budget", "kl<100", "--method", "static", "--method", "auto"]
+    assert CliRunner().invoke(benchmark.main, words + wanted).exit_code == 1
+    before = rows.read_text()
+    assert len(before.splitlines()) == 2
+    result = CliRunner().invoke(benchmark.main, words + wanted)
+    assert result.exit_code == 0, result.output
+    assert searched == ["kl<0.5, static", "kl<0.5, auto", "kl<100, static", "kl<100, static", "kl<100, auto"]
+    assert rows.read_text().startswith(before)
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert all(row["search_s"] >= 0 and row["frontier"] > 0 and row["windows"] == 2 for row in found)
+    for index, row in enumerate(found):
+        assert Plan.load(plans / f"{index}.plan").recipe["budget"] == row["budget"]
+    result = CliRunner().invoke(benchmark.main, [*words[:-1], "3"])
+    assert isinstance(result.exception, CoreskipError)
+    assert "rows of another command" in str(result.exception)

@@ -12,7 +12,7 @@ from tiny_models import greedy, prompt, tiny
 import coreskip
 from coreskip import CoreskipError, analyze
 from coreskip.predictors.calibration import TokenText
-from coreskip.predictors.plan import CoreNeurons, Dense, Learned, Similar, Sketch, Static, Threshold, TopK
+from coreskip.predictors.plan import CoreNeurons, Dense, Learned, Run, Similar, Sketch, Skip, Static, Threshold, TopK
 from coreskip.runtime.tune import Budget
 
 
@@ -73,6 +73,14 @@ def test_options_of_methods(llama: Any, options: dict[str, Any], recipe: dict[st
     assert {name: plan.recipe[name] for name in recipe} == recipe
     if plan.recipe["method"] == "threshold":
         assert all(isinstance(layer.neurons, Threshold) for layer in plan.layers)
+
+
+def test_layers_are_left_out_from_the_first_layer_on(llama: Any) -> None:
+    plan = run(llama, method="layers", keep=0.34, first_layer=1)
+    assert [type(layer.layer) for layer in plan.layers] == [Run, Skip, Skip]
+    assert plan.quality is not None
+    assert plan.quality["neuron_sparsity"] == pytest.approx(2 / 3)
+    assert plan.recipe["keep"] == 0.34
 
 
 def test_auto_with_a_keep_is_the_sketch(llama: Any) -> None:
