@@ -332,6 +332,7 @@ class Workshop:
         all_linears: bool = False,
         allocation: Allocation = "greedy",
         bits: int = 4,
+        refine: bool = False,
         rank: int = RANK,
         max_tokens: int = 16384,
         seed: int = 0,
@@ -339,7 +340,7 @@ class Workshop:
     ) -> None:
         self._model, self._text, self._progress = model, text, progress
         self._rule, self._all_linears, self._allocation = rule, all_linears, allocation
-        self._bits, self._rank = bits, rank
+        self._bits, self._refine, self._rank = bits, refine, rank
         self._score, self._alpha, self._first, self._seed = score, alpha, first_layer, seed
         self._max_tokens = max_tokens
         self._fingerprint = Fingerprint.of(model)
@@ -348,7 +349,7 @@ class Workshop:
 
     def make(self, method: str, keep: float, **options: Any) -> Plan:
         """A plan of this method that keeps this share of the neurons. `options` replace those given to the workshop:
-        ``rule``, ``all_linears``, ``allocation``, ``bits``, ``rank``.
+        ``rule``, ``all_linears``, ``allocation``, ``bits``, ``refine``, ``rank``.
 
         Deterministic; observes the text when a method first needs it.
         """
@@ -374,12 +375,16 @@ class Workshop:
         rows = self._text.windows(length, max(1, self._max_tokens // length))
         return TokenCalibration(self._model, rows, seed=self._seed, progress=self._progress)
 
-    def _sketch(self, keep: float, *, allocation: Allocation | None = None, bits: int | None = None) -> Plan:
+    def _sketch(
+        self, keep: float, *, allocation: Allocation | None = None, bits: int | None = None, refine: bool | None = None
+    ) -> Plan:
         allocation, bits = allocation or self._allocation, bits or self._bits
+        refine = self._refine if refine is None else refine
         if bits == 1:
             recall = round(self.tokens.sign_recall(keep), 4)
             return self._by_token("sketch", keep, self.tokens.signs(keep), bits=1, recall=recall)
-        return self._by_token("sketch", keep, self.tokens.sketch(keep, allocation), allocation=allocation)
+        policies = self.tokens.sketch(keep, allocation, refine=refine)
+        return self._by_token("sketch", keep, policies, allocation=allocation, **({"refine": True} if refine else {}))
 
     def _topk(self, keep: float, *, allocation: Allocation | None = None) -> Plan:
         allocation = allocation or self._allocation
