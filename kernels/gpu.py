@@ -61,8 +61,8 @@ def _activations(
     if count == 0:
         return h
     _activations_kernel[grid](
-        rows, scale, packed.weight, packed.low, packed.scale, packed.gate_bias, packed.up_bias, packed.mean, packed.norm,
-        indices, h, refine, packed.hidden_size, count, _list_stride(indices), packed.weight.stride(0),
+        rows, scale, packed.weight, packed.low, packed.scale, packed.gate_bias, packed.up_bias, packed.mean,
+        packed.norm, indices, h, refine, packed.hidden_size, count, _list_stride(indices), packed.weight.stride(0),
         packed.weight.stride(1), 0 if packed.low is None else packed.low.stride(0),
         FORMAT=_HIGH if rule == "sketch" else _format(packed), ACT=_ACT[str(packed.act)],
         GATED=packed.gated, GATE_ONLY=rule == "gate", LISTED=indices is not None,
