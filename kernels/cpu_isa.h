@@ -429,15 +429,15 @@ struct Block {
         : job(j), stride(j.rows.stride), rows(j.rows.count), projections(j.gated ? 2 : 1),
           row_size(sliced ? stride / 2 : stride) {}
 
-    void place(const void* base, int64_t bundle_size, int64_t begin, int64_t end) {
+    // after: what is read behind the last bundle, in the same steps; 0: not known.
+    void place(const void* base, int64_t bundle_size, int64_t begin, int64_t end, uintptr_t after, int64_t step) {
         size = end - begin < job.block ? end - begin : job.block;
         for (int n = 0; n < size; n++) {
             const int64_t ahead = begin + job.ahead + n;
             neuron[n] = at(begin + n);
             bundle[n] = static_cast<const W*>(base) + neuron[n] * bundle_size;
             next[n] = static_cast<const W*>(base) + at(ahead < end ? ahead : end - 1) * bundle_size;
-            if (ahead >= end && job.after)
-                next[n] = reinterpret_cast<const W*>(job.after + (ahead - end) * bundle_size * sizeof(W));
+            if (ahead >= end && after) next[n] = reinterpret_cast<const W*>(after + (ahead - end) * step);
         }
     }
     int64_t at(int64_t i) const { return job.list ? job.list[i] : i; }
@@ -577,6 +577,14 @@ struct Block {
         return dropped;
     }
 
+    // Makes the last blocks prefetch the first down rows that will be wanted: those of `kept` from `first` on.
+    void look_ahead(const void* base, int64_t bundle_size, int64_t begin, int64_t end, int64_t first, int64_t kept) {
+        for (int n = 0; n < size; n++) {
+            const int64_t i = first + begin + job.ahead + n - end;
+            if (i >= first && i < kept) next[n] = static_cast<const W*>(base) + at(i) * bundle_size + down_offset();
+        }
+    }
+
     // Puts back what `drop_small` has left at `begin` and after.
     void recall(int64_t begin) {
         for (int r = 0; r < rows; r++)
@@ -645,7 +653,8 @@ static int64_t mlp(const MlpJob& job, int64_t begin, int64_t end, float* acc) {
     const int64_t bundle_size = block.down_offset() + block.stride;
     int64_t kept = begin, dropped = 0;
     for (int64_t i = begin; i < end; i += block.size) {
-        block.place(base, bundle_size, i, end);
+        block.place(base, bundle_size, i, end, job.after, bundle_size * sizeof(W));
+        if (job.refine > 0) block.look_ahead(base, bundle_size, i, end, begin, kept);
         block.project_all();
         block.apply_act();
         block.subtract_mean();
@@ -657,8 +666,9 @@ static int64_t mlp(const MlpJob& job, int64_t begin, int64_t end, float* acc) {
         block.expand(acc);
     }
     // Down rows only now: the block that would prefetch them does not know yet which will be wanted.
+    const uintptr_t after = job.after ? job.after - block.down_offset() : 0;
     for (int64_t i = begin; i < kept; i += block.size) {
-        block.place(base, bundle_size, i, kept);
+        block.place(base, bundle_size, i, kept, after, block.stride);
         block.recall(i);
         block.expand(acc);
     }
@@ -670,7 +680,7 @@ static void scan(const MlpJob& job, int64_t begin, int64_t end) {
     Block<W> block(job);
     const int64_t bundle_size = block.down_offset() + (block.sliced ? 0 : block.stride);
     for (int64_t i = begin; i < end; i += block.size) {
-        block.place(job.weight, bundle_size, i, end);
+        block.place(job.weight, bundle_size, i, end, job.after, bundle_size * sizeof(W));
         block.look_at_all();
         if (job.rule == kListed) continue;
         if (job.rule == kGate) block.score_gates();
