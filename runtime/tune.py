@@ -97,6 +97,7 @@ def analyze(
     all_linears: bool = False,
     allocation: Allocation = "greedy",
     bits: int = 4,
+    refine: bool = False,
     rank: int = RANK,
     tokens: int = 16384,
     windows: int = 12,
@@ -126,6 +127,8 @@ def analyze(
             small inputs, too.
         allocation: of ``sketch`` and ``topk``: how the share is spread over the layers, see `TokenCalibration`.
         bits: of ``sketch``: 4, or 1 for the signs (ReLU models).
+        refine: of ``sketch``: whether a second threshold, on exact scores, drops some of what the sketch chose: more is
+            left out at the same loss of quality, in more time.
         rank: of ``learned``.
         tokens: at most this many are observed.
         windows: held-out windows of 512 tokens per measurement.
@@ -150,6 +153,7 @@ def analyze(
         rule=rule,
         allocation=allocation,
         bits=bits,
+        refine=refine,
         rank=rank,
     )
     study = Study(
@@ -163,6 +167,7 @@ def analyze(
         all_linears=all_linears,
         allocation=allocation,
         bits=bits,
+        refine=refine,
         rank=rank,
         tokens=tokens,
         windows=windows,
@@ -189,6 +194,7 @@ def check_options(
     rule: str = "teal",
     allocation: str = "greedy",
     bits: int = 4,
+    refine: bool = False,
     rank: int = RANK,
     **_: Any,
 ) -> None:
@@ -209,6 +215,8 @@ def check_options(
     check_allocation(allocation)
     if bits not in (1, 4) or rank < 1:
         raise CoreskipError(f"a sketch of {bits} bits, rank {rank}: give 1 or 4 bits and at least rank 1")
+    if refine and bits != 4:
+        raise CoreskipError("a sketch of signs cannot be refined: give bits 4")
     if tokens < 1 or first_layer < 0:
         raise CoreskipError(f"tokens is {tokens} and first_layer {first_layer}: give at least 1 and 0")
 
