@@ -52,6 +52,7 @@ BY_TOKEN: tuple[tuple[str, str, dict[str, Any], tuple[float, ...]], ...] = (
     ("dense, int8 in groups", "dense", {"weights": "int8"}, (1.0,)),
     ("dense, int4 in groups", "dense", {"weights": "int4"}, (1.0,)),
     ("4-bit sketch, greedy by predicted loss", "sketch", {"allocation": "greedy"}, (0.7, 0.6, 0.5, 0.4)),
+    ("4-bit sketch, greedy, refined", "sketch", {"allocation": "greedy", "refine": True}, (0.7, 0.6, 0.55, 0.5)),
     ("4-bit sketch, Fisher norms, one threshold", "sketch", {"allocation": "fisher"}, (0.6, 0.5)),
     ("4-bit sketch, relative to the residual", "sketch", {"allocation": "residual"}, (0.6, 0.5)),
     ("4-bit sketch, one CETT", "sketch", {"allocation": "cett"}, (0.6, 0.5)),

@@ -72,6 +72,7 @@ def _quiet_libraries() -> None:
     "--allocation", default="greedy", show_default=True, help="Of sketch: equal, cett, residual, fisher, greedy."
 )
 @click.option("--bits", type=int, default=4, show_default=True, help="Of sketch: 4, or 1 for ReLU models.")
+@click.option("--refine", is_flag=True, help="Of sketch: exact scores drop some of what it chose; slower, more exact.")
 @click.option("--rank", type=int, default=64, show_default=True, help="Of learned.")
 @click.option("--windows", type=click.IntRange(2), default=12, show_default=True, help="Of 512 tokens per measurement.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of sampling, clustering and training.")

@@ -82,7 +82,7 @@ struct CoreskipMlp {
     const int64_t* indices;    // lists of `count`: none (lists = 0), one (1), or one per row; -1 entries are skipped
     int64_t hidden, neurons, stride, count;
     int64_t keep;              // kSketch, kGate: how many to keep, or -1: those with a score of `threshold`
-    float threshold;
+    float threshold, refine;   // refine: see MlpJob
     int x_dtype, w_dtype, rows, gated, act, lists, rule, threads;
 };
 
@@ -119,7 +119,7 @@ struct Call {
         job = {a.weight, a.low, a.scale, a.gated != 0, a.act, std::min<int>(bundles(32, bytes), kMaxBlock),
                std::min<int>(bundles(32, bytes), 4096), a.gate_bias, a.up_bias, nullptr, nullptr,
                load_rows(isa, a.x, a.x_dtype, a.w_dtype, a.rows, a.hidden, a.stride, memory), a.rule, a.norm,
-               nullptr, nullptr, nullptr, a.neurons, a.mean};
+               nullptr, nullptr, nullptr, a.neurons, a.mean, 0, a.refine};
         acc = memory.take<float>(size * a.threads);
         list = memory.take<int64_t>(listed);
         selected = memory.take<uint8_t>(all);
@@ -127,6 +127,7 @@ struct Call {
         if (ruled) {
             if (a.rule == kGate) job.known_gate = memory.take<float>(all);
             job.score = memory.take<float>(all);
+            job.exact = job.score;  // the choice is made before
             scratch = memory.take<uint32_t>(2 * a.neurons + 1);
             chosen = memory.take<int64_t>(all);
         }

@@ -38,8 +38,8 @@ struct MlpJob {
     int ahead;                 // neurons between a prefetch and its use
     const float* gate_bias;    // [neurons] or null
     const float* up_bias;      // [neurons] or null
-    const int64_t* list;       // the neurons to compute, or null: all of them, in order
-    const uint8_t* selected;   // [neurons][rows]: which rows want a neuron; null: all rows want all
+    int64_t* list;             // the neurons to compute, or null: all of them, in order
+    uint8_t* selected;         // [neurons][rows]: which rows want a neuron; null: all rows want all
     Rows rows;
     int rule;
     const float* norm;         // kSketch: [neurons], the length of each down row
@@ -49,6 +49,8 @@ struct MlpJob {
     int64_t neurons;
     const float* mean;         // [neurons] or null: what each neuron counts as where it is left out
     uintptr_t after;           // an address: what is read after the last neuron; 0: not known
+    float refine;              // kSketch: listed neurons with |h - mean| * norm below this are dropped; 0: none
+    float* exact;              // refine: [listed][rows], room for the activations of those that stay
 };
 
 // What a thread will read next: memory from `at` to `end`, then from `then` to `then_end`. A kernel fetches it into the
@@ -79,7 +81,8 @@ struct ColumnsJob {
 // One instruction set's functions. `begin` and `end` are one thread's share of the neurons (or outputs).
 struct Isa {
     const char* name;
-    void (*mlp[kDtypes])(const MlpJob& job, int64_t begin, int64_t end, float* acc);
+    // Returns how many neurons `refine` dropped, summed over rows; they are gone from `list` and `selected`.
+    int64_t (*mlp[kDtypes])(const MlpJob& job, int64_t begin, int64_t end, float* acc);
     // Fills `high`, `known_gate` and `score`, whatever the format and the rule need, for listed neurons.
     void (*scan[kDtypes])(const MlpJob& job, int64_t begin, int64_t end);
     void (*linear[kDtypes])(const LinearJob& job, int64_t begin, int64_t end);

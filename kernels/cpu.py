@@ -103,18 +103,20 @@ class _Mlp(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "weight", "low", "scale", "norm")),
         *((name, ctypes.c_void_p) for name in ("gate_bias", "up_bias", "down_bias", "mean", "indices")),
         *((name, ctypes.c_int64) for name in ("hidden", "neurons", "stride", "count", "keep")),
-        ("threshold", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("threshold", "refine")),
         *((name, ctypes.c_int) for name in ("x_dtype", "w_dtype", "rows", "gated", "act", "lists", "rule", "threads")),
     )
 
 
-def mlp(x: Tensor, packed: PackedMLP, indices: Tensor | None, rule: str, keep: int, threshold: float) -> Tensor:
+def mlp(
+    x: Tensor, packed: PackedMLP, indices: Tensor | None, rule: str, keep: int, threshold: float, refine: float
+) -> Tensor:
     """The op coreskip::mlp on CPU tensors; `ops.mlp` describes it."""
-    return bind(x, packed, indices, rule, keep, threshold)()
+    return bind(x, packed, indices, rule, keep, threshold, refine)()
 
 
 def bind(
-    x: Tensor, packed: PackedMLP, indices: Tensor | None, rule: str, keep: int, threshold: float
+    x: Tensor, packed: PackedMLP, indices: Tensor | None, rule: str, keep: int, threshold: float, refine: float = 0.0
 ) -> Callable[[], Tensor]:
     """What `mlp` does, with its arguments in place: each call computes from x's present values into one same tensor.
 
@@ -122,6 +124,7 @@ def bind(
     """
     x = x.contiguous()
     call = _call(x, packed, rule, keep, threshold)
+    call.refine = refine
     if indices is not None:
         if indices.dtype is not torch.int64 or not indices.is_contiguous():
             indices = indices.to(torch.int64).contiguous()

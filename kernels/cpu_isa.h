@@ -429,15 +429,15 @@ struct Block {
         : job(j), stride(j.rows.stride), rows(j.rows.count), projections(j.gated ? 2 : 1),
           row_size(sliced ? stride / 2 : stride) {}
 
-    void place(const void* base, int64_t bundle_size, int64_t begin, int64_t end) {
+    // after: what is read behind the last bundle, in the same steps; 0: not known.
+    void place(const void* base, int64_t bundle_size, int64_t begin, int64_t end, uintptr_t after, int64_t step) {
         size = end - begin < job.block ? end - begin : job.block;
         for (int n = 0; n < size; n++) {
             const int64_t ahead = begin + job.ahead + n;
             neuron[n] = at(begin + n);
             bundle[n] = static_cast<const W*>(base) + neuron[n] * bundle_size;
             next[n] = static_cast<const W*>(base) + at(ahead < end ? ahead : end - 1) * bundle_size;
-            if (ahead >= end && job.after)
-                next[n] = reinterpret_cast<const W*>(job.after + (ahead - end) * bundle_size * sizeof(W));
+            if (ahead >= end && after) next[n] = reinterpret_cast<const W*>(after + (ahead - end) * step);
         }
     }
     int64_t at(int64_t i) const { return job.list ? job.list[i] : i; }
@@ -520,7 +520,7 @@ struct Block {
     }
 
     template <int N, int R>
-    void expand(int n, int row, float* acc) {
+    void expand_some(int n, int row, float* acc) {
         const Down *w[N], *ahead[N];
         for (int i = 0; i < N; i++) {
             w[i] = reinterpret_cast<const Down*>(bundle[n + i] + down_offset());
@@ -532,21 +532,63 @@ struct Block {
     template <int R>
     void expand_rows(int row, float* acc) {
         int n = 0;
-        for (; n + 4 <= size; n += 4) expand<4, R>(n, row, acc);
-        for (; n < size; n++) expand<1, R>(n, row, acc);
+        for (; n + 4 <= size; n += 4) expand_some<4, R>(n, row, acc);
+        for (; n < size; n++) expand_some<1, R>(n, row, acc);
     }
 
     // Rows with lists of their own: a row that does not want a neuron must not see it, not even as 0 * infinity.
     void expand_selected(float* acc) {
         for (int n = 0; n < size; n++)
             for (int r = 0; r < rows; r++)
-                if (job.selected[neuron[n] * rows + r]) expand<1, 1>(n, r, acc);
+                if (job.selected[neuron[n] * rows + r]) expand_some<1, 1>(n, r, acc);
     }
 
-    void expand_all(float* acc) {
+    void expand(float* acc) {
 #define CORESKIP_CALL(R) expand_rows<R>(row, acc)
-        CORESKIP_FOR_ROWS(CORESKIP_CALL)
+        if (job.selected) expand_selected(acc);
+        else CORESKIP_FOR_ROWS(CORESKIP_CALL)
 #undef CORESKIP_CALL
+    }
+
+    // ---- neurons that their exact scores drop ----
+
+    // Appends those that stay to the job's list and activations, from `kept` on. Returns how many were dropped.
+    int64_t drop_small(int64_t& kept) {
+        int64_t dropped = 0;
+        bool stays[kMaxRows * kMaxBlock];
+        for (int r = 0; r < rows; r++)
+            for (int n = 0; n < size; n++) {
+                const bool wanted = !job.selected || job.selected[neuron[n] * rows + r];
+                const bool small = fabsf(up[r * kMaxBlock + n]) * job.norm[neuron[n]] < job.refine;
+                stays[r * kMaxBlock + n] = wanted && !small;  // a NaN stays: it has to reach the output
+                dropped += wanted && small;
+            }
+        scale_down_rows();
+        for (int n = 0; n < size; n++) {
+            bool any = false;
+            for (int r = 0; r < rows; r++) {
+                any |= stays[r * kMaxBlock + n];
+                job.exact[kept * rows + r] = up[r * kMaxBlock + n];
+                if (job.selected) job.selected[neuron[n] * rows + r] = stays[r * kMaxBlock + n];
+            }
+            job.list[kept] = neuron[n];
+            kept += any;
+        }
+        return dropped;
+    }
+
+    // Makes the last blocks prefetch the first down rows that will be wanted: those of `kept` from `first` on.
+    void look_ahead(const void* base, int64_t bundle_size, int64_t begin, int64_t end, int64_t first, int64_t kept) {
+        for (int n = 0; n < size; n++) {
+            const int64_t i = first + begin + job.ahead + n - end;
+            if (i >= first && i < kept) next[n] = static_cast<const W*>(base) + at(i) * bundle_size + down_offset();
+        }
+    }
+
+    // Puts back what `drop_small` has left at `begin` and after.
+    void recall(int64_t begin) {
+        for (int r = 0; r < rows; r++)
+            for (int n = 0; n < size; n++) up[r * kMaxBlock + n] = job.exact[(begin + n) * rows + r];
     }
 
     // ---- a scan: the projections that decide which neurons to keep ----
@@ -605,18 +647,32 @@ struct Block {
 };
 
 template <class W>
-static void mlp(const MlpJob& job, int64_t begin, int64_t end, float* acc) {
+static int64_t mlp(const MlpJob& job, int64_t begin, int64_t end, float* acc) {
     Block<W> block(job);
     const void* base = block.sliced ? job.low : job.weight;
+    const int64_t bundle_size = block.down_offset() + block.stride;
+    int64_t kept = begin, dropped = 0;
     for (int64_t i = begin; i < end; i += block.size) {
-        block.place(base, block.down_offset() + block.stride, i, end);
+        block.place(base, bundle_size, i, end, job.after, bundle_size * sizeof(W));
+        if (job.refine > 0) block.look_ahead(base, bundle_size, i, end, begin, kept);
         block.project_all();
         block.apply_act();
         block.subtract_mean();
+        if (job.refine > 0) {
+            dropped += block.drop_small(kept);
+            continue;
+        }
         block.scale_down_rows();
-        if (job.selected) block.expand_selected(acc);
-        else block.expand_all(acc);
+        block.expand(acc);
     }
+    // Down rows only now: the block that would prefetch them does not know yet which will be wanted.
+    const uintptr_t after = job.after ? job.after - block.down_offset() : 0;
+    for (int64_t i = begin; i < kept; i += block.size) {
+        block.place(base, bundle_size, i, kept, after, block.stride);
+        block.recall(i);
+        block.expand(acc);
+    }
+    return dropped;
 }
 
 template <class W>
@@ -624,7 +680,7 @@ static void scan(const MlpJob& job, int64_t begin, int64_t end) {
     Block<W> block(job);
     const int64_t bundle_size = block.down_offset() + (block.sliced ? 0 : block.stride);
     for (int64_t i = begin; i < end; i += block.size) {
-        block.place(job.weight, bundle_size, i, end);
+        block.place(job.weight, bundle_size, i, end, job.after, bundle_size * sizeof(W));
         block.look_at_all();
         if (job.rule == kListed) continue;
         if (job.rule == kGate) block.score_gates();

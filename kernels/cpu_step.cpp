@@ -9,6 +9,7 @@
 #include <sched.h>
 
 #include <new>
+#include <numeric>
 
 #include "cpu_work.h"
 
@@ -160,6 +161,7 @@ struct Shared {
     float *most, *sum, *value;  // attention: [parts][tokens][heads], value times [head_dim]
     float* acc;                 // bundled MLPs: [2][threads][tokens][stride], used in turn
     float *score, *known_gate;
+    int64_t* dropped;           // [2][threads]: neurons that `refine` left out, used as `acc` is
     Stretch* stretches;         // [threads]
     Greatest* best;             // [threads]
     int32_t* high;
@@ -174,7 +176,7 @@ struct Own {
     int64_t *from, *to, *chosen, *list;
     uint8_t* selected;
     uint32_t* keys;
-    float* slice;
+    float *slice, *exact;
 };
 
 template <class Take>
@@ -194,6 +196,7 @@ Shared share_out(const Sizes& s, const StepModel& m, const StepCall& c, int thre
     w.acc = take(float(), s.listed ? 2 * threads * t * s.width : 0);
     w.score = take(float(), s.listed * t);
     w.known_gate = take(float(), s.listed * t);
+    w.dropped = take(int64_t(), 2 * threads);
     w.high = take(int32_t(), s.listed * t * 2);
     w.stretches = reinterpret_cast<Stretch*>(take(char(), threads * sizeof(Stretch)));
     w.best = take(Greatest(), threads);
@@ -223,6 +226,7 @@ Own own_share(const Sizes& s, Take take) {
     w.selected = take(uint8_t(), s.listed * t);
     w.keys = take(uint32_t(), 2 * s.listed + 1);
     w.slice = take(float(), kSlice);
+    w.exact = take(float(), s.listed * t);
     return w;
 }
 
@@ -730,7 +734,7 @@ class Walker {
         job.norm = b.norm, job.mean = b.mean, job.neurons = b.neurons;
         job.high = b.dtype == kSliced ? w.high : nullptr;
         job.known_gate = b.rule == kGate ? w.known_gate : nullptr;
-        job.score = w.score;
+        job.score = w.score, job.refine = b.refine, job.exact = own.exact;
         passed += bundles_of(b).bytes;
         int64_t count = b.neurons;
         if (b.dtype == kSliced || b.rule != kListed) {
@@ -745,14 +749,16 @@ class Walker {
         }
         // Two halves in turn: a slow thread may still add up this layer's sums when a fast one begins the next.
         float* all = w.acc + (second ? parts * tokens * s.width : 0);
+        int64_t* dropped = w.dropped + (second ? parts : 0);
         second = !second;
         float* mine = all + part * tokens * s.width;
         memset(mine, 0, tokens * b.stride * sizeof(float));
         job.after = first_after(l);
         const Range here = share(count, part, parts);
-        isa.mlp[b.dtype](job, here.begin, here.end, mine);
+        dropped[part] = isa.mlp[b.dtype](job, here.begin, here.end, mine);
         finished = &l - m.layers + 1;  // what follows may be fetched
         meet();
+        skipped = std::accumulate(dropped, dropped + parts, skipped);
         for (int t = 0; t < tokens; t++) {
             float* sum = own.rows + t * m.hidden;
             memcpy(sum, all + t * b.stride, b.stride * sizeof(float));

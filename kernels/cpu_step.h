@@ -54,7 +54,7 @@ struct StepMlp {         // neurons bundled as in MlpJob, instead of gate, up an
     const float* down_bias;
     const float* mean;
     int64_t neurons, stride, keep;
-    float threshold;
+    float threshold, refine;
     int dtype, gated, rule;
 };
 

@@ -24,14 +24,16 @@ _ACT = {name: code for code, name in enumerate(ACTS)}
 _SPLITS = 16  # parts of the down projection's sum; enough blocks to fill a GPU at hidden sizes from 2048 on
 
 
-def mlp(x: Tensor, packed: PackedMLP, indices: Tensor | None, rule: str, keep: int, threshold: float) -> Tensor:
+def mlp(
+    x: Tensor, packed: PackedMLP, indices: Tensor | None, rule: str, keep: int, threshold: float, refine: float
+) -> Tensor:
     """The op coreskip::mlp; `ops.mlp` describes it. An index out of range is not noticed: it is never read back."""
     if rule != "listed":
         indices = choose(x, packed, rule, keep, threshold)
     rows = x.reshape(-1, packed.hidden_size).contiguous()
     count = packed.intermediate_size if indices is None else indices.shape[-1]
-    h = _activations(rows, packed, indices, count)
-    return _down(h, packed, indices, x).reshape(x.shape)
+    h = _activations(rows, packed, indices, count, refine=refine)
+    return _down(h, packed, indices, x, skip_zeros=refine > 0).reshape(x.shape)
 
 
 def choose(x: Tensor, packed: PackedMLP, rule: str, keep: int, threshold: float) -> Tensor:
@@ -43,8 +45,13 @@ def choose(x: Tensor, packed: PackedMLP, rule: str, keep: int, threshold: float)
     return reference.pick(score, keep, threshold)
 
 
-def _activations(rows: Tensor, packed: PackedMLP, indices: Tensor | None, count: int, rule: str = "listed") -> Tensor:
-    """[R, count] in float32: act(gate) * up; for the rule "gate" act(gate) alone, for "sketch" from high nibbles."""
+def _activations(
+    rows: Tensor, packed: PackedMLP, indices: Tensor | None, count: int, rule: str = "listed", refine: float = 0.0
+) -> Tensor:
+    """[R, count] in float32: act(gate) * up; for the rule "gate" act(gate) alone, for "sketch" from high nibbles.
+
+    0 where what a neuron would add to the output is below `refine`, see `reference.refined`.
+    """
     h = torch.empty((rows.shape[0], count), dtype=torch.float32, device=rows.device)
     scale = None
     if packed.scale is not None:
@@ -54,19 +61,20 @@ def _activations(rows: Tensor, packed: PackedMLP, indices: Tensor | None, count:
     if count == 0:
         return h
     _activations_kernel[grid](
-        rows, scale, packed.weight, packed.low, packed.scale, packed.gate_bias, packed.up_bias, packed.mean, indices, h,
-        packed.hidden_size, count, _list_stride(indices), packed.weight.stride(0), packed.weight.stride(1),
-        0 if packed.low is None else packed.low.stride(0),
+        rows, scale, packed.weight, packed.low, packed.scale, packed.gate_bias, packed.up_bias, packed.mean,
+        packed.norm, indices, h, refine, packed.hidden_size, count, _list_stride(indices), packed.weight.stride(0),
+        packed.weight.stride(1), 0 if packed.low is None else packed.low.stride(0),
         FORMAT=_HIGH if rule == "sketch" else _format(packed), ACT=_ACT[str(packed.act)],
         GATED=packed.gated, GATE_ONLY=rule == "gate", LISTED=indices is not None,
         GATE_BIAS=packed.gate_bias is not None, UP_BIAS=packed.up_bias is not None,
         MEAN=rule == "listed" and packed.mean is not None,  # scores are of the activations themselves
+        REFINE=refine > 0,
         BLOCK_N=block_n, BLOCK_D=block_d,
     )  # fmt: skip
     return h
 
 
-def _down(h: Tensor, packed: PackedMLP, indices: Tensor | None, x: Tensor) -> Tensor:
+def _down(h: Tensor, packed: PackedMLP, indices: Tensor | None, x: Tensor, skip_zeros: bool) -> Tensor:
     rows, count = h.shape
     hidden = packed.hidden_size
     down = packed.weight[:, -1] if packed.low is None else packed.low[:, -2 * packed.weight.shape[2] :]
@@ -77,7 +85,7 @@ def _down(h: Tensor, packed: PackedMLP, indices: Tensor | None, x: Tensor) -> Te
     _down_kernel[(columns, _SPLITS, rows)](
         h, down, packed.scale, indices, partial, hidden, count, triton.cdiv(count, _SPLITS), _list_stride(indices),
         down.stride(0), 0 if packed.scale is None else packed.scale.shape[1],
-        FORMAT=_FLOAT if packed.scale is None else _BYTES, LISTED=indices is not None,
+        FORMAT=_FLOAT if packed.scale is None else _BYTES, LISTED=indices is not None, SKIP_ZEROS=skip_zeros,
         BLOCK_K=block_k, BLOCK_D=block_d,
     )  # fmt: skip
     _sum_kernel[(columns, rows)](
@@ -100,10 +108,11 @@ def _list_stride(indices: Tensor | None) -> int:
 
 @triton.jit
 def _activations_kernel(
-    x, x_scale, weight, low, scale, gate_bias, up_bias, mean, indices, h,
-    hidden, count, list_stride, bundle, row, low_bundle,
+    x, x_scale, weight, low, scale, gate_bias, up_bias, mean, norm, indices, h,
+    refine, hidden, count, list_stride, bundle, row, low_bundle,
     FORMAT: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, GATE_ONLY: tl.constexpr, LISTED: tl.constexpr,
-    GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, MEAN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, MEAN: tl.constexpr, REFINE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(1)
     at = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -133,6 +142,8 @@ def _activations_kernel(
         value *= up
     if MEAN:
         value -= tl.load(mean + neuron, mask=wanted, other=0)
+    if REFINE:
+        value = tl.where(tl.abs(value) * tl.load(norm + neuron, mask=wanted, other=0) < refine, 0, value)
     tl.store(h + r * count + at, tl.where(wanted, value, 0), mask=at < count)
 
 
@@ -188,7 +199,7 @@ def _act(x, ACT: tl.constexpr):
 @triton.jit
 def _down_kernel(
     h, down, scale, indices, partial, hidden, count, share, list_stride, bundle, parts,
-    FORMAT: tl.constexpr, LISTED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    FORMAT: tl.constexpr, LISTED: tl.constexpr, SKIP_ZEROS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     split, r = tl.program_id(1), tl.program_id(2)
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -199,6 +210,8 @@ def _down_kernel(
         at = tl.where(step < share, split * share + step, count)
         neuron, wanted = _neurons(indices + r * list_stride if LISTED else indices, at, count, LISTED)
         factor = tl.load(h + r * count + at, mask=wanted, other=0)
+        if SKIP_ZEROS:
+            wanted = wanted & (factor != 0)
         ws = tl.load(
             down + neuron[:, None] * bundle + column[None, :], mask=wanted[:, None] & inside[None, :], other=0
         ).to(tl.float32)

@@ -55,18 +55,26 @@ def mlp(x: Tensor, packed: PackedMLP, indices: Tensor | None = None, *, backend:
         _check_indices(indices, rows, x.device)
     if _takes_torch(backend, x, rows, packed.act):
         return reference.mlp(x, packed, indices)
-    return _run_mlp(x, packed, indices, "listed", -1, 0.0, backend)
+    return _run_mlp(x, packed, indices, "listed", -1, 0.0, 0.0, backend)
 
 
 def sketch_mlp(
-    x: Tensor, packed: PackedMLP, *, keep: int | None = None, threshold: float | None = None, backend: str = "auto"
+    x: Tensor,
+    packed: PackedMLP,
+    *,
+    keep: int | None = None,
+    threshold: float | None = None,
+    refine: float = 0.0,
+    backend: str = "auto",
 ) -> Tensor:
     """The MLP of an "int8_sliced" `packed` over the neurons that `sketch_select` would choose, row by row.
 
     The high plane is read once: what the choice has summed is completed with the low plane to the exact integer.
-    Arguments and errors: as for `sketch_select` and `mlp`.
+    refine: of the chosen neurons those are dropped, their down rows unread, whose exact |h| * |down row| turns out
+    below this; h is act(gate) * up, less the neuron's mean where `packed` has means.
+    Other arguments and errors: as for `sketch_select` and `mlp`.
     """
-    return _mlp_by("sketch", x, packed, keep, threshold, backend)
+    return _mlp_by("sketch", x, packed, keep, threshold, backend, refine)
 
 
 def sketch_select(
@@ -163,14 +171,21 @@ def _gpu() -> Any:
 
 
 def _run_mlp(
-    x: Tensor, packed: PackedMLP, indices: Tensor | None, rule: str, keep: int, threshold: float, backend: str
+    x: Tensor,
+    packed: PackedMLP,
+    indices: Tensor | None,
+    rule: str,
+    keep: int,
+    threshold: float,
+    refine: float,
+    backend: str,
 ) -> Tensor:
     if _is_interpreted(backend, x):
-        interpreted: Tensor = _gpu().mlp(x, packed, indices, rule, keep, threshold)
+        interpreted: Tensor = _gpu().mlp(x, packed, indices, rule, keep, threshold, refine)
         return interpreted
     if _is_plain(x):
-        return cpu.mlp(x, packed, indices, rule, keep, threshold)
-    result: Tensor = torch.ops.coreskip.mlp.default(x, *_fields(packed), indices, rule, keep, threshold)
+        return cpu.mlp(x, packed, indices, rule, keep, threshold, refine)
+    result: Tensor = torch.ops.coreskip.mlp.default(x, *_fields(packed), indices, rule, keep, threshold, refine)
     return result
 
 
@@ -191,12 +206,22 @@ def _is_plain(x: Tensor) -> bool:
 # ---- the choice of neurons ----
 
 
-def _mlp_by(rule: str, x: Tensor, packed: PackedMLP, keep: int | None, threshold: float | None, backend: str) -> Tensor:
+def _mlp_by(
+    rule: str,
+    x: Tensor,
+    packed: PackedMLP,
+    keep: int | None,
+    threshold: float | None,
+    backend: str,
+    refine: float = 0.0,
+) -> Tensor:
     rows = _check_input(x, packed.hidden_size, packed.weight)
     count, least = _check_rule(rule, packed, keep, threshold)
+    if not refine >= 0:
+        raise ValueError(f"refine must be at least 0, not {refine}")
     if _takes_torch(backend, x, rows, packed.act):
-        return reference.mlp(x, packed, reference.choose(x, packed, rule, count, least))
-    return _run_mlp(x, packed, None, rule, count, least, backend)
+        return reference.mlp_by(x, packed, rule, count, least, refine)
+    return _run_mlp(x, packed, None, rule, count, least, refine, backend)
 
 
 def _choose(rule: str, x: Tensor, packed: PackedMLP, keep: int | None, threshold: float | None, backend: str) -> Tensor:
@@ -294,7 +319,7 @@ _PACKED = (
 )
 _Library: Any = torch.library.Library  # torch leaves it without types
 _lib = _Library("coreskip", "DEF")
-_lib.define(f"mlp(Tensor x, {_PACKED}, Tensor? indices, str rule, int keep, float threshold) -> Tensor")
+_lib.define(f"mlp(Tensor x, {_PACKED}, Tensor? indices, str rule, int keep, float threshold, float refine) -> Tensor")
 _lib.define(f"choose(Tensor x, {_PACKED}, str rule, int keep, float threshold) -> Tensor")
 _lib.define(
     "columns(Tensor x, Tensor weight, int out_features, Tensor norm, Tensor? bias, bool by_norm, int keep, "
@@ -315,11 +340,11 @@ def _linear_fields(packed: PackedLinear) -> tuple[Any, ...]:
 
 
 def _mlp_torch(x: Tensor, *arguments: Any) -> Tensor:
-    *fields, indices, rule, keep, threshold = arguments
+    *fields, indices, rule, keep, threshold, refine = arguments
     packed = PackedMLP(*fields)
-    if rule != "listed":
-        indices = reference.choose(x, packed, rule, keep, threshold)
-    return reference.mlp(x, packed, indices)
+    if rule == "listed":
+        return reference.mlp(x, packed, indices)
+    return reference.mlp_by(x, packed, rule, keep, threshold, refine)
 
 
 def _choose_torch(x: Tensor, *arguments: Any) -> Tensor:
@@ -342,8 +367,8 @@ def _usable(backend: str) -> bool:
 def _mlp_cpu(x: Tensor, *arguments: Any) -> Tensor:
     if not _usable("cpu"):
         return _mlp_torch(x, *arguments)
-    *fields, indices, rule, keep, threshold = arguments
-    return cpu.mlp(x, PackedMLP(*fields), indices, rule, keep, threshold)
+    *fields, indices, rule, keep, threshold, refine = arguments
+    return cpu.mlp(x, PackedMLP(*fields), indices, rule, keep, threshold, refine)
 
 
 def _choose_cpu(x: Tensor, *arguments: Any) -> Tensor:
@@ -372,8 +397,8 @@ def _columns_cpu(x: Tensor, *arguments: Any) -> Tensor:
 def _mlp_cuda(x: Tensor, *arguments: Any) -> Tensor:
     if not _usable("triton"):
         return _mlp_torch(x, *arguments)
-    *fields, indices, rule, keep, threshold = arguments
-    result: Tensor = _gpu().mlp(x, PackedMLP(*fields), indices, rule, keep, threshold)
+    *fields, indices, rule, keep, threshold, refine = arguments
+    result: Tensor = _gpu().mlp(x, PackedMLP(*fields), indices, rule, keep, threshold, refine)
     return result
 
 

@@ -41,6 +41,24 @@ def choose(x: Tensor, packed: PackedMLP, rule: str, keep: int, threshold: float)
     return pick(score, keep, threshold)
 
 
+def refined(x: Tensor, packed: PackedMLP, indices: Tensor, least: float) -> Tensor:
+    """`indices` ``[R, k]`` without the neurons whose exact score is below `least`, each of which becomes -1.
+
+    The exact score is what leaving a neuron out would cost: its activation's distance from its mean, where there are
+    means, times its norm. A NaN stays, as in `pick`.
+    """
+    assert packed.norm is not None
+    h = _activations(x.reshape(-1, packed.hidden_size), packed)
+    score = (h if packed.mean is None else h - packed.mean).abs() * packed.norm
+    return torch.where(score.gather(1, indices.clamp_min(0)) < least, -1, indices)
+
+
+def mlp_by(x: Tensor, packed: PackedMLP, rule: str, keep: int, threshold: float, refine: float) -> Tensor:
+    """See `ops.sketch_mlp` and `ops.gate_mlp`; any number of rows."""
+    chosen = choose(x, packed, rule, keep, threshold)
+    return mlp(x, packed, refined(x, packed, chosen, refine) if refine > 0 else chosen)
+
+
 def pick(score: Tensor, keep: int, threshold: float) -> Tensor:
     """The `keep` best of each row of [R, neurons] (of equals the first) or, where keep < 0, those of `threshold` up.
 

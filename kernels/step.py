@@ -38,8 +38,8 @@ class Norm:
 class BundledMLP:
     """An MLP over bundles of neurons: all of `packed`, or those that a rule chooses ("sketch", "gate").
 
-    keep and threshold: as for `ops.sketch_mlp`; exactly one of them for a rule. smooth: factors of the inputs, float32
-    [hidden]; whoever builds the layer puts them into the norm before it.
+    keep, threshold and refine: as for `ops.sketch_mlp`; exactly one of the first two for a rule. smooth: factors of
+    the inputs, float32 [hidden]; whoever builds the layer puts them into the norm before it.
     """
 
     packed: PackedMLP
@@ -47,6 +47,7 @@ class BundledMLP:
     keep: int | None = None
     threshold: float | None = None
     smooth: Tensor | None = None
+    refine: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,7 +264,7 @@ class _Mlp(ctypes.Structure):
     _fields_ = (
         *((name, _P) for name in ("weight", "low", "scale", "norm", "gate_bias", "up_bias", "down_bias", "mean")),
         *((name, _N) for name in ("neurons", "stride", "keep")),
-        ("threshold", _F),
+        *((name, _F) for name in ("threshold", "refine")),
         *((name, _I) for name in ("dtype", "gated", "rule")),
     )
 
@@ -335,6 +336,7 @@ def _bundled(mlp: BundledMLP) -> _Mlp:
         stride=packed.weight.shape[2] * (2 if sliced else 1),
         keep=-1 if mlp.keep is None else mlp.keep,
         threshold=mlp.threshold or 0.0,
+        refine=mlp.refine,
         dtype=cpu.SLICED if sliced else cpu.DTYPE[packed.weight.dtype],
         gated=packed.gated,
         rule=cpu.RULE[mlp.rule],

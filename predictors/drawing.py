@@ -79,6 +79,8 @@ def _policy(layer: LayerPlan) -> str:
         details.append(f"clusters={policy.clusters.shape[0]}")
     if getattr(policy, "threshold", None) is not None:
         details.append(f"threshold={policy.threshold:.3g}")
+    if getattr(policy, "refine", None) is not None:
+        details.append(f"refine={policy.refine:.3g} of {policy.candidates:.0%}")
     details += [f"with {name}" for name in ("norm", "smooth", "mean") if getattr(policy, name, None) is not None]
     if layer.layer.name != "run":
         details.append("+ " + " ".join([layer.layer.name, *(f"{k}={v}" for k, v in vars(layer.layer).items())]))

@@ -178,11 +178,16 @@ class Sketch(_Scored):
     2411.12692) for ReLU models, whose parameter alpha is the threshold 1 / (1 + alpha).
     `norm`: as in `TopK`; unused by signs. `smooth`: fp32 ``[hidden]`` or None: the MLP's inputs are divided by it and
     the columns of gate and up multiplied, before either is rounded to 8 bits (SmoothQuant, arXiv 2211.10438).
+    `refine`: None or a second threshold: what the first has let through is computed in all 8 bits and then left out
+    after all, its down row unread, where |a_i - mean_i| * norm_i is below this one. On the calibration text the first
+    lets the share `candidates` through, the second `keep`.
     """
 
     bits: int = 4
     norm: Tensor | None = None
     smooth: Tensor | None = None
+    refine: float | None = None
+    candidates: float | None = None
     name: ClassVar[str] = "sketch"
 
     def check(self, width: int) -> None:
@@ -195,6 +200,17 @@ class Sketch(_Scored):
             _check_floats("smooth", self.smooth, tuple(self.smooth.shape))
             if not bool((self.smooth > 0).all()):
                 raise PlanError("smooth holds something that is not above 0")
+        self._check_refine()
+
+    def _check_refine(self) -> None:
+        if self.refine is None and self.candidates is None:
+            return
+        if self.refine is None or self.candidates is None or self.threshold is None or self.bits != 4:
+            raise PlanError("a refined sketch has 4 bits, two thresholds and a share of candidates")
+        _check_threshold(self.refine)
+        check_share("candidates", self.candidates)
+        if self.candidates < self.keep:
+            raise PlanError(f"a refined sketch keeps {self.keep} of {self.candidates} candidates")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -36,6 +36,10 @@ ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 #: Shares of a layer's neurons between which "greedy" chooses.
 SHARES = tuple(round(0.05 * step, 2) for step in range(20))
 _LOSS_TOKENS = 700  # over which a predicted loss is averaged
+#: What a sketch must say of a neuron, as a share of the exact score that it then needs. On the embedded model's
+#: calibration text, 40 % left out: the predicted loss is 33 % less than without a second look (27 % at 0.7, 42 % where
+#: every neuron gets one), for 16 % more of the neurons completed (10 %).
+_CANDIDATE = 0.5
 
 
 def check_allocation(allocation: str) -> None:
@@ -118,10 +122,43 @@ class TokenCalibration:
 
     # ---- neurons by a score of each token ----
 
-    def sketch(self, keep: float, allocation: Allocation = "greedy", *, mean: bool = True) -> list[Sketch]:
-        """Per layer a 4-bit `Sketch`."""
+    def sketch(
+        self, keep: float, allocation: Allocation = "greedy", *, mean: bool = True, refine: bool = False
+    ) -> list[Sketch]:
+        """Per layer a 4-bit `Sketch`. refine: with a second threshold, on exact scores."""
+        if refine and keep < 1:
+            return self._refined(keep, allocation, mean)
         amounts = self._amounts(keep, allocation, mean, self.sketched)
         return [Sketch(**amount, smooth=smooth) for amount, smooth in zip(amounts, self.smooth, strict=True)]
+
+    def _refined(self, keep: float, allocation: Allocation, mean: bool) -> list[Sketch]:
+        """Sketches that leave out of each layer what exact scores alone would."""
+        check_allocation(allocation)
+        norms = self._score_norms(allocation)
+        thresholds = self._thresholds(keep, allocation, norms, self.exact)
+        found = []
+        for layer, (norm, threshold) in enumerate(zip(norms, thresholds, strict=True)):
+            a, seen = self.samples.activations[layer].float(), self.sketched[layer].float() * norm
+            share = keep if threshold is None else float((a.abs() * norm >= threshold).float().mean())
+            means, least = torch.zeros_like(norm), quantile(a.abs() * norm, 1 - share)
+            for _ in range(3):  # candidates, means and threshold depend on one another, and settle at once
+                score = torch.where(seen >= _CANDIDATE * least, (a - means).abs() * norm, 0)
+                least = quantile(score, 1 - share)
+                candidates = seen >= _CANDIDATE * least
+                wanted = candidates & (score >= least)
+                means = means_when_left_out(a, wanted) if mean else means
+            found.append(
+                Sketch(
+                    keep=max(float(wanted.float().mean()), 1 / norm.numel()),
+                    threshold=_CANDIDATE * least,
+                    candidates=max(float(candidates.float().mean()), 1 / norm.numel()),
+                    refine=least,
+                    norm=None if norms is self._norms else norm.cpu(),
+                    mean=means.cpu() if mean else None,
+                    smooth=self.smooth[layer],
+                )
+            )
+        return found
 
     def topk(self, keep: float, allocation: Allocation = "equal", *, mean: bool = False) -> list[TopK]:
         """Per layer the oracle with the same amounts."""

@@ -12,6 +12,7 @@ import torch
 from ..kernels import cpu
 from ..kernels.ops import available
 from ..predictors.anatomy import Anatomy, dissect, rows_of
+from ..predictors.importance import kept_count
 from ..predictors.plan import Adaptive, CoreNeurons, Dense, Learned, Plan, Run, Similar, Sketch, Static, Threshold, TopK
 from .sparse_mlp import TOKEN_POLICIES, native_rule
 
@@ -94,7 +95,8 @@ def _mlp_bytes(policy: Any, width: int, hidden: int, gated: bool, size: float, l
     if isinstance(policy, (Static, CoreNeurons, Similar)):  # packed in bytes under either format
         return kept * (first + 1) * (row if fmt is None else hidden)
     if isinstance(policy, Sketch) and policy.bits == 4:
-        return width * first * hidden / 2 + kept * (first * hidden / 2 + hidden)
+        completed = kept if policy.candidates is None else kept_count(width, policy.candidates)
+        return width * first * hidden / 2 + completed * first * hidden / 2 + kept * hidden
     if isinstance(policy, Sketch):
         return width * hidden + kept * (first + 1) * row
     if isinstance(policy, TopK) or (isinstance(policy, Threshold) and policy.rule == "cats" and not gated):

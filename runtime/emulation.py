@@ -200,6 +200,8 @@ class _ManyRows(SparseMLP):
         a = self._activations(rows, floats.whole, factor)
         if packed.mean is not None:
             a -= packed.mean
+        if self.refine > 0:
+            wanted &= a.abs() * packed.norm >= self.refine
         a *= wanted
         y = (a * packed.scale[:, -1]) @ floats.down
         if packed.down_bias is not None:

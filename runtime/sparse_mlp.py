@@ -49,6 +49,7 @@ class SparseMLP:
         scorer: inputs ``[rows, hidden]`` to scores ``[rows, neurons]``, for the rule ``listed`` alone.
         smooth: float32 ``[hidden]``, what the inputs are multiplied by before they are rounded; `packed` has the
             inverse in its columns.
+        refine: of the neurons that a sketch chooses, those with an exact score below this are dropped; 0: none.
     """
 
     packed: PackedMLP
@@ -57,6 +58,7 @@ class SparseMLP:
     threshold: float | None = None
     scorer: Scorer | None = None
     smooth: Tensor | None = None
+    refine: float = 0.0
 
     def run(self, x: Tensor, counting: bool = False) -> tuple[Tensor, int | None]:
         """The output for x ``[..., hidden]`` and how many neurons it took, over all rows; None where that was not
@@ -75,10 +77,16 @@ class SparseMLP:
                 kept = int((indices >= 0).sum())
             return mlp(x, self.packed, indices), self.packed.intermediate_size * rows if indices is None else kept
         if counting and kept is None:
-            select = sketch_select if self.rule == "sketch" else gate_select
-            kept = int((select(x, self.packed, keep=self.keep, threshold=self.threshold) >= 0).sum())
-        run = sketch_mlp if self.rule == "sketch" else gate_mlp
-        return run(x, self.packed, keep=self.keep, threshold=self.threshold), kept
+            kept = int((self._chosen(x) >= 0).sum())
+        if self.rule == "gate":
+            return gate_mlp(x, self.packed, keep=self.keep, threshold=self.threshold), kept
+        return sketch_mlp(x, self.packed, keep=self.keep, threshold=self.threshold, refine=self.refine), kept
+
+    def _chosen(self, x: Tensor) -> Tensor:
+        """The neurons that a kernel's rule computes, int64 ``[rows, k]`` with -1 for none."""
+        select = sketch_select if self.rule == "sketch" else gate_select
+        chosen = select(x, self.packed, keep=self.keep, threshold=self.threshold)
+        return reference.refined(x, self.packed, chosen, self.refine) if self.refine > 0 else chosen
 
     def _indices(self, x: Tensor) -> Tensor | None:
         if self.scorer is None:
@@ -175,7 +183,7 @@ class Weights:
         if nibbles is None:
             return SparseMLP(packed, "listed", keep, policy.threshold, self._scorer(layer, policy))
         factors = None if smooth is None else smooth.to(packed.weight.device).reciprocal()
-        return SparseMLP(packed, "sketch", keep, policy.threshold, smooth=factors)
+        return SparseMLP(packed, "sketch", keep, policy.threshold, smooth=factors, refine=nibbles.refine or 0.0)
 
     def _by_gate(self, layer: int, policy: Threshold) -> SparseMLP:
         packed, least = self.mlp(layer, None), policy.least["act"]

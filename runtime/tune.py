@@ -101,6 +101,7 @@ def analyze(
     all_linears: bool = False,
     allocation: Allocation = "greedy",
     bits: int = 4,
+    refine: bool = False,
     rank: int = RANK,
     tokens: int = 16384,
     windows: int = 12,
@@ -132,6 +133,8 @@ def analyze(
             small inputs, too.
         allocation: of ``sketch`` and ``topk``: how the share is spread over the layers, see `TokenCalibration`.
         bits: of ``sketch``: 4, or 1 for the signs (ReLU models).
+        refine: of ``sketch``: whether a second threshold, on exact scores, drops some of what the sketch chose: more is
+            left out at the same loss of quality, in more time.
         rank: of ``learned``.
         tokens: at most this many are observed.
         windows: held-out windows of 512 tokens per measurement.
@@ -156,6 +159,7 @@ def analyze(
         rule=rule,
         allocation=allocation,
         bits=bits,
+        refine=refine,
         rank=rank,
     )
     study = Study(
@@ -169,6 +173,7 @@ def analyze(
         all_linears=all_linears,
         allocation=allocation,
         bits=bits,
+        refine=refine,
         rank=rank,
         tokens=tokens,
         windows=windows,
@@ -196,6 +201,7 @@ def check_options(
     rule: str = "teal",
     allocation: str = "greedy",
     bits: int = 4,
+    refine: bool = False,
     rank: int = RANK,
     **_: Any,
 ) -> None:
@@ -216,6 +222,8 @@ def check_options(
     check_allocation(allocation)
     if bits not in (1, 4) or rank < 1:
         raise CoreskipError(f"a sketch of {bits} bits, rank {rank}: give 1 or 4 bits and at least rank 1")
+    if refine and bits != 4:
+        raise CoreskipError("a sketch of signs cannot be refined: give bits 4")
     if tokens < 1 or first_layer < 0:
         raise CoreskipError(f"tokens is {tokens} and first_layer {first_layer}: give at least 1 and 0")
 
@@ -342,6 +350,7 @@ class Workshop:
         all_linears: bool = False,
         allocation: Allocation = "greedy",
         bits: int = 4,
+        refine: bool = False,
         rank: int = RANK,
         max_tokens: int = 16384,
         seed: int = 0,
@@ -349,7 +358,7 @@ class Workshop:
     ) -> None:
         self._model, self._text, self._progress = model, text, progress
         self._rule, self._all_linears, self._allocation = rule, all_linears, allocation
-        self._bits, self._rank = bits, rank
+        self._bits, self._refine, self._rank = bits, refine, rank
         self._score, self._alpha, self._first, self._seed = score, alpha, first_layer, seed
         self._max_tokens = max_tokens
         self._fingerprint = Fingerprint.of(model)
@@ -359,8 +368,8 @@ class Workshop:
 
     def make(self, method: str, keep: float, **options: Any) -> Plan:
         """A plan of this method that keeps this share of the neurons, or layers. `options` replace those given to the
-        workshop: ``rule``, ``all_linears``, ``allocation``, ``bits``, ``rank``; of ``layers``, ``leave`` says what is
-        left out.
+        workshop: ``rule``, ``all_linears``, ``allocation``, ``bits``, ``refine``, ``rank``; of ``layers``, ``leave``
+        says what is left out.
 
         Deterministic; observes the text when a method first needs it. A plan is made once: searches ask for it again
         on more windows, in other formats and for other budgets.
@@ -419,12 +428,16 @@ class Workshop:
         rows = self._text.windows(length, max(1, self._max_tokens // length))
         return TokenCalibration(self._model, rows, seed=self._seed, progress=self._progress)
 
-    def _sketch(self, keep: float, *, allocation: Allocation | None = None, bits: int | None = None) -> Plan:
+    def _sketch(
+        self, keep: float, *, allocation: Allocation | None = None, bits: int | None = None, refine: bool | None = None
+    ) -> Plan:
         allocation, bits = allocation or self._allocation, bits or self._bits
+        refine = self._refine if refine is None else refine
         if bits == 1:
             recall = round(self.tokens.sign_recall(keep), 4)
             return self._by_token("sketch", keep, self.tokens.signs(keep), bits=1, recall=recall)
-        return self._by_token("sketch", keep, self.tokens.sketch(keep, allocation), allocation=allocation)
+        policies = self.tokens.sketch(keep, allocation, refine=refine)
+        return self._by_token("sketch", keep, policies, allocation=allocation, **({"refine": True} if refine else {}))
 
     def _topk(self, keep: float, *, allocation: Allocation | None = None) -> Plan:
         allocation = allocation or self._allocation

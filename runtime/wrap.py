@@ -345,7 +345,9 @@ class Runtime:
         mlps = {i: BundledMLP(p) for i, p in packed.items()}
         for index in self._token_policies:
             sparse = self.token_mlp(index)  # what its rule leaves out the native step counts itself
-            mlps[index] = BundledMLP(sparse.packed, sparse.rule, sparse.keep, sparse.threshold, sparse.smooth)
+            mlps[index] = BundledMLP(
+                sparse.packed, sparse.rule, sparse.keep, sparse.threshold, sparse.smooth, sparse.refine
+            )
         skipped = sum(self._width(i) for i in mlp)
         skipped += sum(self._width(i) - p.intermediate_size for i, p in packed.items() if i not in mlp)
         return Chosen([mlps.get(i) for i in range(len(self.anatomy))], skipped, attention, mlp)

@@ -41,7 +41,7 @@ def test_equals_token_by_token(family: str, name: str) -> None:
     assert fast["kl"] > 1e-3, "the plan must change something for this to mean anything"
 
 
-@pytest.mark.parametrize("name", ["sketch", "sketch_threshold", "sketch_smooth"])
+@pytest.mark.parametrize("name", ["sketch", "sketch_threshold", "sketch_smooth", "sketch_refined"])
 @pytest.mark.parametrize("family", ["llama_bias", "opt"])
 def test_one_mlp_equals_the_kernels_definition(family: str, name: str) -> None:
     model = tiny(family)

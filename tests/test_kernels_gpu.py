@@ -84,6 +84,15 @@ for rule in ({"keep": 13}, {"threshold": 0.4}):
     chosen = sketch_select(x, packed, backend="torch", **rule)
     assert torch.equal(sketch_select(x, packed, backend="triton", **rule), chosen)
     close(sketch_mlp(x, packed, backend="triton", **rule), mlp(x, packed, chosen, backend="torch"))
+x, packed = random_mlp(200, 40, fmt="int8_sliced")
+for means in (False, True):
+    packed = packed.compensated(torch.randn(40) * 0.2) if means else packed
+    for rule in ({"keep": 13, "refine": 0.8}, {"threshold": 0.4, "refine": 0.8}, {"threshold": 0.4, "refine": 1e9}):
+        y = sketch_mlp(x, packed, backend="triton", **rule)
+        close(y, sketch_mlp(x, packed, backend="torch", **rule))
+        assert torch.equal(sketch_mlp(x, packed, backend="triton", **rule), y)
+        unrefined = {name: value for name, value in rule.items() if name != "refine"}
+        assert not torch.equal(sketch_mlp(x, packed, backend="triton", **unrefined), y)
 x, packed = random_mlp(200, 40)
 for rule in ({"keep": 13}, {"threshold": 0.4}):
     chosen = gate_select(x, packed, backend="torch", **rule)

@@ -144,6 +144,30 @@ def test_sketch_by_threshold(backend):
     assert (chosen == -1).all()
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("means", [True, False])
+def test_a_refined_sketch_completes_its_candidates_then_drops_the_small_ones(backend, means, gated, rows):
+    x, packed = random_mlp(576, 130, fmt="int8_sliced", gated=gated)
+    x = x[:rows]
+    mean = torch.randn(130, generator=torch.Generator().manual_seed(1)) * 0.2
+    packed = packed.compensated(mean) if means else packed
+    *gate, up, _ = dequantized(packed)
+    integers, scale = quantize(x)
+    near = integers.double() * scale[:, None].double()
+    h = near @ up.t() + (packed.up_bias if gated else 0)
+    h = torch.nn.functional.silu(near @ gate[0].t() + packed.gate_bias) * h if gated else torch.nn.functional.silu(h)
+    score = (h - mean if means else h).abs() * packed.norm
+    for how in ({"threshold": 0.1}, {"keep": 80}):
+        candidates = sketch_select(x, packed, backend="torch", **how)
+        for refine in (0.3, 0.6, 1e9):
+            kept = torch.where(score.gather(1, candidates.clamp_min(0)) >= refine, candidates, -1)
+            assert (kept >= 0).sum() < (candidates >= 0).sum()
+            y = sketch_mlp(x, packed, refine=refine, backend=backend, **how)
+            close(y, mlp(x, packed, kept, backend="torch"))
+            assert torch.equal(sketch_mlp(x, packed, refine=refine, backend=backend, **how), y)
+
+
 def test_a_sketch_finds_most_of_what_matters(backend):
     x, packed = random_mlp(576, 400, fmt="int8_sliced", bias=False)
     gate, up, down = (part.float() for part in dequantized(packed))
@@ -175,7 +199,8 @@ def test_equal_scores_keep_the_first(backend):
 def test_a_row_that_is_not_finite_becomes_nan(backend, value):
     x, packed = random_mlp(64, 40, fmt="int8_sliced")
     x[1, 3] = value
-    for y in (mlp(x, packed, backend=backend), sketch_mlp(x, packed, keep=10, backend=backend)):
+    refined = sketch_mlp(x, packed, keep=10, refine=0.1, backend=backend)
+    for y in (mlp(x, packed, backend=backend), sketch_mlp(x, packed, keep=10, backend=backend), refined):
         assert y[1].isnan().all()
         assert y[[0, 2]].isfinite().all()
 
@@ -197,7 +222,8 @@ def test_torch_compile_sees_the_choice():
     x, packed = random_mlp(64, 40, fmt="int8_sliced")
     torch.library.opcheck(torch.ops.coreskip.choose.default, (x, *ops._fields(packed), "sketch", 7, 0.0))
     torch.library.opcheck(torch.ops.coreskip.choose.default, (x, *ops._fields(packed), "sketch", -1, 0.5))
-    torch.library.opcheck(torch.ops.coreskip.mlp.default, (x, *ops._fields(packed), None, "sketch", 7, 0.0))
+    torch.library.opcheck(torch.ops.coreskip.mlp.default, (x, *ops._fields(packed), None, "sketch", 7, 0.0, 0.0))
+    torch.library.opcheck(torch.ops.coreskip.mlp.default, (x, *ops._fields(packed), None, "sketch", -1, 0.1, 0.2))
 
 
 def test_bad_arguments():
@@ -208,6 +234,8 @@ def test_bad_arguments():
         sketch_select(x, sliced)
     with pytest.raises(ValueError, match="either"):
         sketch_mlp(x, sliced, keep=1, threshold=1.0)
+    with pytest.raises(ValueError, match="refine must be at least 0"):
+        sketch_mlp(x, sliced, keep=1, refine=float("nan"))
     with pytest.raises(ValueError, match="int8_sliced"):
         sketch_select(x, floats, keep=1)
     with pytest.raises(ValueError, match="keep"):

@@ -34,6 +34,7 @@ NAMES = (
     "sketch",
     "sketch_threshold",
     "sketch_smooth",
+    "sketch_refined",
     "signs",
     "learned",
 )
@@ -67,6 +68,8 @@ def some_policy(model: Any, name: str) -> Any:
         return TopK(keep=KEEP, threshold=1.0 if "threshold" in name else None, norm=norm, mean=mean)
     if name.startswith("sketch"):
         smooth = torch.rand(hidden, generator=rng) + 0.5 if "smooth" in name else None
+        if "refined" in name:
+            return Sketch(keep=KEEP, threshold=0.5, refine=1.0, candidates=0.7, norm=norm, mean=mean)
         threshold = 1.0 if "threshold" in name else None
         return Sketch(keep=KEEP, threshold=threshold, norm=norm, mean=mean, smooth=smooth)
     if name == "signs":
@@ -119,6 +122,8 @@ def defined(policy: Any, layer: Any, x: Tensor) -> Tensor:
         wanted = best(activations(gate_high, up_high, x).abs() * policy.norm, policy)
         down = nibbled(down)[0]
         a = activations(gate, up, x)
+        if policy.refine is not None:
+            wanted &= (a - policy.mean).abs() * policy.norm >= policy.refine
     else:
         a = activations(gate, up, x)
         if isinstance(policy, Threshold):
@@ -204,7 +209,7 @@ def test_equals_its_definition(family: str, name: str) -> None:
 
 
 @pytest.mark.skipif(available("cpu") is not None, reason="needs the compiled kernels")
-@pytest.mark.parametrize("name", ["sketch", "sketch_threshold", "cats"])
+@pytest.mark.parametrize("name", ["sketch", "sketch_threshold", "sketch_refined", "cats"])
 @pytest.mark.parametrize("family", COVERED)
 def test_two_hundred_native_steps_from_ragged_prompts(family: str, name: str) -> None:
     model = tiny(family)
@@ -221,6 +226,23 @@ def test_two_hundred_native_steps_from_ragged_prompts(family: str, name: str) ->
     error, change = (found - expected).norm(dim=-1), (dense - expected).norm(dim=-1)
     print("ERR", family, name, float((error / change).median()), float((error / change).max()))
     assert float((error / change).median()) < 1
+
+
+@pytest.mark.skipif(available("cpu") is not None, reason="needs the compiled kernels")
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", ["sketch_threshold", "sketch_refined"])
+def test_the_native_step_counts_what_the_modules_count(name: str, rows: int) -> None:
+    model = tiny("llama")
+    shares = []
+    with coreskip.wrap(model, plan_with(model, some_policy(model, name))):
+        for options in ({}, {"output_hidden_states": True, "return_dict_in_generate": True}):
+            usage = runtime_of(model).usage
+            usage.counting = True
+            usage.reset()
+            greedy(model, prompt(rows, 9), 8, **options)
+            shares.append(usage.neuron_sparsity())
+        assert runtime_of(model).decoder.ready
+    assert shares[0] == pytest.approx(shares[1], abs=0.005)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith(("teal", "wina"))])
@@ -341,6 +363,11 @@ def test_plans_keep_them(llama: Any, tmp_path: Path, name: str) -> None:
         (TopK(keep=0.5, norm=torch.full((160,), torch.inf)), "not a finite number"),
         (Sketch(keep=0.5, bits=3), "sketch of 3 bits"),
         (Sketch(keep=0.5, bits=1, norm=torch.ones(160)), "neither norms nor smoothed"),
+        (Sketch(keep=0.5, threshold=0.1, refine=0.2), "a refined sketch has"),
+        (Sketch(keep=0.5, refine=0.2, candidates=0.6), "a refined sketch has"),
+        (Sketch(keep=0.5, threshold=0.1, refine=float("inf"), candidates=0.6), "a threshold is inf"),
+        (Sketch(keep=0.5, threshold=0.1, refine=0.2, candidates=1.1), "candidates is 1.1"),
+        (Sketch(keep=0.5, threshold=0.1, refine=0.2, candidates=0.4), "keeps 0.5 of 0.4 candidates"),
         (Sketch(keep=0.5, smooth=torch.ones(63)), "reads 63 inputs"),
         (Sketch(keep=0.5, smooth=torch.zeros(64)), "not above 0"),
         (Sketch(keep=0.5, norm=torch.ones(160).double()), "norm is not fp32"),

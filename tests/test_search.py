@@ -167,6 +167,8 @@ def test_bytes_are_those_of_the_packed_weights(llama: Any) -> None:
         return (dense - bytes_per_token(llama, plan_with(llama, policy))) / 3
 
     assert saved(Sketch(keep=0.5)) == mlp - (160 * 64 + 80 * (64 + 64))
+    refined = some_policy(llama, "sketch_refined")  # completes 70 % of the neurons, keeps 50 %
+    assert saved(refined) == mlp - (160 * 64 + 112 * 64 + 80 * 64)
     assert saved(some_policy(llama, "topk")) == 80 * 64 * 4
     assert saved(some_policy(llama, "cats")) == 80 * 64 * 4 * 2
     assert saved(some_policy(llama, "teal")) == mlp / 2

@@ -13,6 +13,7 @@ from torch import Tensor
 import coreskip
 from coreskip import CoreskipError
 from coreskip.kernels.ops import sketch_select
+from coreskip.kernels.reference import refined
 from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.calibration import TokenText
 from coreskip.predictors.learned import recall, train_predictors
@@ -148,6 +149,44 @@ def test_the_sketch_is_calibrated_on_what_it_sees(llama: Any) -> None:
         wanted = (sketch_select(x[:8] * sparse.smooth, sparse.packed, threshold=policy.threshold) >= 0).sum(1)
         score = found.sketched[layer][:8] * policy.norm
         assert torch.equal(wanted, (score >= policy.threshold).sum(1))
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_refined_sketches_keep_the_share_asked_for(family: str, allocation: Any) -> None:
+    model = tiny(family)
+    found = calibration(model)
+    for keep in (0.8, 0.4):
+        policies = found.sketch(keep, allocation, refine=True)
+        expected = keep if family == "llama" else min(keep, 0.5)
+        assert plan_with(model, *policies).keep == pytest.approx(expected, abs=0.03)
+    assert all(policy.refine is None for policy in found.sketch(1.0, allocation, refine=True))
+
+
+def test_a_refined_sketch_is_calibrated_on_what_the_kernels_do(llama: Any) -> None:
+    """Its shares are those counted, its means those of what is left out in the end, and its choice loses less."""
+    found = calibration(llama)
+    for layer, policy in enumerate(found.sketch(0.6, "greedy", refine=True)):
+        assert policy.refine is not None
+        assert policy.candidates is not None
+        sparse = Weights(dissect(llama)).describe(layer, policy)
+        assert sparse.smooth is not None
+        a, x = found.samples.activations[layer], found.samples.hidden[layer] * sparse.smooth
+        chosen = sketch_select(x, sparse.packed, threshold=policy.threshold, backend="torch")
+        kept = refined(x, sparse.packed, chosen, policy.refine)
+        assert float((chosen >= 0).float().mean()) == pytest.approx(policy.candidates, abs=0.005)
+        assert float((kept >= 0).float().mean()) == pytest.approx(policy.keep, abs=0.005)
+        wanted = (kept[:, :, None] == torch.arange(a.shape[1])).any(1)
+        assert policy.mean is not None
+        off = policy.mean - means_when_left_out(a, wanted)
+        assert float(off.abs().mean()) < 0.02 * float(a.abs().mean())
+        score = found.sketched[layer] * found.fisher[layer]
+        alike = score >= quantile(score, 1 - policy.keep)
+        lost, before = (
+            float((torch.where(w, 0, a - means_when_left_out(a, w)) * found.fisher[layer]).square().sum())
+            for w in (wanted, alike)
+        )
+        assert lost < 0.9 * before
 
 
 def test_greedy_shares_have_the_least_sum_of_losses() -> None:
