@@ -66,6 +66,9 @@ class Step:
 
 STEP: ContextVar[Step | None] = ContextVar("coreskip_step", default=None)
 
+#: Who gets the decode steps of a pass, in place of the wrapped model's count of what was skipped.
+TALLY: ContextVar[Callable[[Step], None] | None] = ContextVar("coreskip_tally", default=None)
+
 
 @dataclass(frozen=True)
 class _Prompt:
