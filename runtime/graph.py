@@ -19,7 +19,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from .decode import NotCovered, check_call, compare, windows
 from .kv_cache import Rooms, known_rooms, leave_rooms, lend_rooms, length_of, unfit
-from .selections import TALLY, Selections, Step, attach
+from .selections import TALLY, Step, share_selections
 
 if TYPE_CHECKING:
     from .wrap import Runtime
@@ -128,8 +128,8 @@ class StaticStep:
         self._cache, self._rooms = weakref.ref(cache), weakref.ref(rooms)
         return rooms
 
-    def serves(self, rooms: Rooms) -> bool:
-        return self._rooms() is rooms
+    def serves(self, rooms: Rooms | None) -> bool:
+        return rooms is not None and self._rooms() is rooms
 
     def is_free_for(self, cache: Cache) -> bool:
         """Whether nobody else could notice that the buffers are overwritten."""
@@ -148,16 +148,8 @@ class StaticStep:
     # --- the step
 
     def load(self, named: dict[str, Any], past: int) -> None:
-        """Takes over the arguments of a call of the model's forward, with `past` positions in the cache.
-
-        Raises:
-            NotCovered: positions or mask are not one per token so far.
-        """
+        """Takes over the arguments of a call of the model's forward, with `past` positions in the cache."""
         mask, positions = named.get("attention_mask"), named.get("position_ids")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (self.rows, past + 1)):
-            raise NotCovered("the attention mask is not [rows, length so far]")
-        if positions is not None and (positions.ndim != 2 or positions.shape[1] != 1):
-            raise NotCovered("position_ids is not [rows, 1]")
         self.ids.copy_(named["input_ids"])
         self.at.fill_(past)
         self.positions.copy_(self.at if positions is None else positions)
@@ -165,23 +157,20 @@ class StaticStep:
 
     def __call__(self) -> Tensor:
         """Logits ``[rows, 1, vocabulary]`` of `ids`, whose keys and values are written."""
-        cache, owner = Cache(layers=list(self._layers)), self._cache()
-        selections = None if owner is None else getattr(owner, "_coreskip_selections", None)
-        if isinstance(selections, Selections):
-            attach(cache, selections)
-        arguments = {
-            "input_ids": self.ids,
-            "position_ids": self.positions,
-            "attention_mask": self._masks(),
-            "past_key_values": cache,
-            "use_cache": True,
-        }
+        cache = Cache(layers=list(self._layers))
+        share_selections(self._cache(), cache)
         token = TALLY.set(self._note)
         try:
-            logits: Tensor = self._forward(**arguments).logits
+            output = self._forward(
+                input_ids=self.ids,
+                position_ids=self.positions,
+                attention_mask=self._masks(),
+                past_key_values=cache,
+                use_cache=True,
+            )
         finally:
             TALLY.reset(token)
-        return logits
+        return cast(Tensor, output.logits)
 
     def _note(self, step: Step) -> None:
         self.skipped = step.skipped
@@ -235,7 +224,7 @@ class Graphs:
         """The model's weights were moved, cast or loaded anew: what was captured reads the old ones."""
         self.refusal: str | None = None  # why this model's steps are not captured, if they are not
         self._captured: list[_Captured] = []  # the one used last at the end
-        self._output: type | None = None
+        self._output: Any = None  # the class of what the model returns
         self._device = next(self._runtime.model.parameters()).device.type
         self.capture: Callable[[StaticStep], Callable[[], Tensor]] | None = Capture if self._device == "cuda" else None
 
@@ -248,19 +237,24 @@ class Graphs:
             return None
         try:
             check_call(named, self._device)
-            self._check_surroundings(named)
+            self._check_call(named)
             with self._lock:
                 logits = self._step(original, named)
         except NotCovered as reason:
             logger.debug("this step is not replayed: %s", reason)
             return None
-        if logits is None or self._output is None:
-            return None
-        return self._output(logits=logits, past_key_values=named["past_key_values"])
+        return None if logits is None else self._output(logits=logits, past_key_values=named["past_key_values"])
 
-    def _check_surroundings(self, named: dict[str, Any]) -> None:
-        if named["input_ids"].shape[1] != 1:
+    def _check_call(self, named: dict[str, Any]) -> None:
+        rows, length = named["input_ids"].shape
+        mask, positions = named.get("attention_mask"), named.get("position_ids")
+        if length != 1:
             raise NotCovered("the step has several tokens a sequence")
+        so_far = int(named["past_key_values"].get_seq_length()) + 1
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (rows, so_far)):
+            raise NotCovered("the attention mask is not [rows, length so far]")
+        if positions is not None and (positions.ndim != 2 or positions.shape[1] != 1):
+            raise NotCovered("position_ids is not [rows, 1]")
         if self._runtime.usage.counting:
             raise NotCovered("what thresholds keep is being counted")
         if torch.is_autocast_enabled(self._device):
@@ -276,7 +270,7 @@ class Graphs:
         rows = int(named["input_ids"].shape[0])
         suiting = [c for c in self._captured if c.suits(settled, rows)]
         rooms = known_rooms(cache, 1)
-        captured = next((c for c in suiting if rooms is not None and c.step.serves(rooms)), None)
+        captured = next((c for c in suiting if c.step.serves(rooms)), None)
         if captured is None or rooms is None:
             captured = self._vacant(suiting, self._length(cache, rows), cache)
             if captured is None:
@@ -313,7 +307,8 @@ class Graphs:
         return fitting[0]
 
     def _new(self, original: Callable[..., Any], named: dict[str, Any], settled: Settled) -> Tensor | None:
-        """Captures a step and compares it with the model's own modules, which run on a copy of the cache."""
+        """Captures a step and compares it with the model's own modules, which run on a copy of the cache. None: they
+        do not agree, and nothing has happened to the cache."""
         cache = named["past_key_values"]
         twin = copy.deepcopy(cache)
         expected = original(**{**named, "past_key_values": twin})
@@ -330,10 +325,12 @@ class Graphs:
             compare(logits, expected.logits, self._runtime.chooses_by_token)
         except Exception as error:  # a capture fails in as many ways as there are modules
             self._refuse(error)
-            if known_rooms(cache, 1) is not None:
-                leave_rooms(rooms)
+            lent = known_rooms(cache, 1)
+            if lent is not None:
+                leave_rooms(lent)
             return None
-        del self._captured[: len(self._captured) - _MOST + 1]
+        if len(self._captured) == _MOST:
+            del self._captured[0]
         self._captured.append(_Captured(step, settled, replay))
         self._output = type(expected)
         rooms.advance(1)

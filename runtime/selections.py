@@ -267,6 +267,13 @@ def attach(cache: Cache, selections: Selections) -> None:
         cache.__class__ = _followed_class(cast(Any, type(cache)))
 
 
+def share_selections(cache: Cache | None, other: Cache) -> None:
+    """Let passes over `other` decode with what was selected for `cache`."""
+    found = getattr(cache, _ATTRIBUTE, None)
+    if found is not None:
+        setattr(other, _ATTRIBUTE, found)
+
+
 class _Followed:
     """A KV cache whose selections follow it."""
 

@@ -290,6 +290,8 @@ def test_hooks_autocast_and_gradients_get_the_modules() -> None:
             model(prompt(1, 1), past_key_values=cache)
         with torch.enable_grad():
             assert model(prompt(1, 1), past_key_values=cache).logits.requires_grad
+        four = torch.ones((1, 1, 1, cache.get_seq_length() + 1), dtype=torch.bool)
+        model(prompt(1, 1), past_key_values=cache, attention_mask=four)
         model(prompt(1, 3), past_key_values=cache)
         assert not graphs._captured
         model(prompt(1, 1), past_key_values=cache)
