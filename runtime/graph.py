@@ -216,7 +216,7 @@ class Graphs:
     """
 
     def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+        self._runtime: Runtime = weakref.proxy(runtime)  # which has this: a cycle would outlive `unwrap`
         self._lock = threading.Lock()
         self.forget()
 

@@ -8,11 +8,13 @@ cannot be recorded.
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -348,6 +350,20 @@ def test_a_copied_cache_is_a_cache_of_its_own() -> None:
             close(a, b)
         assert len(graphs._captured) == 2
         assert graphs.refusal is None
+
+
+def test_buffers_go_with_the_wrapping() -> None:
+    model = tiny("llama")
+    gc.collect()
+    gc.disable()
+    try:
+        with captured(model) as graphs:
+            greedy(model, prompt(1), 4)
+            step = weakref.ref(graphs._captured[0].step)
+            del graphs
+        assert step() is None
+    finally:
+        gc.enable()
 
 
 TRITON = """
