@@ -17,7 +17,7 @@ import copy
 import logging
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -154,7 +154,7 @@ class StaticStep:
     def load(self, named: dict[str, Any], past: int) -> None:
         """Takes over the arguments of a call of the model's forward, with `past` positions in the cache."""
         mask, positions = named.get("attention_mask"), named.get("position_ids")
-        self.ids.copy_(named["input_ids"])
+        self.ids[:] = named["input_ids"]
         self.at.fill_(past)
         self.positions.copy_(self.at if positions is None else positions)
         self.seen[:, : past + 1] = True if mask is None else mask
@@ -250,7 +250,54 @@ class Graphs:
             return None
         return None if logits is None else self._output(logits=logits, past_key_values=named["past_key_values"])
 
+    @property
+    def ready(self) -> bool:
+        """Whether a captured step has been found to agree with the model's own modules."""
+        return self.refusal is None and bool(self._captured)
+
+    @torch.no_grad()
+    def greedy(self, cache: Cache, token: int, count: int, ends: Sequence[int]) -> list[int]:
+        """Appends `token` to the cache of one unpadded sequence and returns the likeliest tokens after it: `count`, or
+        fewer up to one of `ends` or to the capacity; none where no captured step has the cache's keys and values.
+
+        Nothing is read before all of them are made.
+        """
+        try:
+            self._check_surroundings()
+            self._runtime.decoder.check_modules()
+        except NotCovered:
+            return []
+        with self._lock:
+            rooms = known_rooms(cache, 1)
+            captured = next((c for c in self._captured if c.step.serves(rooms)), None)
+            settled = self._runtime.settled(cache)
+            if captured is None or rooms is None or isinstance(settled, str) or not captured.suits(settled, 1):
+                return []
+            step, past = captured.step, rooms.length
+            count = min(count, step.capacity - past)
+            step.load({"input_ids": token}, past + count - 1)
+            tokens = []
+            for at in range(past, past + count):
+                step.at.fill_(at)
+                step.positions.fill_(at)
+                tokens.append(captured.replay()[:, -1].argmax(-1))
+                step.ids[:, 0] = tokens[-1]
+            made: list[int] = torch.cat(tokens).tolist()
+            made = made[: next((i for i, t in enumerate(made) if t in ends), count) + 1]
+            rooms.advance(len(made))
+            self._runtime.usage.count(len(made), step.skipped * len(made))
+            return made
+
+    def _check_surroundings(self) -> None:
+        if self._runtime.usage.counting:
+            raise NotCovered("what thresholds keep is being counted")
+        if torch.is_autocast_enabled(self._device):
+            raise NotCovered("autocast is on")
+        if self._device == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise NotCovered("the caller is capturing a graph")
+
     def _check_call(self, named: dict[str, Any]) -> None:
+        self._check_surroundings()
         rows, length = named["input_ids"].shape
         mask, positions = named.get("attention_mask"), named.get("position_ids")
         if length != 1:
@@ -260,12 +307,6 @@ class Graphs:
             raise NotCovered("the attention mask is not [rows, length so far]")
         if positions is not None and (positions.ndim != 2 or positions.shape[1] != 1):
             raise NotCovered("position_ids is not [rows, 1]")
-        if self._runtime.usage.counting:
-            raise NotCovered("what thresholds keep is being counted")
-        if torch.is_autocast_enabled(self._device):
-            raise NotCovered("autocast is on")
-        if self._device == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise NotCovered("the caller is capturing a graph")
 
     def _step(self, original: Callable[..., Any], named: dict[str, Any]) -> Tensor | None:
         cache: Cache = named["past_key_values"]

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
 
 import coreskip
 from coreskip import Engine
@@ -179,6 +180,56 @@ def test_generate_and_further_turns_over_its_cache(family: str, monkeypatch: pyt
         assert torch.equal(
             greedy(model, prompt(1), 12, num_beams=3), greedy(model, prompt(1), 12, num_beams=3, use_cache=False)
         )
+
+
+class Heard(BaseStreamer):
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def put(self, value: Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.tokens.append(-1)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_greedy_tokens_are_made_several_at_once(ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "_LEAST", 16)
+    model = tiny("llama")
+    ids = prompt(1)
+    expected = greedy(model, ids, 40)
+    end = int(expected[0, 9 + 27])
+    options: dict[str, Any] = {"eos_token_id": end} if ends else {}
+    expected = greedy(model, ids, 40, **options)
+    made: list[int] = []
+    with captured(model) as graphs:
+        original = graphs.greedy
+
+        def spy(*arguments: Any) -> list[int]:
+            tokens = original(*arguments)
+            made.append(len(tokens))
+            return tokens
+
+        monkeypatch.setattr(graphs, "greedy", spy)
+        assert torch.equal(greedy(model, ids, 40, **options), expected)
+        assert not made  # nothing had been captured and compared before
+        usage, heard = runtime_of(model).usage, Heard()
+        usage.reset()
+        cache = DynamicCache(config=model.config)
+        assert torch.equal(greedy(model, ids, 40, past_key_values=cache, streamer=heard, **options), expected)
+        assert heard.tokens == [*expected[0].tolist(), -1]
+        # the first token, and the first in a larger capacity, are made by calls of the model
+        assert made[:6] == [0, 6, 0, 8, 7, 0]
+        assert cache.get_seq_length() == expected.shape[1] - 1
+        assert usage._possible == (expected.shape[1] - 9 - 1) * 3 * 160
+        usage.counting = True
+        made.clear()
+        assert torch.equal(greedy(model, ids, 40, **options), expected)
+        assert not any(made)
+        more = torch.cat([expected, prompt(1, 5, seed=3)], 1)
+        again = greedy(model, more, 12, past_key_values=cache)
+    assert torch.equal(again, greedy(model, more, 12))
 
 
 def test_sampling_processors_and_inference_mode() -> None:
