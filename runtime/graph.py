@@ -1,20 +1,21 @@
 """The decode step on a GPU: the model's own modules, captured once as a CUDA graph and replayed for every token.
 
-A step of a few rows is hundreds of small launches, each of which costs Python more time than the GPU. `StaticStep` is
-one step over buffers that never move, as a plain function that reads nothing back to the host: what can be called can
-be captured. It computes with the patched modules, so that every policy runs as in a step of its own; attention reads
-the whole capacity of the keys and values under a mask by position. Its buffers are lent to the caller's cache
-(`lend_rooms`), and to the next cache when nobody holds anything of the last.
+A step of a few rows is hundreds of small launches, which Python makes one by one. `StaticStep` is one step over buffers
+that never move, as a plain function that reads nothing back to the host: it can be captured. It computes with the
+patched modules, so that every policy runs as in a step of its own; attention reads the whole capacity of the keys and
+values under a mask by position. Its buffers are lent to the caller's cache (`lend_rooms`), and to the next cache when
+nobody holds anything of the last.
 
 What a capture computes first is compared with the modules' own logits for the same tokens; whatever cannot be captured
-or differs runs on the modules as before. `Capture` alone needs a GPU, and has not run on one yet: the tests call the
-step where it would replay.
+or differs runs on the modules as before. CORESKIP_GRAPHS=0 in the environment leaves everything to them. `Capture`
+alone needs a GPU, and has not run on one yet: the tests record a step's operations and replay them on the CPU.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -231,7 +232,8 @@ class Graphs:
         self._captured: list[_Captured] = []  # the one used last at the end
         self._output: Any = None  # the class of what the model returns
         self._device = next(self._runtime.model.parameters()).device.type
-        self.capture: Callable[[StaticStep], Callable[[], Tensor]] | None = Capture if self._device == "cuda" else None
+        wanted = self._device == "cuda" and os.environ.get("CORESKIP_GRAPHS") != "0"
+        self.capture: Callable[[StaticStep], Callable[[], Tensor]] | None = Capture if wanted else None
 
     def forward(self, original: Callable[..., Any], named: dict[str, Any]) -> Any:
         """The output of one decode step, or None where the model's own modules have to compute it one by one.

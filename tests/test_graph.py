@@ -475,17 +475,19 @@ def test_with_the_triton_kernels_inside() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["dense", "static", "signed", "sketch", "sketch_threshold", "cats", "topk", "teal"])
-def test_captured_on_a_gpu(name: str, dtype: torch.dtype) -> None:
+def test_captured_on_a_gpu(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama").to("cuda", dtype)
     plan = Plan.dense(model) if name == "dense" else policy_plan(model, name)
     ids, mask, tokens = (t.cuda() for t in (*ragged(), some_tokens(2, 300)))
     if name == "signed":
         ids, mask, tokens = ids[:1], mask[:1], tokens[:1]
+    with torch.no_grad(), monkeypatch.context() as switch, coreskip.wrap(model, plan):
+        switch.setenv("CORESKIP_GRAPHS", "0")
+        runtime_of(model).graphs.forget()
+        assert runtime_of(model).graphs.capture is None
+        expected = teacher_forced(model, ids, mask, tokens, each=1)
     with torch.no_grad(), coreskip.wrap(model, plan):
         graphs = runtime_of(model).graphs
-        graphs.refusal = "first the modules"
-        expected = teacher_forced(model, ids, mask, tokens, each=1)
-        graphs.refusal = None
         for _ in range(2):
             found = teacher_forced(model, ids, mask, tokens, each=1)
             assert graphs.refusal is None
