@@ -215,13 +215,13 @@ class Runtime:
         self._spare: dict[int, deque[Tensor]] = {}  # memory of sequences that are over, by layer
         self._linear_packed: dict[nn.Module, PackedLinear] = {}
         self.decoder = Decoder(model, anatomy, plan.weights, self.usage.count)
-        self.graphs = Graphs(self)
         self._dense = Chosen([None] * len(anatomy), 0, plain=True)  # what exact mode verifies with
         self._chosen_once: Chosen | None = None
         self._chosen_by: weakref.WeakKeyDictionary[Selections, tuple[object, Chosen]] = weakref.WeakKeyDictionary()
         self._skips = LayerSkips(anatomy, plan)
         sparse = self._chosen or self._static or self._token_policies or self._column_policies
         self.exact = Exact(has_draft=bool(sparse or self._skips.policies or plan.weights)) if exact else None
+        self.graphs = Graphs(self)
 
     def _width(self, layer: int) -> int:
         return self.anatomy.mlps[layer].intermediate_size
@@ -287,7 +287,7 @@ class Runtime:
         return self.decoder.packed_bytes()
 
     def _patch_model(self) -> None:
-        """Decode steps go to the native step, on a GPU to a captured one, where it covers the model and the call."""
+        """Decode steps go to the native step, where it covers the model and the call."""
         original = self.model.forward
         signature = inspect.signature(original)
 
@@ -301,7 +301,7 @@ class Runtime:
                 return original(*args, **kwargs)
             verifying = self.exact is not None and not DRAFTING.get()
             output = None
-            if self.graphs.capture is not None:
+            if self.graphs.capture is not None:  # a GPU's captured steps are what native ones are to a CPU
                 # verification's tokens are the dense model's own to the last bit: so are its steps
                 output = None if verifying else self.graphs.forward(original, named)
             elif self.decoder.refusal is None:
