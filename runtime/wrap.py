@@ -219,9 +219,9 @@ class Runtime:
         self._chosen_once: Chosen | None = None
         self._chosen_by: weakref.WeakKeyDictionary[Selections, tuple[object, Chosen]] = weakref.WeakKeyDictionary()
         self._skips = LayerSkips(anatomy, plan)
+        self.graphs = Graphs(self)
         sparse = self._chosen or self._static or self._token_policies or self._column_policies
         self.exact = Exact(has_draft=bool(sparse or self._skips.policies or plan.weights)) if exact else None
-        self.graphs = Graphs(self)
 
     def _width(self, layer: int) -> int:
         return self.anatomy.mlps[layer].intermediate_size
