@@ -2,7 +2,10 @@
 
 An MLP is three launches: the activations of the listed neurons, partial sums of the down projection in float32, and
 their sum. Nothing depends on the order in which blocks run, nothing is read back to the host, and all sizes depend
-on shapes alone, so that a call can be captured in a CUDA graph.
+on shapes alone, so that a call can be captured in a CUDA graph. No kernel is tuned by trying, for the same reason.
+
+None of this has run on a GPU yet: blocks and their numbers are reasoned for one of 132 multiprocessors (Hopper), each
+of which needs some 30 kB of loads under way to keep its memory busy.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _FLOAT, _BYTES, _SLICED, _HIGH = 0, 1, 2, 3  # how _weights reads
 _ACT = {name: code for code, name in enumerate(ACTS)}
-_SPLITS = 16  # parts of the down projection's sum; enough blocks to fill a GPU at hidden sizes from 2048 on
+_BLOCKS = 512  # about 4 for each multiprocessor, of 8 kB under way
 
 
 def mlp(
@@ -57,6 +60,8 @@ def _activations(
     if packed.scale is not None:
         rows, scale = quantize(rows.float())
     block_n, block_d = 16, min(256, triton.next_power_of_2(packed.hidden_size))
+    while block_n > 4 and triton.cdiv(count, block_n) * rows.shape[0] < _BLOCKS:
+        block_n //= 2
     grid = (triton.cdiv(count, block_n), rows.shape[0])
     if count == 0:
         return h
@@ -78,19 +83,20 @@ def _down(h: Tensor, packed: PackedMLP, indices: Tensor | None, x: Tensor, skip_
     rows, count = h.shape
     hidden = packed.hidden_size
     down = packed.weight[:, -1] if packed.low is None else packed.low[:, -2 * packed.weight.shape[2] :]
-    partial = torch.empty((_SPLITS, rows, hidden), dtype=torch.float32, device=x.device)
-    out = torch.empty((rows, hidden), dtype=x.dtype, device=x.device)
     block_k, block_d = 16, min(256, triton.next_power_of_2(hidden))
     columns = triton.cdiv(hidden, block_d)
-    _down_kernel[(columns, _SPLITS, rows)](
-        h, down, packed.scale, indices, partial, hidden, count, triton.cdiv(count, _SPLITS), _list_stride(indices),
+    splits = 32 if columns * rows * 16 < _BLOCKS else 16  # parts of the sum over neurons
+    partial = torch.empty((splits, rows, hidden), dtype=torch.float32, device=x.device)
+    out = torch.empty((rows, hidden), dtype=x.dtype, device=x.device)
+    _down_kernel[(columns, splits, rows)](
+        h, down, packed.scale, indices, partial, hidden, count, triton.cdiv(count, splits), _list_stride(indices),
         down.stride(0), 0 if packed.scale is None else packed.scale.shape[1],
         FORMAT=_FLOAT if packed.scale is None else _BYTES, LISTED=indices is not None, SKIP_ZEROS=skip_zeros,
         BLOCK_K=block_k, BLOCK_D=block_d,
     )  # fmt: skip
     _sum_kernel[(columns, rows)](
         partial, packed.down_bias, out, hidden, rows * hidden,
-        SPLITS=_SPLITS, BIAS=packed.down_bias is not None, BLOCK_D=block_d,
+        SPLITS=splits, BIAS=packed.down_bias is not None, BLOCK_D=block_d,
     )  # fmt: skip
     return out
 
@@ -161,7 +167,8 @@ def _neurons(indices, at, count, LISTED: tl.constexpr):
 def _project(x, weight, low, wanted, hidden, FORMAT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """[BLOCK_N]: the products of x and the rows that `weight` (and `low`) point to."""
     total = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(0, hidden, BLOCK_D):
+    end = hidden * tl.max(wanted.to(tl.int32), 0)  # most blocks of a list by threshold are beyond its end
+    for start in range(0, end, BLOCK_D):
         column = start + tl.arange(0, BLOCK_D)
         inside = column < hidden
         mask = wanted[:, None] & inside[None, :]
@@ -206,8 +213,8 @@ def _down_kernel(
     inside = column < hidden
     total = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, share, BLOCK_K):
-        step = start + tl.arange(0, BLOCK_K)
-        at = tl.where(step < share, split * share + step, count)
+        # dealt out in turn: the neurons of a list by threshold are all at its beginning
+        at = (start + tl.arange(0, BLOCK_K)) * tl.num_programs(1) + split
         neuron, wanted = _neurons(indices + r * list_stride if LISTED else indices, at, count, LISTED)
         factor = tl.load(h + r * count + at, mask=wanted, other=0)
         if SKIP_ZEROS:

@@ -7,7 +7,8 @@ The definitions in plain torch are in reference.py. The fast backends are regist
 from __future__ import annotations
 
 import logging
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from importlib import import_module
 from typing import Any
 
@@ -410,6 +411,17 @@ def _choose_cuda(x: Tensor, *arguments: Any) -> Tensor:
     return result
 
 
+def _on_its_device(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Triton launches on the current device, which need not be the tensors'."""
+
+    @wraps(function)
+    def run(x: Tensor, *arguments: Any) -> Tensor:
+        with torch.cuda.device(x.device):
+            return function(x, *arguments)
+
+    return run
+
+
 def _mlp_fake(x: Tensor, *arguments: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -436,5 +448,5 @@ for _name, _any, _cpu, _cuda, _fake in (
 ):
     _lib.impl(_name, _any, "CompositeExplicitAutograd")
     _lib.impl(_name, _cpu, "CPU")
-    _lib.impl(_name, _cuda, "CUDA")
+    _lib.impl(_name, _on_its_device(_cuda), "CUDA")
     torch.library.register_fake(f"coreskip::{_name}", _fake, lib=_lib)

@@ -63,8 +63,7 @@ class Architecture:
         self.config = model.config.get_text_config()
         self._check()
         self.rotation = _Rotation(anatomy.stack)
-        windows = _windows(model.config, len(anatomy))
-        layers = [self._layer(index, windows[index]) for index in range(len(anatomy))]
+        layers = [self._layer(index, window) for index, window in enumerate(windows(model.config, len(anatomy)))]
         head = model.get_output_embeddings()
         embedding = model.get_input_embeddings().weight.detach()
         self.base = native.StepModel(
@@ -203,7 +202,7 @@ def refusal(model: Any, anatomy: Anatomy) -> str | None:
     return None
 
 
-def _windows(config: Any, layers: int) -> list[int]:
+def windows(config: Any, layers: int) -> list[int]:
     """How far back each layer sees (0: all), as the cache that `generate` makes says it."""
     cache = DynamicCache(config=config)
     if len(cache.layers) != layers:
@@ -424,7 +423,7 @@ class Decoder:
         original: the model's own forward; named: its arguments; chosen: a text says why the native step cannot.
         """
         try:
-            self._check_call(named)
+            check_call(named, "cpu")
             if isinstance(chosen, str):
                 raise NotCovered(chosen)
             if self._output is None:
@@ -464,36 +463,24 @@ class Decoder:
                 self._steps[chosen] = (step, version)
         return step
 
-    def _check_call(self, named: dict[str, Any]) -> None:
-        for name, value in named.items():
-            if name not in _HONOURED and name not in _HARMLESS and value is not None and value is not False:
-                raise NotCovered(f"{name} was given")
-        if named.get("return_dict") is False or named.get("use_cache") is False:
-            raise NotCovered("a tuple is wanted, or no cache")
-        ids, keep = named.get("input_ids"), named.get("logits_to_keep", 0)
-        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype != torch.int64 or ids.device.type != "cpu":
-            raise NotCovered("input_ids is not int64 [rows, length] on the CPU")
-        if not 1 <= ids.numel() <= MAX_ROWS:
-            raise NotCovered(f"the step has {ids.numel()} tokens, not 1 to {MAX_ROWS}")
-        if not isinstance(keep, int) or keep > ids.shape[1]:
-            raise NotCovered("logits_to_keep is not a number of last tokens")
-        if torch.is_grad_enabled():
-            raise NotCovered("gradients are wanted: decode under torch.no_grad() or torch.inference_mode()")
-
     def _admit(self, cache: Any, more: int) -> Rooms:
         """The cache's rooms. What takes longer to check is checked once a cache, not once a step."""
         rooms = known_rooms(cache, more)
         if rooms is not None:
             return rooms
-        config = self._model.config
-        if getattr(config, "output_attentions", False) or getattr(config, "output_hidden_states", False):
-            raise _OfThisCall("attentions or hidden states are wanted")
-        if any(_foreign(hook) for hooks in self._hooks for hook in hooks.values()):
-            raise _OfThisCall("a module has hooks, which a native step would not call")
+        self.check_modules()
         found = make_rooms(cache, more)
         if isinstance(found, str):
             raise _OfThisCall(found)
         return found
+
+    def check_modules(self) -> None:
+        """Raises NotCovered where something wants to see what happens inside the model's modules."""
+        config = self._model.config
+        if getattr(config, "output_attentions", False) or getattr(config, "output_hidden_states", False):
+            raise _OfThisCall("attentions or hidden states are wanted")
+        if any(_foreign(hook) for hooks in self._hooks for hook in hooks.values()):
+            raise _OfThisCall("a module has hooks, which this step would not call")
 
     # --- the first step
 
@@ -514,7 +501,7 @@ class Decoder:
                 return None
             try:
                 output = original(**{**named, "past_key_values": twin})
-                self._compare(logits, output.logits, chosen)
+                compare(logits, output.logits, chosen.by_rule)
                 self._architecture = self._packed(loaded)
             except NotCovered as reason:
                 self._refuse(str(reason))
@@ -530,16 +517,6 @@ class Decoder:
             return Architecture(self._model, self._anatomy, self._weights, self._packed_before)
         except ValueError as reason:
             raise NotCovered(str(reason)) from None
-
-    @staticmethod
-    def _compare(logits: Tensor, expected: Tensor, chosen: Chosen) -> None:
-        difference = logits.float() - expected.float()
-        tolerance, error = _TOLERANCE[logits.dtype], difference.abs().max()
-        if chosen.by_rule:
-            tolerance, error = max(tolerance, _TOLERANCE_OF_RULES), difference.square().mean().sqrt()
-        error = error / expected.float().std().clamp_min(1e-6)
-        if not error <= tolerance:
-            raise NotCovered(f"its logits differ from the model's own by {error:.2g} standard deviations")
 
     def _refuse(self, reason: str) -> None:
         self._refusal = reason
@@ -576,6 +553,36 @@ class Decoder:
         if max(places) >= architecture.rotation.positions:
             architecture.rotation.reach(max(places) + 1)
             step.rotate_by(architecture.rotation.tables())
+
+
+def check_call(named: dict[str, Any], device: str) -> None:
+    """Raises NotCovered unless a decode step on a type of device can give all that a call of the model's forward with
+    these arguments asks for."""
+    for name, value in named.items():
+        if name not in _HONOURED and name not in _HARMLESS and value is not None and value is not False:
+            raise NotCovered(f"{name} was given")
+    if named.get("return_dict") is False or named.get("use_cache") is False:
+        raise NotCovered("a tuple is wanted, or no cache")
+    ids, keep = named.get("input_ids"), named.get("logits_to_keep", 0)
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype != torch.int64 or ids.device.type != device:
+        raise NotCovered(f"input_ids is not int64 [rows, length] on the {device.upper()}")
+    if not 1 <= ids.numel() <= MAX_ROWS:
+        raise NotCovered(f"the step has {ids.numel()} tokens, not 1 to {MAX_ROWS}")
+    if not isinstance(keep, int) or keep > ids.shape[1]:
+        raise NotCovered("logits_to_keep is not a number of last tokens")
+    if torch.is_grad_enabled():
+        raise NotCovered("gradients are wanted: decode under torch.no_grad() or torch.inference_mode()")
+
+
+def compare(logits: Tensor, expected: Tensor, by_rule: bool) -> None:
+    """Raises NotCovered where a step's logits are too far from the modules' own. by_rule: whether it chose neurons."""
+    difference = logits.float() - expected.float()
+    tolerance, error = _TOLERANCE[logits.dtype], difference.abs().max()
+    if by_rule:
+        tolerance, error = max(tolerance, _TOLERANCE_OF_RULES), difference.square().mean().sqrt()
+    error = error / expected.float().std().clamp_min(1e-6)
+    if not error <= tolerance:
+        raise NotCovered(f"its logits differ from the model's own by {error:.2g} standard deviations")
 
 
 class NativeSequence:

@@ -1,4 +1,4 @@
-"""Room to grow for transformers' dynamic KV cache, so that a native decode step can write into it in place.
+"""Room to grow for transformers' dynamic KV cache, so that a decode step can write into it in place.
 
 A `DynamicCache` concatenates: every step copies all keys and values. A layer that has been given room keeps them in
 buffers with spare capacity; whatever transformers does with the layer afterwards (cropping, beam reordering, another
@@ -8,6 +8,7 @@ forward pass of the model's own) works on views of the used part, and what repla
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -104,23 +105,25 @@ def plain_class(cls: type) -> type:
 
 
 class Rooms:
-    """The rooms of one cache's layers, as the native step sees them."""
+    """The rooms of one cache's layers."""
 
-    def __init__(self, layers: list[Any], more: int) -> None:
+    def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
-        for layer in layers:
-            _give_room(layer, more)
         self.rooms: list[Room] = [layer._room for layer in layers]
-        self.length = _length(layers[0])
-        self._first = [_length(layer) - room.end for layer, room in zip(layers, self.rooms, strict=True)]
-        self.table = KeyValues([r.keys for r in self.rooms], [r.values for r in self.rooms], self._first)
+        self.length = length_of(layers[0])
+        self._first = [length_of(layer) - room.end for layer, room in zip(layers, self.rooms, strict=True)]
+
+    @functools.cached_property
+    def table(self) -> KeyValues:
+        """As the native step reads them."""
+        return KeyValues([r.keys for r in self.rooms], [r.values for r in self.rooms], self._first)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied cache makes its own: this one's table points into the original's buffers."""
 
     def fits(self, more: int) -> bool:
         """Whether nothing has been moved since, and `more` positions fit. Takes note of positions cut off the end."""
-        length = _length(self.layers[0])
+        length = length_of(self.layers[0])
         for layer, room, first in zip(self.layers, self.rooms, self._first, strict=True):
             if layer._room is not room or room.end + more > room.keys.shape[2] or room.end + first != length:
                 return False
@@ -140,18 +143,44 @@ class Rooms:
 
 
 def known_rooms(cache: Cache, more: int) -> Rooms | None:
-    """The rooms that an earlier step gave the cache, if they still hold and `more` positions fit."""
+    """The rooms that an earlier step found for the cache, if they still hold and `more` positions fit."""
     rooms = cache.__dict__.get(_ROOMS)
     return rooms if isinstance(rooms, Rooms) and rooms.layers is cache.layers and rooms.fits(more) else None
 
 
 def make_rooms(cache: Cache, more: int) -> Rooms | str:
     """Gives the cache's layers room for `more` positions; or says why they cannot have it."""
-    reason = _unfit(cache)
+    reason = unfit(cache, "cpu")
     if reason is not None:
         return reason
-    rooms = cache.__dict__[_ROOMS] = Rooms(cache.layers, more)
+    for layer in cache.layers:
+        _give_room(layer, more)
+    rooms = cache.__dict__[_ROOMS] = Rooms(cache.layers)
     return rooms
+
+
+def lend_rooms(cache: Cache, buffers: Sequence[tuple[Tensor, Tensor]]) -> Rooms:
+    """Moves the cache's layers into somebody's (keys, values), position i to index i.
+
+    The rest becomes zero: what a mask weighs with 0 must not be a NaN of an earlier sequence. Who holds these buffers
+    can tell from the number of views on them whether the cache, or anyone who took something from it, still needs them.
+    """
+    layer: Any
+    for layer, (keys, values) in zip(cache.layers, buffers, strict=True):
+        end = length_of(layer)
+        start = end - layer.keys.shape[2]
+        _move(layer, keys[:], values[:], start)
+        for buffer in (keys, values):
+            buffer[:, :, :start] = 0
+            buffer[:, :, end:] = 0
+    rooms = cache.__dict__[_ROOMS] = Rooms(cache.layers)
+    return rooms
+
+
+def leave_rooms(rooms: Rooms) -> None:
+    """Copies what layers keep in rooms to tensors of their own."""
+    for layer in rooms.layers:
+        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
 
 
 def take_back(cache: Cache, positions: int) -> None:
@@ -159,7 +188,8 @@ def take_back(cache: Cache, positions: int) -> None:
     cast(Rooms, cache.__dict__[_ROOMS]).advance(-positions)
 
 
-def _unfit(cache: Cache) -> str | None:
+def unfit(cache: Cache, device: str) -> str | None:
+    """Why the cache's layers cannot have rooms on a type of device; None where they can."""
     if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
         return f"the KV cache is a {type(cache).__name__}"
     lengths = set()
@@ -167,13 +197,14 @@ def _unfit(cache: Cache) -> str | None:
     for layer in cache.layers:
         if plain_class(type(layer)) not in (DynamicLayer, DynamicSlidingWindowLayer):
             return f"a KV cache layer is a {type(layer).__name__}"
-        if not layer.is_initialized or layer.keys.device.type != "cpu":
-            return "a KV cache layer is empty or not on the CPU"
-        lengths.add(_length(layer))
+        if not layer.is_initialized or layer.keys.device.type != device:
+            return f"a KV cache layer is empty or not on the {device.upper()}"
+        lengths.add(length_of(layer))
     return None if len(lengths) == 1 else "the KV cache's layers differ in length"
 
 
-def _length(layer: Any) -> int:
+def length_of(layer: Any) -> int:
+    """Positions that a layer has seen."""
     if layer.is_sliding:
         return int(layer.cumulative_length)
     room = layer.__dict__.get("_room")
@@ -189,9 +220,15 @@ def _give_room(layer: Any, more: int) -> None:
     rows, heads, used, _ = keys.shape
     capacity = -(-(max(2 * used, used + 128) + more) // 128) * 128
     new_keys, new_values = (torch.empty((rows, heads, capacity, t.shape[3]), dtype=t.dtype) for t in (keys, values))
-    new_keys[:, :, :used], new_values[:, :, :used] = keys, values
+    _move(layer, new_keys, new_values, 0)
+
+
+def _move(layer: Any, keys: Tensor, values: Tensor, start: int) -> None:
+    """Into these buffers, from index `start` on."""
+    end = start + layer.keys.shape[2]
+    keys[:, :, start:end], values[:, :, start:end] = layer.keys, layer.values
     if plain_class(type(layer)) is type(layer):
         for name in ("keys", "values"):
             del layer.__dict__[name]
         layer.__class__ = _roomy(cast(Any, type(layer)))
-    layer._room, layer._loose = Room(new_keys, new_values, 0, used), (None, None)
+    layer._room, layer._loose = Room(keys, values, start, end), (None, None)

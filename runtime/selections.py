@@ -66,6 +66,9 @@ class Step:
 
 STEP: ContextVar[Step | None] = ContextVar("coreskip_step", default=None)
 
+#: Who gets the decode steps of a pass, in place of the wrapped model's count of what was skipped.
+TALLY: ContextVar[Callable[[Step], None] | None] = ContextVar("coreskip_tally", default=None)
+
 
 @dataclass(frozen=True)
 class _Prompt:
@@ -262,6 +265,13 @@ def attach(cache: Cache, selections: Selections) -> None:
     setattr(cache, _ATTRIBUTE, selections)
     if not isinstance(cache, _Followed):
         cache.__class__ = _followed_class(cast(Any, type(cache)))
+
+
+def share_selections(cache: Cache | None, other: Cache) -> None:
+    """Let passes over `other` decode with what was selected for `cache`."""
+    found = getattr(cache, _ATTRIBUTE, None)
+    if found is not None:
+        setattr(other, _ATTRIBUTE, found)
 
 
 class _Followed:

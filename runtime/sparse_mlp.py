@@ -62,7 +62,8 @@ class SparseMLP:
 
     def run(self, x: Tensor, counting: bool = False) -> tuple[Tensor, int | None]:
         """The output for x ``[..., hidden]`` and how many neurons it took, over all rows; None where that was not
-        counted: the kernels that choose by threshold do not tell, and choosing twice takes time."""
+        counted: the kernels that choose by threshold do not tell, choosing twice takes time, and a GPU would be waited
+        for."""
         if self.smooth is None:
             return self._compute(x, counting)
         y, kept = self._compute(x.float() * self.smooth, counting)
@@ -73,9 +74,11 @@ class SparseMLP:
         kept = None if self.keep is None else self.keep * rows
         if self.rule == "listed":
             indices = self._indices(x)
-            if indices is not None:
+            if indices is None:
+                kept = self.packed.intermediate_size * rows
+            elif kept is None and counting:
                 kept = int((indices >= 0).sum())
-            return mlp(x, self.packed, indices), self.packed.intermediate_size * rows if indices is None else kept
+            return mlp(x, self.packed, indices), kept
         if counting and kept is None:
             kept = int((self._chosen(x) >= 0).sum())
         if self.rule == "gate":

@@ -32,10 +32,12 @@ from . import loop
 from .attention import can_redirect, redirect_attention
 from .decode import Chosen, Decoder, NativeSequence, NotCovered
 from .exact import Exact, NativePasses
+from .graph import Graphs, Settled
 from .layers import LayerSkips
 from .selections import (
     DRAFTING,
     STEP,
+    TALLY,
     Phase,
     Selections,
     Step,
@@ -163,7 +165,7 @@ class Usage:
             self._possible += self._per_token * step.rows * step.length
             self._skipped += step.skipped
 
-    def count(self, tokens: int, skipped: int) -> None:
+    def count(self, tokens: int, skipped: float) -> None:
         with self._lock:
             self._possible += self._per_token * tokens
             self._skipped += skipped
@@ -217,6 +219,7 @@ class Runtime:
         self._chosen_once: Chosen | None = None
         self._chosen_by: weakref.WeakKeyDictionary[Selections, tuple[object, Chosen]] = weakref.WeakKeyDictionary()
         self._skips = LayerSkips(anatomy, plan)
+        self.graphs = Graphs(self)
         sparse = self._chosen or self._static or self._token_policies or self._column_policies
         self.exact = Exact(has_draft=bool(sparse or self._skips.policies or plan.weights)) if exact else None
 
@@ -273,6 +276,7 @@ class Runtime:
         self._chosen_once = None
         self._chosen_by.clear()
         self.decoder.forget()
+        self.graphs.forget()
         self._watched = self._watches()
         if self.exact is not None:
             self.exact.forget()
@@ -291,13 +295,18 @@ class Runtime:
         def forward(*args: Any, **kwargs: Any) -> Any:
             named = {**signature.bind_partial(*args).arguments, **kwargs} if args else kwargs
             cache = named.get("past_key_values")
-            if self.model.training or current_prompt() is not None or not isinstance(cache, Cache):
+            if self.model.training or torch.compiler.is_compiling() or current_prompt() is not None:
                 return original(*args, **kwargs)
-            if self.decoder.refusal is not None or int(cache.get_seq_length()) == 0:
+            if not isinstance(cache, Cache) or int(cache.get_seq_length()) == 0:
                 return original(*args, **kwargs)
             verifying = self.exact is not None and not DRAFTING.get()
-            chosen = self._dense if verifying else self.chosen_for(cache)
-            output = self.decoder.forward(original, chosen, named)
+            output = None
+            if self.graphs.capture is not None:  # a GPU's captured steps are what native ones are to a CPU
+                # verification's tokens are the dense model's own to the last bit: so are its steps
+                output = None if verifying else self.graphs.forward(original, named)
+            elif self.decoder.refusal is None:
+                chosen = self._dense if verifying else self.chosen_for(cache)
+                output = self.decoder.forward(original, chosen, named)
             return original(*args, **kwargs) if output is None else output
 
         self._patches.set(self.model, "forward", forward)
@@ -321,15 +330,36 @@ class Runtime:
             if self._chosen_once is None:
                 self._chosen_once = self._described({}, None)
             return self._chosen_once
+        agreed = self._agreed(selections)
+        if isinstance(agreed, str):
+            return agreed
+        settled, chosen = self._chosen_by.get(selections, (None, None))
+        if chosen is None or settled is not agreed:
+            chosen = self._described(agreed, selections)
+            self._chosen_by[selections] = (agreed, chosen)
+        return chosen
+
+    def settled(self, cache: Cache) -> Settled | str:
+        """What a captured step for the sequences of a cache has fixed, or why there can be none."""
+        selections = selections_of(cache, self)
+        if selections is None or not (self._chosen or self._skips.adaptive):
+            return self._skips.skipped(None), []
+        agreed = self._agreed(selections)
+        if isinstance(agreed, str):
+            return agreed
+        tensors = [t for packed in agreed.values() for t in vars(packed).values() if isinstance(t, Tensor)]
+        return self._skips.skipped(selections), tensors
+
+    def _agreed(self, selections: Selections) -> dict[int, PackedMLP] | str:
+        """The neurons that all sequences of a cache chose."""
         groups = selections.groups(self._pack_chosen)
         if len(groups) > 1 or self._skips.disputed(selections):
             return "its sequences chose differently"
-        settled, chosen = self._chosen_by.get(selections, (None, None))
-        if chosen is None or settled is not groups[0][1]:
-            settled = groups[0][1]
-            chosen = self._described(settled, selections)
-            self._chosen_by[selections] = (settled, chosen)
-        return chosen
+        return groups[0][1]
+
+    @property
+    def chooses_by_token(self) -> bool:
+        return bool(self._token_policies or self._column_policies)
 
     def _reason_for_modules(self) -> str | None:
         """Why policies that choose token by token need the modules' own pass, if they do."""
@@ -372,7 +402,7 @@ class Runtime:
             if step is None:
                 return output
             if step.phase is not Phase.PREFILL:
-                self.usage.add(step)
+                (TALLY.get() or self.usage.add)(step)
             elif step.selections is not None:
                 cache = getattr(output, "past_key_values", None)  # made inside the pass where none was given
                 if isinstance(cache, Cache):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from coreskip.kernels import cpu
 from coreskip.kernels.ops import PackedLinear, available
 from coreskip.kernels.packed import ungroup, untile
 from coreskip.predictors.plan import Plan
-from coreskip.runtime.decode import Decoder, NotCovered
+from coreskip.runtime.decode import NotCovered, compare
 from coreskip.runtime.wrap import runtime_of
 
 pytestmark = pytest.mark.skipif(available("cpu") is not None, reason="needs the compiled kernels")
@@ -395,13 +394,12 @@ def test_the_first_step_may_come_after_a_long_prompt() -> None:
 
 def test_a_neuron_chosen_otherwise_is_not_a_wrong_description() -> None:
     expected = torch.randn(1, 1, 1000, generator=torch.Generator().manual_seed(0))
-    dense, ruled = SimpleNamespace(by_rule=False), SimpleNamespace(by_rule=True)
     few, all_of_them = expected.clone(), expected + 0.2 * torch.randn_like(expected)
     few[..., :5] += 0.2
-    Decoder._compare(few, expected, cast(Any, ruled))
-    for logits, chosen in ((few, dense), (all_of_them, ruled)):
+    compare(few, expected, by_rule=True)
+    for logits, by_rule in ((few, False), (all_of_them, True)):
         with pytest.raises(NotCovered, match="differ"):
-            Decoder._compare(logits, expected, cast(Any, chosen))
+            compare(logits, expected, by_rule)
 
 
 def test_llama3_rope_and_yarn_are_covered_and_dynamic_rope_is_not() -> None:

@@ -14,8 +14,11 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is n
 
 SETUP = """
 import torch
+from coreskip.kernels import gpu
 from coreskip.kernels.ops import PackedMLP, gate_mlp, gate_select, linear, mlp, sketch_mlp, sketch_select
 from coreskip.kernels.packed import ACTS, PackedLinear
+
+gpu._BLOCKS, real = 0, gpu._BLOCKS  # the interpreter takes milliseconds for a block
 
 def random_mlp(hidden, neurons, *, fmt=None, gated=True, act="silu", dtype=torch.float32):
     torch.manual_seed(0)
@@ -116,6 +119,15 @@ if packed.fmt == "int8_sliced":
 if packed.fmt is None:
     chosen = gate_select(x, packed, backend="torch", **rule)
     close(gate_mlp(x, packed, backend="triton", **rule), mlp(x, packed, chosen, backend="torch"))
+""")
+
+
+def test_as_many_blocks_as_a_gpu_gets():
+    run("""
+gpu._BLOCKS = real
+x, packed = random_mlp(65, 17)
+check(x, packed)
+check(x, packed, torch.tensor([[4, 7, 9, -1, -1], [1, 2, 3, 4, 5], [-1] * 5]))
 """)
 
 
