@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from ..kernels import step as native
 from ..kernels.ops import MAX_ROWS, PackedLinear, available
 from ..kernels.packed import DTYPES
-from ..predictors.anatomy import Anatomy, canonical_activation
+from ..predictors.anatomy import Anatomy, FeedForward, canonical_activation
 from .kv_cache import Rooms, known_rooms, make_rooms, take_back
 
 logger = logging.getLogger("coreskip")
@@ -40,15 +40,22 @@ class NotCovered(Exception):
 
 # ---- reading the architecture ----
 
+#: told of a linear as soon as all rows of its matrix are packed
+Packed = Callable[[nn.Module, list[PackedLinear]], None]
+
 
 class Architecture:
     """A model as the native step sees it, with the weights where they lie or, under `weights`, packed anew.
 
     weights: None: as loaded; "int8": one byte a weight, in groups; "int4": 4-bit groups, and bytes for the LM head.
+    packed: called for each linear, so that who frees its matrix has no more than one layer twice.
     """
 
-    def __init__(self, model: Any, anatomy: Anatomy, weights: str | None = None) -> None:
+    def __init__(
+        self, model: Any, anatomy: Anatomy, weights: str | None = None, packed: Packed | None = None
+    ) -> None:
         self._model, self._anatomy, self._weights = model, anatomy, {"int8": "int8_groups"}.get(str(weights), weights)
+        self._packed = packed
         self.config = model.config.get_text_config()
         self._check()
         self.rotation = _Rotation(anatomy.stack)
@@ -60,7 +67,7 @@ class Architecture:
             embedding=embedding,
             layers=layers,
             norm=_norm(self._last_norm()),
-            head=self._pack(head.weight, head.bias, "int8_groups" if weights else None),
+            head=self._keep(head, [self._pack(head.weight, head.bias, "int8_groups" if weights else None)])[0],
             dtype=embedding.dtype,
             embedding_scale=self._embedding_scale(embedding),
             logit_scale=self._logit_scale(),
@@ -95,10 +102,16 @@ class Architecture:
     def _pack(self, weight: Tensor, bias: Tensor | None, fmt: str | None) -> PackedLinear:
         return PackedLinear.pack(weight.detach(), None if bias is None else bias.detach(), fmt=fmt)
 
+    def _keep(self, module: nn.Module, parts: list[PackedLinear]) -> list[PackedLinear]:
+        """`parts` are all rows of the module's matrix."""
+        if self._packed is not None:
+            self._packed(module, parts)
+        return parts
+
     def _linear(self, module: Any) -> PackedLinear:
         if not isinstance(module, nn.Linear):
             raise NotCovered(f"a projection is a {type(module).__name__}")
-        return self._pack(module.weight, module.bias, self._weights)
+        return self._keep(module, [self._pack(module.weight, module.bias, self._weights)])[0]
 
     def _last_norm(self) -> nn.Module:
         for name in ("norm", "final_layernorm", "final_layer_norm", "ln_f"):
@@ -125,16 +138,23 @@ class Architecture:
         act = canonical_activation(mlp.act)
         if not isinstance(act, str):
             raise NotCovered("its activation is not one of the kernels'")
-        w = mlp.matrices()
-        gate = None if w.gate is None else self._pack(w.gate, w.gate_bias, self._weights)
-        up, down = self._pack(w.up, w.up_bias, self._weights), self._pack(w.down.t(), w.down_bias, self._weights)
         return native.StepLayer(
             attention=self._attention(index, window),
-            mlp=native.DenseMLP(gate, up, down),
+            mlp=self._mlp(mlp),
             act=act,
             residual_scale=float(getattr(layer, "residual_multiplier", 1.0)),
             **_norms(layer),
         )
+
+    def _mlp(self, mlp: FeedForward) -> native.DenseMLP:
+        w = mlp.matrices()
+        gate = None if w.gate is None else self._pack(w.gate, w.gate_bias, self._weights)
+        up, down = self._pack(w.up, w.up_bias, self._weights), self._pack(w.down.t(), w.down_bias, self._weights)
+        if gate is not None and mlp.gate_name is not None:
+            self._keep(getattr(mlp.owner, mlp.gate_name), [gate])
+        self._keep(mlp.up, [gate, up] if gate is not None and mlp.stacked else [up])
+        self._keep(mlp.down, [down])
+        return native.DenseMLP(gate, up, down)
 
     def _attention(self, index: int, window: int) -> native.Attention:
         found = self._anatomy.attentions[index]
@@ -171,10 +191,8 @@ class Architecture:
         if sum(sizes) != module.out_features:
             raise NotCovered("a fused projection does not hold q, k and v")
         biases = [None] * 3 if module.bias is None else module.bias.split(sizes)
-        return [
-            self._pack(weight, bias, self._weights)
-            for weight, bias in zip(module.weight.split(sizes), biases, strict=True)
-        ]
+        split = zip(module.weight.split(sizes), biases, strict=True)
+        return self._keep(module, [self._pack(weight, bias, self._weights) for weight, bias in split])
 
 
 def refusal(model: Any, anatomy: Anatomy) -> str | None:
@@ -413,6 +431,22 @@ class Decoder:
             return None
         return self._output(logits=logits, past_key_values=named["past_key_values"])
 
+    def replace(
+        self, original: Callable[..., Any], chosen: Chosen | str, named: dict[str, Any], packed: Packed
+    ) -> str | None:
+        """Runs a first step, as `forward` would; `packed` may free each linear's matrix when it is told of it.
+
+        Returns why nothing was packed, if so.
+        """
+        try:
+            self._check_call(named)
+            if isinstance(chosen, str):
+                raise NotCovered(chosen)
+            self._first(original, chosen, named, packed)
+        except NotCovered as reason:
+            return str(reason)
+        return self._refusal
+
     @property
     def ready(self) -> bool:
         """Whether a native step has been found to agree with the model's own modules."""
@@ -472,7 +506,13 @@ class Decoder:
 
     # --- the first step
 
-    def _first(self, original: Callable[..., Any], chosen: Chosen, named: dict[str, Any]) -> Any:
+    def _first(
+        self,
+        original: Callable[..., Any],
+        chosen: Chosen,
+        named: dict[str, Any],
+        packed: Packed | None = None,
+    ) -> Any:
         """Runs the native step, and the model's own modules on a copy of the cache, to see whether they agree."""
         with self._lock:
             if self._output is not None:  # another thread was first
@@ -490,19 +530,22 @@ class Decoder:
             try:
                 output = original(**{**named, "past_key_values": twin})
                 self._compare(logits, output.logits, chosen)
-                self._architecture = self._packed(loaded)
+                if packed is not None:
+                    _check_finite(self._model)  # while nothing is gone
+                    del loaded, step  # they hold the weights where they lie
+                    self._architecture = self._pack(packed)
+                else:
+                    self._loaded, self._architecture = loaded, self._pack() if self._weights else loaded
             except NotCovered as reason:
                 self._refuse(str(reason))
                 take_back(named["past_key_values"], named["input_ids"].shape[1])
                 return None
-            self._loaded, self._output = loaded, type(output)
+            self._output = type(output)
             return self._output(logits=logits, past_key_values=named["past_key_values"])
 
-    def _packed(self, loaded: Architecture) -> Architecture:
-        if self._weights is None:
-            return loaded
+    def _pack(self, packed: Packed | None = None) -> Architecture:
         try:
-            return Architecture(self._model, self._anatomy, self._weights)
+            return Architecture(self._model, self._anatomy, self._weights, packed)
         except ValueError as reason:
             raise NotCovered(str(reason)) from None
 
@@ -600,6 +643,11 @@ class NativeSequence:
 
     def rollback(self, length: int) -> None:
         self._rooms.advance(length - self.length)
+
+
+def _check_finite(model: nn.Module) -> None:
+    if not all(bool(m.weight.isfinite().all()) for m in model.modules() if isinstance(m, nn.Linear)):
+        raise NotCovered("weights with infinities or NaNs have no form of 4 or 8 bits")
 
 
 def _foreign(hook: Any) -> bool:
