@@ -150,6 +150,7 @@ class Architecture:
         w = mlp.matrices()
         gate = None if w.gate is None else self._pack(w.gate, w.gate_bias, self._weights)
         up, down = self._pack(w.up, w.up_bias, self._weights), self._pack(w.down.t(), w.down_bias, self._weights)
+        del w  # which holds the matrices
         if gate is not None and mlp.gate_name is not None:
             self._keep(getattr(mlp.owner, mlp.gate_name), [gate])
         self._keep(mlp.up, [gate, up] if gate is not None and mlp.stacked else [up])
@@ -362,6 +363,9 @@ _HARMLESS = {"return_dict", "cache_position", "next_sequence_length"}
 # which moves a few logits further than the rest: there all of them count together.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 _TOLERANCE_OF_RULES = 0.05
+# In bfloat16 the embedded model's right description exceeds that for one prompt in four (0.05 to 0.26): only who does
+# so for several is refused for good.
+_ATTEMPTS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -403,6 +407,7 @@ class Decoder:
         self._loaded: Architecture | None = None  # with the weights where they lie
         self._architecture: Architecture | None = None  # with the plan's
         self._refusal: str | None = None
+        self._disagreed = 0  # first steps so far whose logits were not the model's own
         self._steps: weakref.WeakKeyDictionary[Chosen, tuple[native.Step, int]] = weakref.WeakKeyDictionary()
         self._output: type | None = None
 
@@ -436,7 +441,7 @@ class Decoder:
     ) -> str | None:
         """Runs a first step, as `forward` would; `packed` may free each linear's matrix when it is told of it.
 
-        Returns why nothing was packed, if so.
+        Returns why no such step can be, if so. Else the native step may be `ready`, or try again with other tokens.
         """
         try:
             self._check_call(named)
@@ -537,7 +542,9 @@ class Decoder:
                 else:
                     self._loaded, self._architecture = loaded, self._pack() if self._weights else loaded
             except NotCovered as reason:
-                self._refuse(str(reason))
+                self._disagreed += isinstance(reason, _Disagrees)
+                if not isinstance(reason, _Disagrees) or self._disagreed == _ATTEMPTS:
+                    self._refuse(str(reason))
                 take_back(named["past_key_values"], named["input_ids"].shape[1])
                 return None
             self._output = type(output)
@@ -557,7 +564,7 @@ class Decoder:
             tolerance, error = max(tolerance, _TOLERANCE_OF_RULES), difference.square().mean().sqrt()
         error = error / expected.float().std().clamp_min(1e-6)
         if not error <= tolerance:
-            raise NotCovered(f"its logits differ from the model's own by {error:.2g} standard deviations")
+            raise _Disagrees(f"its logits differ from the model's own by {error:.2g} standard deviations")
 
     def _refuse(self, reason: str) -> None:
         self._refusal = reason
@@ -657,6 +664,10 @@ def _foreign(hook: Any) -> bool:
 
 class _OfThisCall(NotCovered):
     """Not covered in this call; another may be."""
+
+
+class _Disagrees(NotCovered):
+    """The native step's logits are not the model's own."""
 
 
 def _starts(mask: Any, rows: int, length: int) -> Tensor:

@@ -10,15 +10,21 @@ bit. Else they are gone.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..kernels import cpu, ops
 from ..kernels.packed import PackedLinear, allocate
@@ -76,7 +82,8 @@ class Replaced:
         self._linears[module] = _Linear(parts, weight, handles)
         # whoever reads what is not there gets an error, not some numbers
         module.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
-        weight.data = weight.new_empty(0)
+        with _unmapped(weight):
+            weight.data = weight.new_empty(0)
 
     def put_back(self) -> None:
         """Every module has its own matrix again, bit for bit. Only where `reversible`."""
@@ -134,6 +141,38 @@ class Replaced:
         if memory is None or memory.nbytes < nbytes:
             memory = self._memory.bytes = allocate((nbytes,), torch.uint8, torch.device("cpu"))
         return memory[:nbytes]
+
+
+@contextmanager
+def _unmapped(weight: Tensor) -> Iterator[None]:
+    """For the length of the block in which `weight` lets go of its memory. If that maps a file, its pages leave the
+    resident set, provided that nobody else has them: safetensors maps whole checkpoints, which stay mapped as long as
+    one tensor is in use (the embedded model in fp32: 1.09 GB instead of 0.66 after `wrap`)."""
+    memory = weight.untyped_storage()
+    begin, end, users = memory.data_ptr(), memory.data_ptr() + memory.nbytes(), StorageWeakRef(memory)
+    first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    of_file = first < last and _maps_file(first, last)
+    del memory
+    yield
+    if of_file and users.expired():
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
+def _maps_file(first: int, last: int) -> bool:
+    maps = Path("/proc/self/maps")
+    for line in maps.read_text().splitlines() if maps.is_file() else ():
+        where, _, _, _, inode, *_ = line.split()
+        begin, end = (int(number, 16) for number in where.split("-"))
+        if begin <= first and last <= end:
+            return inode != "0"
+    return False
+
+
+def trim() -> None:
+    """Gives freed memory back to the system, where the C library can: matrices of a few MB lie in its heap."""
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def _joined(y: list[Tensor]) -> Tensor:

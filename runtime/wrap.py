@@ -34,7 +34,7 @@ from .attention import can_redirect, redirect_attention
 from .decode import Chosen, Decoder, NativeSequence, NotCovered, refusal
 from .exact import Exact, NativePasses
 from .layers import LayerSkips
-from .release import Replaced
+from .release import Replaced, trim
 from .selections import (
     DRAFTING,
     STEP,
@@ -285,15 +285,17 @@ class Runtime:
         if self.replaced is None:
             return
         reason = refusal(self.model, self.anatomy)
-        if reason is None:
-            model = cast(Any, self.model)
-            ids = torch.arange(1, 6)[None] % model.get_input_embeddings().weight.shape[0]
+        model, generator = cast(Any, self.model), torch.Generator().manual_seed(0)
+        while reason is None and not self.decoder.ready:
+            vocabulary = model.get_input_embeddings().weight.shape[0]
+            ids = torch.randint(0, vocabulary, (1, 9), generator=generator)
             cache = DynamicCache(config=model.config)
             with inference(model):
                 model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
                 named = {"input_ids": ids[:, -1:], "past_key_values": cache}
                 reason = self.decoder.replace(self._forward, self.chosen_for(cache), named, self._replace)
             self.usage.reset()
+        trim()
         if reason is not None and self._demanded:
             logger.warning("the original weights are kept: %s", reason)
 
