@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from ..kernels import step as native
 from ..kernels.ops import MAX_ROWS, PackedLinear, available
-from ..kernels.packed import DTYPES
+from ..kernels.packed import DTYPES, finite
 from ..predictors.anatomy import Anatomy, FeedForward, canonical_activation
 from .kv_cache import Rooms, known_rooms, make_rooms, take_back
 
@@ -653,7 +653,7 @@ class NativeSequence:
 
 
 def _check_finite(model: nn.Module) -> None:
-    if not all(bool(m.weight.isfinite().all()) for m in model.modules() if isinstance(m, nn.Linear)):
+    if not all(finite(m.weight.detach()) for m in model.modules() if isinstance(m, nn.Linear)):
         raise NotCovered("weights with infinities or NaNs have no form of 4 or 8 bits")
 
 
