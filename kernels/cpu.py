@@ -201,7 +201,10 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
 def untile(packed: PackedLinear, out: Tensor, first: int = 0) -> Tensor:
     """Writes rows `first` and following of a tiled `packed` to `out`, contiguous [rows, in_features] of a float dtype:
     the numbers of `packed.untile`, rounded to that dtype. Returns `out`."""
-    assert packed.grouped and out.is_contiguous() and first + out.shape[0] <= packed.out_features
+    assert packed.grouped, packed
+    assert out.is_contiguous(), out.stride()
+    assert out.shape[1] == packed.in_features, out.shape
+    assert first + out.shape[0] <= packed.out_features, (first, out.shape)
     status = library().coreskip_untile(
         packed.weight.data_ptr(), packed.fmt == "int8_groups", packed.weight.shape[1], packed.in_features, first,
         out.shape[0], DTYPE[out.dtype], out.data_ptr(), torch.get_num_threads(),

@@ -51,9 +51,7 @@ class Architecture:
     packed: called for each linear, so that who frees its matrix has no more than one layer twice.
     """
 
-    def __init__(
-        self, model: Any, anatomy: Anatomy, weights: str | None = None, packed: Packed | None = None
-    ) -> None:
+    def __init__(self, model: Any, anatomy: Anatomy, weights: str | None = None, packed: Packed | None = None) -> None:
         self._model, self._anatomy, self._weights = model, anatomy, {"int8": "int8_groups"}.get(str(weights), weights)
         self._packed = packed
         self.config = model.config.get_text_config()

@@ -1,11 +1,11 @@
 """Packed matrices in place of those that a model was loaded with.
 
 What runs on a module's own matrix (prefill, and every pass that the native step does not cover) multiplies with one
-that is put together from the tiles for the length of the call: of the embedded model all of them take 6 ms on two
-threads, of a prefill of 170. Few rows at a time, so that it stays in the caches and takes no memory to speak of.
+that is put together from the tiles for the length of the call: on two threads 6 ms for all of the embedded model's. Few
+rows at a time, so that it stays in the caches and takes no memory to speak of.
 
-Where packing has lost nothing, as of a model that was made of such numbers, `Replaced` can put the originals back bit for
-bit. Else they are gone.
+Where packing has lost nothing, as of a model that was made of such numbers, `Replaced` can put the originals back, bit
+for bit. Else they are gone.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def unwrap(model: Model) -> Model:
     """Undo `wrap`: the model is bit for bit what it was before.
 
     Raises:
-        CoreskipError: the model is not wrapped, or its weights are gone (``keep_originals=False``); nothing was changed.
+        CoreskipError: the model is not wrapped, or its weights are gone (``keep_originals=False``); nothing changed.
     """
     runtime_of(model).remove()
     return model
