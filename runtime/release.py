@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +90,8 @@ class Replaced:
         for module, linear in self._linears.items():
             for handle in linear.handles:
                 handle.remove()
-            linear.weight.data = _restore(linear.parts, torch.empty_like(module.weight, device="cpu"))
+            whole = torch.empty_like(cast(Tensor, module.weight), device="cpu")
+            linear.weight.data = _restore(linear.parts, whole)
             module.weight = linear.weight
         self._linears.clear()
 
@@ -170,9 +171,9 @@ def _maps_file(first: int, last: int) -> bool:
 
 def trim() -> None:
     """Gives freed memory back to the system, where the C library can: matrices of a few MB lie in its heap."""
-    library = ctypes.CDLL(None) if os.name == "posix" else None
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)
+    trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim_heap is not None:
+        trim_heap(0)
 
 
 def _joined(y: list[Tensor]) -> Tensor:

@@ -462,8 +462,9 @@ class Runtime:
         replaced, shareable = self.replaced, isinstance(module, nn.Linear) and _shareable(module.weight)
         if not shareable and (replaced is None or module not in replaced.candidates):
             return False
+        module = cast(nn.Linear, module)
         original = module.forward
-        most = MAX_ROWS * cast(nn.Linear, module).in_features
+        most = MAX_ROWS * module.in_features
 
         @functools.wraps(original)
         def forward(input: Tensor) -> Tensor:
