@@ -472,7 +472,7 @@ class Runtime:
             if replaced is not None and module in replaced:
                 return replaced.run(module, input, few)
             if not (few and shareable):
-                return cast(Tensor, original(input))
+                return original(input)
             packed = self._linear_packed.get(module)
             if packed is None:
                 packed = self._linear_packed[module] = PackedLinear.pack(module.weight, module.bias)
