@@ -251,7 +251,10 @@ class Coreskip(HuggingFace):
     def load(self) -> None:
         super().load()
         self.plan = self._plan()
-        wrap(self.model, self.plan, exact=self.exact)
+        self._wrap()
+
+    def _wrap(self) -> None:
+        wrap(self.model, self.plan, exact=self.exact, keep_originals=None if self.exact else False)
 
     def _plan(self) -> Plan:
         dense = Plan.dense(self.model, self.job.dtype if self.job.dtype in FORMATS else None)
@@ -271,9 +274,9 @@ class Coreskip(HuggingFace):
         return total - round(runtime_of(self.model).usage.neuron_sparsity() * mlps)
 
     def perplexity(self, text: TokenText, windows: int) -> Scored | None:
-        unwrap(self.model)
+        super().load()  # the wrapped one's originals may be gone
         measured = evaluate_all(self.model, [self.plan], text, windows=windows, progress=False)[0]
-        wrap(self.model, self.plan, exact=self.exact)
+        self._wrap()
         return measured["sparse"]["ppl"], measured["tokens"]
 
     def traits(self) -> dict[str, Any]:
@@ -285,7 +288,7 @@ class Coreskip(HuggingFace):
         }
 
     def close(self) -> None:
-        if is_wrapped(self.model):
+        if is_wrapped(self.model) and runtime_of(self.model).removable:
             unwrap(self.model)
 
 

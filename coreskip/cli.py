@@ -175,7 +175,8 @@ def generate(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature is not None}
     if temperature is not None:
         options |= {"temperature": temperature, "seed": seed}
-    with Engine(loaded, tokenizer, plan, exact=exact) as engine:
+    # nobody needs the model afterwards: its originals may go
+    with Engine(loaded, tokenizer, plan, exact=exact, keep_originals=None if exact else False) as engine:
         message: Any = [{"role": "user", "content": prompt}] if chat else prompt
         for piece in engine.stream(message, stop_strings=list(stop), **options):
             click.echo(piece, nl=False)

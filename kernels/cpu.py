@@ -90,6 +90,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.coreskip_columns.argtypes = [p, i, i, n, p, i, n, n, p, n, ctypes.c_float, p, p, i]
     lib.coreskip_linear.argtypes = [p, i, i, n, p, i, n, n, p, p, p, i]
     lib.coreskip_tiles.argtypes = [p, i, i, n, p, i, n, n, p, p, i]
+    lib.coreskip_untile.argtypes = [p, i, n, n, n, n, i, p, i]
     lib.coreskip_step.argtypes = [p, p]
     lib.coreskip_generate.argtypes = [p, p, n, p, n, p, p]
     lib.coreskip_draft.argtypes = [p, p, n, ctypes.c_float, p, p, p]
@@ -195,6 +196,21 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
         x.data_ptr(), DTYPE[x.dtype], x.numel() // packed.in_features, packed.in_features,
         weight.data_ptr(), DTYPE[weight.dtype], weight.shape[0], weight.stride(0),
         address(packed.scale), address(packed.bias), out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    check(status, 0)
+    return out
+
+
+def untile(packed: PackedLinear, out: Tensor, first: int = 0) -> Tensor:
+    """Writes rows `first` and following of a tiled `packed` to `out`, contiguous [rows, in_features] of a float dtype:
+    the numbers of `packed.untile`, rounded to that dtype. Returns `out`."""
+    assert packed.grouped, packed
+    assert out.is_contiguous(), out.stride()
+    assert out.shape[1] == packed.in_features, out.shape
+    assert first + out.shape[0] <= packed.out_features, (first, out.shape)
+    status = library().coreskip_untile(
+        packed.weight.data_ptr(), packed.fmt == "int8_groups", packed.weight.shape[1], packed.in_features, first,
+        out.shape[0], DTYPE[out.dtype], out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     check(status, 0)
     return out

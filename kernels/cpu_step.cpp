@@ -948,3 +948,18 @@ CORESKIP_API int coreskip_tiles(const void* x, int x_dtype, int rows, int64_t in
     isa.from_float(y, out, x_dtype, rows * out_features);
     return kOk;
 }
+
+// Rows `first` to `first + rows` of tiles, as they are computed with. out: [rows][in_features] of dtype.
+CORESKIP_API int coreskip_untile(const void* weight, int bytes, int64_t groups, int64_t in_features, int64_t first,
+                                 int64_t rows, int dtype, void* out, int threads) {
+    const StepIsa& step = *active_step.load();
+    const UntileJob job = {weight, bytes != 0, groups, in_features, first, dtype, out};
+    const int64_t begin = first / kTile, tiles = (first + rows + kTile - 1) / kTile - begin;
+#pragma omp parallel num_threads(threads)
+    {
+        const Range here = share(tiles, omp_get_thread_num(), omp_get_num_threads());
+        step.untile(job, std::max(first, (begin + here.begin) * kTile),
+                    std::min(first + rows, (begin + here.end) * kTile));
+    }
+    return kOk;
+}

@@ -112,6 +112,16 @@ struct TileJob {
     Ahead* ahead;
 };
 
+// Rows `first` and following of tiles, as floats.
+struct UntileJob {
+    const void* weight;
+    bool bytes;            // kInt8Groups, not kInt4
+    int64_t groups, in;
+    int64_t first;
+    int dtype;             // of `to`: kFloat32, kBFloat16 or kFloat16
+    void* to;              // [rows][in]
+};
+
 // Queries against some positions of one KV head: leaves, per query, the largest score, the sum of exponentials and
 // the weighted sum of values, for `merge`.
 struct AttendJob {
@@ -143,6 +153,7 @@ struct StepIsa {
     void (*fetch)(Ahead& ahead, int64_t bytes);
     int64_t (*argmax)(const float* x, int64_t n);  // the first NaN, or the first of the greatest
     float (*exp_sum)(const float* x, int64_t n, float most);
+    void (*untile)(const UntileJob& job, int64_t begin, int64_t end);  // rows
 };
 
 const StepIsa& generic_step();

@@ -378,8 +378,16 @@ static void merge(int64_t parts, int64_t stride, const float* most, const float*
     for (int64_t i = 0; i < head_dim; i++) out[i] /= whole;
 }
 
+}  // namespace CORESKIP_ISA
+}  // namespace coreskip
+
+#include "cpu_untile_isa.h"
+
+namespace coreskip {
+namespace CORESKIP_ISA {
+
 static const StepIsa step_table = {
-    tiles, quantize_groups, norm, rotate, attend, merge, act, add_scaled, softcap, fetch, argmax, exp_sum,
+    tiles, quantize_groups, norm, rotate, attend, merge, act, add_scaled, softcap, fetch, argmax, exp_sum, untile,
 };
 
 }  // namespace CORESKIP_ISA

@@ -366,9 +366,14 @@ def ungroup(q: Tensor, scale: Tensor, least: Tensor) -> Tensor:
     return q.float() * scale.float()[..., None] + least.float()[..., None]
 
 
+def finite(weight: Tensor) -> bool:
+    """Whether every number is, looked at a few rows at a time: torch makes two copies of what it is asked about."""
+    return all(bool(rows.isfinite().all()) for rows in weight.split(_AT_ONCE))
+
+
 def _tiles(weight: Tensor, fmt: str) -> Tensor:
     """The bytes of "int4", [ceil(rows / 16), groups, 320], or of "int8_groups", [.., 544]."""
-    if not bool(weight.isfinite().all()):
+    if not finite(weight):
         raise ValueError("weights with infinities or NaNs have no form of 4 or 8 bits")
     size = TILE * GROUP // 2 + 4 * TILE if fmt == "int4" else TILE * GROUP + 2 * TILE
     shape = (-(-weight.shape[0] // TILE), -(-weight.shape[1] // GROUP), size)

@@ -35,25 +35,35 @@ class Engine:
         model: a causal LM; wrapped here if a plan is given, until `close`.
         plan: None to use the model as it is (dense, or wrapped by the caller).
         exact: as for `wrap`; without a plan, drafts come from the text alone.
+        keep_originals: as for `wrap`.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, plan: Plan | None = None, *, exact: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        plan: Plan | None = None,
+        *,
+        exact: bool = False,
+        keep_originals: bool | None = None,
+    ) -> None:
         if (plan is not None or exact) and is_wrapped(model):
             raise CoreskipError("the model is wrapped already: call coreskip.unwrap(model) first, or pass no plan")
         if plan is None and exact:
             plan = Plan.dense(model)
         if plan is not None:
-            wrap(model, plan, exact=exact)
+            wrap(model, plan, exact=exact, keep_originals=keep_originals)
         self.model, self.tokenizer = model, tokenizer
         self._owns_wrapping = plan is not None
         self._sampling = threading.Lock()
         self._tokenizing = threading.Lock()  # fast tokenizers keep padding and truncation as shared state
 
     def close(self) -> None:
-        """Unwrap the model, if this engine wrapped it."""
+        """Unwrap the model, if this engine wrapped it and its own weights are not gone (``keep_originals=False``)."""
         if self._owns_wrapping:
             self._owns_wrapping = False
-            unwrap(self.model)
+            if runtime_of(self.model).removable:
+                unwrap(self.model)
 
     @property
     def statistics(self) -> Statistics | None:

@@ -93,7 +93,7 @@ def evaluate_all(
 def _score_native(model: Any, plan: Plan, rows: Tensor, tally: Tally, progress: bool) -> None:
     """Plans whose weights have a format of their own, which only the native step carries out. They
     are packed once: the dense logits come from the same wrapping, as prefill."""
-    with wrap(model, plan):
+    with wrap(model, plan, keep_originals=True):
         for ids in tqdm(
             rows.split(1), desc=f"scoring {plan.weights}", unit="window", disable=not progress, leave=False
         ):

@@ -2,7 +2,8 @@
 
 Only instance attributes change: the ``forward`` of the decoder stack (which tells prefill from decode), of the MLPs,
 and of what an MLP is made of where it has no module of its own. The model's class becomes a subclass of the same
-name, which adds the context manager. Parameters, module names, signatures and the state_dict stay as they are.
+name, which adds the context manager. Parameters, module names, signatures and the state_dict stay as they are, but for
+matrices that packed ones replace (runtime/release.py).
 """
 
 from __future__ import annotations
@@ -19,21 +20,22 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from ..kernels.ops import MAX_ROWS, PackedLinear, PackedMLP, available, linear, mlp
 from ..kernels.packed import DTYPES
 from ..kernels.step import BundledMLP
 from ..predictors.anatomy import Activation, Anatomy, FeedForward, dissect, rows_of
 from ..predictors.errors import CoreskipError
-from ..predictors.observe import down_norms
+from ..predictors.observe import down_norms, inference
 from ..predictors.plan import CoreNeurons, Dense, NeuronPolicy, Plan, Similar, Static, Threshold
 from . import loop
 from .attention import can_redirect, redirect_attention
-from .decode import Chosen, Decoder, NativeSequence, NotCovered
+from .decode import Chosen, Decoder, NativeSequence, NotCovered, refusal
 from .exact import Exact, NativePasses
 from .graph import Graphs, Settled
 from .layers import LayerSkips
+from .release import Replaced, trim
 from .selections import (
     DRAFTING,
     STEP,
@@ -56,7 +58,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _RUNTIME = "_coreskip_runtime"
 
 
-def wrap(model: Model, plan: Plan, *, exact: bool = False) -> Model:
+def wrap(model: Model, plan: Plan, *, exact: bool = False, keep_originals: bool | None = None) -> Model:
     """Run `model` under `plan` from now on: ``model.generate`` and everything built on it decode sparsely.
 
     Args:
@@ -65,17 +67,25 @@ def wrap(model: Model, plan: Plan, *, exact: bool = False) -> Model:
         plan: made for this model by `analyze` or `Plan.dense`.
         exact: use the plan only to draft tokens that the dense model verifies (runtime/exact.py): the text is the
             dense model's own, token for token, greedy or sampled. One sequence at a time; batches decode densely.
+        keep_originals: of plans with weights in int4 or int8, which are packed anew: whether the matrices they are made
+            of stay in memory. None: those that packing rounds; what it does not, `unwrap` restores bit for bit. False:
+            none, and where one was rounded, `unwrap` raises. True: all, so that prefill runs on them, too. Embeddings,
+            and an LM head that shares their matrix, keep it in any case, and so do the MLPs of layers whose neurons
+            each prompt chooses; exact mode keeps all.
 
     Raises:
         CoreskipError: wrapped already, not supported, or the plan is another model's; nothing was changed.
     """
     if is_wrapped(model):
         raise CoreskipError("the model is wrapped already: call coreskip.unwrap(model) first")
+    if exact and keep_originals is False:
+        raise CoreskipError("exact mode verifies with the weights as they were loaded: leave out keep_originals=False")
     _refuse_hooks(model)
     anatomy = dissect(model)
     plan.check(model, anatomy)
-    runtime = Runtime(model, anatomy, plan, exact)
+    runtime = Runtime(model, anatomy, plan, exact, keep_originals=keep_originals)
     runtime.install()
+    runtime.replace_originals()
     return model
 
 
@@ -83,7 +93,7 @@ def unwrap(model: Model) -> Model:
     """Undo `wrap`: the model is bit for bit what it was before.
 
     Raises:
-        CoreskipError: the model is not wrapped.
+        CoreskipError: the model is not wrapped, or its weights are gone (``keep_originals=False``); nothing changed.
     """
     runtime_of(model).remove()
     return model
@@ -179,7 +189,13 @@ class Runtime:
     """One wrapped model: its plan, its patches, and the weights packed for it."""
 
     def __init__(
-        self, model: nn.Module, anatomy: Anatomy, plan: Plan, exact: bool = False, weights: Weights | None = None
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        plan: Plan,
+        exact: bool = False,
+        weights: Weights | None = None,
+        keep_originals: bool | None = True,
     ) -> None:
         self.model, self.anatomy, self.plan = model, anatomy, plan
         self._class = type(model)
@@ -222,6 +238,11 @@ class Runtime:
         self.graphs = Graphs(self)
         sparse = self._chosen or self._static or self._token_policies or self._column_policies
         self.exact = Exact(has_draft=bool(sparse or self._skips.policies or plan.weights)) if exact else None
+        # neurons that prompts choose are packed again and again
+        kept = [module for index in self._chosen for module in anatomy.mlps[index].owner.modules()]
+        keeps = exact or plan.weights is None or keep_originals is True
+        self._demanded = keep_originals is False
+        self.replaced = None if keeps else Replaced(model, lossy=self._demanded, kept=kept)
 
     def _width(self, layer: int) -> int:
         return self.anatomy.mlps[layer].intermediate_size
@@ -262,9 +283,54 @@ class Runtime:
             raise
         self.model.__class__ = _wrapped_class(cast(Any, self._class))
 
+    def replace_originals(self) -> None:
+        """Packs the weights now, where the originals may go: every prefill, the first too, shall read the same."""
+        if self.replaced is None:
+            return
+        reason = refusal(self.model, self.anatomy)
+        model, generator = cast(Any, self.model), torch.Generator().manual_seed(0)
+        while reason is None and not self.decoder.ready:
+            vocabulary = model.get_input_embeddings().weight.shape[0]
+            ids = torch.randint(0, vocabulary, (1, 9), generator=generator)
+            cache = DynamicCache(config=model.config)
+            with inference(model):
+                model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
+                named = {"input_ids": ids[:, -1:], "past_key_values": cache}
+                reason = self.decoder.replace(self._forward, self.chosen_for(cache), named, self._replace)
+            self.usage.reset()
+        trim()
+        if reason is not None and self._demanded:
+            logger.warning("the original weights are kept: %s", reason)
+
+    def _replace(self, module: nn.Module, parts: list[PackedLinear]) -> None:
+        self._linear_packed.pop(module, None)  # which holds the matrix
+        cast(Replaced, self.replaced).replace(module, parts)
+
     def remove(self) -> None:
+        """
+        Raises:
+            CoreskipError: the weights are gone; nothing was changed.
+        """
+        self.check_removable()
         self.model.__class__ = self._class
         self._patches.undo()
+        if self.replaced is not None:
+            self.replaced.put_back()
+
+    def check_removable(self) -> None:
+        """Raises CoreskipError where `remove` would."""
+        if not self.removable:
+            self.refuse("unwrap the model")
+
+    @property
+    def removable(self) -> bool:
+        """Whether the model's own weights are there, or can be had back bit for bit."""
+        return self.replaced is None or self.replaced.reversible
+
+    def refuse(self, what: str) -> None:
+        """Raises CoreskipError where packed weights have replaced the model's own."""
+        if self.replaced is not None:
+            self.replaced.refuse(what)
 
     def repack(self) -> None:
         """Forget packed weights: the model's own were moved, cast or loaded anew."""
@@ -288,7 +354,7 @@ class Runtime:
 
     def _patch_model(self) -> None:
         """Decode steps go to the native step, where it covers the model and the call."""
-        original = self.model.forward
+        original = self._forward = self.model.forward
         signature = inspect.signature(original)
 
         @functools.wraps(original)
@@ -423,15 +489,21 @@ class Runtime:
         return self._patch_linear(head, lambda: not self.model.training) and all(patched)
 
     def _patch_linear(self, module: nn.Module, wanted: Callable[[], bool]) -> bool:
-        """Few rows go to the decode kernel, which reads the module's own weight in place; others to the module."""
-        if not isinstance(module, nn.Linear) or not _shareable(module.weight):
+        """Few rows go to the decode kernel, which reads the module's own weight in place; others to the module, or to
+        what has replaced its weight."""
+        replaced, shareable = self.replaced, isinstance(module, nn.Linear) and _shareable(module.weight)
+        if not shareable and (replaced is None or module not in replaced.candidates):
             return False
+        module = cast(nn.Linear, module)
         original = module.forward
         most = MAX_ROWS * module.in_features
 
         @functools.wraps(original)
         def forward(input: Tensor) -> Tensor:
-            if input.numel() > most or torch.is_grad_enabled() or not wanted():
+            few = input.numel() <= most and not torch.is_grad_enabled() and wanted()
+            if replaced is not None and module in replaced:
+                return replaced.run(module, input, few)
+            if not (few and shareable):
                 return original(input)
             packed = self._linear_packed.get(module)
             if packed is None:
@@ -642,6 +714,7 @@ class _Wrapped:
     """What a wrapped model can do besides: be a context manager, and mark ``generate``'s prefill."""
 
     def __enter__(self) -> _Wrapped:
+        runtime_of(cast(nn.Module, self)).check_removable()  # else the block's end would raise, whatever came before
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -687,11 +760,13 @@ class _Wrapped:
         return False  # the patched forward keeps state between steps that a captured graph would freeze
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        runtime_of(cast(nn.Module, self)).refuse("move or cast the model")
         result = super()._apply(fn, recurse)  # type: ignore[misc]
         runtime_of(cast(nn.Module, self)).repack()
         return result
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        runtime_of(cast(nn.Module, self)).refuse("load weights")
         result = super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
         runtime_of(cast(nn.Module, self)).repack()
         return result
