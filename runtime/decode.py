@@ -467,7 +467,7 @@ class Decoder:
         Returns why no such step can be, if so. Else the native step may be `ready`, or try again with other tokens.
         """
         try:
-            self._check_call(named)
+            check_call(named, "cpu")
             if isinstance(chosen, str):
                 raise NotCovered(chosen)
             self._first(original, chosen, named, packed)
