@@ -359,7 +359,7 @@ def test_torch_compile_sees_the_ops():
     weights = Weights(64, 100, torch.float32)
     mlp_packed, linear_packed = weights.pack(), PackedLinear.pack(torch.randn(30, 64))
     torch.library.opcheck(
-        torch.ops.coreskip.mlp.default, (weights.x(2), *ops._fields(mlp_packed), None, "listed", -1, 0.0)
+        torch.ops.coreskip.mlp.default, (weights.x(2), *ops._fields(mlp_packed), None, "listed", -1, 0.0, 0.0)
     )
     torch.library.opcheck(torch.ops.coreskip.linear.default, (weights.x(2), *ops._linear_fields(linear_packed)))
 
