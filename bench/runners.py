@@ -22,7 +22,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import CompileConfig, GenerationConfig, StaticCache, StoppingCriteria
+from transformers import CompileConfig, GenerationConfig, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from coreskip.bench.workloads import Shape, byte_ids
@@ -319,32 +319,16 @@ class CoreskipExact(Coreskip):
 
 
 class CoreskipEngine(Coreskip):
-    """`Engine.stream`: from a text to the pieces of its continuation, made in one thread and taken in another.
-
-    Tokens are clocked where they are made, by a stopping criterion: an engine's stream has one of its own, so that this
-    one changes nothing of how it decodes."""
+    """`Engine.generate`: from a text to the text of its continuation."""
 
     def generate(self, ids: Sequence[int], new: int) -> Generation:
-        engine = Engine(self.model, self.tokenizer)
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         if list(self.tokenizer(text).input_ids) != list(ids):
             raise CoreskipError("an engine takes texts, and this prompt's tokens are not those of its text")
         watch = Stopwatch()
-        options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "stopping_criteria": [_Clock(watch)]}
-        for _ in engine.stream(text, max_new_tokens=new, **options):
-            pass
+        options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "streamer": watch}
+        Engine(self.model, self.tokenizer).generate(text, max_new_tokens=new, **options)
         return watch.generation()
-
-
-class _Clock(StoppingCriteria):
-    """Tells a stopwatch of every token, and stops nothing."""
-
-    def __init__(self, watch: Stopwatch) -> None:
-        self._watch = watch
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
-        self._watch.add(int(input_ids[0, -1]))
-        return torch.zeros(1, dtype=torch.bool, device=input_ids.device)
 
 
 def mlp_bytes(model: Any) -> int:

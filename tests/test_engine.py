@@ -11,7 +11,7 @@ from tiny_models import plan_of
 
 import coreskip
 from coreskip import CoreskipError, Engine
-from coreskip.runtime.engine import _overlap, _stop_before
+from coreskip.runtime.engine import _overlap, _Pieces, _stop_before
 from coreskip.runtime.wrap import is_wrapped
 
 PROMPTS = [
@@ -111,11 +111,15 @@ def test_two_threads_get_what_they_would_get_alone(engine: Engine) -> None:
     assert together == alone
 
 
-def test_an_abandoned_stream_stops_generating(engine: Engine) -> None:
+def test_an_abandoned_stream_stops_generating(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    put = _Pieces.put
+    monkeypatch.setattr(_Pieces, "put", lambda self, tokens: (put(self, tokens), made.append(tokens.numel()))[0])
     stream = engine.stream(PROMPTS[0], max_new_tokens=2000, do_sample=False)
     next(stream)
     stream.close()
     assert not [t for t in threading.enumerate() if t.name == "coreskip-stream"]
+    assert sum(made) < 1000
 
 
 def test_a_failure_in_the_stream_is_raised_to_its_consumer(engine: Engine) -> None:
@@ -132,6 +136,7 @@ def test_mistakes(engine: Engine, embedded: tuple[Any, Any]) -> None:
         (lambda: engine.generate(["text", [{"role": "user", "content": "x"}]]), "not both"),
         (lambda: engine.stream(PROMPTS), "one prompt"),
         (lambda: engine.stream(PROMPTS[0], num_beams=2), "one sequence"),
+        (lambda: engine.stream(PROMPTS[0], streamer=object()), "streamer of its own"),
         (lambda: engine.generate("x", stop_strings=""), None),
         (lambda: engine.generate("x", stop_strings=["a", ""]), "stop string is empty"),
         (lambda: Engine(model, tokenizer, plan_of(model, "static")), "wrapped already"),
