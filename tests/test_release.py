@@ -21,8 +21,7 @@ from coreskip import CoreskipError, Engine, Plan
 from coreskip.kernels import cpu, ops
 from coreskip.kernels.packed import DTYPES, PackedLinear, ungroup, untile
 from coreskip.predictors.plan import LayerPlan, Sketch
-from coreskip.runtime import release
-from coreskip.runtime.decode import Decoder
+from coreskip.runtime import decode, release
 from coreskip.runtime.wrap import is_wrapped, runtime_of
 
 NO_LIBRARY = ops.available("cpu")
