@@ -121,7 +121,7 @@ class Engine:
                 pass
             except BaseException as error:  # handed to the consumer's thread, which raises it
                 failure.append(error)
-                streamer.end()
+                streamer.end()  # type: ignore[no-untyped-call]
 
         thread = threading.Thread(target=work, name="coreskip-stream", daemon=True)
         thread.start()
@@ -210,7 +210,7 @@ class _Pieces(TextIteratorStreamer):
     def put(self, value: torch.Tensor) -> None:
         if self.abandoned.is_set():
             raise _Abandoned
-        super().put(value)
+        super().put(value)  # type: ignore[no-untyped-call]
 
 
 def _as_batch(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
