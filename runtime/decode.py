@@ -108,9 +108,7 @@ class Architecture:
 
     def _pack(self, weight: Tensor, bias: Tensor | None, fmt: str | None) -> PackedLinear:
         weight, bias = weight.detach(), None if bias is None else bias.detach()
-        if fmt is None:  # read where it lies
-            return PackedLinear.pack(weight, bias)
-        if self._before is None:
+        if fmt is None or self._before is None:  # the first is read where it lies
             return PackedLinear.pack(weight, bias, fmt=fmt)
         key = (weight.data_ptr(), weight.shape, weight.stride(), fmt)
         if key not in self._before:  # with the weight: while it is alive, its address is no other's
