@@ -16,13 +16,13 @@ from typing import Any
 
 import click
 
-from coreskip.bench.quality import plan_name, provenance, undo_wikitext, write_rows
+from coreskip.bench.quality import decoded_score, plan_name, provenance, undo_wikitext, write_rows
 from coreskip.bench.rows import quality_table
 from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.calibration import read_text, tokenize
 from coreskip.predictors.errors import CoreskipError
 from coreskip.predictors.plan import Plan
-from coreskip.runtime.cost import bytes_per_token, runs_natively
+from coreskip.runtime.cost import bytes_per_token
 from coreskip.runtime.emulation import Emulation
 from coreskip.runtime.load import load
 from coreskip.runtime.search import search
@@ -101,8 +101,7 @@ class Scores:
         made = {name: value for name, value in plan.recipe.items() if name != "budget"}
         key = json.dumps([made, plan.weights], sort_keys=True)
         if key not in self._known:
-            real = runs_natively(self._anatomy, plan)  # else a token takes ten times as long, and says the same
-            self._known[key] = {**self._emulation.score(plan, token_by_token=real), "token_by_token": real}
+            self._known[key] = decoded_score(self._emulation, self._anatomy, plan)
         return self._known[key]
 
 
