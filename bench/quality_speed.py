@@ -3,12 +3,14 @@
     python -m coreskip.bench.quality_speed bench/rows/token_choice.jsonl --plans FOLDER
 
 Each plan takes turns with the same model in dense fp32, and the row gets both: what else the machine does slows them
-alike. Rows that have a speed are left as they are, so that a run that was stopped goes on.
+alike. Matrices are read where they lie (CORESKIP_NARROW=0): that the embedded model's numbers fit into 4 bits would hide
+what leaving neurons out does for a model whose numbers do not. Rows that have a speed are left as they are, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,6 +35,7 @@ _ROUNDS = 5
 @click.option("--plans", "folder", required=True, type=click.Path(path_type=Path), help="What quality wrote.")
 def main(rows: Path, folder: Path) -> None:
     """Time the plans of ROWS."""
+    os.environ["CORESKIP_NARROW"] = "0"
     lines = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
     about = provenance(f"python -m coreskip.bench.quality_speed bench/rows/{rows.name} --plans plans")
     (model, tokenizer), (reference, _) = (load(device="cpu", dtype="float32") for _ in range(2))

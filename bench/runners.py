@@ -21,19 +21,19 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CompileConfig, GenerationConfig, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from coreskip.bench.workloads import Shape, byte_ids
 from coreskip.kernels import cpu
 from coreskip.kernels.ops import available
-from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.calibration import TokenText, tokenize
 from coreskip.predictors.errors import CoreskipError
 from coreskip.predictors.observe import inference
 from coreskip.predictors.plan import CoreNeurons, LayerPlan, Plan
 from coreskip.predictors.version import VERSION
+from coreskip.runtime.cost import bytes_per_token, loaded_bytes
 from coreskip.runtime.engine import Engine
 from coreskip.runtime.load import embedded_gguf, load
 from coreskip.runtime.quality import WINDOW, evaluate_all
@@ -212,7 +212,7 @@ class HuggingFace(Runner):
         return (scores.max(-1).values - chosen).tolist()
 
     def weight_bytes(self) -> int:
-        return dense_weight_bytes(self.model)
+        return loaded_bytes(self.model)
 
     def perplexity(self, text: TokenText, windows: int) -> Scored | None:
         measured = evaluate_all(self.model, [Plan.dense(self.model)], text, windows=windows, progress=False)[0]
@@ -251,6 +251,7 @@ class Coreskip(HuggingFace):
     def load(self) -> None:
         super().load()
         self.plan = self._plan()
+        self._bytes = bytes_per_token(self.model, self.plan)  # while the originals are there
         self._wrap()
 
     def _wrap(self) -> None:
@@ -269,9 +270,7 @@ class Coreskip(HuggingFace):
         return Plan(layers, dense.model, recipe, weights=dense.weights)
 
     def weight_bytes(self) -> int:
-        packed = runtime_of(self.model).packed_bytes()
-        total, mlps = packed if packed is not None else (dense_weight_bytes(self.model), mlp_bytes(self.model))
-        return total - round(runtime_of(self.model).usage.neuron_sparsity() * mlps)
+        return self._bytes
 
     def perplexity(self, text: TokenText, windows: int) -> Scored | None:
         super().load()  # the wrapped one's originals may be gone
@@ -304,12 +303,10 @@ class CoreskipExact(Coreskip):
         """What tokens cost on average: verification passes and draft steps together."""
         done = runtime_of(self.model).exact
         last = None if done is None else done.last
-        total = dense_weight_bytes(self.model)
+        total = bytes_per_token(self.model, Plan.dense(self.model))
         if last is None or last.tokens == 0:
             return total
-        packed = runtime_of(self.model).packed_bytes()
-        draft = total if packed is None else packed[0]
-        return round((last.passes * total + last.drafted["plan"] * draft) / last.tokens)
+        return round((last.passes * total + last.drafted["plan"] * self._bytes) / last.tokens)
 
     def perplexity(self, text: TokenText, windows: int) -> Scored | None:
         return None  # that of the dense model
@@ -329,23 +326,6 @@ class CoreskipEngine(Coreskip):
         options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "streamer": watch}
         Engine(self.model, self.tokenizer).generate(text, max_new_tokens=new, **options)
         return watch.generation()
-
-
-def mlp_bytes(model: Any) -> int:
-    matrices = (w for layer in dissect(model).mlps for w in vars(layer.matrices()).values())
-    return sum(int(w.nbytes) for w in matrices if w is not None)
-
-
-def dense_weight_bytes(model: Any) -> int:
-    """Every parameter once, but of embedding tables the one row that a token looks up (a tied head reads all)."""
-    head = model.get_output_embeddings().weight
-    tables = {m.weight.data_ptr(): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    total = 0
-    parameter: Tensor
-    for parameter in model.parameters():  # tied ones come once
-        looked_up = parameter.data_ptr() in tables and parameter.data_ptr() != head.data_ptr()
-        total += parameter[0].nbytes if looked_up else parameter.nbytes
-    return total
 
 
 # --- peers ------------------------------------------------------------------------------------------------------------

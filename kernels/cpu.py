@@ -16,7 +16,19 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from .packed import ACTS, DTYPES, PackedColumns, PackedLinear, PackedMLP
+from .packed import (
+    ACTS,
+    DTYPES,
+    EXACT_BYTES,
+    GROUP,
+    GROUPED,
+    TILE,
+    TILE_BYTES,
+    PackedColumns,
+    PackedLinear,
+    PackedMLP,
+    allocate,
+)
 
 MAX_ROWS = 8  # kMaxRows in cpu.h
 ISAS = ("avx512", "avx2", "generic")  # best first
@@ -89,8 +101,9 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.coreskip_choose.argtypes = [p, p]
     lib.coreskip_columns.argtypes = [p, i, i, n, p, i, n, n, p, n, ctypes.c_float, p, p, i]
     lib.coreskip_linear.argtypes = [p, i, i, n, p, i, n, n, p, p, p, i]
-    lib.coreskip_tiles.argtypes = [p, i, i, n, p, i, n, n, p, p, i]
+    lib.coreskip_tiles.argtypes = [p, i, i, n, p, i, i, n, n, p, p, i]
     lib.coreskip_untile.argtypes = [p, i, n, n, n, n, i, p, i]
+    lib.coreskip_tile_up.argtypes = [p, n, n, n, i, p, i]
     lib.coreskip_step.argtypes = [p, p]
     lib.coreskip_generate.argtypes = [p, p, n, p, n, p, p]
     lib.coreskip_draft.argtypes = [p, p, n, ctypes.c_float, p, p, p]
@@ -187,8 +200,8 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     if packed.grouped:
         status = library().coreskip_tiles(
             x.data_ptr(), DTYPE[x.dtype], x.numel() // packed.in_features, packed.in_features, weight.data_ptr(),
-            packed.fmt == "int8_groups", packed.out_features, packed.stride, address(packed.bias), out.data_ptr(),
-            torch.get_num_threads(),
+            packed.fmt == "int8_groups", packed.whole, packed.out_features, packed.stride, address(packed.bias),
+            out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         check(status, 0)
         return out
@@ -214,6 +227,58 @@ def untile(packed: PackedLinear, out: Tensor, first: int = 0) -> Tensor:
     )  # fmt: skip
     check(status, 0)
     return out
+
+
+def pack_exactly(weight: Tensor, bias: Tensor | None = None, *, most: float = 1.0) -> PackedLinear | None:
+    """The very numbers of a float32 `weight`, [out_features, in_features], in fewer bytes: at most `most` of its own.
+
+    Models that were made of 4-bit or 8-bit groups, bfloat16 or float16 and then loaded in float32 have such a form. x
+    meets the numbers in float32. None where there is none, or `weight` is of another dtype.
+    """
+    form = exact_form(weight)
+    if form is None or EXACT_BYTES[form] > most * weight.element_size():
+        return None
+    if form not in GROUPED:
+        narrow = weight.detach().to(getattr(torch, form))
+        return PackedLinear.pack(narrow, bias) if torch.equal(narrow.float(), weight) else None
+    tiles = _tile_up(weight.detach(), form)
+    biases = None if bias is None else bias.detach().float().contiguous()
+    return tiles if tiles is None else PackedLinear(tiles, weight.shape[1], None, biases, weight.shape[0], whole=True)
+
+
+def exact_form(weight: Tensor) -> str | None:
+    """In which form fewer bytes hold the numbers of a float32 matrix, as far as its first groups tell: "int4",
+    "int8_groups", "bfloat16" or "float16", the fewest bytes first; None: in none of them, or CORESKIP_NARROW=0 wants
+    matrices to be read where they lie."""
+    if os.environ.get("CORESKIP_NARROW") == "0":
+        return None
+    if weight.dtype != torch.float32 or weight.dim() != 2 or weight.numel() == 0 or weight.stride(1) != 1:
+        return None
+    some = weight.detach()[:1, : 8 * GROUP]
+    for form in EXACT_BYTES:
+        if form in GROUPED:
+            found = _tile_up(some, form) is not None
+        else:
+            found = torch.equal(some.to(getattr(torch, form)).float(), some)
+        if found:
+            return form
+    return None
+
+
+def _tile_up(weight: Tensor, fmt: str) -> Tensor | None:
+    """The tiles of PackedLinear that stand for just these numbers, or None."""
+    rows, width = weight.shape
+    tiles = allocate((-(-rows // TILE), -(-width // GROUP), TILE_BYTES[fmt]), torch.uint8, weight.device)
+    exact = library().coreskip_tile_up(
+        weight.data_ptr(),
+        weight.stride(0),
+        rows,
+        width,
+        fmt == "int8_groups",
+        tiles.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return tiles if exact else None
 
 
 def columns(x: Tensor, packed: PackedColumns, by_norm: bool, keep: int, threshold: float) -> Tensor:

@@ -293,6 +293,7 @@ class Walker {
     const float* input = nullptr;
     int64_t input_width = 0, ready_stride = 0;
     int ready = -1;
+    bool ready_whole = false;
 
     void embed() {
         const int64_t row = m.hidden * size_of(m.embedding_dtype);
@@ -319,14 +320,16 @@ class Walker {
     }
 
     // Puts the input into the form that a weight's format wants: padded, and arranged or quantised.
-    void prepare(int dtype, int64_t stride) {
-        if (ready == dtype && ready_stride == stride) return;
+    void prepare(int dtype, int64_t stride, bool whole = false) {
+        if (ready == dtype && ready_stride == stride && ready_whole == whole) return;
         ready = dtype;
         ready_stride = stride;
+        ready_whole = whole;
         for (int t = 0; t < tokens; t++) {
             float* row = own.rows + t * stride;
             memcpy(row, input + t * input_width, input_width * sizeof(float));
             memset(row + input_width, 0, (stride - input_width) * sizeof(float));
+            if (whole) continue;
             if (grouped(dtype)) {
                 const int64_t groups = stride / kGroup;
                 step.quantize_groups(row, stride, own.q + t * stride, own.group_scale + t * groups,
@@ -347,10 +350,10 @@ class Walker {
 
     // One matrix's units `begin` to `end`.
     void project(const StepLinear& l, float* y, int64_t begin, int64_t end) {
-        prepare(l.dtype, l.stride);
+        prepare(l.dtype, l.stride, l.whole);
         if (grouped(l.dtype)) {
-            const TileJob job = {l.weight, l.dtype == kInt8Groups, l.bias, l.stride / kGroup, l.out, tokens, own.q, own.group_scale,
-                                    own.group_sum, y, to_fetch()};
+            const TileJob job = {l.weight, l.dtype == kInt8Groups, l.bias, l.stride / kGroup, l.out, tokens,
+                                 l.whole ? own.rows : nullptr, own.q, own.group_scale, own.group_sum, y, to_fetch()};
             step.tiles(job, begin, end);
         } else {
             const LinearJob job = {l.weight, l.scale, l.bias, rows_of(l.stride), l.out, y, to_fetch()};
@@ -918,9 +921,10 @@ CORESKIP_API void coreskip_likeliest(const void* logits, int dtype, int64_t rows
     }
 }
 
-// The op coreskip::linear for tiles, of bytes or of nibbles. x: [rows][in_features] of x_dtype; out: [rows][out_features] of x_dtype.
+// The op coreskip::linear for tiles, of bytes or of nibbles, with x as it is (`whole`) or rounded to 8 bits.
+// x: [rows][in_features] of x_dtype; out: [rows][out_features] of x_dtype.
 CORESKIP_API int coreskip_tiles(const void* x, int x_dtype, int rows, int64_t in_features, const void* weight, int bytes,
-                                int64_t out_features, int64_t stride, const float* bias, void* out, int threads) {
+                                int whole, int64_t out_features, int64_t stride, const float* bias, void* out, int threads) {
     const Isa& isa = *active.load();
     const StepIsa& step = *active_step.load();
     const int64_t groups = stride / kGroup, tiles = (out_features + kTile - 1) / kTile;
@@ -936,12 +940,12 @@ CORESKIP_API int coreskip_tiles(const void* x, int x_dtype, int rows, int64_t in
         float* row = values + r * stride;
         isa.to_float(static_cast<const char*>(x) + r * in_features * size_of(x_dtype), x_dtype, row, in_features);
         memset(row + in_features, 0, (stride - in_features) * sizeof(float));
-        step.quantize_groups(row, stride, q + r * stride, scale + r * groups, sum + r * groups);
+        if (!whole) step.quantize_groups(row, stride, q + r * stride, scale + r * groups, sum + r * groups);
     }
 #pragma omp parallel num_threads(threads)
     {
         Ahead none{};
-        const TileJob job = {weight, bytes != 0, bias, groups, out_features, rows, q, scale, sum, y, &none};
+        const TileJob job = {weight, bytes != 0, bias, groups, out_features, rows, whole ? values : nullptr, q, scale, sum, y, &none};
         const Range here = share(tiles, omp_get_thread_num(), omp_get_num_threads());
         step.tiles(job, here.begin, here.end);
     }
@@ -962,4 +966,18 @@ CORESKIP_API int coreskip_untile(const void* weight, int bytes, int64_t groups, 
                     std::min(first + rows, (begin + here.end) * kTile));
     }
     return kOk;
+}
+
+// Tiles that stand for the very numbers of weight: [rows][in_features] floats, row_stride apart. Returns whether there
+// are such.
+CORESKIP_API int coreskip_tile_up(const float* weight, int64_t row_stride, int64_t rows, int64_t in_features, int bytes,
+                                  void* out, int threads) {
+    const StepIsa& step = *active_step.load();
+    const TileUpJob job = {weight, row_stride, rows, in_features, (in_features + kGroup - 1) / kGroup, bytes != 0, out};
+    const int64_t tiles = (rows + kTile - 1) / kTile;
+    std::atomic<bool> all{true};
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
+    for (int64_t t = 0; t < tiles; t++)
+        if (all.load(std::memory_order_relaxed) && !step.tile_up(job, t, t + 1)) all = false;
+    return all;
 }

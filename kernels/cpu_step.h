@@ -42,6 +42,7 @@ struct StepLinear {
     const float* bias;   // [out] or null
     int64_t in, out, stride;
     int dtype;
+    int whole;           // tiles: they meet x as it is, not rounded to 8 bits
 };
 
 struct StepMlp {         // neurons bundled as in MlpJob, instead of gate, up and down; weight null: those
@@ -105,6 +106,7 @@ struct TileJob {
     const float* bias;
     int64_t groups, out;
     int rows;
+    const float* x;        // [rows][groups * kGroup] as it is, or null: as it is rounded, in the next three
     const int8_t* q;       // [rows][groups * kGroup]
     const float* scale;    // [rows][groups]
     const float* sum;      // [rows][groups], scale times the sum of q
@@ -120,6 +122,14 @@ struct UntileJob {
     int64_t first;
     int dtype;             // of `to`: kFloat32, kBFloat16 or kFloat16
     void* to;              // [rows][in]
+};
+
+// Rows of floats to the tiles that stand for the very same numbers.
+struct TileUpJob {
+    const float* from;     // [rows][in], row_stride apart
+    int64_t row_stride, rows, in, groups;
+    bool bytes;            // kInt8Groups, not kInt4
+    void* to;
 };
 
 // Queries against some positions of one KV head: leaves, per query, the largest score, the sum of exponentials and
@@ -154,6 +164,7 @@ struct StepIsa {
     int64_t (*argmax)(const float* x, int64_t n);  // the first NaN, or the first of the greatest
     float (*exp_sum)(const float* x, int64_t n, float most);
     void (*untile)(const UntileJob& job, int64_t begin, int64_t end);  // rows
+    bool (*tile_up)(const TileUpJob& job, int64_t begin, int64_t end);  // tiles; false: some numbers have no such form
 };
 
 const StepIsa& generic_step();

@@ -326,7 +326,9 @@ _lib.define(
     "columns(Tensor x, Tensor weight, int out_features, Tensor norm, Tensor? bias, bool by_norm, int keep, "
     "float threshold) -> Tensor"
 )
-_lib.define("linear(Tensor x, Tensor weight, int in_features, Tensor? scale, Tensor? bias, int? rows) -> Tensor")
+_lib.define(
+    "linear(Tensor x, Tensor weight, int in_features, Tensor? scale, Tensor? bias, int? rows, bool whole) -> Tensor"
+)
 
 
 def _fields(packed: PackedMLP) -> tuple[Any, ...]:
@@ -337,7 +339,7 @@ def _fields(packed: PackedMLP) -> tuple[Any, ...]:
 
 
 def _linear_fields(packed: PackedLinear) -> tuple[Any, ...]:
-    return (packed.weight, packed.in_features, packed.scale, packed.bias, packed.rows)
+    return (packed.weight, packed.in_features, packed.scale, packed.bias, packed.rows, packed.whole)
 
 
 def _mlp_torch(x: Tensor, *arguments: Any) -> Tensor:

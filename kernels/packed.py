@@ -18,7 +18,10 @@ LINE = 64  # bytes of a cache line, to whose multiples a row of whole bytes is p
 PAD = 128  # bytes, or nibbles, to whose multiples any other row is padded; kPad in cpu.h
 HUGE_PAGE = 2 << 20
 GROUP, TILE = 32, 16  # inputs of a group, rows of a tile; kGroup and kTile in cpu_step.h
-GROUPED = ("int4", "int8_groups")
+TILE_BYTES = {"int4": TILE * GROUP // 2 + 4 * TILE, "int8_groups": TILE * GROUP + 2 * TILE}  # of one group
+GROUPED = tuple(TILE_BYTES)
+#: forms that may hold the numbers of a float32 matrix, and bytes a number, with its share of the ends of a group
+EXACT_BYTES = {**{fmt: size / (TILE * GROUP) for fmt, size in TILE_BYTES.items()}, "bfloat16": 2.0, "float16": 2.0}
 _AT_ONCE = 2048  # rows that are rounded together
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = (None, "int8", "int8_sliced")
@@ -187,7 +190,8 @@ class PackedLinear:
     In "int8" the weight holds bytes and stands for scale[out_feature] * (byte - 128). In "int4" it is
     [ceil(out_features / 16), groups, 320] bytes: tiles of 16 rows by 32 inputs, w = scale * q + least with q in 0..15,
     as cpu_step.h describes them (llama.cpp calls these numbers Q4_1). "int8_groups" is alike, 544 bytes a tile,
-    w = scale * (byte - 128) (Q8_0). For both, x is rounded to 8 bits in the same groups.
+    w = scale * (byte - 128) (Q8_0). For both, x is rounded to 8 bits in the same groups or, where `whole`, stays as it
+    is, and is multiplied with just these numbers in float32.
     """
 
     weight: Tensor
@@ -195,6 +199,7 @@ class PackedLinear:
     scale: Tensor | None = None
     bias: Tensor | None = None
     rows: int | None = None  # of tiles, the last of which may be filled up
+    whole: bool = False
 
     @classmethod
     @torch.no_grad()
@@ -236,7 +241,7 @@ class PackedLinear:
     def fmt(self) -> str | None:
         """None, "int8", "int8_groups" or "int4"."""
         if self.grouped:
-            return "int4" if self.weight.shape[2] == TILE * GROUP // 2 + 4 * TILE else "int8_groups"
+            return "int4" if self.weight.shape[2] == TILE_BYTES["int4"] else "int8_groups"
         return None if self.scale is None else "int8"
 
     @property
@@ -375,8 +380,7 @@ def _tiles(weight: Tensor, fmt: str) -> Tensor:
     """The bytes of "int4", [ceil(rows / 16), groups, 320], or of "int8_groups", [.., 544]."""
     if not finite(weight):
         raise ValueError("weights with infinities or NaNs have no form of 4 or 8 bits")
-    size = TILE * GROUP // 2 + 4 * TILE if fmt == "int4" else TILE * GROUP + 2 * TILE
-    shape = (-(-weight.shape[0] // TILE), -(-weight.shape[1] // GROUP), size)
+    shape = (-(-weight.shape[0] // TILE), -(-weight.shape[1] // GROUP), TILE_BYTES[fmt])
     tiles = allocate(shape, torch.uint8, weight.device)
     # a few rows at a time: rounding a whole LM head takes memory for six copies of it
     for rows, some in zip(weight.split(_AT_ONCE), tiles.split(_AT_ONCE // TILE), strict=True):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .packed import ACTS, GROUP, PackedColumns, PackedLinear, PackedMLP, quantize, spread, untile
+from .packed import ACTS, GROUP, PackedColumns, PackedLinear, PackedMLP, quantize, spread, ungroup, untile
 
 
 def mlp(x: Tensor, packed: PackedMLP, indices: Tensor | None = None) -> Tensor:
@@ -98,9 +98,12 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
 
 
 def _grouped_linear(x: Tensor, packed: PackedLinear) -> Tensor:
-    """Both sides by groups of 32 inputs: x rounded to 8 bits in each, its integers multiplied exactly."""
+    """Both sides by groups of 32 inputs: x rounded to 8 bits in each, its integers multiplied exactly; or `whole`."""
     q, scale, least = untile(packed)
     groups = q.shape[1]
+    if packed.whole:
+        weight = ungroup(q, scale, least).flatten(1)[:, : packed.in_features]
+        return F.linear(x.float(), weight, packed.bias).to(x.dtype)
     rows = F.pad(x.reshape(-1, packed.in_features).float(), (0, groups * GROUP - packed.in_features))
     integers, step = quantize(rows.view(-1, GROUP))
     integers, step = integers.view(-1, groups, GROUP), step.view(-1, groups)

@@ -257,7 +257,16 @@ class _Norm(ctypes.Structure):
 
 
 class _Linear(ctypes.Structure):
-    _fields_ = (("weight", _P), ("scale", _P), ("bias", _P), ("in_", _N), ("out", _N), ("stride", _N), ("dtype", _I))
+    _fields_ = (
+        ("weight", _P),
+        ("scale", _P),
+        ("bias", _P),
+        ("in_", _N),
+        ("out", _N),
+        ("stride", _N),
+        ("dtype", _I),
+        ("whole", _I),
+    )
 
 
 class _Mlp(ctypes.Structure):
@@ -323,6 +332,7 @@ def _linear(packed: PackedLinear | None) -> _Linear:
         packed.out_features,
         packed.stride,
         _GROUPED[packed.fmt] if packed.grouped else cpu.DTYPE[packed.weight.dtype],
+        packed.whole,
     )
 
 

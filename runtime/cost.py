@@ -8,16 +8,20 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..kernels import cpu
 from ..kernels.ops import available
+from ..kernels.packed import EXACT_BYTES
 from ..predictors.anatomy import Anatomy, dissect, rows_of
 from ..predictors.importance import kept_count
 from ..predictors.plan import Adaptive, CoreNeurons, Dense, Learned, Plan, Run, Similar, Sketch, Static, Threshold, TopK
 from .sparse_mlp import TOKEN_POLICIES, native_rule
 
-# bytes a weight with the ends of its group of 32: two half-precision numbers in 4 bits, one in 8
-_INT4, _INT8_GROUPS = 0.5 + 4 / 32, 1 + 2 / 32
+_INT4, _INT8_GROUPS = EXACT_BYTES["int4"], EXACT_BYTES["int8_groups"]
+# Share of a matrix' bytes that another form of its numbers may take beside it unasked: 4-bit groups take 0.16 of
+# float32's, 8-bit groups 0.27.
+LITTLE = 0.3
 _READ = 256 << 20  # bytes: several times the last cache
 
 # What a byte costs where neurons are chosen token by token, in bytes read in a row: the rule comes first, then
@@ -46,25 +50,39 @@ def cost(model: Any, plan: Plan, anatomy: Anatomy | None = None) -> Cost:
     anatomy = anatomy or dissect(model)
     head = model.get_output_embeddings().weight
     loaded = head.element_size()
-    fmt = plan.weights if runs_natively(anatomy, plan) else None  # the modules know no format but their own
-    size = {None: float(loaded), "int8": _INT8_GROUPS, "int4": _INT4}[fmt]
+    native = runs_natively(anatomy, plan)
+    fmt = plan.weights if native else None  # the modules know no format but their own
     mlp_weights = {id(p) for mlp in anatomy.mlps for p in (mlp.up.weight, mlp.down.weight)}
     mlp_weights |= {id(getattr(mlp.owner, mlp.gate_name).weight) for mlp in anatomy.mlps if mlp.gate_name is not None}
-    moved = head.numel() * (loaded if fmt is None else _INT8_GROUPS)
+    moved = loaded_bytes(model) - head.nbytes
+    moved += head.numel() * (_bytes_of(head, None, native) if fmt is None else _INT8_GROUPS)
     extra = 0.0
     for index, (layer, mlp) in enumerate(zip(anatomy.layers, anatomy.mlps, strict=True)):
         policy, runs = plan.layers[index].neurons, plan.layers[index].layer
-        others = [p for p in layer.parameters() if id(p) not in mlp_weights]
-        moved += loaded * sum(p.numel() for p in others if p.ndim < 2)
-        moved += size * (sum(p.numel() for p in others if p.ndim > 1) - _unread_attention(anatomy, index, policy, runs))
+        others = [p for p in layer.parameters() if p.ndim > 1 and id(p) not in mlp_weights]
+        moved += sum(_bytes_of(p, fmt, native) * p.numel() - p.nbytes for p in others)
+        moved -= _unread_attention(anatomy, index, policy, runs, fmt, native)
+        moved -= loaded * sum(p.numel() for p in layer.parameters() if id(p) in mlp_weights)
         if not runs.mlp:
             continue
+        size = _bytes_of(mlp.up.weight, fmt, native)
         read = _mlp_bytes(policy, mlp.intermediate_size, mlp.hidden_size, mlp.gated, size, loaded, fmt)
         moved += read
         extra += (_CHOSEN - 1) * read if isinstance(policy, TOKEN_POLICIES) else 0.0
-    if not runs_natively(anatomy, plan):
+    if not native:
         extra += _MODULES * len(anatomy)
     return Cost(moved, moved + extra)
+
+
+def loaded_bytes(model: Any) -> int:
+    """Every parameter once, but of embedding tables the one row that a token looks up (a tied head reads all)."""
+    head = model.get_output_embeddings().weight
+    tables = {m.weight.data_ptr(): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    total = 0
+    for parameter in model.parameters():  # tied ones come once
+        looked_up = parameter.data_ptr() in tables and parameter.data_ptr() != head.data_ptr()
+        total += parameter[0].nbytes if looked_up else parameter.nbytes
+    return total
 
 
 def bytes_per_token(model: Any, plan: Plan, anatomy: Anatomy | None = None) -> int:
@@ -108,18 +126,31 @@ def _mlp_bytes(policy: Any, width: int, hidden: int, gated: bool, size: float, l
     return kept * (first + 1) * row
 
 
-def _unread_attention(anatomy: Anatomy, index: int, policy: Any, runs: Run) -> float:
-    """Weights of the attention that stay unread."""
+def _bytes_of(weight: Any, fmt: str | None, native: bool) -> float:
+    """Bytes of one weight of a matrix as a step reads it."""
+    if fmt is not None:
+        return {"int8": _INT8_GROUPS, "int4": _INT4}[fmt]
+    loaded = float(weight.element_size())
+    if not native or weight.device.type != "cpu" or available("cpu") is not None:
+        return loaded
+    exact = EXACT_BYTES.get(str(cpu.exact_form(weight)), loaded)
+    return exact if exact <= LITTLE * loaded else loaded
+
+
+def _unread_attention(anatomy: Anatomy, index: int, policy: Any, runs: Run, fmt: str | None, native: bool) -> float:
+    """Bytes of the attention's weights that stay unread."""
     attention = anatomy.attentions[index]
     if attention is None:
         return 0.0
     if not (runs.attention or isinstance(runs, Adaptive)):
         # keys and values are still written; the queries' projection has as many weights as the output's
-        return 2.0 * rows_of(getattr(attention.module, attention.output))[0].numel()
+        output = rows_of(getattr(attention.module, attention.output))[0]
+        return 2.0 * output.numel() * _bytes_of(output, fmt, native)
     if not isinstance(policy, Threshold):
         return 0.0
     names = [name.partition(".")[2] for name in policy.least if name.startswith("attention.")]
-    return sum((1 - policy.keep) * rows_of(getattr(attention.module, name))[0].numel() for name in names)
+    matrices = [rows_of(getattr(attention.module, name))[0] for name in names]
+    return sum(w.numel() * _bytes_of(w, fmt, native) - policy.keep * w.nbytes for w in matrices)
 
 
 @cache

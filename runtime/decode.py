@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from ..kernels import cpu
 from ..kernels import step as native
 from ..kernels.ops import MAX_ROWS, PackedLinear, available
 from ..kernels.packed import DTYPES, finite
@@ -50,6 +51,9 @@ class Architecture:
     """A model as the native step sees it, with the weights where they lie or, under `weights`, packed anew.
 
     weights: None: as loaded; "int8": one byte a weight, in groups; "int4": 4-bit groups, and bytes for the LM head.
+    narrow: as loaded, float32 matrices whose very numbers take at most this share of their bytes in another form
+        (`cpu.pack_exactly`) are read in that; 0: all where they lie.
+    bundled: layers whose MLP no step reads as matrices; these stay where they lie.
     packed: called for each linear, so that who frees its matrix has no more than one layer twice.
     before: what was packed in a format of its own before, and is added to; None where matrices are not to be held.
     """
@@ -61,9 +65,12 @@ class Architecture:
         weights: str | None = None,
         packed: Packed | None = None,
         before: PackedBefore | None = None,
+        narrow: float = 0.0,
+        bundled: frozenset[int] = frozenset(),
     ) -> None:
+        self._bundled = bundled
         self._model, self._anatomy, self._weights = model, anatomy, {"int8": "int8_groups"}.get(str(weights), weights)
-        self._packed, self._before = packed, before
+        self._packed, self._before, self._narrow = packed, before, narrow
         self.config = model.config.get_text_config()
         self._check()
         self.rotation = _Rotation(anatomy.stack)
@@ -108,12 +115,18 @@ class Architecture:
 
     def _pack(self, weight: Tensor, bias: Tensor | None, fmt: str | None) -> PackedLinear:
         weight, bias = weight.detach(), None if bias is None else bias.detach()
-        if fmt is None or self._before is None:  # the first is read where it lies
-            return PackedLinear.pack(weight, bias, fmt=fmt)
-        key = (weight.data_ptr(), weight.shape, weight.stride(), fmt)
+        if fmt is None and not self._narrow:  # read where it lies
+            return PackedLinear.pack(weight, bias)
+        if self._before is None:
+            return self._packed_anew(weight, bias, fmt)
+        key = (weight.data_ptr(), weight.shape, weight.stride(), fmt or self._narrow)
         if key not in self._before:  # with the weight: while it is alive, its address is no other's
-            self._before[key] = weight, PackedLinear.pack(weight, bias, fmt=fmt)
+            self._before[key] = weight, self._packed_anew(weight, bias, fmt)
         return self._before[key][1]
+
+    def _packed_anew(self, weight: Tensor, bias: Tensor | None, fmt: str | None) -> PackedLinear:
+        exact = cpu.pack_exactly(weight, bias, most=self._narrow) if fmt is None else None
+        return exact or PackedLinear.pack(weight, bias, fmt=fmt)
 
     def _keep(self, module: nn.Module, parts: list[PackedLinear]) -> list[PackedLinear]:
         """`parts` are all rows of the module's matrix."""
@@ -153,7 +166,7 @@ class Architecture:
             raise NotCovered("its activation is not one of the kernels'")
         return native.StepLayer(
             attention=self._attention(index, window),
-            mlp=self._mlp(mlp),
+            mlp=self._dense_mlp(mlp) if index in self._bundled else self._mlp(mlp),
             act=act,
             residual_scale=float(getattr(layer, "residual_multiplier", 1.0)),
             **_norms(layer),
@@ -169,6 +182,12 @@ class Architecture:
         self._keep(mlp.up, [gate, up] if gate is not None and mlp.stacked else [up])
         self._keep(mlp.down, [down])
         return native.DenseMLP(gate, up, down)
+
+    def _dense_mlp(self, mlp: FeedForward) -> native.DenseMLP:
+        """The MLP's matrices where they lie."""
+        w = mlp.matrices()
+        gate = None if w.gate is None else PackedLinear.pack(w.gate, w.gate_bias)
+        return native.DenseMLP(gate, PackedLinear.pack(w.up, w.up_bias), PackedLinear.pack(w.down.t(), w.down_bias))
 
     def _attention(self, index: int, window: int) -> native.Attention:
         found = self._anatomy.attentions[index]
@@ -405,7 +424,8 @@ class Chosen:
 class Decoder:
     """Runs the decode steps of one wrapped model natively, where they are covered.
 
-    count: called with the tokens of a step and the neurons skipped in it. before: see `Architecture`.
+    count: called with the tokens of a step and the neurons skipped in it. before, narrow,
+    bundled: see `Architecture`.
     """
 
     def __init__(
@@ -415,8 +435,10 @@ class Decoder:
         weights: str | None,
         count: Callable[[int, int], None],
         before: PackedBefore | None = None,
+        narrow: float = 0.0,
+        bundled: frozenset[int] = frozenset(),
     ) -> None:
-        self._before = before
+        self._before, self._narrow, self._bundled = before, narrow, bundled
         self._model, self._anatomy, self._weights, self._count = model, anatomy, weights, count
         self._lock = threading.Lock()
         # the dictionaries live as long as the modules: looking into them finds hooks registered later, too
@@ -425,7 +447,7 @@ class Decoder:
 
     def forget(self) -> None:
         """The model's weights were moved, cast or loaded anew: describe it again before the next step."""
-        self._loaded: Architecture | None = None  # with the weights where they lie
+        self._loaded: Architecture | None = None  # with the weights as loaded
         self._architecture: Architecture | None = None  # with the plan's
         self._refusal: str | None = None
         self._disagreed = 0  # first steps so far whose logits were not the model's own
@@ -479,8 +501,8 @@ class Decoder:
         return self._output is not None and self._refusal is None
 
     def packed_bytes(self) -> tuple[int, int] | None:
-        """Bytes of all matrices as packed for the plan's weight format, and of the MLPs'; None where nothing was."""
-        if self._architecture is None or self._weights is None:
+        """Bytes of all matrices as packed for native steps, and of the MLPs'; None where there are none."""
+        if self._architecture is None:
             return None
         return self._architecture.nbytes()
 
@@ -549,7 +571,8 @@ class Decoder:
                     del loaded, step  # they hold the weights where they lie
                     self._architecture = self._pack(packed)
                 else:
-                    self._loaded, self._architecture = loaded, self._pack() if self._weights else loaded
+                    self._loaded = self._as_loaded(loaded)
+                    self._architecture = self._pack() if self._weights else self._loaded
             except NotCovered as reason:
                 self._disagreed += isinstance(reason, _Disagrees)
                 if not isinstance(reason, _Disagrees) or self._disagreed == _ATTEMPTS:
@@ -562,9 +585,15 @@ class Decoder:
     def _pack(self, packed: Packed | None = None) -> Architecture:
         try:
             before = None if packed is not None else self._before
-            return Architecture(self._model, self._anatomy, self._weights, packed, before)
+            return Architecture(self._model, self._anatomy, self._weights, packed, before, self._narrow)
         except ValueError as reason:
             raise NotCovered(str(reason)) from None
+
+    def _as_loaded(self, in_place: Architecture) -> Architecture:
+        """The same numbers in fewer bytes, where there are such."""
+        if not self._narrow or in_place.base.dtype != torch.float32:
+            return in_place
+        return Architecture(self._model, self._anatomy, before=self._before, narrow=self._narrow, bundled=self._bundled)
 
     def _refuse(self, reason: str) -> None:
         self._refusal = reason

@@ -1,8 +1,8 @@
 """Packed matrices in place of those that a model was loaded with.
 
 What runs on a module's own matrix (prefill, and every pass that the native step does not cover) multiplies with one
-that is put together from the tiles for the length of the call: on two threads 6 ms for all of the embedded model's. Few
-rows at a time, so that it stays in the caches and takes no memory to speak of.
+that is put together from the packed one for the length of the call: on two threads 6 ms for all of the embedded
+model's. Few rows at a time, so that it stays in the caches and takes no memory to speak of.
 
 Where packing has lost nothing, as of a model that was made of such numbers, `Replaced` can put the originals back, bit
 for bit. Else they are gone.
@@ -69,9 +69,9 @@ class Replaced:
 
     def replace(self, module: nn.Module, parts: list[PackedLinear]) -> None:
         """Lets go of the matrix of `module`, whose rows are those of `parts`, where that is allowed."""
-        if module not in self.candidates:
-            return
         weight = module.weight
+        if module not in self.candidates or any(part.weight.dtype == weight.dtype for part in parts):
+            return
         assert isinstance(weight, nn.Parameter)
         lossless = self._restores(parts, weight)
         if not (lossless or self._lossy):
@@ -185,7 +185,9 @@ def _restore(parts: list[PackedLinear], out: Tensor, first: int = 0) -> Tensor:
     last, at = first + out.shape[0], 0
     for part in parts:
         begin, end = max(first, at), min(last, at + part.out_features)
-        if begin < end:
+        if begin < end and part.grouped:
             cpu.untile(part, out[begin - first : end - first], begin - at)
+        elif begin < end:
+            out[begin - first : end - first] = part.weight[begin - at : end - at, : part.in_features]
         at += part.out_features
     return out

@@ -31,6 +31,7 @@ from ..predictors.observe import down_norms, inference
 from ..predictors.plan import CoreNeurons, Dense, NeuronPolicy, Plan, Similar, Static, Threshold
 from . import loop
 from .attention import can_redirect, redirect_attention
+from .cost import LITTLE
 from .decode import Chosen, Decoder, NativeSequence, NotCovered, refusal
 from .exact import Exact, NativePasses
 from .graph import Graphs, Settled
@@ -67,11 +68,14 @@ def wrap(model: Model, plan: Plan, *, exact: bool = False, keep_originals: bool 
         plan: made for this model by `analyze` or `Plan.dense`.
         exact: use the plan only to draft tokens that the dense model verifies (runtime/exact.py): the text is the
             dense model's own, token for token, greedy or sampled. One sequence at a time; batches decode densely.
-        keep_originals: of plans with weights in int4 or int8, which are packed anew: whether the matrices they are made
-            of stay in memory. None: those that packing rounds; what it does not, `unwrap` restores bit for bit. False:
-            none, and where one was rounded, `unwrap` raises. True: all, so that prefill runs on them, too. Embeddings,
-            and an LM head that shares their matrix, keep it in any case, and so do the MLPs of layers whose neurons
-            each prompt chooses; exact mode keeps all.
+        keep_originals: of matrices that are packed anew, whether the originals stay in memory. Plans with weights in
+            int4 or int8 pack all. None: those stay that packing rounds; what it does not, `unwrap` restores bit for
+            bit. False: none, and where one was rounded, `unwrap` raises. True: all, so that prefill runs on them, too.
+            Other plans pack float32 matrices of numbers that fewer bytes hold just as well: a model that was made of
+            4-bit or 8-bit groups, bfloat16 or float16. None: groups alone, which take little, beside the originals.
+            False: any of these forms, and the originals go, to be restored by `unwrap`. True: any, beside them.
+            Embeddings, and an LM head that shares their matrix, stay in any case, and so do the MLPs of layers whose
+            neurons each prompt chooses; exact mode keeps all.
 
     Raises:
         CoreskipError: wrapped already, not supported, or the plan is another model's; nothing was changed.
@@ -230,7 +234,9 @@ class Runtime:
         self._static_packed: dict[int, PackedMLP] = {}
         self._spare: dict[int, deque[Tensor]] = {}  # memory of sequences that are over, by layer
         self._linear_packed: dict[nn.Module, PackedLinear] = {}
-        self.decoder = Decoder(model, anatomy, plan.weights, self.usage.count, self._weights.linears)
+        narrow = LITTLE if keep_originals is None or weights is not None else 1.0
+        bundled = frozenset() if exact else frozenset({*self._static, *self._token_policies})
+        self.decoder = Decoder(model, anatomy, plan.weights, self.usage.count, self._weights.linears, narrow, bundled)
         self._dense = Chosen([None] * len(anatomy), 0, plain=True)  # what exact mode verifies with
         self._chosen_once: Chosen | None = None
         self._chosen_by: weakref.WeakKeyDictionary[Selections, tuple[object, Chosen]] = weakref.WeakKeyDictionary()
@@ -240,9 +246,9 @@ class Runtime:
         self.exact = Exact(has_draft=bool(sparse or self._skips.policies or plan.weights)) if exact else None
         # neurons that prompts choose are packed again and again
         kept = [module for index in self._chosen for module in anatomy.mlps[index].owner.modules()]
-        keeps = exact or plan.weights is None or keep_originals is True
         self._demanded = keep_originals is False
-        self.replaced = None if keeps else Replaced(model, lossy=self._demanded, kept=kept)
+        keeps = exact or keep_originals is True or not (plan.weights or self._demanded)
+        self.replaced = None if keeps else Replaced(model, lossy=self._demanded and bool(plan.weights), kept=kept)
 
     def _width(self, layer: int) -> int:
         return self.anatomy.mlps[layer].intermediate_size

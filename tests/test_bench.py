@@ -20,12 +20,13 @@ from coreskip.bench.processes import MACHINE, Local, RunnerFailed, Worker
 from coreskip.bench.quality import write_rows
 from coreskip.bench.report import page, pareto
 from coreskip.bench.rows import FORMAT, Row, fill_tables, read, terminal_table, write
-from coreskip.bench.runners import RUNNERS, Generation, HuggingFace, Job, Stopwatch, dense_weight_bytes
+from coreskip.bench.runners import RUNNERS, Generation, HuggingFace, Job, Stopwatch
 from coreskip.bench.settings import Settings, settings_of
 from coreskip.bench.workloads import PROMPTS, Prompt, Shape, byte_ids, prompts
 from coreskip.cli import cli
 from coreskip.predictors.calibration import TokenText
 from coreskip.predictors.errors import CoreskipError
+from coreskip.runtime.cost import loaded_bytes
 
 ROOT = Path(__file__).parents[1]
 HF = Job("hf", "float32")
@@ -166,7 +167,7 @@ def test_coreskip_is_verified_by_its_own_plan_and_counts_its_bytes(monkeypatch: 
     assert half.neurons_skipped == pytest.approx(0.5)
     model = tiny("llama")
     mlps = sum(p.nbytes for name, p in model.named_parameters() if ".mlp." in name)
-    assert hf.weight_bytes_per_token == dense.weight_bytes_per_token == dense_weight_bytes(model)
+    assert hf.weight_bytes_per_token == dense.weight_bytes_per_token == loaded_bytes(model)
     assert half.weight_bytes_per_token == hf.weight_bytes_per_token - mlps // 2
     assert hf.ppl == dense.ppl != half.ppl
     assert (half.ppl_tokens, half.ppl_text) == (256, "noise")  # this model's context holds 256
