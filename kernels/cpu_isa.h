@@ -192,23 +192,28 @@ static inline float total(V v) {
 
 // `total` of each, four at a time: the same additions in the same order, on full vectors. Always inlined: sums whose
 // address is taken would live in memory while they are added up (8 rows in bf16: 25 ms for 15).
-template <int N, class T, class S>
-__attribute__((always_inline)) static inline void totals(const T* v, S* out) {
+template <int N>
+__attribute__((always_inline)) static inline void totals(const V* v, float* out) {
     int n = 0;
 #if CORESKIP_LEVEL == 512
     const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
     for (; n + 4 <= N; n += 4) {
         const __m512 a = (__m512)v[n], b = (__m512)v[n + 1], c = (__m512)v[n + 2], d = (__m512)v[n + 3];
-        const T ab = (T)_mm512_shuffle_f32x4(a, b, 0x44) + (T)_mm512_shuffle_f32x4(a, b, 0xee);
-        const T cd = (T)_mm512_shuffle_f32x4(c, d, 0x44) + (T)_mm512_shuffle_f32x4(c, d, 0xee);
-        T s = (T)_mm512_shuffle_f32x4((__m512)ab, (__m512)cd, 0x88) + (T)_mm512_shuffle_f32x4((__m512)ab, (__m512)cd, 0xdd);
-        s += (T)_mm512_permute_ps((__m512)s, 0x4e);
-        s += (T)_mm512_permute_ps((__m512)s, 0xb1);
-        const __m512 four = _mm512_permutexvar_ps(firsts, (__m512)s);
-        _mm_storeu_ps(reinterpret_cast<float*>(out + n), _mm512_castps512_ps128(four));
+        const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+        const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+        __m512 s = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+        s = _mm512_add_ps(s, _mm512_permute_ps(s, 0x4e));
+        s = _mm512_add_ps(s, _mm512_permute_ps(s, 0xb1));
+        _mm_storeu_ps(out + n, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, s)));
     }
 #endif
     for (; n < N; n++) out[n] = total(v[n]);
+}
+
+// Of integers one by one: in a sketched layer of 576 x 1536 four at a time take 2 to 5 % longer.
+template <int N>
+__attribute__((always_inline)) static inline void totals(const VI* v, int32_t* out) {
+    for (int n = 0; n < N; n++) out[n] = total(v[n]);
 }
 
 typedef int8_t VQ __attribute__((vector_size(kLanes)));
@@ -355,8 +360,9 @@ __attribute__((always_inline)) static inline void add_products(const U8* const* 
 
 // out[n][r] = w[n] . x[r] for N weight rows, `together` of them side by side.
 template <class W, int N, int R, int together>
-static inline void dots(const W* const* w, const W* const* next, const typename Format<W>::X* x, int64_t stride,
-                        typename Format<W>::Sum out[N][R]) {
+__attribute__((always_inline)) static inline void dots(const W* const* w, const W* const* next,
+                                                       const typename Format<W>::X* x, int64_t stride,
+                                                       typename Format<W>::Sum out[N][R]) {
     typename Format<W>::Lanes sum[N * R] = {};
     for (int n = 0; n < N; n += together) add_products<W, together, R>(w + n, next + n, x, stride, sum + n * R);
     totals<N * R>(sum, out[0]);
@@ -465,9 +471,9 @@ struct Block {
         return value(sum, job.rows, row, job.scale, neuron[n] * (projections + 1) + part);
     }
 
-    // The products of N neurons' rows `first`.. with R rows of x.
+    // The products of N neurons' rows `first`.. with R rows of x. Inlined, int8 layers of 576 x 1536 take 5 % longer.
     template <int N, int P, int R>
-    void multiply(int n, int row, int first, Sum out[N * P][R]) {
+    __attribute__((noinline)) void multiply(int n, int row, int first, Sum out[N * P][R]) {
         const W *w[N * P], *ahead[N * P];
         for (int i = 0; i < N * P; i++) {
             w[i] = bundle[n + i / P] + (first + i % P) * row_size;
