@@ -763,8 +763,13 @@ static inline void outputs(const LinearJob& job, int64_t at, int64_t end, int ro
     }
     typename Format<W>::Sum out[N][R];
     // The hardware follows one stream through memory better than several: row after row, rows of 576 in fp32 come in at
-    // 39 GB/s a core, four side by side at 29, in bf16 at 37 for 29. From 3 rows of x on the products take longer than that.
-    dots<W, N, R, (R <= 2 ? 1 : N)>(w, next, input(job.rows, typename Format<W>::X()) + row * stride, stride, out);
+    // 39 GB/s a core, four side by side at 29, in bf16 at 37 for 29. From 3 rows of x on the products take longer than
+    // that, and in long rows of floats every addition waits for the last one (8192 in fp32: 29 for 34).
+    typedef typename Format<W>::X X;
+    constexpr int alone = R <= 2 ? 1 : N;
+    const X* x = input(job.rows, X()) + row * stride;
+    if (sizeof(X) == 1 || stride <= 4096) dots<W, N, R, alone>(w, next, x, stride, out);
+    else dots<W, N, R, N>(w, next, x, stride, out);
     for (int n = 0; n < N; n++)
         for (int r = row; r < row + R; r++)
             job.y[r * job.out_features + at + n] =
