@@ -94,6 +94,9 @@ struct Isa {
     void (*arrange)(float* x, int64_t n, int dtype);
     void (*restore)(float* x, int64_t n, int dtype);
     void (*add)(float* to, const float* from, int64_t n);
+    // See choose() in cpu_work.h; keys: [neurons], scratch. Returns how many there are.
+    int64_t (*choose)(const float* score, int64_t neurons, int64_t keep, float threshold, uint32_t* keys, int64_t* to,
+                      int64_t width);
     uint64_t (*read)(const void* memory, int64_t bytes);
 };
 

@@ -181,19 +181,6 @@ static void tiles(const TileJob& job, int64_t begin, int64_t end) {
     else tiles_by<Nibbles>(job, begin, end);
 }
 
-typedef int8_t VQ __attribute__((vector_size(kLanes)));
-
-static inline float greatest(V v) {
-#if CORESKIP_LEVEL == 512
-    return _mm512_reduce_max_ps((__m512)v);
-#endif
-    float lane[kLanes];
-    store(lane, v);
-    for (int width = kLanes / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; i++) lane[i] = lane[i + width] > lane[i] ? lane[i + width] : lane[i];
-    return lane[0];
-}
-
 // Each group of x on its own, as `quantize` does it, to the bit: x is about scale * q. n is a multiple of kGroup. Written
 // out in vectors, as GCC leaves the search for the largest one by one: 8 % of a step over the embedded model in 4 bits.
 static void quantize_groups(const float* x, int64_t n, int8_t* q, float* scale, float* sum) {
