@@ -96,7 +96,7 @@ struct Bytes {
 // Adds one group's products to y. The weights are the very numbers that were packed, not factors apart from sums of
 // integers: an infinity in x then does what it does in torch. Two sums a row, for one would wait for itself.
 template <class G, int R>
-static inline void add_products(const uint8_t* w, const float* x, int64_t stride, V y[R][kTile / kLanes]) {
+static inline void add_whole(const uint8_t* w, const float* x, int64_t stride, V y[R][kTile / kLanes]) {
     for (int p = 0; p < kTile / kLanes; p++) {
         V scale, least, even[R] = {}, odd[R] = {};
         G::ends(w, p, scale, least);
@@ -137,7 +137,7 @@ static inline void tile(const TileJob& job, const uint8_t* w, int row, Ahead& ah
     V y[R][parts] = {};
     for (int64_t g = 0; g < job.groups; g++, w += G::bytes) {
         fetch(ahead, G::bytes);
-        if (whole) add_products<G, R>(w, job.x + (row * job.groups + g) * kGroup, job.groups * kGroup, y);
+        if (whole) add_whole<G, R>(w, job.x + (row * job.groups + g) * kGroup, job.groups * kGroup, y);
         else add_rounded<G, R>(job, w, row, g, y);
     }
     for (int r = 0; r < R; r++)
