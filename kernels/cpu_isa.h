@@ -563,9 +563,33 @@ struct Block {
 
     // Rows with lists of their own: a row that does not want a neuron must not see it, not even as 0 * infinity.
     void expand_selected(float* acc) {
-        for (int n = 0; n < size; n++)
-            for (int r = 0; r < rows; r++)
-                if (job.selected[neuron[n] * rows + r]) expand_some<1, 1>(n, r, acc);
+        bool fetched[kMaxBlock] = {};
+        for (int r = 0; r < rows; r++) {
+            int wanted[kMaxBlock + 1], count = 0, i = 0;
+            for (int n = 0; n < size; n++) {
+                wanted[count] = n;
+                count += job.selected[neuron[n] * rows + r];
+            }
+            for (; i + 4 <= count; i += 4) expand_wanted<4>(wanted + i, r, fetched, acc);
+            for (; i + 2 <= count; i += 2) expand_wanted<2>(wanted + i, r, fetched, acc);
+            for (; i < count; i++) expand_wanted<1>(wanted + i, r, fetched, acc);
+        }
+    }
+
+    // N neurons for one row, whose sum is then read and written once for all of them. Whichever row comes first to a
+    // neuron prefetches: every bundle is some row's.
+    template <int N>
+    void expand_wanted(const int* wanted, int row, bool* fetched, float* acc) {
+        const Down *w[N], *ahead[N];
+        float h[N];
+        for (int i = 0; i < N; i++) {
+            const int n = wanted[i];
+            w[i] = reinterpret_cast<const Down*>(bundle[n] + down_offset());
+            ahead[i] = fetched[n] ? w[i] : reinterpret_cast<const Down*>(next[n] + down_offset());
+            fetched[n] = true;
+            h[i] = up[row * kMaxBlock + n];
+        }
+        accumulate<Down, N, 1>(w, ahead, h, stride, acc + row * stride);
     }
 
     void expand(float* acc) {

@@ -485,7 +485,9 @@ class Walker {
     // itself; it may be chosen first.
     Memory bundles_of(const StepMlp& b) const {
         if (b.rule != kListed && b.dtype != kSliced) return {0, 0};
-        const Range range = share(b.neurons, part, parts);
+        Range range = share(b.list ? b.listed : b.neurons, part, parts);
+        if (range.begin >= range.end) return {0, 0};
+        if (b.list) range = {b.list[range.begin], b.list[range.end - 1] + 1};  // with what lies between
         const int64_t projections = b.gated ? 2 : 1;
         const int64_t row = b.dtype == kSliced ? projections * b.stride / 2 : (projections + 1) * b.stride * size_of(b.dtype);
         const auto base = reinterpret_cast<uintptr_t>(b.weight);
@@ -749,6 +751,10 @@ class Walker {
             count = choose_neurons(b);
             job.list = own.list;
             job.selected = tokens > 1 ? own.selected : nullptr;
+        } else if (b.list) {
+            count = b.listed;
+            job.list = b.list;
+            job.selected = c.length == 1 ? b.selected : selected_by_token(b);
         }
         // Two halves in turn: a slow thread may still add up this layer's sums when a fast one begins the next.
         float* all = w.acc + (second ? parts * tokens * s.width : 0);
@@ -770,6 +776,15 @@ class Walker {
             if (b.down_bias) isa.add(sum, b.down_bias, m.hidden);
         }
         finish_mlp(l, own.rows);
+    }
+
+    // Of rows that have several tokens each, for the neurons of this thread's share.
+    uint8_t* selected_by_token(const StepMlp& b) {
+        const Range here = share(b.listed, part, parts);
+        for (int64_t i = here.begin; i < here.end; i++)
+            for (int t = 0; t < tokens; t++)
+                own.selected[b.list[i] * tokens + t] = b.selected[b.list[i] * c.rows + t / c.length];
+        return own.selected;
     }
 
     // Every thread makes the same choice: a meeting would cost as much.

@@ -54,7 +54,9 @@ struct StepMlp {         // neurons bundled as in MlpJob, instead of gate, up an
     const float* up_bias;
     const float* down_bias;
     const float* mean;
-    int64_t neurons, stride, keep;
+    int64_t* list;           // rows that want different neurons: [listed], those that any row wants, ascending
+    uint8_t* selected;       // [neurons][rows], as in MlpJob
+    int64_t neurons, stride, keep, listed;
     float threshold, refine;
     int dtype, gated, rule;
 };

@@ -35,8 +35,30 @@ class Norm:
 
 
 @dataclass(frozen=True, eq=False)
+class RowLists:
+    """Which neurons each row of a batch computes.
+
+    listed: int64 [n], those that any row wants, ascending; wanted: uint8 [neurons, rows], 1 for who wants what.
+    """
+
+    listed: Tensor
+    wanted: Tensor
+
+    @classmethod
+    def of(cls, lists: Tensor, neurons: int) -> RowLists:
+        """lists: int64 [rows, k] of indices below `neurons`."""
+        wanted = lists.new_zeros((neurons, lists.shape[0]), dtype=torch.uint8)
+        wanted.scatter_(0, lists.t(), 1)
+        return cls(wanted.any(1).nonzero()[:, 0], wanted)
+
+    @property
+    def rows(self) -> int:
+        return self.wanted.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
 class BundledMLP:
-    """An MLP over bundles of neurons: all of `packed`, or those that a rule chooses ("sketch", "gate").
+    """An MLP over bundles of neurons: all of `packed`, those that a rule chooses ("sketch", "gate"), or each row's own.
 
     keep, threshold and refine: as for `ops.sketch_mlp`; exactly one of the first two for a rule. smooth: factors of
     the inputs, float32 [hidden]; whoever builds the layer puts them into the norm before it.
@@ -48,6 +70,7 @@ class BundledMLP:
     threshold: float | None = None
     smooth: Tensor | None = None
     refine: float = 0.0
+    lists: RowLists | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +160,8 @@ class Step:
             logit_dtype=cpu.DTYPE[model.dtype],
         )
         self._rotations: list[tuple[Tensor, Tensor]] = []
+        lists = (layer.mlp.lists for layer in model.layers if isinstance(layer.mlp, BundledMLP))
+        self.rows = next((found.rows for found in lists if found is not None), None)
 
     def rotate_by(self, rotations: Sequence[tuple[Tensor, Tensor] | None]) -> None:
         """Uses other rotation tables, one pair a layer, from now on."""
@@ -153,9 +178,11 @@ class Step:
         that counts (what lies before is left padding). past: positions already in the cache, whose capacity must
         suffice. wanted: of how many last tokens of each row the logits are wanted.
         Returns logits [rows, wanted, vocabulary] of the model's dtype, and the number of neurons that rules left out,
-        summed over tokens and layers. Raises ValueError for more tokens.
+        summed over tokens and layers. Raises ValueError for more tokens, or other rows than there are lists for.
         """
         rows, length = tokens.shape
+        if self.rows not in (None, rows):
+            raise ValueError(f"{self.rows} rows have lists of neurons, not {rows}")
         if rows * length > cpu.MAX_ROWS:
             raise ValueError(f"a step takes at most {cpu.MAX_ROWS} tokens, not {rows} x {length}")
         tokens, positions = tokens.contiguous(), positions.contiguous()
@@ -272,7 +299,9 @@ class _Linear(ctypes.Structure):
 class _Mlp(ctypes.Structure):
     _fields_ = (
         *((name, _P) for name in ("weight", "low", "scale", "norm", "gate_bias", "up_bias", "down_bias", "mean")),
-        *((name, _N) for name in ("neurons", "stride", "keep")),
+        ("list", _P),
+        ("selected", _P),
+        *((name, _N) for name in ("neurons", "stride", "keep", "listed")),
         *((name, _F) for name in ("threshold", "refine")),
         *((name, _I) for name in ("dtype", "gated", "rule")),
     )
@@ -337,11 +366,14 @@ def _linear(packed: PackedLinear | None) -> _Linear:
 
 
 def _bundled(mlp: BundledMLP) -> _Mlp:
-    packed = mlp.packed
+    packed, lists = mlp.packed, mlp.lists
     names = ("weight", "low", "scale", "norm", "gate_bias", "up_bias", "down_bias", "mean")
     sliced = packed.low is not None
     return _Mlp(
         **{name: cpu.address(getattr(packed, name)) for name in names},
+        list=None if lists is None else lists.listed.data_ptr(),
+        selected=None if lists is None else lists.wanted.data_ptr(),
+        listed=0 if lists is None else lists.listed.numel(),
         neurons=packed.intermediate_size,
         stride=packed.weight.shape[2] * (2 if sliced else 1),
         keep=-1 if mlp.keep is None else mlp.keep,

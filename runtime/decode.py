@@ -608,6 +608,8 @@ class Decoder:
         rooms = self._admit(named["past_key_values"], length)
         if rooms.rows != rows:
             raise _OfThisCall("the KV cache has another number of rows")
+        if step.rows not in (None, rows):
+            raise _OfThisCall("other rows than the KV cache's chose their neurons")
         past = rooms.length
         start = _starts(named.get("attention_mask"), rows, past + length)
         positions = named.get("position_ids")

@@ -121,12 +121,26 @@ class Watch:
 Packer = Callable[[int, Tensor], PackedMLP]
 
 
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What the sequences of a cache decode with, by layer.
+
+    Attributes:
+        packed: the neurons that all of them chose or, where they chose differently, the whole layer.
+        lists: each one's neurons of the whole layer, int64 ``[rows, kept]``; empty where all chose alike.
+    """
+
+    packed: Mapping[int, PackedMLP]
+    lists: Mapping[int, Tensor]
+
+
 class Selections:
     """The neurons that the sequences of one KV cache decode with.
 
-    During prefill, `observe` adds up each prompt's scores; the first decode step settles them into indices and
-    slices the weights, once per distinct selection. A later prefill (the next turn) adds to the same scores and
-    settles anew.
+    During prefill, `observe` adds up each prompt's scores; the first decode step settles them into indices. Sequences
+    that agree, as one alone does, get a slice of the weights. Others get lists over whole layers, packed once for all
+    caches: a batch of 8 would copy four times the weights at half the neurons, and read all of that at every step. A
+    later prefill (the next turn) adds to the same scores and settles anew.
     """
 
     def __init__(
@@ -144,17 +158,16 @@ class Selections:
         self._ties: dict[int, Tensor] = {}
         self._void: dict[int, Tensor] = {}  # per adaptive layer, tokens void less tokens not, [rows]
         self._void_rows: dict[int, Tensor | bool] = {}
-        self._groups: list[dict[int, PackedMLP]] = []
-        self._members: list[Tensor] = []
+        self._distinct: dict[int, Tensor] = {}  # by layer, the neurons of each distinct selection, [groups, kept]
         self._group_of_row: Tensor | None = None
+        self._choice: Choice | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Selections:
         """A copied cache gets its own tallies; packed slices never change and are shared."""
         twin = Selections(self.owner, self.rows, self._watched, self._policies, self._clusters)
         twin._scores, twin._ties = dict(self._scores), dict(self._ties)
         twin._void, twin._void_rows = dict(self._void), dict(self._void_rows)
-        twin._groups, twin._members = self._groups, self._members
-        twin._group_of_row = self._group_of_row
+        twin._distinct, twin._group_of_row, twin._choice = self._distinct, self._group_of_row, self._choice
         return twin
 
     # --- prefill
@@ -194,25 +207,33 @@ class Selections:
             self._void_rows[layer] = found
         return found
 
-    def groups(self, pack: Packer) -> list[tuple[Tensor | None, dict[int, PackedMLP]]]:
-        """Per distinct selection: its rows (None: all) and its packed MLPs by layer."""
-        if self._group_of_row is None:
-            self._settle(pack)
-        if len(self._members) == 1:
-            return [(None, self._groups[0])]
-        return list(zip(self._members, self._groups, strict=True))
+    def choice(self, pack: Packer, whole: Callable[[int], PackedMLP]) -> Choice:
+        """What the rows decode with now: one and the same object until that changes.
 
-    def _settle(self, pack: Packer) -> None:
+        pack: some neurons of a layer; whole: all of them.
+        """
+        if self._group_of_row is None:
+            self._settle()
+        if self._choice is None:
+            self._choice = self._found(cast(Tensor, self._group_of_row), pack, whole)
+        return self._choice
+
+    def _settle(self) -> None:
+        self._choice = None
         chosen = {layer: self._choose(layer, policy) for layer, policy in self._policies.items()}
         if not chosen:  # adaptive layers alone: every row has the same neurons, all of them
-            self._groups = [{}]
-            self._assign(torch.zeros(self.rows, dtype=torch.int64))
+            self._group_of_row = torch.zeros(self.rows, dtype=torch.int64)
             return
         every = torch.cat(list(chosen.values()), dim=1)
-        distinct, group_of_row = every.unique(dim=0, return_inverse=True)
-        first = [int((group_of_row == g).nonzero()[0, 0]) for g in range(distinct.shape[0])]
-        self._groups = [{layer: pack(layer, indices[row]) for layer, indices in chosen.items()} for row in first]
-        self._assign(group_of_row)
+        distinct, self._group_of_row = every.unique(dim=0, return_inverse=True)
+        lists = distinct.split([indices.shape[1] for indices in chosen.values()], dim=1)
+        self._distinct = dict(zip(chosen, lists, strict=True))
+
+    def _found(self, group_of_row: Tensor, pack: Packer, whole: Callable[[int], PackedMLP]) -> Choice:
+        if bool((group_of_row == group_of_row[0]).all()):
+            return Choice({layer: pack(layer, lists[group_of_row[0]]) for layer, lists in self._distinct.items()}, {})
+        lists = {layer: lists[group_of_row] for layer, lists in self._distinct.items()}
+        return Choice({layer: whole(layer) for layer in lists}, lists)
 
     def _choose(self, layer: int, policy: CoreNeurons | Similar) -> Tensor:
         """Indices ``[rows, kept]`` of one layer."""
@@ -223,12 +244,6 @@ class Selections:
         clusters = self._clusters
         nearest = nearest_cluster(self._scores[clusters.anchor], clusters.centroids, clusters.beta)
         return policy.clusters.to(nearest.device)[nearest]
-
-    def _assign(self, group_of_row: Tensor) -> None:
-        used = group_of_row.unique()
-        self._groups = [self._groups[int(g)] for g in used]
-        self._group_of_row = torch.searchsorted(used, group_of_row)
-        self._members = [(self._group_of_row == g).nonzero()[:, 0] for g in range(len(self._groups))]
 
     # --- following the cache
 
@@ -242,7 +257,7 @@ class Selections:
         if self._group_of_row is not None:
             moved = self._group_of_row[index.to(self._group_of_row.device)]
             if not torch.equal(moved, self._group_of_row):
-                self._assign(moved)
+                self._group_of_row, self._choice = moved, None
 
 
 # --- a cache with selections ----------------------------------------------------------------------------------------

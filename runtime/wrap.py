@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from ..kernels.ops import MAX_ROWS, PackedLinear, PackedMLP, available, linear, mlp
 from ..kernels.packed import DTYPES
-from ..kernels.step import BundledMLP
+from ..kernels.step import BundledMLP, RowLists
 from ..predictors.anatomy import Activation, Anatomy, FeedForward, dissect, rows_of
 from ..predictors.errors import CoreskipError
 from ..predictors.observe import down_norms, inference
@@ -41,6 +41,7 @@ from .selections import (
     DRAFTING,
     STEP,
     TALLY,
+    Choice,
     Phase,
     Selections,
     Step,
@@ -239,7 +240,7 @@ class Runtime:
         self.decoder = Decoder(model, anatomy, plan.weights, self.usage.count, self._weights.linears, narrow, bundled)
         self._dense = Chosen([None] * len(anatomy), 0, plain=True)  # what exact mode verifies with
         self._chosen_once: Chosen | None = None
-        self._chosen_by: weakref.WeakKeyDictionary[Selections, tuple[object, Chosen]] = weakref.WeakKeyDictionary()
+        self._chosen_by: weakref.WeakKeyDictionary[Selections, tuple[Choice, Chosen]] = weakref.WeakKeyDictionary()
         self._skips = LayerSkips(anatomy, plan)
         self.graphs = Graphs(self)
         sparse = self._chosen or self._static or self._token_policies or self._column_policies
@@ -400,15 +401,15 @@ class Runtime:
             return self._modules_only
         if not (self._chosen or self._skips.adaptive) or selections is None:
             if self._chosen_once is None:
-                self._chosen_once = self._described({}, None)
+                self._chosen_once = self._described(Choice({}, {}), None)
             return self._chosen_once
-        agreed = self._agreed(selections)
-        if isinstance(agreed, str):
-            return agreed
+        if self._skips.disputed(selections):
+            return "its sequences skip different layers"
+        choice = self._choice(selections)
         settled, chosen = self._chosen_by.get(selections, (None, None))
-        if chosen is None or settled is not agreed:
-            chosen = self._described(agreed, selections)
-            self._chosen_by[selections] = (agreed, chosen)
+        if chosen is None or settled is not choice:
+            chosen = self._described(choice, selections)
+            self._chosen_by[selections] = (choice, chosen)
         return chosen
 
     def settled(self, cache: Cache) -> Settled | str:
@@ -416,18 +417,14 @@ class Runtime:
         selections = selections_of(cache, self)
         if selections is None or not (self._chosen or self._skips.adaptive):
             return self._skips.skipped(None), []
-        agreed = self._agreed(selections)
-        if isinstance(agreed, str):
-            return agreed
-        tensors = [t for packed in agreed.values() for t in vars(packed).values() if isinstance(t, Tensor)]
+        choice = self._choice(selections)
+        if choice.lists or self._skips.disputed(selections):
+            return "its sequences chose differently"
+        tensors = [t for packed in choice.packed.values() for t in vars(packed).values() if isinstance(t, Tensor)]
         return self._skips.skipped(selections), tensors
 
-    def _agreed(self, selections: Selections) -> dict[int, PackedMLP] | str:
-        """The neurons that all sequences of a cache chose."""
-        groups = selections.groups(self._pack_chosen)
-        if len(groups) > 1 or self._skips.disputed(selections):
-            return "its sequences chose differently"
-        return groups[0][1]
+    def _choice(self, selections: Selections) -> Choice:
+        return selections.choice(self._pack_chosen, lambda layer: self._weights.mlp(layer, self._bundle_format))
 
     @property
     def chooses_by_token(self) -> bool:
@@ -441,17 +438,21 @@ class Runtime:
             return "no kernel of the native step scores its neurons"
         return None
 
-    def _described(self, settled: dict[int, PackedMLP], selections: Selections | None) -> Chosen:
-        packed = {**{i: self._packed_static(i) for i in self._static}, **settled}
+    def _described(self, choice: Choice, selections: Selections | None) -> Chosen:
+        packed = {**{i: self._packed_static(i) for i in self._static}, **choice.packed}
         attention, mlp = self._skips.skipped(selections)
         mlps = {i: BundledMLP(p) for i, p in packed.items()}
+        kept = {i: p.intermediate_size for i, p in packed.items()}
+        for index, lists in choice.lists.items():
+            of_rows = RowLists.of(lists, kept[index])
+            mlps[index], kept[index] = BundledMLP(packed[index], lists=of_rows), lists.shape[1]
         for index in self._token_policies:
             sparse = self.token_mlp(index)  # what its rule leaves out the native step counts itself
             mlps[index] = BundledMLP(
                 sparse.packed, sparse.rule, sparse.keep, sparse.threshold, sparse.smooth, sparse.refine
             )
         skipped = sum(self._width(i) for i in mlp)
-        skipped += sum(self._width(i) - p.intermediate_size for i, p in packed.items() if i not in mlp)
+        skipped += sum(self._width(i) - n for i, n in kept.items() if i not in mlp)
         return Chosen([mlps.get(i) for i in range(len(self.anatomy))], skipped, attention, mlp)
 
     def _patch_stack(self, stack: nn.Module) -> None:
@@ -637,21 +638,22 @@ class Runtime:
         """The sparse MLP's output for x ``[rows, length, hidden]`` or flattened; None: run dense."""
         if index in self._token_policies:
             return self._decode_by_token(index, step, x)
+        lists = None
         if index in self._static:
             packed = self._packed_static(index)
         elif step.selections is None:
             return None
         else:
-            groups = step.selections.groups(self._pack_chosen)
-            packed = groups[0][1][index]  # every row keeps the same number of neurons
-        step.skipped += (self._width(index) - packed.intermediate_size) * step.rows * step.length
-        if index in self._static or len(groups) == 1:
+            choice = self._choice(step.selections)
+            packed, lists = choice.packed[index], choice.lists.get(index)
+        kept = packed.intermediate_size if lists is None else lists.shape[1]
+        step.skipped += (self._width(index) - kept) * step.rows * step.length
+        if lists is None:
             return mlp(x, packed)
-        by_row = x.view(step.rows, -1, x.shape[-1])
-        y = by_row.new_empty(by_row.shape)
-        for rows, layers in groups:
-            y[rows] = mlp(by_row[rows], layers[index])
-        return y.view_as(x)
+        by_token = x.view(-1, x.shape[-1])
+        lists = lists.repeat_interleave(step.length, 0)
+        parts = zip(by_token.split(MAX_ROWS), lists.split(MAX_ROWS), strict=True)
+        return torch.cat([mlp(some, packed, wanted) for some, wanted in parts]).view_as(x)
 
     def _decode_by_token(self, index: int, step: Step, x: Tensor) -> Tensor:
         y, kept = self.token_mlp(index).run(x, self.usage.counting)
@@ -672,9 +674,12 @@ class Runtime:
             packed = self._static_packed[index] = self._pack(index, self._static[index])
         return packed
 
+    @property
+    def _bundle_format(self) -> str | None:
+        return None if self.plan.weights is None else "int8"
+
     def _pack(self, index: int, indices: Tensor, memory: Tensor | None = None) -> PackedMLP:
-        fmt = None if self.plan.weights is None else "int8"
-        return self._weights.pack(index, indices=indices, fmt=fmt, memory=memory)
+        return self._weights.pack(index, indices=indices, fmt=self._bundle_format, memory=memory)
 
     def _pack_chosen(self, index: int, indices: Tensor) -> PackedMLP:
         """The neurons that a sequence chose, in the memory of one that is over, where there is one."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import threading
+from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from coreskip.kernels.ops import PackedLinear, available
 from coreskip.kernels.packed import ungroup, untile
 from coreskip.predictors.plan import Plan
 from coreskip.runtime.decode import NotCovered, compare
+from coreskip.runtime.selections import selections_of
 from coreskip.runtime.wrap import runtime_of
 
 pytestmark = pytest.mark.skipif(available("cpu") is not None, reason="needs the compiled kernels")
@@ -112,6 +115,127 @@ def test_two_hundred_steps_from_ragged_prompts(family: str, kind: str, monkeypat
             assert refusal(model) is None
             assert seen == [2] * 200  # two rows
     assert (native - exact).abs().max() <= 2 * usual + 1e-6 * exact.abs().max()
+
+
+def by_modules(model: Any) -> Any:
+    """Steps inside run on the patched modules."""
+    return patch.object(runtime_of(model).decoder, "forward", lambda *_: None)
+
+
+@pytest.mark.parametrize("kind", ["griffin", "similar"])
+@pytest.mark.parametrize("family", ["llama", "llama_bias", "mistral", "gemma2", "starcoder2", "phi", "nemotron_relu2"])
+def test_rows_with_neurons_of_their_own(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ragged prompts that chose differently: what the modules compute, one token a row and several."""
+    model = tiny(family)
+    ids, mask = ragged()
+    tokens = some_tokens(2, 100)
+    with torch.no_grad(), coreskip.wrap(model, plan_of(model, kind)):
+        teacher_forced(model, ids, mask, tokens[:, :2], each=1)
+        with by_modules(model):
+            expected = teacher_forced(model, ids, mask, tokens, each=1)
+        seen = spy(model, monkeypatch)
+        for each in (1, 4):
+            seen.clear()
+            native = teacher_forced(model, ids, mask, tokens, each)
+            assert refusal(model) is None
+            assert seen == [2 * each] * (100 // each)
+            torch.testing.assert_close(native, expected, rtol=2e-4, atol=2e-4)
+        assert not runtime_of(model)._chosen_by, "what was described goes with its cache"
+        if kind == "griffin":
+            alone = [teacher_forced(model, ids[r : r + 1], mask[r : r + 1], tokens[r : r + 1], 1) for r in range(2)]
+            torch.testing.assert_close(native, torch.cat(alone), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_with_neurons_of_their_own_in_every_format(
+    dtype: torch.dtype, weights: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama").to(dtype)
+    plan = replace(plan_of(model, "griffin"), weights=weights)
+    ids, mask = ragged()
+    tokens = some_tokens(2, 30)
+    with torch.no_grad(), coreskip.wrap(model, plan):
+        for _ in range(4):  # in bfloat16 a first step may disagree
+            teacher_forced(model, ids, mask, tokens[:, :1], each=1)
+        seen = spy(model, monkeypatch)
+        native = teacher_forced(model, ids, mask, tokens, each=1)
+        assert refusal(model) is None
+        assert seen == [2] * 30
+        alone = [teacher_forced(model, ids[r : r + 1], mask[r : r + 1], tokens[r : r + 1], 1) for r in range(2)]
+    error = (native - torch.cat(alone)).float().square().mean().sqrt() / native.float().std()
+    assert error < (1e-5 if dtype is torch.float32 else 0.03)
+
+
+@pytest.mark.parametrize("isa", cpu.supported() if available("cpu") is None else [])
+def test_a_neuron_that_a_row_does_not_want_cannot_spoil_it(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The down row of a neuron that half of the rows chose becomes infinite: the others' logits stay what they were."""
+    best, model, ids = cpu.active(), tiny("llama"), torch.cat([prompt(1, seed=seed) for seed in range(8)])
+    tokens = some_tokens(8, 3)
+    try:
+        cpu.use(isa)
+        with torch.no_grad(), coreskip.wrap(model, plan_of(model, "griffin")):
+            runtime = runtime_of(model)
+            greedy(model, ids, 2)
+            cache = DynamicCache(config=model.config)
+            model(ids, past_key_values=cache)
+            choice = runtime._choice(selections_of(cache, runtime))
+            wants = torch.stack([(lists[:, None] == torch.arange(160)).any(0) for lists in choice.lists[1]])
+            neuron = int((wants.sum(0) == 4).nonzero()[0])
+            packed, twin = choice.packed[1], copy.deepcopy(cache)
+            expected = torch.cat([model(t, past_key_values=twin).logits for t in tokens.split(1, 1)], 1)
+            packed.weight[neuron, -1] = torch.inf
+            seen = spy(model, monkeypatch)
+            logits = torch.cat([model(t, past_key_values=cache).logits for t in tokens.split(1, 1)], 1)
+            assert seen == [8] * 3
+        others = ~wants[:, neuron]
+        assert torch.equal(logits[others], expected[others])
+        assert not bool(logits[~others].isfinite().all(-1).any())
+    finally:
+        cpu.use(best)
+
+
+def test_what_is_generated_with_neurons_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches, beams, several texts of a prompt, and rows that end early: what the modules make, natively."""
+    model = tiny("llama")
+    ids, mask = ragged()
+    calls: list[dict[str, Any]] = [
+        {"max_new_tokens": 60},
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"repetition_penalty": 1.3},
+    ]
+
+    def run(options: dict[str, Any]) -> torch.Tensor:
+        torch.manual_seed(5)
+        return model.generate(ids, attention_mask=mask, **{"max_new_tokens": 20, "do_sample": False, **options})
+
+    with coreskip.wrap(model, plan_of(model, "griffin")):
+        with by_modules(model):
+            calls.append({"eos_token_id": int(run({})[1, 14])})  # ends the second row first
+            expected = [run(options) for options in calls]
+        greedy(model, ids, 2)
+        seen = spy(model, monkeypatch)
+        for options, text in zip(calls, expected, strict=True):
+            seen.clear()
+            assert torch.equal(run(options), text), options
+            most = options.get("max_new_tokens", 20)
+            assert len(seen) == most - 1 or ("eos_token_id" in options and seen)
+        assert refusal(model) is None
+
+
+def test_rows_cut_out_by_hand_lose_their_neurons(caplog: pytest.LogCaptureFixture) -> None:
+    model, ids = tiny("llama"), prompt(3)
+    with torch.no_grad(), coreskip.wrap(model, plan_of(model, "griffin")):
+        greedy(model, ids, 3)
+        cache = DynamicCache(config=model.config)
+        model(ids, past_key_values=cache)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[:2], layer.values[:2]
+        with caplog.at_level(logging.WARNING, "coreskip"):
+            assert model(ids[:2, :1], past_key_values=cache).logits.shape[0] == 2
+        assert "cut to 2 rows by hand" in caplog.text
 
 
 @pytest.mark.parametrize("family", NOT_COVERED)
@@ -235,8 +359,8 @@ def test_one_sequence_without_transformers_own_loop(dtype: torch.dtype, monkeypa
     if dtype is torch.bfloat16:  # rounds otherwise than the modules: compared with its own steps, one by one
         with coreskip.wrap(model, Plan.dense(model)):
             greedy(model, ids, 2)
-            with monkeypatch.context() as patch:
-                patch.setattr("coreskip.runtime.loop.generate", lambda *_: None)
+            with monkeypatch.context() as patches:
+                patches.setattr("coreskip.runtime.loop.generate", lambda *_: None)
                 expected = [run(options) for options in calls]
     else:
         expected = [run(options) for options in calls]

@@ -19,21 +19,25 @@ from coreskip.kernels.ops import available
 from coreskip.predictors.importance import most_important, token_contributions
 from coreskip.predictors.observe import taps
 from coreskip.predictors.plan import Plan
-from coreskip.runtime.selections import selections_of
+from coreskip.runtime.selections import Choice, selections_of
 from coreskip.runtime.wrap import is_wrapped, runtime_of
 
 
-def neurons_of(model: Any, cache: Any, layer: int, row: int = 0) -> list[int]:
-    """The neurons a row decodes with: found by looking its packed gate rows up among the layer's."""
+def choice_of(model: Any, cache: Any) -> Choice:
     runtime = runtime_of(model)
     selections = selections_of(cache, runtime)
     assert selections is not None
-    for rows, packed in selections.groups(runtime._pack):
-        if rows is None or row in rows.tolist():
-            gate = runtime.anatomy.mlps[layer].matrices().gate
-            packed_gate = packed[layer].weight[:, 0, : gate.shape[1]]
-            return torch.cdist(packed_gate, gate).argmin(1).tolist()
-    raise AssertionError(f"row {row} is in no group")
+    return runtime._choice(selections)
+
+
+def neurons_of(model: Any, cache: Any, layer: int, row: int = 0) -> list[int]:
+    """The neurons a row decodes with: its list or, where all rows chose alike, those whose gate rows are packed."""
+    choice = choice_of(model, cache)
+    if choice.lists:
+        return choice.lists[layer][row].tolist()
+    gate = runtime_of(model).anatomy.mlps[layer].matrices().gate
+    packed_gate = choice.packed[layer].weight[:, 0, : gate.shape[1]]
+    return torch.cdist(packed_gate, gate).argmin(1).tolist()
 
 
 def expected_neurons(model: Any, ids: torch.Tensor, layer: int, score: str, keep: float) -> list[int]:
@@ -128,7 +132,16 @@ def test_rows_decode_with_their_own_neurons_and_equal_rows_share(llama: Any) -> 
         llama(ids, past_key_values=cache)
         first, second, third = (neurons_of(llama, cache, 0, row) for row in range(3))
         assert first == third != second
-        assert len(selections_of(cache, runtime_of(llama)).groups(runtime_of(llama)._pack)) == 2
+        choice = choice_of(llama, cache)
+        assert choice_of(llama, cache) is choice, "found again, not made again"
+        other = DynamicCache(config=llama.config)
+        llama(prompt(2), past_key_values=other)
+        assert choice_of(llama, other).packed == choice.packed, "whole layers are packed once"
+        cache.reorder_cache(torch.tensor([2, 1, 0]))
+        assert choice_of(llama, cache) is choice, "nothing changed"
+        cache.batch_select_indices(torch.tensor([0, 2]))
+        assert not choice_of(llama, cache).lists
+        assert neurons_of(llama, cache, 0) == first
 
 
 def test_a_finished_generation_leaves_nothing_behind(llama: Any) -> None:
@@ -431,8 +444,7 @@ def test_bloom_in_slices_is_refused() -> None:
 
 def test_a_sequences_neurons_lie_in_the_memory_of_one_that_is_over(llama: Any) -> None:
     def addresses(cache: Any) -> list[int]:
-        groups = selections_of(cache, runtime_of(llama)).groups(lambda *_: pytest.fail("settled already"))
-        return [packed.weight.data_ptr() for packed in groups[0][1].values()]
+        return [packed.weight.data_ptr() for packed in choice_of(llama, cache).packed.values()]
 
     plan = plan_of(llama, "griffin")
     prompts = [prompt(1, 9, seed=seed) for seed in range(3)]
