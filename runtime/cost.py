@@ -56,7 +56,8 @@ def cost(model: Any, plan: Plan, anatomy: Anatomy | None = None) -> Cost:
         policy, runs = plan.layers[index].neurons, plan.layers[index].layer
         others = [p for p in layer.parameters() if id(p) not in mlp_weights]
         moved += loaded * sum(p.numel() for p in others if p.ndim < 2)
-        moved += size * (sum(p.numel() for p in others if p.ndim > 1) - _unread_attention(anatomy, index, policy, runs))
+        elsewhere, by_columns = _attention_weights(anatomy, index, policy, runs)
+        moved += size * (sum(p.numel() for p in others if p.ndim > 1) - elsewhere) + loaded * by_columns
         if not runs.mlp:
             continue
         read = _mlp_bytes(policy, mlp.intermediate_size, mlp.hidden_size, mlp.gated, size, loaded, fmt)
@@ -80,8 +81,8 @@ def predicted_seconds(model: Any, plan: Plan, anatomy: Anatomy | None = None) ->
 def runs_natively(anatomy: Anatomy, plan: Plan) -> bool:
     """Whether every policy of the plan is one that the native step carries out, where it covers the model."""
     return all(
-        native_rule(layer.neurons, mlp.gated) and getattr(layer.neurons, "rule", "cats") == "cats"
-        for layer, mlp in zip(plan.layers, anatomy.mlps, strict=True)
+        native_rule(layer.neurons, anatomy, index)
+        for index, layer in enumerate(plan.layers)
         if isinstance(layer.neurons, TOKEN_POLICIES)
     )
 
@@ -108,18 +109,20 @@ def _mlp_bytes(policy: Any, width: int, hidden: int, gated: bool, size: float, l
     return kept * (first + 1) * row
 
 
-def _unread_attention(anatomy: Anatomy, index: int, policy: Any, runs: Run) -> float:
-    """Weights of the attention that stay unread."""
+def _attention_weights(anatomy: Anatomy, index: int, policy: Any, runs: Run) -> tuple[int, float]:
+    """How many weights of the attention are not read in the plan's format, and how many of them as they were loaded,
+    by columns."""
     attention = anatomy.attentions[index]
     if attention is None:
-        return 0.0
+        return 0, 0.0
     if not (runs.attention or isinstance(runs, Adaptive)):
         # keys and values are still written; the queries' projection has as many weights as the output's
-        return 2.0 * rows_of(getattr(attention.module, attention.output))[0].numel()
+        return 2 * rows_of(getattr(attention.module, attention.output))[0].numel(), 0.0
     if not isinstance(policy, Threshold):
-        return 0.0
+        return 0, 0.0
     names = [name.partition(".")[2] for name in policy.least if name.startswith("attention.")]
-    return sum((1 - policy.keep) * rows_of(getattr(attention.module, name))[0].numel() for name in names)
+    weights = sum(rows_of(getattr(attention.module, name))[0].numel() for name in names)
+    return weights, policy.keep * weights
 
 
 @cache
