@@ -252,7 +252,7 @@ CORESKIP_API int coreskip_columns(const void* x, int x_dtype, int rows, int64_t 
     for (int r = 0; r < rows; r++)
         choose(score + r * inputs, inputs, keep, threshold, scratch, chosen + r * width, width);
     const int64_t count = merge(chosen, width, rows, inputs, selected, list);
-    const ColumnsJob job = {weight, stride, inputs, values, rows, list, selected};
+    const ColumnsJob job = {weight, stride, stride, inputs, values, rows, list, selected};
     int team = 1;
 #pragma omp parallel num_threads(threads)
     {

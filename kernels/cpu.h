@@ -70,8 +70,8 @@ struct LinearJob {
 };
 
 struct ColumnsJob {
-    const void* weight;       // [inputs][stride]
-    int64_t stride, inputs;
+    const void* weight;       // [inputs][stride], of which `width` outputs are summed
+    int64_t stride, width, inputs;
     const float* x;           // [rows][inputs]
     int rows;
     const int64_t* list;      // the inputs that any row wants

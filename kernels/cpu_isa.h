@@ -751,7 +751,7 @@ static inline void add_columns(const ColumnsJob& job, int64_t at, int64_t end, i
         next[n] = static_cast<const W*>(job.weight) + job.list[ahead < end ? ahead : end - 1] * job.stride;
         h[n] = job.x[row * job.inputs + job.list[at + n]];
     }
-    accumulate<W, N, 1>(w, next, h, job.stride, acc + row * job.stride);
+    accumulate<W, N, 1>(w, next, h, job.width, acc + row * job.width);
 }
 
 template <class W>

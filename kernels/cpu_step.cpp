@@ -88,6 +88,7 @@ class alignas(kLine) Stretch {
 // The largest sizes of all layers.
 struct Sizes {
     int64_t tokens, hidden, width = 0, attention = 0, queries = 0, kv = 0, neurons = 0, parts = 0, listed = 0;
+    int64_t rank = 0, inputs = 0, sums = 0;  // of learned scores; of column-sparse linears, and their outputs
 
     Sizes(const StepModel& model, const StepCall& call, int64_t ahead) : tokens(call.rows * call.length), hidden(model.hidden) {
         for (int64_t i = 0; i < model.layer_count; i++) {
@@ -97,7 +98,12 @@ struct Sizes {
             queries = std::max(queries, l.heads);
             neurons = std::max({neurons, l.gate.out, l.up.out, l.mlp.neurons});
             listed = std::max(listed, l.mlp.neurons);
-            for (const StepLinear* w : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) width = std::max(width, w->stride);
+            rank = std::max(rank, l.mlp.reduce.out);
+            for (const StepLinear* w : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down, &l.mlp.reduce, &l.mlp.expand}) {
+                width = std::max(width, w->columns ? 0 : w->stride);
+                inputs = std::max(inputs, w->columns ? w->in : 0);
+                sums = std::max(sums, w->columns ? w->out + kPad : 0);
+            }
             width = std::max(width, l.mlp.stride);
         }
         width = std::max({width, model.head.stride, hidden});
@@ -160,11 +166,12 @@ struct Shared {
     float *q, *k, *v, *out, *gate, *up, *logits;
     float *most, *sum, *value;  // attention: [parts][tokens][heads], value times [head_dim]
     float* acc;                 // bundled MLPs: [2][threads][tokens][stride], used in turn
-    float *score, *known_gate;
+    float *score, *known_gate, *reduced;
     int64_t* dropped;           // [2][threads]: neurons that `refine` left out, used as `acc` is
     Stretch* stretches;         // [threads]
     Greatest* best;             // [threads]
     int32_t* high;
+    double* left_out;           // [threads]: see Walker
 };
 
 // What one thread has to itself.
@@ -176,7 +183,7 @@ struct Own {
     int64_t *from, *to, *chosen, *list;
     uint8_t* selected;
     uint32_t* keys;
-    float *slice, *exact;
+    float *slice, *exact, *sums;
 };
 
 template <class Take>
@@ -196,10 +203,12 @@ Shared share_out(const Sizes& s, const StepModel& m, const StepCall& c, int thre
     w.acc = take(float(), s.listed ? 2 * threads * t * s.width : 0);
     w.score = take(float(), s.listed * t);
     w.known_gate = take(float(), s.listed * t);
+    w.reduced = take(float(), s.rank * t);
     w.dropped = take(int64_t(), 2 * threads);
     w.high = take(int32_t(), s.listed * t * 2);
     w.stretches = reinterpret_cast<Stretch*>(take(char(), threads * sizeof(Stretch)));
     w.best = take(Greatest(), threads);
+    w.left_out = take(double(), threads);
     return w;
 }
 
@@ -222,11 +231,12 @@ Own own_share(const Sizes& s, Take take) {
     w.from = take(int64_t(), s.queries);
     w.to = take(int64_t(), s.queries);
     w.chosen = take(int64_t(), s.listed * t);
-    w.list = take(int64_t(), s.listed + 1);
-    w.selected = take(uint8_t(), s.listed * t);
+    w.list = take(int64_t(), std::max(s.listed, s.inputs) + 1);
+    w.selected = take(uint8_t(), std::max(s.listed, s.inputs) * t);
     w.keys = take(uint32_t(), 2 * s.listed + 1);
     w.slice = take(float(), kSlice);
     w.exact = take(float(), s.listed * t);
+    w.sums = take(float(), s.sums * t);
     return w;
 }
 
@@ -268,8 +278,10 @@ class Walker {
             if (layer.run_mlp) mlp(layer);
         }
         logits();
-        if (part == 0 && c.skipped) *c.skipped = skipped;
     }
+
+    // Neurons that were left out so far; over all threads together, what all of them know is the first one's.
+    double left_out() const { return unread + (part == 0 ? skipped : 0); }
 
   private:
     const StepModel& m;
@@ -285,7 +297,8 @@ class Walker {
     const int64_t* places;
     const Isa& isa;
     const StepIsa& step;
-    int64_t skipped = 0, finished = 0;  // neurons; layers up to the last one whose bundles have been read
+    int64_t skipped = 0, finished = 0;  // neurons; stages up to the last one whose scattered memory has been read
+    double unread = 0;    // neurons' worth of columns that this thread has seen left out
     float greatest = 0;   // the logit that `likeliest` found
     bool second = false;  // which half of `acc` the next bundled MLP uses
 
@@ -294,6 +307,8 @@ class Walker {
     int64_t input_width = 0, ready_stride = 0;
     int ready = -1;
     bool ready_whole = false;
+    const StepLinear* chosen_for = nullptr;  // whose inputs `list` and `selected` hold
+    int64_t chosen_count = 0;
 
     void embed() {
         const int64_t row = m.hidden * size_of(m.embedding_dtype);
@@ -317,6 +332,7 @@ class Walker {
         input = x;
         input_width = width;
         ready = -1;
+        chosen_for = nullptr;
     }
 
     // Puts the input into the form that a weight's format wants: padded, and arranged or quantised.
@@ -345,7 +361,9 @@ class Walker {
     Rows rows_of(int64_t stride) const { return {tokens, stride, own.rows, own.q, own.scale, own.sum}; }
 
     static int64_t units(const StepLinear& l) { return (l.out + unit(l) - 1) / unit(l); }
-    static int64_t unit(const StepLinear& l) { return grouped(l.dtype) ? kTile : 4; }
+    static int64_t unit(const StepLinear& l) {
+        return l.columns ? kPad / size_of(l.dtype) : grouped(l.dtype) ? kTile : 4;
+    }
     static bool grouped(int dtype) { return dtype == kInt4 || dtype == kInt8Groups; }
 
     // One matrix's units `begin` to `end`.
@@ -359,6 +377,43 @@ class Walker {
             const LinearJob job = {l.weight, l.scale, l.bias, rows_of(l.stride), l.out, y, to_fetch()};
             isa.linear[l.dtype](job, begin * 4, std::min(end * 4, l.out));
         }
+    }
+
+    // The inputs of a column-sparse linear that count for any token. Every thread makes the same choice.
+    int64_t choose_inputs(const StepLinear& l) {
+        if (chosen_for == &l) return chosen_count;
+        chosen_for = &l;
+        chosen_count = 0;
+        for (int64_t i = 0; i < l.in; i++) {
+            const float norm = l.norm ? l.norm[i] : 1.f;
+            uint8_t any = 0;
+            for (int t = 0; t < tokens; t++) {
+                const uint8_t wanted = !(fabsf(input[t * l.in + i]) * norm < l.least);
+                own.selected[i * tokens + t] = wanted;
+                any |= wanted;
+            }
+            own.list[chosen_count] = i;
+            chosen_count += any;
+        }
+        return chosen_count;
+    }
+
+    // The same for columns: a strip of all that count. Shared out by outputs, not by columns, nothing remains to be added
+    // up between threads, and the sums are the same to the bit whatever their number, and that of tokens.
+    void project_columns(const StepLinear& l, float* y, int64_t begin, int64_t end) {
+        const int64_t count = choose_inputs(l), first = begin * unit(l), width = (end - begin) * unit(l);
+        const int64_t n = std::min(width, l.out - first);
+        memset(own.sums, 0, tokens * width * sizeof(float));
+        const ColumnsJob job = {static_cast<const char*>(l.weight) + first * size_of(l.dtype), l.stride, width, l.in, input,
+                                tokens, own.list, own.selected};
+        isa.columns[l.dtype](job, 0, count, own.sums);
+        for (int t = 0; t < tokens; t++) {
+            float* sum = own.sums + t * width;
+            isa.restore(sum, width, l.dtype);
+            if (l.bias) isa.add(sum, l.bias + first, n);
+            memcpy(y + t * l.out + first, sum, n * sizeof(float));
+        }
+        if (begin == 0) unread += l.neurons * std::count(own.selected, own.selected + l.in * tokens, 0);
     }
 
     // Calls work(begin, end) for pieces of `all` until none is left, first those of this thread's own share: that is what
@@ -378,24 +433,10 @@ class Walker {
             while (w.stretches[(part + k) % parts].take_back(piece, r)) work(r.begin, r.end);
     }
 
-    // Matrices that read the same input, and are shared out as one.
-    struct Matrices {
-        const StepLinear* matrix[3] = {};
-        float* y[3] = {};
-        int64_t end[3] = {}, bytes = 1;  // units up to each one's last; of the largest unit
+    // What several matrices are shared out by, as one.
+    struct Units {
+        int64_t end[3] = {};  // units up to each one's last
 
-        Matrices(std::initializer_list<const StepLinear*> matrices, std::initializer_list<float*> outputs) {
-            std::copy(matrices.begin(), matrices.end(), matrix);
-            std::copy(outputs.begin(), outputs.end(), y);
-            int64_t all = 0;
-            for (int i = 0; i < 3; i++) {
-                if (matrix[i] && matrix[i]->weight) {
-                    all += units(*matrix[i]);
-                    bytes = std::max(bytes, unit_bytes(*matrix[i]));
-                }
-                end[i] = all;
-            }
-        }
         int64_t count() const { return end[2]; }
         int64_t begin(int i) const { return i ? end[i - 1] : 0; }
         // Matrix i's units among `range` of all.
@@ -404,23 +445,52 @@ class Walker {
         }
     };
 
+    // Matrices that read the same input. Those that are read whole are shared out together, and so are those by columns.
+    struct Matrices {
+        const StepLinear* matrix[3] = {};
+        float* y[3] = {};
+        Units whole, columns;
+        int64_t bytes = 1;  // of the largest unit
+        int64_t next;       // the stage after them
+
+        Matrices(std::initializer_list<const StepLinear*> matrices, std::initializer_list<float*> outputs, int64_t next)
+            : next(next) {
+            std::copy(matrices.begin(), matrices.end(), matrix);
+            std::copy(outputs.begin(), outputs.end(), y);
+            for (int i = 0; i < 3; i++) {
+                const bool there = matrix[i] && matrix[i]->weight, sparse = there && matrix[i]->columns;
+                const int64_t count = there ? units(*matrix[i]) : 0;
+                whole.end[i] = whole.begin(i) + (sparse ? 0 : count);
+                columns.end[i] = columns.begin(i) + (sparse ? count : 0);
+                if (there && !sparse) bytes = std::max(bytes, unit_bytes(*matrix[i]));
+            }
+        }
+    };
+
     Matrices inputs(const StepLayer& l) const {
-        if (!l.run_attention) return {{&l.k, &l.v}, {w.k, w.v}};
-        return {{&l.q, &l.k, &l.v}, {w.q, w.k, w.v}};
+        if (!l.run_attention) return {{&l.k, &l.v}, {w.k, w.v}, stage(l, 3)};
+        return {{&l.q, &l.k, &l.v}, {w.q, w.k, w.v}, stage(l, 3)};
     }
-    Matrices output(const StepLayer& l) const { return {{&l.o}, {w.out}}; }
-    Matrices widening(const StepLayer& l) const { return {{&l.gate, &l.up}, {w.gate, w.up}}; }
-    Matrices narrowing(const StepLayer& l) const { return {{&l.down}, {w.out}}; }
-    Matrices head() const { return {{&m.head}, {direct() ? static_cast<float*>(c.logits) : w.logits}}; }
+    Matrices output(const StepLayer& l) const { return {{&l.o}, {w.out}, stage(l, 5)}; }
+    Matrices reducing(const StepLayer& l) const { return {{&l.mlp.reduce}, {w.reduced}, stage(l, 6)}; }
+    Matrices expanding(const StepLayer& l) const { return {{&l.mlp.expand}, {w.score}, stage(l, 7)}; }
+    Matrices widening(const StepLayer& l) const { return {{&l.gate, &l.up}, {w.gate, w.up}, stage(l, 7)}; }
+    Matrices narrowing(const StepLayer& l) const { return {{&l.down}, {w.out}, stage(l, 8)}; }
+    Matrices head() const { return {{&m.head}, {direct() ? static_cast<float*>(c.logits) : w.logits}, 0}; }
     bool direct() const { return m.logit_dtype == kFloat32; }
 
     void project_all(const Matrices& all) {
-        share_work(all.count(), std::max<int64_t>(1, kPiece / all.bytes), all.bytes, [&](int64_t begin, int64_t end) {
+        share_work(all.whole.count(), std::max<int64_t>(1, kPiece / all.bytes), all.bytes, [&](int64_t begin, int64_t end) {
             for (int i = 0; i < 3; i++) {
-                const Range range = all.among({begin, end}, i);
+                const Range range = all.whole.among({begin, end}, i);
                 if (range.begin < range.end) project(*all.matrix[i], all.y[i], range.begin, range.end);
             }
         });
+        for (int i = 0; i < 3; i++) {
+            const Range strip = all.columns.among(share(all.columns.count(), part, parts), i);
+            if (strip.begin < strip.end) project_columns(*all.matrix[i], all.y[i], strip.begin, strip.end);
+        }
+        if (all.columns.count()) finished = all.next;
     }
 
     static constexpr int64_t kPiece = 48 << 10;  // bytes of weights. With pieces of 8 KB a step takes 5 % longer.
@@ -445,9 +515,12 @@ class Walker {
         int64_t bytes;
     };
 
+    static constexpr int kStages = 8;          // q, k, v, entries, o, gate, up, down
+    int64_t stage(const StepLayer& l, int n) const { return kStages * (&l - m.layers) + n; }
+
     Ahead ahead{}, nothing{};
     int64_t ahead_layer = 0, ahead_entry = 0;  // of the next part; twice the task, the keys' and the values'
-    int ahead_stage = 0;                       // q, k, v, entries, o, gate, up, down
+    int ahead_stage = 0;
     int64_t planned = 0, passed = 0;  // bytes of the way up to the end of `ahead`, and of what has been read
 
     int64_t lead() const {
@@ -457,7 +530,7 @@ class Walker {
 
     // This thread's share of matrix i.
     Memory memory_of(const Matrices& all, int i) const {
-        const Range range = all.among(share(all.count(), part, parts), i);
+        const Range range = all.whole.among(share(all.whole.count(), part, parts), i);
         if (range.begin >= range.end) return {0, 0};
         const int64_t bytes = unit_bytes(*all.matrix[i]);
         const auto base = reinterpret_cast<uintptr_t>(all.matrix[i]->weight);
@@ -484,7 +557,7 @@ class Walker {
     // The first bundles of this thread's share, or of the plane that it scans. The rest an MLP over bundles fetches for
     // itself; it may be chosen first.
     Memory bundles_of(const StepMlp& b) const {
-        if (b.rule != kListed && b.dtype != kSliced) return {0, 0};
+        if (b.rule == kLearned || (b.rule != kListed && b.dtype != kSliced)) return {0, 0};
         Range range = share(b.list ? b.listed : b.neurons, part, parts);
         if (range.begin >= range.end) return {0, 0};
         if (b.list) range = {b.list[range.begin], b.list[range.end - 1] + 1};  // with what lies between
@@ -500,8 +573,16 @@ class Walker {
         return memory_of(next == m.layers + m.layer_count ? head() : inputs(*next), 0).at;
     }
 
-    // The next part of the way, maybe empty. False where nothing is known: at the end, and behind an MLP over bundles until
-    // it is done: it would not stay in the cache.
+    // Whether what a stage reads is chosen when it comes.
+    bool scattered(const StepLayer& l, int n) const {
+        if (n < 4) return n != 3 && inputs(l).columns.count();
+        if (n == 4) return l.run_attention && l.o.columns;
+        if (!l.run_mlp || l.mlp.weight) return l.run_mlp && n == 7;
+        return n == 7 ? l.down.columns : widening(l).columns.count();
+    }
+
+    // The next part of the way, maybe empty. False where nothing is known: at the end, and behind an MLP over bundles, or
+    // columns, until they are done: it would not stay in the cache.
     bool next_memory(Memory& next) {
         if (ahead_layer > m.layer_count) return false;
         if (ahead_layer == m.layer_count) {
@@ -511,6 +592,7 @@ class Walker {
         }
         const StepLayer& l = m.layers[ahead_layer];
         const bool dense = l.run_mlp && !l.mlp.weight;
+        if (scattered(l, ahead_stage) && stage(l, ahead_stage) >= finished) return false;
         next = {0, 0};
         if (ahead_stage < 3) {
             next = memory_of(inputs(l), ahead_stage);
@@ -520,12 +602,13 @@ class Walker {
             return true;
         } else if (ahead_stage == 4 && l.run_attention) {
             next = memory_of(output(l), 0);
+        } else if ((ahead_stage == 5 || ahead_stage == 6) && l.run_mlp && l.mlp.rule == kLearned) {
+            next = memory_of(ahead_stage == 5 ? reducing(l) : expanding(l), 0);
         } else if (ahead_stage == 5 && l.run_mlp && !dense) {
             next = bundles_of(l.mlp);
         } else if ((ahead_stage == 5 || ahead_stage == 6) && dense) {
             next = memory_of(widening(l), ahead_stage - 5);
         } else if (ahead_stage == 7) {
-            if (l.run_mlp && !dense && ahead_layer >= finished) return false;
             if (dense) next = memory_of(narrowing(l), 0);
             ahead_layer++;
             ahead_stage = ahead_entry = 0;
@@ -725,8 +808,19 @@ class Walker {
         if (l.parallel && l.run_attention) add_to_residual(l, l.attention_out, own.pending);
     }
 
+    // Scores the neurons by a low-rank map of x.
+    void predict(const StepLayer& l, const float* x) {
+        read_from(x, m.hidden);
+        project_all(reducing(l));
+        meet();
+        read_from(w.reduced, l.mlp.reduce.out);
+        project_all(expanding(l));
+        meet();
+    }
+
     void bundled(const StepLayer& l, const float* x) {
         const StepMlp& b = l.mlp;
+        if (b.rule == kLearned) predict(l, x);
         read_from(x, m.hidden);
         prepare(b.dtype, b.stride);
         const int projections = b.gated ? 2 : 1;
@@ -735,26 +829,32 @@ class Walker {
         job.weight = b.weight, job.low = b.low, job.scale = b.scale, job.gated = b.gated != 0, job.act = l.act;
         job.block = static_cast<int>(std::min<int64_t>(bundles(32, bytes), kMaxBlock));
         job.ahead = static_cast<int>(std::min<int64_t>(bundles(32, bytes), 4096));
-        job.gate_bias = b.gate_bias, job.up_bias = b.up_bias, job.rows = rows_of(b.stride), job.rule = b.rule;
+        job.gate_bias = b.gate_bias, job.up_bias = b.up_bias, job.rows = rows_of(b.stride);
+        job.rule = b.rule == kLearned ? kListed : b.rule;
         job.norm = b.norm, job.mean = b.mean, job.neurons = b.neurons;
         job.high = b.dtype == kSliced ? w.high : nullptr;
         job.known_gate = b.rule == kGate ? w.known_gate : nullptr;
         job.score = w.score, job.refine = b.refine, job.exact = own.exact;
         passed += bundles_of(b).bytes;
         int64_t count = b.neurons;
-        if (b.dtype == kSliced || b.rule != kListed) {
-            const Range here = share(b.neurons, part, parts);
-            isa.scan[b.dtype](job, here.begin, here.end);
-            meet();
-        }
-        if (b.rule != kListed) {
+        const auto choose_some = [&] {
             count = choose_neurons(b);
             job.list = own.list;
             job.selected = tokens > 1 ? own.selected : nullptr;
-        } else if (b.list) {
+        };
+        if (b.rule == kLearned) choose_some();
+        if (b.list) {
             count = b.listed;
             job.list = b.list;
             job.selected = c.length == 1 ? b.selected : selected_by_token(b);
+        }
+        if (b.dtype == kSliced || b.rule == kGate) {
+            const Range here = share(count, part, parts);
+            isa.scan[b.dtype](job, here.begin, here.end);
+        }
+        if (b.rule == kSketch || b.rule == kGate) {
+            meet();
+            choose_some();
         }
         // Two halves in turn: a slow thread may still add up this layer's sums when a fast one begins the next.
         float* all = w.acc + (second ? parts * tokens * s.width : 0);
@@ -765,7 +865,7 @@ class Walker {
         job.after = first_after(l);
         const Range here = share(count, part, parts);
         dropped[part] = isa.mlp[b.dtype](job, here.begin, here.end, mine);
-        finished = &l - m.layers + 1;  // what follows may be fetched
+        finished = stage(l, kStages);  // what follows may be fetched
         meet();
         skipped = std::accumulate(dropped, dropped + parts, skipped);
         for (int t = 0; t < tokens; t++) {
@@ -791,7 +891,7 @@ class Walker {
     int64_t choose_neurons(const StepMlp& b) {
         const int64_t width = b.keep >= 0 ? std::min(b.keep, b.neurons) : b.neurons;
         for (int t = 0; t < tokens; t++)
-            choose(w.score + t * b.neurons, b.neurons, b.keep, b.threshold, own.keys, own.chosen + t * width, width);
+            choose(score_of(b, t), b.neurons, b.keep, b.threshold, own.keys, own.chosen + t * width, width);
         int64_t count = tokens > 1 ? merge(own.chosen, width, tokens, b.neurons, own.selected, own.list)
                                    : compact(own.chosen, width, b.neurons, own.list);
         if (tokens == 1) {
@@ -800,6 +900,14 @@ class Walker {
             for (int64_t i = 0; i < tokens * b.neurons; i++) skipped += own.selected[i] == 0;
         }
         return count;
+    }
+
+    // Scores of which the best are kept must not be below 0. In place of learned ones what rises with them.
+    const float* score_of(const StepMlp& b, int token) {
+        const float* score = w.score + token * b.neurons;
+        if (b.rule != kLearned || b.keep < 0) return score;
+        for (int64_t i = 0; i < b.neurons; i++) own.h[i] = score[i] < 0 ? 1 / (1 - score[i]) : 1 + score[i];
+        return own.h;
     }
 
     Logits all_logits() const { return {c.logits, m.logit_dtype, own.slice}; }
@@ -878,6 +986,7 @@ int with_team(const StepModel& model, const StepCall& call, int64_t ahead, Walk 
     auto take = [&](auto type, int64_t n) { return workspace.take<decltype(type)>(n); };
     const Shared shared = share_out(sizes, model, call, call.threads, take);
     for (int i = 0; i < call.threads; i++) new (shared.stretches + i) Stretch();
+    std::fill_n(shared.left_out, call.threads, 0.0);  // the team may turn out smaller
     char* private_memory = workspace.take<char>(call.threads * own_bytes);
     Meeting meeting;
 #pragma omp parallel num_threads(call.threads)
@@ -893,7 +1002,9 @@ int with_team(const StepModel& model, const StepCall& call, int64_t ahead, Walk 
         meeting.expect(parts);
         Walker walker(model, call, meeting, sizes, shared, own, part, parts);
         walk(walker);
+        shared.left_out[part] = walker.left_out();
     }
+    if (call.skipped) *call.skipped = std::accumulate(shared.left_out, shared.left_out + call.threads, 0.0);
     return kOk;
 }
 

@@ -24,6 +24,8 @@ constexpr int kTile8Bytes = kTile * kGroup + kTile * 2;       // of kInt8Groups
 constexpr int kChunk = 128;     // positions of the KV cache that one attention task reads; see attend()
 constexpr int kMaxHeadDim = 512;
 
+constexpr int kLearned = 3;     // a further Rule: the threshold is one of scores before the sigmoid
+
 enum NormKind : int { kNoNorm = 0, kRms = 1, kLayer = 2 };
 
 // ---- shared with step.py from here ----
@@ -37,11 +39,14 @@ struct StepNorm {
 };
 
 struct StepLinear {
-    const void* weight;  // [out][stride] of `dtype`, or tiles; null: there is no such projection
+    const void* weight;  // [out][stride] of `dtype`, or tiles, or columns; null: there is no such projection
     const float* scale;  // kInt8: [out]
     const float* bias;   // [out] or null
+    const float* norm;   // columns: [in], what an input's size is multiplied by, or null
     int64_t in, out, stride;
-    int dtype;
+    double neurons;      // columns: what each input left out adds to the neurons skipped
+    float least;         // columns: smaller inputs are left out
+    int dtype, columns;  // columns: `weight` is [in][stride]
     int whole;           // tiles: they meet x as it is, not rounded to 8 bits
 };
 
@@ -59,6 +64,7 @@ struct StepMlp {         // neurons bundled as in MlpJob, instead of gate, up an
     int64_t neurons, stride, keep, listed;
     float threshold, refine;
     int dtype, gated, rule;
+    StepLinear reduce, expand;  // kLearned: neurons are scored by expand(reduce(x))
 };
 
 struct StepLayer {
@@ -95,7 +101,7 @@ struct StepCall {
     const int64_t* start;      // [rows]: the first cache position that counts (left padding before it)
     const StepCache* caches;   // [layers]
     void* logits;              // [rows][length, or the last `wanted`][vocabulary]
-    int64_t* skipped;          // neurons left out, summed over tokens and layers
+    double* skipped;           // neurons left out, summed over tokens and layers
     int64_t rows, length, past, wanted;
     int threads;
 };

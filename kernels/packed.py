@@ -285,6 +285,16 @@ class PackedColumns:
         norm = weight.detach().float().norm(dim=0)
         return cls(weight=columns, out_features=weight.shape[0], norm=norm, bias=_floats(bias, None))
 
+    @torch.no_grad()
+    def part(self, first: int, count: int) -> PackedColumns:
+        """`count` outputs from `first` on, with the norms of the whole columns: a view, where what follows in a row,
+        other outputs or padding, reaches as far as padding of its own would."""
+        columns = self.weight[:, first:]
+        if columns.shape[1] < padded(count, columns.dtype):
+            columns = _pack_floats([columns[:, :count]])[0][:, 0]
+        bias = None if self.bias is None else self.bias[first : first + count]
+        return PackedColumns(columns, count, self.norm, bias)
+
     @property
     def in_features(self) -> int:
         return self.weight.shape[0]

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .packed import PackedLinear, PackedMLP
+from .packed import PackedColumns, PackedLinear, PackedMLP
 
 _P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 
 _NORM = {"rms": 1, "layer": 2}
 _GROUPED: dict[str | None, int] = {"int4": 5, "int8_groups": 6}
+_RULE = {**cpu.RULE, "learned": 3}
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,11 +58,31 @@ class RowLists:
 
 
 @dataclass(frozen=True, eq=False)
+class SparseLinear:
+    """A linear that leaves out its small inputs: those whose size, or by_norm whose size times the length of their
+    column, is below `threshold`. neurons: what each of them adds to the number of neurons left out."""
+
+    packed: PackedColumns
+    threshold: float
+    by_norm: bool
+    neurons: float = 0.0
+
+    @property
+    def out_features(self) -> int:
+        return self.packed.out_features
+
+
+Linear = PackedLinear | SparseLinear
+
+
+@dataclass(frozen=True, eq=False)
 class BundledMLP:
-    """An MLP over bundles of neurons: all of `packed`, those that a rule chooses ("sketch", "gate"), or each row's own.
+    """An MLP over bundles of neurons: all of `packed`, those that a rule chooses ("sketch", "gate", "learned"), or each
+    row's own.
 
     keep, threshold and refine: as for `ops.sketch_mlp`; exactly one of the first two for a rule. smooth: factors of
-    the inputs, float32 [hidden]; whoever builds the layer puts them into the norm before it.
+    the inputs, float32 [hidden]; whoever builds the layer puts them into the norm before it. predictor: of the rule
+    "learned", whose scores are the sigmoid of the second matrix times the first times x.
     """
 
     packed: PackedMLP
@@ -71,15 +92,16 @@ class BundledMLP:
     smooth: Tensor | None = None
     refine: float = 0.0
     lists: RowLists | None = None
+    predictor: tuple[PackedLinear, PackedLinear] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class DenseMLP:
     """down(act(gate(x)) * up(x)), each matrix where it lies; gate is None in a plain MLP."""
 
-    gate: PackedLinear | None
-    up: PackedLinear
-    down: PackedLinear
+    gate: Linear | None
+    up: Linear
+    down: Linear
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,10 +112,10 @@ class Attention:
     none. window: how many positions a token sees, itself included; 0: all. softcap: of the scores; 0: none.
     """
 
-    q: PackedLinear
-    k: PackedLinear
-    v: PackedLinear
-    o: PackedLinear
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
     head_dim: int
     scale: float
     rotation: tuple[Tensor, Tensor] | None = None
@@ -171,7 +193,7 @@ class Step:
 
     def run(
         self, tokens: Tensor, positions: Tensor, start: Tensor, caches: KeyValues, past: int, wanted: int
-    ) -> tuple[Tensor, int]:
+    ) -> tuple[Tensor, float]:
         """One step of every sequence by `length` tokens, whose keys and values are written to `caches`.
 
         tokens, positions: int64 [rows, length], at most 8 tokens in all; start: int64 [rows], the first cache position
@@ -187,7 +209,7 @@ class Step:
             raise ValueError(f"a step takes at most {cpu.MAX_ROWS} tokens, not {rows} x {length}")
         tokens, positions = tokens.contiguous(), positions.contiguous()
         logits = torch.empty((rows, wanted, self.model.head.out_features), dtype=self.model.dtype)
-        skipped = ctypes.c_int64(0)
+        skipped = ctypes.c_double(0)
         call = _Call(
             tokens.data_ptr(), positions.data_ptr(), start.data_ptr(), ctypes.addressof(caches.table),
             logits.data_ptr(), ctypes.addressof(skipped), rows, length, past, wanted, torch.get_num_threads(),
@@ -197,7 +219,7 @@ class Step:
 
     def generate(
         self, token: int, position: int, start: int, caches: KeyValues, past: int, count: int, ends: Sequence[int]
-    ) -> tuple[list[int], int]:
+    ) -> tuple[list[int], float]:
         """Greedy decoding of one sequence without leaving the native code.
 
         token: the last one, whose keys and values are not in the cache yet, at `position`; start, past: as for `run`.
@@ -220,7 +242,7 @@ class Step:
 
     def draft(
         self, token: int, position: int, start: int, caches: KeyValues, past: int, count: int, least: float
-    ) -> tuple[list[int], list[float], int]:
+    ) -> tuple[list[int], list[float], float]:
         """Greedy decoding as `generate` does it, up to the first token whose probability is below `least`, the last
         then. Returns the tokens, their probabilities, and the number of neurons that rules left out."""
         made, chances, done = (_N * count)(), (_F * count)(), _N(0)
@@ -232,9 +254,9 @@ class Step:
     @contextmanager
     def _of_one_token(
         self, token: int, position: int, start: int, caches: KeyValues, past: int
-    ) -> Iterator[tuple[_Call, ctypes.c_int64]]:
+    ) -> Iterator[tuple[_Call, ctypes.c_double]]:
         """The call of a step of one token, with what it points to; and where it counts neurons left out."""
-        numbers, skipped = (_N * 3)(token, position, start), _N(0)
+        numbers, skipped = (_N * 3)(token, position, start), ctypes.c_double(0)
         at, width = ctypes.addressof(numbers), ctypes.sizeof(_N)
         logits = torch.empty(self.model.head.out_features, dtype=self.model.dtype)
         yield _Call(
@@ -285,14 +307,11 @@ class _Norm(ctypes.Structure):
 
 class _Linear(ctypes.Structure):
     _fields_ = (
-        ("weight", _P),
-        ("scale", _P),
-        ("bias", _P),
-        ("in_", _N),
-        ("out", _N),
-        ("stride", _N),
-        ("dtype", _I),
-        ("whole", _I),
+        *((name, _P) for name in ("weight", "scale", "bias", "norm")),
+        *((name, _N) for name in ("in_", "out", "stride")),
+        ("neurons", ctypes.c_double),
+        ("least", _F),
+        *((name, _I) for name in ("dtype", "columns", "whole")),
     )
 
 
@@ -304,6 +323,7 @@ class _Mlp(ctypes.Structure):
         *((name, _N) for name in ("neurons", "stride", "keep", "listed")),
         *((name, _F) for name in ("threshold", "refine")),
         *((name, _I) for name in ("dtype", "gated", "rule")),
+        *((name, _Linear) for name in ("reduce", "expand")),
     )
 
 
@@ -350,25 +370,29 @@ def _norm(norm: Norm | None) -> _Norm:
     return _Norm(cpu.address(norm.weight), cpu.address(norm.bias), norm.weight.numel(), norm.eps, _NORM[norm.kind])
 
 
-def _linear(packed: PackedLinear | None) -> _Linear:
-    if packed is None:
+def _linear(linear: Linear | None) -> _Linear:
+    if linear is None:
         return _Linear()
-    return _Linear(
-        packed.weight.data_ptr(),
-        cpu.address(packed.scale),
-        cpu.address(packed.bias),
-        packed.in_features,
-        packed.out_features,
-        packed.stride,
-        _GROUPED[packed.fmt] if packed.grouped else cpu.DTYPE[packed.weight.dtype],
-        packed.whole,
+    packed = linear.packed if isinstance(linear, SparseLinear) else linear
+    weight = packed.weight
+    out = _Linear(
+        weight=weight.data_ptr(), bias=cpu.address(packed.bias), in_=packed.in_features, out=packed.out_features
     )
+    if isinstance(linear, SparseLinear):
+        out.norm = linear.packed.norm.data_ptr() if linear.by_norm else None
+        out.stride, out.dtype, out.columns = weight.stride(0), cpu.DTYPE[weight.dtype], True
+        out.least, out.neurons = linear.threshold, linear.neurons
+    else:
+        out.scale, out.stride, out.whole = cpu.address(linear.scale), linear.stride, linear.whole
+        out.dtype = _GROUPED[linear.fmt] if linear.grouped else cpu.DTYPE[weight.dtype]
+    return out
 
 
 def _bundled(mlp: BundledMLP) -> _Mlp:
     packed, lists = mlp.packed, mlp.lists
     names = ("weight", "low", "scale", "norm", "gate_bias", "up_bias", "down_bias", "mean")
     sliced = packed.low is not None
+    reduce, expand = mlp.predictor or (None, None)
     return _Mlp(
         **{name: cpu.address(getattr(packed, name)) for name in names},
         list=None if lists is None else lists.listed.data_ptr(),
@@ -377,12 +401,21 @@ def _bundled(mlp: BundledMLP) -> _Mlp:
         neurons=packed.intermediate_size,
         stride=packed.weight.shape[2] * (2 if sliced else 1),
         keep=-1 if mlp.keep is None else mlp.keep,
-        threshold=mlp.threshold or 0.0,
+        threshold=_least(mlp),
         refine=mlp.refine,
         dtype=cpu.SLICED if sliced else cpu.DTYPE[packed.weight.dtype],
         gated=packed.gated,
-        rule=cpu.RULE[mlp.rule],
+        rule=_RULE[mlp.rule],
+        reduce=_linear(reduce),
+        expand=_linear(expand),
     )
+
+
+def _least(mlp: BundledMLP) -> float:
+    """The threshold of what the native code compares: of learned scores what goes into the sigmoid, which rises."""
+    if mlp.rule != "learned" or mlp.threshold is None:
+        return mlp.threshold or 0.0
+    return torch.tensor(min(mlp.threshold, 1.0), dtype=torch.float64).logit().item()
 
 
 def _layer(layer: StepLayer) -> _Layer:

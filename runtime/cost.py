@@ -98,8 +98,8 @@ def predicted_seconds(model: Any, plan: Plan, anatomy: Anatomy | None = None) ->
 def runs_natively(anatomy: Anatomy, plan: Plan) -> bool:
     """Whether every policy of the plan is one that the native step carries out, where it covers the model."""
     return all(
-        native_rule(layer.neurons, mlp.gated) and getattr(layer.neurons, "rule", "cats") == "cats"
-        for layer, mlp in zip(plan.layers, anatomy.mlps, strict=True)
+        native_rule(layer.neurons, anatomy, index)
+        for index, layer in enumerate(plan.layers)
         if isinstance(layer.neurons, TOKEN_POLICIES)
     )
 

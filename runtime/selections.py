@@ -33,7 +33,7 @@ class Phase(Enum):
 
     PREFILL = "prefill"
     DECODE = "decode"
-    VERIFY = "verify"  # decoding densely: every pass of exact mode but its drafts
+    VERIFY = "verify"  # decoding densely: every pass of exact mode but its drafts, and those within `densely`
 
 
 @dataclass(slots=True)
@@ -94,6 +94,20 @@ def prefilling(attention_mask: Tensor | None = None) -> Iterator[None]:
 
 def current_prompt() -> _Prompt | None:
     return _PROMPT.get()
+
+
+DENSELY: ContextVar[bool] = ContextVar("coreskip_densely", default=False)
+
+
+@contextmanager
+def densely() -> Iterator[None]:
+    """Decode steps inside follow no plan, and do not count."""
+    tokens = DENSELY.set(True), TALLY.set(lambda step: None)
+    try:
+        yield
+    finally:
+        DENSELY.reset(tokens[0])
+        TALLY.reset(tokens[1])
 
 
 DRAFTING: ContextVar[bool] = ContextVar("coreskip_drafting", default=False)

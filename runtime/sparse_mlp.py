@@ -27,6 +27,7 @@ from ..kernels.ops import (
     sketch_select,
 )
 from ..kernels.packed import ACTS, Act
+from ..kernels.step import SparseLinear
 from ..predictors.anatomy import Anatomy, canonical_activation, rows_of
 from ..predictors.errors import PlanError
 from ..predictors.plan import Learned, NeuronPolicy, Sketch, Threshold, TopK
@@ -170,6 +171,20 @@ class Weights:
             packed = self._columns[module] = PackedColumns.pack(*rows_of(module))
         return packed
 
+    def native_columns(self, layer: int, policy: Threshold) -> dict[str, SparseLinear]:
+        """The linears of a layer that read their inputs by threshold, as a native step has them."""
+        names, mlp, found = native_names(self.anatomy, layer), self.anatomy.mlps[layer], {}
+        neuron = (3 if mlp.gated else 2) * mlp.hidden_size  # weights
+        for name, (module, least, in_mlp) in zip(
+            policy.least, column_linears(self.anatomy, layer, policy), strict=True
+        ):
+            columns, first = self.columns(module), 0
+            for part, outputs in names[name].items():
+                worth = outputs / neuron if in_mlp else 0.0
+                found[part] = SparseLinear(columns.part(first, outputs), least, policy.rule == "wina", worth)
+                first += outputs
+        return found
+
     def describe(self, layer: int, policy: NeuronPolicy) -> SparseMLP:
         """What `policy`, one of `TOKEN_POLICIES` that chooses neurons, means for a layer."""
         if isinstance(policy, Threshold):
@@ -209,9 +224,40 @@ class Weights:
         return ExactScores(gate, PackedLinear.pack(w.up, w.up_bias), self.acts[layer], norm)
 
 
-def native_rule(policy: NeuronPolicy, gated: bool) -> bool:
-    """Whether a kernel scores the neurons, so that no scorer in Python is needed."""
-    return (isinstance(policy, Threshold) and gated) or (isinstance(policy, Sketch) and policy.bits == 4)
+def native_rule(policy: NeuronPolicy, anatomy: Anatomy, layer: int) -> bool:
+    """Whether a native step makes the policy's choice itself."""
+    if isinstance(policy, Threshold):
+        if policy.rule == "cats":
+            return anatomy.mlps[layer].gated
+        return policy.least.keys() <= native_names(anatomy, layer).keys()
+    return isinstance(policy, Learned) or (isinstance(policy, Sketch) and policy.bits == 4)
+
+
+def native_names(anatomy: Anatomy, layer: int) -> dict[str, dict[str, int]]:
+    """What a native step calls a layer's linears, with their outputs, by the names that a plan has for them.
+
+    One that is fused is several.
+    """
+    mlp, attention = anatomy.mlps[layer], anatomy.attentions[layer]
+    width = mlp.intermediate_size
+    names = {
+        f"mlp.{mlp.up_name}": {"gate": width, "up": width} if mlp.stacked else {"up": width},
+        f"mlp.{mlp.down_name}": {"down": mlp.hidden_size},
+    }
+    if mlp.gate_name is not None:
+        names[f"mlp.{mlp.gate_name}"] = {"gate": width}
+    if attention is None or len(attention.inputs) not in (1, 3):
+        return names
+    outputs, queries = rows_of(getattr(attention.module, attention.output))[0].shape
+    names[f"attention.{attention.output}"] = {"o": outputs}
+    sizes = [rows_of(getattr(attention.module, name))[0].shape[0] for name in attention.inputs]
+    if len(sizes) == 3:
+        triples = zip(attention.inputs, "qkv", sizes, strict=True)
+        return names | {f"attention.{name}": {part: size} for name, part, size in triples}
+    others, rest = divmod(sizes[0] - queries, 2)
+    if others > 0 and rest == 0:
+        names[f"attention.{attention.inputs[0]}"] = {"q": queries, "k": others, "v": others}
+    return names
 
 
 def column_linears(anatomy: Anatomy, layer: int, policy: Threshold) -> Iterator[tuple[nn.Module, float, bool]]:

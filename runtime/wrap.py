@@ -38,6 +38,7 @@ from .graph import Graphs, Settled
 from .layers import LayerSkips
 from .release import Replaced, trim
 from .selections import (
+    DENSELY,
     DRAFTING,
     STEP,
     TALLY,
@@ -51,7 +52,15 @@ from .selections import (
     prefilling,
     selections_of,
 )
-from .sparse_mlp import TOKEN_POLICIES, SparseColumns, SparseMLP, Weights, column_linears, native_rule
+from .sparse_mlp import (
+    TOKEN_POLICIES,
+    LowRankScores,
+    SparseColumns,
+    SparseMLP,
+    Weights,
+    column_linears,
+    native_rule,
+)
 
 logger = logging.getLogger("coreskip")
 
@@ -162,8 +171,8 @@ class Patches:
 class Usage:
     """MLP neurons that decode steps could have computed and those they skipped, over all threads.
 
-    `counting`: whether to count what thresholds keep, which takes time; else the share that they kept in calibration
-    is taken for it.
+    `counting`: whether modules are to count what thresholds keep, which takes time; else the share that they kept in
+    calibration is taken for it. Native steps count it in any case.
     """
 
     def __init__(self, neurons_per_token: int) -> None:
@@ -432,10 +441,9 @@ class Runtime:
 
     def _reason_for_modules(self) -> str | None:
         """Why policies that choose token by token need the modules' own pass, if they do."""
-        if self._column_policies:
-            return "its linears leave out small inputs"
-        if any(not native_rule(policy, self.anatomy.mlps[i].gated) for i, policy in self._token_policies.items()):
-            return "no kernel of the native step scores its neurons"
+        chosen = {**self._token_policies, **self._column_policies}
+        if any(not native_rule(policy, self.anatomy, index) for index, policy in chosen.items()):
+            return "no kernel of the native step makes its choice"
         return None
 
     def _described(self, choice: Choice, selections: Selections | None) -> Chosen:
@@ -447,13 +455,11 @@ class Runtime:
             of_rows = RowLists.of(lists, kept[index])
             mlps[index], kept[index] = BundledMLP(packed[index], lists=of_rows), lists.shape[1]
         for index in self._token_policies:
-            sparse = self.token_mlp(index)  # what its rule leaves out the native step counts itself
-            mlps[index] = BundledMLP(
-                sparse.packed, sparse.rule, sparse.keep, sparse.threshold, sparse.smooth, sparse.refine
-            )
+            mlps[index] = _bundled(self.token_mlp(index))  # what its rule leaves out the native step counts itself
+        columns = {i: self._weights.native_columns(i, policy) for i, policy in self._column_policies.items()}
         skipped = sum(self._width(i) for i in mlp)
         skipped += sum(self._width(i) - n for i, n in kept.items() if i not in mlp)
-        return Chosen([mlps.get(i) for i in range(len(self.anatomy))], skipped, attention, mlp)
+        return Chosen([mlps.get(i) for i in range(len(self.anatomy))], skipped, attention, mlp, columns=columns)
 
     def _patch_stack(self, stack: nn.Module) -> None:
         original = stack.forward
@@ -620,7 +626,7 @@ class Runtime:
         if prompt is None and cache is not None and (selections is not None or int(cache.get_seq_length()) > 0):
             if selections is None and self._watched:
                 logger.debug("nothing was selected for this KV cache: layers that choose from the prompt run dense")
-            verifying = self.exact is not None and not DRAFTING.get()
+            verifying = DENSELY.get() or (self.exact is not None and not DRAFTING.get())
             return Step(Phase.VERIFY if verifying else Phase.DECODE, rows, length, None, selections)
         if not (self._watched or self._skips.adaptive):
             return Step(Phase.PREFILL, rows, length, None, None)
@@ -692,6 +698,19 @@ class Runtime:
         if self.plan.weights is None:
             weakref.finalize(packed, spare.append, packed.weight).atexit = False
         return packed
+
+
+def _bundled(sparse: SparseMLP) -> BundledMLP:
+    scorer = sparse.scorer if isinstance(sparse.scorer, LowRankScores) else None
+    return BundledMLP(
+        sparse.packed,
+        sparse.rule if scorer is None else "learned",
+        sparse.keep,
+        sparse.threshold,
+        sparse.smooth,
+        sparse.refine,
+        None if scorer is None else (scorer.reduce, scorer.expand),
+    )
 
 
 def _decoding(step: Step | None) -> bool:

@@ -229,6 +229,22 @@ def test_column_linear(backend, dtype, in_features, out_features):
         assert torch.equal(column_linear(x, packed, keep=0, backend=backend), bias.expand(rows, -1))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_of_packed_columns(dtype):
+    """Views where a row goes on far enough, whatever stands there; norms are those of whole columns."""
+    weight, bias = torch.randn(100, 30).to(dtype), torch.randn(100)
+    packed = PackedColumns.pack(weight, bias)
+    for first, count, shared in ((0, 60, True), (60, 30, True), (90, 10, dtype is torch.float32)):
+        part = packed.part(first, count)
+        inside = packed.weight.data_ptr() <= part.weight.data_ptr() < packed.weight.data_ptr() + packed.weight.nbytes
+        assert inside is shared
+        assert part.weight.shape[1] >= padded(count, dtype)
+        assert torch.equal(part.weight[:, :count], weight[first : first + count].t())
+        assert part.norm is packed.norm
+        assert torch.equal(part.bias, bias[first : first + count])
+        assert (part.in_features, part.out_features) == (30, count)
+
+
 def same_kind(result: Tensor, expected: Tensor) -> None:
     assert torch.equal(result.isnan(), expected.isnan())
     assert torch.equal(result.isposinf(), expected.isposinf())

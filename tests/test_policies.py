@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_decode import COVERED, ragged, some_tokens, teacher_forced
+from test_decode import COVERED, ragged, some_tokens, spy, teacher_forced
 from test_plan import rewrite
 from tiny_models import greedy, prompt, tiny
 from torch import Tensor, nn
@@ -17,10 +17,11 @@ from torch.nn import functional as F
 
 import coreskip
 from coreskip import Plan, PlanError
+from coreskip.kernels import cpu
 from coreskip.kernels.ops import available
 from coreskip.kernels.packed import quantize
 from coreskip.predictors.anatomy import dissect
-from coreskip.predictors.plan import LayerPlan, Learned, Sketch, Threshold, TopK
+from coreskip.predictors.plan import Dense, LayerPlan, Learned, Run, Sketch, SkipAttention, Threshold, TopK
 from coreskip.runtime.wrap import runtime_of
 
 KEEP = 0.5
@@ -76,6 +77,7 @@ def some_policy(model: Any, name: str) -> Any:
         return Sketch(keep=KEEP, bits=1)
     return Learned(
         keep=KEEP,
+        threshold=0.6 if "threshold" in name else None,
         reduce=torch.randn(8, hidden, generator=rng),
         expand=torch.randn(width, 8, generator=rng),
         bias=torch.zeros(width),
@@ -228,9 +230,137 @@ def test_two_hundred_native_steps_from_ragged_prompts(family: str, name: str) ->
     assert float((error / change).median()) < 1
 
 
+NATIVE = ("teal", "teal_all", "wina", "learned", "learned_threshold")
+
+
+def on_modules(model: Any) -> None:
+    """From now on the wrapped model's steps run on its patched modules."""
+    runtime_of(model)._modules_only = "a test wants it"
+
+
+@pytest.mark.skipif(available("cpu") is not None, reason="needs the compiled kernels")
+@pytest.mark.parametrize("name", ["teal_all", "wina", "learned"])
+@pytest.mark.parametrize("family", COVERED)
+def test_native_steps_choose_what_the_modules_choose(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(family)
+    ids, mask = ragged()
+    tokens = some_tokens(2, 200)
+    with torch.no_grad(), coreskip.wrap(model, plan_with(model, some_policy(model, name))):
+        teacher_forced(model, ids, mask, tokens[:, :2], each=1)  # the first step of a wrapping is the modules' own
+        seen = spy(model, monkeypatch)
+        found = teacher_forced(model, ids, mask, tokens, each=1)
+        assert seen == [2] * 200
+        together = teacher_forced(model, ids, mask, tokens, each=4)
+        assert seen[200:] == [8] * 50
+        on_modules(model)
+        expected = teacher_forced(model, ids, mask, tokens, each=4)
+        assert len(seen) == 250
+    for logits in (found, together):
+        error = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
+        # a choice that rounding turns stays in the cache, and other tokens see it
+        assert float(error.median()) < 1e-5
+        assert float(error[:, :20].median(dim=1).values.max()) < 1e-4
+
+
+@pytest.mark.skipif(available("cpu") is not None, reason="needs the compiled kernels")
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("family", ["llama_bias", "phi3", "gemma2"])
+def test_native_choices_in_half_precision(family: str, name: str) -> None:
+    """As near to the same weights in fp32 as the modules are, which round between them."""
+    model = tiny(family).bfloat16()
+    policy, (ids, mask), tokens = some_policy(model.float(), name), ragged(), some_tokens(2, 60)
+    logits = {}
+    with torch.no_grad():
+        for how in ("exact", "native", "modules"):
+            model = model.float() if how == "exact" else model.bfloat16()
+            with coreskip.wrap(model, plan_with(model, policy)):
+                teacher_forced(model, ids, mask, tokens[:, :8], each=1)
+                assert runtime_of(model).decoder.ready
+                if how != "native":
+                    on_modules(model)
+                logits[how] = teacher_forced(model, ids, mask, tokens, each=2).float()
+    usual, error = ((logits[how] - logits["exact"]).norm(dim=-1).median() for how in ("modules", "native"))
+    assert float(error) < 1.5 * float(usual)
+
+
+@pytest.mark.parametrize("isa", cpu.supported() if available("cpu") is None else [])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_over_columns_are_the_same_bits_however_they_are_shared_out(dtype: torch.dtype, isa: str) -> None:
+    best, threads = cpu.active(), torch.get_num_threads()
+    model = tiny("llama_bias").to(dtype)
+    (ids, mask), tokens = ragged(), some_tokens(2, 24)
+    try:
+        cpu.use(isa)
+        with torch.no_grad(), coreskip.wrap(model, plan_with(model, some_policy(model, "wina"))):
+            for _ in range(4):  # in bf16 a first step may disagree with modules that round
+                teacher_forced(model, ids, mask, tokens, each=1)
+            assert runtime_of(model).decoder.ready
+            on_modules(model)
+            expected = teacher_forced(model, ids, mask, tokens, each=1)
+            runtime_of(model)._modules_only = None
+            alone = teacher_forced(model, ids[:1], mask[:1], tokens[:1], each=1)
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                for each in (1, 3, 4):
+                    found = teacher_forced(model, ids, mask, tokens, each=each)
+                    assert torch.equal(found[:1], alone)
+                assert torch.equal(teacher_forced(model, ids[:1], mask[:1], tokens[:1], each=8), alone)
+    finally:
+        torch.set_num_threads(threads)
+        cpu.use(best)
+    error = (alone - expected[:1]).float().norm(dim=-1) / expected[:1].float().norm(dim=-1)
+    assert float(error.median()) < (1e-5 if dtype is torch.float32 else 0.1)
+
+
+@pytest.mark.skipif(available("cpu") is not None, reason="needs the compiled kernels")
+@pytest.mark.parametrize("name", [*NATIVE, "topk", "signs"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "starcoder2"])
+def test_generate_decodes_natively(
+    family: str, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, ids = tiny(family), prompt(1)
+    with coreskip.wrap(model, plan_with(model, some_policy(model, name))):
+        greedy(model, ids, 4)
+        seen = spy(model, monkeypatch)
+        with caplog.at_level("DEBUG", "coreskip"):
+            text = greedy(model, ids, 24)
+        assert sum(seen) == (23 if name in NATIVE else 0)
+        assert ("makes its choice" in caplog.text) == (name not in NATIVE)
+        on_modules(model)
+        assert torch.equal(greedy(model, ids, 24), text)
+
+
+@pytest.mark.skipif(available("cpu") is not None, reason="needs the compiled kernels")
+def test_a_native_step_of_many_policies() -> None:
+    """Some linears of some layers by columns, others dense, beside predicted and sketched neurons."""
+    model = tiny("llama_bias", num_hidden_layers=5)
+    policies = (
+        Threshold("teal", KEEP, {"mlp.down_proj": 0.5, "attention.k_proj": 0.3}),
+        Dense(),
+        some_policy(model, "learned"),
+        Threshold("wina", KEEP, {"mlp.gate_proj": 0.5, "attention.o_proj": 0.3}),
+        some_policy(model, "sketch"),
+    )
+    dense, (ids, mask), tokens = Plan.dense(model), ragged(), some_tokens(2, 40)
+    runs = (Run(), Run(), Run(), SkipAttention(), Run())
+    layers = tuple(LayerPlan(policy, run) for policy, run in zip(policies, runs, strict=True))
+    with torch.no_grad(), coreskip.wrap(model, Plan(layers, dense.model, {"method": "test"})):
+        runtime_of(model).usage.counting = True
+        found, skipped = [], []
+        for _ in range(2):
+            runtime_of(model).usage.reset()
+            found.append(teacher_forced(model, ids, mask, tokens, each=2))
+            assert runtime_of(model).decoder.ready
+            skipped.append(runtime_of(model).usage.neuron_sparsity())
+            on_modules(model)
+    error = (found[0] - found[1]).norm(dim=-1) / found[1].norm(dim=-1)
+    assert float(error.median()) < 1e-4
+    assert skipped[0] == pytest.approx(skipped[1], abs=0.005)
+
+
 @pytest.mark.skipif(available("cpu") is not None, reason="needs the compiled kernels")
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("name", ["sketch_threshold", "sketch_refined"])
+@pytest.mark.parametrize("name", ["sketch_threshold", "sketch_refined", *NATIVE])
 def test_the_native_step_counts_what_the_modules_count(name: str, rows: int) -> None:
     model = tiny("llama")
     shares = []

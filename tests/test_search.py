@@ -197,13 +197,15 @@ def test_bytes_of_what_no_format_changes(llama: Any) -> None:
     def read(policy: Any, weights: str | None) -> int:
         return bytes_per_token(llama, replace(plan_with(llama, policy), weights=weights))
 
-    for name in ("teal", "topk", "learned"):
+    for name in ("signs", "topk"):
         policy = some_policy(llama, name)
         assert read(policy, "int4") == read(policy, None)
-    fewer = {name: read(some_policy(llama, name), None) - read(some_policy(llama, name), "int8") for name in ("cats",)}
-    rest = sum(p.numel() for n, p in llama.named_parameters() if p.ndim == 2 and ("attn" in n or "lm_head" in n))
-    assert fewer["cats"] == pytest.approx(rest * (4 - 1 - 1 / 16), rel=1e-6)
-    assert read(Sketch(keep=0.5), None) - read(Sketch(keep=0.5), "int8") == pytest.approx(fewer["cats"], rel=1e-6)
+    head = llama.lm_head.weight.numel()
+    rest = head + sum(p.numel() for n, p in llama.named_parameters() if p.ndim == 2 and "attn" in n)
+    policies = {name: some_policy(llama, name) for name in ("cats", "teal", "teal_all", "learned")}
+    for name, policy in {**policies, "sketch": Sketch(keep=0.5)}.items():
+        changed = head if name == "teal_all" else rest  # columns have no other format
+        assert read(policy, None) - read(policy, "int8") == pytest.approx(changed * (4 - 1 - 1 / 16), rel=1e-6)
 
 
 def test_time_is_bytes_over_bandwidth_and_dearer_where_neurons_are_chosen() -> None:
