@@ -4,8 +4,8 @@
 
 Each plan takes turns with the same model in dense fp32, and the row gets both: what else the machine does slows them
 alike. Matrices are read where they lie (CORESKIP_NARROW=0): that the embedded model's numbers fit into 4 bits would
-hide what leaving neurons out does for a model whose numbers do not. Rows that have a speed are left as they are, so that
-a run that was stopped goes on.
+hide what leaving neurons out does for a model whose numbers do not. Rows that have a speed are left as they are, so
+that a run that was stopped goes on.
 """
 
 from __future__ import annotations

@@ -709,7 +709,7 @@ def _bundled(sparse: SparseMLP) -> BundledMLP:
         sparse.threshold,
         sparse.smooth,
         sparse.refine,
-        None if scorer is None else (scorer.reduce, scorer.expand),
+        predictor=None if scorer is None else (scorer.reduce, scorer.expand),
     )
 
 
