@@ -590,14 +590,17 @@ class Decoder:
                     compare(logits, output.logits, chosen.by_rule)
                 else:
                     compare(judged, output.logits, by_rule=False)
-                if packed is not None:
+                if packed is None:
+                    self._loaded = self._as_loaded(loaded)
+                    self._architecture = self._pack() if self._weights else self._loaded
+                else:
                     if self._weights is not None:
                         _check_finite(self._model)  # while nothing is gone
                     del loaded, step  # they hold the weights where they lie
                     self._architecture = self._pack(packed)
-                else:
-                    self._loaded = self._as_loaded(loaded)
-                    self._architecture = self._pack() if self._weights else self._loaded
+                # once more as every step after it: the same numbers may be added up in another order
+                take_back(named["past_key_values"], named["input_ids"].shape[1])
+                logits, left_out = self._run(self._of(chosen).step(chosen), named, self._of(chosen))
             except NotCovered as reason:
                 self._disagreed += isinstance(reason, _Disagrees)
                 if not isinstance(reason, _Disagrees) or self._disagreed == _ATTEMPTS:

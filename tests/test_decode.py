@@ -48,13 +48,23 @@ def some_tokens(rows: int, count: int) -> torch.Tensor:
     return torch.randint(5, VOCABULARY, (rows, count), generator=torch.Generator().manual_seed(3))
 
 
-def teacher_forced(model: Any, ids: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor, each: int) -> torch.Tensor:
-    """Logits of `tokens` [rows, n], decoded `each` at a time after prompts padded on the left."""
-    cache, length, logits = DynamicCache(config=model.config), ids.shape[1], []
+def prefilled(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache:
+    """The KV cache of prompts that are padded on the left."""
+    cache = DynamicCache(config=model.config)
+    with coreskip.prefilling():
+        places = (mask.cumsum(1) - 1).clamp_min(0)
+        model(ids, attention_mask=mask, position_ids=places, past_key_values=cache)
+    return cache
+
+
+def teacher_forced(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor, each: int, cache: Any = None
+) -> torch.Tensor:
+    """Logits of `tokens` [rows, n], decoded `each` at a time after prompts padded on the left, of which a `cache` may
+    hold the keys and values."""
+    cache, length, logits = cache or prefilled(model, ids, mask), ids.shape[1], []
     mask = torch.cat([mask, torch.ones_like(tokens)], 1)
     places = (mask.cumsum(1) - 1).clamp_min(0)
-    with coreskip.prefilling():
-        model(ids, attention_mask=mask[:, :length], position_ids=places[:, :length], past_key_values=cache)
     for at, some in zip(range(length, mask.shape[1], each), tokens.split(each, 1), strict=True):
         given = {"attention_mask": mask[:, : at + each], "position_ids": places[:, at : at + each]}
         logits.append(model(some, past_key_values=cache, **given).logits)
