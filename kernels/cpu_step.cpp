@@ -827,7 +827,7 @@ class Walker {
         const int64_t bytes = b.stride * (projections + 1) * size_of(b.dtype);
         MlpJob job{};
         job.weight = b.weight, job.low = b.low, job.scale = b.scale, job.gated = b.gated != 0, job.act = l.act;
-        job.block = static_cast<int>(std::min<int64_t>(bundles(32, bytes), kMaxBlock));
+        job.block = static_cast<int>(std::min<int64_t>(bundles(64, bytes), kMaxBlock));
         job.ahead = static_cast<int>(std::min<int64_t>(bundles(32, bytes), 4096));
         job.gate_bias = b.gate_bias, job.up_bias = b.up_bias, job.rows = rows_of(b.stride);
         job.rule = b.rule == kLearned ? kListed : b.rule;
