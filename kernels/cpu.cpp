@@ -116,7 +116,7 @@ struct Call {
                             Workspace::room<int64_t>(ruled ? all : 0)))
             return kNoMemory;
         const int64_t bytes = a.stride * (projections + 1) * size_of(a.w_dtype);
-        job = {a.weight, a.low, a.scale, a.gated != 0, a.act, std::min<int>(bundles(32, bytes), kMaxBlock),
+        job = {a.weight, a.low, a.scale, a.gated != 0, a.act, std::min<int>(bundles(64, bytes), kMaxBlock),
                std::min<int>(bundles(32, bytes), 4096), a.gate_bias, a.up_bias, nullptr, nullptr,
                load_rows(isa, a.x, a.x_dtype, a.w_dtype, a.rows, a.hidden, a.stride, memory), a.rule, a.norm,
                nullptr, nullptr, nullptr, a.neurons, a.mean, 0, a.refine};
