@@ -3,13 +3,16 @@
     python -m coreskip.bench.budget TEXT --rows bench/rows/budget.jsonl --plans FOLDER
     python -m coreskip.bench.quality_speed bench/rows/budget.jsonl --plans FOLDER
 
-The first half of TEXT is all that the searches see; the rows' figures are of its second half, token by token where the
-native step decodes. Rows are written as they come, and those that there are stay: what was stopped goes on.
+Matrices are read where they lie (CORESKIP_NARROW=0): what a search finds for a model whose numbers, unlike the embedded
+one's, fit into no fewer bits. The first half of TEXT is all that the searches see; the rows' figures are of its second
+half, token by token where the native step decodes. Rows are written as they come, and those that there are stay: what
+was stopped goes on.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,7 @@ def main(
     fast: bool,
 ) -> None:
     """Search for every budget and method with the embedded model in fp32, and score what is found."""
+    os.environ["CORESKIP_NARROW"] = "0"
     command = f"python -m coreskip.bench.budget {text.name} --rows {output.name} --windows {windows}" + " --fast" * fast
     about = provenance(command)  # before the work: the commit may move on meanwhile
     rows = _so_far(output, command)
