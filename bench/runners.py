@@ -328,6 +328,19 @@ class CoreskipEngine(Coreskip):
         return watch.generation()
 
 
+class CoreskipLookup(CoreskipEngine):
+    """The same with drafts from the text itself, which the plan verifies: the same text."""
+
+    def _wrap(self) -> None:
+        wrap(self.model, self.plan, keep_originals=False, lookup=True)
+
+    def weight_bytes(self) -> int:
+        """What a token costs on average: a pass over several reads the weights once."""
+        done = runtime_of(self.model).lookup
+        last = None if done is None else done.last
+        return self._bytes if last is None or not last.tokens else round(last.passes * self._bytes / last.tokens)
+
+
 # --- peers ------------------------------------------------------------------------------------------------------------
 
 
@@ -542,6 +555,7 @@ RUNNERS: dict[str, type[Runner]] = {
     "coreskip": Coreskip,
     "coreskip-exact": CoreskipExact,
     "coreskip-engine": CoreskipEngine,
+    "coreskip-lookup": CoreskipLookup,
 }
 FORMATS = ("int8", "int4")  # in which coreskip holds weights
 OPPONENTS = ("hf", "hf-compile", "onnxruntime", "llama.cpp")

@@ -133,9 +133,10 @@ def _jobs(
     floats = [dtype for dtype in dtypes if dtype in WIDTHS]
     its_own = {"onnxruntime": ["float32", "int4"], "llama.cpp": ["gguf"], "coreskip-dense": dtypes}
     its_own["coreskip-engine"] = [dtype for dtype in dtypes if dtype != "float32"]  # what it adds shows in short steps
+    its_own["coreskip-lookup"] = [dtype for dtype in dtypes if dtype not in WIDTHS]  # floats have exact mode
     names = [*opponents, "coreskip-dense"]
     if common["shape"] is None:  # the text of random weights says nothing about drafts, and there is no tokenizer
-        names += ["coreskip-engine", "coreskip-exact"]
+        names += ["coreskip-engine", "coreskip-lookup", "coreskip-exact"]
     jobs = [Job(name, dtype, **common) for name in names for dtype in its_own.get(name, floats)]
     return jobs + [Job("coreskip", dtype, plan=plan, **common) for plan in plans for dtype in dtypes]
 

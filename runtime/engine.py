@@ -35,7 +35,7 @@ class Engine:
         model: a causal LM; wrapped here if a plan is given, until `close`.
         plan: None to use the model as it is (dense, or wrapped by the caller).
         exact: as for `wrap`; without a plan, drafts come from the text alone.
-        keep_originals: as for `wrap`.
+        keep_originals, lookup: as for `wrap`.
     """
 
     def __init__(
@@ -46,13 +46,14 @@ class Engine:
         *,
         exact: bool = False,
         keep_originals: bool | None = None,
+        lookup: bool = False,
     ) -> None:
-        if (plan is not None or exact) and is_wrapped(model):
+        if (plan is not None or exact or lookup) and is_wrapped(model):
             raise CoreskipError("the model is wrapped already: call coreskip.unwrap(model) first, or pass no plan")
-        if plan is None and exact:
+        if plan is None and (exact or lookup):
             plan = Plan.dense(model)
         if plan is not None:
-            wrap(model, plan, exact=exact, keep_originals=keep_originals)
+            wrap(model, plan, exact=exact, keep_originals=keep_originals, lookup=lookup)
         self.model, self.tokenizer = model, tokenizer
         self._owns_wrapping = plan is not None
         self._sampling = threading.Lock()
@@ -67,9 +68,10 @@ class Engine:
 
     @property
     def statistics(self) -> Statistics | None:
-        """Of the generation in exact mode that ended last; None before the first, and in other modes."""
-        exact = runtime_of(self.model).exact if is_wrapped(self.model) else None
-        return None if exact is None else exact.last
+        """Of the generation with drafts (exact mode, lookup) that ended last; None before the first, and without."""
+        runtime = runtime_of(self.model) if is_wrapped(self.model) else None
+        drafter = None if runtime is None else runtime.exact or runtime.lookup
+        return None if drafter is None else drafter.last
 
     def __enter__(self) -> Engine:
         return self

@@ -134,6 +134,11 @@ class NativePasses:
     def verify(self, tokens: Sequence[int]) -> Tensor:
         return self._native.step(tokens, self._dense)
 
+    def run(self, token: int, count: int, ends: Sequence[int]) -> list[int]:
+        """Append `token` densely, and the likeliest after it: `count`, or up to one of `ends`. Returns these; the last
+        of them is not appended."""
+        return self._native.greedy(token, count, ends, self._dense)
+
     def rollback(self, length: int) -> None:
         self._native.rollback(length)
 
@@ -582,6 +587,12 @@ class PlainChoices(Choices):
         self.text.extend(made)
         return made
 
+    def run(self, last: int, count: int) -> list[int]:
+        """Extend the text by `count` tokens, or up to its end, without a draft; returns them."""
+        made = self.passes.run(last, count, self._ends)
+        self.text.extend(made)
+        return made
+
     def look(self, last: int, drafts: Sequence[int], found: Sequence[int]) -> tuple[list[int], list[float]]:
         made, chances = likeliest(self.passes.draft([last, *found]))
         held = next((i for i, token in enumerate(found) if token != made[i]), len(found))
@@ -631,7 +642,7 @@ class Exact:
         yield statistics_
         statistics_.total_s = time.perf_counter() - start
         self.last = statistics_
-        logger.debug("exact mode: %s", statistics_)
+        logger.debug("with drafts: %s", statistics_)
 
     def generate(
         self,
@@ -647,7 +658,7 @@ class Exact:
         if reason is not None:
             if reason not in self._noted:
                 self._noted.add(reason)
-                logger.info("exact mode: %s: decoding densely, without drafts", reason)
+                logger.info("decoding without drafts: %s", reason)
             with self._recorded(reason) as done:
                 output = plain()
                 done.tokens = int(getattr(output, "sequences", output).shape[1] - ids.shape[1])
@@ -708,12 +719,22 @@ class Exact:
 
     def _decode(self, choices: Choices, first: Tensor, room: int, done: Statistics) -> None:
         passes, text = choices.passes, choices.text
-        last, alone = text.append(first), False
+        last, alone, idle = text.append(first), False, 0
         run = _Run(choices, Lookup(text.ids[0].tolist()), done, last)
         done.tokens = 1
         while not text.finished:
             name, keys, drafts = self._draft(run, 0 if alone else room - done.tokens)
             start = time.perf_counter()
+            idle = 0 if drafts else idle + 1
+            if idle and isinstance(choices, PlainChoices):
+                # the longer there was nothing to draft, the longer nobody looks: a look at every token takes 0.2 ms
+                made = choices.run(run.last, min(room - done.tokens, 1 + idle // 2, AT_ONCE))
+                seconds = time.perf_counter() - start
+                self.pace.verified(1, seconds / len(made))
+                done.passes, done.verify_s = done.passes + len(made), done.verify_s + seconds
+                run.extend(made)
+                passes.rollback(text.ids.shape[1] - 1)
+                continue
             logits = passes.verify([run.last, *drafts])
             seconds = time.perf_counter() - start
             self.pace.verified(1 + len(drafts), seconds)

@@ -69,7 +69,9 @@ Model = TypeVar("Model", bound=nn.Module)
 _RUNTIME = "_coreskip_runtime"
 
 
-def wrap(model: Model, plan: Plan, *, exact: bool = False, keep_originals: bool | None = None) -> Model:
+def wrap(
+    model: Model, plan: Plan, *, exact: bool = False, keep_originals: bool | None = None, lookup: bool = False
+) -> Model:
     """Run `model` under `plan` from now on: ``model.generate`` and everything built on it decode sparsely.
 
     Args:
@@ -86,6 +88,9 @@ def wrap(model: Model, plan: Plan, *, exact: bool = False, keep_originals: bool 
             False: any of these forms, and the originals go, to be restored by `unwrap`. True: any, beside them.
             Embeddings, and an LM head that shares their matrix, stay in any case, and so do the MLPs of layers whose
             neurons each prompt chooses; exact mode keeps all.
+        lookup: draft the tokens that followed the text's last few before (prompt lookup decoding), to be verified under
+            the plan itself: the plan's own text, sooner where it repeats itself or its prompt. For one sequence by
+            native steps; exact mode does that anyway.
 
     Raises:
         CoreskipError: wrapped already, not supported, or the plan is another model's; nothing was changed.
@@ -97,7 +102,7 @@ def wrap(model: Model, plan: Plan, *, exact: bool = False, keep_originals: bool 
     _refuse_hooks(model)
     anatomy = dissect(model)
     plan.check(model, anatomy)
-    runtime = Runtime(model, anatomy, plan, exact, keep_originals=keep_originals)
+    runtime = Runtime(model, anatomy, plan, exact, keep_originals=keep_originals, lookup=lookup)
     runtime.install()
     runtime.replace_originals()
     return model
@@ -210,6 +215,7 @@ class Runtime:
         exact: bool = False,
         weights: Weights | None = None,
         keep_originals: bool | None = True,
+        lookup: bool = False,
     ) -> None:
         self.model, self.anatomy, self.plan = model, anatomy, plan
         self._class = type(model)
@@ -254,6 +260,7 @@ class Runtime:
         self.graphs = Graphs(self)
         sparse = self._chosen or self._static or self._token_policies or self._column_policies
         self.exact = Exact(has_draft=bool(sparse or self._skips.policies or plan.weights)) if exact else None
+        self.lookup = Exact(has_draft=False) if lookup and not exact else None
         # neurons that prompts choose are packed again and again
         kept = [module for index in self._chosen for module in anatomy.mlps[index].owner.modules()]
         self._demanded = keep_originals is False
@@ -360,8 +367,9 @@ class Runtime:
         self.decoder.forget()
         self.graphs.forget()
         self._watched = self._watches()
-        if self.exact is not None:
-            self.exact.forget()
+        for drafter in (self.exact, self.lookup):
+            if drafter is not None:
+                drafter.forget()
 
     def packed_bytes(self) -> tuple[int, int] | None:
         """Bytes of all matrices that a native decode step reads, and of the MLPs' share of them; None where steps are
@@ -394,12 +402,14 @@ class Runtime:
         self._patches.set(self.model, "forward", forward)
 
     def native_passes(self, cache: Cache) -> NativePasses | None:
-        """Exact mode's passes over one sequence's cache by native steps, where they cover model and plan."""
+        """Passes over one sequence's cache by native steps, where they cover model and plan: in exact mode the plan
+        drafts and the dense model verifies, else the plan does both."""
         draft = self.chosen_for(cache)
         if not self.decoder.ready or isinstance(draft, str):
             return None
         try:
-            return NativePasses(NativeSequence(self.decoder, cache), draft, self._dense)
+            dense = draft if self.exact is None else self._dense
+            return NativePasses(NativeSequence(self.decoder, cache), draft, dense)
         except NotCovered:
             return None
 
@@ -783,8 +793,16 @@ class _Wrapped:
         arguments["model_kwargs"] = model_kwargs
         if exact is not None:
             return exact.generate(self, plain, input_ids, arguments, runtime.native_passes)
-        output = loop.generate(runtime, self, input_ids, arguments)
-        return plain() if output is None else output
+
+        def undrafted() -> Any:
+            output = loop.generate(runtime, self, input_ids, arguments)
+            return plain() if output is None else output
+
+        lookup = runtime.lookup
+        if lookup is None or runtime.graphs.capture is not None or runtime.decoder.refusal is not None:
+            return undrafted()
+        lookup.by_rows = True  # as native steps treat them
+        return lookup.generate(self, undrafted, input_ids, arguments, runtime.native_passes)
 
     def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
         return False  # the patched forward keeps state between steps that a captured graph would freeze

@@ -182,7 +182,7 @@ def test_the_engine_runner_clocks_the_dense_plans_tokens(
     monkeypatch.setattr(HuggingFace, "load", load_embedded)
     ids = embedded[1](PROMPTS["qa"]).input_ids
     made = []
-    for name in ("coreskip-dense", "coreskip-engine"):
+    for name in ("coreskip-dense", "coreskip-lookup", "coreskip-engine"):
         runner = Local(Job(name, "float32"))
         runner("load")
         made.append(runner("generate", ids, 12))
@@ -190,8 +190,8 @@ def test_the_engine_runner_clocks_the_dense_plans_tokens(
             with pytest.raises(RunnerFailed, match="not those of its text"):
                 runner("generate", [*ids[:-1], *embedded[1]("An swer").input_ids, *embedded[1]("ing").input_ids], 2)
         runner.close()
-    assert made[0].tokens == made[1].tokens
-    assert len(made[1].gaps) == 11
+    assert made[0].tokens == made[1].tokens == made[2].tokens
+    assert len(made[1].gaps) == len(made[2].gaps) == 11
 
 
 def test_a_runner_that_fails_while_timed_leaves_the_others() -> None:
@@ -466,7 +466,8 @@ def test_shapes_have_the_sparsity_that_they_state() -> None:
 
 def test_the_engine_is_timed_where_steps_are_short() -> None:
     assert [str(job) for job in settings_of(model=None, against="none", dtypes="float32,int4").jobs] == [
-        *("coreskip-dense float32", "coreskip-dense int4", "coreskip-engine int4", "coreskip-exact float32"),
+        *("coreskip-dense float32", "coreskip-dense int4", "coreskip-engine int4", "coreskip-lookup int4"),
+        "coreskip-exact float32",
     ]
 
 

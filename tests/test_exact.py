@@ -20,7 +20,7 @@ from coreskip import CoreskipError, Engine
 from coreskip.bench.exact import places_off
 from coreskip.kernels.ops import available
 from coreskip.kernels.step import likeliest
-from coreskip.predictors.plan import Plan
+from coreskip.predictors.plan import LayerPlan, Plan, Sketch
 from coreskip.runtime import exact as exact_module
 from coreskip.runtime.decode import NativeSequence
 from coreskip.runtime.exact import Choices, Exact, Lookup, Pace, Source, Statistics, Text
@@ -646,3 +646,63 @@ def test_rows_are_apart_where_a_pass_reaches_over_128_positions(embedded: tuple[
         single = torch.cat([model(t, past_key_values=one).logits for t in ids[:, 120:136].split(1, dim=1)], dim=1)
         several = torch.cat([model(t, past_key_values=many).logits for t in ids[:, 120:136].split(5, dim=1)], dim=1)
         assert torch.equal(several, single)
+
+
+# ---- drafts from the text alone, verified by the plan ----------------------------------------------------------------
+
+
+def repeating(rows: int = 1) -> torch.Tensor:
+    return prompt(rows, 7).repeat(1, 4)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["dense", "int8", "int4", "static", "griffin"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "phi3", "gemma2"])
+def test_with_lookup_the_text_is_the_plans_own(family: str, kind: str) -> None:
+    model, options = tiny(family), {"new": 120}  # random models come to repeat themselves
+    plan = Plan.dense(model, kind if "int" in kind else None)
+    plan = plan if kind in ("dense", "int8", "int4") else plan_of(model, kind)
+    sampled = {"do_sample": True, "temperature": 0.3, **options}
+
+    def texts() -> list[torch.Tensor]:
+        found = [greedy(model, repeating(), **options), greedy(model, repeating(2), **options)]
+        torch.manual_seed(3)
+        return [*found, greedy(model, repeating(), **sampled), torch.rand(3)]
+
+    with coreskip.wrap(model, plan, keep_originals=True):
+        greedy(model, repeating(), 3)
+        expected = texts()
+    with coreskip.wrap(model, plan, keep_originals=True, lookup=True):
+        greedy(model, repeating(), 3)
+        runtime_of(model).lookup.pace = Eager()
+        assert all(torch.equal(a, b) for a, b in zip(texts(), expected, strict=True))
+        greedy(model, repeating(), **options)
+        done = runtime_of(model).lookup.last
+        assert done.note is None
+        assert done.drafted["plan"] == 0
+        assert done.drafted["lookup"] > 0 or family != "llama"  # not every text repeats itself
+        assert done.passes + done.accepted["lookup"] == 119
+
+
+@needs_kernels
+def test_lookup_by_the_engine(llama: Any) -> None:
+    ids, plan = repeating(), Plan.dense(llama)
+    expected = dense(llama, ids, new=30)
+    with Engine(llama, None, plan, lookup=True) as engine:
+        assert torch.equal(greedy(llama, ids, new=30), expected)
+        assert engine.statistics is not None
+        assert engine.statistics.tokens == 30
+    with pytest.raises(CoreskipError, match="wrapped already"), coreskip.wrap(llama, plan):
+        Engine(llama, None, lookup=True)
+
+
+@needs_kernels
+def test_a_rule_that_rounding_turns_is_not_drafted_for_or_gives_its_own_text(llama: Any) -> None:
+    plain = Plan.dense(llama)
+    plan = Plan(tuple(LayerPlan(Sketch(bits=4, keep=0.5)) for _ in plain.layers), plain.model, {"method": "sketch"})
+    with coreskip.wrap(llama, plan):
+        greedy(llama, repeating(), 3)
+        expected = greedy(llama, repeating(), new=40)
+    with coreskip.wrap(llama, plan, lookup=True):
+        assert torch.equal(greedy(llama, repeating(), new=40), expected)
+        assert runtime_of(llama).lookup.last.tokens == 40
