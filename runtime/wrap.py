@@ -322,7 +322,7 @@ class Runtime:
                 reason = self.decoder.replace(self._forward, self.chosen_for(cache), named, self._replace)
             self.usage.reset()
         trim()
-        if reason is not None and self._demanded:
+        if reason is not None and self._demanded and self.plan.weights is not None:  # else nothing was to be packed
             logger.warning("the original weights are kept: %s", reason)
 
     def _replace(self, module: nn.Module, parts: list[PackedLinear]) -> None:

@@ -253,3 +253,11 @@ def test_matrices_can_be_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) ->
     with coreskip.wrap(model, plan):
         greedy(model, prompt(1, 7), 4)
         assert not runtime_of(model).decoder._architecture.base.head.grouped
+
+
+def test_a_model_without_native_steps_keeps_its_matrices_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny("gpt2")
+    with coreskip.wrap(model, Plan.dense(model), keep_originals=False):
+        greedy(model, prompt(1, 7), 4)
+        assert not any(p.is_meta for p in model.parameters())
+    assert not caplog.records
