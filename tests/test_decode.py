@@ -174,7 +174,8 @@ def test_rows_with_neurons_of_their_own_in_every_format(
         assert seen == [2] * 30
         alone = [teacher_forced(model, ids[r : r + 1], mask[r : r + 1], tokens[r : r + 1], 1) for r in range(2)]
     error = (native - torch.cat(alone)).float().square().mean().sqrt() / native.float().std()
-    assert error < (1e-5 if dtype is torch.float32 else 0.03)
+    # a batch is prefilled with other roundings than its rows alone, which inputs rounded to 8 bits make larger
+    assert error < (1e-5 if dtype is torch.float32 and weights is None else 0.03)
 
 
 @pytest.mark.parametrize("isa", cpu.supported() if available("cpu") is None else [])
