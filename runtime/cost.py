@@ -63,7 +63,7 @@ def cost(model: Any, plan: Plan, anatomy: Anatomy | None = None) -> Cost:
         nonlocal extra
         size = _bytes_of(weight, form, native)
         extra += (_WHOLE - 1) * size * weight.numel() if form is None and size < loaded else 0.0
-        return size * weight.numel()
+        return size * int(weight.numel())
 
     moved = loaded_bytes(model) - head.nbytes + dense(head, None if fmt is None else "int8")
     for index, (layer, mlp) in enumerate(zip(anatomy.layers, anatomy.mlps, strict=True)):
