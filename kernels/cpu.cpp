@@ -112,7 +112,7 @@ struct Call {
                             Workspace::room<int64_t>(listed) + Workspace::room<uint8_t>(all) +
                             Workspace::room<int32_t>(scans() ? all * projections : 0) +
                             2 * Workspace::room<float>(ruled ? all : 0) +
-                            Workspace::room<uint32_t>(ruled ? 2 * a.neurons + 1 : 0) +
+                            Workspace::room<uint32_t>(ruled ? a.neurons : 0) +
                             Workspace::room<int64_t>(ruled ? all : 0)))
             return kNoMemory;
         const int64_t bytes = a.stride * (projections + 1) * size_of(a.w_dtype);
@@ -128,7 +128,7 @@ struct Call {
             if (a.rule == kGate) job.known_gate = memory.take<float>(all);
             job.score = memory.take<float>(all);
             job.exact = job.score;  // the choice is made before
-            scratch = memory.take<uint32_t>(2 * a.neurons + 1);
+            scratch = memory.take<uint32_t>(a.neurons);
             chosen = memory.take<int64_t>(all);
         }
         count = a.neurons;
@@ -234,13 +234,13 @@ CORESKIP_API int coreskip_columns(const void* x, int x_dtype, int rows, int64_t 
     const Isa& isa = *active.load();
     const int64_t all = rows * inputs, size = rows * stride;
     Workspace& memory = workspace;
-    if (!memory.reserve(2 * Workspace::room<float>(all) + Workspace::room<uint32_t>(2 * inputs + 1) +
+    if (!memory.reserve(2 * Workspace::room<float>(all) + Workspace::room<uint32_t>(inputs) +
                         Workspace::room<int64_t>(all) + Workspace::room<int64_t>(inputs + 1) +
                         Workspace::room<uint8_t>(all) + Workspace::room<float>(size * threads)))
         return kNoMemory;
     float* values = memory.take<float>(all);
     float* score = memory.take<float>(all);
-    uint32_t* scratch = memory.take<uint32_t>(2 * inputs + 1);
+    uint32_t* scratch = memory.take<uint32_t>(inputs);
     int64_t* chosen = memory.take<int64_t>(all);
     int64_t* list = memory.take<int64_t>(inputs + 1);
     uint8_t* selected = memory.take<uint8_t>(all);

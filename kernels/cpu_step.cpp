@@ -233,7 +233,7 @@ Own own_share(const Sizes& s, Take take) {
     w.chosen = take(int64_t(), s.listed * t);
     w.list = take(int64_t(), std::max(s.listed, s.inputs) + 1);
     w.selected = take(uint8_t(), std::max(s.listed, s.inputs) * t);
-    w.keys = take(uint32_t(), 2 * s.listed + 1);
+    w.keys = take(uint32_t(), s.listed);
     w.slice = take(float(), kSlice);
     w.exact = take(float(), s.listed * t);
     w.sums = take(float(), s.sums * t);

@@ -116,10 +116,10 @@ inline int64_t merge(const int64_t* lists, int64_t count, int rows, int64_t neur
 }
 
 // One row's neurons with a score of at least `threshold` or, where keep >= 0, the `keep` best (of equal scores the
-// first); all scores are 0 or more, or NaN. Ascending, then -1. scratch: [2 * neurons + 1].
-inline void choose(const float* score, int64_t neurons, int64_t keep, float threshold, uint32_t* scratch, int64_t* to,
+// first); all scores are 0 or more, or NaN. Ascending, then -1. keys: [neurons], scratch.
+inline void choose(const float* score, int64_t neurons, int64_t keep, float threshold, uint32_t* keys, int64_t* to,
             int64_t width) {
-    const int64_t kept = active.load()->choose(score, neurons, keep, threshold, scratch, to, width);
+    const int64_t kept = active.load()->choose(score, neurons, keep, threshold, keys, to, width);
     std::fill(to + kept, to + width, -1);
 }
 
