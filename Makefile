@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo bench tables test lint types check sanitize clean
+.PHONY: setup demo bench tables test test-isas lint types check sanitize clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,11 @@ tables: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# The tests as other CPUs would run them: torch, oneDNN and the kernels turned down to less than this machine has, in
+# every combination. ARGS adds options, for example ARGS='--times 3'.
+test-isas: setup
+	$(BIN)/python tests/isas.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -83,13 +83,16 @@ def active() -> str:
 
 
 def supported() -> list[str]:
-    """The instruction sets that this machine has, best first. Leaves the best one chosen."""
-    return _supported(library())
+    """The instruction sets that this machine has, best first."""
+    chosen = active()
+    found = _supported(library())
+    use(chosen)
+    return found
 
 
 def _supported(lib: ctypes.CDLL) -> list[str]:
-    # From the least to the best, so that the best one stays chosen.
-    return [isa for isa in reversed(ISAS) if lib.coreskip_use(isa.encode()) == 0][::-1]
+    """Leaves the last of them chosen."""
+    return [isa for isa in ISAS if lib.coreskip_use(isa.encode()) == 0]
 
 
 def _declare(lib: ctypes.CDLL) -> None:

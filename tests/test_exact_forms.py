@@ -28,9 +28,10 @@ FORMS = ["int4 from below", "int4 from above", "int4 in few steps", "int8_groups
 
 @pytest.fixture(params=[] if NO_LIBRARY else cpu.supported())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = cpu.active()
     cpu.use(request.param)
     yield request.param
-    cpu.use(cpu.supported()[0])
+    cpu.use(before)
 
 
 def made_of(form: str, rows: int, width: int, seed: int = 0) -> Tensor:

@@ -22,9 +22,10 @@ def backend(request):
     if request.param == "torch":
         yield "torch"
         return
+    before = cpu.active()
     cpu.use(request.param)
     yield "cpu"
-    cpu.use(cpu.supported()[0])
+    cpu.use(before)
 
 
 def random_mlp(hidden, neurons, *, fmt, gated=True, bias=True, act="silu", dtype=torch.float32, seed=0):

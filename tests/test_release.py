@@ -30,9 +30,10 @@ pytestmark = pytest.mark.skipif(NO_LIBRARY is not None, reason=str(NO_LIBRARY))
 
 @pytest.fixture(params=[] if NO_LIBRARY else cpu.supported())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = cpu.active()
     cpu.use(request.param)
     yield request.param
-    cpu.use(cpu.supported()[0])
+    cpu.use(before)
 
 
 def numbers(packed: PackedLinear) -> torch.Tensor:
