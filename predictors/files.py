@@ -205,7 +205,7 @@ def _is_stream(kind: int) -> bool:
 
 
 def _replace(real: Path, data: bytes) -> None:
-    _remove_dead(real)
+    remove_dead(real)
     if real.exists() and not os.access(real, os.W_OK):  # a rename would replace what its owner has locked
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     with _draft(real, folder=False) as draft:
@@ -254,7 +254,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(target))  # of a link, the folder behind it
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_dead(target)
+    remove_dead(target)
     with _draft(target, folder=True) as draft:
         yield draft
         _sync(draft)
@@ -418,7 +418,7 @@ def _lock(path: Path) -> int | None:
     return None
 
 
-def _remove_dead(target: Path) -> None:
+def remove_dead(target: Path) -> None:
     """Remove what writers of `target` left behind that were killed."""
     if fcntl is None:
         return

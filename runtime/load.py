@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +13,8 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from ..predictors.errors import CoreskipError
+from .cache import load_cached
 from .weights import load_whole
-
-logger = logging.getLogger("coreskip")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CAUSAL_HEADS = ("CausalLM", "LMHead", "ConditionalGeneration")
@@ -49,7 +44,7 @@ def load(
     wanted = _dtype(dtype)
     place = _device(device)
     if model is None:
-        loaded, tokenizer = _load_embedded(wanted)
+        loaded, tokenizer = load_cached(embedded_gguf(), wanted, _load_gguf, _from_pretrained)
     else:
         name = os.fspath(model)
         if name.endswith(".gguf"):
@@ -104,51 +99,6 @@ def _device(device: torch.device | str | None) -> torch.device:
     return place
 
 
-def _load_embedded(dtype: torch.dtype | None) -> tuple[Any, Any]:
-    gguf = embedded_gguf()
-    folder = _cache_folder() / f"{gguf.stem.lower()}-{_digest(gguf)[:12]}"
-    if not (folder / "config.json").is_file():
-        try:
-            _dequantise_into(folder, gguf)
-        except OSError as error:
-            logger.warning("cannot cache the dequantised model in %s (%s): it is dequantised anew", folder, error)
-            return _load_gguf(gguf, dtype)
-    return _from_pretrained(folder, dtype or torch.float32)
-
-
-def _cache_folder() -> Path:
-    chosen = os.environ.get("CORESKIP_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coreskip"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _dequantise_into(folder: Path, gguf: Path) -> None:
-    """Save the GGUF's weights as fp32 safetensors: 4-bit weights times fp16 scales are exact in fp32 only."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        model, tokenizer = _load_gguf(gguf, torch.float32)
-        model.save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
-        draft.chmod(0o755)
-        try:
-            draft.rename(folder)
-        except OSError:
-            if not (folder / "config.json").is_file():  # else another process was first, with the same content
-                raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
 def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
     check_gguf(path)
     source, options = str(path.parent), {"gguf_file": path.name}
@@ -198,7 +148,5 @@ def _one_line(what: str, hint: str = "") -> Iterator[None]:
     except CoreskipError:
         raise
     except Exception as error:  # a damaged file surfaces as anything, struct.error included
-        reason = str(error).strip().splitlines()
-        raise CoreskipError(
-            f"cannot load {what}: {reason[0][:200] if reason else type(error).__name__}{hint}"
-        ) from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CoreskipError(f"cannot load {what}: {reason}{hint}") from error

@@ -67,19 +67,12 @@ def _may_be_left_over(model: nn.Module, key: str) -> bool:
     """Whether a weight that the model has no place for changes nothing of its text."""
     *path, leaf = key.split(".")
     module = model
-    for name in path:
+    for depth, name in enumerate(path):
         if not hasattr(module, name):
-            # within a layer nothing stands beside the language model
-            return (
-                not isinstance(module, nn.ModuleList) and _BESIDE.search(name) is not None and not _numbered(key, name)
-            )
+            in_layer = any(part.isdigit() for part in path[:depth])  # where nothing stands beside the language model
+            return _BESIDE.search(name) is not None and not in_layer
         module = getattr(module, name)
     return leaf in _COMPUTED or leaf in dict(module.named_buffers(recurse=False))
-
-
-def _numbered(key: str, name: str) -> bool:
-    """Whether a part of the key before `name` is a number, as those of layers are."""
-    return any(part.isdigit() for part in key.split(".")[: key.split(".").index(name)])
 
 
 def _left_over_in_gguf(model: Any, path: Path) -> list[str]:
@@ -115,11 +108,14 @@ def _layer(name: str) -> int:
 
 
 def _some(keys: Iterable[str]) -> str:
-    ordered = sorted(
-        keys, key=lambda key: [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in key.split(".")]
-    )
+    ordered = sorted(keys, key=_in_order)
     more = len(ordered) - _SHOWN
     return ", ".join(ordered[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _in_order(key: str) -> list[tuple[int, str]]:
+    """Sorts layer 10 behind layer 9."""
+    return [(int(part) if part.isdigit() else -1, part) for part in key.split(".")]
 
 
 def _shape(size: Iterable[int]) -> str:
