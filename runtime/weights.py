@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import logging
 import re
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import gguf
-import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -78,17 +78,13 @@ def _may_be_left_over(model: nn.Module, key: str) -> bool:
 def _left_over_in_gguf(model: Any, path: Path) -> list[str]:
     """Of a GGUF file, of which transformers takes what it knows, the layers and biases that the model has no place
     for."""
-    reader = gguf.GGUFReader(path)
-    names = {tensor.name: tensor for tensor in reader.tensors}
-    field = reader.fields["general.architecture"]
-    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    kind = kinds.get(str(field.contents()))
-    layers = model.config.get_text_config().num_hidden_layers
-    factors = names.get("rope_freqs.weight")
-    if factors is not None and not torch.from_numpy(factors.data.copy()).eq(1).all():
+    architecture, names = _gguf_names(path)
+    if "rope_freqs.weight" in names:
         logger.warning("%s scales its rotary frequencies, which transformers does not read from GGUF files", path)
+    kind = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}.get(architecture)
     if kind is None:
         return []
+    layers = model.config.get_text_config().num_hidden_layers
     known = gguf.get_tensor_name_map(kind, layers)
     without = {
         known.get_name(name)
@@ -100,6 +96,42 @@ def _left_over_in_gguf(model: Any, path: Path) -> list[str]:
         for name in names
         if _layer(name) >= layers or (name.endswith(".bias") and name.removesuffix(".bias") in without)
     ]
+
+
+_GGUF_FORMATS = dict(enumerate(["B", "b", "H", "h", "I", "i", "f", "?"])) | {10: "Q", 11: "q", 12: "d"}
+
+
+def _gguf_names(path: Path) -> tuple[str, list[str]]:
+    """A GGUF file's architecture and the names of its tensors: in 0.1 s where the gguf package, which makes an array
+    of every string of the vocabulary, takes 5."""
+    with path.open("rb") as file:
+
+        def number(fmt: str) -> int:
+            return int(struct.unpack("<" + fmt, file.read(struct.calcsize("<" + fmt)))[0])
+
+        def string() -> str:
+            return file.read(number("Q")).decode("utf-8", "replace")
+
+        def value(kind: int) -> str:
+            if kind == 8:
+                return string()
+            if kind == 9:
+                inner, count = number("I"), number("Q")
+                for _ in range(count):
+                    value(inner)
+            else:
+                file.read(struct.calcsize("<" + _GGUF_FORMATS[kind]))
+            return ""
+
+        def tensor() -> str:
+            name = string()
+            file.read(8 * number("I") + 12)  # shape, type, place
+            return name
+
+        file.read(8)  # mark and version
+        tensors, fields = number("Q"), number("Q")
+        table = {string(): value(number("I")) for _ in range(fields)}
+        return table.get("general.architecture", ""), [tensor() for _ in range(tensors)]
 
 
 def _layer(name: str) -> int:
