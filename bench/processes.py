@@ -49,7 +49,8 @@ class Worker:
         self._answers_due = 0
         self._process = context.Process(target=serve, args=(theirs, job), name=str(job))
         # started under the mask of `deaf_children`, it would take that off again
-        resource_tracker.ensure_running()
+        if os.name == "posix":
+            resource_tracker.ensure_running()
         with _inherited(job.threads):
             self._process.start()
         theirs.close()

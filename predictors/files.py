@@ -273,8 +273,8 @@ def check_folder(target: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         if os.path.ismount(target):
             raise OSError(errno.EBUSY, "it is a mount point, which cannot be replaced; name a folder in it")
-        probe = Path(tempfile.mkdtemp(prefix=".coreskip-", dir=parent))
-        probe.rmdir()
+        with tempfile.TemporaryFile(dir=parent):  # nothing that could be left behind
+            pass
     except (OSError, ValueError) as error:
         raise CoreskipError(f"cannot write {target}: {_reason(error)}") from None
 
