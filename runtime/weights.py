@@ -42,9 +42,10 @@ def load_whole(source: str | Path, **options: Any) -> Any:
     model, found = AutoModelForCausalLM.from_pretrained(
         source, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
+    file = Path(source) / options["gguf_file"] if "gguf_file" in options else None
     left_over = [key for key in found["unexpected_keys"] if not _may_be_left_over(model, key)]
-    if "gguf_file" in options:
-        left_over += _left_over_in_gguf(model, Path(source) / options["gguf_file"])
+    if file is not None:
+        left_over += _left_over_in_gguf(model, file)
     shapes = {f"{key} ({_shape(there)} instead of {_shape(here)})" for key, there, here in found["mismatched_keys"]}
     faults = [
         f"{what} {_some(keys)}"
@@ -57,7 +58,7 @@ def load_whole(source: str | Path, **options: Any) -> Any:
     ]
     if faults:
         raise CoreskipError(
-            f"the weights in {source} are not those of the {type(model).__name__} that it describes: "
+            f"the weights in {file or source} are not those of the {type(model).__name__} that it describes: "
             f"{'; '.join(faults)}: fetch or save the model again"
         )
     return model

@@ -243,7 +243,7 @@ def write_gguf(path: Path, change: Callable[[dict[str, Any]], object] = lambda t
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(128)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["a", "b", *(f"w{i}" for i in range(126))])
+    writer.add_token_list(["a", "b", "ab", *(f"w{i}" for i in range(125))])
     writer.add_token_types([gguf.TokenType.NORMAL] * 128)
     writer.add_token_merges(["a b"])
     for name, array in tensors.items():
