@@ -31,6 +31,7 @@ except ImportError:  # Windows: without locks, drafts of killed writers stay
 
 logger = logging.getLogger("coreskip")
 
+_LOCKS = fcntl is not None
 STDOUT = Path("-")
 SILENCE_S = 30.0  # a pipe into which nothing is written for so long is not waited for
 _TRIES = 1000  # of what another writer may undo; each is over within a millisecond
@@ -82,7 +83,7 @@ def append_line(path: Path, line: str) -> None:
         OSError: the file cannot be written.
     """
     with path.open("a+b") as file:
-        if fcntl is not None:
+        if _LOCKS:
             with contextlib.suppress(OSError):  # not every file system has locks
                 fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
@@ -400,7 +401,7 @@ def _locked_draft(target: Path, folder: bool) -> tuple[Path, int]:
 
 def _lock(path: Path) -> int | None:
     """A descriptor that holds the lock; None where another process has it or has removed the path."""
-    if fcntl is None:
+    if not _LOCKS:
         return os.open(os.devnull, os.O_RDONLY)
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -420,7 +421,7 @@ def _lock(path: Path) -> int | None:
 
 def remove_dead(target: Path) -> None:
     """Remove what writers of `target` left behind that were killed."""
-    if fcntl is None:
+    if not _LOCKS:
         return
     for path in [*_hidden(target, "draft"), *(_hidden(target, "old") if target.exists() else ())]:
         with contextlib.suppress(OSError):  # another process may be at it, too
