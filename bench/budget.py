@@ -24,11 +24,13 @@ from coreskip.bench.rows import quality_table
 from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.calibration import read_text, tokenize
 from coreskip.predictors.errors import CoreskipError
+from coreskip.predictors.files import check_file
+from coreskip.predictors.files import read_text as read_rows
 from coreskip.predictors.plan import Plan
 from coreskip.runtime.cost import bytes_per_token
 from coreskip.runtime.emulation import Emulation
 from coreskip.runtime.load import load
-from coreskip.runtime.search import search
+from coreskip.runtime.search import Journal, search
 from coreskip.runtime.tune import Budget, Study
 
 BUDGETS = ("ppl+0.5%", "ppl+1%", "ppl+2%", "ppl+5%")
@@ -58,16 +60,18 @@ def main(
     os.environ["CORESKIP_NARROW"] = "0"
     command = f"python -m coreskip.bench.budget {text.name} --rows {output.name} --windows {windows}" + " --fast" * fast
     about = provenance(command)  # before the work: the commit may move on meanwhile
+    check_file(output, regular=True)
     rows = _so_far(output, command)
     missing = [(b, m) for b in budgets or BUDGETS for m in methods or METHODS if _name(b, m) not in rows]
     folder.mkdir(parents=True, exist_ok=True)
+    measured = Journal(journal or folder / "measured.jsonl")
     model, tokenizer = load(device="cpu", dtype="float32")
     seen, unseen = tokenize(tokenizer, undo_wikitext(read_text(text)), text.name).split(0.5, 0.5)
     study = Study(model, tokenizer, text=seen, fast=fast)
     scored = Scores(model, Emulation(model, unseen, windows=windows))
     for budget, method in missing:
         start = time.perf_counter()
-        plan = search(study, Budget.parse(budget), method, journal=journal or folder / "measured.jsonl")
+        plan = search(study, Budget.parse(budget), method, journal=measured)
         name = _name(budget, method)
         row = {"name": name, "model": "SmolLM2-135M-Instruct", "dtype": "float32", "keep": 1.0}
         # a search profits from what those before it measured and calibrated
@@ -88,7 +92,7 @@ def _so_far(output: Path, command: str) -> dict[str, dict[str, Any]]:
     """By name the rows that there are, in their order, which is that of the plans."""
     if not output.exists():
         return {}
-    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in read_rows(output, "the rows").splitlines()]
     if any(row["command"] != command for row in rows):
         raise CoreskipError(f"{output} holds rows of another command than `{command}`: name another file")
     return {row["name"]: row for row in rows}

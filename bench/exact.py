@@ -23,6 +23,7 @@ from torch import Tensor
 from coreskip.bench.rows import commit, device_name, model_name
 from coreskip.bench.runners import greedy
 from coreskip.bench.workloads import PROMPTS
+from coreskip.predictors.files import check_file
 from coreskip.predictors.layers import Influence, LayerChoice
 from coreskip.predictors.plan import CoreNeurons, LayerPlan, Plan
 from coreskip.runtime.load import load
@@ -57,6 +58,8 @@ def plan_named(name: str, model: Any) -> Plan:
 
 def main() -> None:
     options = parsed()
+    if options.json is not None:
+        check_file(options.json)
     options.commit = commit()  # before the work: the commit may move on meanwhile
     kind = {"identity": identity, "speed": speed}[options.kind]
     for dtype in options.dtypes.split(","):

@@ -14,6 +14,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,7 @@ from coreskip.kernels import cpu
 from coreskip.kernels.ops import PackedMLP, available, mlp, sketch_mlp
 from coreskip.kernels.packed import PackedLinear, allocate
 from coreskip.kernels.step import BundledMLP, DenseMLP, KeyValues, Norm, Step, StepLayer, StepModel
+from coreskip.predictors.files import check_file
 
 SHAPES = ("576x1536", "2048x8192", "4096x11008")
 FORMATS = ("float32", "bfloat16", "int8", "int8_sliced")
@@ -329,8 +331,11 @@ def main(arguments: list[str] | None = None) -> None:
     if reason:
         parser.error(reason)
     keeps = tuple(float(keep) for keep in options.keeps.split(","))
+    if options.json:
+        check_file(Path(options.json))
     command = shlex.join(["coreskip", "bench", "kernels", *(sys.argv[1:] if arguments is None else arguments)])
-    with open(options.json, "a") if options.json else sys.stdout as out:
+    # never closed where it is stdout, which others may still write to
+    with open(options.json, "a") if options.json not in (None, "-") else nullcontext(sys.stdout) as out:
         for shape in options.shapes.split(","):
             for fmt in options.formats.split(","):
                 for row in measure(shape, fmt, keeps, rows=options.rows, rounds=options.rounds):

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from coreskip.bench.quality_speed import speed
-from coreskip.bench.rows import commit, device_name, model_name, replace_text
+from coreskip.bench.rows import commit, device_name, model_name
 from coreskip.bench.svg import new_figure, svg_of
 from coreskip.bench.workloads import prompts
 from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.calibration import TokenText, read_text, tokenize
+from coreskip.predictors.files import check_file, write_text
 from coreskip.predictors.layers import LayerChoice, VoidMaps, attention_ranks, block_influence, void_maps
 from coreskip.predictors.plan import LayerPlan, LayerPolicy, Plan, Run, Skip, SkipAttention, SkipMLP
 from coreskip.runtime.load import load
@@ -43,6 +44,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write rows to this file")
     parser.add_argument("--svg", type=Path, help="draw the void maps into this file")
     options = parser.parse_args()
+    for output in (options.json, options.svg):
+        if output is not None:
+            check_file(output)
     model, tokenizer = load(options.model, dtype=options.dtype, device="cpu")
     seen, scored = tokenize(tokenizer, read_text(options.text), options.text.name).split(0.5, 0.5)
     texts = [tokenizer(prompt.text, return_tensors="pt").input_ids for prompt in prompts()]
@@ -57,7 +61,7 @@ def main() -> None:
     maps = void_maps(model, texts, alpha=options.alpha, new_tokens=options.tokens)
     keep({"what": "void", "alpha": options.alpha, **_void_row(maps)})
     if options.svg is not None:
-        replace_text(options.svg, draw(maps))
+        write_text(options.svg, draw(maps))
     windows = seen.windows(256, 4).split(1)
     influence = block_influence(model, windows)
     ranks = attention_ranks(model, windows)
@@ -72,7 +76,7 @@ def main() -> None:
                 {"what": "each", "policy": policy.name, "ppl_increase": _alone(model, policy, scored, options.windows)}
             )
     if options.json is not None:
-        replace_text(options.json, "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(options.json, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _rounded(value: Any) -> Any:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
-import threading
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,8 @@ from typing import Any, Protocol
 import psutil
 import torch
 
-from coreskip.bench.runners import RUNNERS, Job, Machine
+from coreskip.bench.lifetime import deaf_children, deferred, die_with_parent
+from coreskip.bench.runners import RUNNERS, SCRATCH, Job, Machine
 
 MACHINE = "machine"  # a job that measures the machine itself
 
@@ -35,6 +37,8 @@ class RunnerFailed(Exception):
 class Worker:
     """A runner in a process of its own: its memory, its threads and its crashes are its own.
 
+    It ends with the process, and on Linux also with the thread, that made it, however that ends.
+
     Raises:
         RunnerFailed: from a call, when the runner raised or its process died.
     """
@@ -44,17 +48,24 @@ class Worker:
         self._pipe, theirs = context.Pipe()
         self._answers_due = 0
         self._process = context.Process(target=serve, args=(theirs, job), name=str(job))
+        # started under the mask of `deaf_children`, it would take that off again
+        if os.name == "posix":
+            resource_tracker.ensure_running()
         with _inherited(job.threads):
             self._process.start()
         theirs.close()
 
     def __call__(self, method: str, *arguments: Any) -> Any:
         try:
-            self._pipe.send((method, arguments))
-            self._answers_due += 1
+            # half a message sent or received would leave the pipe out of step
+            with deferred():
+                self._pipe.send((method, arguments))
+                self._answers_due += 1
             while self._answers_due:  # more than one where Ctrl-C came while an earlier one was awaited
-                ok, answer = self._pipe.recv()
-                self._answers_due -= 1
+                self._pipe.poll(None)
+                with deferred():
+                    ok, answer = self._pipe.recv()
+                    self._answers_due -= 1
         except (EOFError, OSError):
             self._process.join(5)
             raise RunnerFailed(f"its process died with exit code {self._process.exitcode}") from None
@@ -64,35 +75,26 @@ class Worker:
 
     def close(self) -> None:
         self._pipe.close()  # which ends `serve`
-        self._process.join(10)
+        if not self._answers_due:  # else it works on what nobody waits for any more
+            self._process.join(10)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+        for left in Path(tempfile.gettempdir()).glob(f"{SCRATCH}{self._process.pid}-*"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @contextmanager
-def deaf_to_ctrl_c() -> Iterator[None]:
-    """Ignores Ctrl-C, in this process and in those started meanwhile."""
-    main = threading.current_thread() is threading.main_thread()  # signals can be set in that one alone
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
-    try:
-        yield
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, handler)
-
-
-@contextmanager
 def _inherited(threads: int) -> Iterator[None]:
     """What a process must find from its very start: thread counts, which libraries read once, when they are loaded,
-    and deafness to Ctrl-C, which is for the process that writes the rows."""
+    and deafness to what interrupts the process that writes the rows."""
     before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
     os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
     try:
-        with deaf_to_ctrl_c():
+        with deaf_children():
             yield
     finally:
         for name, value in before.items():
@@ -104,6 +106,8 @@ def _inherited(threads: int) -> Iterator[None]:
 
 def serve(pipe: Connection, job: Job) -> None:
     """Carry out calls for a `Worker` until its end of the pipe closes."""
+    parent = multiprocessing.parent_process()
+    die_with_parent(None if parent is None else parent.pid)
     here = Local(job)
     while True:
         try:

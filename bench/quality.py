@@ -22,9 +22,10 @@ import click
 import torch
 import transformers
 
-from coreskip.bench.rows import commit, device_name, quality_table, replace_text
+from coreskip.bench.rows import commit, device_name, quality_table
 from coreskip.predictors.anatomy import Anatomy, dissect
 from coreskip.predictors.calibration import TokenText, read_text, tokenize
+from coreskip.predictors.files import check_file, write_text
 from coreskip.predictors.plan import LayerPlan, Plan, Sketch
 from coreskip.predictors.version import VERSION
 from coreskip.runtime.cost import bytes_per_token, runs_natively
@@ -152,6 +153,7 @@ def main(
             " --by token" + "".join(f" --keep {keep:g}" for keep in keeps) + (f' --only "{only}"' if only else "")
         )
     output.parent.mkdir(parents=True, exist_ok=True)
+    check_file(output)
     about = provenance(command)  # before the work: the commit may move on meanwhile
     model, tokenizer = load(device="cpu", dtype="float32")
     calibration, scored = tokenize(tokenizer, undo_wikitext(read_text(text)), text.name).split(0.5, 0.5)
@@ -173,7 +175,7 @@ def plan_name(row: int) -> str:
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _scored(

@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 
-from coreskip.bench.rows import replace_text
 from coreskip.bench.svg import new_figure, svg_of
+from coreskip.predictors.files import check_file, read_text, write_text
 
 
 @click.command()
@@ -21,8 +21,9 @@ from coreskip.bench.svg import new_figure, svg_of
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="SVG file to write.")
 def main(rows: tuple[Path, ...], output: Path) -> None:
     """Draw the rows of these files."""
-    lines = [line for path in rows for line in path.read_text(encoding="utf-8").splitlines()]
-    replace_text(output, draw([json.loads(line) for line in lines]))
+    check_file(output)
+    lines = [line for path in rows for line in read_text(path, "the rows").splitlines()]
+    write_text(output, draw([json.loads(line) for line in lines]))
 
 
 def draw(rows: Sequence[dict[str, Any]]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import platform
 import subprocess
 import types
@@ -18,6 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import torch
 
 from coreskip.predictors.errors import CoreskipError
+from coreskip.predictors.files import read_text, write_text
 
 FORMAT = "coreskip.bench/1"
 
@@ -151,11 +151,7 @@ def read(paths: Iterable[Path]) -> list[Row]:
     """
     rows = []
     for path in paths:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise CoreskipError(f"cannot read the rows {path}: {error}") from None
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(read_text(path, "the rows").splitlines(), 1):
             try:
                 rows.append(Row(**json.loads(line)))
             except (ValueError, TypeError, KeyError, CoreskipError) as error:
@@ -171,18 +167,7 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     Raises:
         CoreskipError: the file cannot be written.
     """
-    replace_text(path, "".join(json.dumps(dataclasses.asdict(row), allow_nan=False) + "\n" for row in rows))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file, whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise CoreskipError(f"cannot write {path}: {error.strerror}") from None
+    write_text(path, "".join(json.dumps(dataclasses.asdict(row), allow_nan=False) + "\n" for row in rows))
 
 
 # --- where rows come from ---------------------------------------------------------------------------------------------
@@ -351,8 +336,8 @@ def _table_of(folder: Path, names: str) -> str:
     speed."""
     paths = [folder / f"{name}.jsonl" for name in names.split("+")]
     try:
-        lines = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
+        lines = [json.loads(line) for path in paths for line in read_text(path, "the rows").splitlines()]
+    except ValueError as error:
         raise CoreskipError(f"cannot read the rows of the table {names}: {error}") from None
     if lines and "kl" in lines[0]:
         return quality_table(lines)

@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -386,6 +387,9 @@ class Peer(Runner):
                 self._feed(target)
 
 
+SCRATCH = "coreskip-onnx-"  # how the temporary folders of a runner begin, its process id next
+
+
 class OnnxRuntime(Peer):
     """onnxruntime-genai, over what its own model builder makes of the checkpoint; greedy search of its own."""
 
@@ -395,7 +399,7 @@ class OnnxRuntime(Peer):
         import onnxruntime_genai as og
 
         og.disable_telemetry_events()
-        self._folder = tempfile.TemporaryDirectory(prefix="coreskip-onnx-")
+        self._folder = tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{os.getpid()}-")
         built = Path(self._folder.name) / "onnx"
         _in_own_process(_BUILD_ONNX, self.job.model or "", str(built), {"float32": "fp32"}.get(self.job.dtype, "int4"))
         settings = json.loads((built / "genai_config.json").read_text())
@@ -438,14 +442,18 @@ class OnnxRuntime(Peer):
 
 # In a process of its own: converting holds the fp32 model in memory, which is not this runner's memory.
 _BUILD_ONNX = """
-import subprocess, sys, tempfile
+import os, subprocess, sys, tempfile
+from coreskip.bench.lifetime import die_with_parent
+die_with_parent()
 from coreskip.runtime.load import load
 model, out, precision = sys.argv[1:]
-with tempfile.TemporaryDirectory() as folder:
+with tempfile.TemporaryDirectory(dir=os.path.dirname(out)) as folder:
     for part in load(model or None, dtype="float32", device="cpu"):
         part.save_pretrained(folder)
-    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-    subprocess.run([*builder, "-i", folder, "-o", out, "-p", precision, "-e", "cpu"], check=True)
+    build = "import runpy; runpy.run_module('onnxruntime_genai.models.builder', run_name='__main__')"
+    build = "from coreskip.bench.lifetime import die_with_parent; die_with_parent(); " + build
+    command = [sys.executable, "-P", "-c", build, "-i", folder, "-o", out, "-p", precision, "-e", "cpu"]
+    subprocess.run(command, check=True)
 """
 
 

@@ -13,9 +13,11 @@ import torch
 
 from coreskip.bench.runners import FORMATS, OPPONENTS, Job
 from coreskip.bench.workloads import NATURAL_SPARSITY, Prompt, Shape, prompts, threads_available
+from coreskip.predictors.calibration import read_text
 from coreskip.predictors.errors import CoreskipError
 from coreskip.predictors.importance import check_share
 from coreskip.predictors.plan import Plan
+from coreskip.runtime.load import check_gguf
 
 WIDTHS = {"float16": 16, "bfloat16": 16, "float32": 32}  # bits
 
@@ -86,6 +88,8 @@ def settings_of(
     }
     for plan in plans:
         Plan.load(plan)
+    if gguf is not None:
+        check_gguf(gguf)
     for keep in keeps:
         check_share("keep", keep)
     return Settings(
@@ -144,10 +148,7 @@ def _jobs(
 def scored_text(file: Path | None) -> tuple[str, str]:
     """The text to score and its name: a file's, or Python's own language reference, which every Python carries."""
     if file is not None:
-        try:
-            return file.read_text(encoding="utf-8"), file.name
-        except (OSError, UnicodeDecodeError) as error:
-            raise CoreskipError(f"cannot read the text {file}: {error}") from None
+        return read_text(file), file.name
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[name] for name in sorted(topics))

@@ -2,8 +2,8 @@
 interleaved rounds with the same prompts, the same number of tokens and the same number of threads.
 
 One prompt given to every runner in turn, with the memory's bandwidth measured before, is a round. Rounds are what
-is compared: a busy machine slows all runners of a round alike. A run cut short, by its time limit or by Ctrl-C,
-keeps its whole rounds.
+is compared: a busy machine slows all runners of a round alike. A run cut short, by its time limit, by Ctrl-C or by
+SIGTERM, keeps its whole rounds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import numpy as np
 import psutil
 import torch
 
-from coreskip.bench.processes import MACHINE, Client, RunnerFailed, Worker, deaf_to_ctrl_c
+from coreskip.bench.lifetime import deferred, interruptible
+from coreskip.bench.processes import MACHINE, Client, RunnerFailed, Worker
 from coreskip.bench.rows import FORMAT, Row, commit, device_name, model_name
 from coreskip.bench.runners import Generation, Job, missing
 from coreskip.bench.settings import WIDTHS, Settings
@@ -82,8 +83,12 @@ def run(settings: Settings, start: Callable[[Job], Client] = Worker) -> Outcome:
     _check_memory(settings.jobs)
     bench = Bench(settings, start)
     try:
-        with bench.resources:
-            bench.measure()
+        with interruptible():
+            try:
+                bench.measure()
+            finally:
+                with deferred():
+                    bench.resources.close()
     except KeyboardInterrupt:
         bench.interrupted = True
     return Outcome(bench.rows, bench.left_out, bench.interrupted)
@@ -118,7 +123,7 @@ class Bench:
         except KeyboardInterrupt:
             self.interrupted = True
             logger.warning("interrupted: keeping %d whole rounds", len(self.bandwidths))
-        with deaf_to_ctrl_c():  # whoever presses it again wants to leave, not to lose the rows
+        with deferred():  # whoever presses it again wants to leave, not to lose the rows
             self._finish()
 
     # --- getting ready

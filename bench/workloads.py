@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coreskip.predictors.errors import CoreskipError
+from coreskip.predictors.files import read_text
 
 PROMPTS = {
     "prose": (
@@ -82,12 +83,7 @@ def prompts(names: tuple[str, ...] = (), file: Path | None = None) -> list[Promp
 
 
 def _prompts_of(file: Path) -> list[Prompt]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise CoreskipError(f"cannot read the prompts {file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise CoreskipError(f"{file} is not UTF-8 text") from None
+    lines = read_text(file, "the prompts", most=1 << 20).splitlines()
     pieces = "\n".join("\0" if line.strip() == "---" else line for line in lines).split("\0")
     texts = [piece.strip("\n") for piece in pieces if piece.strip()]
     if not texts:

@@ -89,12 +89,15 @@ def analyze(
 ) -> None:
     """Observe MODEL and write a plan."""
     from coreskip.predictors.calibration import read_text, tokenize
+    from coreskip.predictors.files import check_file, keep
     from coreskip.predictors.layers import LayerChoice
     from coreskip.predictors.plan import check_target
     from coreskip.runtime.load import load
     from coreskip.runtime.tune import analyze, check_options
 
     check_target(output)
+    if options["resume"] is not None:
+        check_file(options["resume"], regular=True)
     check_options(**options)
     choice = LayerChoice.parse(layers) if layers is not None else None
     if choice is not None and options["method"] == "layers":
@@ -106,8 +109,8 @@ def analyze(
         plan = analyze(loaded, tokenizer, text=given, **options)
     else:
         plan = _without_layers(loaded, tokenizer, choice, given, options)
-    plan.save(output)
     click.echo(str(plan))
+    keep(plan.save, output)
     click.echo(f"\nwritten to {output}")
 
 
@@ -211,8 +214,8 @@ def evaluate(
     device: str | None,
 ) -> None:
     """Measure what a plan costs: perplexity, KL divergence, agreement with the dense model."""
-    from coreskip.bench.rows import replace_text
     from coreskip.predictors.calibration import read_text, sample_text, tokenize
+    from coreskip.predictors.files import STDOUT, check_file, keep, write_text
     from coreskip.predictors.plan import Plan
     from coreskip.runtime.load import load
     from coreskip.runtime.quality import evaluate, summary
@@ -220,9 +223,10 @@ def evaluate(
 
     if ppl_sparsity is not None and not ppl_sparsity > 0:
         raise CoreskipError(f"--ppl-sparsity is {ppl_sparsity}; give a number of % above 0")
+    if output is not None:
+        check_file(output)
     plan = Plan.load(folder)
     content = read_text(text) if text is not None else None
-    _check_folder(output)
     loaded, tokenizer = load(model, dtype=dtype, device=device)
     plan.check(loaded)
     if content is not None:
@@ -231,14 +235,15 @@ def evaluate(
         # another seed than analyze's default: the plan must not be scored on the text that made it
         scored = sample_text(loaded, tokenizer, tokens=8 * window, length=window, seed=1)
     quality = evaluate(loaded, tokenizer, plan, scored, windows=windows, window=window, token_by_token=token_by_token)
-    click.echo(summary(quality))
+    beside = output == STDOUT  # the figures alone go there
+    click.echo(summary(quality), err=beside)
     if ppl_sparsity is not None:
         found = law(loaded, tokenizer, scored, percent=ppl_sparsity, windows=windows, window=window)
         quality["ppl_sparsity"] = found
         name = f"PPL-{ppl_sparsity:g}% sparsity"
-        click.echo(f"{name:22}{found['sparsity']:.1%} at CETT {found['cett']:.3f}, by oracle")
+        click.echo(f"{name:22}{found['sparsity']:.1%} at CETT {found['cett']:.3f}, by oracle", err=beside)
     if output is not None:
-        replace_text(output, json.dumps(quality, indent=1) + "\n")
+        keep(lambda path: write_text(path, json.dumps(quality, indent=1) + "\n"), output)
 
 
 class _Bench(click.Group):
@@ -278,22 +283,26 @@ def bench() -> None:
 def bench_run(**options: Any) -> None:
     """Time MODEL in every runner: verified first, in interleaved rounds, with the memory's bandwidth beside it."""
     from coreskip.bench.settings import settings_of
+    from coreskip.predictors.files import check_file
 
+    if options["output"] is not None:
+        check_file(options["output"])
     _measure(settings_of(**{name: value for name, value in options.items() if name != "output"}), options["output"])
 
 
 def _measure(settings: Any, output: Path | None) -> None:
     from coreskip.bench import rows, throughput
+    from coreskip.predictors.files import STDOUT, keep
 
-    _check_folder(output)
     outcome = throughput.run(settings)
-    if output is not None and outcome.rows:
-        rows.write(output, outcome.rows)
+    beside = output == STDOUT  # the rows alone go there
     if outcome.rows:
-        click.echo(rows.terminal_table(outcome.rows))
-        click.echo("\n" + "\n".join(rows.origins(outcome.rows)))
+        click.echo(rows.terminal_table(outcome.rows), err=beside)
+        click.echo("\n" + "\n".join(rows.origins(outcome.rows)), err=beside)
     for name, reason in outcome.left_out.items():
-        click.echo(f"{name}: {reason}")
+        click.echo(f"{name}: {reason}", err=beside)
+    if output is not None and outcome.rows:
+        keep(lambda path: rows.write(path, outcome.rows), output)
     if outcome.interrupted:
         raise KeyboardInterrupt
     if not outcome.rows:
@@ -306,11 +315,12 @@ def _measure(settings: Any, output: Path | None) -> None:
 def bench_report(rows: tuple[Path, ...], output: Path) -> None:
     """Draw the rows of these files on one self-contained HTML page."""
     from coreskip.bench.report import page
-    from coreskip.bench.rows import read, replace_text
+    from coreskip.bench.rows import read
+    from coreskip.predictors.files import STDOUT, check_file, write_text
 
-    _check_folder(output)
-    replace_text(output, page(read(rows)))
-    click.echo(f"written to {output}")
+    check_file(output)
+    write_text(output, page(read(rows)))
+    click.echo(f"written to {output}", err=output == STDOUT)
 
 
 @bench.command("tables")
@@ -318,9 +328,11 @@ def bench_report(rows: tuple[Path, ...], output: Path) -> None:
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def bench_tables(document: Path, folder: Path) -> None:
     """Make the tables marked in DOCUMENT anew from the rows in FOLDER."""
-    from coreskip.bench.rows import fill_tables, replace_text
+    from coreskip.bench.rows import fill_tables
+    from coreskip.predictors.files import check_file, read_text, write_text
 
-    replace_text(document, fill_tables(document.read_text(encoding="utf-8"), folder))
+    check_file(document)
+    write_text(document, fill_tables(read_text(document, "the document"), folder))
 
 
 @bench.command("kernels", context_settings={"ignore_unknown_options": True, "help_option_names": []})
@@ -330,11 +342,6 @@ def bench_kernels(arguments: tuple[str, ...]) -> None:
     from coreskip.bench.kernels import main
 
     main(list(arguments))
-
-
-def _check_folder(output: Path | None) -> None:
-    if output is not None and not output.parent.is_dir():
-        raise CoreskipError(f"there is no folder {output.parent} to write {output.name} into")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +17,9 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from .errors import CoreskipError
+from .files import read_bytes
+
+logger = logging.getLogger("coreskip")
 
 MOST_CHARACTERS = 8_000_000  # of a longer file, evenly spread pieces are read: memory stays bounded
 _PIECES = 64
@@ -79,17 +84,34 @@ def _prefix(tokenizer: Any) -> Tensor:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """A UTF-8 file's text; of a file above `MOST_CHARACTERS` bytes, evenly spread pieces of that size in all."""
+    """The text of a UTF-8 file or pipe. Of a file above `MOST_CHARACTERS` bytes evenly spread pieces of that size in
+    all, of what a pipe brings the first so many.
+
+    Raises:
+        CoreskipError: it cannot be read, or is no text.
+    """
     file = Path(path)
     try:
-        size = file.stat().st_size
-        if size <= MOST_CHARACTERS:
-            return file.read_text(encoding="utf-8")
-        return "\n".join(_pieces(file, size))
+        if file.is_file() and (size := file.stat().st_size) > MOST_CHARACTERS:
+            text = "\n".join(_pieces(file, size))
+        else:
+            text = _beginning(file)
     except OSError as error:
         raise CoreskipError(f"cannot read the text {file}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise CoreskipError(f"{file} is not UTF-8 text") from None
+    if "\0" in text:
+        raise CoreskipError(f"{file} is not UTF-8 text: it holds null characters")
+    return text
+
+
+def _beginning(file: Path) -> str:
+    data = read_bytes(file, MOST_CHARACTERS + 1)
+    cut = len(data) > MOST_CHARACTERS
+    if cut:
+        logger.warning("of %s only the first %.0f MB are read", file, MOST_CHARACTERS / 1e6)
+    # a cut may go through a character
+    return codecs.getincrementaldecoder("utf-8")().decode(data[:MOST_CHARACTERS], final=not cut)
 
 
 def _pieces(file: Path, size: int) -> Iterator[str]:

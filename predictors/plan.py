@@ -12,8 +12,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from . import files
 from .anatomy import Anatomy, canonical_activation, dissect
 from .errors import CoreskipError, PlanError
 from .importance import Score, check_score, check_share, kept_count
@@ -505,21 +504,13 @@ class Plan:
         check_target(target)
         document, tensors = _encode(self)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        except OSError as error:
-            raise CoreskipError(f"cannot write the plan {target}: {error.strerror or error}") from None
-        try:
-            _write(draft / _TENSORS, tensors)
-            _write(draft / _JSON, document)
-            draft.chmod(0o755)
-            _swap(draft, target)
+            with files.replaced_folder(target) as draft:
+                files.write_durably(draft / _TENSORS, tensors)
+                files.write_durably(draft / _JSON, document)
         except OSError as error:
             raise CoreskipError(
                 f"cannot write the plan {target}: {error.strerror or error}; what was there is unchanged"
             ) from None
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -529,11 +520,11 @@ class Plan:
             PlanError: not a Plan, of a newer format, truncated, edited or inconsistent.
         """
         folder = Path(path)
-        if not folder.is_dir():
-            raise PlanError(f"there is no plan at {folder}: make one with `coreskip analyze -o {folder}`")
         try:
-            text, data = (folder / _JSON).read_bytes(), (folder / _TENSORS).read_bytes()
+            text, data = files.read_together(folder, (_JSON, _TENSORS))
         except OSError as error:
+            if not folder.is_dir():
+                raise PlanError(f"there is no plan at {folder}: make one with `coreskip analyze -o {folder}`") from None
             raise PlanError(f"{folder} is not a plan: {Path(error.filename).name}: {error.strerror}") from None
         return _decode(text, data, folder)
 
@@ -544,35 +535,18 @@ class Plan:
 
 
 def check_target(target: Path) -> None:
-    """Raise `CoreskipError` where a Plan must not be written: over a file, or into a folder with other things in it."""
+    """Raise `CoreskipError` where a Plan must not or cannot be written: over a file, into a folder with other things in
+    it, or without permission. Of a link, the folder behind it is meant."""
     if not target.name:
         raise CoreskipError(f"{str(target)!r} cannot name a plan; give a folder name such as my.plan")
-    if target.is_symlink() or target.is_file():
-        raise CoreskipError(f"{target} exists and is not a plan folder; choose another name")
-    if target.is_dir() and {entry.name for entry in target.iterdir()} - {_JSON, _TENSORS}:
-        raise CoreskipError(f"{target} exists and holds other files than a plan's; choose another name")
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _swap(draft: Path, target: Path) -> None:
-    """Put the folder `draft` where `target` is; the older folder goes only once the new one is in place."""
-    if not target.exists():
-        draft.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    target.rename(old)  # POSIX: a folder may replace an empty one
     try:
-        draft.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        if target.exists() and not target.is_dir():
+            raise CoreskipError(f"{target} exists and is not a plan folder; choose another name")
+        if target.is_dir() and {entry.name for entry in target.iterdir()} - {_JSON, _TENSORS}:
+            raise CoreskipError(f"{target} exists and holds other files than a plan's; choose another name")
+    except OSError as error:
+        raise CoreskipError(f"cannot write the plan {target}: {error.strerror}") from None
+    files.check_folder(target)
 
 
 def _check_indices(indices: Tensor, width: int, ndim: int) -> None:

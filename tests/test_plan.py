@@ -19,6 +19,7 @@ from tiny_models import greedy, plan_of, prompt, tiny
 
 import coreskip
 from coreskip import CoreskipError, Plan, PlanError
+from coreskip.predictors import files
 from coreskip.predictors.plan import seal
 
 QUALITY = {
@@ -239,14 +240,15 @@ def test_no_room_on_the_disk(tmp_path: Path) -> None:
 
 def test_a_failed_swap_puts_the_old_plan_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old, path = saved(tmp_path, "signed")
-    rename = Path.rename
+    rename = os.rename
 
-    def failing(self: Path, target: Any) -> Path:
-        if Path(target) == path and ".old." not in self.name:
+    def failing(source: Any, target: Any) -> None:
+        if Path(target) == path and ".old" not in Path(source).name and not path.exists():
             raise OSError(5, "Input/output error")
-        return rename(self, target)
+        rename(source, target)
 
-    monkeypatch.setattr(Path, "rename", failing)
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(os, "rename", failing)
     with pytest.raises(CoreskipError, match="unchanged"):
         plan_of(tiny("llama"), "static").save(path)
     monkeypatch.undo()
