@@ -28,7 +28,7 @@ from ..kernels import step as native
 from ..kernels.ops import MAX_ROWS, PackedLinear, available
 from ..kernels.packed import DTYPES, finite
 from ..predictors.anatomy import Anatomy, FeedForward, canonical_activation
-from .kv_cache import Rooms, known_rooms, make_rooms, take_back
+from .kv_cache import Entries, Rooms, known_rooms, make_rooms, take_back
 from .selections import densely
 
 logger = logging.getLogger("coreskip")
@@ -471,6 +471,14 @@ class Decoder:
         self._disagreed = 0  # first steps so far whose logits were not the model's own
         self._steps: weakref.WeakKeyDictionary[Chosen, tuple[native.Step, int]] = weakref.WeakKeyDictionary()
         self._output: type | None = None
+        self._entries: Entries | None = None  # of the KV caches that native steps write into
+
+    @property
+    def exits_early(self) -> bool:
+        """Whether the model's configuration has passes end before the last layer now, as a model that drafts for
+        itself has it (`assistant_early_exit`)."""
+        config = self._anatomy.stack.config
+        return bool(vars(config).get("num_hidden_layers", len(self._anatomy)) != len(self._anatomy))
 
     @property
     def refusal(self) -> str | None:
@@ -541,11 +549,14 @@ class Decoder:
 
     def _admit(self, cache: Any, more: int) -> Rooms:
         """The cache's rooms. What takes longer to check is checked once a cache, not once a step."""
-        rooms = known_rooms(cache, more)
+        entries = cast(Entries, self._entries)
+        if self.exits_early:
+            raise _OfThisCall("passes are to end before the last layer")
+        rooms = known_rooms(cache, more, entries)
         if rooms is not None:
             return rooms
         self.check_modules()
-        found = make_rooms(cache, more)
+        found = make_rooms(cache, more, entries)
         if isinstance(found, str):
             raise _OfThisCall(found)
         return found
@@ -571,8 +582,11 @@ class Decoder:
         with self._lock:
             if self._output is not None:  # another thread was first
                 return None
+            if self.exits_early:
+                raise _OfThisCall("passes are to end before the last layer")
             try:
                 loaded = Architecture(self._model, self._anatomy)
+                self._entries = Entries.of(loaded.base)
                 twin = copy.deepcopy(named["past_key_values"])
                 step = loaded.step(chosen)
                 plain = chosen.by_rule and loaded.base.dtype != torch.float32
