@@ -459,6 +459,7 @@ class Decoder:
         self._before, self._narrow, self._bundled = before, narrow, bundled
         self._model, self._anatomy, self._weights, self._count = model, anatomy, weights, count
         self._lock = threading.Lock()
+        self._settings, self._depth = vars(anatomy.stack.config), len(anatomy)
         # the dictionaries live as long as the modules: looking into them finds hooks registered later, too
         self._hooks = [hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.forget()
@@ -477,8 +478,7 @@ class Decoder:
     def exits_early(self) -> bool:
         """Whether the model's configuration has passes end before the last layer now, as a model that drafts for
         itself has it (`assistant_early_exit`)."""
-        config = self._anatomy.stack.config
-        return bool(vars(config).get("num_hidden_layers", len(self._anatomy)) != len(self._anatomy))
+        return bool(self._settings.get("num_hidden_layers", self._depth) != self._depth)
 
     @property
     def refusal(self) -> str | None:
