@@ -459,7 +459,8 @@ class Decoder:
         self._before, self._narrow, self._bundled = before, narrow, bundled
         self._model, self._anatomy, self._weights, self._count = model, anatomy, weights, count
         self._lock = threading.Lock()
-        self._settings, self._depth = vars(anatomy.stack.config), len(anatomy)
+        self._depth, config = len(anatomy), getattr(anatomy.stack, "config", None)
+        self._settings = {} if config is None else vars(config)
         # the dictionaries live as long as the modules: looking into them finds hooks registered later, too
         self._hooks = [hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.forget()

@@ -14,6 +14,7 @@ No address of a cache's tensors reaches native code before `unfit` has compared 
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 import weakref
 from collections.abc import Sequence
@@ -151,24 +152,28 @@ class _Roomy:
         room.end += more
         return self.keys, self.values
 
+    def activate_past_recording(self) -> None:
+        """A room still holds what a plain window layer has forgotten."""
+        room, layer = self._room, cast(Any, self)
+        if room is not None and not layer.record_past:
+            room.start = max(room.start, room.end - layer.sliding_window + 1)
+        cast(Any, plain_class(type(self))).activate_past_recording(self)
+
     def __copy__(self) -> Any:
         return _plain(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        twin = _plain(self)
-        state, twin.__dict__ = twin.__dict__, {}
-        memo[id(self)] = twin
-        for name, value in state.items():
-            twin.__dict__[name] = _apart(value) if name in ("keys", "values") else copy.deepcopy(value, memo)
+        twin = memo[id(self)] = _plain(self, apart=True)
+        twin.__dict__.update(copy.deepcopy(vars(twin) if self._room is None else _others(self), memo))
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        twin = _plain(self)
-        twin.keys, twin.values = _apart(twin.keys), _apart(twin.values)  # else all of the room's capacity is written
-        return twin.__reduce_ex__(protocol)
+        plain = _plain(self, apart=True)
+        return copyreg._reconstructor, (type(plain), object, None), vars(plain)  # type: ignore[attr-defined]
 
 
 _OWN = ("keys", "values", "get_seq_length", "update", "__copy__", "__deepcopy__", "__reduce_ex__")
+_OF_WINDOWS = ("activate_past_recording",)
 
 
 def _used(layer: Any, name: str) -> Any:
@@ -199,22 +204,26 @@ def _replace(layer: Any, name: str, given: Any) -> None:
         room.views[name] = given, span
 
 
-def _plain(layer: Any) -> Any:
-    """A layer of the plain class with the same keys and values."""
+def _others(layer: Any) -> dict[str, Any]:
+    """All that a layer has but keys and values."""
+    return {name: value for name, value in vars(layer).items() if name not in ("_room", "_loose")}
+
+
+def _plain(layer: Any, apart: bool = False) -> Any:
+    """A layer of the plain class with the same keys and values. apart: in memory of their own, not in that of a room,
+    all of whose capacity would be copied or written with them."""
     twin = object.__new__(plain_class(type(layer)))
-    state = {name: value for name, value in vars(layer).items() if name not in ("_room", "_loose")}
-    twin.__dict__.update(state, keys=layer.keys, values=layer.values)
+    keys, values = layer.keys, layer.values
+    if apart and layer._room is not None:
+        keys, values = (t.detach().clone().requires_grad_(t.requires_grad) for t in (keys, values))
+    twin.__dict__.update(_others(layer), keys=keys, values=values)
     return twin
-
-
-def _apart(tensor: Any) -> Any:
-    return tensor.detach().clone() if isinstance(tensor, Tensor) and not tensor.requires_grad else copy.deepcopy(tensor)
 
 
 @functools.cache
 def _roomy(cls: type) -> type:
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    own = {name: vars(_Roomy)[name] for name in _OWN}
+    own = {name: vars(_Roomy)[name] for name in (*_OWN, *(name for name in _OF_WINDOWS if hasattr(cls, name)))}
     return type(cls.__name__, (cls,), {**names, **own, _MARK: cls})
 
 
@@ -330,6 +339,7 @@ class Rooms:
         self.rooms: list[Room] = [layer._room for layer in layers]
         self.length = length_of(layers[0])
         self._first = [length_of(layer) - room.end for layer, room in zip(layers, self.rooms, strict=True)]
+        self._starts = [room.start for room in self.rooms]
 
     @functools.cached_property
     def table(self) -> KeyValues:
@@ -343,10 +353,12 @@ class Rooms:
         if len(layers) != len(self.rooms):
             return False
         length = length_of(layers[0])
-        for layer, room, first in zip(layers, self.rooms, self._first, strict=True):
+        for layer, room, first, start in zip(layers, self.rooms, self._first, self._starts, strict=True):
             if getattr(layer, "_room", None) is not room or room.of_values is not None:
                 return False
             if room.end + more > room.capacity or room.end + first != length:
+                return False
+            if room.start != start and not (layer.is_sliding and _sees(layer, layer.sliding_window)):
                 return False
             if (room.views or room.shared) and not room.is_ours():
                 return False

@@ -7,6 +7,7 @@ copied when a prompt's cache is copied, and follows every reordering that beam s
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -328,10 +329,8 @@ class _Followed:
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        twin = object.__new__(type(self).__bases__[1])
-        twin.__dict__.update(vars(self))
-        twin.__dict__.pop(_ATTRIBUTE, None)
-        return twin.__reduce_ex__(protocol)
+        state = {name: value for name, value in vars(self).items() if name != _ATTRIBUTE}
+        return copyreg._reconstructor, (type(self).__bases__[1], object, None), state  # type: ignore[attr-defined]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
