@@ -182,6 +182,9 @@ class Step:
             logit_dtype=cpu.DTYPE[model.dtype],
         )
         self._rotations: list[tuple[Tensor, Tensor]] = []
+        attentions = [layer.attention for layer in model.layers if layer.attention is not None]
+        self._entries = [(model.dtype, a.k.out_features // a.head_dim, a.head_dim) for a in attentions]
+        self._windows = [a.window for a in attentions]
         lists = (layer.mlp.lists for layer in model.layers if isinstance(layer.mlp, BundledMLP))
         self.rows = next((found.rows for found in lists if found is not None), None)
 
@@ -200,9 +203,11 @@ class Step:
         that counts (what lies before is left padding). past: positions already in the cache, whose capacity must
         suffice. wanted: of how many last tokens of each row the logits are wanted.
         Returns logits [rows, wanted, vocabulary] of the model's dtype, and the number of neurons that rules left out,
-        summed over tokens and layers. Raises ValueError for more tokens, or other rows than there are lists for.
+        summed over tokens and layers. Raises ValueError for more tokens, other rows than there are lists for, or caches
+        that are not this model's or too small.
         """
         rows, length = tokens.shape
+        self._check(caches, rows, past, past + length)
         if self.rows not in (None, rows):
             raise ValueError(f"{self.rows} rows have lists of neurons, not {rows}")
         if rows * length > cpu.MAX_ROWS:
@@ -226,6 +231,7 @@ class Step:
         Makes `count` tokens, for which the caches have room, or fewer where one of `ends` comes, the last then.
         Returns the tokens and the number of neurons that rules left out. The entries of all but the last are written.
         """
+        self._check(caches, 1, past, past + count)
         stops, made, done = (_N * len(ends))(*ends), (_N * count)(), _N(0)
         with self._of_one_token(token, position, start, caches, past) as (call, skipped):
             arguments = (
@@ -245,11 +251,26 @@ class Step:
     ) -> tuple[list[int], list[float], float]:
         """Greedy decoding as `generate` does it, up to the first token whose probability is below `least`, the last
         then. Returns the tokens, their probabilities, and the number of neurons that rules left out."""
+        self._check(caches, 1, past, past + count)
         made, chances, done = (_N * count)(), (_F * count)(), _N(0)
         with self._of_one_token(token, position, start, caches, past) as (call, skipped):
             arguments = (ctypes.byref(self._model), ctypes.byref(call), count, least, made, chances, ctypes.byref(done))
             cpu.check(self.library.coreskip_draft(*arguments), 0)
         return list(made[: done.value]), list(chances[: done.value]), skipped.value
+
+    def _check(self, caches: KeyValues, rows: int, past: int, end: int) -> None:
+        """Raises ValueError where native code would read or write beside the caches."""
+        if not self._entries:
+            return
+        if caches.entries != self._entries:
+            raise ValueError("the KV cache is not this model's")
+        if rows > caches.rows or not 0 <= past < end <= caches.longest:
+            raise ValueError(f"the KV cache has no room for {rows} rows of {end} positions")
+        if caches.begins_late and any(
+            first > (max(0, past - window + 1) if window else 0)
+            for first, window in zip(caches.first, self._windows, strict=True)
+        ):
+            raise ValueError("the KV cache does not hold what the step looks back at")
 
     @contextmanager
     def _of_one_token(
@@ -282,14 +303,28 @@ class KeyValues:
     """Where each layer's keys and values lie: [rows, kv_heads, capacity, head_dim] of the model's dtype.
 
     first: per layer, the position that lies at index 0.
+    Raises ValueError unless a layer's keys and values have the same shape and dtype, lie alike, and are on the CPU.
     """
 
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
     first: Sequence[int]
     table: Any = field(init=False)
+    entries: list[tuple[torch.dtype, int, int]] = field(init=False)  # per layer, heads and their size
+    rows: int = field(init=False)
+    longest: int = field(init=False)  # positions that all layers have memory for
+    begins_late: bool = field(init=False)  # whether a layer has forgotten the first of them
 
     def __post_init__(self) -> None:
+        for k, v in zip(self.keys, self.values, strict=True):
+            alike = (k.shape, k.stride(), k.dtype, k.device) == (v.shape, v.stride(), v.dtype, v.device)
+            if not alike or k.device.type != "cpu" or k.ndim != 4 or k.stride()[2:] != (k.shape[3], 1):
+                raise ValueError("keys and values are not [rows, heads, capacity, head_dim] on the CPU, alike")
+        self.entries = [(k.dtype, k.shape[1], k.shape[3]) for k in self.keys]
+        self.rows = min((k.shape[0] for k in self.keys), default=0)
+        capacities = (k.shape[2] + first for k, first in zip(self.keys, self.first, strict=True))
+        self.longest = min(capacities, default=0)
+        self.begins_late = max(self.first, default=0) > 0
         self.table = (_Cache * len(self.keys))(
             *(
                 _Cache(k.data_ptr(), v.data_ptr(), k.stride(0), k.stride(1), first)

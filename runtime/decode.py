@@ -28,7 +28,7 @@ from ..kernels import step as native
 from ..kernels.ops import MAX_ROWS, PackedLinear, available
 from ..kernels.packed import DTYPES, finite
 from ..predictors.anatomy import Anatomy, FeedForward, canonical_activation
-from .kv_cache import Rooms, known_rooms, make_rooms, take_back
+from .kv_cache import Entries, Rooms, known_rooms, make_rooms, take_back
 from .selections import densely
 
 logger = logging.getLogger("coreskip")
@@ -459,6 +459,8 @@ class Decoder:
         self._before, self._narrow, self._bundled = before, narrow, bundled
         self._model, self._anatomy, self._weights, self._count = model, anatomy, weights, count
         self._lock = threading.Lock()
+        self._depth, config = len(anatomy), getattr(anatomy.stack, "config", None)
+        self._settings = {} if config is None else vars(config)
         # the dictionaries live as long as the modules: looking into them finds hooks registered later, too
         self._hooks = [hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.forget()
@@ -471,6 +473,13 @@ class Decoder:
         self._disagreed = 0  # first steps so far whose logits were not the model's own
         self._steps: weakref.WeakKeyDictionary[Chosen, tuple[native.Step, int]] = weakref.WeakKeyDictionary()
         self._output: type | None = None
+        self._entries: Entries | None = None  # of the KV caches that native steps write into
+
+    @property
+    def exits_early(self) -> bool:
+        """Whether the model's configuration has passes end before the last layer now, as a model that drafts for
+        itself has it (`assistant_early_exit`)."""
+        return bool(self._settings.get("num_hidden_layers", self._depth) != self._depth)
 
     @property
     def refusal(self) -> str | None:
@@ -541,11 +550,14 @@ class Decoder:
 
     def _admit(self, cache: Any, more: int) -> Rooms:
         """The cache's rooms. What takes longer to check is checked once a cache, not once a step."""
-        rooms = known_rooms(cache, more)
+        entries = cast(Entries, self._entries)
+        if self.exits_early:
+            raise _OfThisCall("passes are to end before the last layer")
+        rooms = known_rooms(cache, more, entries)
         if rooms is not None:
             return rooms
         self.check_modules()
-        found = make_rooms(cache, more)
+        found = make_rooms(cache, more, entries)
         if isinstance(found, str):
             raise _OfThisCall(found)
         return found
@@ -571,8 +583,11 @@ class Decoder:
         with self._lock:
             if self._output is not None:  # another thread was first
                 return None
+            if self.exits_early:
+                raise _OfThisCall("passes are to end before the last layer")
             try:
                 loaded = Architecture(self._model, self._anatomy)
+                self._entries = Entries.of(loaded.base)
                 twin = copy.deepcopy(named["past_key_values"])
                 step = loaded.step(chosen)
                 plain = chosen.by_rule and loaded.base.dtype != torch.float32

@@ -19,7 +19,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .decode import NotCovered, check_call, compare, windows
-from .kv_cache import Rooms, known_rooms, leave_rooms, lend_rooms, length_of, unfit
+from .kv_cache import Entries, Rooms, known_rooms, leave_rooms, lend_rooms, length_of, sizes_of, unfit
 from .selections import TALLY, Step, share_selections
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ class StaticStep:
         capacity: how many positions there is memory for.
         kinds: each layer's type, and how far back it sees (0: all).
         additive: whether the attention adds its mask (else it takes a boolean one).
+        entries: what a cache of this model's is.
     """
 
     def __init__(
@@ -105,9 +106,11 @@ class StaticStep:
         capacity: int,
         kinds: list[tuple[str, int]],
         additive: bool,
+        entries: Entries,
     ) -> None:
         keys = layers[0].keys
         rows, device = keys.shape[0], keys.device
+        self._entries = entries
         self._forward, self._kinds, self._dtype = forward, kinds, keys.dtype if additive else None
         self.rows, self.capacity = rows, capacity
         self.skipped = 0.0  # neurons that a call leaves out
@@ -129,7 +132,7 @@ class StaticStep:
         """Copies a cache's keys and values into the buffers, which are the cache's from now on."""
         if self.ids.is_cuda:
             torch.cuda.synchronize(self.ids.device)  # whose they were may have used another stream
-        rooms = lend_rooms(cache, self.buffers)
+        rooms = lend_rooms(cache, self.buffers, self._entries)
         self._cache, self._rooms = weakref.ref(cache), weakref.ref(rooms)
         return rooms
 
@@ -138,7 +141,10 @@ class StaticStep:
 
     def is_free_for(self, cache: Cache) -> bool:
         """Whether nobody else could notice that the buffers are overwritten."""
-        return self._cache() is cache or self._holders() == self._unused
+        rooms = self._rooms()
+        if rooms is not None and self._cache() is cache:
+            return rooms.is_ours
+        return self._holders() == self._unused
 
     def take_away(self) -> None:
         """The cache that has the buffers gets copies."""
@@ -231,6 +237,7 @@ class Graphs:
         self.refusal: str | None = None  # why this model's steps are not captured, if they are not
         self._captured: list[_Captured] = []  # the one used last at the end
         self._output: Any = None  # the class of what the model returns
+        self._entries: Entries | None = None  # of caches that a captured step can write into, as far as is known
         self._device = next(self._runtime.model.parameters()).device.type
         wanted = self._device == "cuda" and os.environ.get("CORESKIP_GRAPHS") != "0"
         self.capture: Callable[[StaticStep], Callable[[], Tensor]] | None = Capture if wanted else None
@@ -270,7 +277,7 @@ class Graphs:
         except NotCovered:
             return []
         with self._lock:
-            rooms = known_rooms(cache, 1)
+            rooms = self._known(cache)
             captured = next((c for c in self._captured if c.step.serves(rooms)), None)
             settled = self._runtime.settled(cache)
             if captured is None or rooms is None or isinstance(settled, str) or not captured.suits(settled, 1):
@@ -293,6 +300,8 @@ class Graphs:
     def _check_surroundings(self) -> None:
         if self._runtime.usage.counting:
             raise NotCovered("what thresholds keep is being counted")
+        if self._runtime.decoder.exits_early:
+            raise NotCovered("passes are to end before the last layer")
         if torch.is_autocast_enabled(self._device):
             raise NotCovered("autocast is on")
         if self._device == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -317,7 +326,7 @@ class Graphs:
             raise NotCovered(settled)
         rows = int(named["input_ids"].shape[0])
         suiting = [c for c in self._captured if c.suits(settled, rows)]
-        rooms = known_rooms(cache, 1)
+        rooms = self._known(cache)
         captured = next((c for c in suiting if c.step.serves(rooms)), None)
         if captured is None or rooms is None:
             captured = self._vacant(suiting, self._length(cache, rows), cache)
@@ -335,13 +344,18 @@ class Graphs:
     def _length(self, cache: Cache, rows: int) -> int:
         """Of a cache that comes here for the first time, or was moved."""
         self._runtime.decoder.check_modules()
-        reason = unfit(cache, self._device)
+        if self._entries is None:
+            self._entries = Entries(self._device, windows(self._runtime.model.config, len(self._runtime.anatomy)))
+        reason = unfit(cache, self._entries)
         if reason is not None:
             raise NotCovered(reason)
         first: Any = cache.layers[0]
         if first.keys.shape[0] != rows:
             raise NotCovered("the KV cache has another number of rows")
         return length_of(first)
+
+    def _known(self, cache: Cache) -> Rooms | None:
+        return None if self._entries is None else known_rooms(cache, 1, self._entries)
 
     def _vacant(self, suiting: list[_Captured], length: int, cache: Cache) -> _Captured | None:
         """What was captured for other sequences; taken from one that may go on only where there are too many."""
@@ -352,7 +366,10 @@ class Graphs:
         if not fitting or len(self._captured) < _MOST:
             return None
         fitting[0].step.take_away()
-        return fitting[0]
+        if fitting[0].step.is_free_for(cache):
+            return fitting[0]
+        self._captured.remove(fitting[0])  # somebody has taken keys or values from the cache, and still holds them
+        return None
 
     def _new(self, original: Callable[..., Any], named: dict[str, Any], settled: Settled) -> Tensor | None:
         """Captures a step and compares it with the model's own modules, which run on a copy of the cache. None: they
@@ -360,20 +377,22 @@ class Graphs:
         cache = named["past_key_values"]
         twin = copy.deepcopy(cache)
         expected = original(**{**named, "past_key_values": twin})
+        self._learn(cache.layers[0].keys.dtype, twin.layers)
         del twin
         try:
             length = length_of(cache.layers[0])
             capacity = max(_LEAST, 1 << length.bit_length())
-            step = StaticStep(original, cache.layers, capacity, *self._attention())
+            step = StaticStep(original, cache.layers, capacity, *self._attention(), cast(Entries, self._entries))
             rooms = step.adopt(cache)
             step.load(named, length)
             assert self.capture is not None
             replay = self.capture(step)
+            rooms.settle()  # what the capture holds
             logits = replay().clone()
             compare(logits, expected.logits, self._runtime.chooses_by_token)
         except Exception as error:  # a capture fails in as many ways as there are modules
             self._refuse(error)
-            lent = known_rooms(cache, 1)
+            lent = self._known(cache)
             if lent is not None:
                 leave_rooms(lent)
             return None
@@ -383,6 +402,14 @@ class Graphs:
         self._output = type(expected)
         rooms.advance(1)
         return logits
+
+    def _learn(self, dtype: torch.dtype, made: list[Any]) -> None:
+        """What this model's keys and values are, from layers to which its modules have added some of their own."""
+        entries = cast(Entries, self._entries)
+        if made[0].keys.dtype != dtype:
+            raise NotCovered("the KV cache is not in the model's dtype")
+        if entries.sizes is None:
+            self._entries = replace(entries, sizes=[sizes_of(layer) for layer in made], dtype=dtype)
 
     def _attention(self) -> tuple[list[tuple[str, int]], bool]:
         """Each layer's type and how far back it sees, and whether masks are added."""

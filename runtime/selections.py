@@ -6,6 +6,8 @@ copied when a prompt's cache is copied, and follows every reordering that beam s
 
 from __future__ import annotations
 
+import copy
+import copyreg
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -234,8 +236,12 @@ class Selections:
 
     def _settle(self) -> None:
         self._choice = None
-        chosen = {layer: self._choose(layer, policy) for layer, policy in self._policies.items()}
-        if not chosen:  # adaptive layers alone: every row has the same neurons, all of them
+        chosen = {
+            layer: self._choose(layer, policy)
+            for layer, policy in self._policies.items()
+            if self._scored(layer, policy)
+        }
+        if not chosen:  # every row has the same neurons, all of them
             self._group_of_row = torch.zeros(self.rows, dtype=torch.int64)
             return
         every = torch.cat(list(chosen.values()), dim=1)
@@ -248,6 +254,12 @@ class Selections:
             return Choice({layer: pack(layer, lists[group_of_row[0]]) for layer, lists in self._distinct.items()}, {})
         lists = {layer: lists[group_of_row] for layer, lists in self._distinct.items()}
         return Choice({layer: whole(layer) for layer in lists}, lists)
+
+    def _scored(self, layer: int, policy: CoreNeurons | Similar) -> bool:
+        """Whether the prompt went through what the choice depends on. A model that drafts for itself by its first
+        layers has caches that no other layer has seen."""
+        anchor = layer if isinstance(policy, CoreNeurons) or self._clusters is None else self._clusters.anchor
+        return anchor in self._scores
 
     def _choose(self, layer: int, policy: CoreNeurons | Similar) -> Tensor:
         """Indices ``[rows, kept]`` of one layer."""
@@ -304,7 +316,21 @@ def share_selections(cache: Cache | None, other: Cache) -> None:
 
 
 class _Followed:
-    """A KV cache whose selections follow it."""
+    """A KV cache whose selections follow it, and its copies. Pickled it is the plain cache, without them."""
+
+    def __copy__(self) -> Any:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(vars(self))
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = memo[id(self)] = object.__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(vars(self), memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = {name: value for name, value in vars(self).items() if name != _ATTRIBUTE}
+        return copyreg._reconstructor, (type(self).__bases__[1], object, None), state  # type: ignore[attr-defined]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]

@@ -661,6 +661,8 @@ class Runtime:
             return None
         else:
             choice = self._choice(step.selections)
+            if index not in choice.packed:  # which no prompt went through
+                return None
             packed, lists = choice.packed[index], choice.lists.get(index)
         kept = packed.intermediate_size if lists is None else lists.shape[1]
         step.skipped += (self._width(index) - kept) * step.rows * step.length
@@ -790,6 +792,8 @@ class _Wrapped:
         plain = functools.partial(super()._sample, input_ids, **arguments, **model_kwargs)  # type: ignore[misc]
         runtime = runtime_of(cast(nn.Module, self))
         exact = runtime.exact
+        if runtime.decoder.exits_early:  # it drafts for itself by its first layers: what is measured is of all of them
+            return plain()
         arguments["model_kwargs"] = model_kwargs
         if exact is not None:
             return exact.generate(self, plain, input_ids, arguments, runtime.native_passes)
