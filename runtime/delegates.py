@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from torch import nn
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 
 from ..predictors.errors import CoreskipError
 

@@ -12,7 +12,7 @@ import weakref
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 
 from .decode import _STATIC_ROPE
 

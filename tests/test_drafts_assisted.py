@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -103,16 +104,34 @@ def test_the_next_turn_of_a_conversation(llama: Any, kind: str) -> None:
     assert torch.equal(*texts)
 
 
-def test_a_prompt_in_chunks_and_a_masked_one(llama: Any) -> None:
+def test_a_prompt_in_chunks_a_masked_one_and_one_of_embeddings(llama: Any) -> None:
     ids, mask = prompt(1, 9), torch.ones(1, 9, dtype=torch.int64)
     mask[0, :2] = 0
     with coreskip.wrap(llama, plan_of(llama, "griffin")):
         for options in ({"prefill_chunk_size": 4}, {"attention_mask": mask}):
             expected = greedy(llama, ids, 16, **options)
             assert torch.equal(greedy(llama, ids, 16, **options, assistant_model=tiny("llama", seed=3)), expected)
-        embeds = llama.get_input_embeddings()(ids)
+        options = {"inputs_embeds": llama.get_input_embeddings()(ids).detach(), "do_sample": False}
+        expected = llama.generate(**options, max_new_tokens=16)
+        assert torch.equal(llama.generate(**options, max_new_tokens=16, prompt_lookup_num_tokens=3), expected)
         assert greedy(llama, ids, 1, assistant_model=tiny("llama", seed=3)).shape == (1, 10)
-        assert embeds.shape == (1, 9, 64)
+
+
+def test_early_exit_of_the_model_itself(llama: Any) -> None:
+    ids = prompt(1, 9)
+    with coreskip.wrap(llama, plan_of(llama, "static")):
+        expected = greedy(llama, ids, 24)
+        assert torch.equal(greedy(llama, ids, 24, assistant_early_exit=1), expected)
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_packed_weights(weights: str) -> None:
+    settings = {"hidden_size": 128, "intermediate_size": 256}
+    model, ids = tiny("llama", **settings), prompt(1, 9)
+    with coreskip.wrap(model, replace(Plan.dense(model), weights=weights), keep_originals=True):
+        expected = greedy(model, ids, 24)
+        for options in ({"assistant_model": tiny("llama", **settings)}, {"prompt_lookup_num_tokens": 3}):
+            assert torch.equal(greedy(model, ids, 24, **options), expected)
 
 
 def test_sampling_with_an_assistant_ends(llama: Any) -> None:
