@@ -16,7 +16,6 @@ from torch import Tensor
 from ..predictors.errors import CoreskipError
 from .selections import prefilling
 
-
 #: Arguments of ``_assisted_decoding`` that are not meant for the model's forward.
 _OPTIONS = {"logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer", "inputs_tensor"}
 _OPTIONS |= {"assistant_model", "assistant_tokenizer", "tokenizer"}

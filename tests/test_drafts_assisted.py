@@ -117,13 +117,6 @@ def test_a_prompt_in_chunks_a_masked_one_and_one_of_embeddings(llama: Any) -> No
         assert greedy(llama, ids, 1, assistant_model=tiny("llama", seed=3)).shape == (1, 10)
 
 
-def test_early_exit_of_the_model_itself(llama: Any) -> None:
-    ids = prompt(1, 9)
-    with coreskip.wrap(llama, plan_of(llama, "static")):
-        expected = greedy(llama, ids, 24)
-        assert torch.equal(greedy(llama, ids, 24, assistant_early_exit=1), expected)
-
-
 @pytest.mark.parametrize("weights", ["int4", "int8"])
 def test_packed_weights(weights: str) -> None:
     settings = {"hidden_size": 128, "intermediate_size": 256}
