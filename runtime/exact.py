@@ -19,6 +19,7 @@ tokens a pass over that token alone does; coarser types decode without drafts.
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import time
 from collections import deque
@@ -37,6 +38,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from ..kernels.ops import MAX_ROWS
 from ..kernels.step import likeliest
 from .decode import Chosen, NativeSequence
+from .growth import growth
 from .kv_cache import plain_class
 from .selections import drafting
 
@@ -431,8 +433,10 @@ class Text:
             self.scores.append(scores)
         if self.logits is not None:
             self.logits.append(raw)
-        token = self._choose(scores, 0)[0]
+        token, chance = self._choose(scores, 0)
         if self._draws is not None:
+            if math.isnan(chance):  # as torch.multinomial refuses them: one NaN or infinity makes all of them NaN
+                raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
             self._draws.use()
         self.ids = torch.cat([self.ids, torch.tensor([[token]], device=self.ids.device)], dim=-1)
         if self._streamer is not None:
@@ -484,7 +488,7 @@ class Text:
             self._draws.close()
 
 
-_STATEFUL = ("UnbatchedClassifierFreeGuidance", "Watermark", "SynthID")
+_STATEFUL = ("UnbatchedClassifierFreeGuidance", "Watermark", "SynthID", "PrefixConstrained")
 
 
 def _is_pure(processor: Any) -> bool:
@@ -667,7 +671,7 @@ class Exact:
             return self._generate(model, ids, done, native, arguments)
 
     def _refusal(self, model: Any, ids: Tensor, arguments: dict[str, Any]) -> str | None:
-        reason = obstacle(ids, arguments)
+        reason = obstacle(ids, arguments) or growth(model, ids, arguments)
         if reason is not None:
             return reason
         if self._margin is None:
@@ -809,7 +813,7 @@ class Exact:
             passes.rollback(start + len(drafts))
             price = (steps * pace.step_s + width * pace.step_row_s) / len(made) + pace.row_s
             for chance in chances:
-                keys.append(min(int(chance * pace.BINS), pace.BINS - 1))
+                keys.append(0 if math.isnan(chance) else min(int(chance * pace.BINS), pace.BINS - 1))
                 reach *= pace.plan.acceptance[keys[-1]].value
                 expected, seconds = expected + reach, seconds + price
         passes.rollback(start)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .decode import NativeSequence, NotCovered
 from .exact import Text, ends_of, obstacle
+from .growth import growth
 
 if TYPE_CHECKING:
     from .wrap import Runtime
@@ -30,7 +31,7 @@ STREAMING_S, ALONE_S = 0.025, 0.5
 def generate(runtime: Runtime, model: Any, ids: Tensor, arguments: dict[str, Any]) -> Any:
     """What ``model._sample`` returns, or None where this loop does not cover the call; nothing has happened then."""
     replays = runtime.graphs.ready and ends_of(arguments) is not None
-    if not (runtime.decoder.ready or replays) or obstacle(ids, arguments) is not None:
+    if not (runtime.decoder.ready or replays) or (obstacle(ids, arguments) or growth(model, ids, arguments)):
         return None
     config, kwargs = arguments["generation_config"], arguments["model_kwargs"]
     outputs = model._prefill(ids, config, kwargs)

@@ -29,10 +29,11 @@ from ..predictors.anatomy import Activation, Anatomy, FeedForward, dissect, rows
 from ..predictors.errors import CoreskipError
 from ..predictors.observe import down_norms, inference
 from ..predictors.plan import CoreNeurons, Dense, NeuronPolicy, Plan, Similar, Static, Threshold
-from . import loop
+from . import assisted, loop
 from .attention import can_redirect, redirect_attention
 from .cost import LITTLE
 from .decode import Chosen, Decoder, NativeSequence, NotCovered, refusal
+from .delegates import check_generates, generator_of
 from .exact import Exact, NativePasses
 from .graph import Graphs, Settled
 from .layers import LayerSkips
@@ -75,8 +76,8 @@ def wrap(
     """Run `model` under `plan` from now on: ``model.generate`` and everything built on it decode sparsely.
 
     Args:
-        model: a causal LM; changed in place and returned. Use it as a context manager to unwrap at the end:
-            ``with wrap(model, plan): ...``.
+        model: a causal LM, or a model that generates by one inside it (PEFT); changed in place and returned. Use it as
+            a context manager to unwrap at the end: ``with wrap(model, plan): ...``.
         plan: made for this model by `analyze` or `Plan.dense`.
         exact: use the plan only to draft tokens that the dense model verifies (runtime/exact.py): the text is the
             dense model's own, token for token, greedy or sampled. One sequence at a time; batches decode densely.
@@ -100,10 +101,14 @@ def wrap(
     if exact and keep_originals is False:
         raise CoreskipError("exact mode verifies with the weights as they were loaded: leave out keep_originals=False")
     _refuse_hooks(model)
-    anatomy = dissect(model)
-    plan.check(model, anatomy)
-    runtime = Runtime(model, anatomy, plan, exact, keep_originals=keep_originals, lookup=lookup)
+    check_generates(model)
+    inner = generator_of(model)
+    anatomy = dissect(inner)
+    plan.check(inner, anatomy)
+    runtime = Runtime(inner, anatomy, plan, exact, keep_originals=keep_originals, lookup=lookup)
     runtime.install()
+    if inner is not model:
+        runtime.stand_for(model)
     runtime.replace_originals()
     return model
 
@@ -121,9 +126,9 @@ def unwrap(model: Model) -> Model:
 @contextmanager
 def wrapped(model: Model, plan: Plan, weights: Weights) -> Iterator[Model]:
     """`wrap` for a while, with matrices that were packed before: for searches, which try many plans on one model."""
-    anatomy = weights.anatomy
-    plan.check(model, anatomy)
-    Runtime(model, anatomy, plan, weights=weights).install()
+    anatomy, inner = weights.anatomy, generator_of(model)
+    plan.check(inner, anatomy)
+    Runtime(inner, anatomy, plan, weights=weights).install()
     try:
         yield model
     finally:
@@ -131,12 +136,12 @@ def wrapped(model: Model, plan: Plan, weights: Weights) -> Iterator[Model]:
 
 
 def is_wrapped(model: nn.Module) -> bool:
-    return _RUNTIME in vars(model)
+    return _RUNTIME in vars(generator_of(model))
 
 
 def runtime_of(model: nn.Module) -> Runtime:
     """The runtime that `wrap` installed on `model`."""
-    runtime = vars(model).get(_RUNTIME)
+    runtime = vars(generator_of(model)).get(_RUNTIME)
     if not isinstance(runtime, Runtime):
         raise CoreskipError("the model is not wrapped: call coreskip.wrap(model, plan) first")
     return runtime
@@ -219,6 +224,7 @@ class Runtime:
     ) -> None:
         self.model, self.anatomy, self.plan = model, anatomy, plan
         self._class = type(model)
+        self._outer: tuple[nn.Module, type] | None = None  # who generates by this model, and its class
         self._patches = Patches()
         self.usage = Usage(sum(mlp.intermediate_size for mlp in anatomy.mlps))
         policies = {index: layer.neurons for index, layer in enumerate(plan.layers)}
@@ -259,7 +265,8 @@ class Runtime:
         self._skips = LayerSkips(anatomy, plan)
         self.graphs = Graphs(self)
         sparse = self._chosen or self._static or self._token_policies or self._column_policies
-        self.exact = Exact(has_draft=bool(sparse or self._skips.policies or plan.weights)) if exact else None
+        self.decodes_otherwise = bool(sparse or self._skips.policies or plan.weights)  # than it prefills
+        self.exact = Exact(has_draft=self.decodes_otherwise) if exact else None
         self.lookup = Exact(has_draft=False) if lookup and not exact else None
         # neurons that prompts choose are packed again and again
         kept = [module for index in self._chosen for module in anatomy.mlps[index].owner.modules()]
@@ -306,6 +313,11 @@ class Runtime:
             raise
         self.model.__class__ = _wrapped_class(cast(Any, self._class))
 
+    def stand_for(self, outer: nn.Module) -> None:
+        """Lets a model that generates by the wrapped one do, and refuse, what that one does."""
+        self._outer = (outer, type(outer))
+        outer.__class__ = _outer_class(cast(Any, type(outer)))
+
     def replace_originals(self) -> None:
         """Packs the weights now, where the originals may go: every prefill, the first too, shall read the same."""
         if self.replaced is None:
@@ -336,6 +348,9 @@ class Runtime:
         """
         self.check_removable()
         self.model.__class__ = self._class
+        if self._outer is not None:
+            outer, cls = self._outer
+            outer.__class__ = cls
         self._patches.undo()
         if self.replaced is not None:
             self.replaced.put_back()
@@ -752,15 +767,31 @@ def _valid(mask: Tensor | None, past: int, length: int) -> Tensor | None:
     return columns.bool()
 
 
-class _Wrapped:
-    """What a wrapped model can do besides: be a context manager, and mark ``generate``'s prefill."""
+class _Outer:
+    """What a wrapped model, and one that generates by it, can do besides (be a context manager) or not."""
 
-    def __enter__(self) -> _Wrapped:
+    def __enter__(self) -> Any:
         runtime_of(cast(nn.Module, self)).check_removable()  # else the block's end would raise, whatever came before
         return self
 
     def __exit__(self, *exception: object) -> None:
         unwrap(cast(nn.Module, self))
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        runtime_of(cast(nn.Module, self)).refuse("load weights")
+        result = super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
+        runtime_of(cast(nn.Module, self)).repack()
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise CoreskipError("a wrapped model cannot be copied: call coreskip.unwrap(model) first")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CoreskipError("a wrapped model cannot be pickled: call coreskip.unwrap(model) first")
+
+
+class _Wrapped(_Outer):
+    """What a wrapped model does itself: mark ``generate``'s prefill, draft, decode natively."""
 
     def _prefill(
         self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], is_first_iteration: bool = True
@@ -808,6 +839,15 @@ class _Wrapped:
         lookup.by_rows = True  # as native steps treat them
         return lookup.generate(self, undrafted, input_ids, arguments, runtime.native_passes)
 
+    def _assisted_decoding(
+        self, input_ids: Tensor, *, generation_config: Any, inputs_tensor: Any = None, **options: Any
+    ) -> Any:
+        options = {"generation_config": generation_config, "inputs_tensor": inputs_tensor, **options}
+        plain = super()._assisted_decoding  # type: ignore[misc]
+        if not runtime_of(cast(nn.Module, self)).decodes_otherwise:
+            return plain(input_ids, **options)
+        return assisted.decode(plain.__func__, self, input_ids, options)
+
     def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
         return False  # the patched forward keeps state between steps that a captured graph would freeze
 
@@ -817,20 +857,17 @@ class _Wrapped:
         runtime_of(cast(nn.Module, self)).repack()
         return result
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        runtime_of(cast(nn.Module, self)).refuse("load weights")
-        result = super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
-        runtime_of(cast(nn.Module, self)).repack()
-        return result
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        raise CoreskipError("a wrapped model cannot be copied: call coreskip.unwrap(model) first")
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise CoreskipError("a wrapped model cannot be pickled: call coreskip.unwrap(model) first")
-
 
 @functools.cache
 def _wrapped_class(cls: type) -> type:
+    return _with(_Wrapped, cls)
+
+
+@functools.cache
+def _outer_class(cls: type) -> type:
+    return _with(_Outer, cls)
+
+
+def _with(more: type, cls: type) -> type:
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(cls.__name__, (_Wrapped, cls), names)
+    return type(cls.__name__, (more, cls), names)
