@@ -13,8 +13,8 @@ import torch
 
 from coreskip.bench.runners import FORMATS, OPPONENTS, Job
 from coreskip.bench.workloads import NATURAL_SPARSITY, Prompt, Shape, prompts, threads_available
+from coreskip.predictors.checks import check_share
 from coreskip.predictors.errors import CoreskipError
-from coreskip.predictors.importance import check_share
 from coreskip.predictors.plan import Plan
 
 WIDTHS = {"float16": 16, "bfloat16": 16, "float32": 32}  # bits
