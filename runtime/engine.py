@@ -25,7 +25,8 @@ class Engine:
     """A model, its tokenizer and a plan, ready to generate.
 
     Prompts are texts, or chats: lists of ``{"role": ..., "content": ...}`` that the tokenizer's template renders; one
-    such message by itself is a chat, too. Every keyword argument of ``model.generate`` is taken (``max_new_tokens``, ``do_sample``, ``num_beams``, ...), besides
+    such message by itself is a chat, too. Every keyword argument of ``model.generate`` is taken (``max_new_tokens``,
+    ``do_sample``, ``num_beams``, ...), besides
 
     - ``stop_strings``: a string or several; the text ends before the first that appears;
     - ``seed``: makes sampling repeatable, whatever other threads do; from 0 to 2**64 - 1.

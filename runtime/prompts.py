@@ -207,8 +207,8 @@ def learned_positions(model: Any) -> int | None:
     for name, module in model.named_modules():
         called = name.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and ("pos" in called or called == "wpe"):
-            if 0 <= module.num_embeddings - most <= 2:  # OPT's begins with two for padding
-                return most
+            extra = module.num_embeddings - most  # OPT's begins with two for padding
+            return most if 0 <= extra <= 2 else None
         table = getattr(module, "embed_positions", None)  # GPT-J and CodeGen look up rotary angles
         if not isinstance(table, nn.Module) and getattr(table, "ndim", 0) == 2 and len(table) == most:
             return most

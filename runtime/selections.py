@@ -88,9 +88,7 @@ def prefilling(attention_mask: Tensor | None = None) -> Iterator[None]:
     `attention_mask`: ``[rows, tokens so far]``, 0 at padding; needed only where the passes carry no 2-D mask.
     """
     if not isinstance(attention_mask, (Tensor, Mapping, type(None))):  # transformers itself passes tables of masks
-        raise CoreskipError(
-            f"attention_mask is {kind_of(attention_mask)}: give a tensor [rows, tokens so far], or None"
-        )
+        raise CoreskipError(f"attention_mask is {kind_of(attention_mask)}: give a tensor [rows, tokens], or None")
     token = _PROMPT.set(_Prompt(attention_mask))
     try:
         yield

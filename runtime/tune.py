@@ -27,7 +27,7 @@ from ..predictors.plan import Clusters, CoreNeurons, Fingerprint, LayerPlan, Neu
 from ..predictors.token_choice import TokenCalibration
 from .cost import runs_natively
 from .emulation import Emulation
-from .options import check_options
+from .options import Budget, check_options
 from .quality import WINDOW, evaluate_all
 from .wrap import is_wrapped
 
@@ -79,9 +79,10 @@ def analyze(
             ``sketch``.
         keep: share of the MLP neurons to keep, of ``layers`` that of the layers, in (0, 1]; where neither it nor a
             budget is given 0.6, of ``layers`` 0.9.
-        budget: ``ppl+1%``, ``kl<0.05`` or ``agreement>0.95`` (or 95%): the fastest plan found that holds it on text that the
-            search did not see, with a margin; see `search`. A plan that skips nothing where none does.
-        text: calibration text, or the `Path` of a UTF-8 file; None samples some from the model itself. The last part is held out to measure on.
+        budget: ``ppl+1%``, ``kl<0.05`` or ``agreement>0.95`` (or 95%): the fastest plan found that holds it on text
+            that the search did not see, with a margin; see `search`. A plan that skips nothing where none does.
+        text: calibration text, or the `Path` of a UTF-8 file; None samples some from the model itself. The last part
+            is held out to measure on.
         score: how ``core``, ``similar`` and ``static`` rank neurons, see `token_contributions`; by default
             ``griffin``, which measured best on the embedded model (README); CoreInfer's own is ``signed``.
         alpha: share of a token's neurons that count as its core, 0.4 by default (all scores but ``griffin``).
