@@ -27,7 +27,7 @@ from ..predictors.plan import Clusters, CoreNeurons, Fingerprint, LayerPlan, Neu
 from ..predictors.token_choice import TokenCalibration
 from .cost import runs_natively
 from .emulation import Emulation
-from .options import Budget, check_options
+from .options import Budget, check_options, given
 from .quality import WINDOW, evaluate_all
 from .wrap import is_wrapped
 
@@ -130,11 +130,6 @@ def analyze(
         return search(study, Budget.parse(budget), method, journal=resume)
     default = DEFAULT_KEEP_OF_LAYERS if method == "layers" else DEFAULT_KEEP
     return study.measured(study.workshop.make("sketch" if method == "auto" else method, keep or default))
-
-
-def given(options: dict[str, Any]) -> dict[str, Any]:
-    """What a user has given: the rest is left to the defaults."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 class Study:
