@@ -63,9 +63,7 @@ def _quiet_libraries() -> None:
 @click.option("--budget", help="ppl+1%, kl<0.05 or agreement>0.95: the fastest plan found that holds it.")
 @click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text to calibrate on; else the model writes some.")
 @click.option("--score", help="griffin (default), magnitude, magnitude_down, or signed as CoreInfer published.")
-@click.option(
-    "--alpha", type=float, show_default="0.4", help="Of these scores: share of a token's neurons in its core."
-)
+@click.option("--alpha", type=float, show_default="0.4", help="By these: share of a token's neurons in its core.")
 @click.option("--first-layer", type=int, show_default="0", help="Layers before it stay dense.")
 @click.option("--layers", help="Leave layers out: skip:6, skip-attention:6, skip-mlp:6, every:2 or adaptive:0.8.")
 @click.option("--tokens", type=int, default=16384, show_default=True, help="Observe at most this many tokens.")

@@ -104,6 +104,8 @@ def kind_of(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
     name = type(value).__name__
+    if name.endswith("s"):  # bytes
+        return name
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 

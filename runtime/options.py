@@ -88,8 +88,15 @@ class Budget:
 def _check_limit(text: str, measure: str, limit: float) -> None:
     if measure == "agreement" and not 0 < limit < 1:
         raise CoreskipError(f"the budget {text!r} asks for an agreement that is not between 0 and 1: write 0.95 or 95%")
-    if measure != "agreement" and not (limit > 0 and math.isfinite(limit)):
-        raise CoreskipError(f"the budget {text!r} allows no loss at all or any: write a limit above 0, as in kl<0.05")
+    if measure != "agreement" and not limit > 0:
+        raise CoreskipError(f"the budget {text!r} allows no loss at all: write a limit above 0, as in kl<0.05")
+    if math.isinf(limit):
+        raise CoreskipError(f"the budget {text!r} allows any loss: write a limit, as in kl<0.05")
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """What a user has given: the rest is left to the defaults."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def check_options(
@@ -125,35 +132,35 @@ def check_options(
         path_of(resume, "the file of measurements")
     if budget is None and (fast or resume is not None):
         raise CoreskipError(f"{'fast' if fast else 'resume'} is of the search for a budget: add one, such as ppl+1%")
-    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    named = {name: value for name, value in options.items() if value is not None and value is not False}
     if dense:
-        _refuse_any([*given, *(["first_layer"] if first_layer is not None else [])])
-    _check_places(given, method, searching=budget is not None, fast=fast)
-    _check_pairs(given)
+        _refuse_any([*named, *(["first_layer"] if first_layer is not None else [])])
+    _check_places(named, method, searching=budget is not None, fast=fast)
+    _check_pairs(named)
 
 
-def _check_places(given: Mapping[str, Any], method: str, *, searching: bool, fast: bool) -> None:
+def _check_places(named: Mapping[str, Any], method: str, *, searching: bool, fast: bool) -> None:
     """Raise where a given option belongs to none of the methods that will be looked at."""
     shown = method
     looked_at: Collection[str] = {method}
     if method == "auto":
         looked_at = {"sketch"} if not searching else _FAST if fast else _ALL
         shown += " (a sketch)" if not searching else " (a fast search)" if fast else ""
-    for name in given:
+    for name in named:
         if not set(looked_at) & set(OF_METHODS[name]):
-            methods = " and ".join(OF_METHODS[name])
-            raise CoreskipError(f"{name} is of method {methods}, and the method is {shown}: leave it out")
+            methods = ", ".join(OF_METHODS[name])
+            raise CoreskipError(f"{name} is of the method {methods}, and the method is {shown}: leave it out")
         if searching and method in ("auto", *_SEARCHED.get(name, ())) and name in _SEARCHED:
             raise CoreskipError(f"a search for a budget tries every {name} itself: leave it out, or give a keep")
 
 
-def _check_pairs(given: Mapping[str, Any]) -> None:
+def _check_pairs(named: Mapping[str, Any]) -> None:
     """Raise where an option makes another one meaningless."""
-    if "alpha" in given and given.get("score", "griffin") == "griffin":
+    if "alpha" in named and named.get("score", "griffin") == "griffin":
         raise CoreskipError("alpha is of the scores magnitude, magnitude_down and signed: add one of them")
-    if given.get("bits") == 1 and "allocation" in given:
+    if named.get("bits") == 1 and "allocation" in named:
         raise CoreskipError("a sketch of signs keeps the same share of every layer: leave out allocation, or bits")
-    if given.get("bits") == 1 and "refine" in given:
+    if named.get("bits") == 1 and "refine" in named:
         raise CoreskipError("a sketch of signs cannot be refined: give bits 4")
 
 
@@ -172,7 +179,6 @@ def _check_values(*, tokens: Any, windows: Any, first_layer: Any, seed: Any, fas
     check_flag("fast", fast)
     if first_layer is not None:
         check_count("first_layer", first_layer, 0)
-    given = {name: value for name, value in options.items() if value is not None}
     checks = {
         "score": check_score,
         "alpha": lambda value: check_share("alpha", value),
@@ -183,7 +189,7 @@ def _check_values(*, tokens: Any, windows: Any, first_layer: Any, seed: Any, fas
         "refine": lambda value: check_flag("refine", value),
         "all_linears": lambda value: check_flag("all_linears", value),
     }
-    for name, value in given.items():
+    for name, value in given(options).items():
         checks[name](value)
 
 

@@ -29,8 +29,8 @@ from ..predictors.plan import CoreNeurons, LayerPlan, Learned, NeuronPolicy, Pla
 from .attention import can_redirect
 from .cost import Cost, cost, read_bandwidth
 from .decode import refusal
-from .options import Budget, check_options
-from .tune import ALPHA, Study, given
+from .options import Budget, check_options, given
+from .tune import ALPHA, Study
 
 logger = logging.getLogger("coreskip")
 
