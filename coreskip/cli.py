@@ -375,7 +375,7 @@ def main(arguments: list[str] | None = None) -> None:
         streams.let_go()
         sys.exit(streams.BROKEN_PIPE)
     except OSError as error:
-        if not streams.stdout_fails():
+        if not streams.is_of_stdout(error):
             raise
         streams.let_go()
         _fail(f"cannot write to stdout: {error.strerror}")

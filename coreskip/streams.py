@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import signal
 import sys
 
 from coreskip.predictors.errors import CoreskipError
 
-BROKEN_PIPE = 128 + getattr(signal, "SIGPIPE", 13)  # what a shell reports of a program that nobody reads any more
+BROKEN_PIPE = 1  # the exit code that click gives it
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 def prepare() -> None:
@@ -26,13 +27,10 @@ def prepare() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def stdout_fails() -> bool:
-    """Whether what was written to stdout cannot get out: the device is full, say."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        return True
-    return False
+def is_of_stdout(error: OSError) -> bool:
+    """Whether writing to stdout raised it: files are named by what opens them, and Python keeps nothing of what could
+    not be written that could be tried again."""
+    return error.filename is None and error.errno in _CANNOT_WRITE
 
 
 def let_go() -> None:
