@@ -4,12 +4,12 @@ mistake and works: paths and None for plans, paths for texts, one message for a 
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,13 +25,15 @@ from tokenizers.models import BPE
 
 import coreskip
 from coreskip import CoreskipError, Engine, Plan, analyze, evaluate, load, pareto, ppl_sparsity, unwrap, wrap
+from coreskip.bench.processes import serve
+from coreskip.bench.runners import Job
 from coreskip.cli import main
 from coreskip.predictors.layers import LayerChoice, left_out
 from coreskip.runtime.options import Budget, check_options
 from coreskip.runtime.wrap import is_wrapped
 
 ROOT = Path(__file__).parent.parent
-STORY = "The old ferry crossed the river twice a day, and nobody ever asked why it came back empty. " * 40
+STORY = "The old ferry crossed the river twice a day, and nobody ever asked why it came back empty. " * 120
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
@@ -42,14 +44,13 @@ CHAT = [{"role": "user", "content": "x"}]
 
 def characters(template: str | None = TEMPLATE, **special: str) -> Any:
     """A tokenizer of one token per character."""
-    vocabulary = {
-        word: index for index, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *map(chr, range(32, 127))])
-    }
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", *map(chr, range(32, 127))]
+    vocabulary = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.decoder = decoders.Fuse()
-    words = special or {"pad_token": "<pad>", "eos_token": "<eos>"}
+    named = special or {"pad_token": "<pad>", "eos_token": "<eos>"}
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, chat_template=template, unk_token="<unk>", **words
+        tokenizer_object=tokenizer, chat_template=template, unk_token="<unk>", **named
     )
 
 
@@ -192,7 +193,7 @@ MISTAKES: dict[str, tuple[Call, str]] = {
     "the name of no text": (lambda at: scored(at, None, "nofile.txt"), "'nofile.txt' is the name of a file"),
     "a text that is not there": (lambda at: analyzed(at, text=Path("none.txt")), "cannot read the text"),
     "a number as a text": (lambda at: scored(at, None, 5), "the text is given as an int"),
-    "a text of one word": (lambda at: ppl_sparsity(at.model, at.tokenizer, "abc"), "has 1 tokens"),
+    "a text of one word": (lambda at: ppl_sparsity(at.model, at.tokenizer, "abc"), "give a longer one"),
     "half a character in a text": (lambda at: analyzed(at, text=STORY + "\ud800"), "is not valid text"),
     # options of analyze
     "a budget of a number": (lambda at: analyzed(at, budget=5), "the budget is 5"),
@@ -300,10 +301,11 @@ def test_budgets_as_people_write_them(text: str, measure: str, limit: float) -> 
     assert (budget.measure, budget.limit) == (measure, pytest.approx(limit))
 
 
-@pytest.mark.parametrize(
-    "text", ["kl<0", "kl<0.0", "ppl+0%", "ppl+1e-400%", "kl<1e400", "kl<inf", "kl<nan", "kl<-1", "agreement>1"]
-    + ["agreement>1.5", "agreement>100%", "agreement>0", "ppl+1", "ppl<1%", "", "5", 5, None, b"kl<1"],
-)  # fmt: skip
+NO_BUDGETS = ["kl<0", "kl<0.0", "ppl+0%", "ppl+1e-400%", "kl<1e400", "kl<inf", "kl<nan", "kl<-1", "ppl+1", "ppl<1%"]
+NO_BUDGETS += ["agreement>1", "agreement>1.5", "agreement>100%", "agreement>0"]
+
+
+@pytest.mark.parametrize("text", [*NO_BUDGETS, "", "5", 5, None, b"kl<1"])
 def test_budgets_that_are_none(text: Any) -> None:
     with pytest.raises(CoreskipError, match="budget"):
         Budget.parse(text)
@@ -493,7 +495,7 @@ def test_stdout_is_closed() -> None:
 
 def test_nobody_reads_stdout() -> None:
     ran = shell("$COMMAND --help | true; exit ${PIPESTATUS[0]}")
-    assert (ran.returncode, ran.stderr) in ((0, b""), (128 + signal.SIGPIPE, b""))
+    assert (ran.returncode, ran.stderr) in ((0, b""), (1, b""))
     code = "import sys; from coreskip.cli import main; sys.stdin.read(); main(['--help'])"
     started = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -503,7 +505,7 @@ def test_nobody_reads_stdout() -> None:
     started.stdout.close()
     started.stdout = None
     _, err = started.communicate(timeout=300)
-    assert (started.returncode, err) == (128 + signal.SIGPIPE, b"")
+    assert (started.returncode, err) == (1, b"")
 
 
 def test_a_terminal_without_the_characters() -> None:
@@ -528,23 +530,21 @@ def test_mistakes_do_not_wait_for_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def test_ctrl_c_in_a_round_of_the_bench(at: Any) -> None:
-    """Stopped while it measures: what is whole stays, the last line says so, and no traceback."""
-    words = ("bench", "llama", "--against", "hf", "--dtype", "float32", "--rounds", "100000", "--windows", "0")
-    started = subprocess.Popen(
-        [sys.executable, "-m", "coreskip", *words, "--json", "rows.jsonl"],
-        cwd=at.folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    assert started.stderr is not None
-    try:
-        for line in started.stderr:
-            if b"round 3 of" in line:
-                break
-        time.sleep(0.05)
-        started.send_signal(signal.SIGINT)
-        out, err = started.communicate(timeout=300)
-    finally:
-        started.kill()
-    (at.folder / "rows.jsonl").unlink()
-    assert (started.returncode, err.splitlines()[-1]) == (130, b"coreskip: interrupted")
-    assert b"Traceback" not in out + err
+def test_a_worker_whose_bench_is_gone_ends_quietly() -> None:
+    """After Ctrl-C in a round there is an answer that nobody reads: the pipe then breaks with an error of its own."""
+    ours, theirs = multiprocessing.Pipe()
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            serve(theirs, Job("nonsense", "float32"))
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    ours.send(("load", ()))
+    assert ours.poll(60)
+    ours.close()
+    thread.join(60)
+    assert not failures
