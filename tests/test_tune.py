@@ -127,7 +127,7 @@ def test_budget_syntax(text: str, measure: str, limit: float) -> None:
         ({"allocation": "best"}, "unknown allocation"),
         ({"bits": 3}, "a sketch has 4 bits, or 1"),
         ({"bits": 1, "refine": True}, "signs cannot be refined"),
-        ({"rank": 0}, "at least rank 1"),
+        ({"rank": 0}, "rank is 0"),
         ({"text": text(60)}, "at least 100 are needed"),
         ({"text": "  "}, "empty"),
     ],
