@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import shlex
 import sys
 import time
@@ -18,7 +19,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -26,9 +27,11 @@ from torch.nn import functional as F
 
 from coreskip.bench.rows import commit, device_name
 from coreskip.kernels import cpu
-from coreskip.kernels.ops import PackedMLP, available, mlp, sketch_mlp
+from coreskip.kernels.ops import MAX_ROWS, PackedMLP, available, mlp, sketch_mlp
 from coreskip.kernels.packed import PackedLinear, allocate
 from coreskip.kernels.step import BundledMLP, DenseMLP, KeyValues, Norm, Step, StepLayer, StepModel
+from coreskip.predictors.checks import check_count, check_share
+from coreskip.predictors.errors import CoreskipError
 from coreskip.predictors.files import check_file
 
 SHAPES = ("576x1536", "2048x8192", "4096x11008")
@@ -319,28 +322,55 @@ def machine() -> Row:
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints one JSON row per measurement to stdout, or appends them to a file."""
-    parser = argparse.ArgumentParser(prog="coreskip bench kernels", description=__doc__)
+    parser = _Parser(prog="coreskip bench kernels", description=__doc__)
     parser.add_argument("--shapes", default=",".join(SHAPES), help="hidden x intermediate sizes, comma-separated")
     parser.add_argument("--formats", default=",".join(FORMATS), help="float32, bfloat16, float16, int8, int8_sliced")
     parser.add_argument("--keeps", default=",".join(map(str, KEEPS)), help="shares of the neurons to compute")
-    parser.add_argument("--rows", type=int, default=1, help="rows of x, 1 to 8")
+    parser.add_argument("--rows", type=int, choices=range(1, MAX_ROWS + 1), default=1, help="rows of x, 1 to 8")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", help="append the rows to this file")
     options = parser.parse_args(arguments)
     reason = available("cpu")
     if reason:
         parser.error(reason)
-    keeps = tuple(float(keep) for keep in options.keeps.split(","))
+    keeps, shapes, formats = _asked_for(options)
     if options.json:
         check_file(Path(options.json))
     command = shlex.join(["coreskip", "bench", "kernels", *(sys.argv[1:] if arguments is None else arguments)])
     # never closed where it is stdout, which others may still write to
     with open(options.json, "a") if options.json not in (None, "-") else nullcontext(sys.stdout) as out:
-        for shape in options.shapes.split(","):
-            for fmt in options.formats.split(","):
+        for shape in shapes:
+            for fmt in formats:
                 for row in measure(shape, fmt, keeps, rows=options.rows, rounds=options.rounds):
                     print(json.dumps(row | {"command": command}), file=out, flush=True)
                     print(_summary(row), file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes in one line, as those of the other commands."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CoreskipError(message)
+
+
+def _asked_for(options: argparse.Namespace) -> tuple[tuple[float, ...], list[str], list[str]]:
+    """The keeps, shapes and formats to measure, checked before anything is."""
+    keeps = []
+    for keep in options.keeps.split(","):
+        try:
+            keeps.append(float(keep))
+        except ValueError:
+            raise CoreskipError(f"--keeps holds {keep!r}: give shares, such as 1.0,0.5") from None
+        check_share("keep", keeps[-1])
+    shapes, formats = options.shapes.split(","), options.formats.split(",")
+    for shape in shapes:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
+            raise CoreskipError(f"--shapes holds {shape!r}: give hidden x intermediate sizes, such as 576x1536")
+    unknown = [name for name in formats if name not in (*FORMATS, "float16")]
+    if unknown:
+        raise CoreskipError(f"unknown format {unknown[0]!r}; choose from {', '.join((*FORMATS, 'float16'))}")
+    check_count("--rounds", options.rounds)
+    return tuple(keeps), shapes, formats
 
 
 def _summary(row: Row) -> str:

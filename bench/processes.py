@@ -112,7 +112,7 @@ def serve(pipe: Connection, job: Job) -> None:
     while True:
         try:
             method, arguments = pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):  # an error of its own where an answer lay unread when the other end closed
             break
         try:
             answer = (True, here(method, *arguments))

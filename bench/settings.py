@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from coreskip.bench.runners import FORMATS, OPPONENTS, Job
-from coreskip.bench.workloads import NATURAL_SPARSITY, Prompt, Shape, prompts, threads_available
+from coreskip.bench.workloads import NATURAL_SPARSITY, SHAPES, Prompt, Shape, prompts, threads_available
 from coreskip.predictors.calibration import read_text
+from coreskip.predictors.checks import check_above_zero, check_share
 from coreskip.predictors.errors import CoreskipError
-from coreskip.predictors.importance import check_share
 from coreskip.predictors.plan import Plan
-from coreskip.runtime.load import check_gguf
+from coreskip.runtime.load import check_gguf, device_of
 
 WIDTHS = {"float16": 16, "bfloat16": 16, "float32": 32}  # bits
 
@@ -78,7 +76,11 @@ def settings_of(
         raise CoreskipError("--layers and --sparsity are for a --shape")
     if shape is not None and (model, gguf, text) != (None, None, None):
         raise CoreskipError("a --shape has random weights: it takes no MODEL, --gguf or --text")
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if text is not None and not windows:
+        raise CoreskipError("--text is to be scored, and --windows 0 scores none: leave one out")
+    if minutes is not None:
+        check_above_zero("--minutes", minutes)
+    place = str(device_of(device))
     common: dict[str, Any] = {
         "model": model,
         "shape": None if shape is None else Shape(shape, layers, NATURAL_SPARSITY if sparsity is None else sparsity),
@@ -86,6 +88,11 @@ def settings_of(
         "threads": threads or threads_available(),
         "gguf": gguf,
     }
+    opponents = _opponents(against, place, shape)
+    if gguf is not None and "llama.cpp" not in opponents:
+        raise CoreskipError("--gguf is for llama.cpp, which is not among the runners: leave it out, or add llama.cpp")
+    if sparsity is not None and shape is not None and "activation_function" not in SHAPES.get(shape, {}):
+        raise CoreskipError(f"--sparsity is of ReLU shapes, and {shape} has no ReLU: leave it out")
     for plan in plans:
         Plan.load(plan)
     if gguf is not None:
@@ -93,7 +100,7 @@ def settings_of(
     for keep in keeps:
         check_share("keep", keep)
     return Settings(
-        jobs=_jobs(_opponents(against, place, shape), _dtypes(dtypes), [*plans, *keeps], common),
+        jobs=_jobs(opponents, _dtypes(dtypes), [*plans, *keeps], common),
         prompts=prompts(workloads, prompt_file),
         rounds=rounds,
         tokens=tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
-from coreskip import __version__
+from coreskip import __version__, streams
 from coreskip.predictors.errors import CoreskipError
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -62,19 +63,17 @@ def _quiet_libraries() -> None:
 @click.option("--budget", help="ppl+1%, kl<0.05 or agreement>0.95: the fastest plan found that holds it.")
 @click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text to calibrate on; else the model writes some.")
 @click.option("--score", help="griffin (default), magnitude, magnitude_down, or signed as CoreInfer published.")
-@click.option("--alpha", type=float, default=0.4, show_default=True, help="Share of a token's neurons in its core.")
-@click.option("--first-layer", type=int, default=0, show_default=True, help="Layers before it stay dense.")
+@click.option("--alpha", type=float, show_default="0.4", help="By these: share of a token's neurons in its core.")
+@click.option("--first-layer", type=int, show_default="0", help="Layers before it stay dense.")
 @click.option("--layers", help="Leave layers out: skip:6, skip-attention:6, skip-mlp:6, every:2 or adaptive:0.8.")
 @click.option("--tokens", type=int, default=16384, show_default=True, help="Observe at most this many tokens.")
-@click.option("--rule", default="teal", show_default=True, help="Of threshold: teal, wina or cats.")
+@click.option("--rule", show_default="teal", help="Of threshold: teal, wina or cats.")
 @click.option("--all-linears", is_flag=True, help="Of threshold: the attention's linears, too.")
-@click.option(
-    "--allocation", default="greedy", show_default=True, help="Of sketch: equal, cett, residual, fisher, greedy."
-)
-@click.option("--bits", type=int, default=4, show_default=True, help="Of sketch: 4, or 1 for ReLU models.")
+@click.option("--allocation", show_default="greedy", help="Of sketch, topk: equal, cett, residual, fisher, greedy.")
+@click.option("--bits", type=int, show_default="4", help="Of sketch: 4, or 1 for ReLU models.")
 @click.option("--refine", is_flag=True, help="Of sketch: exact scores drop some of what it chose; slower, more exact.")
-@click.option("--rank", type=int, default=64, show_default=True, help="Of learned.")
-@click.option("--windows", type=click.IntRange(2), default=12, show_default=True, help="Of 512 tokens per measurement.")
+@click.option("--rank", type=int, show_default="64", help="Of learned.")
+@click.option("--windows", type=click.IntRange(2), show_default="12", help="Of 512 tokens per measurement.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of sampling, clustering and training.")
 @click.option("--fast", is_flag=True, help="With a budget: fewer candidates and windows, about a third of the time.")
 @click.option("--resume", type=click.Path(path_type=Path), help="With a budget: keep measurements in this file.")
@@ -88,52 +87,60 @@ def analyze(
     **options: Any,
 ) -> None:
     """Observe MODEL and write a plan."""
+    from coreskip.runtime.options import check_options, given
+
+    options = given(options)
+    dense = layers is not None and options["method"] == "auto" and not options.keys() & {"keep", "budget"}
+    check_options(dense=dense, **options)
+    if layers is not None and options["method"] == "layers":
+        raise CoreskipError("--layers says which layers to leave out, --method layers looks for them: give one of them")
+
     from coreskip.predictors.calibration import read_text, tokenize
     from coreskip.predictors.files import check_file, keep
     from coreskip.predictors.layers import LayerChoice
     from coreskip.predictors.plan import check_target
     from coreskip.runtime.load import load
-    from coreskip.runtime.tune import analyze, check_options
+    from coreskip.runtime.tune import analyze
 
     check_target(output)
-    if options["resume"] is not None:
+    if "resume" in options:
         check_file(options["resume"], regular=True)
-    check_options(**options)
     choice = LayerChoice.parse(layers) if layers is not None else None
-    if choice is not None and options["method"] == "layers":
-        raise CoreskipError("--layers says which layers to leave out, --method layers looks for them: give one of them")
     content = read_text(text) if text is not None else None
     loaded, tokenizer = load(model, dtype=dtype, device=device)
-    given = tokenize(tokenizer, content, Path(str(text)).name) if content is not None else None
+    tokens = tokenize(tokenizer, content, Path(str(text)).name) if content is not None else None
     if choice is None:
-        plan = analyze(loaded, tokenizer, text=given, **options)
+        plan = analyze(loaded, tokenizer, text=tokens, **options)
     else:
-        plan = _without_layers(loaded, tokenizer, choice, given, options)
+        plan = _without_layers(loaded, tokenizer, choice, tokens, options, dense)
     click.echo(str(plan))
     keep(plan.save, output)
     click.echo(f"\nwritten to {output}")
 
 
-def _without_layers(model: Any, tokenizer: Any, choice: Any, text: Any, options: dict[str, Any]) -> Any:
+def _without_layers(model: Any, tokenizer: Any, choice: Any, text: Any, options: dict[str, Any], dense: bool) -> Any:
     """A plan that leaves layers out, and neurons too where that was asked for; measured on the text's last part."""
     from dataclasses import replace
 
+    from coreskip.predictors.anatomy import dissect
     from coreskip.predictors.calibration import sample_text
     from coreskip.predictors.layers import leave_out
     from coreskip.predictors.plan import Plan
     from coreskip.runtime.quality import evaluate
     from coreskip.runtime.tune import analyze
 
+    choice.check(len(dissect(model)))
     if text is None:
         text = sample_text(model, tokenizer, tokens=8192, length=512, seed=options["seed"])
     seen, held_out = text.split(0.8, 0.2)
-    if options["method"] == "auto" and options["keep"] is None and options["budget"] is None:
+    if dense:
         plan = replace(Plan.dense(model), calibration=seen.fingerprint())
     else:
         plan = analyze(model, tokenizer, text=seen, **options)
     plan = leave_out(plan, model, seen, choice)
     window = min(512, len(held_out.ids) // 2 * 2)
-    return replace(plan, quality=evaluate(model, tokenizer, plan, held_out, windows=8, window=window))
+    windows = options.get("windows", 8)
+    return replace(plan, quality=evaluate(model, tokenizer, plan, held_out, windows=windows, window=window))
 
 
 @cli.command()
@@ -152,8 +159,8 @@ def show(plan: Path) -> None:
 @click.option("-p", "--prompt", required=True, help="The prompt.")
 @click.option("--chat", is_flag=True, help="Put the prompt through the tokenizer's chat template.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--temperature", type=click.FloatRange(0, min_open=True), help="Sample at this temperature; else greedy.")
-@click.option("--seed", type=int, help="Of sampling.")
+@click.option("--temperature", type=float, help="Sample at this temperature; else greedy.")
+@click.option("--seed", type=int, help="Of sampling: with a --temperature.")
 @click.option("--stop", multiple=True, help="End before this string; may be given several times.")
 def generate(
     model: str | None,
@@ -169,6 +176,18 @@ def generate(
     device: str | None,
 ) -> None:
     """Generate text, printed as it comes."""
+    from coreskip.predictors.checks import check_above_zero, check_encodable, check_seed
+
+    check_encodable("--prompt", prompt)
+    if not prompt:
+        raise CoreskipError("--prompt is empty: give some text")
+    if temperature is not None:
+        check_above_zero("--temperature", temperature)
+    if seed is not None:
+        check_seed(seed)
+        if temperature is None:
+            raise CoreskipError("--seed is of sampling: add a --temperature, or leave it out")
+
     from coreskip.predictors.plan import Plan
     from coreskip.runtime.engine import Engine
     from coreskip.runtime.load import load
@@ -215,14 +234,15 @@ def evaluate(
 ) -> None:
     """Measure what a plan costs: perplexity, KL divergence, agreement with the dense model."""
     from coreskip.predictors.calibration import read_text, sample_text, tokenize
+    from coreskip.predictors.checks import check_above_zero
     from coreskip.predictors.files import STDOUT, check_file, keep, write_text
     from coreskip.predictors.plan import Plan
     from coreskip.runtime.load import load
     from coreskip.runtime.quality import evaluate, summary
     from coreskip.runtime.sparsing_law import ppl_sparsity as law
 
-    if ppl_sparsity is not None and not ppl_sparsity > 0:
-        raise CoreskipError(f"--ppl-sparsity is {ppl_sparsity}; give a number of % above 0")
+    if ppl_sparsity is not None:
+        check_above_zero("--ppl-sparsity", ppl_sparsity)
     if output is not None:
         check_file(output)
     plan = Plan.load(folder)
@@ -346,8 +366,11 @@ def bench_kernels(arguments: tuple[str, ...]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The `coreskip` command."""
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        status = cli.main(arguments, prog_name="coreskip", standalone_mode=False)
+        streams.prepare()
+        status = cli.main(words or ["--help"], prog_name="coreskip", standalone_mode=False)
+        sys.stdout.flush()
     except click.ClickException as error:
         _fail(error.format_message())
     except CoreskipError as error:
@@ -355,11 +378,20 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("coreskip: interrupted", err=True)
         sys.exit(130)
+    except BrokenPipeError:  # as in `| head`: whoever read has read enough
+        streams.let_go()
+        sys.exit(streams.BROKEN_PIPE)
+    except OSError as error:
+        if not streams.is_of_stdout(error):
+            raise
+        streams.let_go()
+        _fail(f"cannot write to stdout: {error.strerror}")
     sys.exit(status if isinstance(status, int) else 0)
 
 
 def _fail(message: str) -> None:
-    click.echo("coreskip: " + " ".join(message.split()), err=True)
+    with contextlib.suppress(OSError):  # stderr may be as full as stdout; the exit code still tells
+        click.echo("coreskip: " + " ".join(message.split()), err=True)
     sys.exit(2)
 
 

@@ -7,6 +7,7 @@ found must reproduce what the model's own MLP module returns.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .checks import kind_of
 from .errors import CoreskipError
 
 Activation = Callable[[Tensor], Tensor]
@@ -221,12 +223,24 @@ def canonical_activation(act: Activation) -> str | Activation:
     return act
 
 
-def _require_causal_lm(model: nn.Module) -> None:
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "generate"):
+def check_model(model: Any) -> None:
+    """Raise `CoreskipError` unless `model` is a model that generates, rather than its name, say."""
+    if isinstance(model, (str, os.PathLike)):
+        name = os.fspath(model)
+        raise CoreskipError(f"{name!r} is a name, not a model: load it, model, tokenizer = coreskip.load({name!r})")
+    if isinstance(model, tuple):
+        raise CoreskipError("the model is given as a tuple: coreskip.load returns two things, (model, tokenizer)")
+    if model is None or isinstance(model, type):
+        raise CoreskipError(f"the model is {kind_of(model)}: give one that coreskip.load() returned")
+    if getattr(model, "config", None) is None or not hasattr(model, "generate"):
         raise CoreskipError(
             f"{type(model).__name__} is not a Hugging Face model that generates; pass an AutoModelForCausalLM"
         )
+
+
+def _require_causal_lm(model: nn.Module) -> None:
+    check_model(model)
+    config: Any = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise CoreskipError(f"{config.model_type!r} is an encoder-decoder; coreskip takes causal (decoder-only) LMs")
     can_generate = getattr(model, "can_generate", lambda: True)()
@@ -269,6 +283,8 @@ def _by_structure(base: nn.Module, config: Any) -> Anatomy:
         if all(mlps):
             attentions = tuple(_attention_of(layer) for layer in layers)
             return Anatomy(config.model_type, stack, layers, tuple(cast(list[FeedForward], mlps)), attentions)
+    for name, module in base.named_modules():
+        _refuse_adapter(name, module)
     raise CoreskipError(
         f"found no MLP of the form down(act(gate(x)) * up(x)) in every layer of this {config.model_type!r} model; "
         f"families known by name: {', '.join(sorted(FAMILIES))}"
@@ -330,6 +346,7 @@ def _check_linears(index: int, mlp: FeedForward) -> None:
     for name in names:
         module = getattr(mlp.owner, name)
         weight = getattr(module, "weight", None)
+        _refuse_adapter(f"layer {index}: {name}", module)
         if not _is_linear(module) or not isinstance(weight, Tensor) or not weight.is_floating_point():
             raise CoreskipError(
                 f"layer {index}: {name} is a {type(module).__name__}, not a plain linear layer; "
@@ -337,6 +354,15 @@ def _check_linears(index: int, mlp: FeedForward) -> None:
             )
         if weight.device.type == "meta":
             raise CoreskipError(f"layer {index}: {name} has no weights in memory (offloaded); load it on one device")
+
+
+def _refuse_adapter(name: str, module: nn.Module) -> None:
+    if hasattr(module, "base_layer"):  # so PEFT keeps the layer that it adapts
+        kind = type(module)
+        raise CoreskipError(
+            f"{name} carries an adapter ({kind.__module__}.{kind.__name__}): merge it into the weights first, "
+            "model = model.merge_and_unload()"
+        )
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from .checks import check_encodable, check_seed, kind_of, names_a_file, path_of
 from .errors import CoreskipError
 from .files import read_bytes
 
@@ -55,10 +56,11 @@ class TokenText:
             CoreskipError: the text holds no whole window.
         """
         body = length - len(self.prefix)
-        available = len(self.ids) // body
+        available = len(self.ids) // body if body > 0 else 0
         if available < 1:
             raise CoreskipError(
-                f"the text ({self.source}) has {len(self.ids)} tokens, at least {body} are needed: give a longer one"
+                f"the text ({self.source}) has {len(self.ids)} tokens, at least {max(body, 1)} are needed: give a "
+                "longer one"
             )
         count = min(most, available)
         starts = [(i * available // count) * body for i in range(count)]
@@ -73,6 +75,8 @@ def tokenize(tokenizer: Any, text: str, source: str = "text") -> TokenText:
     """Token ids of `text` without special tokens; the tokenizer's BOS, if it adds one, becomes the prefix."""
     if not text.strip():
         raise CoreskipError(f"the text ({source}) is empty: give some prose to calibrate on")
+    check_encodable(f"the text ({source})", text)
+    check_tokenizer(tokenizer)
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return TokenText(torch.tensor(ids, dtype=torch.int64), _prefix(tokenizer), source)
 
@@ -83,6 +87,34 @@ def _prefix(tokenizer: Any) -> Tensor:
     return torch.tensor([bos] if added else [], dtype=torch.int64)
 
 
+def text_of(tokenizer: Any, text: str | os.PathLike[str] | TokenText) -> TokenText:
+    """What may stand for a text: the text itself, the path of a UTF-8 file (a `Path`, not a str), or token ids.
+
+    Raises:
+        CoreskipError: none of these, or a str that names a file: it would be taken for the text.
+    """
+    if isinstance(text, TokenText):
+        return text
+    if isinstance(text, os.PathLike):
+        return tokenize(tokenizer, read_text(text), Path(text).name)
+    if not isinstance(text, str):
+        raise CoreskipError(f"the text is given as {kind_of(text)}: give a str, or the Path of a UTF-8 file")
+    if names_a_file(text):
+        raise CoreskipError(f"the text {text!r} is the name of a file: give Path({text!r}) to read it")
+    return tokenize(tokenizer, text)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise `CoreskipError` unless `tokenizer` is one of transformers', or like it: called with a text it gives ids."""
+    if not callable(tokenizer) or isinstance(tokenizer, (torch.nn.Module, type)):
+        raise CoreskipError(f"the tokenizer is {kind_of(tokenizer)}: give the one that coreskip.load() returned")
+
+
+def most_positions(model: Any, without: int) -> int:
+    """Tokens that the model was made for; `without`, where its configuration does not tell."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or without
+
+
 def read_text(path: str | os.PathLike[str]) -> str:
     """The text of a UTF-8 file or pipe. Of a file above `MOST_CHARACTERS` bytes evenly spread pieces of that size in
     all, of what a pipe brings the first so many.
@@ -90,7 +122,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
     Raises:
         CoreskipError: it cannot be read, or is no text.
     """
-    file = Path(path)
+    file = path_of(path, "the text")
     try:
         if file.is_file() and (size := file.stat().st_size) > MOST_CHARACTERS:
             text = "\n".join(_pieces(file, size))
@@ -142,8 +174,11 @@ def sample_text(model: Any, tokenizer: Any, *, tokens: int, length: int, seed: i
 
     Args:
         tokens: how many to sample, rounded up to whole sequences of `length`.
+        length: of each sequence, or what the model has positions for.
         seed: the same seed gives the same text; the caller's random state is left as it was.
     """
+    check_seed(seed)
+    length = min(length, most_positions(model, length + 1) - 1)
     start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), 0)
     rows = -(-tokens // length)
     device = next(model.parameters()).device

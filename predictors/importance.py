@@ -8,26 +8,12 @@ and texts may be any length.
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .errors import CoreskipError
-
-Score = Literal["signed", "magnitude", "magnitude_down", "griffin"]
-SCORES: tuple[Score, ...] = get_args(Score)
-
-
-def check_score(score: str) -> None:
-    if score not in SCORES:
-        raise CoreskipError(f"unknown score {score!r}; choose from {', '.join(SCORES)}")
-
-
-def check_share(name: str, value: float) -> None:
-    """Shares of neurons (keep, alpha, beta) lie in (0, 1]."""
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and 0 < value <= 1):
-        raise CoreskipError(f"{name} is {value}; it must be above 0 and at most 1")
+from .checks import SCORES as SCORES
+from .checks import Score as Score
 
 
 def kept_count(width: int, keep: float) -> int:

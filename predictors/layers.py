@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .anatomy import Anatomy, dissect
-from .calibration import TokenText
+from .calibration import TokenText, most_positions
 from .errors import CoreskipError
 from .observe import inference
 from .plan import Adaptive, LayerPolicy, Plan, Run, Skip, SkipAttention, SkipMLP
@@ -202,8 +202,8 @@ _LEFT: dict[Leave, type[Run]] = {"layers": Skip, "attentions": SkipAttention, "m
 
 
 def left_out(keep: float, depth: int) -> int:
-    """Of `depth` layers, how many are left out where a share `keep` stays."""
-    return round((1 - keep) * depth)
+    """Of `depth` layers, how many are left out where a share `keep` stays: never all."""
+    return min(round((1 - keep) * depth), depth - 1)
 
 
 def leaving_out(leave: Leave, layers: Sequence[int], depth: int) -> list[LayerPolicy]:
@@ -279,20 +279,28 @@ class LayerChoice:
     def __str__(self) -> str:
         return f"{self.kind}:{self.amount:g}"
 
+    def check(self, depth: int) -> None:
+        """Raise `CoreskipError` where a model of so many layers would have none left, or has not got them."""
+        if self.kind in _FEWEST and self.amount > depth:
+            raise CoreskipError(f"{self} leaves out more layers than the model's {depth}")
+        if self.kind == "every" and self.amount > depth:
+            raise CoreskipError(f"{self} leaves out none of the model's {depth} layers: give every:{depth} or less")
+        if self.kind == "skip" and self.amount == depth:
+            raise CoreskipError(f"{self} leaves out all of the model's {depth} layers: leave at least one")
+
     def policies(self, influence: Sequence[Influence]) -> list[LayerPolicy]:
         """One per layer.
 
         Raises:
-            CoreskipError: more layers than there are.
+            CoreskipError: as `check`.
         """
         depth = len(influence)
+        self.check(depth)
         if self.kind == "adaptive":
             return [Adaptive(self.amount)] * depth
         if self.kind == "every":
             step = int(self.amount)
             return [Skip() if index % step == step - 1 else Run() for index in range(depth)]
-        if self.amount > depth:
-            raise CoreskipError(f"{self} leaves out more layers than the model's {depth}")
         policy, half = _FEWEST[self.kind]
         least = sorted(range(depth), key=lambda index: getattr(influence[index], half))[: int(self.amount)]
         return [policy() if index in least else Run() for index in range(depth)]
@@ -302,8 +310,7 @@ def leave_out(plan: Plan, model: Any, text: TokenText, choice: LayerChoice, *, w
     """`plan` with the layers of `choice` left out, and what was measured on `text` to choose them in its recipe:
     ``{"measures": {"influence", "void_prompt", "void_response"}}``, one number per layer each. Its quality is not
     measured yet."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or window
-    rows = text.windows(min(window, longest // 2, len(text.ids)), 8)
+    rows = text.windows(min(window, most_positions(model, window) // 2, len(text.ids)), 8)
     influence = block_influence(model, rows.split(1))
     maps = void_maps(model, rows[:4, : rows.shape[1] // 2].split(1), new_tokens=16)
     layers = tuple(

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from . import files
 from .anatomy import Anatomy, canonical_activation, dissect
+from .checks import check_score, check_share, kind_of, path_of
 from .errors import CoreskipError, PlanError
-from .importance import Score, check_score, check_share, kept_count
+from .importance import Score, kept_count
 
 FORMAT_VERSION = 1
 _JSON, _TENSORS = "plan.json", "plan.safetensors"
@@ -487,6 +488,21 @@ class Plan:
         """Raise `PlanError` unless this plan was made for `model`."""
         self.model.require(Fingerprint.of(model, anatomy))
 
+    @classmethod
+    def of(cls, plan: Plan | str | os.PathLike[str] | None, model: nn.Module) -> Plan:
+        """What may stand for a plan for `model`: itself, the path of one, or None for the dense plan.
+
+        Raises:
+            CoreskipError: none of these.
+        """
+        if isinstance(plan, Plan):
+            return plan
+        if plan is None:
+            return cls.dense(model)
+        if not isinstance(plan, (str, os.PathLike)):
+            raise PlanError(f"a plan is a coreskip.Plan, the path of one, or None (dense), not {kind_of(plan)}")
+        return cls.load(plan)
+
     @property
     def keep(self) -> float:
         """Planned share of all MLP neurons that a decode step computes."""
@@ -500,7 +516,7 @@ class Plan:
         Raises:
             CoreskipError: `path` is something other than a Plan, or cannot be written (no room, no permission).
         """
-        target = Path(path)
+        target = path_of(path, "a plan")
         check_target(target)
         document, tensors = _encode(self)
         try:
@@ -519,7 +535,7 @@ class Plan:
         Raises:
             PlanError: not a Plan, of a newer format, truncated, edited or inconsistent.
         """
-        folder = Path(path)
+        folder = path_of(path, "a plan")
         try:
             text, data = files.read_together(folder, (_JSON, _TENSORS))
         except OSError as error:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..kernels.packed import PackedMLP
 from ..kernels.reference import sketch_scores
 from .anatomy import Anatomy, canonical_activation, dissect, rows_of
+from .checks import Allocation, check_allocation
 from .errors import CoreskipError
 from .importance import kept_count
 from .learned import best, train_predictors
@@ -29,10 +30,6 @@ from .token_samples import (
     sample_tokens,
 )
 
-Allocation = Literal["equal", "cett", "residual", "fisher", "greedy"]
-ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
-
-
 #: Shares of a layer's neurons between which "greedy" chooses.
 SHARES = tuple(round(0.05 * step, 2) for step in range(20))
 _LOSS_TOKENS = 700  # over which a predicted loss is averaged
@@ -40,11 +37,6 @@ _LOSS_TOKENS = 700  # over which a predicted loss is averaged
 #: calibration text, 40 % left out, the predicted loss is 38 % less than without a second look, for 23 % more of the
 #: neurons completed; at 0.7 28 % for 11 %, at 0.5 33 % for 16 %, at 0 45 % for 40 %.
 _CANDIDATE = 0.3
-
-
-def check_allocation(allocation: str) -> None:
-    if allocation not in ALLOCATIONS:
-        raise CoreskipError(f"unknown allocation {allocation!r}; choose from {', '.join(ALLOCATIONS)}")
 
 
 class TokenCalibration:

@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from transformers import TextIteratorStreamer
 
+from ..predictors.anatomy import check_model
+from ..predictors.calibration import check_tokenizer
+from ..predictors.checks import kind_of
 from ..predictors.errors import CoreskipError
 from ..predictors.plan import Plan
 from .exact import Statistics
+from .prompts import Message, Prompt, as_batch, check_length, learned_positions, own_options, render, samples
 from .wrap import is_wrapped, runtime_of, unwrap, wrap
-
-Message = Mapping[str, str]
-Prompt = str | Sequence[Message]
 
 
 class Engine:
     """A model, its tokenizer and a plan, ready to generate.
 
-    Prompts are texts, or chats: lists of ``{"role": ..., "content": ...}`` that the tokenizer's template renders. Every
-    keyword argument of ``model.generate`` is taken (``max_new_tokens``, ``do_sample``, ``num_beams``, ...), besides
+    Prompts are texts, or chats: lists of ``{"role": ..., "content": ...}`` that the tokenizer's template renders; one
+    such message by itself is a chat, too. Every keyword argument of ``model.generate`` is taken (``max_new_tokens``,
+    ``do_sample``, ``num_beams``, ...), besides
 
     - ``stop_strings``: a string or several; the text ends before the first that appears;
-    - ``seed``: makes sampling repeatable, whatever other threads do.
+    - ``seed``: makes sampling repeatable, whatever other threads do; from 0 to 2**64 - 1.
 
     Threads may call at once: each call has its own KV cache and neuron selections. Calls that sample wait for one
     another, since they share the random number generator.
 
     Args:
         model: a causal LM; wrapped here if a plan is given, until `close`.
-        plan: None to use the model as it is (dense, or wrapped by the caller).
+        plan: or the path of one; None to use the model as it is (dense, or wrapped by the caller).
         exact: as for `wrap`; without a plan, drafts come from the text alone.
         keep_originals, lookup: as for `wrap`.
     """
@@ -42,20 +45,22 @@ class Engine:
         self,
         model: Any,
         tokenizer: Any,
-        plan: Plan | None = None,
+        plan: Plan | str | os.PathLike[str] | None = None,
         *,
         exact: bool = False,
         keep_originals: bool | None = None,
         lookup: bool = False,
     ) -> None:
+        check_model(model)
+        _check_tokenizer(tokenizer)
         if (plan is not None or exact or lookup) and is_wrapped(model):
             raise CoreskipError("the model is wrapped already: call coreskip.unwrap(model) first, or pass no plan")
-        if plan is None and (exact or lookup):
-            plan = Plan.dense(model)
-        if plan is not None:
+        wraps = plan is not None or exact or lookup
+        if wraps:
             wrap(model, plan, exact=exact, keep_originals=keep_originals, lookup=lookup)
         self.model, self.tokenizer = model, tokenizer
-        self._owns_wrapping = plan is not None
+        self._positions = learned_positions(model)
+        self._owns_wrapping = wraps
         self._sampling = threading.Lock()
         self._tokenizing = threading.Lock()  # fast tokenizers keep padding and truncation as shared state
 
@@ -85,10 +90,14 @@ class Engine:
         Returns:
             one text for one prompt, a list for a list of prompts; with ``num_return_sequences`` above 1, a list of
             that many texts in place of each.
+
+        Raises:
+            CoreskipError: a prompt or an option that makes no sense, messages that the chat template refuses, more
+                tokens than the model has learned positions for. Nothing was run.
         """
-        prompts, single = _as_batch(prompt)
-        seed, stops, options = _own_options(options)
-        inputs = self._encode(prompts)
+        prompts, single = as_batch(prompt)
+        seed, stops, options = own_options(self.model, options)
+        inputs = self._encode(prompts, options)
         output = self._run(inputs, options, seed, stops)
         texts = [_cut(text, stops) for text in self._decode(output[:, inputs["input_ids"].shape[1] :])]
         each = len(texts) // len(prompts)
@@ -102,15 +111,15 @@ class Engine:
 
         An exception in generation is raised here.
         """
-        prompts, single = _as_batch(prompt)
+        prompts, single = as_batch(prompt)
         if not single:
             raise CoreskipError("stream takes one prompt; use generate for several")
-        if options.get("num_beams", 1) > 1 or options.get("num_return_sequences", 1) > 1:
-            raise CoreskipError("a stream is one sequence: leave out num_beams and num_return_sequences")
-        if "streamer" in options:
+        if options.get("streamer") is not None:
             raise CoreskipError("a stream has a streamer of its own: leave it out, or use generate")
-        seed, stops, options = _own_options(options)
-        return _stop_before(self._pieces(self._encode(prompts), options, seed, stops), stops)
+        seed, stops, options = own_options(self.model, options)
+        if (options.get("num_beams") or 1) > 1 or (options.get("num_return_sequences") or 1) > 1:
+            raise CoreskipError("a stream is one sequence: leave out num_beams and num_return_sequences")
+        return _stop_before(self._pieces(self._encode(prompts, options), options, seed, stops), stops)
 
     def _pieces(self, inputs: Any, options: dict[str, Any], seed: int | None, stops: list[str]) -> Iterator[str]:
         streamer = _Pieces(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -145,8 +154,7 @@ class Engine:
     @contextlib.contextmanager
     def _randomness(self, options: dict[str, Any], seed: int | None) -> Iterator[None]:
         """One sampling call at a time, from its own seed if it has one; the caller's random state is untouched."""
-        config = options.get("generation_config") or self.model.generation_config
-        if not options.get("do_sample", config.do_sample):
+        if not samples(self.model, options):
             yield
             return
         with self._sampling:
@@ -158,43 +166,32 @@ class Engine:
                 torch.manual_seed(seed)
                 yield
 
-    def _encode(self, prompts: list[Prompt]) -> Any:
-        texts = [p if isinstance(p, str) else self._render(p) for p in prompts]
-        chats = [not isinstance(p, str) for p in prompts]
-        if any(chats) and not all(chats):
-            raise CoreskipError("a batch holds texts or chats, not both")
-        if any(not text for text in texts):
-            raise CoreskipError("a prompt is empty: give some text")
+    def _encode(self, prompts: list[str | list[Message]], options: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Token ids ``[prompts, longest]`` and their attention mask, padded on the left."""
+        texts = [p if isinstance(p, str) else render(self.tokenizer, p) for p in prompts]
         with self._tokenizing:
-            side, pad = self.tokenizer.padding_side, self.tokenizer.pad_token
-            try:
-                self.tokenizer.padding_side = "left"
-                if pad is None:
-                    self.tokenizer.pad_token = self.tokenizer.eos_token
-                encoded = self.tokenizer(
-                    texts,
-                    return_tensors="pt",
-                    padding=len(texts) > 1,
-                    # a chat template writes its own special tokens
-                    add_special_tokens=not any(chats),
-                )
-            finally:
-                self.tokenizer.padding_side = side
-                if pad is None:
-                    self.tokenizer.pad_token = None
-        return {
-            name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask") if name in encoded
-        }
-
-    def _render(self, messages: Sequence[Message]) -> str:
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise CoreskipError("this tokenizer has no chat template: pass a text instead of messages")
-        if not all("role" in m and "content" in m for m in messages):
-            raise CoreskipError('every chat message needs a "role" and a "content"')
-        return cast(str, self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+            # a chat template writes its own special tokens
+            rows = self.tokenizer(texts, add_special_tokens=isinstance(prompts[0], str), padding=False)["input_ids"]
+        longest = max(map(len, rows))
+        if not all(rows):
+            raise CoreskipError("the tokenizer makes no token of a prompt: give some text")
+        check_length(self.model, self._positions, longest, options)
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        pad = next(id for id in ids if id is not None)  # which one does not matter: it is masked
+        padded = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        return {"input_ids": padded.to(self.model.device), "attention_mask": mask.to(self.model.device)}
 
     def _decode(self, ids: torch.Tensor) -> list[str]:
         return cast("list[str]", self.tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    check_tokenizer(tokenizer)
+    if hasattr(tokenizer, "tokenizer"):
+        raise CoreskipError(f"{type(tokenizer).__name__} holds the tokenizer: pass its .tokenizer")
+    if not hasattr(tokenizer, "batch_decode"):
+        raise CoreskipError(f"the tokenizer is {kind_of(tokenizer)}: give the one that coreskip.load() returned")
 
 
 class _Abandoned(Exception):
@@ -213,27 +210,6 @@ class _Pieces(TextIteratorStreamer):
         if self.abandoned.is_set():
             raise _Abandoned
         super().put(value)  # type: ignore[no-untyped-call]
-
-
-def _as_batch(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
-    """The prompts as a list, and whether there was just one. A chat is itself a list: of messages."""
-    if isinstance(prompt, str):
-        return [prompt], True
-    items = list(prompt)
-    if not items:
-        raise CoreskipError("there is no prompt: give a text, a chat, or a list of them")
-    if isinstance(items[0], Mapping):
-        return [cast(Prompt, items)], True
-    return cast("list[Prompt]", items), False
-
-
-def _own_options(options: dict[str, Any]) -> tuple[int | None, list[str], dict[str, Any]]:
-    options = dict(options)
-    seed, stops = options.pop("seed", None), options.pop("stop_strings", None) or []
-    stops = [stops] if isinstance(stops, str) else list(stops)
-    if any(not stop for stop in stops):
-        raise CoreskipError("a stop string is empty")
-    return seed, stops, options
 
 
 def _cut(text: str, stops: list[str]) -> str:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
+from ..predictors.checks import path_of
 from ..predictors.errors import CoreskipError
 from .cache import load_cached
 from .weights import load_whole
@@ -42,11 +43,11 @@ def load(
         CoreskipError: no such model, not a causal LM, an unknown dtype, no such device.
     """
     wanted = _dtype(dtype)
-    place = _device(device)
+    place = device_of(device)
     if model is None:
         loaded, tokenizer = load_cached(embedded_gguf(), wanted, _load_gguf, _from_pretrained)
     else:
-        name = os.fspath(model)
+        name = str(path_of(model, "the model"))
         if name.endswith(".gguf"):
             loaded, tokenizer = _load_gguf(Path(name), wanted)
         else:
@@ -88,13 +89,14 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return dtype
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def device_of(device: torch.device | str | None) -> torch.device:
+    """The device of this name, or the default; a `CoreskipError` where there is none."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, TypeError):
         raise CoreskipError(f"there is no device {str(device)!r} here; choose cpu or cuda") from None
     return place
 
@@ -134,10 +136,17 @@ def _from_pretrained(source: Path | str, dtype: torch.dtype | None) -> tuple[Any
         heads = config.architectures or []
         if config.is_encoder_decoder or (heads and not any(h in name for h in _CAUSAL_HEADS for name in heads)):
             raise CoreskipError(f"{source} is a {', '.join(heads)}, not a causal language model")
-        model = load_whole(source, dtype=dtype or "auto")
+        model = load_whole(source, dtype=dtype or "auto", auto=_auto_class(config))
     with _one_line(f"the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source)
     return model, tokenizer
+
+
+def _auto_class(config: Any) -> Any:
+    """What loads a model of this kind: some that see images have no class of their own for text alone."""
+    sees = type(config) in AutoModelForImageTextToText._model_mapping
+    text = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForImageTextToText if sees and not text else AutoModelForCausalLM
 
 
 @contextmanager

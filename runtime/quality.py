@@ -4,6 +4,7 @@ under the plan, teacher-forced over real text."""
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..kernels.ops import MAX_ROWS
-from ..predictors.anatomy import dissect
-from ..predictors.calibration import TokenText, tokenize
+from ..predictors.anatomy import check_model, dissect
+from ..predictors.calibration import TokenText, most_positions, text_of
+from ..predictors.checks import check_count
 from ..predictors.errors import CoreskipError
 from ..predictors.observe import inference
 from ..predictors.plan import Plan
@@ -23,11 +25,17 @@ from .wrap import is_wrapped, runtime_of, wrap
 WINDOW = 512  # tokens; the first half is the prompt, the second half is scored
 
 
-def evaluate(model: Any, tokenizer: Any, plan: Plan, text: str | TokenText, **options: Any) -> dict[str, Any]:
-    """Dense against sparse on `text`: `evaluate_all` for one plan and any text."""
-    if isinstance(text, str):
-        text = tokenize(tokenizer, text)
-    return evaluate_all(model, [plan], text, **options)[0]
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    plan: Plan | str | os.PathLike[str] | None,
+    text: str | os.PathLike[str] | TokenText,
+    **options: Any,
+) -> dict[str, Any]:
+    """Dense against sparse on `text`: `evaluate_all` for one plan, its path or None (dense), and any text, or the
+    `Path` of a UTF-8 file."""
+    check_model(model)
+    return evaluate_all(model, [Plan.of(plan, model)], text_of(tokenizer, text), **options)[0]
 
 
 def evaluate_all(
@@ -64,13 +72,14 @@ def evaluate_all(
     """
     if is_wrapped(model):
         raise CoreskipError("the model is wrapped already: call coreskip.unwrap(model) first")
-    if window < 4 or window % 2 or windows < 1:
-        raise CoreskipError(f"{windows} windows of {window} tokens: give at least one, of an even 4 tokens or more")
+    check_count("windows", windows)
+    check_count("window", window, 4)
+    if window % 2:
+        raise CoreskipError(f"window is {window}; it must be even: the first half is the prompt, the second is scored")
     anatomy = dissect(model)
     for plan in plans:
         plan.check(model, anatomy)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or window
-    rows = text.windows(min(window, longest // 2 * 2), windows)
+    rows = text.windows(min(window, most_positions(model, window) // 2 * 2), windows)
     tallies = [Tally() for _ in plans]
     with inference(model):
         for ids in tqdm(rows.split(1), desc="scoring", unit="window", disable=not progress, leave=False):

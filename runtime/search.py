@@ -21,6 +21,7 @@ from typing import Any, get_args
 import torch
 
 from ..predictors.anatomy import Anatomy, dissect
+from ..predictors.checks import check_share, path_of
 from ..predictors.errors import CoreskipError
 from ..predictors.files import append_line, check_file, read_text
 from ..predictors.layers import Leave, leaving_out, left_out
@@ -29,7 +30,8 @@ from ..predictors.plan import CoreNeurons, LayerPlan, Learned, NeuronPolicy, Pla
 from .attention import can_redirect
 from .cost import Cost, cost, read_bandwidth
 from .decode import refusal
-from .tune import ALPHA, Budget, Study
+from .options import Budget, check_options, given
+from .tune import ALPHA, Study
 
 logger = logging.getLogger("coreskip")
 
@@ -142,8 +144,17 @@ def pareto(
         plans whose ``quality`` was measured on one held-out part of the text. The first entry of each ``frontier`` is
         the plan's own.
     """
+    refused = [name for name in ("method", "keep", "budget") if name in options]
+    if refused:
+        raise CoreskipError(f"pareto looks at all methods, at several shares: leave out {refused[0]}")
+    if isinstance(keeps, (str, bytes)) or not isinstance(keeps, Sequence) or not keeps:
+        raise CoreskipError(f"keeps is {keeps!r}: give a list of shares, such as [0.8, 0.5]")
+    for keep in keeps:
+        check_share("keep", keep)
+    own = {name: options.pop(name) for name in ("text", "progress") if name in options}
+    check_options(budget="kl<1", **options)  # every family is measured, as a search for a budget does
     journal = Journal(options.pop("resume", None))
-    study = Study(model, tokenizer, **options)
+    study = Study(model, tokenizer, **own, **given(options))
     hunt = _Hunt(study, None, journal)
     for weights in hunt.formats(_DENSE):
         hunt.measure(replace(_DENSE, weights=weights), 1.0)
@@ -161,7 +172,7 @@ class Journal:
     """
 
     def __init__(self, path: str | Path | None) -> None:
-        self._path = None if path is None else Path(path)
+        self._path = None if path is None else path_of(path, "the file of measurements")
         self._known: dict[str, dict[str, Any]] = {}
         if self._path is None:
             return

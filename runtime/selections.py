@@ -21,7 +21,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..kernels.ops import PackedMLP
+from ..predictors.checks import kind_of
 from ..predictors.core_neurons import nearest_cluster
+from ..predictors.errors import CoreskipError
 from ..predictors.importance import Score, most_important, token_contributions
 from ..predictors.plan import Clusters, CoreNeurons, Similar
 
@@ -87,6 +89,8 @@ def prefilling(attention_mask: Tensor | None = None) -> Iterator[None]:
 
     `attention_mask`: ``[rows, tokens so far]``, 0 at padding; needed only where the passes carry no 2-D mask.
     """
+    if not isinstance(attention_mask, (Tensor, Mapping, type(None))):  # transformers itself passes tables of masks
+        raise CoreskipError(f"attention_mask is {kind_of(attention_mask)}: give a tensor [rows, tokens], or None")
     token = _PROMPT.set(_Prompt(attention_mask))
     try:
         yield

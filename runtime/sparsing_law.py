@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
-from ..predictors.calibration import TokenText, tokenize
+from ..predictors.anatomy import dissect
+from ..predictors.calibration import TokenText, most_positions, text_of
+from ..predictors.checks import check_above_zero, check_count
 from ..predictors.errors import CoreskipError
 from ..predictors.plan import LayerPlan, Plan, TopK
 from ..predictors.token_choice import TokenCalibration
@@ -17,7 +20,7 @@ from .wrap import is_wrapped
 def ppl_sparsity(
     model: Any,
     tokenizer: Any,
-    text: str | TokenText,
+    text: str | os.PathLike[str] | TokenText,
     *,
     percent: float = 1.0,
     windows: int = 8,
@@ -42,13 +45,13 @@ def ppl_sparsity(
     """
     if is_wrapped(model):
         raise CoreskipError("the model is wrapped already: call coreskip.unwrap(model) first")
-    if not percent > 0:
-        raise CoreskipError(f"percent is {percent}; it must be above 0")
-    if isinstance(text, str):
-        text = tokenize(tokenizer, text)
+    dissect(model)
+    check_above_zero("percent", percent)
+    for name, value, least in (("windows", windows, 1), ("window", window, 2), ("steps", steps, 1)):
+        check_count(name, value, least)
+    text = text_of(tokenizer, text)
     fitted, scored = text.split(0.5, 0.5)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or window
-    window = min(window, longest, len(fitted.ids), len(scored.ids)) // 2 * 2
+    window = min(window, most_positions(model, window), len(fitted.ids), len(scored.ids)) // 2 * 2
     calibration = TokenCalibration(model, fitted.windows(window, windows), most=2048, progress=progress)
     emulation = Emulation(model, scored, windows=windows, window=window, progress=progress)
     dense = Plan.dense(model)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -15,75 +15,30 @@ from typing import Any, cast
 from torch import Tensor
 
 from ..predictors.anatomy import dissect
-from ..predictors.calibration import TokenText, sample_text, tokenize
+from ..predictors.calibration import TokenText, most_positions, sample_text, text_of
+from ..predictors.checks import Allocation
 from ..predictors.core_neurons import SentenceCounter, cluster_sentences, static_set
 from ..predictors.errors import CoreskipError
-from ..predictors.importance import Score, check_score, check_share, kept_count
+from ..predictors.importance import Score, kept_count
 from ..predictors.layers import Leave, block_influence, half_losses, leaving_out, left_out
 from ..predictors.learned import RANK
 from ..predictors.observe import LayerStats, down_norms, observe
 from ..predictors.plan import Clusters, CoreNeurons, Fingerprint, LayerPlan, NeuronPolicy, Plan, Similar, Static
-from ..predictors.token_choice import Allocation, TokenCalibration, check_allocation
+from ..predictors.token_choice import TokenCalibration
 from .cost import runs_natively
 from .emulation import Emulation
+from .options import Budget, check_options, given
 from .quality import WINDOW, evaluate_all
 from .wrap import is_wrapped
 
 logger = logging.getLogger("coreskip")
 
-METHODS = ("auto", "core", "similar", "static", "threshold", "sketch", "learned", "topk", "layers")
-RULES = ("teal", "wina", "cats")
 DEFAULT_KEEP = 0.6
 DEFAULT_KEEP_OF_LAYERS = 0.9
 DEFAULT_SCORE: Score = "griffin"
 ALPHA = 0.4  # CoreInfer's, section 3
 _PER_WINDOW = 2048  # tokens observed, to one window that tells what layers are worth
 _SENTENCE = 256  # tokens; CoreInfer finds core neurons stable from 200-300 tokens on
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The quality a user will give up: one of ``ppl+1%``, ``kl<0.05``, ``agreement>0.95``."""
-
-    text: str
-    measure: str
-    limit: float
-
-    @classmethod
-    def parse(cls, text: str) -> Budget:
-        number = r"(\d+(?:\.\d+)?)"
-        for measure, pattern, scale in (
-            ("ppl", rf"ppl\+{number}%", 0.01),
-            ("kl", rf"kl<{number}", 1.0),
-            ("agreement", rf"agreement>{number}", 1.0),
-        ):
-            match = re.fullmatch(pattern, text.replace(" ", ""))
-            if match:
-                return cls(text, measure, float(match[1]) * scale)
-        raise CoreskipError(f"cannot read the budget {text!r}; write ppl+1%, kl<0.05 or agreement>0.95")
-
-    def holds(self, quality: dict[str, Any]) -> bool:
-        """Whether a measurement is within the budget; perplexity with one standard error to spare: by five to one
-        it then holds on other text of the kind."""
-        return self.loss(quality, 1.0) <= self.limit_of_loss
-
-    def exceeds(self, quality: dict[str, Any], times: float = 1.0) -> bool:
-        """Whether a measurement is beyond so many times the budget, perplexity beyond doubt."""
-        return self.loss(quality, -1.0) > times * self.limit_of_loss
-
-    def undecided(self, quality: dict[str, Any]) -> bool:
-        """Whether a measurement is within the budget, but for the spare."""
-        return self.loss(quality, 0.0) <= self.limit_of_loss < self.loss(quality, 1.0)
-
-    @property
-    def limit_of_loss(self) -> float:
-        return 1 - self.limit if self.measure == "agreement" else self.limit
-
-    def loss(self, quality: dict[str, Any], spare: float) -> float:
-        """What is limited, the more the worse; of perplexity with so many standard errors added."""
-        if self.measure == "ppl":
-            return float(quality["ppl_increase"] + spare * (quality["ppl_increase_stderr"] or 0.0))
-        return float(quality["kl"] if self.measure == "kl" else 1 - quality["top1_agreement"])
 
 
 def analyze(
@@ -93,16 +48,16 @@ def analyze(
     method: str = "auto",
     keep: float | None = None,
     budget: str | None = None,
-    text: str | TokenText | None = None,
+    text: str | os.PathLike[str] | TokenText | None = None,
     score: Score | None = None,
-    alpha: float = ALPHA,
-    first_layer: int = 0,
-    rule: str = "teal",
-    all_linears: bool = False,
-    allocation: Allocation = "greedy",
-    bits: int = 4,
-    refine: bool = False,
-    rank: int = RANK,
+    alpha: float | None = None,
+    first_layer: int | None = None,
+    rule: str | None = None,
+    all_linears: bool | None = None,
+    allocation: Allocation | None = None,
+    bits: int | None = None,
+    refine: bool | None = None,
+    rank: int | None = None,
     tokens: int = 16384,
     windows: int = 12,
     seed: int = 0,
@@ -111,6 +66,8 @@ def analyze(
     progress: bool = True,
 ) -> Plan:
     """Make a Plan for `model`.
+
+    An option that belongs to other methods is refused; None stands for its default.
 
     Args:
         model, tokenizer: from `load`, or any causal LM and its tokenizer; the model must not be wrapped.
@@ -122,20 +79,22 @@ def analyze(
             ``sketch``.
         keep: share of the MLP neurons to keep, of ``layers`` that of the layers, in (0, 1]; where neither it nor a
             budget is given 0.6, of ``layers`` 0.9.
-        budget: ``ppl+1%``, ``kl<0.05`` or ``agreement>0.95``: the fastest plan found that holds it on text that the
-            search did not see, with a margin; see `search`. A plan that skips nothing where none does.
-        text: calibration text; None samples some from the model itself. The last part is held out to measure on.
+        budget: ``ppl+1%``, ``kl<0.05`` or ``agreement>0.95`` (or 95%): the fastest plan found that holds it on text
+            that the search did not see, with a margin; see `search`. A plan that skips nothing where none does.
+        text: calibration text, or the `Path` of a UTF-8 file; None samples some from the model itself. The last part
+            is held out to measure on.
         score: how ``core``, ``similar`` and ``static`` rank neurons, see `token_contributions`; by default
             ``griffin``, which measured best on the embedded model (README); CoreInfer's own is ``signed``.
-        alpha: share of a token's neurons that count as its core (all scores but ``griffin``).
-        first_layer: layers before it stay dense (CoreInfer leaves the first 4).
-        rule, all_linears: of ``threshold``: ``teal``, ``wina`` or ``cats``; whether the attention's linears leave out
-            small inputs, too.
-        allocation: of ``sketch`` and ``topk``: how the share is spread over the layers, see `TokenCalibration`.
-        bits: of ``sketch``: 4, or 1 for the signs (ReLU models).
+        alpha: share of a token's neurons that count as its core, 0.4 by default (all scores but ``griffin``).
+        first_layer: layers before it stay dense, by default none (CoreInfer leaves the first 4).
+        rule, all_linears: of ``threshold``: ``teal`` (default), ``wina`` or ``cats``; whether the attention's linears
+            leave out small inputs, too.
+        allocation: of ``sketch`` and ``topk``: how the share is spread over the layers, see `TokenCalibration`; by
+            default ``greedy``.
+        bits: of ``sketch``: 4 (default), or 1 for the signs (ReLU models).
         refine: of ``sketch``: whether a second threshold, on exact scores, drops some of what the sketch chose: more is
             left out at the same loss of quality, in more time.
-        rank: of ``learned``.
+        rank: of ``learned``, 64 by default.
         tokens: at most this many are observed.
         windows: held-out windows of 512 tokens per measurement.
         seed: of sampling, clustering and training.
@@ -146,87 +105,32 @@ def analyze(
         a Plan whose ``quality`` was measured on held-out text; with a budget, its ``frontier`` holds what was found.
 
     Raises:
-        CoreskipError: before any work is done where an argument is wrong.
+        CoreskipError: before any work is done where an argument is wrong, or belongs to another method.
     """
-    check_options(
-        method=method,
-        keep=keep,
-        budget=budget,
-        score=score,
-        alpha=alpha,
-        tokens=tokens,
-        first_layer=first_layer,
-        rule=rule,
-        allocation=allocation,
-        bits=bits,
-        refine=refine,
-        rank=rank,
-    )
     from .search import Journal, search
 
+    options: dict[str, Any] = {
+        "score": score,
+        "alpha": alpha,
+        "first_layer": first_layer,
+        "rule": rule,
+        "all_linears": all_linears,
+        "allocation": allocation,
+        "bits": bits,
+        "refine": refine,
+        "rank": rank,
+        "tokens": tokens,
+        "windows": windows,
+        "seed": seed,
+        "fast": fast,
+    }
+    check_options(method=method, keep=keep, budget=budget, resume=resume, **options)
     journal = Journal(resume)  # whether it can be read and written shows before any work
-    study = Study(
-        model,
-        tokenizer,
-        text=text,
-        score=score,
-        alpha=alpha,
-        first_layer=first_layer,
-        rule=rule,
-        all_linears=all_linears,
-        allocation=allocation,
-        bits=bits,
-        refine=refine,
-        rank=rank,
-        tokens=tokens,
-        windows=windows,
-        seed=seed,
-        fast=fast,
-        progress=progress,
-    )
+    study = Study(model, tokenizer, text=text, progress=progress, **given(options))
     if budget is not None:
         return search(study, Budget.parse(budget), method, journal=journal)
     default = DEFAULT_KEEP_OF_LAYERS if method == "layers" else DEFAULT_KEEP
     return study.measured(study.workshop.make("sketch" if method == "auto" else method, keep or default))
-
-
-def check_options(
-    *,
-    method: str,
-    keep: float | None,
-    budget: str | None,
-    score: str | None,
-    alpha: float,
-    tokens: int,
-    first_layer: int,
-    rule: str = "teal",
-    allocation: str = "greedy",
-    bits: int = 4,
-    refine: bool = False,
-    rank: int = RANK,
-    **_: Any,
-) -> None:
-    """Raise `CoreskipError` for what `analyze` would refuse, before a model is loaded."""
-    if method not in METHODS:
-        raise CoreskipError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
-    if keep is not None and budget is not None:
-        raise CoreskipError("give keep or budget, not both: a budget finds the keep itself")
-    if keep is not None:
-        check_share("keep", keep)
-    check_share("alpha", alpha)
-    if score is not None:
-        check_score(score)
-    if budget is not None:
-        Budget.parse(budget)
-    if rule not in RULES:
-        raise CoreskipError(f"unknown rule {rule!r}; choose from {', '.join(RULES)}")
-    check_allocation(allocation)
-    if bits not in (1, 4) or rank < 1:
-        raise CoreskipError(f"a sketch of {bits} bits, rank {rank}: give 1 or 4 bits and at least rank 1")
-    if refine and bits != 4:
-        raise CoreskipError("a sketch of signs cannot be refined: give bits 4")
-    if tokens < 1 or first_layer < 0:
-        raise CoreskipError(f"tokens is {tokens} and first_layer {first_layer}: give at least 1 and 0")
 
 
 class Study:
@@ -242,7 +146,7 @@ class Study:
         model: Any,
         tokenizer: Any,
         *,
-        text: str | TokenText | None = None,
+        text: str | os.PathLike[str] | TokenText | None = None,
         tokens: int = 16384,
         windows: int = 12,
         first_layer: int = 0,
@@ -310,22 +214,20 @@ class Study:
 
 
 def _longest(model: Any) -> int:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or WINDOW
+    return most_positions(model, WINDOW)
 
 
 def _calibration_text(
-    model: Any, tokenizer: Any, text: str | TokenText | None, tokens: int, seed: int, progress: bool
+    model: Any, tokenizer: Any, text: str | os.PathLike[str] | TokenText | None, tokens: int, seed: int, progress: bool
 ) -> TokenText:
-    if isinstance(text, TokenText):
-        return text
     if text is not None:
-        return tokenize(tokenizer, text)
+        return text_of(tokenizer, text)
     # half of what a given text would provide: sampling is some ten times slower than observing
     return sample_text(
         model,
         tokenizer,
         tokens=-(-tokens // 2),
-        length=min(WINDOW, _longest(model) - 1),
+        length=WINDOW,
         seed=seed,
         progress=progress,
     )
@@ -477,7 +379,7 @@ class Workshop:
         """One pass over the text, with the sentences' own counts where a method needs them."""
         if self._stats is not None and (self._sentences is not None or not sentences):
             return self._stats
-        length = min(_SENTENCE, len(self._text.ids) + len(self._text.prefix))
+        length = min(_SENTENCE, _longest(self._model), len(self._text.ids) + len(self._text.prefix))
         rows = self._text.windows(length, max(1, self._max_tokens // length))
         counter = SentenceCounter(down_norms(dissect(self._model)), self._score, self._alpha) if sentences else None
         self._stats = observe(

@@ -29,9 +29,8 @@ _COMPUTED = ("inv_freq", "masked_bias", "position_ids")
 _SHOWN = 1  # names per kind of fault; the rest is counted
 
 
-def load_whole(source: str | Path, **options: Any) -> Any:
-    """``AutoModelForCausalLM.from_pretrained(source, **options)``, where every weight has its place and every place its
-    weight.
+def load_whole(source: str | Path, auto: Any = AutoModelForCausalLM, **options: Any) -> Any:
+    """``auto.from_pretrained(source, **options)``, where every weight has its place and every place its weight.
 
     Raises:
         CoreskipError: weights are missing, have another shape, or have no place in the model that the configuration
@@ -39,9 +38,7 @@ def load_whole(source: str | Path, **options: Any) -> Any:
             images and sounds, their projectors, value heads, layers that guess further tokens; and whatever the
             model's class declares.
     """
-    model, found = AutoModelForCausalLM.from_pretrained(
-        source, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
+    model, found = auto.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     file = Path(source) / options["gguf_file"] if "gguf_file" in options else None
     left_over = [key for key in found["unexpected_keys"] if not _may_be_left_over(model, key)]
     if file is not None:

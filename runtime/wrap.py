@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import os
 import threading
 import weakref
 from collections import deque
@@ -25,7 +26,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..kernels.ops import MAX_ROWS, PackedLinear, PackedMLP, available, linear, mlp
 from ..kernels.packed import DTYPES
 from ..kernels.step import BundledMLP, RowLists
-from ..predictors.anatomy import Activation, Anatomy, FeedForward, dissect, rows_of
+from ..predictors.anatomy import Activation, Anatomy, FeedForward, check_model, dissect, rows_of
+from ..predictors.checks import check_flag
 from ..predictors.errors import CoreskipError
 from ..predictors.observe import down_norms, inference
 from ..predictors.plan import CoreNeurons, Dense, NeuronPolicy, Plan, Similar, Static, Threshold
@@ -71,14 +73,19 @@ _RUNTIME = "_coreskip_runtime"
 
 
 def wrap(
-    model: Model, plan: Plan, *, exact: bool = False, keep_originals: bool | None = None, lookup: bool = False
+    model: Model,
+    plan: Plan | str | os.PathLike[str] | None = None,
+    *,
+    exact: bool = False,
+    keep_originals: bool | None = None,
+    lookup: bool = False,
 ) -> Model:
     """Run `model` under `plan` from now on: ``model.generate`` and everything built on it decode sparsely.
 
     Args:
         model: a causal LM, or a model that generates by one inside it (PEFT); changed in place and returned. Use it as
             a context manager to unwrap at the end: ``with wrap(model, plan): ...``.
-        plan: made for this model by `analyze` or `Plan.dense`.
+        plan: made for this model by `analyze` or `Plan.dense`; or the path of one; None is the dense plan.
         exact: use the plan only to draft tokens that the dense model verifies (runtime/exact.py): the text is the
             dense model's own, token for token, greedy or sampled. One sequence at a time; batches decode densely.
         keep_originals: of matrices that are packed anew, whether the originals stay in memory. Plans with weights in
@@ -96,6 +103,10 @@ def wrap(
     Raises:
         CoreskipError: wrapped already, not supported, or the plan is another model's; nothing was changed.
     """
+    check_flag("exact", exact)
+    check_flag("lookup", lookup)
+    check_flag("keep_originals", keep_originals, none=True)
+    check_model(model)
     if is_wrapped(model):
         raise CoreskipError("the model is wrapped already: call coreskip.unwrap(model) first")
     if exact and keep_originals is False:
@@ -103,6 +114,7 @@ def wrap(
     _refuse_hooks(model)
     check_generates(model)
     inner = generator_of(model)
+    plan = Plan.of(plan, inner)
     anatomy = dissect(inner)
     plan.check(inner, anatomy)
     runtime = Runtime(inner, anatomy, plan, exact, keep_originals=keep_originals, lookup=lookup)
@@ -119,6 +131,7 @@ def unwrap(model: Model) -> Model:
     Raises:
         CoreskipError: the model is not wrapped, or its weights are gone (``keep_originals=False``); nothing changed.
     """
+    check_model(model)
     runtime_of(model).remove()
     return model
 
@@ -136,7 +149,7 @@ def wrapped(model: Model, plan: Plan, weights: Weights) -> Iterator[Model]:
 
 
 def is_wrapped(model: nn.Module) -> bool:
-    return _RUNTIME in vars(generator_of(model))
+    return _RUNTIME in getattr(generator_of(model), "__dict__", {})  # a name, given by mistake, has none
 
 
 def runtime_of(model: nn.Module) -> Runtime:

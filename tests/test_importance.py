@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coreskip import CoreskipError
+from coreskip.predictors.checks import check_share
 from coreskip.predictors.core_neurons import (
     SentenceCounter,
     cluster_sentences,
@@ -17,7 +18,7 @@ from coreskip.predictors.core_neurons import (
     kmeans_elbow,
     nearest_cluster,
 )
-from coreskip.predictors.importance import check_share, kept_count, most_important, token_contributions
+from coreskip.predictors.importance import kept_count, most_important, token_contributions
 
 
 def slow_core(a: torch.Tensor, score: str, alpha: float, norm: torch.Tensor) -> torch.Tensor:

@@ -16,9 +16,10 @@ from coreskip.kernels.ops import sketch_select
 from coreskip.kernels.reference import refined
 from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.calibration import TokenText
+from coreskip.predictors.checks import ALLOCATIONS
 from coreskip.predictors.learned import recall, train_predictors
 from coreskip.predictors.plan import Rule, TopK
-from coreskip.predictors.token_choice import ALLOCATIONS, SHARES, TokenCalibration, spread_share
+from coreskip.predictors.token_choice import SHARES, TokenCalibration, spread_share
 from coreskip.predictors.token_samples import (
     cett_threshold,
     fisher_information,

@@ -13,7 +13,7 @@ import coreskip
 from coreskip import CoreskipError, analyze
 from coreskip.predictors.calibration import TokenText
 from coreskip.predictors.plan import CoreNeurons, Dense, Learned, Run, Similar, Sketch, Skip, Static, Threshold, TopK
-from coreskip.runtime.tune import Budget
+from coreskip.runtime.options import Budget
 
 
 def text(tokens: int = 1200) -> TokenText:
@@ -125,9 +125,9 @@ def test_budget_syntax(text: str, measure: str, limit: float) -> None:
         ({"tokens": 0}, "at least 1"),
         ({"rule": "best"}, "unknown rule 'best'; choose from teal"),
         ({"allocation": "best"}, "unknown allocation"),
-        ({"bits": 3}, "give 1 or 4 bits"),
+        ({"bits": 3}, "a sketch has 4 bits, or 1"),
         ({"bits": 1, "refine": True}, "signs cannot be refined"),
-        ({"rank": 0}, "at least rank 1"),
+        ({"rank": 0}, "rank is 0"),
         ({"text": text(60)}, "at least 100 are needed"),
         ({"text": "  "}, "empty"),
     ],
