@@ -75,19 +75,12 @@ class Formats:
         """Whether modules multiply with packed numbers in a pass of this phase."""
         return phase is Phase.DECODE and not torch.is_grad_enabled() and not AS_LOADED.get()
 
-    def run(self, module: nn.Module, x: Tensor) -> Tensor | None:
-        """The module's output for x ``[..., inputs]``, each row as a native step has it; None where its matrix has no
-        such form."""
+    def parts(self, module: nn.Module) -> list[PackedLinear]:
+        """The rows of the module's matrix in the plan's format; none where it has no such form."""
         parts = self._parts.get(module)
         if parts is None:
             parts = self._parts[module] = self._pack(module)
-        if not parts:
-            return None
-        inputs = x.shape[-1]
-        if x.numel() <= MAX_ROWS * inputs:
-            return _product(x, parts)
-        y = torch.cat([_product(rows, parts) for rows in x.reshape(-1, inputs).split(MAX_ROWS)])
-        return y.view(*x.shape[:-1], -1)
+        return parts
 
     def _pack(self, module: nn.Module) -> list[PackedLinear]:
         weight, bias = rows_of(module)
@@ -105,6 +98,15 @@ class Formats:
         return [packed]
 
 
-def _product(x: Tensor, parts: list[PackedLinear]) -> Tensor:
+def product(x: Tensor, parts: list[PackedLinear]) -> Tensor:
+    """x ``[..., inputs]`` times the matrix whose rows are those of `parts`; each row as a native step has it."""
+    inputs = x.shape[-1]
+    if x.numel() <= MAX_ROWS * inputs:
+        return _joined(x, parts)
+    y = torch.cat([_joined(rows, parts) for rows in x.reshape(-1, inputs).split(MAX_ROWS)])
+    return y.view(*x.shape[:-1], -1)
+
+
+def _joined(x: Tensor, parts: list[PackedLinear]) -> Tensor:
     y = [linear(x, part) for part in parts]
     return y[0] if len(y) == 1 else torch.cat(y, -1)

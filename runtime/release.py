@@ -86,6 +86,10 @@ class Replaced:
             weight.data = weight.new_empty(0)
         return True
 
+    def parts(self, module: nn.Module) -> list[PackedLinear]:
+        """What has replaced the matrix of `module`, its rows in order."""
+        return self._linears[module].parts
+
     def put_back(self) -> None:
         """Every module has its own matrix again, bit for bit. Only where `reversible`."""
         for module, linear in self._linears.items():

@@ -34,7 +34,7 @@ from .attention import can_redirect, redirect_attention
 from .cost import LITTLE
 from .decode import Chosen, Decoder, NativeSequence, NotCovered, refusal
 from .exact import Exact, NativePasses
-from .formats import Formats, check_format, takes_format
+from .formats import Formats, check_format, product, takes_format
 from .graph import Graphs, Settled
 from .layers import LayerSkips
 from .release import Replaced, trim
@@ -536,11 +536,12 @@ class Runtime:
             phase = LAST.get() if is_head else _phase()
             wanted = not self.model.training if is_head else phase not in (None, Phase.PREFILL)
             few = input.numel() <= most and not torch.is_grad_enabled() and wanted
+            in_format = formats is not None and formats.apply(phase)
             if replaced is not None and module in replaced:
-                return replaced.run(module, input, few)
-            y = formats.run(module, input) if formats is not None and formats.apply(phase) else None
-            if y is not None:
-                return y
+                return product(input, replaced.parts(module)) if in_format else replaced.run(module, input, few)
+            parts = self.formats.parts(module) if in_format else None
+            if parts:
+                return product(input, parts)
             if not (few and shareable):
                 return cast(Tensor, original(input))
             packed = self._linear_packed.get(module)
