@@ -379,6 +379,7 @@ class Runtime:
         for drafter in (self.exact, self.lookup):
             if drafter is not None:
                 drafter.forget()
+        check_format(self.model, self.anatomy, self.plan)
 
     def packed_bytes(self) -> tuple[int, int] | None:
         """Bytes of all matrices that a native decode step reads, and of the MLPs' share of them; None where steps are
