@@ -21,7 +21,6 @@ import click
 
 from coreskip.bench.quality import decoded_score, plan_name, provenance, undo_wikitext, write_rows
 from coreskip.bench.rows import quality_table
-from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.calibration import read_text, tokenize
 from coreskip.predictors.errors import CoreskipError
 from coreskip.predictors.files import check_file
@@ -69,7 +68,7 @@ def main(
     model, tokenizer = load(device="cpu", dtype="float32")
     seen, unseen = tokenize(tokenizer, undo_wikitext(read_text(text)), text.name).split(0.5, 0.5)
     study = Study(model, tokenizer, text=seen, fast=fast)
-    scored = Scores(model, Emulation(model, unseen, windows=windows))
+    scored = Scores(Emulation(model, unseen, windows=windows))
     for budget, method in missing:
         start = time.perf_counter()
         plan = search(study, Budget.parse(budget), method, journal=measured)
@@ -102,15 +101,15 @@ def _so_far(output: Path, command: str) -> dict[str, dict[str, Any]]:
 class Scores:
     """Figures of plans on one text, each scored once however many searches end with it."""
 
-    def __init__(self, model: Any, emulation: Emulation) -> None:
-        self._emulation, self._anatomy = emulation, dissect(model)
+    def __init__(self, emulation: Emulation) -> None:
+        self._emulation = emulation
         self._known: dict[str, dict[str, Any]] = {}
 
     def of(self, plan: Plan) -> dict[str, Any]:
         made = {name: value for name, value in plan.recipe.items() if name != "budget"}
         key = json.dumps([made, plan.weights], sort_keys=True)
         if key not in self._known:
-            self._known[key] = decoded_score(self._emulation, self._anatomy, plan)
+            self._known[key] = decoded_score(self._emulation, plan)
         return self._known[key]
 
 

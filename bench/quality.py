@@ -23,12 +23,11 @@ import torch
 import transformers
 
 from coreskip.bench.rows import commit, device_name, quality_table
-from coreskip.predictors.anatomy import Anatomy, dissect
 from coreskip.predictors.calibration import TokenText, read_text, tokenize
 from coreskip.predictors.files import check_file, write_text
 from coreskip.predictors.plan import LayerPlan, Plan, Sketch
 from coreskip.predictors.version import VERSION
-from coreskip.runtime.cost import bytes_per_token, runs_natively
+from coreskip.runtime.cost import bytes_per_token
 from coreskip.runtime.emulation import Emulation
 from coreskip.runtime.load import load
 from coreskip.runtime.quality import evaluate_all
@@ -193,16 +192,14 @@ def _scored(
         qualities = evaluate_all(model, [plan for _, plan in plans], text, windows=windows)
         yield from ((name, plan, quality) for (name, plan), quality in zip(plans, qualities, strict=True))
         return
-    emulation, anatomy = Emulation(model, text, windows=windows), dissect(model)
+    emulation = Emulation(model, text, windows=windows)
     for name, plan in by_token(model, calibration, tokens, keeps, only):
-        yield name, plan, decoded_score(emulation, anatomy, plan)
+        yield name, plan, decoded_score(emulation, plan)
 
 
-def decoded_score(emulation: Emulation, anatomy: Anatomy, plan: Plan) -> dict[str, Any]:
-    """The plan's figures, token by token where the native step decodes: on the modules a token takes ten times as long,
-    and says the same."""
-    real = runs_natively(anatomy, plan)
-    return {**emulation.score(plan, token_by_token=real), "token_by_token": real}
+def decoded_score(emulation: Emulation, plan: Plan) -> dict[str, Any]:
+    """The plan's figures as it decodes."""
+    return {**emulation.score(plan, token_by_token=True), "token_by_token": True}
 
 
 if __name__ == "__main__":

@@ -252,11 +252,18 @@ class Coreskip(HuggingFace):
     def load(self) -> None:
         super().load()
         self.plan = self._plan()
-        self._bytes = bytes_per_token(self.model, self.plan)  # while the originals are there
+        # both counted while the originals are there: the native step's check of its first result may refuse it
+        self._covered = bytes_per_token(self.model, self.plan)
+        self._on_modules = bytes_per_token(self.model, self.plan, native=False)
         self._wrap()
 
     def _wrap(self) -> None:
         wrap(self.model, self.plan, exact=self.exact, keep_originals=None if self.exact else False)
+
+    @property
+    def _bytes(self) -> int:
+        """Of weights that a decode step reads where it ran."""
+        return self._covered if runtime_of(self.model).decoder.refusal is None else self._on_modules
 
     def _plan(self) -> Plan:
         dense = Plan.dense(self.model, self.job.dtype if self.job.dtype in FORMATS else None)

@@ -216,7 +216,7 @@ def generate(
 @click.option("--json", "output", type=click.Path(path_type=Path), help="Also write the figures to this file.")
 @click.option("--windows", type=click.IntRange(1), default=24, show_default=True, help="Score at most this many.")
 @click.option("--window", type=click.IntRange(4), default=512, show_default=True, help="Tokens each; half is scored.")
-@click.option("--token-by-token", is_flag=True, help="One forward pass per token, exactly as generation runs.")
+@click.option("--token-by-token", is_flag=True, help="Passes of one token instead of eight: the same figures.")
 @click.option(
     "--ppl-sparsity", type=float, help="Also the oracle's sparsity at this many % of perplexity: 1 for PPL-1%."
 )

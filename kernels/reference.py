@@ -105,7 +105,7 @@ def _grouped_linear(x: Tensor, packed: PackedLinear) -> Tensor:
         weight = ungroup(q, scale, least).flatten(1)[:, : packed.in_features]
         return F.linear(x.float(), weight, packed.bias).to(x.dtype)
     rows = F.pad(x.reshape(-1, packed.in_features).float(), (0, groups * GROUP - packed.in_features))
-    integers, step = quantize(rows.view(-1, GROUP))
+    integers, step = quantize(rows.reshape(-1, GROUP))
     integers, step = integers.view(-1, groups, GROUP), step.view(-1, groups)
     products = torch.einsum("rgk,ogk->rog", integers, q.float())
     y = torch.einsum("rog,rg,og->ro", products, step, scale.float()) + (step * integers.sum(-1)) @ least.float().t()

@@ -59,7 +59,7 @@ def _frontier(rows: Any) -> list[str]:
     lines = ["", f"found  {'':{room}}   keep  MB/token   ms  skipped     ppl      KL"]
     return lines + [
         f"       {row['name']:{room}}  {row['keep']:5.2f}  {row['megabytes']:8.1f} {row['milliseconds']:5.2f} "
-        f"{row['neuron_sparsity']:8.1%} {row['ppl_increase']:+7.2%} {row['kl']:7.4f}"
+        f"{row['neuron_sparsity']:8.1%} {row['ppl_increase']:+7.2%} {row['kl']:7.4f}{_estimated(row)}"
         for row in rows
     ]
 
@@ -93,8 +93,13 @@ def _quality(quality: Any) -> str:
     return (
         f"ppl {quality['dense']['ppl']:.2f} dense, {quality['sparse']['ppl']:.2f} sparse "
         f"({quality['ppl_increase']:+.1%}), KL {quality['kl']:.3f}, top-1 agreement {quality['top1_agreement']:.1%}, "
-        f"{quality['tokens']} tokens of {quality.get('text', 'unnamed text')}"
+        f"{quality['tokens']} tokens of {quality.get('text', 'unnamed text')}{_estimated(quality)}"
     )
+
+
+def _estimated(figures: Any) -> str:
+    """Marks figures of masks over whole passes, which rounding sets apart from decoding."""
+    return " (estimated)" if figures.get("estimated") else ""
 
 
 def _pairs(values: Any) -> str:

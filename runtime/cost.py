@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from ..kernels.packed import EXACT_BYTES
 from ..predictors.anatomy import Anatomy, dissect, rows_of
 from ..predictors.importance import kept_count
 from ..predictors.plan import Adaptive, CoreNeurons, Dense, Learned, Plan, Run, Similar, Sketch, Static, Threshold, TopK
+from .decode import refusal
+from .formats import takes_format
 from .sparse_mlp import TOKEN_POLICIES, native_rule
 
 _INT4, _INT8_GROUPS = EXACT_BYTES["int4"], EXACT_BYTES["int8_groups"]
@@ -44,8 +47,10 @@ class Cost:
     weighed: float
 
 
-def cost(model: Any, plan: Plan, anatomy: Anatomy | None = None) -> Cost:
+def cost(model: Any, plan: Plan, anatomy: Anatomy | None = None, *, native: bool | None = None) -> Cost:
     """What one decode step of one sequence reads under `plan`.
+
+    native: whether the native step runs it, where that is known; else as far as model and plan tell.
 
     A threshold's share is what it kept on the calibration text; an adaptive layer counts as if it ran. The KV cache is
     left out: no plan changes it, for skipped attentions write their entries, too.
@@ -53,8 +58,8 @@ def cost(model: Any, plan: Plan, anatomy: Anatomy | None = None) -> Cost:
     anatomy = anatomy or dissect(model)
     head = model.get_output_embeddings().weight
     loaded = head.element_size()
-    native = runs_natively(anatomy, plan)
-    fmt = plan.weights if native else None  # the modules know no format but their own
+    native = runs_natively(anatomy, plan) and _covered(model, anatomy) if native is None else native
+    fmt = plan.weights
     mlp_weights = {id(p) for mlp in anatomy.mlps for p in (mlp.up.weight, mlp.down.weight)}
     mlp_weights |= {id(getattr(mlp.owner, mlp.gate_name).weight) for mlp in anatomy.mlps if mlp.gate_name is not None}
     extra = 0.0
@@ -68,7 +73,7 @@ def cost(model: Any, plan: Plan, anatomy: Anatomy | None = None) -> Cost:
     moved = loaded_bytes(model) - head.nbytes + dense(head, None if fmt is None else "int8")
     for index, (layer, mlp) in enumerate(zip(anatomy.layers, anatomy.mlps, strict=True)):
         policy, runs = plan.layers[index].neurons, plan.layers[index].layer
-        others = [p for p in layer.parameters() if p.ndim > 1 and id(p) not in mlp_weights]
+        others = [m.weight for m in layer.modules() if takes_format(m) and id(m.weight) not in mlp_weights]
         moved += sum(dense(p, fmt) - p.nbytes for p in others)
         moved -= _unread_attention(anatomy, index, policy, runs, fmt, native)
         moved -= loaded * sum(p.numel() for p in layer.parameters() if id(p) in mlp_weights)
@@ -95,9 +100,9 @@ def loaded_bytes(model: Any) -> int:
     return total
 
 
-def bytes_per_token(model: Any, plan: Plan, anatomy: Anatomy | None = None) -> int:
+def bytes_per_token(model: Any, plan: Plan, anatomy: Anatomy | None = None, *, native: bool | None = None) -> int:
     """Bytes of weights that one decode step of one sequence reads under `plan`; see `cost`."""
-    return round(cost(model, plan, anatomy).moved)
+    return round(cost(model, plan, anatomy, native=native).moved)
 
 
 def predicted_seconds(model: Any, plan: Plan, anatomy: Anatomy | None = None) -> float:
@@ -112,6 +117,15 @@ def runs_natively(anatomy: Anatomy, plan: Plan) -> bool:
         for index, layer in enumerate(plan.layers)
         if isinstance(layer.neurons, TOKEN_POLICIES)
     )
+
+
+_refusals: WeakKeyDictionary[Anatomy, str | None] = WeakKeyDictionary()  # searches ask for hundreds of costs
+
+
+def _covered(model: Any, anatomy: Anatomy) -> bool:
+    if anatomy not in _refusals:
+        _refusals[anatomy] = refusal(model, anatomy)
+    return _refusals[anatomy] is None
 
 
 def _mlp_bytes(policy: Any, width: int, hidden: int, gated: bool, size: float, loaded: int, fmt: str | None) -> float:

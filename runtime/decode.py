@@ -29,7 +29,7 @@ from ..kernels.ops import MAX_ROWS, PackedLinear, available
 from ..kernels.packed import DTYPES, finite
 from ..predictors.anatomy import Anatomy, FeedForward, canonical_activation
 from .kv_cache import Entries, Rooms, known_rooms, make_rooms, take_back
-from .selections import densely
+from .selections import as_loaded, densely
 
 logger = logging.getLogger("coreskip")
 
@@ -444,6 +444,7 @@ class Decoder:
     """Runs the decode steps of one wrapped model natively, where they are covered.
 
     count: called with the tokens of a step and the neurons skipped in it. before, narrow, bundled: see `Architecture`.
+    packed: told of each linear whose matrix is packed in the plan's format, beside the original.
     """
 
     def __init__(
@@ -455,8 +456,9 @@ class Decoder:
         before: PackedBefore | None = None,
         narrow: float = 0.0,
         bundled: frozenset[int] = frozenset(),
+        packed: Packed | None = None,
     ) -> None:
-        self._before, self._narrow, self._bundled = before, narrow, bundled
+        self._before, self._narrow, self._bundled, self._packed = before, narrow, bundled, packed
         self._model, self._anatomy, self._weights, self._count = model, anatomy, weights, count
         self._lock = threading.Lock()
         self._depth, config = len(anatomy), getattr(anatomy.stack, "config", None)
@@ -599,7 +601,7 @@ class Decoder:
                 self._refuse(str(reason))
                 return None
             try:
-                with densely() if plain else nullcontext():
+                with as_loaded(), densely() if plain else nullcontext():
                     output = original(**{**named, "past_key_values": twin})
                 if judged is None:
                     compare(logits, output.logits, chosen.by_rule)
@@ -636,7 +638,7 @@ class Decoder:
     def _pack(self, packed: Packed | None = None) -> Architecture:
         try:
             before = None if packed is not None else self._before
-            return Architecture(self._model, self._anatomy, self._weights, packed, before, self._narrow)
+            return Architecture(self._model, self._anatomy, self._weights, packed or self._packed, before, self._narrow)
         except ValueError as reason:
             raise NotCovered(str(reason)) from None
 
@@ -648,8 +650,9 @@ class Decoder:
 
     def _refuse(self, reason: str) -> None:
         self._refusal = reason
-        level = logging.DEBUG if self._weights is None else logging.WARNING
-        logger.log(level, "decode steps of this %s run on its own modules: %s", self._anatomy.model_type, reason)
+        level, fmt = (logging.DEBUG, "") if self._weights is None else (logging.WARNING, f", in {self._weights}")
+        kind = self._anatomy.model_type
+        logger.log(level, "decode steps of this %s run on its own modules%s: %s", kind, fmt, reason)
 
     # --- every step
 

@@ -1,5 +1,6 @@
 """Scores many plans on the same windows, whose prompts are prefilled and scored densely once: token by token through
-the kernels or, for searches, as masks over whole passes. A test holds the two together.
+the kernels or, as an estimate for searches, as masks over whole passes. Rounding differs between the two, and where a
+rule chooses neurons from rounded inputs, some of its choices: figures of masks are marked as estimated.
 
 Only plans that choose token by token, or not at all, can be scored this way: others choose in prefill.
 """
@@ -95,7 +96,7 @@ class Emulation:
         """`evaluate_all`'s figures for one plan, on the first `windows` windows or on all.
 
         token_by_token: decode for real, up to eight windows side by side and a token of each in a step; always so where
-            the plan's weights have a format of their own, which masks over a whole pass would not show.
+            the plan's weights have a format of their own. Else the figures carry ``"estimated": True``.
         """
         assert not any(isinstance(layer.neurons, (CoreNeurons, Similar)) for layer in plan.layers), "chosen in prefill"
         tally, scored = Tally(), self._windows[:windows]
@@ -114,7 +115,8 @@ class Emulation:
                     tally.add(window.dense.float(), log_q, window.targets, usage.neuron_sparsity(), window.loss)
                 bar.update(len(group))
             bar.close()
-        return {**tally.result(), "windows": len(scored), "window": self._window, "text": self._source}
+        about = {"windows": len(scored), "window": self._window, "text": self._source}
+        return {**tally.result(), **about, **({} if real else {"estimated": True})}
 
     def _masked(self, window: _Window) -> Tensor:
         return self._continue(window.cache, window.first, window.rest)[None]

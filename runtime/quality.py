@@ -19,10 +19,11 @@ from ..predictors.checks import check_count
 from ..predictors.errors import CoreskipError
 from ..predictors.observe import inference
 from ..predictors.plan import Plan
-from .selections import prefilling
-from .wrap import is_wrapped, runtime_of, wrap
+from .sparse_mlp import Weights
+from .wrap import is_wrapped, runtime_of, wrapped
 
 WINDOW = 512  # tokens; the first half is the prompt, the second half is scored
+_DENSE_LOGITS = 1 << 27  # of windows scored densely are kept, 4 bytes each, while the plans are wrapped one by one
 
 
 def evaluate(
@@ -50,16 +51,17 @@ def evaluate_all(
 ) -> list[dict[str, Any]]:
     """Dense against each plan on the same windows of `text`; the dense model runs once per window.
 
-    Each window's first half is prefilled densely, as in generation; its second half is scored under the plan's
-    decode policy. By default that half runs as one pass over the filled KV cache, which the runtime treats as what
-    it is: decode. Selections are made in prefill, so one pass and `token_by_token` give the same logits up to
-    rounding; a test holds them together.
+    Each window's first half is prefilled, as in generation; its second half is scored under the plan's decode policy,
+    in passes of eight tokens over the filled KV cache. The kernels give each row of such a pass what it has in a pass
+    of its own, bit for bit; a pass over all tokens would round otherwise, and where a rule chooses neurons from
+    rounded inputs, choose otherwise, too.
 
     Args:
         model: the unwrapped model the plans were made for.
         text: scored text; use one that neither calibrated nor chose the plans.
         windows: at most this many, evenly spread over the text.
         window: tokens per window, an even number of at least 4.
+        token_by_token: passes of one token: the same figures in several times the time, for whoever doubts it.
 
     Returns:
         per plan ``{"dense": {"ppl"}, "sparse": {"ppl"}, "ppl_increase", "ppl_increase_stderr", "kl",
@@ -80,51 +82,37 @@ def evaluate_all(
     for plan in plans:
         plan.check(model, anatomy)
     rows = text.windows(min(window, most_positions(model, window) // 2 * 2), windows)
-    tallies = [Tally() for _ in plans]
-    with inference(model):
-        for ids in tqdm(rows.split(1), desc="scoring", unit="window", disable=not progress, leave=False):
-            ids = ids.to(model.device)
-            targets = ids[0, ids.shape[1] // 2 :]
-            dense = _decode_logits(model, ids, token_by_token).log_softmax(-1)
+    tallies, weights = [Tally() for _ in plans], Weights(anatomy)
+    group = max(1, _DENSE_LOGITS // (rows.shape[1] // 2 * model.config.get_text_config().vocab_size))
+    bar = tqdm(total=len(rows) * (1 + len(plans)), desc="scoring", unit="window", disable=not progress, leave=False)
+    with inference(model), bar:
+        for some in rows.split(group):
+            some = some.to(model.device)
+            dense = [decode_logits(model, ids, ids.shape[1]).log_softmax(-1) for ids in some.split(1)]
+            bar.update(len(some))
             for plan, tally in zip(plans, tallies, strict=True):
-                if plan.weights is None:
-                    with wrap(model, plan):
-                        runtime_of(model).usage.counting = True
-                        sparse = _decode_logits(model, ids, token_by_token).log_softmax(-1)
-                        tally.add(dense, sparse, targets, runtime_of(model).usage.neuron_sparsity())
-        for plan, tally in zip(plans, tallies, strict=True):
-            if plan.weights is not None:
-                _score_native(model, plan, rows, tally, progress)
+                with wrapped(model, plan, weights):
+                    usage = runtime_of(model).usage
+                    usage.counting = True
+                    for ids, log_p in zip(some.split(1), dense, strict=True):
+                        usage.reset()
+                        sparse = decode_logits(model, ids, 1 if token_by_token else MAX_ROWS).log_softmax(-1)
+                        tally.add(log_p, sparse, ids[0, ids.shape[1] // 2 :], usage.neuron_sparsity())
+                        bar.update()
     about = {"windows": rows.shape[0], "window": rows.shape[1], "text": text.source}
     return [{**tally.result(), **about} for tally in tallies]
 
 
-def _score_native(model: Any, plan: Plan, rows: Tensor, tally: Tally, progress: bool) -> None:
-    """Plans whose weights have a format of their own, which only the native step carries out. They
-    are packed once: the dense logits come from the same wrapping, as prefill."""
-    with wrap(model, plan, keep_originals=True):
-        for ids in tqdm(
-            rows.split(1), desc=f"scoring {plan.weights}", unit="window", disable=not progress, leave=False
-        ):
-            with prefilling():
-                dense = _decode_logits(model, ids, False).log_softmax(-1)
-            usage = runtime_of(model).usage
-            usage.reset()
-            sparse = _decode_logits(model, ids, False, MAX_ROWS).log_softmax(-1)
-            tally.add(dense, sparse, ids[0, ids.shape[1] // 2 :], usage.neuron_sparsity())
-
-
-def _decode_logits(model: Any, ids: Tensor, token_by_token: bool, at_once: int | None = None) -> Tensor:
+def decode_logits(model: Any, ids: Tensor, at_once: int) -> Tensor:
     """fp32 logits ``[scored tokens, vocabulary]`` that predict the second half of ids ``[1, window]``.
 
-    The first row comes from prefill, the others from decode steps, as in generation.
+    The first row comes from prefill, the others from decode steps of `at_once` tokens, as in generation.
     """
     prompt, rest = ids.tensor_split(2, dim=1)
     keep_last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     out = model(input_ids=prompt, use_cache=True, **keep_last)
     logits = [out.logits[0, -1:]]
-    most = 1 if token_by_token else at_once or rest.shape[1]
-    for piece in rest[:, :-1].split(most, dim=1):
+    for piece in rest[:, :-1].split(at_once, dim=1):
         out = model(input_ids=piece, past_key_values=out.past_key_values, use_cache=True)
         logits.append(out.logits[0])
     return torch.cat(logits).float()
@@ -149,7 +137,7 @@ class Tally:
         self.sparsity.append(neuron_sparsity)
         self.dense.append(-float(log_p.gather(1, targets).mean()) if dense_loss is None else dense_loss)
         self.sparse.append(-float(log_q.gather(1, targets).mean()))
-        self.kl += float((log_p.exp() * (log_p - log_q)).sum())
+        self.kl += _divergence(log_p, log_q)
         self.agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
         self.tokens += targets.shape[0]
 
@@ -168,6 +156,14 @@ class Tally:
             "neuron_sparsity": sum(self.sparsity) / len(self.sparsity),
             "tokens": self.tokens,
         }
+
+
+def _divergence(log_p: Tensor, log_q: Tensor) -> float:
+    """The sum of KL(p || q) over rows, added up from q - p + p log(p / q): what logarithms are rounded by in float32,
+    up to 1e-6, then counts in second order alone."""
+    p, d = log_p.exp(), log_p - log_q
+    near = p * (torch.expm1(-d) + d)
+    return float(torch.where(d.abs() < 1, near, log_q.exp() - p + p * d).sum())
 
 
 def summary(quality: dict[str, Any]) -> str:

@@ -67,15 +67,15 @@ class Replaced:
     def __len__(self) -> int:
         return len(self._linears)
 
-    def replace(self, module: nn.Module, parts: list[PackedLinear]) -> None:
-        """Lets go of the matrix of `module`, whose rows are those of `parts`, where that is allowed."""
+    def replace(self, module: nn.Module, parts: list[PackedLinear]) -> bool:
+        """Lets go of the matrix of `module`, whose rows are those of `parts`, where that is allowed: whether it was."""
         weight = module.weight
         if module not in self.candidates or any(part.weight.dtype == weight.dtype for part in parts):
-            return
+            return False
         assert isinstance(weight, nn.Parameter)
         lossless = self._restores(parts, weight)
         if not (lossless or self._lossy):
-            return
+            return False
         self.reversible = self.reversible and lossless
         handles = [module.register_state_dict_pre_hook(self._no_state_dict)]
         handles.append(module.register_load_state_dict_pre_hook(self._no_state_dict))
@@ -84,6 +84,11 @@ class Replaced:
         module.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
         with _unmapped(weight):
             weight.data = weight.new_empty(0)
+        return True
+
+    def parts(self, module: nn.Module) -> list[PackedLinear]:
+        """What has replaced the matrix of `module`, its rows in order."""
+        return self._linears[module].parts
 
     def put_back(self) -> None:
         """Every module has its own matrix again, bit for bit. Only where `reversible`."""

@@ -218,6 +218,7 @@ class _Found:
             "megabytes": round(self.cost.moved / 1e6, 2),
             "milliseconds": round(1e3 * self.cost.weighed / bandwidth, 3),
             **{name: self.quality[name] for name in _FIGURES},
+            **({"estimated": True} if self.quality.get("estimated") else {}),
         }
 
 

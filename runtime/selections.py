@@ -70,6 +70,9 @@ class Step:
 
 STEP: ContextVar[Step | None] = ContextVar("coreskip_step", default=None)
 
+#: What the last pass through the decoder stack was: the LM head runs after it is over.
+LAST: ContextVar[Phase | None] = ContextVar("coreskip_last", default=None)
+
 #: Who gets the decode steps of a pass, in place of the wrapped model's count of what was skipped.
 TALLY: ContextVar[Callable[[Step], None] | None] = ContextVar("coreskip_tally", default=None)
 
@@ -114,6 +117,19 @@ def densely() -> Iterator[None]:
     finally:
         DENSELY.reset(tokens[0])
         TALLY.reset(tokens[1])
+
+
+AS_LOADED: ContextVar[bool] = ContextVar("coreskip_as_loaded", default=False)
+
+
+@contextmanager
+def as_loaded() -> Iterator[None]:
+    """Decode steps inside read the weights as they were loaded, whatever the plan's format."""
+    token = AS_LOADED.set(True)
+    try:
+        yield
+    finally:
+        AS_LOADED.reset(token)
 
 
 DRAFTING: ContextVar[bool] = ContextVar("coreskip_drafting", default=False)

@@ -26,6 +26,7 @@ from ..predictors.observe import LayerStats, down_norms, observe
 from ..predictors.plan import Clusters, CoreNeurons, Fingerprint, LayerPlan, NeuronPolicy, Plan, Similar, Static
 from ..predictors.token_choice import TokenCalibration
 from .cost import runs_natively
+from .decode import refusal
 from .emulation import Emulation
 from .options import Budget, check_options, given
 from .quality import WINDOW, evaluate_all
@@ -183,17 +184,19 @@ class Study:
             **options,
         )
         self._about = {**options, "score": score, "first_layer": first_layer, "tokens": tokens, "seed": seed}
+        self._covered = refusal(model, self._anatomy) is None
         self._emulations: dict[tuple[str, int], Emulation] = {}
 
     def identity(self) -> str:
         """What a plan's quality depends on besides the plan: the model, the text, the options."""
         probes = hashlib.sha256(Fingerprint.of(self.model).probes.numpy().tobytes()).hexdigest()
-        about = [probes, self.calibration.fingerprint(), self._about, self.windows, self.window]
+        how = "decoded" if self._covered else "estimated"  # what was measured otherwise is not taken up again
+        about = [probes, self.calibration.fingerprint(), self._about, self.windows, self.window, how]
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
     def measure(self, plan: Plan, part: str = "checked", windows: int | None = None) -> dict[str, Any]:
-        """`evaluate_all`'s figures on the part ``searched`` or ``checked``, the latter token by token where the native
-        step decodes; on so many windows, fewer or more than the study's own."""
+        """`evaluate_all`'s figures on the part ``searched`` or ``checked``; on so many windows, fewer or more than the
+        study's own. Of what is searched they are estimated where steps run on the modules."""
         text = self.checked if part == "checked" else self.searched
         options: dict[str, Any] = {"window": self.window, "progress": self.progress}
         if any(isinstance(layer.neurons, (CoreNeurons, Similar)) for layer in plan.layers):
@@ -204,8 +207,8 @@ class Study:
             weights = next((each.weights for each in self._emulations.values()), None)
             emulation = Emulation(self.model, text, windows=prefilled, weights=weights, **options)
             self._emulations[part, prefilled] = emulation
-        # on the modules a token takes ten times as long, and says the same
-        real = part == "checked" and runs_natively(self._anatomy, plan)
+        # on the modules a token takes several times as long as in one pass, natively half as long
+        real = part == "checked" or (runs_natively(self._anatomy, plan) and self._covered)
         return emulation.score(plan, windows, token_by_token=real)
 
     def measured(self, plan: Plan) -> Plan:

@@ -37,12 +37,14 @@ from .cost import LITTLE
 from .decode import Chosen, Decoder, NativeSequence, NotCovered, refusal
 from .delegates import check_generates, generator_of
 from .exact import Exact, NativePasses
+from .formats import Formats, check_format, product, takes_format
 from .graph import Graphs, Settled
 from .layers import LayerSkips
 from .release import Replaced, trim
 from .selections import (
     DENSELY,
     DRAFTING,
+    LAST,
     STEP,
     TALLY,
     Choice,
@@ -236,6 +238,7 @@ class Runtime:
         lookup: bool = False,
     ) -> None:
         self.model, self.anatomy, self.plan = model, anatomy, plan
+        check_format(model, anatomy, plan)
         self._class = type(model)
         self._outer: tuple[nn.Module, type] | None = None  # who generates by this model, and its class
         self._patches = Patches()
@@ -271,7 +274,11 @@ class Runtime:
         self._linear_packed: dict[nn.Module, PackedLinear] = {}
         narrow = LITTLE if keep_originals is None or weights is not None else 1.0
         bundled = frozenset() if exact else frozenset({*self._static, *self._token_policies})
-        self.decoder = Decoder(model, anatomy, plan.weights, self.usage.count, self._weights.linears, narrow, bundled)
+        keeps = exact or keep_originals is True  # whatever is packed
+        before = self._weights.linears
+        self.formats = Formats(plan.weights, cast(Any, model).get_output_embeddings(), before if keeps else None)
+        tell = self.formats.take if keeps else None
+        self.decoder = Decoder(model, anatomy, plan.weights, self.usage.count, before, narrow, bundled, tell)
         self._dense = Chosen([None] * len(anatomy), 0, plain=True)  # what exact mode verifies with
         self._chosen_once: Chosen | None = None
         self._chosen_by: weakref.WeakKeyDictionary[Selections, tuple[Choice, Chosen]] = weakref.WeakKeyDictionary()
@@ -284,7 +291,7 @@ class Runtime:
         # neurons that prompts choose are packed again and again
         kept = [module for index in self._chosen for module in anatomy.mlps[index].owner.modules()]
         self._demanded = keep_originals is False
-        keeps = exact or keep_originals is True or not (plan.weights or self._demanded)
+        keeps = keeps or not (plan.weights or self._demanded)
         self.replaced = None if keeps else Replaced(model, lossy=self._demanded and bool(plan.weights), kept=kept)
 
     def _width(self, layer: int) -> int:
@@ -352,7 +359,8 @@ class Runtime:
 
     def _replace(self, module: nn.Module, parts: list[PackedLinear]) -> None:
         self._linear_packed.pop(module, None)  # which holds the matrix
-        cast(Replaced, self.replaced).replace(module, parts)
+        if not cast(Replaced, self.replaced).replace(module, parts) and self.plan.weights is not None:
+            self.formats.take(module, parts)
 
     def remove(self) -> None:
         """
@@ -390,6 +398,7 @@ class Runtime:
         self._static_packed.clear()
         self._spare.clear()
         self._linear_packed.clear()
+        self.formats.clear()
         self._chosen_once = None
         self._chosen_by.clear()
         self.decoder.forget()
@@ -398,6 +407,7 @@ class Runtime:
         for drafter in (self.exact, self.lookup):
             if drafter is not None:
                 drafter.forget()
+        check_format(self.model, self.anatomy, self.plan)
 
     def packed_bytes(self) -> tuple[int, int] | None:
         """Bytes of all matrices that a native decode step reads, and of the MLPs' share of them; None where steps are
@@ -516,6 +526,7 @@ class Runtime:
                 output = original(*args, **kwargs)
             finally:
                 STEP.reset(token)
+                LAST.set(None if step is None else step.phase)
             if step is None:
                 return output
             if step.phase is not Phase.PREFILL:
@@ -534,35 +545,41 @@ class Runtime:
         if available("cpu") is not None:
             return False
         inner = [module for layer in self.anatomy.layers for module in layer.modules() if _has_matrix(module)]
-        patched = [self._patch_linear(module, lambda: _decoding(STEP.get())) for module in inner]
-        # the head runs after the stack's pass is over; in prefill it sees as few rows as in decode
-        head = cast(Any, self.model).get_output_embeddings()
-        return self._patch_linear(head, lambda: not self.model.training) and all(patched)
+        patched = [self._patch_linear(module) for module in inner]
+        return self._patch_linear(cast(Any, self.model).get_output_embeddings()) and all(patched)
 
-    def _patch_linear(self, module: nn.Module, wanted: Callable[[], bool]) -> bool:
+    def _patch_linear(self, module: nn.Module) -> bool:
         """Few rows go to the decode kernel, which reads the module's own weight in place; others to the module, or to
-        what has replaced its weight."""
+        what has replaced its weight. Under a plan with a weight format, decode steps read that."""
         replaced, shareable = self.replaced, isinstance(module, nn.Linear) and _shareable(module.weight)
-        if not shareable and (replaced is None or module not in replaced.candidates):
+        sharing = shareable or (replaced is not None and module in replaced.candidates)
+        formats = self.formats if self.plan.weights is not None and takes_format(module) else None
+        if not sharing and formats is None:
             return False
-        module = cast(nn.Linear, module)
-        original = module.forward
-        most = MAX_ROWS * module.in_features
+        original, most = cast(Any, module).forward, MAX_ROWS * rows_of(module)[0].shape[1]
+        is_head = module is cast(Any, self.model).get_output_embeddings()
 
         @functools.wraps(original)
         def forward(input: Tensor) -> Tensor:
-            few = input.numel() <= most and not torch.is_grad_enabled() and wanted()
+            # the head runs after the stack's pass is over; in prefill it sees as few rows as in decode
+            phase = LAST.get() if is_head else _phase()
+            wanted = not self.model.training if is_head else phase not in (None, Phase.PREFILL)
+            few = input.numel() <= most and not torch.is_grad_enabled() and wanted
+            in_format = formats is not None and formats.apply(phase)
             if replaced is not None and module in replaced:
-                return replaced.run(module, input, few)
+                return product(input, replaced.parts(module)) if in_format else replaced.run(module, input, few)
+            parts = self.formats.parts(module) if in_format else None
+            if parts:
+                return product(input, parts)
             if not (few and shareable):
-                return original(input)
+                return cast(Tensor, original(input))
             packed = self._linear_packed.get(module)
             if packed is None:
-                packed = self._linear_packed[module] = PackedLinear.pack(module.weight, module.bias)
+                packed = self._linear_packed[module] = PackedLinear.pack(*rows_of(module))
             return linear(input, packed)
 
         self._patches.set(module, "forward", forward)
-        return True
+        return sharing
 
     def _patch_columns(self, index: int, module: nn.Module, least: float, in_mlp: bool) -> None:
         """Decode steps leave out this linear's small inputs."""
@@ -753,8 +770,9 @@ def _bundled(sparse: SparseMLP) -> BundledMLP:
     )
 
 
-def _decoding(step: Step | None) -> bool:
-    return step is not None and step.phase is not Phase.PREFILL
+def _phase() -> Phase | None:
+    step = STEP.get()
+    return None if step is None else step.phase
 
 
 def _has_matrix(module: nn.Module) -> bool:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from test_policies import NAMES, plan_with, some_policy
 from tiny_models import plan_of, prompt, tiny
 from transformers import DynamicCache
 
 import coreskip
 from coreskip import CoreskipError
+from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.calibration import TokenText
 from coreskip.predictors.plan import Plan
-from coreskip.runtime.quality import evaluate_all, summary
+from coreskip.runtime.quality import decode_logits, evaluate_all, summary
+from coreskip.runtime.sparse_mlp import Weights
+from coreskip.runtime.wrap import runtime_of, wrapped
 
 
 def text(tokens: int = 400, seed: int = 2) -> TokenText:
@@ -25,16 +30,54 @@ def score(model: Any, plan: Plan, **options: Any) -> dict[str, Any]:
     return evaluate_all(model, [plan], text(), windows=4, window=32, progress=False, **options)[0]
 
 
-@pytest.mark.parametrize("kind", ["signed", "griffin", "similar", "static"])
+def policies_of(model: Any, name: str) -> Plan:
+    """A plan by what it leaves out, and the format of its weights."""
+    kind, _, weights = name.partition("+")
+    if kind in ("signed", "griffin", "similar", "static"):
+        plan = plan_of(model, kind)
+    else:
+        plan = Plan.dense(model) if kind == "dense" else plan_with(model, some_policy(model, kind))
+    return replace(plan, weights=weights or None)
+
+
+KINDS = (*NAMES, "signed", "griffin", "similar", "static")
+IN_FORMATS = ("dense+int4", "dense+int8", "sketch+int4", "cats+int8", "learned+int4", "static+int4", "griffin+int8")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", [*KINDS, *IN_FORMATS])
+@torch.no_grad()
+def test_a_pass_of_eight_tokens_is_eight_of_one(name: str, dtype: torch.dtype) -> None:
+    """What figures rest on: bit for bit, what generation runs."""
+    model = tiny("llama").to(dtype)
+    plan, ids = policies_of(model, name), text().windows(48, 1)
+    with wrapped(model, plan, Weights(dissect(model))):
+        model(ids, use_cache=True)
+        for _ in range(4):  # until the native step has been compared
+            decode_logits(model, ids, 1)
+        native = runtime_of(model).decoder.ready
+        one, eight, all_at_once = (decode_logits(model, ids, count) for count in (1, 8, 23))
+    if native:
+        assert torch.equal(one, eight)
+    else:  # rows of an attention in torch are added up in another order
+        assert (one - eight).square().mean().sqrt() < {4: 1e-4, 2: 0.05}[dtype.itemsize] * one.std()
+    assert not torch.equal(one, all_at_once)
+    assert native == (name not in ("topk", "topk_threshold", "signs"))
+
+
+@pytest.mark.parametrize("name", [*KINDS, *IN_FORMATS])
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_the_fast_pass_equals_token_by_token(family: str, kind: str) -> None:
+def test_figures_equal_token_by_token(family: str, name: str) -> None:
     model = tiny(family)
-    plan = plan_of(model, kind)
+    plan = policies_of(model, name)
     fast, slow = score(model, plan), score(model, plan, token_by_token=True)
-    for name in ("ppl_increase", "kl", "top1_agreement", "neuron_sparsity", "tokens"):
-        assert fast[name] == pytest.approx(slow[name], rel=1e-3, abs=1e-5), name
-    assert fast["sparse"]["ppl"] == pytest.approx(slow["sparse"]["ppl"], rel=1e-4)
-    assert fast["kl"] > 1e-3, "the plan must change something for this to mean anything"
+    if family == "llama" and "topk" not in name and name != "signs":
+        assert {**fast, "neuron_sparsity": 0} == {**slow, "neuron_sparsity": 0}  # shares are added up in another order
+    # on modules, rounding may move an input across half a step of its group, and that a choice
+    relative, absolute = (0.1, 1e-3) if "sketch" in name or "+" in name else (1e-3, 1e-5)
+    for figure in ("ppl_increase", "kl", "top1_agreement", "neuron_sparsity", "tokens"):
+        assert fast[figure] == pytest.approx(slow[figure], rel=relative, abs=absolute), figure
+    assert fast["kl"] > 1e-5, "the plan must change something for this to mean anything"
 
 
 def test_figures_from_first_principles(llama: Any) -> None:

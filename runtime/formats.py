@@ -1,0 +1,112 @@
+"""A plan's weight format on a model's own modules.
+
+The native step reads matrices in the plan's format wherever it covers a model. Decode steps that run on the modules
+(another architecture, a hook, a static cache, more rows than the native step takes) multiply with the same numbers
+here, so that a plan has one text. Prefill, verification and passes with gradients read the originals.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..kernels.ops import MAX_ROWS, PackedLinear, available, linear
+from ..kernels.packed import DTYPES
+from ..predictors.anatomy import Anatomy, rows_of
+from ..predictors.errors import CoreskipError
+from ..predictors.plan import Plan
+from .decode import PackedBefore
+from .selections import AS_LOADED, Phase
+
+logger = logging.getLogger("coreskip")
+
+
+def check_format(model: Any, anatomy: Anatomy, plan: Plan) -> None:
+    """Raises CoreskipError where decode steps of `model` cannot read their weights in the plan's format."""
+    if plan.weights is None:
+        return
+    matrices = [module.weight for module in format_takers(model, anatomy)]
+    reason = available("cpu")
+    if reason is None and any(weight.device.type != "cpu" for weight in matrices):
+        reason = f"the model is on {model.device.type}, and only the CPU's kernels read them"
+    if reason is None and any(weight.dtype not in DTYPES for weight in matrices):
+        reason = f"they are made from float32, bfloat16 or float16, not from {model.dtype}".replace("torch.", "")
+    if reason is not None:
+        raise CoreskipError(f"the plan's weights in {plan.weights} cannot be used: {reason}; make a plan without them")
+
+
+def format_takers(model: Any, anatomy: Anatomy) -> list[Any]:
+    """The modules whose matrices a plan's format is for: all linears of the decoder layers, and the LM head."""
+    inner = [module for layer in anatomy.layers for module in layer.modules()]
+    return [m for m in (*inner, model.get_output_embeddings()) if takes_format(m)]
+
+
+def takes_format(module: nn.Module) -> bool:
+    """Whether the module multiplies with one matrix, which may be packed."""
+    return isinstance(module, (nn.Linear, Conv1D)) and module.weight.ndim == 2
+
+
+class Formats:
+    """The matrices of one wrapped model in the plan's format, each packed when a module first needs it.
+
+    weights: the plan's "int4" or "int8", or None: nothing takes a format. head: the LM head, which takes bytes.
+    before: what was packed before, and is added to; None where the originals are not to be held.
+    """
+
+    def __init__(self, weights: str | None, head: nn.Module, before: PackedBefore | None) -> None:
+        self._format = {"int8": "int8_groups"}.get(str(weights), weights)
+        self._head, self._before = head, before
+        self._parts: dict[nn.Module, list[PackedLinear]] = {}
+
+    def clear(self) -> None:
+        """Forget everything: the model's own weights were moved, cast or loaded anew."""
+        self._parts.clear()
+
+    def take(self, module: nn.Module, parts: list[PackedLinear]) -> None:
+        """The native step has packed the module's matrix: `parts` are its rows."""
+        self._parts[module] = parts
+
+    @staticmethod
+    def apply(phase: Phase | None) -> bool:
+        """Whether modules multiply with packed numbers in a pass of this phase."""
+        return phase is Phase.DECODE and not torch.is_grad_enabled() and not AS_LOADED.get()
+
+    def parts(self, module: nn.Module) -> list[PackedLinear]:
+        """The rows of the module's matrix in the plan's format; none where it has no such form."""
+        parts = self._parts.get(module)
+        if parts is None:
+            parts = self._parts[module] = self._pack(module)
+        return parts
+
+    def _pack(self, module: nn.Module) -> list[PackedLinear]:
+        weight, bias = rows_of(module)
+        fmt = "int8_groups" if module is self._head else self._format
+        key = (weight.data_ptr(), weight.shape, weight.stride(), fmt)
+        if self._before is not None and key in self._before:
+            return [self._before[key][1]]
+        try:
+            packed = PackedLinear.pack(weight, bias, fmt=fmt)
+        except ValueError as reason:
+            logger.warning("a %s of %d x %d stays as it was loaded: %s", type(module).__name__, *weight.shape, reason)
+            return []
+        if self._before is not None:  # with the weight: while it is alive, its address is no other's
+            self._before[key] = weight, packed
+        return [packed]
+
+
+def product(x: Tensor, parts: list[PackedLinear]) -> Tensor:
+    """x ``[..., inputs]`` times the matrix whose rows are those of `parts`; each row as a native step has it."""
+    inputs = x.shape[-1]
+    if x.numel() <= MAX_ROWS * inputs:
+        return _joined(x, parts)
+    y = torch.cat([_joined(rows, parts) for rows in x.reshape(-1, inputs).split(MAX_ROWS)])
+    return y.view(*x.shape[:-1], -1)
+
+
+def _joined(x: Tensor, parts: list[PackedLinear]) -> Tensor:
+    y = [linear(x, part) for part in parts]
+    return y[0] if len(y) == 1 else torch.cat(y, -1)
