@@ -36,7 +36,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..kernels.ops import MAX_ROWS
 from ..kernels.step import likeliest
-from .decode import Chosen, NativeSequence
+from .decode import Chosen, NativeSequence, NotCovered
 from .kv_cache import plain_class
 from .selections import drafting
 
@@ -617,6 +617,14 @@ class _Run:
         self.last, self.done.tokens = [self.last, *tokens][-1], self.done.tokens + len(tokens)
 
 
+def _alone(passes: Passes, text: Text) -> None:
+    """The rest of a text, one token a pass."""
+    passes.rollback(text.ids.shape[1] - 1)
+    while not text.finished:
+        text.append(passes.verify([int(text.ids[0, -1])])[0])
+        passes.rollback(text.ids.shape[1] - 1)
+
+
 class Exact:
     """Exact mode on one wrapped model: what it has measured, and the generation loop.
 
@@ -709,6 +717,10 @@ class Exact:
             plain = isinstance(passes, NativePasses) and ends is not None
             choices = (PlainChoices if plain else Choices)(passes, text, cast(Any, ends))
             self._decode(choices, first, longest - ids.shape[1], done)
+        except NotCovered as reason:  # native steps have been found to differ, from this length on
+            self._margin, done.note = None, str(reason)
+            _alone(ModulePasses(model, cache), text)
+            done.tokens = text.ids.shape[1] - ids.shape[1]
         finally:
             text.close()
             for layer in cache.layers:

@@ -7,6 +7,7 @@ forward pass of the model's own) works on views of the used part, and what repla
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -186,6 +187,19 @@ def leave_rooms(rooms: Rooms) -> None:
 def take_back(cache: Cache, positions: int) -> None:
     """Forgets the last positions of a cache that has just been given room for them."""
     cast(Rooms, cache.__dict__[_ROOMS]).advance(-positions)
+
+
+def twin_of(cache: Any) -> Any:
+    """A cache that goes its own way from here, without a copy of what both hold."""
+    twin = copy.copy(cache)
+    twin.__dict__ = {name: value for name, value in vars(cache).items() if name != _ROOMS}
+    twin.layers = []
+    for layer in cache.layers:
+        own = object.__new__(plain_class(type(layer)))
+        own.__dict__.update({name: value for name, value in vars(layer).items() if name not in ("_room", "_loose")})
+        own.keys, own.values = layer.keys, layer.values
+        twin.layers.append(own)
+    return twin
 
 
 def unfit(cache: Cache, device: str) -> str | None:
