@@ -160,7 +160,7 @@ class Architecture:
 
     def _embedding_scale(self, embedding: Tensor) -> float:
         """Gemma and Granite scale embeddings; who adds positions to them is not covered."""
-        ids = torch.tensor([[1, 2, 3]])
+        ids = torch.tensor([[1, 2, 3]], device="cpu")
         x, w = _input_of_first_layer(self._anatomy, ids)[0].float(), embedding[ids[0]].float()
         scale = float((x * w).sum() / (w * w).sum())
         if not (x - scale * w).norm() <= 1e-2 * x.norm():
@@ -306,11 +306,12 @@ def _norm(module: nn.Module) -> native.Norm:
     if not isinstance(eps, float) or not isinstance(size, int) or size % 2:
         raise NotCovered(f"a {type(module).__name__} is not a norm that the native step knows")
     probe = copy.deepcopy(module).float()
-    signs = torch.ones(size)
+    flat = torch.ones(size, dtype=torch.float32, device="cpu")
+    signs = flat.clone()
     signs[1::2] = -1
-    sample = torch.randn(size, generator=torch.Generator().manual_seed(0)) + 0.5
+    sample = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu") + 0.5
     with torch.no_grad():
-        bias, flat, swing, expected = (probe(x[None])[0] for x in (torch.zeros(size), torch.ones(size), signs, sample))
+        bias, flat, swing, expected = (probe(x[None])[0] for x in (torch.zeros_like(flat), flat, signs, sample))
         kind = "layer" if (flat - bias).abs().max() < 1e-3 * (swing - bias).abs().max() else "rms"
         weight = (swing - bias) * signs * math.sqrt(1 + eps)
         centred = sample - sample.mean() if kind == "layer" else sample
@@ -382,8 +383,10 @@ class _Rotation:
             self.version += 1
 
     def _make(self, kind: str | None, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        positions = torch.arange(self.positions) if positions is None else positions
-        arguments = (torch.zeros(1), positions[None]) + ((kind,) if self._by_type else ())
+        positions = torch.arange(self.positions, device="cpu") if positions is None else positions
+        arguments = (torch.zeros(1, dtype=torch.float32, device="cpu"), positions[None]) + (
+            (kind,) if self._by_type else ()
+        )
         with torch.no_grad():
             cos, sin = self._module(*arguments)
         return cos[0].float().contiguous(), sin[0].float().contiguous()
@@ -732,7 +735,7 @@ class Decoder:
         start = _starts(named.get("attention_mask"), rows, past + length)
         positions = named.get("position_ids")
         if positions is None:
-            positions = torch.arange(past, past + length).expand(rows, length)
+            positions = torch.arange(past, past + length, device="cpu").expand(rows, length)
         elif positions.shape != ids.shape:
             positions = positions.expand(rows, length)
         self._check_ranges(step, architecture, ids, positions)
@@ -796,7 +799,7 @@ class NativeSequence:
     def __init__(self, decoder: Decoder, cache: Any) -> None:
         self._decoder, self._cache = decoder, cache
         self._rooms = decoder._admit(cache, 1)
-        self._start = torch.zeros(1, dtype=torch.int64)
+        self._start = torch.zeros(1, dtype=torch.int64, device="cpu")
 
     @property
     def length(self) -> int:
@@ -808,7 +811,7 @@ class NativeSequence:
         if self._decoder.refusal is not None:
             raise NotCovered(self._decoder.refusal)
         if self._decoder.checkpoints.due(self.length, at_once):
-            places = torch.arange(self.length, self.length + at_once)[None]
+            places = torch.arange(self.length, self.length + at_once, device="cpu")[None]
             self._decoder.check({"input_ids": places, "position_ids": places, "past_key_values": self._cache})
         if not self._rooms.fits(more):
             self._rooms = self._decoder._admit(self._cache, more)
@@ -818,7 +821,10 @@ class NativeSequence:
     def step(self, tokens: Sequence[int], chosen: Chosen) -> Tensor:
         """Logits ``[tokens, vocabulary]`` of 1 to 8 tokens that are appended."""
         step, count = self._ready(chosen, len(tokens), len(tokens)), len(tokens)
-        ids, positions = torch.tensor([tokens]), torch.arange(self.length, self.length + count)[None]
+        ids, positions = (
+            torch.tensor([tokens], device="cpu"),
+            torch.arange(self.length, self.length + count, device="cpu")[None],
+        )
         logits, left_out = step.run(ids, positions, self._start, self._rooms.table, self.length, count)
         self._rooms.advance(count)
         self._decoder._count(count, chosen.skipped * count + left_out)
@@ -868,13 +874,13 @@ class _Disagrees(NotCovered):
 def _starts(mask: Any, rows: int, length: int) -> Tensor:
     """int64 [rows]: where each row's text begins, from a 2-D attention mask [rows, length] that pads on the left."""
     if mask is None:
-        return torch.zeros(rows, dtype=torch.int64)
+        return torch.zeros(rows, dtype=torch.int64, device="cpu")
     if not isinstance(mask, Tensor) or mask.shape != (rows, length):
         raise _OfThisCall("the attention mask is not [rows, length so far]")
     seen = mask.bool()
     if bool(seen.all()):
-        return torch.zeros(rows, dtype=torch.int64)
+        return torch.zeros(rows, dtype=torch.int64, device="cpu")
     start = length - seen.sum(1)
-    if not torch.equal(seen, torch.arange(length) >= start[:, None]) or bool((start == length).any()):
+    if not torch.equal(seen, torch.arange(length, device="cpu") >= start[:, None]) or bool((start == length).any()):
         raise _OfThisCall("the attention mask has holes")
     return start

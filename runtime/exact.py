@@ -391,7 +391,7 @@ class _Draws:
     def get(self, ahead: int) -> Tensor:
         while len(self._ahead) <= ahead:
             state = self._state()
-            noise = torch.empty(1, self._vocabulary, device=self._device).exponential_(1)
+            noise = torch.empty(1, self._vocabulary, dtype=torch.float32, device=self._device).exponential_(1)
             self._ahead.append((state, noise))
         return self._ahead[ahead][1]
 

@@ -233,7 +233,9 @@ def _give_room(layer: Any, more: int) -> None:
     keys, values = layer.keys, layer.values
     rows, heads, used, _ = keys.shape
     capacity = -(-(max(2 * used, used + 128) + more) // 128) * 128
-    new_keys, new_values = (torch.empty((rows, heads, capacity, t.shape[3]), dtype=t.dtype) for t in (keys, values))
+    new_keys, new_values = (
+        torch.empty((rows, heads, capacity, t.shape[3]), dtype=t.dtype, device="cpu") for t in (keys, values)
+    )
     _move(layer, new_keys, new_values, 0)
 
 

@@ -130,10 +130,14 @@ class Replaced:
         """The matrix, some rows at a time: the first one's index, and the rows, good until the next are asked for."""
         count, inputs = sum(part.out_features for part in parts), parts[0].in_features
         most = min(count, max(1, _AT_ONCE // (inputs * dtype.itemsize)))
-        memory = torch.empty(0) if fresh else self._scratch(most * inputs * dtype.itemsize)
+        memory = torch.empty(0, device="cpu") if fresh else self._scratch(most * inputs * dtype.itemsize)
         for first in range(0, count, most):
             shape = min(most, count - first), inputs
-            out = torch.empty(shape, dtype=dtype) if fresh else memory.view(dtype)[: shape[0] * inputs].view(shape)
+            out = (
+                torch.empty(shape, dtype=dtype, device="cpu")
+                if fresh
+                else memory.view(dtype)[: shape[0] * inputs].view(shape)
+            )
             yield first, _restore(parts, out, first)
 
     def _scratch(self, nbytes: int) -> Tensor:

@@ -84,7 +84,7 @@ def far_positions(config: Any) -> Tensor:
     named = [at for at in sorted(named_positions(config)) if at < end]
     apart = [end >> n for n in range(2, 24, 2)]
     wanted = dict.fromkeys([FEW, end - 1, *named, *apart])
-    return torch.tensor([at for at in wanted if FEW <= at < end][:MAX_ROWS] or [FEW])
+    return torch.tensor([at for at in wanted if FEW <= at < end][:MAX_ROWS] or [FEW], device="cpu")
 
 
 def made_up(config: Any, like: DynamicCache, rows: int, keys: int) -> DynamicCache:

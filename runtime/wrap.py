@@ -314,7 +314,7 @@ class Runtime:
         model, generator = cast(Any, self.model), torch.Generator().manual_seed(0)
         while reason is None and not self.decoder.ready:
             vocabulary = model.get_input_embeddings().weight.shape[0]
-            ids = torch.randint(0, vocabulary, (1, 9), generator=generator)
+            ids = torch.randint(0, vocabulary, (1, 9), generator=generator, device="cpu")
             cache = DynamicCache(config=model.config)
             with inference(model):
                 model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
