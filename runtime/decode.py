@@ -737,7 +737,7 @@ class Decoder:
         if positions is None:
             positions = torch.arange(past, past + length, device="cpu").expand(rows, length)
         elif positions.shape != ids.shape:
-            positions = positions.expand(rows, length)
+            positions = (positions if positions.ndim < 3 else positions[0]).expand(rows, length)
         self._check_ranges(step, architecture, ids, positions)
         return rooms, step.run(ids, positions, start, rooms.table, past, named.get("logits_to_keep") or length)
 
@@ -768,8 +768,18 @@ def check_call(named: dict[str, Any], device: str) -> None:
         raise NotCovered(f"the step has {ids.numel()} tokens, not 1 to {MAX_ROWS}")
     if not isinstance(keep, int) or keep > ids.shape[1]:
         raise NotCovered("logits_to_keep is not a number of last tokens")
+    positions = named.get("position_ids")
+    if isinstance(positions, Tensor) and positions.ndim > 2 and not _same_on_all_axes(positions):
+        raise NotCovered("positions differ between the axes of a picture")
+    if torch.is_autocast_enabled(device):
+        raise NotCovered("autocast casts what modules compute with")
     if torch.is_grad_enabled():
         raise NotCovered("gradients are wanted: decode under torch.no_grad() or torch.inference_mode()")
+
+
+def _same_on_all_axes(positions: Tensor) -> bool:
+    """Whether positions [axes, rows, length], as vision-language models count them, are those of plain text."""
+    return positions.ndim == 3 and bool((positions == positions[:1]).all())
 
 
 def compare(logits: Tensor, expected: Tensor, by_rule: bool) -> None:

@@ -514,6 +514,8 @@ def obstacle(ids: Tensor, arguments: dict[str, Any]) -> str | None:
     """Why a call of ``_sample`` is more than one unpadded sequence over a plain KV cache, if it is."""
     config, kwargs = arguments["generation_config"], arguments["model_kwargs"]
     cache, mask, positions = kwargs.get("past_key_values"), kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if torch.is_autocast_enabled(ids.device.type):
+        return "autocast casts what modules compute with"
     if ids.shape[0] != 1:
         return f"a batch of {ids.shape[0]} sequences"
     if arguments["synced_gpus"] or config.is_assistant:

@@ -82,7 +82,7 @@ class Replaced:
         self._linears[module] = _Linear(parts, weight, handles)
         # whoever reads what is not there gets an error, not some numbers
         module.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
-        with _unmapped(weight):
+        with _unmapped(weight), torch.inference_mode(False):
             weight.data = weight.new_empty(0)
 
     def put_back(self) -> None:
@@ -90,8 +90,9 @@ class Replaced:
         for module, linear in self._linears.items():
             for handle in linear.handles:
                 handle.remove()
-            whole = torch.empty_like(cast(Tensor, module.weight), device="cpu")
-            linear.weight.data = _restore(linear.parts, whole)
+            with torch.inference_mode(False):  # whose tensors could not be trained
+                whole = torch.empty_like(cast(Tensor, module.weight), device="cpu")
+                linear.weight.data = _restore(linear.parts, whole)
             module.weight = linear.weight
         self._linears.clear()
 
@@ -144,7 +145,8 @@ class Replaced:
         """Memory of this thread: fresh pages for every product would take longer than to fill them."""
         memory: Tensor | None = getattr(self._memory, "bytes", None)
         if memory is None or memory.nbytes < nbytes:
-            memory = self._memory.bytes = allocate((nbytes,), torch.uint8, torch.device("cpu"))
+            with torch.inference_mode(False):  # it may be written to where there is none
+                memory = self._memory.bytes = allocate((nbytes,), torch.uint8, torch.device("cpu"))
         return memory[:nbytes]
 
 

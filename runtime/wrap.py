@@ -102,6 +102,7 @@ def wrap(
     _refuse_hooks(model)
     anatomy = dissect(model)
     plan.check(model, anatomy)
+    _check_dtypes(plan, anatomy)
     runtime = Runtime(model, anatomy, plan, exact, keep_originals=keep_originals, lookup=lookup)
     runtime.install()
     runtime.replace_originals()
@@ -150,6 +151,19 @@ def _refuse_hooks(model: nn.Module) -> None:
         )
     if hasattr(model, "_orig_mod"):
         raise CoreskipError("the model is compiled; wrap the model that was passed to torch.compile")
+
+
+def _check_dtypes(plan: Plan, anatomy: Anatomy) -> None:
+    """Raises CoreskipError where the plan leaves out neurons of an MLP whose weights no kernel reads."""
+    for index, (policies, mlp) in enumerate(zip(plan.layers, anatomy.mlps, strict=True)):
+        matrices = [m for m in vars(mlp.matrices()).values() if m is not None]
+        found = {m.dtype for m in matrices}
+        if not isinstance(policies.neurons, Dense) and not (len(found) == 1 and found <= set(DTYPES)):
+            names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+            raise CoreskipError(
+                f"the plan leaves out neurons of layer {index}, whose MLP's weights are {names}: "
+                "cast the model to float32, bfloat16 or float16, e.g. model.float()"
+            )
 
 
 class Patches:
@@ -523,7 +537,7 @@ class Runtime:
 
         @functools.wraps(original)
         def forward(input: Tensor) -> Tensor:
-            few = input.numel() <= most and not torch.is_grad_enabled() and wanted()
+            few = input.numel() <= most and not _computes_otherwise(input) and wanted()
             if replaced is not None and module in replaced:
                 return replaced.run(module, input, few)
             if not (few and shareable):
@@ -573,7 +587,7 @@ class Runtime:
                 y = self._decode(index, step, x)
                 if y is not None:
                     step.bypass = not layer.whole
-                    return y
+                    return _without_gradients(y, layer) if torch.is_grad_enabled() else y
             return original(x, *args, **kwargs)
 
         self._patches.set(target, "forward", forward)
@@ -721,6 +735,31 @@ def _bundled(sparse: SparseMLP) -> BundledMLP:
         sparse.refine,
         predictor=None if scorer is None else (scorer.reduce, scorer.expand),
     )
+
+
+class _NoGradients(torch.autograd.Function):
+    """Lets its first argument pass, and raises where gradients would go back to the others."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *weights: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise CoreskipError(
+            "decode steps that leave neurons out have no gradients of their weights: "
+            "call coreskip.unwrap(model) before training, or freeze the weights (requires_grad_(False))"
+        )
+
+
+def _without_gradients(y: Tensor, layer: FeedForward) -> Tensor:
+    weights = [p for module in (layer.up, layer.down) for p in module.parameters() if p.requires_grad]
+    return cast(Tensor, cast(Any, _NoGradients).apply(y, *weights)) if weights else y
+
+
+def _computes_otherwise(x: Tensor) -> bool:
+    """Whether torch's own linear layers do what the decode kernels do not: keep gradients, or cast their inputs."""
+    return torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
 
 
 def _decoding(step: Step | None) -> bool:
