@@ -636,6 +636,7 @@ class Exact:
 
     def __init__(self, has_draft: bool) -> None:
         self._has_draft = has_draft  # a plan that skips nothing has no faster draft to offer
+        self.native_only = False  # whether none but native steps may be over several tokens
         self.by_rows = False  # whether linear layers and attention all treat rows apart; `wrap` knows
         self.pace = Pace()
         self.last: Statistics | None = None
@@ -715,12 +716,17 @@ class Exact:
         ends = None if self._margin else ends_of(arguments)
         longest = config.max_length if ends is None else criteria.max_length
         try:
-            passes = native(cache) or ModulePasses(model, cache)
+            passes = native(cache)
+            if passes is None and self.native_only:
+                raise NotCovered("native steps do not cover the model")
+            passes = passes or ModulePasses(model, cache)
             plain = isinstance(passes, NativePasses) and ends is not None
             choices = (PlainChoices if plain else Choices)(passes, text, cast(Any, ends))
             self._decode(choices, first, longest - ids.shape[1], done)
         except NotCovered as reason:  # native steps have been found to differ, from this length on
             self._margin, done.note = None, str(reason)
+            if text.ids.shape[1] == ids.shape[1]:
+                text.append(first)
             _alone(ModulePasses(model, cache), text)
             done.tokens = text.ids.shape[1] - ids.shape[1]
         finally:

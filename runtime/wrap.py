@@ -155,11 +155,10 @@ def _refuse_hooks(model: nn.Module) -> None:
 
 def _check_dtypes(plan: Plan, anatomy: Anatomy) -> None:
     """Raises CoreskipError where the plan leaves out neurons of an MLP whose weights no kernel reads."""
-    for index, (policies, mlp) in enumerate(zip(plan.layers, anatomy.mlps, strict=True)):
-        matrices = [m for m in vars(mlp.matrices()).values() if m is not None]
-        found = {m.dtype for m in matrices}
-        if not isinstance(policies.neurons, Dense) and not (len(found) == 1 and found <= set(DTYPES)):
-            names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+    for index, (policies, found) in enumerate(zip(plan.layers, anatomy.mlps, strict=True)):
+        dtypes = {m.dtype for m in vars(found.matrices()).values() if m is not None}
+        if not isinstance(policies.neurons, Dense) and not (len(dtypes) == 1 and dtypes <= set(DTYPES)):
+            names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
             raise CoreskipError(
                 f"the plan leaves out neurons of layer {index}, whose MLP's weights are {names}: "
                 "cast the model to float32, bfloat16 or float16, e.g. model.float()"
@@ -840,7 +839,7 @@ class _Wrapped:
         lookup = runtime.lookup
         if lookup is None or runtime.graphs.capture is not None or runtime.decoder.refusal is not None:
             return undrafted()
-        lookup.by_rows = True  # as native steps treat them
+        lookup.by_rows = lookup.native_only = True
         return lookup.generate(self, undrafted, input_ids, arguments, runtime.native_passes)
 
     def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
