@@ -32,8 +32,9 @@ class Checkpoints:
     """Ranges of lengths, and those in which a step was compared with the modules."""
 
     def __init__(self, config: Any) -> None:
-        starts = {KEYS << n for n in range(1, 16)} | {at + 1 for at in named_positions(config) if at >= KEYS}
-        self._starts = [0, *sorted(at for at in starts if at <= _LONGEST)]
+        switches = {KEYS << n for n in range(1, 16)} | {at for at in named_positions(config) if KEYS <= at <= _LONGEST}
+        # the token at position n, or the first to see more than n keys, is the one that makes n + 1
+        self._starts = [0, *(at + 1 for at in sorted(switches))]
         self._passed = {0}
         self._low, self._high = 0, self._starts[1]  # a range that was passed
 
