@@ -161,7 +161,7 @@ def choose(x: Tensor, packed: PackedMLP, rule: str, keep: int, threshold: float)
     """The op coreskip::choose on CPU tensors; `ops.sketch_select` describes it."""
     x = x.contiguous()
     call = _call(x, packed, rule, keep, threshold)
-    out = torch.empty((call.rows, packed.intermediate_size if keep < 0 else keep), dtype=torch.int64)
+    out = torch.empty((call.rows, packed.intermediate_size if keep < 0 else keep), dtype=torch.int64, device="cpu")
     check(library().coreskip_choose(ctypes.byref(call), out.data_ptr()), packed.intermediate_size)
     return out
 

@@ -45,7 +45,7 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     if device.type != "cpu" or nbytes == 0:
         return torch.empty(shape, dtype=dtype, device=device)
     if not hasattr(mmap, "MADV_HUGEPAGE") or nbytes < HUGE_PAGE:
-        memory = torch.empty(nbytes + LINE, dtype=torch.uint8)
+        memory = torch.empty(nbytes + LINE, dtype=torch.uint8, device="cpu")
         start = -memory.data_ptr() % LINE
     else:
         region = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

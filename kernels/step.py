@@ -213,7 +213,7 @@ class Step:
         if rows * length > cpu.MAX_ROWS:
             raise ValueError(f"a step takes at most {cpu.MAX_ROWS} tokens, not {rows} x {length}")
         tokens, positions = tokens.contiguous(), positions.contiguous()
-        logits = torch.empty((rows, wanted, self.model.head.out_features), dtype=self.model.dtype)
+        logits = torch.empty((rows, wanted, self.model.head.out_features), dtype=self.model.dtype, device="cpu")
         skipped = ctypes.c_double(0)
         call = _Call(
             tokens.data_ptr(), positions.data_ptr(), start.data_ptr(), ctypes.addressof(caches.table),
@@ -279,7 +279,7 @@ class Step:
         """The call of a step of one token, with what it points to; and where it counts neurons left out."""
         numbers, skipped = (_N * 3)(token, position, start), ctypes.c_double(0)
         at, width = ctypes.addressof(numbers), ctypes.sizeof(_N)
-        logits = torch.empty(self.model.head.out_features, dtype=self.model.dtype)
+        logits = torch.empty(self.model.head.out_features, dtype=self.model.dtype, device="cpu")
         yield _Call(
             at, at + width, at + 2 * width, ctypes.addressof(caches.table), logits.data_ptr(),
             ctypes.addressof(skipped), 1, 1, past, 1, torch.get_num_threads(),

@@ -212,7 +212,7 @@ def canonical_activation(act: Activation) -> str | Activation:
     Comparing values rather than classes is what lets BLOOM's, GPT-2's and PyTorch's tanh-GELU, three classes
     with the same curve, share one kernel.
     """
-    x = torch.linspace(-8.0, 8.0, 257)
+    x = torch.linspace(-8.0, 8.0, 257, dtype=torch.float32, device="cpu")
     try:
         y = act(x)
     except Exception:  # an activation with needs of its own (parameters on a GPU, say) stays a callable
@@ -324,7 +324,9 @@ def _attention_of(layer: nn.Module) -> Attention | None:
 def _reproduces(mlp: FeedForward) -> bool:
     weight = cast(Tensor, mlp.up.weight)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 2, mlp.hidden_size, generator=generator).to(weight.device, weight.dtype)
+    x = torch.randn(1, 2, mlp.hidden_size, generator=generator, dtype=torch.float32, device="cpu").to(
+        weight.device, weight.dtype
+    )
     was_training = mlp.owner.training
     mlp.owner.eval()  # an MLP with dropout inside would differ from run to run
     try:

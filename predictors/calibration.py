@@ -78,13 +78,13 @@ def tokenize(tokenizer: Any, text: str, source: str = "text") -> TokenText:
     check_encodable(f"the text ({source})", text)
     check_tokenizer(tokenizer)
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    return TokenText(torch.tensor(ids, dtype=torch.int64), _prefix(tokenizer), source)
+    return TokenText(torch.tensor(ids, dtype=torch.int64, device="cpu"), _prefix(tokenizer), source)
 
 
 def _prefix(tokenizer: Any) -> Tensor:
     bos = tokenizer.bos_token_id
     added = bos is not None and tokenizer("a").input_ids[:1] == [bos]
-    return torch.tensor([bos] if added else [], dtype=torch.int64)
+    return torch.tensor([bos] if added else [], dtype=torch.int64, device="cpu")
 
 
 def text_of(tokenizer: Any, text: str | os.PathLike[str] | TokenText) -> TokenText:

@@ -101,8 +101,8 @@ def kmeans_elbow(points: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """
     most = min(MAX_CLUSTERS, points.shape[0])
     fits = [_kmeans(points, k, torch.Generator().manual_seed(seed)) for k in range(1, most + 1)]
-    inertia = torch.tensor([fit[2] for fit in fits])
-    line = torch.linspace(float(inertia[0]), float(inertia[-1]), most)
+    inertia = torch.tensor([fit[2] for fit in fits], dtype=torch.float32, device="cpu")
+    line = torch.linspace(float(inertia[0]), float(inertia[-1]), most, dtype=torch.float32, device="cpu")
     elbow = int((line - inertia).argmax()) + 1
     centroids, assignment, _ = fits[max(elbow, min(MIN_CLUSTERS, most)) - 1]
     used = assignment.unique()
@@ -111,11 +111,11 @@ def kmeans_elbow(points: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 def _kmeans(points: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
     """Lloyd's algorithm from a k-means++ start; a cluster that runs empty keeps its centroid."""
-    centroids = points[torch.randint(points.shape[0], (1,), generator=generator)]
+    centroids = points[torch.randint(points.shape[0], (1,), generator=generator, device="cpu")]
     while centroids.shape[0] < k:
         distance = torch.cdist(points, centroids).square().amin(1) + 1e-12
         centroids = torch.cat([centroids, points[torch.multinomial(distance, 1, generator=generator)]])
-    assignment = torch.full((points.shape[0],), -1)
+    assignment = torch.full((points.shape[0],), -1, device="cpu")
     for _ in range(100):
         nearest = torch.cdist(points, centroids).argmin(1)
         if torch.equal(nearest, assignment):

@@ -132,7 +132,7 @@ def block_influence(model: nn.Module, batches: Sequence[Tensor]) -> list[Influen
     for its output y added to its layer's input (attention) or taken from its layer's output (MLP), in models that add
     an MLP's output as it is."""
     anatomy = dissect(model)
-    sums = torch.zeros(len(anatomy), 3, dtype=torch.float64)
+    sums = torch.zeros(len(anatomy), 3, dtype=torch.float64, device="cpu")
     outputs: dict[int, Tensor] = {}
     tokens = 0
 
@@ -179,7 +179,7 @@ def half_losses(model: Any, windows: Tensor, *, seed: int = 0, progress: bool = 
     """
     anatomy = dissect(model)
     modules = [module for index in range(len(anatomy)) for module in _added(anatomy, index)]
-    total, tokens = torch.zeros(len(modules), dtype=torch.float64), 0
+    total, tokens = torch.zeros(len(modules), dtype=torch.float64, device="cpu"), 0
     for found in output_gradients(model, windows, modules, seed=seed, progress=progress):
         changes = torch.stack([(output * gradient).sum(-1).cpu() for output, gradient in found]).double()
         total += changes.square().sum(1) / 2
@@ -220,7 +220,7 @@ def attention_ranks(model: Any, batches: Sequence[Tensor]) -> list[float]:
         CoreskipError: the model cannot give its attention maps.
     """
     anatomy = dissect(model)
-    sums, maps = torch.zeros(len(anatomy), dtype=torch.float64), 0
+    sums, maps = torch.zeros(len(anatomy), dtype=torch.float64, device="cpu"), 0
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:

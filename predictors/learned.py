@@ -58,8 +58,12 @@ def _train(x: Tensor, score: Tensor, keep: float, rank: int, steps: int, seed: i
     generator = torch.Generator().manual_seed(seed)
     # inputs of unit size: those of a norm layer differ by orders of magnitude between models
     size = x[:trained].square().mean().sqrt().clamp_min(1e-12)
-    reduce = (torch.randn(rank, x.shape[1], generator=generator) / x.shape[1] ** 0.5).to(x.device)
-    expand = (torch.randn(score.shape[1], rank, generator=generator) / rank**0.5).to(x.device)
+    reduce = (
+        torch.randn(rank, x.shape[1], generator=generator, dtype=torch.float32, device="cpu") / x.shape[1] ** 0.5
+    ).to(x.device)
+    expand = (torch.randn(score.shape[1], rank, generator=generator, dtype=torch.float32, device="cpu") / rank**0.5).to(
+        x.device
+    )
     share = wanted[:trained].float().mean(0).clamp(0.01, 0.99)
     weights = [w.requires_grad_() for w in (reduce, expand, share.logit())]
     optimizer = torch.optim.Adam(weights, lr=1e-2)

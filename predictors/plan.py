@@ -388,7 +388,7 @@ class Fingerprint:
 
 
 def _probe(down: Tensor) -> Tensor:
-    flat_places = torch.linspace(0, down.numel() - 1, _PROBES_PER_LAYER, dtype=torch.float64).long()
+    flat_places = torch.linspace(0, down.numel() - 1, _PROBES_PER_LAYER, dtype=torch.float64, device="cpu").long()
     rows, columns = flat_places // down.shape[1], flat_places % down.shape[1]
     return down[rows.to(down.device), columns.to(down.device)].float().cpu()
 

@@ -103,7 +103,7 @@ class TokenCalibration:
                 up_bias=w.up_bias,
                 fmt="int8_sliced",
             )
-            packed = replace(packed, norm=torch.ones(mlp.intermediate_size, device=x.device))
+            packed = replace(packed, norm=torch.ones(mlp.intermediate_size, dtype=torch.float32, device=x.device))
             found.append(sketch_scores(x.float() / columns, packed).to(x.dtype))
         return found
 

@@ -51,9 +51,11 @@ def sample_tokens(
     most = min(most, MOST_BYTES // (features * size))
     rows, length = windows.shape
     skipped = min(_SETTLED, length // 2)
-    places = torch.arange(skipped, length)
+    places = torch.arange(skipped, length, device="cpu")
     if rows * len(places) > most:
-        places = torch.linspace(skipped, length - 1, max(1, most // rows)).long().unique()
+        places = (
+            torch.linspace(skipped, length - 1, max(1, most // rows), dtype=torch.float32, device="cpu").long().unique()
+        )
     found: dict[tuple[int, str], list[Tensor]] = {site: [] for site in sites}
     norms = [0.0] * len(anatomy)
 
@@ -119,7 +121,10 @@ def fisher_information(model: Any, windows: Tensor, *, seed: int = 0, progress: 
         seed: of drawing y.
     """
     anatomy = dissect(model)
-    sums = [torch.zeros(mlp.hidden_size, mlp.hidden_size, device=mlp.matrices().down.device) for mlp in anatomy.mlps]
+    sums = [
+        torch.zeros(mlp.hidden_size, mlp.hidden_size, dtype=torch.float32, device=mlp.matrices().down.device)
+        for mlp in anatomy.mlps
+    ]
     tokens = 0
     for found in output_gradients(model, windows, [mlp.down for mlp in anatomy.mlps], seed=seed, progress=progress):
         for total, (_, g) in zip(sums, found, strict=True):

@@ -31,7 +31,11 @@ class _Redirected:
 def can_redirect(anatomy: Anatomy) -> bool:
     """Whether every attention module goes through transformers' attention interface."""
     modules = [None if attention is None else attention.module for attention in anatomy.attentions]
-    return all(hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS") for module in modules)
+    return all(
+        # a recurrent layer among them has no configuration that could send it elsewhere
+        hasattr(module, "config") and hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
+        for module in modules
+    )
 
 
 def redirect_attention(anatomy: Anatomy, replace: Callable[[object, str, object], None]) -> None:

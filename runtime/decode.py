@@ -28,8 +28,10 @@ from ..kernels import step as native
 from ..kernels.ops import MAX_ROWS, PackedLinear, available
 from ..kernels.packed import DTYPES, finite
 from ..predictors.anatomy import Anatomy, FeedForward, canonical_activation
-from .kv_cache import Entries, Rooms, known_rooms, make_rooms, take_back
+from .coverage import uncovered
+from .kv_cache import Entries, Rooms, known_rooms, make_rooms, take_back, twin_of
 from .selections import as_loaded, densely
+from .selfcheck import FEW, KEYS, Checkpoints, agree, far_positions, made_up
 
 logger = logging.getLogger("coreskip")
 
@@ -115,6 +117,9 @@ class Architecture:
             raise NotCovered("the model is not on the CPU")
         if len({p.dtype for p in parameters}) > 1 or parameters[0].dtype not in DTYPES:
             raise NotCovered("its parameters are not all float32, all bfloat16 or all float16")
+        reason = uncovered(self._anatomy)
+        if reason is not None:
+            raise NotCovered(reason)
 
     def _pack(self, weight: Tensor, bias: Tensor | None, fmt: str | None) -> PackedLinear:
         weight, bias = weight.detach(), None if bias is None else bias.detach()
@@ -155,7 +160,7 @@ class Architecture:
 
     def _embedding_scale(self, embedding: Tensor) -> float:
         """Gemma and Granite scale embeddings; who adds positions to them is not covered."""
-        ids = torch.tensor([[1, 2, 3]])
+        ids = torch.tensor([[1, 2, 3]], device="cpu")
         x, w = _input_of_first_layer(self._anatomy, ids)[0].float(), embedding[ids[0]].float()
         scale = float((x * w).sum() / (w * w).sum())
         if not (x - scale * w).norm() <= 1e-2 * x.norm():
@@ -301,11 +306,12 @@ def _norm(module: nn.Module) -> native.Norm:
     if not isinstance(eps, float) or not isinstance(size, int) or size % 2:
         raise NotCovered(f"a {type(module).__name__} is not a norm that the native step knows")
     probe = copy.deepcopy(module).float()
-    signs = torch.ones(size)
+    flat = torch.ones(size, dtype=torch.float32, device="cpu")
+    signs = flat.clone()
     signs[1::2] = -1
-    sample = torch.randn(size, generator=torch.Generator().manual_seed(0)) + 0.5
+    sample = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu") + 0.5
     with torch.no_grad():
-        bias, flat, swing, expected = (probe(x[None])[0] for x in (torch.zeros(size), torch.ones(size), signs, sample))
+        bias, flat, swing, expected = (probe(x[None])[0] for x in (torch.zeros_like(flat), flat, signs, sample))
         kind = "layer" if (flat - bias).abs().max() < 1e-3 * (swing - bias).abs().max() else "rms"
         weight = (swing - bias) * signs * math.sqrt(1 + eps)
         centred = sample - sample.mean() if kind == "layer" else sample
@@ -361,6 +367,11 @@ class _Rotation:
         """(cos, sin) of each layer added so far, float32 [positions, rotated dimensions]."""
         return [self._tables.get(kind) for kind in self._kinds]
 
+    def at(self, positions: Tensor) -> list[tuple[Tensor, Tensor] | None]:
+        """Tables of `positions` int64 [n] alone, for each layer added so far."""
+        tables = {kind: self._make(kind, positions) for kind in self._tables}
+        return [tables.get(kind) for kind in self._kinds]
+
     def reach(self, positions: int) -> None:
         """Makes sure that there are tables for so many positions."""
         with self._lock:
@@ -371,8 +382,11 @@ class _Rotation:
             self._tables = {kind: self._make(kind) for kind in self._tables}
             self.version += 1
 
-    def _make(self, kind: str | None) -> tuple[Tensor, Tensor]:
-        arguments = (torch.zeros(1), torch.arange(self.positions)[None]) + ((kind,) if self._by_type else ())
+    def _make(self, kind: str | None, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        positions = torch.arange(self.positions, device="cpu") if positions is None else positions
+        arguments = (torch.zeros(1, dtype=torch.float32, device="cpu"), positions[None]) + (
+            (kind,) if self._by_type else ()
+        )
         with torch.no_grad():
             cos, sin = self._module(*arguments)
         return cos[0].float().contiguous(), sin[0].float().contiguous()
@@ -460,7 +474,7 @@ class Decoder:
     ) -> None:
         self._before, self._narrow, self._bundled, self._packed = before, narrow, bundled, packed
         self._model, self._anatomy, self._weights, self._count = model, anatomy, weights, count
-        self._lock = threading.Lock()
+        self._lock, self._checking = threading.Lock(), threading.Lock()
         self._depth, config = len(anatomy), getattr(anatomy.stack, "config", None)
         self._settings = {} if config is None else vars(config)
         # the dictionaries live as long as the modules: looking into them finds hooks registered later, too
@@ -476,6 +490,8 @@ class Decoder:
         self._steps: weakref.WeakKeyDictionary[Chosen, tuple[native.Step, int]] = weakref.WeakKeyDictionary()
         self._output: type | None = None
         self._entries: Entries | None = None  # of the KV caches that native steps write into
+        self._original: Callable[..., Any] | None = None  # the model's own forward
+        self.checkpoints = Checkpoints(self._model.config.get_text_config())
 
     @property
     def exits_early(self) -> bool:
@@ -499,6 +515,8 @@ class Decoder:
                 raise NotCovered(chosen)
             if self._output is None:
                 return self._first(original, chosen, named)
+            if self.checkpoints.due(int(named["past_key_values"].get_seq_length()), named["input_ids"].shape[1]):
+                self.check(named)
             step = self._step_of(chosen)
             logits, left_out = self._run(step, named, self._of(chosen))
             tokens = named["input_ids"].numel()
@@ -607,6 +625,8 @@ class Decoder:
                     compare(logits, output.logits, chosen.by_rule)
                 else:
                     compare(judged, output.logits, by_rule=False)
+                self._original = original
+                self._probe(loaded, named["past_key_values"])
                 if packed is None:
                     self._loaded = self._as_loaded(loaded)
                     self._architecture = self._pack() if self._weights else self._loaded
@@ -630,9 +650,67 @@ class Decoder:
                 self._count(tokens, chosen.skipped * tokens + left_out)
             return self._output(logits=logits, past_key_values=named["past_key_values"])
 
+    def _probe(self, loaded: Architecture, like: DynamicCache) -> None:
+        """Compares steps at positions far apart, and behind many keys: what texts will come to."""
+        far, behind = far_positions(loaded.config)[:, None], torch.arange(KEYS, KEYS + MAX_ROWS, device="cpu")[None]
+        if not (self._agrees_at(far, FEW, loaded, like) and self._agrees_at(behind, KEYS, loaded, like)):
+            raise NotCovered("at other positions its logits differ from the model's own")
+
+    def _agrees_at(self, places: Tensor, keys: int, loaded: Architecture, like: DynamicCache) -> bool:
+        """places: positions [rows, length] of tokens that come after as many keys."""
+        cache, step = made_up(self._model.config, like, places.shape[0], keys), loaded.step(self._nothing_chosen())
+        # what the positions are rotated by, and no table up to there, which may be large
+        step.rotate_by(loaded.rotation.at(places.flatten()))
+        rooms, indices = self._admit(cache, places.shape[1]), torch.arange(places.numel(), device="cpu").view_as(places)
+        start = torch.zeros(places.shape[0], dtype=torch.int64, device="cpu")
+
+        def natively(ids: Tensor) -> Tensor:
+            return step.run(ids, indices, start, rooms.table, keys, ids.shape[1])[0]
+
+        named = {"input_ids": places, "position_ids": places, "past_key_values": cache, "use_cache": True}
+        return self._agrees(natively, named)
+
+    def _agrees(self, natively: Callable[[Tensor], Tensor], named: dict[str, Any]) -> bool:
+        """Whether a step of other tokens than `named` has gives the logits that modules give; the cache stays."""
+        rounded = self._output is not None and self._loaded is None
+
+        def run(ids: Tensor) -> tuple[Tensor, Tensor]:
+            logits = natively(ids)  # before there is a twin: its keys and values are views, which no step writes beside
+            asked = {**named, "input_ids": ids, "past_key_values": twin_of(named["past_key_values"])}
+            with densely():
+                return logits, cast(Any, self._original)(**{**asked, "logits_to_keep": 0}).logits
+
+        vocabulary = self._model.get_input_embeddings().weight.shape[0]
+        return agree(run, lambda got, expected: _close(got, expected, rounded), named["input_ids"].shape, vocabulary)
+
+    def check(self, named: dict[str, Any]) -> None:
+        """Compares a step of as many tokens as `named` has with the modules' own, where none of its length was.
+
+        Raises NotCovered where they differ, now and from now on.
+        """
+        past, length = int(named["past_key_values"].get_seq_length()), named["input_ids"].shape[1]
+        with self._checking:
+            if self._refusal is None and self.checkpoints.due(past, length):
+                architecture = cast(Architecture, self._loaded or self._architecture)
+                step = architecture.step(self._nothing_chosen())
+                step.rotate_by(architecture.rotation.tables())
+
+                def natively(ids: Tensor) -> Tensor:
+                    return self._compute(step, {**named, "input_ids": ids, "logits_to_keep": 0}, architecture)[1][0]
+
+                if self._agrees(natively, named):
+                    self.checkpoints.passed(past, length)
+                else:
+                    self._refuse(f"from {past} tokens on its logits differ from the model's own")
+        if self._refusal is not None:
+            raise NotCovered(self._refusal)
+
+    def _nothing_chosen(self) -> Chosen:
+        return Chosen([None] * len(self._anatomy), 0)
+
     def _without_plan(self, named: dict[str, Any], loaded: Architecture) -> Tensor:
         """Logits of a native step that leaves nothing out, on a copy of the cache."""
-        step = loaded.step(Chosen([None] * len(self._anatomy), 0))
+        step = loaded.step(self._nothing_chosen())
         return self._run(step, {**named, "past_key_values": copy.deepcopy(named["past_key_values"])}, loaded)[0]
 
     def _pack(self, packed: Packed | None = None) -> Architecture:
@@ -657,6 +735,14 @@ class Decoder:
     # --- every step
 
     def _run(self, step: native.Step, named: dict[str, Any], architecture: Architecture) -> tuple[Tensor, float]:
+        rooms, result = self._compute(step, named, architecture)
+        rooms.advance(named["input_ids"].shape[1])
+        return result
+
+    def _compute(
+        self, step: native.Step, named: dict[str, Any], architecture: Architecture
+    ) -> tuple[Rooms, tuple[Tensor, float]]:
+        """A step whose keys and values lie beyond what the cache counts as its own."""
         ids: Tensor = named["input_ids"]
         rows, length = ids.shape
         rooms = self._admit(named["past_key_values"], length)
@@ -668,13 +754,11 @@ class Decoder:
         start = _starts(named.get("attention_mask"), rows, past + length)
         positions = named.get("position_ids")
         if positions is None:
-            positions = torch.arange(past, past + length).expand(rows, length)
+            positions = torch.arange(past, past + length, device="cpu").expand(rows, length)
         elif positions.shape != ids.shape:
-            positions = positions.expand(rows, length)
+            positions = (positions if positions.ndim < 3 else positions[0]).expand(rows, length)
         self._check_ranges(step, architecture, ids, positions)
-        result = step.run(ids, positions, start, rooms.table, past, named.get("logits_to_keep") or length)
-        rooms.advance(length)
-        return result
+        return rooms, step.run(ids, positions, start, rooms.table, past, named.get("logits_to_keep") or length)
 
     def _check_ranges(self, step: native.Step, architecture: Architecture, ids: Tensor, positions: Tensor) -> None:
         tokens, places = ids.flatten().tolist(), positions.flatten().tolist()
@@ -703,8 +787,18 @@ def check_call(named: dict[str, Any], device: str) -> None:
         raise NotCovered(f"the step has {ids.numel()} tokens, not 1 to {MAX_ROWS}")
     if not isinstance(keep, int) or keep > ids.shape[1]:
         raise NotCovered("logits_to_keep is not a number of last tokens")
+    positions = named.get("position_ids")
+    if isinstance(positions, Tensor) and positions.ndim > 2 and not _same_on_all_axes(positions):
+        raise NotCovered("positions differ between the axes of a picture")
+    if torch.is_autocast_enabled(device):
+        raise NotCovered("autocast casts what modules compute with")
     if torch.is_grad_enabled():
         raise NotCovered("gradients are wanted: decode under torch.no_grad() or torch.inference_mode()")
+
+
+def _same_on_all_axes(positions: Tensor) -> bool:
+    """Whether positions [axes, rows, length], as vision-language models count them, are those of plain text."""
+    return positions.ndim == 3 and bool((positions == positions[:1]).all())
 
 
 def compare(logits: Tensor, expected: Tensor, by_rule: bool) -> None:
@@ -719,20 +813,35 @@ def compare(logits: Tensor, expected: Tensor, by_rule: bool) -> None:
         raise _Disagrees(f"its logits differ from the model's own by {error:.2g} standard deviations")
 
 
+def _close(logits: Tensor, expected: Tensor, rounded: bool) -> bool:
+    """rounded: whether both come from weights that inputs meet in 8 bits, whose rounding tells them apart."""
+    try:
+        compare(logits, expected, by_rule=rounded)
+    except _Disagrees:
+        return False
+    return True
+
+
 class NativeSequence:
     """One sequence that nobody else touches while it decodes: steps without a look at the caller's arguments."""
 
     def __init__(self, decoder: Decoder, cache: Any) -> None:
         self._decoder, self._cache = decoder, cache
         self._rooms = decoder._admit(cache, 1)
-        self._start = torch.zeros(1, dtype=torch.int64)
+        self._start = torch.zeros(1, dtype=torch.int64, device="cpu")
 
     @property
     def length(self) -> int:
         """Tokens whose keys and values are in the cache."""
         return self._rooms.length
 
-    def _ready(self, chosen: Chosen, more: int) -> native.Step:
+    def _ready(self, chosen: Chosen, more: int, at_once: int) -> native.Step:
+        """For `more` tokens, the first `at_once` of them in one step."""
+        if self._decoder.refusal is not None:
+            raise NotCovered(self._decoder.refusal)
+        if self._decoder.checkpoints.due(self.length, at_once):
+            places = torch.arange(self.length, self.length + at_once, device="cpu")[None]
+            self._decoder.check({"input_ids": places, "position_ids": places, "past_key_values": self._cache})
         if not self._rooms.fits(more):
             self._rooms = self._decoder._admit(self._cache, more)
         self._decoder._of(chosen).rotation.reach(self.length + more)
@@ -740,8 +849,11 @@ class NativeSequence:
 
     def step(self, tokens: Sequence[int], chosen: Chosen) -> Tensor:
         """Logits ``[tokens, vocabulary]`` of 1 to 8 tokens that are appended."""
-        step, count = self._ready(chosen, len(tokens)), len(tokens)
-        ids, positions = torch.tensor([tokens]), torch.arange(self.length, self.length + count)[None]
+        step, count = self._ready(chosen, len(tokens), len(tokens)), len(tokens)
+        ids, positions = (
+            torch.tensor([tokens], device="cpu"),
+            torch.arange(self.length, self.length + count, device="cpu")[None],
+        )
         logits, left_out = step.run(ids, positions, self._start, self._rooms.table, self.length, count)
         self._rooms.advance(count)
         self._decoder._count(count, chosen.skipped * count + left_out)
@@ -749,7 +861,8 @@ class NativeSequence:
 
     def greedy(self, token: int, count: int, ends: Sequence[int], chosen: Chosen) -> list[int]:
         """Appends `token` and returns the likeliest tokens after it: `count`, or fewer up to one of `ends`."""
-        step, past = self._ready(chosen, count), self.length
+        count = min(count, self._decoder.checkpoints.room(self.length))
+        step, past = self._ready(chosen, count, 1), self.length
         made, left_out = step.generate(token, past, 0, self._rooms.table, past, count, ends)
         self._rooms.advance(len(made))
         self._decoder._count(len(made), chosen.skipped * len(made) + left_out)
@@ -758,7 +871,8 @@ class NativeSequence:
     def draft(self, token: int, count: int, least: float, chosen: Chosen) -> tuple[list[int], list[float]]:
         """Appends `token` and returns the likeliest tokens after it with their probabilities: `count`, or fewer up to
         one whose probability is below `least`."""
-        step, past = self._ready(chosen, count), self.length
+        count = min(count, self._decoder.checkpoints.room(self.length))
+        step, past = self._ready(chosen, count, 1), self.length
         made, chances, left_out = step.draft(token, past, 0, self._rooms.table, past, count, least)
         self._rooms.advance(len(made))
         self._decoder._count(len(made), chosen.skipped * len(made) + left_out)
@@ -789,13 +903,13 @@ class _Disagrees(NotCovered):
 def _starts(mask: Any, rows: int, length: int) -> Tensor:
     """int64 [rows]: where each row's text begins, from a 2-D attention mask [rows, length] that pads on the left."""
     if mask is None:
-        return torch.zeros(rows, dtype=torch.int64)
+        return torch.zeros(rows, dtype=torch.int64, device="cpu")
     if not isinstance(mask, Tensor) or mask.shape != (rows, length):
         raise _OfThisCall("the attention mask is not [rows, length so far]")
     seen = mask.bool()
     if bool(seen.all()):
-        return torch.zeros(rows, dtype=torch.int64)
+        return torch.zeros(rows, dtype=torch.int64, device="cpu")
     start = length - seen.sum(1)
-    if not torch.equal(seen, torch.arange(length) >= start[:, None]) or bool((start == length).any()):
+    if not torch.equal(seen, torch.arange(length, device="cpu") >= start[:, None]) or bool((start == length).any()):
         raise _OfThisCall("the attention mask has holes")
     return start

@@ -37,7 +37,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..kernels.ops import MAX_ROWS
 from ..kernels.step import likeliest
-from .decode import Chosen, NativeSequence
+from .decode import Chosen, NativeSequence, NotCovered
 from .growth import growth
 from .kv_cache import plain_class
 from .selections import drafting
@@ -393,7 +393,7 @@ class _Draws:
     def get(self, ahead: int) -> Tensor:
         while len(self._ahead) <= ahead:
             state = self._state()
-            noise = torch.empty(1, self._vocabulary, device=self._device).exponential_(1)
+            noise = torch.empty(1, self._vocabulary, dtype=torch.float32, device=self._device).exponential_(1)
             self._ahead.append((state, noise))
         return self._ahead[ahead][1]
 
@@ -518,6 +518,8 @@ def obstacle(ids: Tensor, arguments: dict[str, Any]) -> str | None:
     """Why a call of ``_sample`` is more than one unpadded sequence over a plain KV cache, if it is."""
     config, kwargs = arguments["generation_config"], arguments["model_kwargs"]
     cache, mask, positions = kwargs.get("past_key_values"), kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if torch.is_autocast_enabled(ids.device.type):
+        return "autocast casts what modules compute with"
     if ids.shape[0] != 1:
         return f"a batch of {ids.shape[0]} sequences"
     if arguments["synced_gpus"] or config.is_assistant:
@@ -621,6 +623,14 @@ class _Run:
         self.last, self.done.tokens = [self.last, *tokens][-1], self.done.tokens + len(tokens)
 
 
+def _alone(passes: Passes, text: Text) -> None:
+    """The rest of a text, one token a pass."""
+    passes.rollback(text.ids.shape[1] - 1)
+    while not text.finished:
+        text.append(passes.verify([int(text.ids[0, -1])])[0])
+        passes.rollback(text.ids.shape[1] - 1)
+
+
 class Exact:
     """Exact mode on one wrapped model: what it has measured, and the generation loop.
 
@@ -630,6 +640,7 @@ class Exact:
 
     def __init__(self, has_draft: bool) -> None:
         self._has_draft = has_draft  # a plan that skips nothing has no faster draft to offer
+        self.native_only = False  # whether none but native steps may be over several tokens
         self.by_rows = False  # whether linear layers and attention all treat rows apart; `wrap` knows
         self.pace = Pace()
         self.last: Statistics | None = None
@@ -709,10 +720,19 @@ class Exact:
         ends = None if self._margin else ends_of(arguments)
         longest = config.max_length if ends is None else criteria.max_length
         try:
-            passes = native(cache) or ModulePasses(model, cache)
+            passes = native(cache)
+            if passes is None and self.native_only:
+                raise NotCovered("native steps do not cover the model")
+            passes = passes or ModulePasses(model, cache)
             plain = isinstance(passes, NativePasses) and ends is not None
             choices = (PlainChoices if plain else Choices)(passes, text, cast(Any, ends))
             self._decode(choices, first, longest - ids.shape[1], done)
+        except NotCovered as reason:  # native steps have been found to differ, from this length on
+            self._margin, done.note = None, str(reason)
+            if text.ids.shape[1] == ids.shape[1]:
+                text.append(first)
+            _alone(ModulePasses(model, cache), text)
+            done.tokens = text.ids.shape[1] - ids.shape[1]
         finally:
             text.close()
             for layer in cache.layers:

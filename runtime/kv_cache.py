@@ -440,6 +440,13 @@ def take_back(cache: Cache, positions: int) -> None:
     _ROOMS[cache].advance(-positions)
 
 
+def twin_of(cache: Any) -> Any:
+    """A cache that goes its own way from here, without a copy of what both hold."""
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    return twin
+
+
 def _give_room(layer: Any, more: int) -> None:
     """Copies a layer's keys and values into buffers of about twice the size, unless they lie in large enough ones that
     nobody else looks at."""

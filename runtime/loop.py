@@ -55,16 +55,19 @@ def generate(runtime: Runtime, model: Any, ids: Tensor, arguments: dict[str, Any
 
 def _decode(runtime: Runtime, model: Any, cache: Any, text: Text, first: Tensor, arguments: dict[str, Any]) -> None:
     last = text.append(first)
-    chosen = runtime.chosen_for(cache)
     try:
-        if isinstance(chosen, str):
-            raise NotCovered(chosen)
-        sequence = NativeSequence(runtime.decoder, cache)
-    except NotCovered:
+        _decode_natively(runtime, cache, text, last, arguments)
+    except NotCovered:  # from the start, or from some length on
         while not text.finished:  # the model's own pass, which is what covers it
-            logits = model(input_ids=torch.tensor([[last]]), past_key_values=cache, use_cache=True).logits
-            last = text.append(logits[0, -1])
-        return
+            logits = model(input_ids=text.ids[:, -1:], past_key_values=cache, use_cache=True).logits
+            text.append(logits[0, -1])
+
+
+def _decode_natively(runtime: Runtime, cache: Any, text: Text, last: int, arguments: dict[str, Any]) -> None:
+    chosen = runtime.chosen_for(cache)
+    if isinstance(chosen, str):
+        raise NotCovered(chosen)
+    sequence = NativeSequence(runtime.decoder, cache)
     ends = ends_of(arguments)
     longest = ALONE_S if arguments["streamer"] is None else STREAMING_S
     at_once = 1

@@ -142,7 +142,9 @@ class Tally:
         self.tokens += targets.shape[0]
 
     def result(self) -> dict[str, Any]:
-        dense, sparse = torch.tensor(self.dense).double(), torch.tensor(self.sparse).double()
+        dense, sparse = (
+            torch.tensor(losses, dtype=torch.float32, device="cpu").double() for losses in (self.dense, self.sparse)
+        )
         change = sparse - dense
         increase = math.expm1(float(change.mean()))
         spread = float(change.std() / math.sqrt(len(change))) if len(change) > 1 else float("nan")

@@ -82,7 +82,7 @@ class Replaced:
         self._linears[module] = _Linear(parts, weight, handles)
         # whoever reads what is not there gets an error, not some numbers
         module.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
-        with _unmapped(weight):
+        with _unmapped(weight), torch.inference_mode(False):
             weight.data = weight.new_empty(0)
         return True
 
@@ -95,8 +95,9 @@ class Replaced:
         for module, linear in self._linears.items():
             for handle in linear.handles:
                 handle.remove()
-            whole = torch.empty_like(cast(Tensor, module.weight), device="cpu")
-            linear.weight.data = _restore(linear.parts, whole)
+            with torch.inference_mode(False):  # whose tensors could not be trained
+                whole = torch.empty_like(cast(Tensor, module.weight), device="cpu")
+                linear.weight.data = _restore(linear.parts, whole)
             module.weight = linear.weight
         self._linears.clear()
 
@@ -135,17 +136,22 @@ class Replaced:
         """The matrix, some rows at a time: the first one's index, and the rows, good until the next are asked for."""
         count, inputs = sum(part.out_features for part in parts), parts[0].in_features
         most = min(count, max(1, _AT_ONCE // (inputs * dtype.itemsize)))
-        memory = torch.empty(0) if fresh else self._scratch(most * inputs * dtype.itemsize)
+        memory = torch.empty(0, device="cpu") if fresh else self._scratch(most * inputs * dtype.itemsize)
         for first in range(0, count, most):
             shape = min(most, count - first), inputs
-            out = torch.empty(shape, dtype=dtype) if fresh else memory.view(dtype)[: shape[0] * inputs].view(shape)
+            out = (
+                torch.empty(shape, dtype=dtype, device="cpu")
+                if fresh
+                else memory.view(dtype)[: shape[0] * inputs].view(shape)
+            )
             yield first, _restore(parts, out, first)
 
     def _scratch(self, nbytes: int) -> Tensor:
         """Memory of this thread: fresh pages for every product would take longer than to fill them."""
         memory: Tensor | None = getattr(self._memory, "bytes", None)
         if memory is None or memory.nbytes < nbytes:
-            memory = self._memory.bytes = allocate((nbytes,), torch.uint8, torch.device("cpu"))
+            with torch.inference_mode(False):  # it may be written to where there is none
+                memory = self._memory.bytes = allocate((nbytes,), torch.uint8, torch.device("cpu"))
         return memory[:nbytes]
 
 

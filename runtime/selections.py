@@ -238,7 +238,7 @@ class Selections:
         bool ``[rows, 1, 1]``."""
         found = self._void_rows.get(layer)
         if found is None:
-            void = self._void[layer] > 0 if layer in self._void else torch.zeros(1, dtype=torch.bool)
+            void = self._void[layer] > 0 if layer in self._void else torch.zeros(1, dtype=torch.bool, device="cpu")
             found = bool(void[0]) if bool((void == void[0]).all()) else void.view(-1, 1, 1)
             self._void_rows[layer] = found
         return found
@@ -262,7 +262,7 @@ class Selections:
             if self._scored(layer, policy)
         }
         if not chosen:  # every row has the same neurons, all of them
-            self._group_of_row = torch.zeros(self.rows, dtype=torch.int64)
+            self._group_of_row = torch.zeros(self.rows, dtype=torch.int64, device="cpu")
             return
         every = torch.cat(list(chosen.values()), dim=1)
         distinct, self._group_of_row = every.unique(dim=0, return_inverse=True)
@@ -358,11 +358,11 @@ class _Followed:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self._take(lambda rows: torch.arange(rows).repeat_interleave(repeats))
+        self._take(lambda rows: torch.arange(rows, device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)  # type: ignore[misc]
-        self._take(lambda rows: torch.arange(rows)[torch.as_tensor(indices).cpu()])
+        self._take(lambda rows: torch.arange(rows, device="cpu")[torch.as_tensor(indices).cpu()])
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]

@@ -119,6 +119,7 @@ def wrap(
     plan = Plan.of(plan, inner)
     anatomy = dissect(inner)
     plan.check(inner, anatomy)
+    _check_dtypes(plan, anatomy)
     runtime = Runtime(inner, anatomy, plan, exact, keep_originals=keep_originals, lookup=lookup)
     runtime.install()
     if inner is not model:
@@ -170,6 +171,18 @@ def _refuse_hooks(model: nn.Module) -> None:
         )
     if hasattr(model, "_orig_mod"):
         raise CoreskipError("the model is compiled; wrap the model that was passed to torch.compile")
+
+
+def _check_dtypes(plan: Plan, anatomy: Anatomy) -> None:
+    """Raises CoreskipError where the plan leaves out neurons of an MLP whose weights no kernel reads."""
+    for index, (policies, found) in enumerate(zip(plan.layers, anatomy.mlps, strict=True)):
+        dtypes = {m.dtype for m in vars(found.matrices()).values() if m is not None}
+        if not isinstance(policies.neurons, Dense) and not (len(dtypes) == 1 and dtypes <= set(DTYPES)):
+            names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            raise CoreskipError(
+                f"the plan leaves out neurons of layer {index}, whose MLP's weights are {names}: "
+                "cast the model to float32, bfloat16 or float16, e.g. model.float()"
+            )
 
 
 class Patches:
@@ -346,7 +359,7 @@ class Runtime:
         model, generator = cast(Any, self.model), torch.Generator().manual_seed(0)
         while reason is None and not self.decoder.ready:
             vocabulary = model.get_input_embeddings().weight.shape[0]
-            ids = torch.randint(0, vocabulary, (1, 9), generator=generator)
+            ids = torch.randint(0, vocabulary, (1, 9), generator=generator, device="cpu")
             cache = DynamicCache(config=model.config)
             with inference(model):
                 model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
@@ -564,7 +577,7 @@ class Runtime:
             # the head runs after the stack's pass is over; in prefill it sees as few rows as in decode
             phase = LAST.get() if is_head else _phase()
             wanted = not self.model.training if is_head else phase not in (None, Phase.PREFILL)
-            few = input.numel() <= most and not torch.is_grad_enabled() and wanted
+            few = input.numel() <= most and not _computes_otherwise(input) and wanted
             in_format = formats is not None and formats.apply(phase)
             if replaced is not None and module in replaced:
                 return product(input, replaced.parts(module)) if in_format else replaced.run(module, input, few)
@@ -618,7 +631,7 @@ class Runtime:
                 y = self._decode(index, step, x)
                 if y is not None:
                     step.bypass = not layer.whole
-                    return y
+                    return _without_gradients(y, layer) if torch.is_grad_enabled() else y
             return original(x, *args, **kwargs)
 
         self._patches.set(target, "forward", forward)
@@ -775,6 +788,31 @@ def _phase() -> Phase | None:
     return None if step is None else step.phase
 
 
+class _NoGradients(torch.autograd.Function):
+    """Lets its first argument pass, and raises where gradients would go back to the others."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *weights: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise CoreskipError(
+            "decode steps that leave neurons out have no gradients of their weights: "
+            "call coreskip.unwrap(model) before training, or freeze the weights (requires_grad_(False))"
+        )
+
+
+def _without_gradients(y: Tensor, layer: FeedForward) -> Tensor:
+    weights = [p for module in (layer.up, layer.down) for p in module.parameters() if p.requires_grad]
+    return cast(Tensor, cast(Any, _NoGradients).apply(y, *weights)) if weights else y
+
+
+def _computes_otherwise(x: Tensor) -> bool:
+    """Whether torch's own linear layers do what the decode kernels do not: keep gradients, or cast their inputs."""
+    return torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+
+
 def _has_matrix(module: nn.Module) -> bool:
     weight = vars(module).get("_parameters", {}).get("weight")
     return isinstance(weight, Tensor) and weight.ndim == 2
@@ -867,7 +905,7 @@ class _Wrapped(_Outer):
         lookup = runtime.lookup
         if lookup is None or runtime.graphs.capture is not None or runtime.decoder.refusal is not None:
             return undrafted()
-        lookup.by_rows = True  # as native steps treat them
+        lookup.by_rows = lookup.native_only = True
         return lookup.generate(self, undrafted, input_ids, arguments, runtime.native_passes)
 
     def _assisted_decoding(

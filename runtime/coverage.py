@@ -1,0 +1,98 @@
+"""What of a model the native step's description accounts for.
+
+The description knows linear layers, norms, rotations, an activation and plain attention. A module that holds anything
+else, or whose code is not its class's own, may compute what nobody compared yet: its first step may agree by chance, or
+because a parameter is still zero.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..predictors.anatomy import Anatomy, Attention, FeedForward
+
+_HERE = str(Path(__file__).parent)
+_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+#: without effect when a model is not being trained
+_INERT = (nn.Identity, nn.Dropout, nn.ModuleList)
+
+
+def uncovered(anatomy: Anatomy) -> str | None:
+    """What of the decoder layers the description leaves out or cannot know; None where it accounts for everything."""
+    for layer, mlp, attention in zip(anatomy.layers, anatomy.mlps, anatomy.attentions, strict=True):
+        if attention is None:
+            return "a layer's attention was not recognised"
+        reason = _foreign_code(layer, mlp, attention.module) or _foreign_attention(attention.module)
+        if reason is not None:
+            return reason
+        known = set(_described(layer, mlp, attention))
+        for name, module in layer.named_modules():
+            if module not in known and not isinstance(module, _INERT):
+                return f"{name} of its decoder layers, a {type(module).__name__}, is not a part that is described"
+            own = [*module._parameters, *module._buffers]
+            if module in (layer, mlp.owner, attention.module) and own:
+                return f"its decoder layers have {', '.join(own)} in a {type(module).__name__}"
+    return None
+
+
+def _described(layer: nn.Module, mlp: FeedForward, attention: Attention) -> Iterator[nn.Module]:
+    """The modules of a layer whose work the native step does; of norms and activations, all that they consist of."""
+    yield from (layer, attention.module, mlp.owner, mlp.up, mlp.down)
+    if mlp.gate_name is not None:
+        yield getattr(mlp.owner, mlp.gate_name)
+    yield from (getattr(attention.module, name) for name in (*attention.inputs, attention.output))
+    norms = [getattr(layer, name, None) for name in _NORMS]
+    norms += [getattr(attention.module, name, None) for name in ("q_norm", "k_norm")]
+    for found in (*norms, mlp.act):
+        if isinstance(found, nn.Module):
+            yield from found.modules()
+
+
+def _foreign_code(layer: nn.Module, mlp: FeedForward, attention: nn.Module) -> str | None:
+    linears = [module for module in _described_linears(layer) if type(module).forward is not nn.Linear.forward]
+    if linears:
+        return f"a {type(linears[0]).__name__} computes more than a linear layer"
+    for module in (layer, mlp.owner, attention):
+        own = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+        if vars(own)["forward"].__module__ != own.__module__ or not _has_own_forward(module):
+            return f"the forward of a {type(module).__name__} is not its class's own"
+    return None
+
+
+def _described_linears(layer: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in layer.modules() if isinstance(module, nn.Linear))
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether a module, wrapped by coreskip or not, calls the forward of its class."""
+    forward: Any = vars(module).get("forward")
+    while forward is not None and _is_ours(forward):
+        forward = forward.__wrapped__
+    return forward is None or getattr(forward, "__func__", None) is type(module).forward
+
+
+def _is_ours(function: Any) -> bool:
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_filename.startswith(_HERE) and hasattr(function, "__wrapped__")
+
+
+def _foreign_attention(module: nn.Module) -> str | None:
+    """Why an attention module's attention function is not one of transformers' own, if it is not."""
+    config: Any = getattr(module, "config", None)
+    config = getattr(config, "original", config)  # as it is where runtime/attention.py redirects it
+    name = getattr(config, "_attn_implementation", None)
+    code = sys.modules[type(module).__module__]
+    functions: Any = getattr(code, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+    function = functions.get(name) if name in functions else getattr(code, "eager_attention_forward", None)
+    if function is None:  # the class attends by itself
+        return None
+    home = cast(str, getattr(function, "__module__", ""))
+    if home.partition(".")[0] == "transformers" or home == type(module).__module__:
+        return None
+    return f"its attention function {name!r} is not one of transformers' own"
