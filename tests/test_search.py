@@ -192,17 +192,14 @@ def test_bytes_of_weight_formats_are_those_that_are_packed(embedded: tuple[Any, 
 
 @needs_kernels
 def test_bytes_of_what_no_format_changes(llama: Any) -> None:
-    """Policies that run on the modules, and the halves of a plan that the format leaves alone."""
+    """The MLPs of policies that choose token by token, natively or on the modules, have formats of their own."""
 
     def read(policy: Any, weights: str | None) -> int:
         return bytes_per_token(llama, replace(plan_with(llama, policy), weights=weights))
 
-    for name in ("signs", "topk"):
-        policy = some_policy(llama, name)
-        assert read(policy, "int4") == read(policy, None)
     head = llama.lm_head.weight.numel()
     rest = head + sum(p.numel() for n, p in llama.named_parameters() if p.ndim == 2 and "attn" in n)
-    policies = {name: some_policy(llama, name) for name in ("cats", "teal", "teal_all", "learned")}
+    policies = {name: some_policy(llama, name) for name in ("cats", "teal", "teal_all", "learned", "signs", "topk")}
     for name, policy in {**policies, "sketch": Sketch(keep=0.5)}.items():
         changed = head if name == "teal_all" else rest  # columns have no other format
         assert read(policy, None) - read(policy, "int8") == pytest.approx(changed * (4 - 1 - 1 / 16), rel=1e-6)
