@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,7 +179,7 @@ def _check_values(*, tokens: Any, windows: Any, first_layer: Any, seed: Any, fas
     check_flag("fast", fast)
     if first_layer is not None:
         check_count("first_layer", first_layer, 0)
-    checks = {
+    checks: dict[str, Callable[[Any], None]] = {
         "score": check_score,
         "alpha": lambda value: check_share("alpha", value),
         "rule": _check_rule,
