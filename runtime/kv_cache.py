@@ -350,7 +350,7 @@ class Rooms:
         """Whether nothing has been moved since, and `more` positions can be written. Takes note of positions cut off
         the end."""
         layers = self.layers
-        if len(layers) != len(self.rooms):
+        if len(layers) != len(self.rooms) or getattr(layers[0], "_room", None) is not self.rooms[0]:
             return False
         length = length_of(layers[0])
         for layer, room, first, start in zip(layers, self.rooms, self._first, self._starts, strict=True):
