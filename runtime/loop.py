@@ -54,16 +54,21 @@ def generate(runtime: Runtime, model: Any, ids: Tensor, arguments: dict[str, Any
 
 def _decode(runtime: Runtime, model: Any, cache: Any, text: Text, first: Tensor, arguments: dict[str, Any]) -> None:
     last = text.append(first)
-    chosen = runtime.chosen_for(cache)
-    try:
-        if isinstance(chosen, str):
-            raise NotCovered(chosen)
-        sequence = NativeSequence(runtime.decoder, cache)
-    except NotCovered:
-        while not text.finished:  # the model's own pass, which is what covers it
-            logits = model(input_ids=torch.tensor([[last]]), past_key_values=cache, use_cache=True).logits
+    while not text.finished:
+        try:
+            last = _decode_natively(runtime, cache, text, last, arguments)
+        except NotCovered:  # the model's own pass covers it, or describes the model anew where somebody changed it
+            logits = model(input_ids=torch.tensor([[int(text.ids[0, -1])]]), past_key_values=cache, use_cache=True).logits
             last = text.append(logits[0, -1])
-        return
+
+
+def _decode_natively(runtime: Runtime, cache: Any, text: Text, last: int, arguments: dict[str, Any]) -> int:
+    """Up to the end of the text, or to where a step is not covered any more; returns the last token."""
+    runtime.notice()
+    chosen = runtime.chosen_for(cache)
+    if isinstance(chosen, str):
+        raise NotCovered(chosen)
+    sequence = NativeSequence(runtime.decoder, cache)
     ends = ends_of(arguments)
     longest = ALONE_S if arguments["streamer"] is None else STREAMING_S
     at_once = 1
@@ -78,6 +83,7 @@ def _decode(runtime: Runtime, model: Any, cache: Any, text: Text, first: Tensor,
         at_once = max(1, min(AT_ONCE, int(longest / each)))
         text.extend(made)
         last = made[-1]
+    return last
 
 
 def _replay(runtime: Runtime, model: Any, cache: Any, text: Text, first: Tensor, arguments: dict[str, Any]) -> None:

@@ -31,11 +31,13 @@ from ..predictors.observe import down_norms, inference
 from ..predictors.plan import CoreNeurons, Dense, NeuronPolicy, Plan, Similar, Static, Threshold
 from . import loop
 from .attention import can_redirect, redirect_attention
+from .changes import Changes, Places
 from .cost import LITTLE
-from .decode import Chosen, Decoder, NativeSequence, NotCovered, refusal
+from .decode import Chosen, Decoder, NativeSequence, NotCovered, is_plain_linear, refusal
 from .exact import Exact, NativePasses
 from .graph import Graphs, Settled
 from .layers import LayerSkips
+from .parts import Watched
 from .release import Replaced, trim
 from .selections import (
     DENSELY,
@@ -123,7 +125,9 @@ def wrapped(model: Model, plan: Plan, weights: Weights) -> Iterator[Model]:
     """`wrap` for a while, with matrices that were packed before: for searches, which try many plans on one model."""
     anatomy = weights.anatomy
     plan.check(model, anatomy)
-    Runtime(model, anatomy, plan, weights=weights).install()
+    runtime = Runtime(model, anatomy, plan, weights=weights)
+    runtime.install()
+    runtime.changes.start()
     try:
         yield model
     finally:
@@ -153,24 +157,43 @@ def _refuse_hooks(model: nn.Module) -> None:
 
 
 class Patches:
-    """Instance attributes replaced, and how they were."""
+    """Instance attributes replaced, and how they were. What somebody else puts in their place stays."""
 
     _ABSENT = object()
 
     def __init__(self) -> None:
-        self._undo: list[tuple[object, str, object]] = []
+        self._undo: list[tuple[object, str, object, object]] = []
+        self._now: dict[tuple[int, str], object] = {}
 
     def set(self, target: object, name: str, value: object) -> None:
-        self._undo.append((target, name, vars(target).get(name, self._ABSENT)))
+        self._undo.append((target, name, vars(target).get(name, self._ABSENT), value))
+        self._now[id(target), name] = value
         object.__setattr__(target, name, value)
 
+    def current(self, target: object, name: str) -> object:
+        """What was last put there; None where nothing was."""
+        return self._now.get((id(target), name))
+
     def undo(self) -> None:
-        for target, name, before in reversed(self._undo):
+        for target, name, before, value in reversed(self._undo):
+            if vars(target).get(name) is not value:
+                continue
             if before is self._ABSENT:
                 object.__delattr__(target, name)
             else:
                 object.__setattr__(target, name, before)
         self._undo.clear()
+        self._now.clear()
+
+    def undone(self, target: object, attributes: dict[str, Any]) -> dict[str, Any]:
+        """A target's `attributes` as they would be without patches."""
+        for owner, name, before, value in reversed(self._undo):
+            if owner is target and attributes.get(name) is value:
+                if before is self._ABSENT:
+                    del attributes[name]
+                else:
+                    attributes[name] = before
+        return attributes
 
 
 class Usage:
@@ -252,7 +275,25 @@ class Runtime:
         self._linear_packed: dict[nn.Module, PackedLinear] = {}
         narrow = LITTLE if keep_originals is None or weights is not None else 1.0
         bundled = frozenset() if exact else frozenset({*self._static, *self._token_policies})
-        self.decoder = Decoder(model, anatomy, plan.weights, self.usage.count, self._weights.linears, narrow, bundled)
+        me: Runtime = weakref.proxy(self)  # who has these: a cycle would outlive `unwrap`
+        self.changes = Changes(
+            model, lambda module: me.own_forward(module), lambda module, state: me.plain_state(module, state)
+        )
+        self.decoder = Decoder(
+            model,
+            anatomy,
+            plan.weights,
+            self.usage.count,
+            self._weights.linears,
+            narrow,
+            bundled,
+            gone=lambda module: me.packed_alone(module),
+            notice=lambda: me.notice(),
+        )
+        self._places = Places(model, anatomy)
+        self._altered: frozenset[int] = frozenset()  # layers whose MLP is not what was wrapped
+        self._epoch = object()  # changes whenever weights do
+        self._packed_in: weakref.WeakKeyDictionary[Selections, object] = weakref.WeakKeyDictionary()
         self._dense = Chosen([None] * len(anatomy), 0, plain=True)  # what exact mode verifies with
         self._chosen_once: Chosen | None = None
         self._chosen_by: weakref.WeakKeyDictionary[Selections, tuple[Choice, Chosen]] = weakref.WeakKeyDictionary()
@@ -309,6 +350,7 @@ class Runtime:
     def replace_originals(self) -> None:
         """Packs the weights now, where the originals may go: every prefill, the first too, shall read the same."""
         if self.replaced is None:
+            self.changes.start()
             return
         reason = refusal(self.model, self.anatomy)
         model, generator = cast(Any, self.model), torch.Generator().manual_seed(0)
@@ -322,6 +364,7 @@ class Runtime:
                 reason = self.decoder.replace(self._forward, self.chosen_for(cache), named, self._replace)
             self.usage.reset()
         trim()
+        self.changes.start()
         if reason is not None and self._demanded and self.plan.weights is not None:  # else nothing was to be packed
             logger.warning("the original weights are kept: %s", reason)
 
@@ -335,6 +378,7 @@ class Runtime:
             CoreskipError: the weights are gone; nothing was changed.
         """
         self.check_removable()
+        self.changes.stop()
         self.model.__class__ = self._class
         self._patches.undo()
         if self.replaced is not None:
@@ -357,19 +401,59 @@ class Runtime:
 
     def repack(self) -> None:
         """Forget packed weights: the model's own were moved, cast or loaded anew."""
-        self._weights.clear()
-        self._token_mlps.clear()
-        self._static_packed.clear()
-        self._spare.clear()
-        self._linear_packed.clear()
-        self._chosen_once = None
+        self._forget(frozenset(self.model.modules()))
+        self.changes.start()
+
+    def notice(self) -> str | None:
+        """Takes note of what others have changed about the model; and why decode steps have to run on its modules."""
+        changed = self.changes.since()
+        if changed is not None:
+            logger.debug("%d modules of the model were changed: they are packed and described anew", len(changed))
+            self._forget(changed)
+        return self.changes.obstacle()
+
+    def _forget(self, changed: frozenset[nn.Module]) -> None:
+        layers = self._places.layers_of(changed)
+        gone = {i for i in layers if any(m in (self.replaced or ()) for m in self.anatomy.mlps[i].owner.modules())}
+        self._altered = self._places.altered() | (self._altered & gone) | (gone & self._packing_layers)
+        for drop in (self._token_mlps, self._static_packed, self._spare):
+            for index in layers:
+                cast(dict[int, Any], drop).pop(index, None)
+        self._weights.forget(changed, layers)
+        for module in changed:
+            self._linear_packed.pop(module, None)
+        self._chosen_once, self._epoch = None, object()
         self._chosen_by.clear()
         self.decoder.forget()
         self.graphs.forget()
-        self._watched = self._watches()
+        if self._watched and not self._altered:
+            self._watched = self._watches()
         for drafter in (self.exact, self.lookup):
             if drafter is not None:
                 drafter.forget()
+
+    @property
+    def _packing_layers(self) -> frozenset[int]:
+        """Layers whose MLP is packed apart from what a dense step reads."""
+        return frozenset({*self._chosen, *self._static, *self._token_policies})
+
+    def own_forward(self, module: nn.Module) -> Any:
+        """The `forward` among a module's own attributes that wrapping put there."""
+        return self._patches.current(module, "forward")
+
+    def packed_alone(self, module: nn.Module) -> list[PackedLinear] | None:
+        """A linear's packed form where its matrix is gone; None where that is there."""
+        return None if self.replaced is None else self.replaced.parts(module)
+
+    def plain_state(self, module: nn.Module, attributes: dict[str, Any]) -> dict[str, Any]:
+        """A part's `attributes` without patches.
+
+        Raises:
+            CoreskipError: packed weights have replaced its own.
+        """
+        if any(part in (self.replaced or ()) for part in module.modules()):
+            self.refuse("copy or pickle a part of the model")
+        return self._patches.undone(module, attributes)
 
     def packed_bytes(self) -> tuple[int, int] | None:
         """Bytes of all matrices that a native decode step reads, and of the MLPs' share of them; None where steps are
@@ -384,7 +468,7 @@ class Runtime:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             named = {**signature.bind_partial(*args).arguments, **kwargs} if args else kwargs
-            cache = named.get("past_key_values")
+            cache, reason = named.get("past_key_values"), self.notice()
             if self.model.training or torch.compiler.is_compiling() or current_prompt() is not None:
                 return original(*args, **kwargs)
             if not isinstance(cache, Cache) or int(cache.get_seq_length()) == 0:
@@ -393,9 +477,9 @@ class Runtime:
             output = None
             if self.graphs.capture is not None:  # a GPU's captured steps are what native ones are to a CPU
                 # verification's tokens are the dense model's own to the last bit: so are its steps
-                output = None if verifying else self.graphs.forward(original, named)
+                output = None if verifying or reason is not None else self.graphs.forward(original, named)
             elif self.decoder.refusal is None:
-                chosen = self._dense if verifying else self.chosen_for(cache)
+                chosen = reason or (self._dense if verifying else self.chosen_for(cache))
                 output = self.decoder.forward(original, chosen, named)
             return original(*args, **kwargs) if output is None else output
 
@@ -404,6 +488,7 @@ class Runtime:
     def native_passes(self, cache: Cache) -> NativePasses | None:
         """Passes over one sequence's cache by native steps, where they cover model and plan: in exact mode the plan
         drafts and the dense model verifies, else the plan does both."""
+        self.notice()
         draft = self.chosen_for(cache)
         if not self.decoder.ready or isinstance(draft, str):
             return None
@@ -418,6 +503,8 @@ class Runtime:
         selections = selections_of(cache, self)
         if self._modules_only is not None:
             return self._modules_only
+        if not self._places.hold() or self._altered & self._packing_layers:
+            return "parts of the model were replaced by others"
         if not (self._chosen or self._skips.adaptive) or selections is None:
             if self._chosen_once is None:
                 self._chosen_once = self._described(Choice({}, {}), None)
@@ -443,6 +530,9 @@ class Runtime:
         return self._skips.skipped(selections), tensors
 
     def _choice(self, selections: Selections) -> Choice:
+        if self._packed_in.setdefault(selections, self._epoch) is not self._epoch:
+            selections.forget_packed()
+            self._packed_in[selections] = self._epoch
         return selections.choice(self._pack_chosen, lambda layer: self._weights.mlp(layer, self._bundle_format))
 
     @property
@@ -477,6 +567,7 @@ class Runtime:
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            self.notice()
             if self.model.training:
                 step = None
             else:
@@ -523,7 +614,7 @@ class Runtime:
 
         @functools.wraps(original)
         def forward(input: Tensor) -> Tensor:
-            few = input.numel() <= most and not torch.is_grad_enabled() and wanted()
+            few = input.numel() <= most and not torch.is_grad_enabled() and wanted() and is_plain_linear(module)
             if replaced is not None and module in replaced:
                 return replaced.run(module, input, few)
             if not (few and shareable):
@@ -548,7 +639,8 @@ class Runtime:
         @functools.wraps(original)
         def forward(input: Tensor) -> Tensor:
             step = STEP.get()
-            if step is None or step.phase is not Phase.DECODE or torch.is_grad_enabled():
+            plain = is_plain_linear(module)
+            if step is None or step.phase is not Phase.DECODE or torch.is_grad_enabled() or not plain:
                 return cast(Tensor, original(input))
             sparse = SparseColumns(self._weights.columns(module), least, policy.rule == "wina")
             rows = input.numel() // inputs
@@ -652,6 +744,8 @@ class Runtime:
 
     def _decode(self, index: int, step: Step, x: Tensor) -> Tensor | None:
         """The sparse MLP's output for x ``[rows, length, hidden]`` or flattened; None: run dense."""
+        if index in self._altered:
+            return None
         if index in self._token_policies:
             return self._decode_by_token(index, step, x)
         lists = None
@@ -750,7 +844,7 @@ def _valid(mask: Tensor | None, past: int, length: int) -> Tensor | None:
     return columns.bool()
 
 
-class _Wrapped:
+class _Wrapped(Watched):
     """What a wrapped model can do besides: be a context manager, and mark ``generate``'s prefill."""
 
     def __enter__(self) -> _Wrapped:
