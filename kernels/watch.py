@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import cpu
 
-_SAMPLES = 4  # numbers of a tensor that are compared themselves: some writes are not counted
+_SAMPLES = 2  # numbers of a tensor that are compared themselves: some writes are not counted
 
 
 class Watch:

@@ -28,6 +28,7 @@ _HARMLESS = frozenset(
     "use_cache output_attentions output_hidden_states return_dict dtype torch_dtype name_or_path architectures "
     "pad_token_id bos_token_id eos_token_id transformers_version".split()
 )
+_READ = ("final_logit_softcapping", "num_hidden_layers", "logit_scale", "logits_scaling")
 
 
 @dataclass
@@ -88,10 +89,13 @@ class Changes:
             unwatch(module)
         self._modules, self._started = {}, False
 
-    def since(self) -> frozenset[nn.Module] | None:
+    def since(self, every_setting: bool) -> frozenset[nn.Module] | None:
         """The modules that are not as they were when this was last asked, those included that are new or gone; none
-        where only settings are not. None where nothing has changed."""
-        if not self._started or not (self._notes.changed or self._watch.changed() or self._settings() != self._set):
+        where only settings are not. None where nothing has changed.
+
+        every_setting: compare all, which takes 20 microseconds, not only those that models read at every pass.
+        """
+        if not self._started or not (self._notes.changed or self._watch.changed() or self._set_anew(every_setting)):
             return None
         with self._lock:
             if not self._started:
@@ -109,7 +113,7 @@ class Changes:
         """Why decode steps have to run on the model's modules: hooks, or a `forward` of somebody else's."""
         if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
             return "hooks of all modules are set, which this step would not call"
-        if self._obstacle is not None:  # which can be taken away without a note
+        if self._obstacle is not None or not self._started:  # it can be taken away without a note
             self._obstacle = self._find_obstacle()
         return self._obstacle
 
@@ -123,7 +127,7 @@ class Changes:
         self._watch = Watch(list(tensors.values()))
         config: Any = self._model.config
         self._configs = list({id(c): c for c in (config, config.get_text_config())}.values())
-        self._set = self._settings()
+        self._set, self._read_before = self._settings(), self._read()
         self._obstacle = self._find_obstacle()
 
     def _state(self, module: nn.Module) -> _Module:
@@ -137,15 +141,26 @@ class Changes:
         children = tuple(child for child in module._modules.values() if child is not None)
         return _Module(plain_class(type(module)), children, tuple(map(id, _tensors(module))), values)
 
+    def _set_anew(self, every: bool) -> bool:
+        if every:
+            return self._settings() != self._set
+        return self._read() != self._read_before
+
     def _settings(self) -> list[Any]:
+        values = [v for c in self._configs for name, v in vars(c).items() if name not in _HARMLESS]
+        return [*values, *self._read()]
+
+    def _read(self) -> list[Any]:
+        """The settings that a model's own modules read at every pass."""
         found: list[Any] = []
-        for config in self._configs:
-            found += [value for name, value in vars(config).items() if name not in _HARMLESS]
-            found.append(ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation))
+        for settings in map(vars, self._configs):
+            implementation = settings.get("_attn_implementation_internal")
+            found += [implementation, ALL_ATTENTION_FUNCTIONS.get(implementation)]
+            found += [settings.get(name) for name in _READ]
         return found
 
     def _find_obstacle(self) -> str | None:
-        for module in self._modules:
+        for module in self._model.modules():
             hooks = (module._forward_hooks, module._forward_pre_hooks)
             if any(not of_capturing(hook) for of_kind in hooks if of_kind for hook in list(of_kind.values())):
                 return "a module has hooks, which this step would not call"

@@ -558,6 +558,7 @@ class Decoder:
             check_call(named, "cpu")
             if isinstance(chosen, str):
                 raise NotCovered(chosen)
+            self.check_modules()
             self._first(original, chosen, named, packed)
         except NotCovered as reason:
             return str(reason)

@@ -404,9 +404,9 @@ class Runtime:
         self._forget(frozenset(self.model.modules()))
         self.changes.start()
 
-    def notice(self) -> str | None:
+    def notice(self, every_setting: bool = False) -> str | None:
         """Takes note of what others have changed about the model; and why decode steps have to run on its modules."""
-        changed = self.changes.since()
+        changed = self.changes.since(every_setting)
         if changed is not None:
             logger.debug("%d modules of the model were changed: they are packed and described anew", len(changed))
             self._forget(changed)
@@ -468,7 +468,8 @@ class Runtime:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             named = {**signature.bind_partial(*args).arguments, **kwargs} if args else kwargs
-            cache, reason = named.get("past_key_values"), self.notice()
+            cache = named.get("past_key_values")
+            reason = self.notice(every_setting=not isinstance(cache, Cache) or int(cache.get_seq_length()) == 0)
             if self.model.training or torch.compiler.is_compiling() or current_prompt() is not None:
                 return original(*args, **kwargs)
             if not isinstance(cache, Cache) or int(cache.get_seq_length()) == 0:
