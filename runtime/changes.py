@@ -188,7 +188,10 @@ class Places:
         parts |= {attention.module for attention in anatomy.attentions if attention is not None}
         # by the dictionary that has it: to walk the tree for every step takes too long
         self._parts = [
-            (parent, name, child) for parent in model.modules() for name, child in parent.named_children() if child in parts
+            (parent, name, child)
+            for parent in model.modules()
+            for name, child in parent.named_children()
+            if child in parts
         ]
         self._list = next(m for m in anatomy.stack.modules() if anatomy.layers[0] in set(m.children()))
         self._mlp_of = {part: i for i, mlp in enumerate(anatomy.mlps) for part in mlp.owner.modules()}

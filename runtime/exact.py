@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +36,13 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..kernels.ops import MAX_ROWS
 from ..kernels.step import likeliest
-from .decode import Chosen, NativeSequence
+from .decode import Chosen, NativeSequence, NotCovered
 from .kv_cache import plain_class
 from .selections import drafting
 
 logger = logging.getLogger("coreskip")
+
+T = TypeVar("T")
 
 MAX_DRAFT = MAX_ROWS - 1  # a verification pass also holds the last accepted token
 AT_ONCE = MAX_DRAFT  # draft steps of one native call
@@ -112,35 +114,56 @@ class Passes(Protocol):
 
 
 class NativePasses:
-    """`Passes` through the native step, without the model's forward in between."""
+    """`Passes` through the native step, without the model's forward in between.
+
+    modules: makes passes that take over for the rest of the generation where the step covers one no longer: somebody
+    has hooked or changed the model meanwhile.
+    """
 
     widest = MAX_ROWS
 
-    def __init__(self, native: NativeSequence, draft: Chosen, dense: Chosen) -> None:
-        self._native, self._draft, self._dense = native, draft, dense
+    def __init__(
+        self, native: NativeSequence, draft: Chosen, dense: Chosen, modules: Callable[[], ModulePasses]
+    ) -> None:
+        self._native, self._draft, self._dense, self._modules = native, draft, dense, modules
+        self._instead: ModulePasses | None = None
 
     @property
     def length(self) -> int:
-        return self._native.length
+        return self._native.length if self._instead is None else self._instead.length
 
     def draft(self, tokens: Sequence[int]) -> Tensor:
-        return self._native.step(tokens, self._draft)
+        return self._pass(lambda native: native.step(tokens, self._draft), lambda modules: modules.draft(tokens))
 
     def draft_on(self, token: int, count: int, least: float) -> tuple[list[int], list[float]]:
         """Append `token` under the plan, and the likeliest after it, `count` or up to one whose probability is below
         `least`; returns these and their probabilities. The last of them is not appended."""
-        return self._native.draft(token, count, least, self._draft)
+        return self._pass(
+            lambda native: native.draft(token, count, least, self._draft),
+            lambda modules: likeliest(modules.draft([token])),
+        )
 
     def verify(self, tokens: Sequence[int]) -> Tensor:
-        return self._native.step(tokens, self._dense)
+        return self._pass(lambda native: native.step(tokens, self._dense), lambda modules: modules.verify(tokens))
 
     def run(self, token: int, count: int, ends: Sequence[int]) -> list[int]:
         """Append `token` densely, and the likeliest after it: `count`, or up to one of `ends`. Returns these; the last
         of them is not appended."""
-        return self._native.greedy(token, count, ends, self._dense)
+        return self._pass(
+            lambda native: native.greedy(token, count, ends, self._dense),
+            lambda modules: likeliest(modules.verify([token]), chances=False)[0],
+        )
 
     def rollback(self, length: int) -> None:
-        self._native.rollback(length)
+        (self._native if self._instead is None else self._instead).rollback(length)
+
+    def _pass(self, natively: Callable[[NativeSequence], T], by_modules: Callable[[ModulePasses], T]) -> T:
+        if self._instead is None:
+            try:
+                return natively(self._native)
+            except NotCovered:
+                self._instead = self._modules()
+        return by_modules(self._instead)
 
 
 class ModulePasses:

@@ -77,7 +77,8 @@ class _Part(Watched):
         notes, plain = vars(self).get(_NOTES), plain_class(type(self))
         if notes is None:
             return super().__reduce_ex__(protocol)
-        return copyreg.__newobj__, (plain,), notes.plain_state(cast(nn.Module, self))  # type: ignore[attr-defined]
+        made = copyreg._reconstructor, (plain, object, None)  # type: ignore[attr-defined]
+        return *made, notes.plain_state(cast(nn.Module, self))
 
 
 class _Noted(dict[str, Any]):

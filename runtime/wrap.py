@@ -34,7 +34,7 @@ from .attention import can_redirect, redirect_attention
 from .changes import Changes, Places
 from .cost import LITTLE
 from .decode import Chosen, Decoder, NativeSequence, NotCovered, is_plain_linear, refusal
-from .exact import Exact, NativePasses
+from .exact import Exact, ModulePasses, NativePasses
 from .graph import Graphs, Settled
 from .layers import LayerSkips
 from .parts import Watched
@@ -495,7 +495,8 @@ class Runtime:
             return None
         try:
             dense = draft if self.exact is None else self._dense
-            return NativePasses(NativeSequence(self.decoder, cache), draft, dense)
+            native = NativeSequence(self.decoder, cache)
+            return NativePasses(native, draft, dense, lambda: ModulePasses(self.model, cache))
         except NotCovered:
             return None
 
