@@ -25,9 +25,12 @@ from .parts import Notes, plain_class, plain_items, unwatch, watch
 _SIMPLE = (bool, int, float, str, torch.dtype, type(None))
 #: Settings that do not change what a step computes, or that the step itself looks at.
 _HARMLESS = frozenset(
-    "use_cache output_attentions output_hidden_states return_dict dtype torch_dtype name_or_path architectures "
-    "pad_token_id bos_token_id eos_token_id transformers_version".split()
-)
+    (
+        "use_cache", "output_attentions", "output_hidden_states", "return_dict", "dtype", "torch_dtype",
+        "name_or_path", "architectures", "pad_token_id", "bos_token_id", "eos_token_id", "transformers_version",
+    )
+)  # fmt: skip
+#: Those that models read at every pass.
 _READ = ("final_logit_softcapping", "num_hidden_layers", "logit_scale", "logits_scaling")
 
 

@@ -56,14 +56,18 @@ def _decode(runtime: Runtime, model: Any, cache: Any, text: Text, first: Tensor,
     last = text.append(first)
     while not text.finished:
         try:
-            last = _decode_natively(runtime, cache, text, last, arguments)
+            _decode_natively(runtime, cache, text, last, arguments)
         except NotCovered:  # the model's own pass covers it, or describes the model anew where somebody changed it
-            logits = model(input_ids=torch.tensor([[int(text.ids[0, -1])]]), past_key_values=cache, use_cache=True).logits
-            last = text.append(logits[0, -1])
+            ids = text.ids[:, -1:]
+            last = text.append(model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1])
 
 
-def _decode_natively(runtime: Runtime, cache: Any, text: Text, last: int, arguments: dict[str, Any]) -> int:
-    """Up to the end of the text, or to where a step is not covered any more; returns the last token."""
+def _decode_natively(runtime: Runtime, cache: Any, text: Text, last: int, arguments: dict[str, Any]) -> None:
+    """Up to the end of the text.
+
+    Raises:
+        NotCovered: a step is not covered, or not any more; the text has what came before.
+    """
     runtime.notice()
     chosen = runtime.chosen_for(cache)
     if isinstance(chosen, str):
@@ -83,7 +87,6 @@ def _decode_natively(runtime: Runtime, cache: Any, text: Text, last: int, argume
         at_once = max(1, min(AT_ONCE, int(longest / each)))
         text.extend(made)
         last = made[-1]
-    return last
 
 
 def _replay(runtime: Runtime, model: Any, cache: Any, text: Text, first: Tensor, arguments: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -11,17 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import greedy, plan_of, prompt, tiny
+from tiny_models import greedy, prompt, tiny
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize, prune
 from transformers import DynamicCache
 
 import coreskip
-from coreskip import CoreskipError, Plan
-from coreskip.kernels import watch
+from coreskip import Plan
 from coreskip.kernels.ops import available
-from coreskip.runtime.parts import _NOTES
 from coreskip.runtime.wrap import runtime_of
 
 pytestmark = pytest.mark.skipif(available("cpu") is not None, reason="needs the compiled kernels")
