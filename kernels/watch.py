@@ -26,16 +26,16 @@ class Watch:
     """Some tensors, and how they were when this was made.
 
     A change is found where torch counts it, where a tensor got other memory, and, for writes past the counter
-    (``p.data.mul_(2)``, fused optimizers, numpy), where one of a few numbers spread over the tensor is another. Tensors
-    without memory of their own (``meta``) are left out. Holds the tensors' memory.
+    (``p.data.mul_(2)``, fused optimizers, numpy), where the first or the last number is another. Holds the tensors'
+    memory.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        here = [t for t in tensors if t.device.type == "cpu" and t.layout is torch.strided]
+        here = [t for t in tensors if t.device.type in ("cpu", "meta") and t.layout is torch.strided]
         where = _layout() if here else None
         native = [] if where is None else here
         by_address = set(map(id, native))
-        self._asked = [t for t in tensors if t.device.type != "meta" and id(t) not in by_address]
+        self._asked = [t for t in tensors if id(t) not in by_address]
         self._before = [_ask(t) for t in self._asked]
         with torch.no_grad():
             self._held = [(t, t.detach()) for t in native]  # which share memory and counter
@@ -67,7 +67,8 @@ class Watch:
 
 
 def _ask(t: Tensor) -> tuple[int, int, torch.dtype]:
-    return (0 if t.is_inference() else t._version), t.data_ptr(), t.dtype
+    address = 0 if t.device.type == "meta" else t.data_ptr()
+    return (0 if t.is_inference() else t._version), address, t.dtype
 
 
 def _word(address: int) -> int:
@@ -121,6 +122,6 @@ def _words(where: _Layout, t: Tensor) -> tuple[list[int], list[int]]:
     places = [start + half for start in starts for half in (0, 4)]
     if not t.is_inference():
         places.append(_read(t._cdata + where.counter, 1)[0] + where.version)
-    count = t.nbytes // 4 if t.is_contiguous() else 0
+    count = t.nbytes // 4 if t.is_contiguous() and t.device.type != "meta" else 0
     chosen = {i * (count - 1) // (_SAMPLES - 1) for i in range(_SAMPLES)} if count else set()
     return places, [t.data_ptr() + 4 * i for i in sorted(chosen)]

@@ -67,6 +67,12 @@ class Replaced:
         linear = self._linears.get(cast(nn.Module, module))
         return linear is not None and linear.absent is cast(nn.Module, module)._parameters.get("weight")
 
+    @property
+    def written_to(self) -> bool:
+        """Whether somebody has written to a matrix that is not there, which does nothing."""
+        absent = (linear.absent for linear in self._linears.values())
+        return any(not weight.is_inference() and weight._version for weight in absent)
+
     def parts(self, module: nn.Module) -> list[PackedLinear] | None:
         """The packed form, where that is all there is, with the bias as it is now."""
         if module not in self:

@@ -94,6 +94,12 @@ def wrap(
             the plan itself: the plan's own text, sooner where it repeats itself or its prompt. For one sequence by
             native steps; exact mode does that anyway.
 
+    What is changed about the model afterwards acts at its next step, as on a plain one: weights written to, replaced,
+    cast or trained, modules and ``forward``s replaced, adapters, hooks, settings. Not noticed are writes past torch's
+    own counter (through ``p.data``, numpy or fused optimizers) that leave the first and the last of a tensor's numbers
+    as they were, and attributes set around ``nn.Module`` (``object.__setattr__``, ``vars(module)[...] = ...``): call
+    `unwrap` and `wrap` around these. Copies of the model's parts are plain; the model itself refuses to be copied.
+
     Raises:
         CoreskipError: wrapped already, not supported, or the plan is another model's; nothing was changed.
     """
@@ -292,6 +298,7 @@ class Runtime:
         )
         self._places = Places(model, anatomy)
         self._altered: frozenset[int] = frozenset()  # layers whose MLP is not what was wrapped
+        self._written_in_vain = False
         self._epoch = object()  # changes whenever weights do
         self._packed_in: weakref.WeakKeyDictionary[Selections, object] = weakref.WeakKeyDictionary()
         self._dense = Chosen([None] * len(anatomy), 0, plain=True)  # what exact mode verifies with
@@ -405,11 +412,18 @@ class Runtime:
         self.changes.start()
 
     def notice(self, every_setting: bool = False) -> str | None:
-        """Takes note of what others have changed about the model; and why decode steps have to run on its modules."""
+        """Takes note of what others have changed about the model; and why decode steps have to run on its modules.
+
+        Raises:
+            CoreskipError: somebody wrote to a matrix that packed ones have replaced.
+        """
         changed = self.changes.since(every_setting)
         if changed is not None:
             logger.debug("%d modules of the model were changed: they are packed and described anew", len(changed))
             self._forget(changed)
+            self._written_in_vain = self.replaced is not None and self.replaced.written_to
+        if self._written_in_vain:
+            self.refuse("write to its weights")
         return self.changes.obstacle()
 
     def _forget(self, changed: frozenset[nn.Module]) -> None:
@@ -908,6 +922,12 @@ class _Wrapped(Watched):
         result = super()._apply(fn, recurse)  # type: ignore[misc]
         runtime_of(cast(nn.Module, self)).repack()
         return result
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        runtime = runtime_of(cast(nn.Module, self))
+        if runtime.packed_alone(cast(Any, self).get_output_embeddings()) is not None:
+            runtime.refuse("resize its embeddings")
+        return super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         runtime_of(cast(nn.Module, self)).refuse("load weights")

@@ -104,6 +104,19 @@ def test_a_part_whose_weights_are_packed_alone_cannot_be_copied() -> None:
     copy.deepcopy(model.model.norm)
 
 
+def test_weights_that_are_packed_alone_cannot_be_written_to() -> None:
+    model, ids = tiny("llama"), prompt(1)
+    coreskip.wrap(model, Plan.dense(model, weights="int8"), keep_originals=False)
+    with pytest.raises(CoreskipError, match="cannot resize its embeddings"):
+        model.resize_token_embeddings(140)
+    greedy(model, ids, 4)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(2)
+    for _ in range(2):
+        with pytest.raises(CoreskipError, match="cannot write to its weights"):
+            greedy(model, ids, 4)
+
+
 # ---- hooks ----
 
 
@@ -209,6 +222,7 @@ def test_a_watch_sees_every_write(native: bool, monkeypatch: pytest.MonkeyPatch)
             (1, lambda t: t.detach()[1:2].zero_()),
             (2, lambda t: t[3].add_(1)),
             (6, lambda t: t.t().mul_(2)),
+            (4, lambda t: t.mul_(2)),
             *((index, replaced) for index in (0, 1, 2, 3, 6)),
             (1, lambda t: setattr(t, "data", t.data.half())),
             *([(0, lambda t: t.data.add_(1)), (2, lambda t: t.data.mul_(2))] if native else []),
