@@ -267,6 +267,19 @@ CORESKIP_API int coreskip_columns(const void* x, int x_dtype, int rows, int64_t 
     return kOk;
 }
 
+// Whether `count` 32-bit words still hold what was expected of them. They lie all over memory and are cold after a
+// decode step: those that come next are fetched meanwhile. Later ones may be gone where an earlier one has changed.
+CORESKIP_API int coreskip_unchanged(const int64_t* addresses, const int32_t* expected, int64_t count) {
+    constexpr int64_t kFetched = 24;
+    for (int64_t i = 0; i < count; i++) {
+        if (i + kFetched < count) __builtin_prefetch(reinterpret_cast<const void*>(addresses[i + kFetched]));
+        int32_t word;
+        memcpy(&word, reinterpret_cast<const void*>(addresses[i]), sizeof(word));
+        if (word != expected[i]) return 0;
+    }
+    return 1;
+}
+
 // Reads `bytes` of memory once, for a measure of its bandwidth. The result depends on all of it.
 CORESKIP_API uint64_t coreskip_read(const void* memory, int64_t bytes, int threads) {
     const Isa& isa = *active.load();

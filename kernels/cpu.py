@@ -100,6 +100,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.coreskip_use.argtypes = [ctypes.c_char_p]
     lib.coreskip_active.restype = ctypes.c_char_p
     lib.coreskip_read.argtypes, lib.coreskip_read.restype = [p, n, i], ctypes.c_uint64
+    lib.coreskip_unchanged.argtypes = [p, p, n]
     lib.coreskip_mlp.argtypes = [p, p]
     lib.coreskip_choose.argtypes = [p, p]
     lib.coreskip_columns.argtypes = [p, i, i, n, p, i, n, n, p, n, ctypes.c_float, p, p, i]

@@ -22,12 +22,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.pytorch_utils import Conv1D
 
 from ..kernels import cpu
 from ..kernels import step as native
 from ..kernels.ops import MAX_ROWS, PackedLinear, available
 from ..kernels.packed import DTYPES, finite
-from ..predictors.anatomy import Anatomy, FeedForward, canonical_activation
+from ..predictors.anatomy import Anatomy, FeedForward, canonical_activation, rows_of
 from .coverage import uncovered
 from .kv_cache import Entries, Rooms, known_rooms, make_rooms, take_back, twin_of
 from .selections import as_loaded, densely
@@ -47,6 +48,7 @@ class NotCovered(Exception):
 
 #: told of a linear as soon as all rows of its matrix are packed
 Packed = Callable[[nn.Module, list[PackedLinear]], None]
+Gone = Callable[[nn.Module], "list[PackedLinear] | None"]
 #: what was packed, by the matrix that it is of
 PackedBefore = dict[tuple[Any, ...], tuple[Tensor, PackedLinear]]
 
@@ -59,6 +61,7 @@ class Architecture:
         (`cpu.pack_exactly`) are read in that; 0: all where they lie.
     bundled: layers whose MLP no step reads as matrices; these stay where they lie.
     packed: called for each linear, so that who frees its matrix has no more than one layer twice.
+    gone: of a linear whose matrix exists in packed form alone, that form; None of others.
     before: what was packed in a format of its own before, and is added to; None where matrices are not to be held.
     """
 
@@ -71,8 +74,9 @@ class Architecture:
         before: PackedBefore | None = None,
         narrow: float = 0.0,
         bundled: frozenset[int] = frozenset(),
+        gone: Gone = lambda module: None,
     ) -> None:
-        self._bundled = bundled
+        self._bundled, self._gone = bundled, gone
         self._model, self._anatomy, self._weights = model, anatomy, {"int8": "int8_groups"}.get(str(weights), weights)
         self._packed, self._before, self._narrow = packed, before, narrow
         self.config = model.config.get_text_config()
@@ -80,12 +84,12 @@ class Architecture:
         self.rotation = _Rotation(anatomy.stack)
         layers = [self._layer(index, window) for index, window in enumerate(windows(model.config, len(anatomy)))]
         head = model.get_output_embeddings()
-        embedding = model.get_input_embeddings().weight.detach()
+        embedding = _table(model.get_input_embeddings())
         self.base = native.StepModel(
             embedding=embedding,
             layers=layers,
             norm=_norm(self._last_norm()),
-            head=self._keep(head, [self._pack(head.weight, head.bias, "int8_groups" if weights else None)])[0],
+            head=self._of_linear(head, [None], "int8_groups" if weights else None)[0],
             dtype=embedding.dtype,
             embedding_scale=self._embedding_scale(embedding),
             logit_scale=self._logit_scale(),
@@ -143,9 +147,20 @@ class Architecture:
         return parts
 
     def _linear(self, module: Any) -> PackedLinear:
-        if not isinstance(module, nn.Linear):
+        return self._of_linear(module, [None], self._weights)[0]
+
+    def _of_linear(self, module: Any, sizes: Sequence[int | None], fmt: str | None) -> list[PackedLinear]:
+        """A linear's matrix in parts of so many rows each; [None]: whole."""
+        if not is_plain_linear(module) or not isinstance(module, nn.Linear):
             raise NotCovered(f"a projection is a {type(module).__name__}")
-        return self._keep(module, [self._pack(module.weight, module.bias, self._weights)])[0]
+        gone = self._gone(module)
+        if gone is not None:
+            return gone
+        if len(sizes) == 1:
+            return self._keep(module, [self._pack(module.weight, module.bias, fmt)])
+        biases = [None] * len(sizes) if module.bias is None else module.bias.split(sizes)
+        split = zip(module.weight.split(sizes), biases, strict=True)
+        return self._keep(module, [self._pack(weight, bias, fmt) for weight, bias in split])
 
     def _last_norm(self) -> nn.Module:
         for name in ("norm", "final_layernorm", "final_layer_norm", "ln_f"):
@@ -181,6 +196,12 @@ class Architecture:
         )
 
     def _mlp(self, mlp: FeedForward) -> native.DenseMLP:
+        linears = [mlp.up, mlp.down] if mlp.gate_name is None else [getattr(mlp.owner, mlp.gate_name), mlp.up, mlp.down]
+        if not all(map(is_plain_linear, linears)):
+            raise NotCovered("a projection of an MLP is not a plain linear layer")
+        gone = [self._gone(linear) for linear in linears]
+        if any(gone):
+            return self._partly_gone(mlp, linears, gone)
         w = mlp.matrices()
         gate = None if w.gate is None else self._pack(w.gate, w.gate_bias, self._weights)
         up, down = self._pack(w.up, w.up_bias, self._weights), self._pack(w.down.t(), w.down_bias, self._weights)
@@ -190,6 +211,20 @@ class Architecture:
         self._keep(mlp.up, [gate, up] if gate is not None and mlp.stacked else [up])
         self._keep(mlp.down, [down])
         return native.DenseMLP(gate, up, down)
+
+    def _partly_gone(
+        self, mlp: FeedForward, linears: list[nn.Module], gone: list[list[PackedLinear] | None]
+    ) -> native.DenseMLP:
+        """An MLP some of whose matrices exist in packed form alone."""
+        parts = []
+        for linear, packed in zip(linears, gone, strict=True):
+            weight, bias = rows_of(linear)
+            if packed is None and linear is mlp.up and mlp.stacked:
+                biases = [None, None] if bias is None else bias.chunk(2)
+                pairs = zip(weight.chunk(2), biases, strict=True)
+                packed = [self._pack(rows, some, self._weights) for rows, some in pairs]
+            parts += packed or [self._pack(weight, bias, self._weights)]
+        return native.DenseMLP(*parts) if len(parts) == 3 else native.DenseMLP(None, *parts)
 
     def _dense_mlp(self, mlp: FeedForward) -> native.DenseMLP:
         """The MLP's matrices where they lie."""
@@ -224,16 +259,26 @@ class Architecture:
 
     def _fused(self, module: Any, head_dim: int) -> list[PackedLinear]:
         """One projection whose rows are those of q, then k, then v."""
-        if not isinstance(module, nn.Linear):
-            raise NotCovered(f"a projection is a {type(module).__name__}")
         heads = self.config.num_attention_heads
         kv_heads = getattr(self.config, "num_key_value_heads", heads)
         sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
-        if sum(sizes) != module.out_features:
+        if sum(sizes) != getattr(module, "out_features", None):
             raise NotCovered("a fused projection does not hold q, k and v")
-        biases = [None] * 3 if module.bias is None else module.bias.split(sizes)
-        split = zip(module.weight.split(sizes), biases, strict=True)
-        return self._keep(module, [self._pack(weight, bias, self._weights) for weight, bias in split])
+        return self._of_linear(module, sizes, self._weights)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module does no more than its matrix and bias say: not an adapter around one, nor one whose matrix is
+    computed anew for every pass."""
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward) and "weight" in module._parameters
+
+
+def _table(module: nn.Module) -> Tensor:
+    """The matrix of token embeddings."""
+    weight, own = module._parameters.get("weight"), type(module).forward.__module__.partition(".")[0]
+    if not isinstance(module, nn.Embedding) or weight is None or own not in ("torch", "transformers"):
+        raise NotCovered(f"the token embeddings are a {type(module).__name__}")
+    return weight.detach()
 
 
 def _by_columns(layer: native.StepLayer, columns: Mapping[str, native.SparseLinear]) -> native.StepLayer:
@@ -457,8 +502,9 @@ class Chosen:
 class Decoder:
     """Runs the decode steps of one wrapped model natively, where they are covered.
 
-    count: called with the tokens of a step and the neurons skipped in it. before, narrow, bundled: see `Architecture`.
-    packed: told of each linear whose matrix is packed in the plan's format, beside the original.
+    count: called with the tokens of a step and the neurons skipped in it. before, narrow, bundled, gone: see
+    `Architecture`. packed: told of each linear whose matrix is packed in the plan's format, beside the original.
+    notice: takes note of what others have changed, and says why steps have to run on the modules now.
     """
 
     def __init__(
@@ -471,18 +517,21 @@ class Decoder:
         narrow: float = 0.0,
         bundled: frozenset[int] = frozenset(),
         packed: Packed | None = None,
+        gone: Gone = lambda module: None,
+        notice: Callable[[], str | None] = lambda: None,
     ) -> None:
-        self._before, self._narrow, self._bundled, self._packed = before, narrow, bundled, packed
+        self._before, self._narrow, self._bundled, self._gone = before, narrow, bundled, gone
+        self._packed, self._notice = packed, notice
         self._model, self._anatomy, self._weights, self._count = model, anatomy, weights, count
         self._lock, self._checking = threading.Lock(), threading.Lock()
         self._depth, config = len(anatomy), getattr(anatomy.stack, "config", None)
         self._settings = {} if config is None else vars(config)
-        # the dictionaries live as long as the modules: looking into them finds hooks registered later, too
-        self._hooks = [hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.times_forgotten = 0
         self.forget()
 
     def forget(self) -> None:
         """The model's weights were moved, cast or loaded anew: describe it again before the next step."""
+        self.times_forgotten += 1
         self._loaded: Architecture | None = None  # with the weights as loaded
         self._architecture: Architecture | None = None  # with the plan's
         self._refusal: str | None = None
@@ -513,6 +562,7 @@ class Decoder:
             check_call(named, "cpu")
             if isinstance(chosen, str):
                 raise NotCovered(chosen)
+            self._check_outputs()
             if self._output is None:
                 return self._first(original, chosen, named)
             if self.checkpoints.due(int(named["past_key_values"].get_seq_length()), named["input_ids"].shape[1]):
@@ -537,6 +587,7 @@ class Decoder:
             check_call(named, "cpu")
             if isinstance(chosen, str):
                 raise NotCovered(chosen)
+            self.check_modules()
             self._first(original, chosen, named, packed)
         except NotCovered as reason:
             return str(reason)
@@ -576,7 +627,6 @@ class Decoder:
         rooms = known_rooms(cache, more, entries)
         if rooms is not None:
             return rooms
-        self.check_modules()
         found = make_rooms(cache, more, entries)
         if isinstance(found, str):
             raise _OfThisCall(found)
@@ -584,11 +634,15 @@ class Decoder:
 
     def check_modules(self) -> None:
         """Raises NotCovered where something wants to see what happens inside the model's modules."""
+        self._check_outputs()
+        reason = self._notice()
+        if reason is not None:
+            raise _OfThisCall(reason)
+
+    def _check_outputs(self) -> None:
         config = self._model.config
         if getattr(config, "output_attentions", False) or getattr(config, "output_hidden_states", False):
             raise _OfThisCall("attentions or hidden states are wanted")
-        if any(_foreign(hook) for hooks in self._hooks for hook in hooks.values()):
-            raise _OfThisCall("a module has hooks, which this step would not call")
 
     # --- the first step
 
@@ -606,7 +660,7 @@ class Decoder:
             if self.exits_early:
                 raise _OfThisCall("passes are to end before the last layer")
             try:
-                loaded = Architecture(self._model, self._anatomy)
+                loaded = Architecture(self._model, self._anatomy, gone=self._gone)
                 self._entries = Entries.of(loaded.base)
                 twin = copy.deepcopy(named["past_key_values"])
                 step = loaded.step(chosen)
@@ -716,7 +770,10 @@ class Decoder:
     def _pack(self, packed: Packed | None = None) -> Architecture:
         try:
             before = None if packed is not None else self._before
-            return Architecture(self._model, self._anatomy, self._weights, packed or self._packed, before, self._narrow)
+            packed = packed or self._packed
+            return Architecture(
+                self._model, self._anatomy, self._weights, packed, before, self._narrow, gone=self._gone
+            )
         except ValueError as reason:
             raise NotCovered(str(reason)) from None
 
@@ -724,7 +781,9 @@ class Decoder:
         """The same numbers in fewer bytes, where there are such."""
         if not self._narrow or in_place.base.dtype != torch.float32:
             return in_place
-        return Architecture(self._model, self._anatomy, before=self._before, narrow=self._narrow, bundled=self._bundled)
+        return Architecture(
+            self._model, self._anatomy, None, None, self._before, self._narrow, self._bundled, gone=self._gone
+        )
 
     def _refuse(self, reason: str) -> None:
         self._refusal = reason
@@ -826,7 +885,10 @@ class NativeSequence:
     """One sequence that nobody else touches while it decodes: steps without a look at the caller's arguments."""
 
     def __init__(self, decoder: Decoder, cache: Any) -> None:
-        self._decoder, self._cache = decoder, cache
+        decoder.check_modules()
+        if not decoder.ready:
+            raise _OfThisCall("the model was changed: it has to be described anew first")
+        self._decoder, self._cache, self._described = decoder, cache, decoder.times_forgotten
         self._rooms = decoder._admit(cache, 1)
         self._start = torch.zeros(1, dtype=torch.int64, device="cpu")
 
@@ -837,6 +899,9 @@ class NativeSequence:
 
     def _ready(self, chosen: Chosen, more: int, at_once: int) -> native.Step:
         """For `more` tokens, the first `at_once` of them in one step."""
+        self._decoder.check_modules()
+        if self._described != self._decoder.times_forgotten:
+            raise _OfThisCall("the model was changed meanwhile")
         if self._decoder.refusal is not None:
             raise NotCovered(self._decoder.refusal)
         if self._decoder.checkpoints.due(self.length, at_once):
@@ -885,11 +950,6 @@ class NativeSequence:
 def _check_finite(model: nn.Module) -> None:
     if not all(finite(m.weight.detach()) for m in model.modules() if isinstance(m, nn.Linear)):
         raise NotCovered("weights with infinities or NaNs have no form of 4 or 8 bits")
-
-
-def _foreign(hook: Any) -> bool:
-    """Whether a hook is not one of those that transformers leaves behind after collecting hidden states."""
-    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 
 class _OfThisCall(NotCovered):

@@ -90,7 +90,7 @@ class Formats:
             return [self._before[key][1]]
         try:
             packed = PackedLinear.pack(weight, bias, fmt=fmt)
-        except ValueError as reason:
+        except (TypeError, ValueError) as reason:  # numbers without such a form, or cast to a type without one
             logger.warning("a %s of %d x %d stays as it was loaded: %s", type(module).__name__, *weight.shape, reason)
             return []
         if self._before is not None:  # with the weight: while it is alive, its address is no other's

@@ -55,15 +55,21 @@ def generate(runtime: Runtime, model: Any, ids: Tensor, arguments: dict[str, Any
 
 def _decode(runtime: Runtime, model: Any, cache: Any, text: Text, first: Tensor, arguments: dict[str, Any]) -> None:
     last = text.append(first)
-    try:
-        _decode_natively(runtime, cache, text, last, arguments)
-    except NotCovered:  # from the start, or from some length on
-        while not text.finished:  # the model's own pass, which is what covers it
-            logits = model(input_ids=text.ids[:, -1:], past_key_values=cache, use_cache=True).logits
-            text.append(logits[0, -1])
+    while not text.finished:
+        try:
+            _decode_natively(runtime, cache, text, last, arguments)
+        except NotCovered:  # the model's own pass covers it, or describes the model anew where somebody changed it
+            ids = text.ids[:, -1:]
+            last = text.append(model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1])
 
 
 def _decode_natively(runtime: Runtime, cache: Any, text: Text, last: int, arguments: dict[str, Any]) -> None:
+    """Up to the end of the text.
+
+    Raises:
+        NotCovered: a step is not covered, or not any more; the text has what came before.
+    """
+    runtime.notice()
     chosen = runtime.chosen_for(cache)
     if isinstance(chosen, str):
         raise NotCovered(chosen)

@@ -17,7 +17,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +37,7 @@ _AT_ONCE = 32 << 20  # bytes of a matrix that are put together at once
 class _Linear:
     parts: list[PackedLinear]  # the rows of the matrix, in order
     weight: nn.Parameter  # as it was, without its data
+    absent: nn.Parameter  # what stands in its place
     handles: list[Any]
 
 
@@ -62,7 +63,28 @@ class Replaced:
         }
 
     def __contains__(self, module: object) -> bool:
-        return module in self._linears
+        """Whether the matrix of `module` exists in packed form alone; not so where somebody gave it another."""
+        linear = self._linears.get(cast(nn.Module, module))
+        return linear is not None and linear.absent is cast(nn.Module, module)._parameters.get("weight")
+
+    @property
+    def written_to(self) -> bool:
+        """Whether somebody has written to a matrix that is not there, which does nothing."""
+        absent = (linear.absent for linear in self._linears.values())
+        return any(not weight.is_inference() and weight._version for weight in absent)
+
+    def renewed(self, module: nn.Module) -> list[PackedLinear] | None:
+        """What has replaced the matrix of `module`, with the bias as it is now; None where nothing has."""
+        if module not in self:
+            return None
+        linear, first, parts = self._linears[module], 0, []
+        bias = cast("Tensor | None", module.bias)
+        for part in linear.parts:
+            some = None if bias is None else bias.detach()[first : first + part.out_features].float()
+            parts.append(replace(part, bias=some))
+            first += part.out_features
+        linear.parts = parts
+        return parts
 
     def __len__(self) -> int:
         return len(self._linears)
@@ -79,9 +101,9 @@ class Replaced:
         self.reversible = self.reversible and lossless
         handles = [module.register_state_dict_pre_hook(self._no_state_dict)]
         handles.append(module.register_load_state_dict_pre_hook(self._no_state_dict))
-        self._linears[module] = _Linear(parts, weight, handles)
         # whoever reads what is not there gets an error, not some numbers
-        module.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+        absent = module.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+        self._linears[module] = _Linear(parts, weight, absent, handles)
         with _unmapped(weight), torch.inference_mode(False):
             weight.data = weight.new_empty(0)
         return True
@@ -95,6 +117,8 @@ class Replaced:
         for module, linear in self._linears.items():
             for handle in linear.handles:
                 handle.remove()
+            if module not in self:
+                continue
             with torch.inference_mode(False):  # whose tensors could not be trained
                 whole = torch.empty_like(cast(Tensor, module.weight), device="cpu")
                 linear.weight.data = _restore(linear.parts, whole)

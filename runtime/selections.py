@@ -254,6 +254,10 @@ class Selections:
             self._choice = self._found(cast(Tensor, self._group_of_row), pack, whole)
         return self._choice
 
+    def forget_packed(self) -> None:
+        """The weights have changed: what was packed of them is packed anew."""
+        self._choice = None
+
     def _settle(self) -> None:
         self._choice = None
         chosen = {

@@ -6,7 +6,7 @@ through the kernels' ops; a native decode step may read the same fields instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -132,6 +132,15 @@ class Weights:
         self._mlps.clear()
         self._columns.clear()
         self.linears.clear()
+
+    def forget(self, modules: Collection[nn.Module], layers: Collection[int]) -> None:
+        """Forget what was packed of some modules, and of the MLPs of some layers: they were changed."""
+        self.acts = [canonical_activation(layer.act) for layer in self.anatomy.mlps]
+        self.linears.clear()
+        for key in [key for key in self._mlps if key[0] in layers]:
+            del self._mlps[key]
+        for module in modules:
+            self._columns.pop(module, None)
 
     def mlp(self, layer: int, fmt: str | None, smooth: Tensor | None = None) -> PackedMLP:
         """A layer's MLP, for inputs that are divided by `smooth` where it is given."""

@@ -33,13 +33,15 @@ from ..predictors.observe import down_norms, inference
 from ..predictors.plan import CoreNeurons, Dense, NeuronPolicy, Plan, Similar, Static, Threshold
 from . import assisted, loop
 from .attention import can_redirect, redirect_attention
+from .changes import Changes, Places
 from .cost import LITTLE
-from .decode import Chosen, Decoder, NativeSequence, NotCovered, refusal
+from .decode import Chosen, Decoder, NativeSequence, NotCovered, is_plain_linear, refusal
 from .delegates import check_generates, generator_of
 from .exact import Exact, NativePasses
 from .formats import Formats, check_format, product, takes_format
 from .graph import Graphs, Settled
 from .layers import LayerSkips
+from .parts import Watched
 from .release import Replaced, trim
 from .selections import (
     DENSELY,
@@ -102,6 +104,12 @@ def wrap(
             the plan itself: the plan's own text, sooner where it repeats itself or its prompt. For one sequence by
             native steps; exact mode does that anyway.
 
+    What is changed about the model afterwards acts at its next step, as on a plain one: weights written to, replaced,
+    cast or trained, modules and ``forward``s replaced, adapters, hooks, settings. Not noticed are writes past torch's
+    own counter (through ``p.data``, numpy or fused optimizers) that leave the first and the last of a tensor's numbers
+    as they were, and attributes set around ``nn.Module`` (``object.__setattr__``, ``vars(module)[...] = ...``): call
+    `unwrap` and `wrap` around these. Copies of the model's parts are plain; the model itself refuses to be copied.
+
     Raises:
         CoreskipError: wrapped already, not supported, or the plan is another model's; nothing was changed.
     """
@@ -144,7 +152,9 @@ def wrapped(model: Model, plan: Plan, weights: Weights) -> Iterator[Model]:
     """`wrap` for a while, with matrices that were packed before: for searches, which try many plans on one model."""
     anatomy, inner = weights.anatomy, generator_of(model)
     plan.check(inner, anatomy)
-    Runtime(inner, anatomy, plan, weights=weights).install()
+    runtime = Runtime(inner, anatomy, plan, weights=weights)
+    runtime.install()
+    runtime.changes.start()
     try:
         yield model
     finally:
@@ -186,24 +196,43 @@ def _check_dtypes(plan: Plan, anatomy: Anatomy) -> None:
 
 
 class Patches:
-    """Instance attributes replaced, and how they were."""
+    """Instance attributes replaced, and how they were. What somebody else puts in their place stays."""
 
     _ABSENT = object()
 
     def __init__(self) -> None:
-        self._undo: list[tuple[object, str, object]] = []
+        self._undo: list[tuple[object, str, object, object]] = []
+        self._now: dict[tuple[int, str], object] = {}
 
     def set(self, target: object, name: str, value: object) -> None:
-        self._undo.append((target, name, vars(target).get(name, self._ABSENT)))
+        self._undo.append((target, name, vars(target).get(name, self._ABSENT), value))
+        self._now[id(target), name] = value
         object.__setattr__(target, name, value)
 
+    def current(self, target: object, name: str) -> object:
+        """What was last put there; None where nothing was."""
+        return self._now.get((id(target), name))
+
     def undo(self) -> None:
-        for target, name, before in reversed(self._undo):
+        for target, name, before, value in reversed(self._undo):
+            if vars(target).get(name) is not value:
+                continue
             if before is self._ABSENT:
                 object.__delattr__(target, name)
             else:
                 object.__setattr__(target, name, before)
         self._undo.clear()
+        self._now.clear()
+
+    def undone(self, target: object, attributes: dict[str, Any]) -> dict[str, Any]:
+        """A target's `attributes` as they would be without patches."""
+        for owner, name, before, value in reversed(self._undo):
+            if owner is target and attributes.get(name) is value:
+                if before is self._ABSENT:
+                    del attributes[name]
+                else:
+                    attributes[name] = before
+        return attributes
 
 
 class Usage:
@@ -290,8 +319,27 @@ class Runtime:
         keeps = exact or keep_originals is True  # whatever is packed
         before = self._weights.linears
         self.formats = Formats(plan.weights, cast(Any, model).get_output_embeddings(), before if keeps else None)
-        tell = self.formats.take if keeps else None
-        self.decoder = Decoder(model, anatomy, plan.weights, self.usage.count, before, narrow, bundled, tell)
+        me: Runtime = weakref.proxy(self)  # who has these: a cycle would outlive `unwrap`
+        self.changes = Changes(
+            model, lambda module: me.own_forward(module), lambda module, state: me.plain_state(module, state)
+        )
+        self.decoder = Decoder(
+            model,
+            anatomy,
+            plan.weights,
+            self.usage.count,
+            before,
+            narrow,
+            bundled,
+            self.formats.take if keeps else None,
+            gone=lambda module: me.packed_alone(module),
+            notice=lambda: me.notice(),
+        )
+        self._places = Places(model, anatomy)
+        self._altered: frozenset[int] = frozenset()  # layers whose MLP is not what was wrapped
+        self._written_in_vain = False
+        self._epoch = object()  # changes whenever weights do
+        self._packed_in: weakref.WeakKeyDictionary[Selections, object] = weakref.WeakKeyDictionary()
         self._dense = Chosen([None] * len(anatomy), 0, plain=True)  # what exact mode verifies with
         self._chosen_once: Chosen | None = None
         self._chosen_by: weakref.WeakKeyDictionary[Selections, tuple[Choice, Chosen]] = weakref.WeakKeyDictionary()
@@ -354,6 +402,7 @@ class Runtime:
     def replace_originals(self) -> None:
         """Packs the weights now, where the originals may go: every prefill, the first too, shall read the same."""
         if self.replaced is None:
+            self.changes.start()
             return
         reason = refusal(self.model, self.anatomy)
         model, generator = cast(Any, self.model), torch.Generator().manual_seed(0)
@@ -367,6 +416,7 @@ class Runtime:
                 reason = self.decoder.replace(self._forward, self.chosen_for(cache), named, self._replace)
             self.usage.reset()
         trim()
+        self.changes.start()
         if reason is not None and self._demanded and self.plan.weights is not None:  # else nothing was to be packed
             logger.warning("the original weights are kept: %s", reason)
 
@@ -381,6 +431,7 @@ class Runtime:
             CoreskipError: the weights are gone; nothing was changed.
         """
         self.check_removable()
+        self.changes.stop()
         self.model.__class__ = self._class
         if self._outer is not None:
             outer, cls = self._outer
@@ -406,21 +457,69 @@ class Runtime:
 
     def repack(self) -> None:
         """Forget packed weights: the model's own were moved, cast or loaded anew."""
-        self._weights.clear()
-        self._token_mlps.clear()
-        self._static_packed.clear()
-        self._spare.clear()
-        self._linear_packed.clear()
+        self._forget(frozenset(self.model.modules()))
+        self.changes.start()
+        check_format(self.model, self.anatomy, self.plan)
+
+    def notice(self, every_setting: bool = False) -> str | None:
+        """Takes note of what others have changed about the model; and why decode steps have to run on its modules.
+
+        Raises:
+            CoreskipError: somebody wrote to a matrix that packed ones have replaced.
+        """
+        changed = self.changes.since(every_setting)
+        if changed is not None:
+            logger.debug("%d modules of the model were changed: they are packed and described anew", len(changed))
+            self._forget(changed)
+            self._written_in_vain = self.replaced is not None and self.replaced.written_to
+        if self._written_in_vain:
+            self.refuse("write to its weights")
+        return self.changes.obstacle()
+
+    def _forget(self, changed: frozenset[nn.Module]) -> None:
+        layers = self._places.layers_of(changed)
+        gone = {i for i in layers if any(m in (self.replaced or ()) for m in self.anatomy.mlps[i].owner.modules())}
+        self._altered = self._places.altered() | (self._altered & gone) | (gone & self._packing_layers)
+        for drop in (self._token_mlps, self._static_packed, self._spare):
+            for index in layers:
+                cast(dict[int, Any], drop).pop(index, None)
+        self._weights.forget(changed, layers)
         self.formats.clear()
-        self._chosen_once = None
+        for module in changed:
+            self._linear_packed.pop(module, None)
+            self.packed_alone(module)  # a bias may be another
+        self._chosen_once, self._epoch = None, object()
         self._chosen_by.clear()
         self.decoder.forget()
         self.graphs.forget()
-        self._watched = self._watches()
+        if self._watched and not self._altered:
+            self._watched = self._watches()
         for drafter in (self.exact, self.lookup):
             if drafter is not None:
                 drafter.forget()
-        check_format(self.model, self.anatomy, self.plan)
+
+    @property
+    def _packing_layers(self) -> frozenset[int]:
+        """Layers whose MLP is packed apart from what a dense step reads."""
+        return frozenset({*self._chosen, *self._static, *self._token_policies})
+
+    def own_forward(self, module: nn.Module) -> Any:
+        """The `forward` among a module's own attributes that wrapping put there."""
+        return self._patches.current(module, "forward")
+
+    def packed_alone(self, module: nn.Module) -> list[PackedLinear] | None:
+        """A linear's packed form where its matrix is gone; None where that is there."""
+        return None if self.replaced is None else self.replaced.renewed(module)
+
+    def plain_state(self, module: nn.Module, attributes: dict[str, Any]) -> dict[str, Any]:
+        """A part's `attributes` without patches.
+
+        Raises:
+            CoreskipError: packed weights have replaced its own.
+        """
+        if any(part in (self.replaced or ()) for part in module.modules()):
+            self.refuse("copy or pickle a part of the model")
+        return self._patches.undone(module, attributes)
 
     def packed_bytes(self) -> tuple[int, int] | None:
         """Bytes of all matrices that a native decode step reads, and of the MLPs' share of them; None where steps are
@@ -436,6 +535,7 @@ class Runtime:
         def forward(*args: Any, **kwargs: Any) -> Any:
             named = {**signature.bind_partial(*args).arguments, **kwargs} if args else kwargs
             cache = named.get("past_key_values")
+            reason = self.notice(every_setting=not isinstance(cache, Cache) or int(cache.get_seq_length()) == 0)
             if self.model.training or torch.compiler.is_compiling() or current_prompt() is not None:
                 return original(*args, **kwargs)
             if not isinstance(cache, Cache) or int(cache.get_seq_length()) == 0:
@@ -444,9 +544,9 @@ class Runtime:
             output = None
             if self.graphs.capture is not None:  # a GPU's captured steps are what native ones are to a CPU
                 # verification's tokens are the dense model's own to the last bit: so are its steps
-                output = None if verifying else self.graphs.forward(original, named)
+                output = None if verifying or reason is not None else self.graphs.forward(original, named)
             elif self.decoder.refusal is None:
-                chosen = self._dense if verifying else self.chosen_for(cache)
+                chosen = reason or (self._dense if verifying else self.chosen_for(cache))
                 output = self.decoder.forward(original, chosen, named)
             return original(*args, **kwargs) if output is None else output
 
@@ -455,6 +555,7 @@ class Runtime:
     def native_passes(self, cache: Cache) -> NativePasses | None:
         """Passes over one sequence's cache by native steps, where they cover model and plan: in exact mode the plan
         drafts and the dense model verifies, else the plan does both."""
+        self.notice()
         draft = self.chosen_for(cache)
         if not self.decoder.ready or isinstance(draft, str):
             return None
@@ -469,6 +570,8 @@ class Runtime:
         selections = selections_of(cache, self)
         if self._modules_only is not None:
             return self._modules_only
+        if not self._places.hold() or self._altered & self._packing_layers:
+            return "parts of the model were replaced by others"
         if not (self._chosen or self._skips.adaptive) or selections is None:
             if self._chosen_once is None:
                 self._chosen_once = self._described(Choice({}, {}), None)
@@ -494,6 +597,9 @@ class Runtime:
         return self._skips.skipped(selections), tensors
 
     def _choice(self, selections: Selections) -> Choice:
+        if self._packed_in.setdefault(selections, self._epoch) is not self._epoch:
+            selections.forget_packed()
+            self._packed_in[selections] = self._epoch
         return selections.choice(self._pack_chosen, lambda layer: self._weights.mlp(layer, self._bundle_format))
 
     @property
@@ -528,6 +634,7 @@ class Runtime:
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            self.notice()
             if self.model.training:
                 step = None
             else:
@@ -575,10 +682,10 @@ class Runtime:
         @functools.wraps(original)
         def forward(input: Tensor) -> Tensor:
             # the head runs after the stack's pass is over; in prefill it sees as few rows as in decode
-            phase = LAST.get() if is_head else _phase()
+            phase, plain = LAST.get() if is_head else _phase(), is_plain_linear(module)
             wanted = not self.model.training if is_head else phase not in (None, Phase.PREFILL)
-            few = input.numel() <= most and not _computes_otherwise(input) and wanted
-            in_format = formats is not None and formats.apply(phase)
+            few = input.numel() <= most and not _computes_otherwise(input) and wanted and plain
+            in_format = formats is not None and plain and formats.apply(phase)
             if replaced is not None and module in replaced:
                 return product(input, replaced.parts(module)) if in_format else replaced.run(module, input, few)
             parts = self.formats.parts(module) if in_format else None
@@ -606,7 +713,8 @@ class Runtime:
         @functools.wraps(original)
         def forward(input: Tensor) -> Tensor:
             step = STEP.get()
-            if step is None or step.phase is not Phase.DECODE or torch.is_grad_enabled():
+            plain = is_plain_linear(module)
+            if step is None or step.phase is not Phase.DECODE or torch.is_grad_enabled() or not plain:
                 return cast(Tensor, original(input))
             sparse = SparseColumns(self._weights.columns(module), least, policy.rule == "wina")
             rows = input.numel() // inputs
@@ -710,6 +818,8 @@ class Runtime:
 
     def _decode(self, index: int, step: Step, x: Tensor) -> Tensor | None:
         """The sparse MLP's output for x ``[rows, length, hidden]`` or flattened; None: run dense."""
+        if index in self._altered:
+            return None
         if index in self._token_policies:
             return self._decode_by_token(index, step, x)
         lists = None
@@ -859,7 +969,7 @@ class _Outer:
         raise CoreskipError("a wrapped model cannot be pickled: call coreskip.unwrap(model) first")
 
 
-class _Wrapped(_Outer):
+class _Wrapped(_Outer, Watched):
     """What a wrapped model does itself: mark ``generate``'s prefill, draft, decode natively."""
 
     def _prefill(
@@ -925,6 +1035,12 @@ class _Wrapped(_Outer):
         result = super()._apply(fn, recurse)  # type: ignore[misc]
         runtime_of(cast(nn.Module, self)).repack()
         return result
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        runtime = runtime_of(cast(nn.Module, self))
+        if runtime.packed_alone(cast(Any, self).get_output_embeddings()) is not None:
+            runtime.refuse("resize its embeddings")
+        return super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
 
 
 @functools.cache
