@@ -506,12 +506,17 @@ class Runtime:
         if available("cpu") is not None:
             return False
         inner = [module for layer in self.anatomy.layers for module in layer.modules() if _has_matrix(module)]
-        patched = [self._patch_linear(module, lambda: _decoding(STEP.get())) for module in inner]
-        # the head runs after the stack's pass is over; in prefill it sees as few rows as in decode
+        patched = [self._patch_linear(module, lambda _: _decoding(STEP.get())) for module in inner]
         head = cast(Any, self.model).get_output_embeddings()
-        return self._patch_linear(head, lambda: not self.model.training) and all(patched)
 
-    def _patch_linear(self, module: nn.Module, wanted: Callable[[], bool]) -> bool:
+        def last_tokens(x: Tensor) -> bool:
+            # the head runs after the stack's pass is over; in prefill it sees as few rows as in decode
+            few = x.numel() <= MAX_ROWS * x.shape[-1] or x.shape[-2] == 1
+            return few and not self.model.training
+
+        return self._patch_linear(head, last_tokens) and all(patched)
+
+    def _patch_linear(self, module: nn.Module, wanted: Callable[[Tensor], bool]) -> bool:
         """Few rows go to the decode kernel, which reads the module's own weight in place; others to the module, or to
         what has replaced its weight."""
         replaced, shareable = self.replaced, isinstance(module, nn.Linear) and _shareable(module.weight)
@@ -523,10 +528,10 @@ class Runtime:
 
         @functools.wraps(original)
         def forward(input: Tensor) -> Tensor:
-            few = input.numel() <= most and not torch.is_grad_enabled() and wanted()
+            few = not torch.is_grad_enabled() and wanted(input)
             if replaced is not None and module in replaced:
                 return replaced.run(module, input, few)
-            if not (few and shareable):
+            if not (few and shareable and input.numel() <= most):
                 return original(input)
             packed = self._linear_packed.get(module)
             if packed is None:
