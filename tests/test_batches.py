@@ -1,9 +1,8 @@
-"""Batches of more rows than one native call takes: the tokens of each row alone, by native steps, in every kind of plan."""
+"""Batches of more rows than one native call takes: the tokens of each row alone, in every kind of plan."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -176,11 +175,10 @@ def test_what_is_not_native_unpacks_nothing(case: str, rows: int, unpacked: list
 
 
 @pytest.fixture
-def bfloat16_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def bfloat16_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU that multiplies bfloat16 fast, and matrices of any size that are worth it."""
     monkeypatch.setattr(cpu, "has_bfloat16_tiles", lambda: True)
     monkeypatch.setattr(release, "_WORTH_CASTING", 1)
-    yield
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_bias", "phi3"])
