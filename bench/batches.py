@@ -187,7 +187,7 @@ class _Clock(StoppingCriteria):
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Any:
         self.times.append(time.perf_counter())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
