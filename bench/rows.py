@@ -296,6 +296,39 @@ def kernel_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", origin])
 
 
+def batch_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of `coreskip.bench.batches` as Markdown tables: how many times as fast as the unwrapped model each batch
+    decodes, what the native step does not cover, and prompts."""
+    tables = []
+    for kind, heading, column in (
+        ("batch", "plan", lambda row: f"{row['rows']} row{'s' * (row['rows'] > 1)}"),
+        ("fallback", "dense plan with", lambda row: f"{row['rows']} row{'s' * (row['rows'] > 1)}"),
+        ("prefill", "", lambda row: f"prompt of {row['prompt_tokens']}"),
+    ):
+        lines: dict[tuple[str, str], dict[str, str]] = {}
+        for row in rows:
+            if row["kind"] != kind:
+                continue
+            kept = "" if row["keep"] == 1 else f" {row['keep']:.2f}"
+            name = row.get("case", "") if kind == "fallback" else "" if kind == "prefill" else row["plan"] + kept
+            speed = (
+                f" ({row['tok_s']['coreskip']:.0f} tok/s)" if kind == "batch" else f" ({row['ms']['coreskip']:.0f} ms)"
+            )
+            lines.setdefault((row["format"], name), {})[column(row)] = f"{row['times']:.2f}{speed}"
+        if lines:
+            columns = list(dict.fromkeys(name for cells in lines.values() for name in cells))
+            table = [["weights", heading, *columns], ["---"] * (2 + len(columns))]
+            table += [[*key, *(cells.get(name, "") for name in columns)] for key, cells in lines.items()]
+            tables.append("\n".join("| " + " | ".join(line) + " |" for line in table))
+    first = rows[0]
+    origin = (
+        f"{first['model']} on {first['device']}, {first['threads']} threads; times as fast as the unwrapped model in "
+        f"{' or '.join(name for name in first['ms'] if name != 'coreskip')}; {first['time'][:10]}, "
+        f"commit {first['commit'] or 'unknown'}: `{first['command']}`"
+    )
+    return "\n\n".join([*tables, origin])
+
+
 def _increase(row: dict[str, Any]) -> str:
     digits = 2 if abs(row["ppl_increase"]) < 0.1 else 0
     return f"{100 * row['ppl_increase']:+.{digits}f} ± {100 * row['ppl_increase_stderr']:.{digits}f} %"
@@ -339,6 +372,8 @@ def _table_of(folder: Path, names: str) -> str:
         lines = [json.loads(line) for path in paths for line in read_text(path, "the rows").splitlines()]
     except ValueError as error:
         raise CoreskipError(f"cannot read the rows of the table {names}: {error}") from None
+    if lines and "times" in lines[0]:
+        return batch_table(lines)
     if lines and "kl" in lines[0]:
         return quality_table(lines)
     return kernel_table(lines) if lines and "us_per_layer_p50" in lines[0] else markdown_table(read(paths))

@@ -33,6 +33,7 @@ from .coverage import uncovered
 from .kv_cache import Entries, Rooms, known_rooms, make_rooms, take_back, twin_of
 from .selections import as_loaded, densely
 from .selfcheck import FEW, KEYS, Checkpoints, agree, far_positions, made_up
+from .width import MOST_TOKENS, most_tokens
 
 logger = logging.getLogger("coreskip")
 
@@ -559,7 +560,7 @@ class Decoder:
         original: the model's own forward; named: its arguments; chosen: a text says why the native step cannot.
         """
         try:
-            check_call(named, "cpu")
+            check_call(named, "cpu", self._most_tokens(chosen))
             if isinstance(chosen, str):
                 raise NotCovered(chosen)
             self._check_outputs()
@@ -603,6 +604,14 @@ class Decoder:
         if self._architecture is None:
             return None
         return self._architecture.nbytes()
+
+    def _most_tokens(self, chosen: Chosen | str) -> int:
+        """How many tokens a step may have here and not on the modules."""
+        if isinstance(chosen, str) or chosen.plain:
+            return MAX_ROWS
+        if self._architecture is None:
+            return MOST_TOKENS if self._weights is not None else MAX_ROWS
+        return most_tokens(self._architecture.base)
 
     def _of(self, chosen: Chosen) -> Architecture:
         return cast(Architecture, self._loaded if chosen.plain else self._architecture)
@@ -831,9 +840,9 @@ class Decoder:
             step.rotate_by(architecture.rotation.tables())
 
 
-def check_call(named: dict[str, Any], device: str) -> None:
+def check_call(named: dict[str, Any], device: str, most: int = MAX_ROWS) -> None:
     """Raises NotCovered unless a decode step on a type of device can give all that a call of the model's forward with
-    these arguments asks for."""
+    these arguments asks for, `most` tokens at most."""
     for name, value in named.items():
         if name not in _HONOURED and name not in _HARMLESS and value is not None and value is not False:
             raise NotCovered(f"{name} was given")
@@ -842,8 +851,8 @@ def check_call(named: dict[str, Any], device: str) -> None:
     ids, keep = named.get("input_ids"), named.get("logits_to_keep", 0)
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype != torch.int64 or ids.device.type != device:
         raise NotCovered(f"input_ids is not int64 [rows, length] on the {device.upper()}")
-    if not 1 <= ids.numel() <= MAX_ROWS:
-        raise NotCovered(f"the step has {ids.numel()} tokens, not 1 to {MAX_ROWS}")
+    if not 1 <= ids.numel() <= most:
+        raise NotCovered(f"the step has {ids.numel()} tokens, not 1 to {most}")
     if not isinstance(keep, int) or keep > ids.shape[1]:
         raise NotCovered("logits_to_keep is not a number of last tokens")
     positions = named.get("position_ids")

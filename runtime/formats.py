@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..kernels.ops import MAX_ROWS, PackedLinear, available, linear
+from ..kernels.ops import PackedLinear, available
 from ..kernels.packed import DTYPES
 from ..predictors.anatomy import Anatomy, rows_of
 from ..predictors.errors import CoreskipError
@@ -96,17 +96,3 @@ class Formats:
         if self._before is not None:  # with the weight: while it is alive, its address is no other's
             self._before[key] = weight, packed
         return [packed]
-
-
-def product(x: Tensor, parts: list[PackedLinear]) -> Tensor:
-    """x ``[..., inputs]`` times the matrix whose rows are those of `parts`; each row as a native step has it."""
-    inputs = x.shape[-1]
-    if x.numel() <= MAX_ROWS * inputs:
-        return _joined(x, parts)
-    y = torch.cat([_joined(rows, parts) for rows in x.reshape(-1, inputs).split(MAX_ROWS)])
-    return y.view(*x.shape[:-1], -1)
-
-
-def _joined(x: Tensor, parts: list[PackedLinear]) -> Tensor:
-    y = [linear(x, part) for part in parts]
-    return y[0] if len(y) == 1 else torch.cat(y, -1)

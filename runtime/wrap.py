@@ -38,7 +38,7 @@ from .cost import LITTLE
 from .decode import Chosen, Decoder, NativeSequence, NotCovered, is_plain_linear, refusal
 from .delegates import check_generates, generator_of
 from .exact import Exact, NativePasses
-from .formats import Formats, check_format, product, takes_format
+from .formats import Formats, check_format, takes_format
 from .graph import Graphs, Settled
 from .layers import LayerSkips
 from .parts import Watched
@@ -68,6 +68,7 @@ from .sparse_mlp import (
     column_linears,
     native_rule,
 )
+from .width import product
 
 logger = logging.getLogger("coreskip")
 
@@ -681,17 +682,21 @@ class Runtime:
 
         @functools.wraps(original)
         def forward(input: Tensor) -> Tensor:
-            # the head runs after the stack's pass is over; in prefill it sees as few rows as in decode
+            # the head runs after the stack's pass is over
             phase, plain = LAST.get() if is_head else _phase(), is_plain_linear(module)
             wanted = not self.model.training if is_head else phase not in (None, Phase.PREFILL)
-            few = input.numel() <= most and not _computes_otherwise(input) and wanted and plain
+            wanted = wanted and plain and not _computes_otherwise(input)
+            few = input.numel() <= most
             in_format = formats is not None and plain and formats.apply(phase)
             if replaced is not None and module in replaced:
-                return product(input, replaced.parts(module)) if in_format else replaced.run(module, input, few)
-            parts = self.formats.parts(module) if in_format else None
+                # in prefill, too, the head sees one token of each sequence
+                each = not is_head or few or input.shape[-2] == 1
+                parts = replaced.parts(module)
+                return product(input, parts) if in_format else replaced.run(module, input, wanted and each)
+            parts = self.formats.parts(module) if in_format else []
             if parts:
                 return product(input, parts)
-            if not (few and shareable):
+            if not (few and wanted and shareable):
                 return cast(Tensor, original(input))
             packed = self._linear_packed.get(module)
             if packed is None:

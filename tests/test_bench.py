@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from tiny_models import greedy, prompt, tiny
 
-from coreskip.bench import endurance, quality_plot, throughput
+from coreskip.bench import batches, endurance, quality_plot, throughput
 from coreskip.bench.exact import against_hf
 from coreskip.bench.processes import MACHINE, Local, RunnerFailed, Worker
 from coreskip.bench.quality import write_rows
@@ -290,6 +290,40 @@ def test_endurance_measures_both(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert single["same_tokens"] == 5
     assert single["speedup"] == pytest.approx(single["hf_ms_per_token"] / single["dense_ms_per_token"], rel=0.5)
     assert str(tmp_path) not in single["command"]
+
+
+def test_batches_are_measured_against_the_unwrapped_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, embedded: tuple[Any, Any]
+) -> None:
+    def load_tiny(dtype: str, **options: Any) -> tuple[Any, Any]:
+        return tiny("llama", vocab_size=len(embedded[1])).to(getattr(torch, dtype)), embedded[1]
+
+    monkeypatch.setattr(batches, "load", load_tiny)
+    output = tmp_path / "batches.jsonl"
+    asked = ["--batches", "1,9", "--formats", "loaded,int4", "--fallbacks", "2", "--prefill", "20", "--rounds", "1"]
+    words = ["--rows", str(output), *asked, "--dtypes", "float32,bfloat16", "--tokens", "4"]
+    assert CliRunner().invoke(batches.main, words, catch_exceptions=False).exit_code == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    found = [(row["format"], row["plan"], row["rows"]) for row in rows if row["kind"] == "batch"]
+    plans = ("dense", "static", "core", "sketch")
+    assert found == [(fmt, plan, count) for fmt in ("loaded", "int4") for plan in plans for count in (1, 9)]
+    assert {row["alone"] for row in rows if row["kind"] == "batch"} == {1.0}
+    assert [row["case"] for row in rows if row["kind"] == "fallback"] == [*batches.FALLBACKS] * 2
+    assert [row["prompt_tokens"] for row in rows if row["kind"] == "prefill"] == [20, 20]
+    for row in rows:
+        best = min(row["ms"]["float32"], row["ms"]["bfloat16"])
+        assert row["times"] == pytest.approx(best / row["ms"]["coreskip"], rel=0.01)
+    assert str(tmp_path) not in rows[0]["command"]
+    table = fill_tables("<!-- table: batches --><!-- end table -->", tmp_path)
+    assert "| int4 | sketch 0.50 |" in table
+    assert "--batches 1,9" in table
+
+
+@pytest.mark.parametrize("words", [["--formats", "int3"], ["--batches", "0"], ["--prefill", "many"]])
+def test_batches_refuse_what_they_do_not_know(words: list[str]) -> None:
+    result = CliRunner().invoke(batches.main, ["--rows", "no.jsonl", *words])
+    assert result.exit_code == 2
+    assert "is not a list of" in result.output
 
 
 def test_agreement_with_hugging_face_is_counted_by_token() -> None:
