@@ -999,12 +999,12 @@ static int64_t places(const uint32_t* keys, int64_t n, uint32_t last, int64_t eq
 static int64_t choose(const float* score, int64_t neurons, int64_t keep, float threshold, uint32_t* keys, int64_t* to,
                       int64_t width) {
     if (keep == 0) return 0;
+    if (keep < 0) {  // scores and threshold of either sign: what learned predictors say before the sigmoid
+        for (int64_t i = 0; i < neurons; i++) keys[i] = !(score[i] < threshold);  // true of a NaN, too
+        return places(keys, neurons, 0, 0, to, width);
+    }
     order(score, neurons, keys);
     uint32_t last = 0;
-    if (keep < 0) {
-        if (threshold > 0) memcpy(&last, &threshold, sizeof last);
-        return places(keys, neurons, last, neurons, to, width);
-    }
     if (keep < neurons) last = least_of(keep, keys, neurons);
     return places(keys, neurons, last, keep - count_from(last + 1, keys, neurons), to, width);
 }

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..kernels import cpu, ops
+from ..kernels import cpu
 from ..kernels.packed import PackedLinear, allocate
 from ..predictors.errors import CoreskipError
 from .width import joined, most_rows, product
