@@ -38,33 +38,33 @@ FALLBACKS: dict[str, dict[str, Any]] = {
 }
 
 
-class _List(click.ParamType):
-    """Values joined by commas, none of them in an empty text."""
+def _list(kind: Callable[[str], Any], allowed: Sequence[Any] | None = None) -> Callable[..., list[Any]]:
+    """A callback for values joined by commas, none of them in an empty text."""
 
-    name = "list"
-
-    def __init__(self, kind: Callable[[str], Any], allowed: Sequence[Any] | None = None) -> None:
-        self._kind, self._allowed = kind, allowed
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    def convert(context: click.Context, option: click.Parameter, value: str | None) -> list[Any]:
         try:
-            found = [self._kind(part) for part in value.split(",") if part]
+            found = [kind(part) for part in (value or "").split(",") if part]
         except ValueError:
-            self.fail(f"{value!r} is not a list of numbers", param, ctx)
-        wrong = [each for each in found if self._allowed is not None and each not in self._allowed]
+            raise click.BadParameter(f"{value!r} is not a list of numbers") from None
+        wrong = [each for each in found if allowed is not None and each not in allowed]
         if wrong or any(isinstance(each, int) and each < 1 for each in found):
-            self.fail(f"{value!r} is not a list of {self._allowed or 'positive numbers'}", param, ctx)
+            of = "positive numbers" if allowed is None else ", ".join(allowed)
+            raise click.BadParameter(f"{value!r} is not a list of {of}")
         return found
+
+    return convert
 
 
 @click.command()
 @click.option("--rows", "output", required=True, type=click.Path(path_type=Path), help="JSONL file to write.")
-@click.option("--batches", default="1,4,8,9,12,16,32,64", type=_List(int), show_default=True)
-@click.option("--formats", default="loaded,int8,int4", type=_List(str, ("loaded", "int8", "int4")), show_default=True)
-@click.option("--plans", default=",".join(PLANS), type=_List(str, PLANS), show_default=True)
-@click.option("--fallbacks", default="1,16", type=_List(int), show_default=True, help="Batches of the dense plan.")
-@click.option("--prefill", default="64,512,2048", type=_List(int), show_default=True, help="Tokens of prompts.")
-@click.option("--dtypes", type=_List(str, ("float32", "bfloat16")), help="Of the unwrapped model; by the CPU.")
+@click.option("--batches", default="1,4,8,9,12,16,32,64", callback=_list(int), show_default=True)
+@click.option(
+    "--formats", default="loaded,int8,int4", callback=_list(str, ("loaded", "int8", "int4")), show_default=True
+)
+@click.option("--plans", default=",".join(PLANS), callback=_list(str, PLANS), show_default=True)
+@click.option("--fallbacks", default="1,16", callback=_list(int), show_default=True, help="Batches of the dense plan.")
+@click.option("--prefill", default="64,512,2048", callback=_list(int), show_default=True, help="Tokens of prompts.")
+@click.option("--dtypes", callback=_list(str, ("float32", "bfloat16")), help="Of the unwrapped model; by the CPU.")
 @click.option("--prompt", default=16, type=click.IntRange(1), show_default=True, help="Tokens of a batch's prompts.")
 @click.option("--tokens", default=9, type=click.IntRange(2), show_default=True, help="Generated after each.")
 @click.option("--rounds", default=3, type=click.IntRange(1), show_default=True, help="Of all models in turn.")

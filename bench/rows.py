@@ -296,14 +296,22 @@ def kernel_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", origin])
 
 
+def _of_rows(row: dict[str, Any]) -> str:
+    return f"{row['rows']} row{'s' * (row['rows'] > 1)}"
+
+
+def _of_prompt(row: dict[str, Any]) -> str:
+    return f"prompt of {row['prompt_tokens']}"
+
+
 def batch_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of `coreskip.bench.batches` as Markdown tables: how many times as fast as the unwrapped model each batch
     decodes, what the native step does not cover, and prompts."""
     tables = []
     for kind, heading, column in (
-        ("batch", "plan", lambda row: f"{row['rows']} row{'s' * (row['rows'] > 1)}"),
-        ("fallback", "dense plan with", lambda row: f"{row['rows']} row{'s' * (row['rows'] > 1)}"),
-        ("prefill", "", lambda row: f"prompt of {row['prompt_tokens']}"),
+        ("batch", "plan", _of_rows),
+        ("fallback", "dense plan with", _of_rows),
+        ("prefill", "", _of_prompt),
     ):
         lines: dict[tuple[str, str], dict[str, str]] = {}
         for row in rows:
