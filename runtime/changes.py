@@ -88,9 +88,14 @@ class Changes:
             self._started = True
 
     def stop(self) -> None:
-        for module in self._modules:
-            unwatch(module)
-        self._modules, self._started = {}, False
+        """The model goes back to its owner."""
+        with self._lock:
+            for module in self._modules:
+                unwatch(module)
+            self._modules, self._started = {}, False
+
+    def _runs(self) -> bool:
+        return self._started
 
     def since(self, every_setting: bool) -> frozenset[nn.Module] | None:
         """The modules that are not as they were when this was last asked, those included that are new or gone; none
@@ -101,7 +106,7 @@ class Changes:
         if not self._started or not (self._notes.changed or self._watch.changed() or self._set_anew(every_setting)):
             return None
         with self._lock:
-            if not self._started:
+            if not self._runs():  # another thread has unwrapped the model meanwhile
                 return None
             before, settings, written = self._modules, self._set, set(map(id, self._watch.which()))
             self._settle()

@@ -76,7 +76,7 @@ class Room:
             return None
         if given.untyped_storage().data_ptr() != mine.untyped_storage().data_ptr():
             return None
-        start, rest = divmod(given.storage_offset() - mine.storage_offset(), mine.stride(2))
+        start, rest = divmod(int(given.storage_offset()) - int(mine.storage_offset()), int(mine.stride(2)))
         return None if rest or start < 0 else (start, start + int(given.shape[2]))
 
     def is_ours(self) -> bool:
@@ -212,7 +212,7 @@ def _others(layer: Any) -> dict[str, Any]:
 def _plain(layer: Any, apart: bool = False) -> Any:
     """A layer of the plain class with the same keys and values. apart: in memory of their own, not in that of a room,
     all of whose capacity would be copied or written with them."""
-    twin = object.__new__(plain_class(type(layer)))
+    twin: Any = object.__new__(plain_class(type(layer)))
     keys, values = layer.keys, layer.values
     if apart and layer._room is not None:
         keys, values = (t.detach().clone().requires_grad_(t.requires_grad) for t in (keys, values))

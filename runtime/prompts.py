@@ -190,11 +190,12 @@ def check_length(model: Any, most: int | None, tokens: int, options: dict[str, A
 def _new_tokens(model: Any, tokens: int, options: dict[str, Any]) -> int:
     """How many are generated at most; 1 where that is left open."""
     config = options.get("generation_config") or model.generation_config
-    for source in (options.get, lambda name: getattr(config, name, None)):
-        if source("max_new_tokens") is not None:
-            return int(source("max_new_tokens"))
-        if source("max_length") is not None:
-            return max(1, int(source("max_length")) - tokens)
+    for source in (options, vars(config)):
+        new, length = source.get("max_new_tokens"), source.get("max_length")
+        if new is not None:
+            return int(new)
+        if length is not None:
+            return max(1, int(length) - tokens)
     return 1
 
 
@@ -209,7 +210,7 @@ def learned_positions(model: Any) -> int | None:
         if isinstance(module, nn.Embedding) and ("pos" in called or called == "wpe"):
             extra = module.num_embeddings - most  # OPT's begins with two for padding
             return most if 0 <= extra <= 2 else None
-        table = getattr(module, "embed_positions", None)  # GPT-J and CodeGen look up rotary angles
+        table: Any = getattr(module, "embed_positions", None)  # GPT-J and CodeGen look up rotary angles
         if not isinstance(table, nn.Module) and getattr(table, "ndim", 0) == 2 and len(table) == most:
             return most
     return None
