@@ -32,13 +32,15 @@ tables: setup
 	$(BIN)/coreskip bench tables README.md bench/rows
 	$(BIN)/python -m coreskip.bench.quality_plot bench/rows/core_neurons.jsonl bench/rows/token_choice.jsonl -o bench/quality.svg
 
+# In two processes of one thread each: threads of both on two cores would wait for one another.
+JOBS ?= 2
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 # The tests as other CPUs would run them: torch, oneDNN and the kernels turned down to less than this machine has, in
 # every combination. ARGS adds options, for example ARGS='--times 3'.
 test-isas: setup
-	$(BIN)/python tests/isas.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/isas.py -n $(JOBS) $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -8,9 +8,10 @@ step `Changes` is asked; what it answers costs little as long as nothing has cha
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,7 @@ class Changes:
         self._notes = Notes(lambda module: plain(module, dict(plain_items(module))))
         self._lock = threading.Lock()
         self._obstacle: str | None = None
+        self._restless: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._started = False
         self._modules: dict[nn.Module, _Module] = {}
         self._configs: list[Any] = []
@@ -117,6 +119,20 @@ class Changes:
                 unwatch(module)
             return frozenset(changed) if changed or settings != self._set else None
 
+    def absorb(self) -> frozenset[nn.Module] | None:
+        """What has changed since `since` was asked, right after a pass of the model's own modules, but for what the
+        pass itself does: rotary embeddings that grow with the text write to themselves at every pass. Modules without
+        parameters that do are not looked at any more.
+        """
+        changed = self.since(every_setting=False)
+        own = {module for module in changed or () if next(module.parameters(), None) is None}
+        if not own:
+            return changed
+        with self._lock:
+            self._restless |= own
+            self._settle()
+        return frozenset(cast(frozenset[nn.Module], changed) - own)
+
     def obstacle(self) -> str | None:
         """Why decode steps have to run on the model's modules: hooks, or a `forward` of somebody else's."""
         if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
@@ -127,9 +143,11 @@ class Changes:
 
     def _settle(self) -> None:
         self._notes.changed = False
-        modules = list(self._model.modules())
+        modules = [module for module in self._model.modules() if module not in self._restless]
         for module in modules:
             watch(module, self._notes)
+        for module in self._restless:
+            unwatch(module)
         self._modules = {module: self._state(module) for module in modules}
         tensors = {id(t): t for module in modules for t in _tensors(module)}
         self._watch = Watch(list(tensors.values()))

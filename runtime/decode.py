@@ -271,7 +271,9 @@ class Architecture:
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module does no more than its matrix and bias say: not an adapter around one, nor one whose matrix is
     computed anew for every pass."""
-    return type(module).forward in (nn.Linear.forward, Conv1D.forward) and "weight" in module._parameters
+    forward = type(module).forward
+    plain = forward in (nn.Linear.forward, Conv1D.forward) or forward.__qualname__ == "FalconLinear.forward"
+    return plain and "weight" in module._parameters
 
 
 def _table(module: nn.Module) -> Tensor:
@@ -671,7 +673,7 @@ class Decoder:
             try:
                 loaded = Architecture(self._model, self._anatomy, gone=self._gone)
                 self._entries = Entries.of(loaded.base)
-                twin = copy.deepcopy(named["past_key_values"])
+                twin = twin_of(named["past_key_values"])
                 step = loaded.step(chosen)
                 plain = chosen.by_rule and loaded.base.dtype != torch.float32
                 judged = self._without_plan(named, loaded) if plain else None
@@ -774,7 +776,7 @@ class Decoder:
     def _without_plan(self, named: dict[str, Any], loaded: Architecture) -> Tensor:
         """Logits of a native step that leaves nothing out, on a copy of the cache."""
         step = loaded.step(self._nothing_chosen())
-        return self._run(step, {**named, "past_key_values": copy.deepcopy(named["past_key_values"])}, loaded)[0]
+        return self._run(step, {**named, "past_key_values": twin_of(named["past_key_values"])}, loaded)[0]
 
     def _pack(self, packed: Packed | None = None) -> Architecture:
         try:

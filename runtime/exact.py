@@ -499,11 +499,7 @@ def _is_pure(processor: Any) -> bool:
 
 
 def ends_of(arguments: dict[str, Any]) -> list[int] | None:
-    """The tokens that end a greedy text, where nothing but them and a length decides, and nobody else's code runs
-    between two tokens, which might change the model; else None."""
-    streamer = arguments["streamer"]
-    if streamer is not None and type(streamer).__module__.partition(".")[0] not in ("transformers", "coreskip"):
-        return None
+    """The tokens that end a greedy text, where nothing but them and a length decides; else None."""
     config, criteria = arguments["generation_config"], arguments["stopping_criteria"]
     wants_more = config.return_dict_in_generate and (config.output_scores or config.output_logits)
     if config.do_sample or len(arguments["logits_processor"]) or wants_more:

@@ -109,7 +109,8 @@ def wrap(
     cast or trained, modules and ``forward``s replaced, adapters, hooks, settings. Not noticed are writes past torch's
     own counter (through ``p.data``, numpy or fused optimizers) that leave the first and the last of a tensor's numbers
     as they were, and attributes set around ``nn.Module`` (``object.__setattr__``, ``vars(module)[...] = ...``): call
-    `unwrap` and `wrap` around these. Copies of the model's parts are plain; the model itself refuses to be copied.
+    `unwrap` and `wrap` around these. What a streamer changes acts from the end of the native call under way on, which
+    makes 16 tokens at most. Copies of the model's parts are plain; the model itself refuses to be copied.
 
     Raises:
         CoreskipError: wrapped already, not supported, or the plan is another model's; nothing was changed.
@@ -647,6 +648,9 @@ class Runtime:
                 output = original(*args, **kwargs)
             finally:
                 STEP.reset(token)
+            changed = self.changes.absorb()
+            if changed:
+                self._forget(changed)
                 LAST.set(None if step is None else step.phase)
             if step is None:
                 return output

@@ -169,7 +169,8 @@ def test_coreskip_is_verified_by_its_own_plan_and_counts_its_bytes(monkeypatch: 
     mlps = sum(p.nbytes for name, p in model.named_parameters() if ".mlp." in name)
     assert hf.weight_bytes_per_token == dense.weight_bytes_per_token == loaded_bytes(model)
     assert half.weight_bytes_per_token == hf.weight_bytes_per_token - mlps // 2
-    assert hf.ppl == dense.ppl != half.ppl
+    assert hf.ppl == pytest.approx(dense.ppl, rel=1e-5)  # by other kernels
+    assert hf.ppl != pytest.approx(half.ppl, rel=1e-5)
     assert (half.ppl_tokens, half.ppl_text) == (256, "noise")  # this model's context holds 256
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, greedy, plan_of, prompt, tiny
+from tiny_models import VOCABULARY, NoTokenizer, greedy, plan_of, prompt, tiny
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -160,7 +160,7 @@ def test_the_engine_and_measurements_take_it(llama: Any) -> None:
     around = Adapted(llama)
     with coreskip.wrap(llama, Plan.dense(around)):  # one plan fits both
         pass
-    engine = Engine(around, None, plan_of(llama, "static"))
+    engine = Engine(around, NoTokenizer(), plan_of(llama, "static"))
     assert runtime_of(llama).plan.layers
     engine.close()
     assert type(around) is Adapted

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import greedy, plan_of, prompt, tiny
+from tiny_models import NoTokenizer, greedy, plan_of, prompt, tiny
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
@@ -688,12 +688,12 @@ def test_with_lookup_the_text_is_the_plans_own(family: str, kind: str) -> None:
 def test_lookup_by_the_engine(llama: Any) -> None:
     ids, plan = repeating(), Plan.dense(llama)
     expected = dense(llama, ids, new=30)
-    with Engine(llama, None, plan, lookup=True) as engine:
+    with Engine(llama, NoTokenizer(), plan, lookup=True) as engine:
         assert torch.equal(greedy(llama, ids, new=30), expected)
         assert engine.statistics is not None
         assert engine.statistics.tokens == 30
     with pytest.raises(CoreskipError, match="wrapped already"), coreskip.wrap(llama, plan):
-        Engine(llama, None, lookup=True)
+        Engine(llama, NoTokenizer(), lookup=True)
 
 
 @needs_kernels

@@ -177,7 +177,8 @@ def test_what_is_skipped_is_not_computed(family: str, policy: Run) -> None:
             spoilt += [attention.module.q_proj] if len(attention.inputs) == 3 else []
         for module in spoilt:
             module.weight.fill_(float("nan"))
-        assert torch.equal(model(ids[:, :1], past_key_values=cache).logits, expected)
+        # the model was changed: its native step is compared anew, and may be refused for a dense step of these weights
+        torch.testing.assert_close(model(ids[:, :1], past_key_values=cache).logits, expected, rtol=1e-4, atol=1e-4)
         assert bool(expected.isfinite().all())
 
 

@@ -61,7 +61,8 @@ def test_a_pass_of_eight_tokens_is_eight_of_one(name: str, dtype: torch.dtype) -
         assert torch.equal(one, eight)
     else:  # rows of an attention in torch are added up in another order
         assert (one - eight).square().mean().sqrt() < {4: 1e-4, 2: 0.05}[dtype.itemsize] * one.std()
-    assert not torch.equal(one, all_at_once)
+    # packed weights meet more than eight tokens in slices of eight; else these run on the modules
+    assert torch.equal(one, all_at_once) == (native and plan.weights is not None)
     assert native == (name not in ("topk", "topk_threshold", "signs"))
 
 
@@ -140,5 +141,5 @@ def test_windows_shrink_to_the_models_positions() -> None:
 
 @pytest.mark.parametrize(("windows", "window"), [(0, 32), (1, 31), (1, 2)])
 def test_senseless_windows(llama: Any, windows: int, window: int) -> None:
-    with pytest.raises(CoreskipError, match="at least one"):
+    with pytest.raises(CoreskipError, match=r"at least|must be even"):
         evaluate_all(llama, [Plan.dense(llama)], text(), windows=windows, window=window, progress=False)

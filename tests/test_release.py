@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import greedy, plan_of, prompt, tiny
+from tiny_models import NoTokenizer, greedy, plan_of, prompt, tiny
 from torch import nn
 from transformers import DynamicCache
 
@@ -159,21 +159,21 @@ def test_refusals(llama: Any, tmp_path: Any) -> None:
 
 
 def test_an_engine_leaves_a_model_wrapped_that_cannot_be_unwrapped(llama: Any) -> None:
-    with Engine(llama, None, Plan.dense(llama, weights="int8"), keep_originals=False):
+    with Engine(llama, NoTokenizer(), Plan.dense(llama, weights="int8"), keep_originals=False):
         pass
     assert is_wrapped(llama)
 
 
-@pytest.mark.parametrize("reason", ["rotary", "hooks", "infinities"])
+@pytest.mark.parametrize("reason", ["not a part that is described", "hooks", "infinities"])
 def test_nothing_goes_where_the_native_step_does_not_run(
     reason: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny("opt" if reason == "rotary" else "llama")
+    model = tiny("llama" if reason in ("hooks", "infinities") else "opt")
     if reason == "hooks":
         model.lm_head.register_forward_hook(lambda *_: None)
     if reason == "infinities":
         model.lm_head.weight.data[-1, -1] = torch.inf
-        monkeypatch.setattr(decode, "compare", lambda *_: None)  # behind a ReLU it would not show
+        monkeypatch.setattr(decode, "compare", lambda *_, **__: None)  # behind a ReLU it would not show
     before = bytes_of(model)
     with (
         caplog.at_level(logging.WARNING, "coreskip"),

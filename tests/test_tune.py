@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import greedy, prompt, tiny
+from tiny_models import NoTokenizer, greedy, prompt, tiny
 
 import coreskip
 from coreskip import CoreskipError, analyze
@@ -18,15 +17,6 @@ from coreskip.runtime.options import Budget
 
 def text(tokens: int = 1200) -> TokenText:
     return TokenText(prompt(1, tokens, 2)[0], torch.tensor([], dtype=torch.int64), "random letters")
-
-
-class NoTokenizer:
-    bos_token_id = 1
-    eos_token_id = None
-    pad_token_id = 0
-
-    def __call__(self, text: str, **options: Any) -> Any:
-        return SimpleNamespace(input_ids=[5])
 
 
 def run(model: Any, **options: Any) -> coreskip.Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -118,3 +119,17 @@ def plan_of(model: Any, kind: str, keep: float = 0.5) -> Plan:
 def greedy(model: Any, ids: torch.Tensor, new: int = 16, **options: Any) -> torch.Tensor:
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, **options}
     return model.generate(ids, max_new_tokens=new, **options)
+
+
+class NoTokenizer:
+    """Stands where a tokenizer has to be given and texts are given as ids."""
+
+    bos_token_id = 1
+    eos_token_id = None
+    pad_token_id = 0
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        return SimpleNamespace(input_ids=[5])
+
+    def batch_decode(self, ids: torch.Tensor, **options: Any) -> list[str]:
+        return [""] * len(ids)
