@@ -34,12 +34,18 @@ def cli(verbose: bool) -> None:
     MODEL is a hub id, a local folder, a .gguf file, or nothing: the embedded SmolLM2-135M-Instruct.
     """
     logger = logging.getLogger("coreskip")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("coreskip: %(message)s"))
-    logger.addHandler(handler)
+    if not any(isinstance(handler, _OnStderr) for handler in logger.handlers):
+        logger.addHandler(_OnStderr())
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     if not verbose:
         _quiet_libraries()
+
+
+class _OnStderr(logging.Handler):
+    """What is logged, each message as a line on what stderr is at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"coreskip: {self.format(record)}", err=True)
 
 
 def _quiet_libraries() -> None:

@@ -648,10 +648,10 @@ class Runtime:
                 output = original(*args, **kwargs)
             finally:
                 STEP.reset(token)
+                LAST.set(None if step is None else step.phase)
             changed = self.changes.absorb()
             if changed:
                 self._forget(changed)
-                LAST.set(None if step is None else step.phase)
             if step is None:
                 return output
             if step.phase is not Phase.PREFILL:
