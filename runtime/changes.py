@@ -32,7 +32,9 @@ _HARMLESS = frozenset(
     )
 )  # fmt: skip
 #: Those that models read at every pass.
-_READ = ("final_logit_softcapping", "num_hidden_layers", "logit_scale", "logits_scaling")
+_READ = (
+    "_attn_implementation_internal", "final_logit_softcapping", "num_hidden_layers", "logit_scale", "logits_scaling",
+)  # fmt: skip
 
 
 @dataclass
@@ -81,7 +83,7 @@ class Changes:
         self._restless: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._started = False
         self._modules: dict[nn.Module, _Module] = {}
-        self._configs: list[Any] = []
+        self._configs: list[dict[str, Any]] = []
 
     def start(self) -> None:
         """The model is as it should be: from now on changes count."""
@@ -152,7 +154,7 @@ class Changes:
         tensors = {id(t): t for module in modules for t in _tensors(module)}
         self._watch = Watch(list(tensors.values()))
         config: Any = self._model.config
-        self._configs = list({id(c): c for c in (config, config.get_text_config())}.values())
+        self._configs = list({id(c): vars(c) for c in (config, config.get_text_config())}.values())
         self._set, self._read_before = self._settings(), self._read()
         self._obstacle = self._find_obstacle()
 
@@ -173,17 +175,13 @@ class Changes:
         return self._read() != self._read_before
 
     def _settings(self) -> list[Any]:
-        values = [v for c in self._configs for name, v in vars(c).items() if name not in _HARMLESS]
-        return [*values, *self._read()]
+        values = [value for config in self._configs for name, value in config.items() if name not in _HARMLESS]
+        # a function that was registered under the same name anew counts from the next prompt on
+        return values + [ALL_ATTENTION_FUNCTIONS.get(config.get(_READ[0])) for config in self._configs]
 
     def _read(self) -> list[Any]:
         """The settings that a model's own modules read at every pass."""
-        found: list[Any] = []
-        for settings in map(vars, self._configs):
-            implementation = settings.get("_attn_implementation_internal")
-            found += [implementation, ALL_ATTENTION_FUNCTIONS.get(implementation)]
-            found += [settings.get(name) for name in _READ]
-        return found
+        return [config.get(name) for config in self._configs for name in _READ]
 
     def _find_obstacle(self) -> str | None:
         for module in self._model.modules():

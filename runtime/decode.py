@@ -651,8 +651,8 @@ class Decoder:
             raise _OfThisCall(reason)
 
     def _check_outputs(self) -> None:
-        config = self._model.config
-        if getattr(config, "output_attentions", False) or getattr(config, "output_hidden_states", False):
+        settings = vars(self._model.config).get  # of which attributes take longer, at every step
+        if settings("_output_attentions") or settings("output_attentions") or settings("output_hidden_states"):
             raise _OfThisCall("attentions or hidden states are wanted")
 
     # --- the first step
