@@ -75,7 +75,8 @@ def _has_own_forward(module: nn.Module) -> bool:
     forward: Any = vars(module).get("forward")
     while forward is not None and _is_ours(forward):
         forward = forward.__wrapped__
-    return forward is None or getattr(forward, "__func__", None) is plain_class(type(module)).forward
+    cls: Any = plain_class(type(module))
+    return forward is None or getattr(forward, "__func__", None) is cls.forward
 
 
 def _is_ours(function: Any) -> bool:
