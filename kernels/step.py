@@ -6,6 +6,7 @@ reads, together with every tensor it points to.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -370,21 +371,28 @@ class KeyValues:
         capacities = (k.shape[2] + first for k, first in zip(self.keys, self.first, strict=True))
         self.longest = min(capacities, default=0)
         self.begins_late = max(self.first, default=0) > 0
-        self.table = (_Cache * len(self.keys))(
-            *(
-                _Cache(k.data_ptr(), v.data_ptr(), k.stride(0), k.stride(1), first)
-                for k, v, first in zip(self.keys, self.values, self.first, strict=True)
-            )
-        )
+        self.table = _table(self.keys, self.values, self.first)
 
     def part(self, first: int, last: int) -> KeyValues:
-        """Of rows `first` to `last`: views, made once, as 30 layers' take as long as a tenth of a millisecond."""
+        """Of rows `first` to `last`, which lies in these tensors. Made once; by addresses, for views would count as
+        somebody's who looks at the cache."""
         part = self._parts.get((first, last))
         if part is None:
-            rows = slice(first, last)
-            part = KeyValues([k[rows] for k in self.keys], [v[rows] for v in self.values], self.first)
+            part = copy.copy(self)
+            part.keys, part.values, part.rows, part._parts = (), (), last - first, {}
+            part.table = _table(self.keys, self.values, self.first, first)
             self._parts[first, last] = part
         return part
+
+
+def _table(keys: Sequence[Tensor], values: Sequence[Tensor], first: Sequence[int], row: int = 0) -> Any:
+    """What the native step reads of keys and values, from one of their rows on."""
+    return (_Cache * len(keys))(
+        *(
+            _Cache(*(t.data_ptr() + row * t.stride(0) * t.itemsize for t in (k, v)), k.stride(0), k.stride(1), begin)
+            for k, v, begin in zip(keys, values, first, strict=True)
+        )
+    )
 
 
 def _part(layer: StepLayer, first: int, last: int) -> StepLayer:

@@ -541,7 +541,7 @@ class Plan:
         except OSError as error:
             if not folder.is_dir():
                 raise PlanError(f"there is no plan at {folder}: make one with `coreskip analyze -o {folder}`") from None
-            raise PlanError(f"{folder} is not a plan: {Path(error.filename).name}: {error.strerror}") from None
+            raise PlanError(f"{folder} is not a plan: {Path(str(error.filename)).name}: {error.strerror}") from None
         return _decode(text, data, folder)
 
     def __str__(self) -> str:

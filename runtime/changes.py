@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..kernels.packed import DTYPES
 from ..kernels.watch import Watch
 from ..predictors.anatomy import Anatomy, FeedForward
 from .decode import is_plain_linear
@@ -28,12 +29,15 @@ _SIMPLE = (bool, int, float, str, torch.dtype, type(None))
 _HARMLESS = frozenset(
     (
         "use_cache", "output_attentions", "output_hidden_states", "return_dict", "dtype", "torch_dtype",
+        "num_hidden_layers",  # the native step looks at it: `assistant_early_exit` changes it twice a round
         "name_or_path", "architectures", "pad_token_id", "bos_token_id", "eos_token_id", "transformers_version",
     )
 )  # fmt: skip
+#: Attributes that are no state of a module's own, whoever assigns them.
+_OF_MODULES = frozenset(("forward", "training", "__class__", "config"))
 #: Those that models read at every pass.
 _READ = (
-    "_attn_implementation_internal", "final_logit_softcapping", "num_hidden_layers", "logit_scale", "logits_scaling",
+    "_attn_implementation_internal", "final_logit_softcapping", "logit_scale", "logits_scaling",
 )  # fmt: skip
 
 
@@ -80,10 +84,12 @@ class Changes:
         self._notes = Notes(lambda module: plain(module, dict(plain_items(module))))
         self._lock = threading.Lock()
         self._obstacle: str | None = None
-        self._restless: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._obstacle_in: nn.Module = model
+        self._rewritten: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # whose buffers every pass writes
         self._started = False
         self._modules: dict[nn.Module, _Module] = {}
         self._configs: list[dict[str, Any]] = []
+        self._classes: list[Any] = []
 
     def start(self) -> None:
         """The model is as it should be: from now on changes count."""
@@ -122,36 +128,43 @@ class Changes:
             return frozenset(changed) if changed or settings != self._set else None
 
     def absorb(self) -> frozenset[nn.Module] | None:
-        """What has changed since `since` was asked, right after a pass of the model's own modules, but for what the
-        pass itself does: rotary embeddings that grow with the text write to themselves at every pass. Modules without
-        parameters that do are not looked at any more.
+        """What has changed since `since` was asked, right after a pass of the model's own modules, but for what parts
+        do to themselves in a pass: rotary embeddings that grow with the text write their frequencies, others count or
+        remember. The attributes and buffers concerned are not looked at any more; all else of these parts is.
         """
-        changed = self.since(every_setting=False)
-        own = {module for module in changed or () if next(module.parameters(), None) is None}
-        if not own:
-            return changed
+        if not self._started or not (self._notes.changed or self._watch.changed()):
+            return None
         with self._lock:
-            self._restless |= own
-            self._settle()
-        return frozenset(cast(frozenset[nn.Module], changed) - own)
+            written = set(map(id, self._watch.which()))
+            for module, before in self._modules.items():
+                names = {name for part, name in self._notes.names if part == id(module)} - _OF_MODULES
+                names -= {*module._modules, *module._parameters}
+                self._notes.own |= {(id(module), name) for name in names}
+                for name in names:
+                    before.values.pop(name, None)
+                buffers = [id(t) for t in module._buffers.values() if t is not None]
+                if not written.isdisjoint(buffers) or not set(buffers) <= set(before.tensors):
+                    self._rewritten.add(module)
+                    before.tensors = tuple(map(id, self._tensors(module)))
+        return self.since(every_setting=False)
 
     def obstacle(self) -> str | None:
         """Why decode steps have to run on the model's modules: hooks, or a `forward` of somebody else's."""
         if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
             return "hooks of all modules are set, which this step would not call"
         if self._obstacle is not None or not self._started:  # it can be taken away without a note
-            self._obstacle = self._find_obstacle()
+            self._obstacle = self._obstacle_of(self._obstacle_in) or self._find_obstacle()
         return self._obstacle
 
     def _settle(self) -> None:
         self._notes.changed = False
-        modules = [module for module in self._model.modules() if module not in self._restless]
+        self._notes.names.clear()
+        modules = list(self._model.modules())
         for module in modules:
             watch(module, self._notes)
-        for module in self._restless:
-            unwatch(module)
         self._modules = {module: self._state(module) for module in modules}
-        tensors = {id(t): t for module in modules for t in _tensors(module)}
+        self._classes = list(dict.fromkeys(plain_class(type(module)) for module in modules))
+        tensors = {id(t): t for module in modules for t in self._tensors(module)}
         self._watch = Watch(list(tensors.values()))
         config: Any = self._model.config
         self._configs = list({id(c): vars(c) for c in (config, config.get_text_config())}.values())
@@ -163,11 +176,12 @@ class Changes:
             name: value
             for name, value in vars(module).items()
             if not (name.startswith("_") or isinstance(value, (Tensor, nn.Module)))
+            if (id(module), name) not in self._notes.own
         }
         if module is self._model:  # what else is set on it, generation's doing included, has nothing to do with steps
             values = {name: value for name, value in values.items() if name in ("forward", "training", "config")}
         children = tuple(child for child in module._modules.values() if child is not None)
-        return _Module(plain_class(type(module)), children, tuple(map(id, _tensors(module))), values)
+        return _Module(plain_class(type(module)), children, tuple(map(id, self._tensors(module))), values)
 
     def _set_anew(self, every: bool) -> bool:
         if every:
@@ -177,7 +191,8 @@ class Changes:
     def _settings(self) -> list[Any]:
         values = [value for config in self._configs for name, value in config.items() if name not in _HARMLESS]
         # a function that was registered under the same name anew counts from the next prompt on
-        return values + [ALL_ATTENTION_FUNCTIONS.get(config.get(_READ[0])) for config in self._configs]
+        values += [ALL_ATTENTION_FUNCTIONS.get(config.get(_READ[0])) for config in self._configs]
+        return values + [cls.forward for cls in self._classes]  # and so does code put into a class
 
     def _read(self) -> list[Any]:
         """The settings that a model's own modules read at every pass."""
@@ -185,17 +200,24 @@ class Changes:
 
     def _find_obstacle(self) -> str | None:
         for module in self._model.modules():
-            hooks = (module._forward_hooks, module._forward_pre_hooks)
-            if any(not of_capturing(hook) for of_kind in hooks if of_kind for hook in list(of_kind.values())):
-                return "a module has hooks, which this step would not call"
-            if vars(module).get("forward") is not self._forward(module):
-                return f"a {type(module).__name__} was given another forward"
+            reason = self._obstacle_of(module)
+            if reason is not None:
+                self._obstacle_in = module  # to walk all of them at every step takes a third of it
+                return reason
         return None
 
+    def _obstacle_of(self, module: nn.Module) -> str | None:
+        hooks = (module._forward_hooks, module._forward_pre_hooks)
+        if any(not of_capturing(hook) for of_kind in hooks if of_kind for hook in list(of_kind.values())):
+            return "a module has hooks, which this step would not call"
+        if vars(module).get("forward") is not self._forward(module):
+            return f"a {type(module).__name__} was given another forward"
+        return None
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    for tensors in (module._parameters, module._buffers):
-        yield from (t for t in tensors.values() if t is not None)
+    def _tensors(self, module: nn.Module) -> Iterator[Tensor]:
+        yield from (t for t in module._parameters.values() if t is not None)
+        if module not in self._rewritten:
+            yield from (t for t in module._buffers.values() if t is not None)
 
 
 def of_capturing(hook: Any) -> bool:
@@ -248,4 +270,4 @@ def _linears(mlp: FeedForward) -> list[nn.Module]:
 
 def _plain(module: nn.Module) -> bool:
     hooked = any(not of_capturing(hook) for hook in module._forward_pre_hooks.values())
-    return is_plain_linear(module) and not hooked
+    return is_plain_linear(module) and not hooked and cast(Tensor, module.weight).dtype in DTYPES

@@ -117,7 +117,8 @@ class Architecture:
     def _check(self) -> None:
         if available("cpu") is not None:
             raise NotCovered(str(available("cpu")))
-        parameters = list(self._model.parameters())
+        gone = {id(m.weight) for m in self._model.modules() if isinstance(m, nn.Linear) and self._gone(m) is not None}
+        parameters = [p for p in self._model.parameters() if id(p) not in gone]
         if any(p.device.type != "cpu" for p in parameters):
             raise NotCovered("the model is not on the CPU")
         if len({p.dtype for p in parameters}) > 1 or parameters[0].dtype not in DTYPES:
@@ -566,7 +567,8 @@ class Decoder:
             if isinstance(chosen, str):
                 raise NotCovered(chosen)
             self._check_outputs()
-            if self._output is None:
+            made = self._output  # another thread may forget it
+            if made is None:
                 return self._first(original, chosen, named)
             if self.checkpoints.due(int(named["past_key_values"].get_seq_length()), named["input_ids"].shape[1]):
                 self.check(named)
@@ -577,7 +579,7 @@ class Decoder:
         except NotCovered as reason:
             logger.debug("this step runs on the model's modules: %s", reason)
             return None
-        return self._output(logits=logits, past_key_values=named["past_key_values"])
+        return made(logits=logits, past_key_values=named["past_key_values"])
 
     def replace(
         self, original: Callable[..., Any], chosen: Chosen | str, named: dict[str, Any], packed: Packed
@@ -616,7 +618,10 @@ class Decoder:
         return most_tokens(self._architecture.base)
 
     def _of(self, chosen: Chosen) -> Architecture:
-        return cast(Architecture, self._loaded if chosen.plain else self._architecture)
+        found = self._loaded if chosen.plain else self._architecture
+        if found is None:  # another thread has forgotten it
+            raise _OfThisCall("the model was changed meanwhile")
+        return found
 
     def _step_of(self, chosen: Chosen) -> native.Step:
         architecture = self._of(chosen)
@@ -632,7 +637,9 @@ class Decoder:
 
     def _admit(self, cache: Any, more: int) -> Rooms:
         """The cache's rooms. What takes longer to check is checked once a cache, not once a step."""
-        entries = cast(Entries, self._entries)
+        entries = self._entries
+        if entries is None:
+            raise _OfThisCall("the model was changed meanwhile")
         if self.exits_early:
             raise _OfThisCall("passes are to end before the last layer")
         rooms = known_rooms(cache, more, entries)
@@ -670,6 +677,7 @@ class Decoder:
                 return None
             if self.exits_early:
                 raise _OfThisCall("passes are to end before the last layer")
+            begun = self.times_forgotten
             try:
                 loaded = Architecture(self._model, self._anatomy, gone=self._gone)
                 self._entries = Entries.of(loaded.base)
@@ -686,12 +694,14 @@ class Decoder:
             try:
                 with as_loaded(), densely() if plain else nullcontext():
                     output = original(**{**named, "past_key_values": twin})
+                self._check_unchanged(begun)
                 if judged is None:
                     compare(logits, output.logits, chosen.by_rule)
                 else:
                     compare(judged, output.logits, by_rule=False)
                 self._original = original
                 self._probe(loaded, named["past_key_values"])
+                self._check_unchanged(begun)
                 if packed is None:
                     self._loaded = self._as_loaded(loaded)
                     self._architecture = self._pack() if self._weights else self._loaded
@@ -705,7 +715,8 @@ class Decoder:
                 logits, left_out = self._run(self._of(chosen).step(chosen), named, self._of(chosen))
             except NotCovered as reason:
                 self._disagreed += isinstance(reason, _Disagrees)
-                if not isinstance(reason, _Disagrees) or self._disagreed == _ATTEMPTS:
+                for_good = not isinstance(reason, (_Disagrees, _OfThisCall))
+                if for_good or self._disagreed == _ATTEMPTS:
                     self._refuse(str(reason))
                 take_back(named["past_key_values"], named["input_ids"].shape[1])
                 return None
@@ -714,6 +725,11 @@ class Decoder:
                 tokens = named["input_ids"].numel()
                 self._count(tokens, chosen.skipped * tokens + left_out)
             return self._output(logits=logits, past_key_values=named["past_key_values"])
+
+    def _check_unchanged(self, begun: int) -> None:
+        """Raises NotCovered where the model was changed since it had been forgotten `begun` times."""
+        if self.times_forgotten != begun:
+            raise _OfThisCall("the model was changed meanwhile")
 
     def _probe(self, loaded: Architecture, like: DynamicCache) -> None:
         """Compares steps at positions far apart, and behind many keys: what texts will come to."""

@@ -21,10 +21,16 @@ _ABSENT = object()
 
 
 class Notes:
-    """Whether something was changed since this was last set to False; and what a part is without its patches."""
+    """Whether something was changed since this was last set to False; and what a part is without its patches.
+
+    names: which attributes were assigned meanwhile, each with its part's identity. own: those that a part assigns
+    itself in every pass, which are no change.
+    """
 
     def __init__(self, plain_state: Callable[[nn.Module], dict[str, Any]]) -> None:
         self.changed = False
+        self.names: set[tuple[int, str]] = set()
+        self.own: set[tuple[int, str]] = set()
         self.plain_state = plain_state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -46,8 +52,10 @@ class Watched:
     def __setattr__(self, name: str, value: Any) -> None:
         before = vars(self).get(name, _ABSENT)
         super().__setattr__(name, value)
-        if before is not value:
-            _note(self)
+        notes = vars(self).get(_NOTES)
+        if before is not value and notes is not None and (id(self), name) not in notes.own:
+            notes.names.add((id(self), name))
+            notes.changed = True
 
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)

@@ -197,6 +197,7 @@ class Selections:
         self._distinct: dict[int, Tensor] = {}  # by layer, the neurons of each distinct selection, [groups, kept]
         self._group_of_row: Tensor | None = None
         self._choice: Choice | None = None
+        self.packed_of: object = None  # the state of the weights that `_choice` was packed from
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Selections:
         """A copied cache gets its own tallies; packed slices never change and are shared."""
@@ -204,6 +205,7 @@ class Selections:
         twin._scores, twin._ties = dict(self._scores), dict(self._ties)
         twin._void, twin._void_rows = dict(self._void), dict(self._void_rows)
         twin._distinct, twin._group_of_row, twin._choice = self._distinct, self._group_of_row, self._choice
+        twin.packed_of = self.packed_of
         return twin
 
     # --- prefill

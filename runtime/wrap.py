@@ -341,7 +341,6 @@ class Runtime:
         self._altered: frozenset[int] = frozenset()  # layers whose MLP is not what was wrapped
         self._written_in_vain = False
         self._epoch = object()  # changes whenever weights do
-        self._packed_in: weakref.WeakKeyDictionary[Selections, object] = weakref.WeakKeyDictionary()
         self._dense = Chosen([None] * len(anatomy), 0, plain=True)  # what exact mode verifies with
         self._chosen_once: Chosen | None = None
         self._chosen_by: weakref.WeakKeyDictionary[Selections, tuple[Choice, Chosen]] = weakref.WeakKeyDictionary()
@@ -462,6 +461,7 @@ class Runtime:
         self._forget(frozenset(self.model.modules()))
         self.changes.start()
         check_format(self.model, self.anatomy, self.plan)
+        _check_dtypes(self.plan, self.anatomy)
 
     def notice(self, every_setting: bool = False) -> str | None:
         """Takes note of what others have changed about the model; and why decode steps have to run on its modules.
@@ -599,9 +599,9 @@ class Runtime:
         return self._skips.skipped(selections), tensors
 
     def _choice(self, selections: Selections) -> Choice:
-        if self._packed_in.setdefault(selections, self._epoch) is not self._epoch:
+        if selections.packed_of is not self._epoch:
             selections.forget_packed()
-            self._packed_in[selections] = self._epoch
+            selections.packed_of = self._epoch
         return selections.choice(self._pack_chosen, lambda layer: self._weights.mlp(layer, self._bundle_format))
 
     @property
@@ -650,7 +650,7 @@ class Runtime:
                 STEP.reset(token)
                 LAST.set(None if step is None else step.phase)
             changed = self.changes.absorb()
-            if changed:
+            if changed is not None:
                 self._forget(changed)
             if step is None:
                 return output
@@ -682,7 +682,7 @@ class Runtime:
         if not sharing and formats is None:
             return False
         original, most = cast(Any, module).forward, MAX_ROWS * rows_of(module)[0].shape[1]
-        is_head = module is cast(Any, self.model).get_output_embeddings()
+        is_head, of_class = module is cast(Any, self.model).get_output_embeddings(), "forward" not in vars(module)
 
         @functools.wraps(original)
         def forward(input: Tensor) -> Tensor:
@@ -700,8 +700,9 @@ class Runtime:
             parts = self.formats.parts(module) if in_format else []
             if parts:
                 return product(input, parts)
-            if not (few and wanted and shareable):
-                return cast(Tensor, original(input))
+            if not (few and wanted and shareable and module.weight.dtype in DTYPES):
+                # somebody may have given it another class meanwhile
+                return cast(Tensor, cast(Any, type(module)).forward(module, input) if of_class else original(input))
             packed = self._linear_packed.get(module)
             if packed is None:
                 packed = self._linear_packed[module] = PackedLinear.pack(*rows_of(module))
@@ -1022,7 +1023,8 @@ class _Wrapped(_Outer, Watched):
             return plain() if output is None else output
 
         lookup = runtime.lookup
-        if lookup is None or runtime.graphs.capture is not None or runtime.decoder.refusal is not None:
+        hooked = lookup is not None and runtime.notice() is not None  # it would be measured on the modules
+        if lookup is None or hooked or runtime.graphs.capture is not None or runtime.decoder.refusal is not None:
             return undrafted()
         lookup.by_rows = lookup.native_only = True
         return lookup.generate(self, undrafted, input_ids, arguments, runtime.native_passes)

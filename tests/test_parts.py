@@ -20,6 +20,7 @@ import coreskip
 from coreskip import CoreskipError, Plan
 from coreskip.kernels import watch
 from coreskip.kernels.ops import available
+from coreskip.runtime.wrap import runtime_of
 
 pytestmark = pytest.mark.skipif(available("cpu") is not None, reason="needs the compiled kernels")
 
@@ -233,3 +234,74 @@ def test_a_watch_sees_every_write(native: bool, monkeypatch: pytest.MonkeyPatch)
             change(tensors[index])
             assert watched.changed()
             assert [t is tensors[index] for t in watched.which()] == [True]
+
+
+class Scaled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * 0.4
+
+
+class Counting(nn.SiLU):
+    """Assigns an attribute in every pass, which is no change of the model."""
+
+    calls = 0
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().forward(input)
+
+
+def test_another_class_after_the_first_step() -> None:
+    model, twin, ids = tiny("llama"), tiny("llama"), prompt(1)
+    with coreskip.wrap(model, Plan.dense(model)):
+        greedy(model, ids, 8)
+        for each in (model, twin):
+            each.model.layers[0].mlp.up_proj.__class__ = Scaled
+        assert torch.equal(greedy(model, ids, 12), greedy(twin, ids, 12))
+
+
+def test_a_cast_to_float64_after_the_first_step() -> None:
+    model, twin, ids = tiny("llama"), tiny("llama"), prompt(1)
+    with coreskip.wrap(model, Plan.dense(model)):
+        greedy(model, ids, 8)
+        assert torch.equal(greedy(model.double(), ids, 12), greedy(twin.double(), ids, 12))
+        model.float()
+
+
+def test_parts_that_write_to_themselves_are_still_watched() -> None:
+    model, twin, ids = tiny("llama"), tiny("llama"), prompt(1)
+    for each in (model, twin):
+        each.model.layers[1].mlp.act_fn = Counting()
+    with coreskip.wrap(model, Plan.dense(model)):
+        for _ in range(2):
+            assert torch.equal(greedy(model, ids, 8), greedy(twin, ids, 8))
+        forgotten = runtime_of(model).decoder.times_forgotten
+        greedy(model, ids, 8)
+        assert runtime_of(model).decoder.times_forgotten == forgotten
+        for each in (model, twin):
+            each.model.layers[1].mlp.act_fn.register_forward_hook(lambda module, args, output: output * 0)
+        assert torch.equal(greedy(model, ids, 8), greedy(twin, ids, 8))
+
+
+def test_steps_are_native_again_after_a_change_without_originals() -> None:
+    model, ids = tiny("llama"), prompt(1)
+    coreskip.wrap(model, Plan.dense(model, weights="int4"), keep_originals=False)
+    greedy(model, ids, 8)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+    greedy(model, ids, 8)
+    assert runtime_of(model).decoder.ready
+    assert runtime_of(model).decoder.refusal is None
+
+
+def test_a_copied_cache_decodes_with_the_new_weights() -> None:
+    model, ids, token = tiny("llama"), prompt(1), torch.tensor([[7]])
+    with torch.no_grad(), coreskip.wrap(model, plan_of(model, "griffin")):
+        cache = DynamicCache(config=model.config)
+        model(ids, past_key_values=cache)
+        model(token, past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.mul_(-1)
+        expected = model(token, past_key_values=cache).logits
+        torch.testing.assert_close(model(token, past_key_values=twin).logits, expected)
