@@ -461,7 +461,6 @@ class Runtime:
         self._forget(frozenset(self.model.modules()))
         self.changes.start()
         check_format(self.model, self.anatomy, self.plan)
-        _check_dtypes(self.plan, self.anatomy)
 
     def notice(self, every_setting: bool = False) -> str | None:
         """Takes note of what others have changed about the model; and why decode steps have to run on its modules.
