@@ -229,7 +229,7 @@ class Places:
     """Where a model had the parts that were wrapped, by name."""
 
     def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
-        self._model, self._anatomy = model, anatomy
+        self._anatomy = anatomy
         parts = {anatomy.stack, *anatomy.layers, *(mlp.owner for mlp in anatomy.mlps)}
         parts |= {attention.module for attention in anatomy.attentions if attention is not None}
         # by the dictionary that has it: to walk the tree for every step takes too long

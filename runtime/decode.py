@@ -38,7 +38,7 @@ from .width import MOST_TOKENS, most_tokens
 logger = logging.getLogger("coreskip")
 
 # Rotation types whose angles depend on the position alone; others depend on the length of the sequence too.
-_STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
+STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 
 
 class NotCovered(Exception):
@@ -397,7 +397,7 @@ class _Rotation:
             raise NotCovered("its positions are not rotary embeddings made once for all layers")
         kinds = getattr(self._module, "rope_type", "default")
         names = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
-        if not names <= set(_STATIC_ROPE):
+        if not names <= set(STATIC_ROPE):
             raise NotCovered(f"rotary embeddings of type {', '.join(sorted(names))} change with the length of the text")
         self._by_type = "layer_type" in inspect.signature(self._module.forward).parameters
         self.positions = 1024

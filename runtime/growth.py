@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.generation.utils import GenerationMixin
 
-from .decode import _STATIC_ROPE
+from .decode import STATIC_ROPE
 
 #: Modules of transformers whose models prepare a step's inputs as every model does, but for a prompt's images and, in
 #: the Phi families, a KV cache that is dropped where the text outgrows `original_max_position_embeddings`.
@@ -55,7 +55,7 @@ def _switches(model: Any, own: bool) -> list[tuple[str, int, bool]]:
                 found.append((name, int(scaling["original_max_position_embeddings"]), True))
             elif "dynamic" in kind:
                 found.append((name, int(module.original_max_seq_len), False))
-            elif kind not in _STATIC_ROPE:
+            elif kind not in STATIC_ROPE:
                 found.append((name, 0, False))
     drops_at = getattr(model.config, "original_max_position_embeddings", None)
     if own and isinstance(drops_at, int):
