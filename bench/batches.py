@@ -21,7 +21,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from coreskip.bench.quality import provenance, write_rows
 from coreskip.bench.settings import scored_text
 from coreskip.kernels.cpu import has_bfloat16_tiles
-from coreskip.predictors.plan import CoreNeurons, LayerPlan, Plan, Sketch, Static
+from coreskip.predictors.plan import LayerPlan, Plan
+from coreskip.predictors.policies import CoreNeurons, Sketch, Static
 from coreskip.runtime.load import load
 from coreskip.runtime.wrap import wrap
 

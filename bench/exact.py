@@ -25,7 +25,8 @@ from coreskip.bench.runners import greedy
 from coreskip.bench.workloads import PROMPTS
 from coreskip.predictors.files import check_file
 from coreskip.predictors.layers import Influence, LayerChoice
-from coreskip.predictors.plan import CoreNeurons, LayerPlan, Plan
+from coreskip.predictors.plan import LayerPlan, Plan
+from coreskip.predictors.policies import CoreNeurons
 from coreskip.runtime.load import load
 from coreskip.runtime.wrap import runtime_of, wrap
 

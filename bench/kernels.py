@@ -29,7 +29,8 @@ from coreskip.bench.rows import commit, device_name
 from coreskip.kernels import cpu
 from coreskip.kernels.ops import MAX_ROWS, PackedMLP, available, mlp, sketch_mlp
 from coreskip.kernels.packed import PackedLinear, allocate
-from coreskip.kernels.step import BundledMLP, DenseMLP, KeyValues, Norm, Step, StepLayer, StepModel
+from coreskip.kernels.sparse import SparseMLP
+from coreskip.kernels.step import DenseMLP, KeyValues, Norm, Step, StepLayer, StepModel
 from coreskip.predictors.checks import check_count, check_share
 from coreskip.predictors.errors import CoreskipError
 from coreskip.predictors.files import check_file
@@ -245,12 +246,12 @@ def _decoder(x: Tensor, weights: list[Tensor], layers: list[PackedMLP], keep: fl
     kept, sketched = int(first.intermediate_size * keep), layers[0].low is not None
     if keep < 1 and not sketched:
         layers = [layer.take(torch.arange(kept)) for layer in layers]
-    mlps: list[BundledMLP | DenseMLP] = []
+    mlps: list[SparseMLP | DenseMLP] = []
     for layer in layers:
         if sketched:
-            mlps.append(BundledMLP(layer, "sketch", kept))
+            mlps.append(SparseMLP(layer, "sketch", kept))
         else:
-            mlps.append(BundledMLP(layer) if keep < 1 else _dense(weights, first.fmt))
+            mlps.append(SparseMLP(layer) if keep < 1 else _dense(weights, first.fmt))
     norm = Norm(torch.ones(hidden), None, 1e-6, "rms")
     stack = [StepLayer(None, one, "silu", residual_scale=1 / count) for one in mlps]
     head = PackedLinear.pack(torch.eye(_HEAD, hidden, dtype=x.dtype))

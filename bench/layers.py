@@ -23,7 +23,8 @@ from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.calibration import TokenText, read_text, tokenize
 from coreskip.predictors.files import check_file, write_text
 from coreskip.predictors.layers import LayerChoice, VoidMaps, attention_ranks, block_influence, void_maps
-from coreskip.predictors.plan import LayerPlan, LayerPolicy, Plan, Run, Skip, SkipAttention, SkipMLP
+from coreskip.predictors.plan import LayerPlan, Plan
+from coreskip.predictors.policies import LayerPolicy, Run, Skip, SkipAttention, SkipMLP
 from coreskip.runtime.load import load
 from coreskip.runtime.quality import evaluate_all
 from coreskip.runtime.wrap import runtime_of, wrap

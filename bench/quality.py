@@ -25,7 +25,8 @@ import transformers
 from coreskip.bench.rows import commit, device_name, quality_table
 from coreskip.predictors.calibration import TokenText, read_text, tokenize
 from coreskip.predictors.files import check_file, write_text
-from coreskip.predictors.plan import LayerPlan, Plan, Sketch
+from coreskip.predictors.plan import LayerPlan, Plan
+from coreskip.predictors.policies import Sketch
 from coreskip.predictors.version import VERSION
 from coreskip.runtime.cost import bytes_per_token
 from coreskip.runtime.emulation import Emulation

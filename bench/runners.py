@@ -32,7 +32,8 @@ from coreskip.kernels.ops import available
 from coreskip.predictors.calibration import TokenText, tokenize
 from coreskip.predictors.errors import CoreskipError
 from coreskip.predictors.observe import inference
-from coreskip.predictors.plan import CoreNeurons, LayerPlan, Plan
+from coreskip.predictors.plan import LayerPlan, Plan
+from coreskip.predictors.policies import CoreNeurons
 from coreskip.predictors.version import VERSION
 from coreskip.runtime.cost import bytes_per_token, loaded_bytes
 from coreskip.runtime.engine import Engine
@@ -263,7 +264,7 @@ class Coreskip(HuggingFace):
     @property
     def _bytes(self) -> int:
         """Of weights that a decode step reads where it ran."""
-        return self._covered if runtime_of(self.model).decoder.refusal is None else self._on_modules
+        return self._covered if runtime_of(self.model).steps.native.refusal is None else self._on_modules
 
     def _plan(self) -> Plan:
         dense = Plan.dense(self.model, self.job.dtype if self.job.dtype in FORMATS else None)

@@ -31,7 +31,7 @@ _HOMES = {
     "load": "coreskip.runtime.load",
     "pareto": "coreskip.runtime.search",
     "ppl_sparsity": "coreskip.runtime.sparsing_law",
-    "prefilling": "coreskip.runtime.selections",
+    "prefilling": "coreskip.runtime.passes",
     "unwrap": "coreskip.runtime.wrap",
     "wrap": "coreskip.runtime.wrap",
 }
@@ -56,9 +56,9 @@ if TYPE_CHECKING:
     from coreskip.predictors.plan import Plan
     from coreskip.runtime.engine import Engine
     from coreskip.runtime.load import load
+    from coreskip.runtime.passes import prefilling
     from coreskip.runtime.quality import evaluate
     from coreskip.runtime.search import pareto
-    from coreskip.runtime.selections import prefilling
     from coreskip.runtime.sparsing_law import ppl_sparsity
     from coreskip.runtime.tune import analyze
     from coreskip.runtime.wrap import unwrap, wrap

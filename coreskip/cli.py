@@ -104,7 +104,7 @@ def analyze(
     from coreskip.predictors.calibration import read_text, tokenize
     from coreskip.predictors.files import check_file, keep
     from coreskip.predictors.layers import LayerChoice
-    from coreskip.predictors.plan import check_target
+    from coreskip.predictors.plan_file import check_target
     from coreskip.runtime.load import load
     from coreskip.runtime.tune import analyze
 

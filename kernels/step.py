@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .packed import PackedColumns, PackedLinear, PackedMLP
+from .packed import PackedLinear
+from .sparse import SparseLinear, SparseMLP
 
 _P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 
@@ -36,69 +37,7 @@ class Norm:
     kind: str
 
 
-@dataclass(frozen=True, eq=False)
-class RowLists:
-    """Which neurons each row of a batch computes.
-
-    listed: int64 [n], those that any row wants, ascending; wanted: uint8 [neurons, rows], 1 for who wants what.
-    """
-
-    listed: Tensor
-    wanted: Tensor
-
-    @classmethod
-    def of(cls, lists: Tensor, neurons: int) -> RowLists:
-        """lists: int64 [rows, k] of indices below `neurons`."""
-        wanted = lists.new_zeros((neurons, lists.shape[0]), dtype=torch.uint8)
-        wanted.scatter_(0, lists.t(), 1)
-        return cls(wanted.any(1).nonzero()[:, 0], wanted)
-
-    @property
-    def rows(self) -> int:
-        return self.wanted.shape[1]
-
-    def part(self, first: int, last: int) -> RowLists:
-        """Of rows `first` to `last` alone."""
-        wanted = self.wanted[:, first:last].contiguous()
-        return RowLists(wanted.any(1).nonzero()[:, 0], wanted)
-
-
-@dataclass(frozen=True, eq=False)
-class SparseLinear:
-    """A linear that leaves out its small inputs: those whose size, or by_norm whose size times the length of their
-    column, is below `threshold`. neurons: what each of them adds to the number of neurons left out."""
-
-    packed: PackedColumns
-    threshold: float
-    by_norm: bool
-    neurons: float = 0.0
-
-    @property
-    def out_features(self) -> int:
-        return self.packed.out_features
-
-
 Linear = PackedLinear | SparseLinear
-
-
-@dataclass(frozen=True, eq=False)
-class BundledMLP:
-    """An MLP over bundles of neurons: all of `packed`, those that a rule chooses ("sketch", "gate", "learned"), or each
-    row's own.
-
-    keep, threshold and refine: as for `ops.sketch_mlp`; exactly one of the first two for a rule. smooth: factors of
-    the inputs, float32 [hidden]; whoever builds the layer puts them into the norm before it. predictor: of the rule
-    "learned", whose scores are the sigmoid of the second matrix times the first times x.
-    """
-
-    packed: PackedMLP
-    rule: str = "listed"
-    keep: int | None = None
-    threshold: float | None = None
-    smooth: Tensor | None = None
-    refine: float = 0.0
-    lists: RowLists | None = None
-    predictor: tuple[PackedLinear, PackedLinear] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +80,7 @@ class StepLayer:
     """
 
     attention: Attention | None
-    mlp: DenseMLP | BundledMLP | None
+    mlp: DenseMLP | SparseMLP | None
     act: str
     attention_in: Norm | None = None
     attention_out: Norm | None = None
@@ -192,7 +131,7 @@ class Step:
         attentions = [layer.attention for layer in model.layers if layer.attention is not None]
         self._entries = [(model.dtype, a.k.out_features // a.head_dim, a.head_dim) for a in attentions]
         self._windows = [a.window for a in attentions]
-        lists = (layer.mlp.lists for layer in model.layers if isinstance(layer.mlp, BundledMLP))
+        lists = (layer.mlp.lists for layer in model.layers if isinstance(layer.mlp, SparseMLP))
         self.rows = next((found.rows for found in lists if found is not None), None)
 
     def rotate_by(self, rotations: Sequence[tuple[Tensor, Tensor] | None]) -> None:
@@ -397,7 +336,7 @@ def _table(keys: Sequence[Tensor], values: Sequence[Tensor], first: Sequence[int
 
 def _part(layer: StepLayer, first: int, last: int) -> StepLayer:
     """The layer of some rows alone."""
-    if not isinstance(layer.mlp, BundledMLP) or layer.mlp.lists is None:
+    if not isinstance(layer.mlp, SparseMLP) or layer.mlp.lists is None:
         return layer
     return replace(layer, mlp=replace(layer.mlp, lists=layer.mlp.lists.part(first, last)))
 
@@ -492,7 +431,7 @@ def _linear(linear: Linear | None) -> _Linear:
     return out
 
 
-def _bundled(mlp: BundledMLP) -> _Mlp:
+def _bundled(mlp: SparseMLP) -> _Mlp:
     packed, lists = mlp.packed, mlp.lists
     names = ("weight", "low", "scale", "norm", "gate_bias", "up_bias", "down_bias", "mean")
     sliced = packed.low is not None
@@ -515,7 +454,7 @@ def _bundled(mlp: BundledMLP) -> _Mlp:
     )
 
 
-def _least(mlp: BundledMLP) -> float:
+def _least(mlp: SparseMLP) -> float:
     """The threshold of what the native code compares: of learned scores what goes into the sigmoid, which rises."""
     if mlp.rule != "learned" or mlp.threshold is None:
         return mlp.threshold or 0.0

@@ -17,18 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..kernels.packed import ACTS
 from .checks import kind_of
 from .errors import CoreskipError
 
 Activation = Callable[[Tensor], Tensor]
-
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-}
 
 
 @dataclass(frozen=True)
@@ -217,7 +210,7 @@ def canonical_activation(act: Activation) -> str | Activation:
         y = act(x)
     except Exception:  # an activation with needs of its own (parameters on a GPU, say) stays a callable
         return act
-    for name, reference in ACTIVATIONS.items():
+    for name, reference in ACTS.items():
         if isinstance(y, Tensor) and torch.allclose(y, reference(x), rtol=1e-5, atol=1e-6):
             return name
     return act

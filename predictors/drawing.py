@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .plan import LayerPlan, Plan
+from typing import Any
 
 _BAR = 30
 
 
-def plan_table(plan: Plan) -> str:
+def plan_table(plan: Any) -> str:
     """The plan's origin, cost and layers; one line per layer with its policy and the share of neurons kept."""
     model = plan.model
     lines = [
@@ -69,9 +66,9 @@ def _share(kept: int, width: int) -> str:
     return f"{kept:6} / {width:<6} {bar:·<{_BAR}} {kept / width:6.1%}"
 
 
-def _policy(layer: LayerPlan) -> str:
+def _policy(layer: Any) -> str:
     policy: Any = layer.neurons
-    names = ["alpha", "beta", "score", "rule", "bits", "rank"]
+    names = ["alpha", "beta", "score", "bits", "rank"]
     if getattr(policy, "score", None) == "griffin":
         names.remove("alpha")  # that score has none
     details = [f"{name}={getattr(policy, name)}" for name in names if hasattr(policy, name)]

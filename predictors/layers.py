@@ -21,7 +21,8 @@ from .anatomy import Anatomy, dissect
 from .calibration import TokenText, most_positions
 from .errors import CoreskipError
 from .observe import inference
-from .plan import Adaptive, LayerPolicy, Plan, Run, Skip, SkipAttention, SkipMLP
+from .plan import Plan
+from .policies import Adaptive, LayerPolicy, Run, Skip, SkipAttention, SkipMLP
 from .token_samples import output_gradients
 
 
@@ -324,9 +325,8 @@ def leave_out(plan: Plan, model: Any, text: TokenText, choice: LayerChoice, *, w
 
 def _fewer(one: LayerPolicy, other: LayerPolicy) -> LayerPolicy:
     """What leaves out all that both do, or may do."""
-    for policy in (one, other):
-        if isinstance(policy, Adaptive):
-            rest = other if policy is one else one
-            return rest if isinstance(rest, Skip) else policy
+    for policy, rest in ((one, other), (other, one)):
+        if policy.by_prompt:
+            return policy if rest.attention or rest.mlp else rest
     kinds = {(True, True): Run, (False, True): SkipAttention, (True, False): SkipMLP, (False, False): Skip}
     return kinds[one.attention and other.attention, one.mlp and other.mlp]()

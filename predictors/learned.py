@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .importance import kept_count
-from .plan import Learned
+from .policies import Learned
 
 RANK = 64
 _STEPS = 300  # at batches of 512 this is 37 passes over 4,096 tokens; recall stops growing before

@@ -6,20 +6,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..kernels.packed import PackedMLP
 from ..kernels.reference import sketch_scores
+from ..kernels.sparse import signs
 from .anatomy import Anatomy, canonical_activation, dissect, rows_of
 from .checks import Allocation, check_allocation
 from .errors import CoreskipError
 from .importance import kept_count
 from .learned import best, train_predictors
 from .observe import down_norms
-from .plan import Learned, Rule, Sketch, Threshold, TopK
+from .policies import Cats, InputThresholds, Learned, NeuronPolicy, Sketch, Teal, TopK, Wina
 from .token_samples import (
     TokenSamples,
     cett_threshold,
@@ -29,6 +30,9 @@ from .token_samples import (
     quantile,
     sample_tokens,
 )
+
+Rule = Literal["teal", "wina", "cats"]
+_BY_INPUTS: dict[str, type[InputThresholds]] = {"teal": Teal, "wina": Wina}
 
 #: Shares of a layer's neurons between which "greedy" chooses.
 SHARES = tuple(round(0.05 * step, 2) for step in range(20))
@@ -169,7 +173,7 @@ class TokenCalibration:
             w = mlp.matrices()
             rows = w.up if w.gate is None else w.gate
             kept = kept_count(mlp.intermediate_size, keep)
-            chosen = best(_signs(x) @ _signs(rows).t(), kept)
+            chosen = best(signs(x) @ signs(rows).t(), kept)
             wanted = best(a.float().abs() * norm, kept) & (a != 0)
             found, total = found + int((chosen & wanted).sum()), total + int(wanted.sum())
         return found / max(total, 1)
@@ -271,16 +275,16 @@ class TokenCalibration:
 
     # ---- thresholds on magnitudes ----
 
-    def threshold(self, keep: float, rule: Rule = "teal", *, everywhere: bool = False) -> list[Threshold]:
+    def threshold(self, keep: float, rule: Rule = "teal", *, everywhere: bool = False) -> Sequence[NeuronPolicy]:
         """Per layer the quantiles of this layer's samples at which a `keep` share stays.
 
         everywhere: by ``teal`` and ``wina`` also in the attention's linears; else in the MLP's alone.
         """
+        layers = range(len(self._down))
         if rule == "cats":
-            return [
-                Threshold("cats", keep, {"act": quantile(self._gates(i), 1 - keep)}) for i in range(len(self._down))
-            ]
-        return [Threshold(rule, keep, self._least(i, keep, rule, everywhere)) for i in range(len(self._down))]
+            return [Cats(keep, quantile(self._gates(i), 1 - keep)) for i in layers]
+        policy = _BY_INPUTS[rule]
+        return [policy(keep, self._input_thresholds(i, keep, policy.by_norm, everywhere)) for i in layers]
 
     def _gates(self, layer: int) -> Tensor:
         """|act(gate)|, in a plain MLP |act(up)|, at the sampled tokens."""
@@ -290,7 +294,7 @@ class TokenCalibration:
             return self.samples.activations[layer].abs()
         return mlp.act(torch.nn.functional.linear(self.samples.hidden[layer], w.gate, w.gate_bias)).abs()
 
-    def _least(self, layer: int, keep: float, rule: Rule, everywhere: bool) -> dict[str, float]:
+    def _input_thresholds(self, layer: int, keep: float, by_norm: bool, everywhere: bool) -> dict[str, float]:
         mlp, attention = self._anatomy.mlps[layer], self._anatomy.attentions[layer]
         names = [name for name in (mlp.gate_name, mlp.up_name) if name is not None]
         inputs = {f"mlp.{name}": (mlp.owner, name, self.samples.hidden[layer]) for name in names}
@@ -301,18 +305,13 @@ class TokenCalibration:
             entering, leaving = self.samples.attention[layer]
             inputs |= {f"attention.{name}": (attention.module, name, entering) for name in attention.inputs}
             inputs[f"attention.{attention.output}"] = (attention.module, attention.output, leaving)
-        least = {}
+        thresholds = {}
         for key, (owner, name, x) in inputs.items():
             score = x.float().abs()
-            if rule == "wina":
+            if by_norm:
                 score *= rows_of(getattr(owner, name))[0].float().norm(dim=0)
-            least[key] = quantile(score, 1 - keep)
-        return least
-
-
-def _signs(values: Tensor) -> Tensor:
-    """1 where a value is at least zero, else -1, as floats."""
-    return torch.where(values < 0, -1.0, 1.0)
+            thresholds[key] = quantile(score, 1 - keep)
+        return thresholds
 
 
 def spread_share(losses: Tensor, widths: Sequence[int], share: float) -> list[float]:

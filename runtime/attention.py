@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..predictors.anatomy import Anatomy
-from .selections import STEP, Phase
+from .passes import Phase, current_pass
 
 _NAME = "coreskip"
 Output = tuple[Tensor, "Tensor | None"]
@@ -56,7 +56,7 @@ def _attend(
         Callable[..., Output],
         ALL_ATTENTION_FUNCTIONS.get_interface(original._attn_implementation, cast(Any, eager)),
     )
-    step = STEP.get()
+    step = current_pass()
     if step is not None and step.entries_only:
         return query.transpose(1, 2).contiguous(), None  # of the right shape; the output projection ignores it
     if step is None or step.phase is not Phase.VERIFY or query.shape[2] == 1:

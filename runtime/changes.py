@@ -21,8 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..kernels.packed import DTYPES
 from ..kernels.watch import Watch
 from ..predictors.anatomy import Anatomy, FeedForward
-from .decode import is_plain_linear
 from .parts import Notes, plain_class, plain_items, unwatch, watch
+from .spec import is_plain_linear
 
 _SIMPLE = (bool, int, float, str, torch.dtype, type(None))
 #: Settings that do not change what a step computes, or that the step itself looks at.

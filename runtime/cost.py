@@ -14,14 +14,13 @@ from torch import nn
 from ..kernels import cpu
 from ..kernels.ops import available
 from ..kernels.packed import EXACT_BYTES
-from ..predictors.anatomy import Anatomy, dissect, rows_of
-from ..predictors.importance import kept_count
-from ..predictors.plan import Adaptive, CoreNeurons, Dense, Learned, Plan, Run, Similar, Sketch, Static, Threshold, TopK
-from .decode import refusal
+from ..predictors.anatomy import Anatomy, FeedForward, dissect, rows_of
+from ..predictors.plan import Plan
+from ..predictors.policies import Chooser
 from .formats import takes_format
-from .sparse_mlp import TOKEN_POLICIES, native_rule
+from .lower_cpu import refusal
+from .program import FORMAT_BYTES, BrickProgram, LayerProgram, Program, linear_of
 
-_INT4, _INT8_GROUPS = EXACT_BYTES["int4"], EXACT_BYTES["int8_groups"]
 # Share of a matrix' bytes that another form of its numbers may take beside it unasked: 4-bit groups take 0.16 of
 # float32's, 8-bit groups 0.27.
 LITTLE = 0.3
@@ -48,7 +47,7 @@ class Cost:
 
 
 def cost(model: Any, plan: Plan, anatomy: Anatomy | None = None, *, native: bool | None = None) -> Cost:
-    """What one decode step of one sequence reads under `plan`.
+    """What one decode step of one sequence reads under `plan`: the matrices of the program that runs.
 
     native: whether the native step runs it, where that is known; else as far as model and plan tell.
 
@@ -56,38 +55,75 @@ def cost(model: Any, plan: Plan, anatomy: Anatomy | None = None, *, native: bool
     left out: no plan changes it, for skipped attentions write their entries, too.
     """
     anatomy = anatomy or dissect(model)
+    if native is None:
+        native = Program.of(anatomy, plan).native and _covered(model, anatomy)
+    runs_in_place = native
+    program = Program.of(anatomy, plan, lambda weight: _bytes_of(weight, plan.weights, runs_in_place))
+    step = _Reading(plan.weights, native)
     head = model.get_output_embeddings().weight
-    loaded = head.element_size()
-    native = runs_natively(anatomy, plan) and _covered(model, anatomy) if native is None else native
-    fmt = plan.weights
-    mlp_weights = {id(p) for mlp in anatomy.mlps for p in (mlp.up.weight, mlp.down.weight)}
-    mlp_weights |= {id(getattr(mlp.owner, mlp.gate_name).weight) for mlp in anatomy.mlps if mlp.gate_name is not None}
-    extra = 0.0
+    total = loaded_bytes(model) - head.nbytes + step.matrix(head, "int8" if plan.weights else None)
+    for index, (layer, module) in enumerate(zip(program.layers, anatomy.layers, strict=True)):
+        mlp = anatomy.mlps[index]
+        in_mlp = {id(matrix.weight) for matrix in _matrices(mlp.owner) if _is_of(mlp, matrix)}
+        matrices = [m.weight for m in _matrices(module)]
+        total -= sum(w.nbytes for w in matrices)
+        total += sum(step.matrix(w, plan.weights) for w in matrices if id(w) not in in_mlp)
+        total -= step.unread_attention(anatomy, index, layer)
+        if layer.skips.mlp:
+            total += sum(step.brick(brick, mlp.up.weight) for brick in layer.bricks)
+    extra = step.extra + (0.0 if native else _MODULES * len(anatomy))
+    return Cost(total, total + extra)
 
-    def dense(weight: Any, form: str | None) -> float:
-        nonlocal extra
-        size = _bytes_of(weight, form, native)
-        extra += (_WHOLE - 1) * size * weight.numel() if form is None and size < loaded else 0.0
-        return size * int(weight.numel())
 
-    moved = loaded_bytes(model) - head.nbytes + dense(head, None if fmt is None else "int8")
-    for index, (layer, mlp) in enumerate(zip(anatomy.layers, anatomy.mlps, strict=True)):
-        policy, runs = plan.layers[index].neurons, plan.layers[index].layer
-        matrices: list[Any] = [m.weight for m in layer.modules() if takes_format(m)]
-        others = [weight for weight in matrices if id(weight) not in mlp_weights]
-        moved += sum(dense(p, fmt) - p.nbytes for p in others)
-        moved -= _unread_attention(anatomy, index, policy, runs, fmt, native)
-        moved -= loaded * sum(p.numel() for p in layer.parameters() if id(p) in mlp_weights)
-        if not runs.mlp:
-            continue
-        size = _bytes_of(mlp.up.weight, fmt, native)
-        read = _mlp_bytes(policy, mlp.intermediate_size, mlp.hidden_size, mlp.gated, size, loaded, fmt)
-        moved += read
-        extra += (_WHOLE - 1) * read if isinstance(policy, Dense) and fmt is None and size < loaded else 0.0
-        extra += (_CHOSEN - 1) * read if isinstance(policy, TOKEN_POLICIES) else 0.0
-    if not native:
-        extra += _MODULES * len(anatomy)
-    return Cost(moved, moved + extra)
+class _Reading:
+    """Adds up what takes longer than to read its bytes in a row (`extra`), in bytes read meanwhile."""
+
+    def __init__(self, weights: str | None, native: bool) -> None:
+        self._weights, self._native, self.extra = weights, native, 0.0
+
+    def matrix(self, weight: Any, form: str | None) -> float:
+        """Bytes of a matrix that is read whole."""
+        read = _bytes_of(weight, form, self._native) * int(weight.numel())
+        if form is None and read < weight.nbytes:
+            self.extra += (_WHOLE - 1) * read
+        return read
+
+    def brick(self, brick: BrickProgram, weight: Any) -> float:
+        """Bytes of a brick; weight: one of its matrices."""
+        in_fewer_bytes = _bytes_of(weight, self._weights, self._native) < weight.element_size()
+        if brick.chooser is Chooser.NOTHING and self._weights is None and in_fewer_bytes:
+            self.extra += (_WHOLE - 1) * brick.nbytes
+        if brick.chooser in (Chooser.TOKEN, Chooser.INPUTS):
+            self.extra += (_CHOSEN - 1) * brick.nbytes
+        return brick.nbytes
+
+    def unread_attention(self, anatomy: Anatomy, index: int, layer: LayerProgram) -> float:
+        """Bytes of the attention's matrices that stay unread."""
+        attention = anatomy.attentions[index]
+        if attention is None:
+            return 0.0
+        if not layer.skips.attention:
+            # keys and values are still written; the queries' projection has as many weights as the output's
+            output = rows_of(getattr(attention.module, attention.output))[0]
+            return 2.0 * output.numel() * _bytes_of(output, self._weights, self._native)
+        unread = 0.0
+        for brick in layer.bricks:
+            for name in brick.thresholds:
+                module, in_mlp = linear_of(anatomy, index, name)
+                weight = rows_of(module)[0]
+                if not in_mlp:
+                    read = weight.numel() * _bytes_of(weight, self._weights, self._native)
+                    unread += read - brick.share * weight.nbytes
+        return unread
+
+
+def _matrices(module: nn.Module) -> list[Any]:
+    return [m for m in module.modules() if takes_format(m)]
+
+
+def _is_of(mlp: FeedForward, module: nn.Module) -> bool:
+    names = (mlp.gate_name, mlp.up_name, mlp.down_name)
+    return any(name is not None and getattr(mlp.owner, name) is module for name in names)
 
 
 def loaded_bytes(model: Any) -> int:
@@ -113,11 +149,7 @@ def predicted_seconds(model: Any, plan: Plan, anatomy: Anatomy | None = None) ->
 
 def runs_natively(anatomy: Anatomy, plan: Plan) -> bool:
     """Whether every policy of the plan is one that the native step carries out, where it covers the model."""
-    return all(
-        native_rule(layer.neurons, anatomy, index)
-        for index, layer in enumerate(plan.layers)
-        if isinstance(layer.neurons, TOKEN_POLICIES)
-    )
+    return Program.of(anatomy, plan).native
 
 
 _refusals: WeakKeyDictionary[Anatomy, str | None] = WeakKeyDictionary()  # searches ask for hundreds of costs
@@ -129,53 +161,15 @@ def _covered(model: Any, anatomy: Anatomy) -> bool:
     return _refusals[anatomy] is None
 
 
-def _mlp_bytes(policy: Any, width: int, hidden: int, gated: bool, size: float, loaded: int, fmt: str | None) -> float:
-    first = 2 if gated else 1  # projections that give the activations
-    kept = int(policy.kept(width))
-    row = hidden * loaded
-    if isinstance(policy, Dense):
-        return width * (first + 1) * hidden * size
-    if isinstance(policy, (Static, CoreNeurons, Similar)):  # packed in bytes under either format
-        return kept * (first + 1) * (row if fmt is None else hidden)
-    if isinstance(policy, Sketch) and policy.bits == 4:
-        completed = kept if policy.candidates is None else kept_count(width, policy.candidates)
-        return width * first * hidden / 2 + completed * first * hidden / 2 + kept * hidden
-    if isinstance(policy, Sketch):
-        return width * hidden + kept * (first + 1) * row
-    if isinstance(policy, TopK) or (isinstance(policy, Threshold) and policy.rule == "cats" and not gated):
-        return width * first * row + kept * row
-    if isinstance(policy, Threshold) and policy.rule == "cats":
-        return width * row + kept * 2 * row
-    if isinstance(policy, Learned):
-        return int(policy.rank) * (hidden + width) * 4 + kept * (first + 1) * row
-    return kept * (first + 1) * row
-
-
 def _bytes_of(weight: Any, fmt: str | None, native: bool) -> float:
     """Bytes of one weight of a matrix as a step reads it."""
     if fmt is not None:
-        return {"int8": _INT8_GROUPS, "int4": _INT4}[fmt]
+        return FORMAT_BYTES[fmt]
     loaded = float(weight.element_size())
     if not native or weight.device.type != "cpu" or available("cpu") is not None:
         return loaded
     exact = EXACT_BYTES.get(str(cpu.exact_form(weight)), loaded)
     return exact if exact <= LITTLE * loaded else loaded
-
-
-def _unread_attention(anatomy: Anatomy, index: int, policy: Any, runs: Run, fmt: str | None, native: bool) -> float:
-    """Bytes of the attention's weights that stay unread."""
-    attention = anatomy.attentions[index]
-    if attention is None:
-        return 0.0
-    if not (runs.attention or isinstance(runs, Adaptive)):
-        # keys and values are still written; the queries' projection has as many weights as the output's
-        output = rows_of(getattr(attention.module, attention.output))[0]
-        return 2.0 * output.numel() * _bytes_of(output, fmt, native)
-    if not isinstance(policy, Threshold):
-        return 0.0
-    names = [name.partition(".")[2] for name in policy.least if name.startswith("attention.")]
-    matrices = [rows_of(getattr(attention.module, name))[0] for name in names]
-    return sum(w.numel() * _bytes_of(w, fmt, native) - policy.keep * w.nbytes for w in matrices)
 
 
 @cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,13 +22,16 @@ from transformers.cache_utils import Cache
 from ..kernels import reference
 from ..kernels.ops import MAX_ROWS, PackedMLP
 from ..kernels.packed import ACTS, quantize, spread
+from ..kernels.sparse import SparseMLP
 from ..predictors.anatomy import dissect
 from ..predictors.calibration import TokenText
 from ..predictors.observe import inference
-from ..predictors.plan import CoreNeurons, NeuronPolicy, Plan, Similar
+from ..predictors.plan import Plan
+from ..predictors.policies import Chooser
+from .bundles import Bundles, Weights
+from .generation import runtime_of
 from .quality import WINDOW, Tally
-from .sparse_mlp import SparseMLP, Weights
-from .wrap import runtime_of, wrapped
+from .wrap import wrapped
 
 _LOGITS = 1 << 28  # of windows side by side are kept at most, 4 bytes each
 _FLOAT_BYTES = 4 << 30  # of dequantised weights are kept at most; beyond it each pass makes them anew
@@ -98,7 +101,7 @@ class Emulation:
         token_by_token: decode for real, up to eight windows side by side and a token of each in a step; always so where
             the plan's weights have a format of their own. Else the figures carry ``"estimated": True``.
         """
-        assert not any(isinstance(layer.neurons, (CoreNeurons, Similar)) for layer in plan.layers), "chosen in prefill"
+        assert not any(layer.neurons.chooser is Chooser.PROMPT for layer in plan.layers), "chosen in prefill"
         tally, scored = Tally(), self._windows[:windows]
         real = token_by_token or plan.weights is not None
         with inference(self._model), wrapped(self._model, plan, self.weights):
@@ -160,8 +163,8 @@ class _FloatWeights(Weights):
         super().clear()
         self._floats.clear()
 
-    def describe(self, layer: int, policy: NeuronPolicy) -> SparseMLP:
-        sparse = super().describe(layer, policy)
+    def sparse(self, layer: int, pack: Callable[[Bundles], SparseMLP], fmt: str | None = None) -> SparseMLP:
+        sparse = super().sparse(layer, pack, fmt)
         if sparse.rule != "sketch":
             return sparse
         found = self._floats.get(layer)

@@ -17,8 +17,9 @@ from ..predictors.checks import kind_of
 from ..predictors.errors import CoreskipError
 from ..predictors.plan import Plan
 from .exact import Statistics
+from .generation import runtime_of
 from .prompts import Message, Prompt, as_batch, check_length, learned_positions, own_options, render, samples
-from .wrap import is_wrapped, runtime_of, unwrap, wrap
+from .wrap import is_wrapped, unwrap, wrap
 
 
 class Engine:

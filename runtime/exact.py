@@ -37,10 +37,12 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..kernels.ops import MAX_ROWS
 from ..kernels.step import likeliest
-from .decode import Chosen, NativeSequence, NotCovered
+from .calls import NotCovered
 from .growth import growth
 from .kv_cache import plain_class
-from .selections import drafting
+from .lower_cpu import StepProgram
+from .native import NativeSequence
+from .passes import drafting
 
 logger = logging.getLogger("coreskip")
 
@@ -118,7 +120,7 @@ class NativePasses:
 
     widest = MAX_ROWS
 
-    def __init__(self, native: NativeSequence, draft: Chosen, dense: Chosen) -> None:
+    def __init__(self, native: NativeSequence, draft: StepProgram, dense: StepProgram) -> None:
         self._native, self._draft, self._dense = native, draft, dense
 
     @property

@@ -19,8 +19,9 @@ from ..kernels.packed import DTYPES
 from ..predictors.anatomy import Anatomy, rows_of
 from ..predictors.errors import CoreskipError
 from ..predictors.plan import Plan
-from .decode import PackedBefore
-from .selections import AS_LOADED, Phase
+from .bundles import PackedBefore
+from .lower_cpu import HEAD_FORMAT, KERNEL_FORMATS
+from .passes import Phase, mode
 
 logger = logging.getLogger("coreskip")
 
@@ -58,7 +59,7 @@ class Formats:
     """
 
     def __init__(self, weights: str | None, head: nn.Module, before: PackedBefore | None) -> None:
-        self._format = {"int8": "int8_groups"}.get(str(weights), weights)
+        self._format = KERNEL_FORMATS[weights]
         self._head, self._before = head, before
         self._parts: dict[nn.Module, list[PackedLinear]] = {}
 
@@ -73,7 +74,7 @@ class Formats:
     @staticmethod
     def apply(phase: Phase | None) -> bool:
         """Whether modules multiply with packed numbers in a pass of this phase."""
-        return phase is Phase.DECODE and not torch.is_grad_enabled() and not AS_LOADED.get()
+        return phase is Phase.DECODE and not torch.is_grad_enabled() and not mode().as_loaded
 
     def parts(self, module: nn.Module) -> list[PackedLinear]:
         """The rows of the module's matrix in the plan's format; none where it has no such form."""
@@ -84,7 +85,7 @@ class Formats:
 
     def _pack(self, module: nn.Module) -> list[PackedLinear]:
         weight, bias = rows_of(module)
-        fmt = "int8_groups" if module is self._head else self._format
+        fmt = HEAD_FORMAT if module is self._head else self._format
         key = (weight.data_ptr(), weight.shape, weight.stride(), fmt)
         if self._before is not None and key in self._before:
             return [self._before[key][1]]

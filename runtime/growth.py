@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.generation.utils import GenerationMixin
 
-from .decode import STATIC_ROPE
+from .spec import STATIC_ROPE
 
 #: Modules of transformers whose models prepare a step's inputs as every model does, but for a prompt's images and, in
 #: the Phi families, a KV cache that is dropped where the text outgrows `original_max_position_embeddings`.

@@ -9,17 +9,15 @@ criteria, streamers) is done token by token, as in exact mode. A GPU likewise ma
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .decode import NativeSequence, NotCovered
+from .calls import NotCovered
 from .exact import Text, ends_of, obstacle
 from .growth import growth
-
-if TYPE_CHECKING:
-    from .wrap import Runtime
+from .steps import Steps
 
 # Tokens made in one native call at most, and how long one may take: a streamer should not stutter, and an interrupt
 # from the keyboard waits for the call's end.
@@ -28,10 +26,10 @@ AHEAD = 8  # tokens that a GPU makes before they are read: those after an end-of
 STREAMING_S, ALONE_S = 0.025, 0.5
 
 
-def generate(runtime: Runtime, model: Any, ids: Tensor, arguments: dict[str, Any]) -> Any:
+def generate(steps: Steps, model: Any, ids: Tensor, arguments: dict[str, Any]) -> Any:
     """What ``model._sample`` returns, or None where this loop does not cover the call; nothing has happened then."""
-    replays = runtime.graphs.ready and ends_of(arguments) is not None
-    if not (runtime.decoder.ready or replays) or (obstacle(ids, arguments) or growth(model, ids, arguments)):
+    replays = steps.captured.ready and ends_of(arguments) is not None
+    if not (steps.native.ready or replays) or (obstacle(ids, arguments) or growth(model, ids, arguments)):
         return None
     config, kwargs = arguments["generation_config"], arguments["model_kwargs"]
     outputs = model._prefill(ids, config, kwargs)
@@ -45,7 +43,7 @@ def generate(runtime: Runtime, model: Any, ids: Tensor, arguments: dict[str, Any
         first.shape[0],
     )
     try:
-        (_replay if replays else _decode)(runtime, model, cache, text, first, arguments)
+        (_replay if replays else _decode)(steps, model, cache, text, first, arguments)
     finally:
         text.close()
     if arguments["streamer"] is not None:
@@ -53,48 +51,44 @@ def generate(runtime: Runtime, model: Any, ids: Tensor, arguments: dict[str, Any
     return text.result(config, cache)
 
 
-def _decode(runtime: Runtime, model: Any, cache: Any, text: Text, first: Tensor, arguments: dict[str, Any]) -> None:
+def _decode(steps: Steps, model: Any, cache: Any, text: Text, first: Tensor, arguments: dict[str, Any]) -> None:
     last = text.append(first)
     while not text.finished:
         try:
-            _decode_natively(runtime, cache, text, last, arguments)
+            _decode_natively(steps, cache, text, last, arguments)
         except NotCovered:  # the model's own pass covers it, or describes the model anew where somebody changed it
             ids = text.ids[:, -1:]
             last = text.append(model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1])
 
 
-def _decode_natively(runtime: Runtime, cache: Any, text: Text, last: int, arguments: dict[str, Any]) -> None:
+def _decode_natively(steps: Steps, cache: Any, text: Text, last: int, arguments: dict[str, Any]) -> None:
     """Up to the end of the text.
 
     Raises:
         NotCovered: a step is not covered, or not any more; the text has what came before.
     """
-    runtime.notice()
-    chosen = runtime.chosen_for(cache)
-    if isinstance(chosen, str):
-        raise NotCovered(chosen)
-    sequence = NativeSequence(runtime.decoder, cache)
+    sequence = steps.sequence(cache)
     ends = ends_of(arguments)
     longest = ALONE_S if arguments["streamer"] is None else STREAMING_S
     at_once = 1
     while not text.finished:
         if ends is None:
-            last = text.append(sequence.step([last], chosen)[0])
+            last = text.append(sequence.step(last))
             continue
         room = arguments["stopping_criteria"].max_length - text.ids.shape[1]
         start = time.perf_counter()
-        made = sequence.greedy(last, min(room, at_once), ends, chosen)
+        made = sequence.greedy(last, min(room, at_once), ends)
         each = (time.perf_counter() - start) / len(made)
         at_once = max(1, min(AT_ONCE, int(longest / each)))
         text.extend(made)
         last = made[-1]
 
 
-def _replay(runtime: Runtime, model: Any, cache: Any, text: Text, first: Tensor, arguments: dict[str, Any]) -> None:
+def _replay(steps: Steps, model: Any, cache: Any, text: Text, first: Tensor, arguments: dict[str, Any]) -> None:
     last, ends = text.append(first), ends_of(arguments) or []
     while not text.finished:
         room = arguments["stopping_criteria"].max_length - text.ids.shape[1]
-        made = runtime.graphs.greedy(cache, last, min(room, AHEAD), ends)
+        made = steps.captured.greedy(cache, last, min(room, AHEAD), ends)
         if made:
             text.extend(made)
             last = made[-1]

@@ -19,8 +19,9 @@ from ..predictors.checks import check_count
 from ..predictors.errors import CoreskipError
 from ..predictors.observe import inference
 from ..predictors.plan import Plan
-from .sparse_mlp import Weights
-from .wrap import is_wrapped, runtime_of, wrapped
+from .bundles import Weights
+from .generation import runtime_of
+from .wrap import is_wrapped, wrapped
 
 WINDOW = 512  # tokens; the first half is the prompt, the second half is scored
 _DENSE_LOGITS = 1 << 27  # of windows scored densely are kept, 4 bytes each, while the plans are wrapped one by one

@@ -26,10 +26,11 @@ from ..predictors.errors import CoreskipError
 from ..predictors.files import append_line, check_file, read_text
 from ..predictors.layers import Leave, leaving_out, left_out
 from ..predictors.learned import RANK
-from ..predictors.plan import CoreNeurons, LayerPlan, Learned, NeuronPolicy, Plan, Sketch, Threshold, TopK
+from ..predictors.plan import LayerPlan, Plan
+from ..predictors.policies import Cats, CoreNeurons, Learned, NeuronPolicy, Sketch, Teal, TopK, Wina
 from .attention import can_redirect
 from .cost import Cost, cost, read_bandwidth
-from .decode import refusal
+from .lower_cpu import refusal
 from .options import Budget, check_options, given
 from .tune import ALPHA, Study
 
@@ -441,8 +442,8 @@ def _neurons(family: Family, keep: float, anatomy: Anatomy, layer: int) -> Neuro
         return CoreNeurons(ALPHA, keep, "griffin")
     rule = family.options["rule"]
     if rule == "cats":
-        return Threshold("cats", keep, {"act": 0.0})
-    least = {f"mlp.{mlp.down_name}": 0.0}
+        return Cats(keep, 0.0)
+    thresholds = {f"mlp.{mlp.down_name}": 0.0}
     if family.options.get("all_linears") and attention is not None:
-        least |= {f"attention.{name}": 0.0 for name in (*attention.inputs, attention.output)}
-    return Threshold(rule, keep, least)
+        thresholds |= {f"attention.{name}": 0.0 for name in (*attention.inputs, attention.output)}
+    return (Teal if rule == "teal" else Wina)(keep, thresholds)

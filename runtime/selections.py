@@ -10,164 +10,42 @@ import copy
 import copyreg
 import functools
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..kernels.ops import PackedMLP
-from ..predictors.checks import kind_of
-from ..predictors.core_neurons import nearest_cluster
-from ..predictors.errors import CoreskipError
-from ..predictors.importance import Score, most_important, token_contributions
-from ..predictors.plan import Clusters, CoreNeurons, Similar
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from ..kernels.sparse import RowLists, SparseMLP
+from ..predictors.importance import token_contributions
+from ..predictors.policies import Clusters, Observation, PromptNeurons
 
 
-class Phase(Enum):
-    """Told apart by the cache's state, never by the input's length: a one-token prompt is prefill, a verification
-    pass over five tokens is decode."""
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """What prefill adds up at one layer. down_norm: of each neuron's row of the down projection."""
 
-    PREFILL = "prefill"
-    DECODE = "decode"
-    VERIFY = "verify"  # decoding densely: every pass of exact mode but its drafts, and those within `densely`
-
-
-@dataclass(slots=True)
-class Step:
-    """One forward pass, as the patched modules below it see it.
-
-    Attributes:
-        phase: prefill, decode, or in exact mode verification.
-        rows, length: sequences in the batch, tokens of each.
-        valid: bool ``[rows, length]``, False at padding; None where every token counts. Prefill only.
-        selections: of the pass's KV cache; None where nothing was selected (a cache filled before `wrap`).
-        skipped: MLP neurons not computed, over layers, rows and tokens; of those whose weights are read in part, the
-            parts unread.
-        entries_only: set while a skipped attention writes its keys and values.
-        norms: of the residual stream, ``[rows, length]`` before the first layer and after each; prefill of adaptive
-            plans only.
-        bypass: set between the up and the down projection of an MLP whose output is already computed.
-    """
-
-    phase: Phase
-    rows: int
-    length: int
-    valid: Tensor | None
-    selections: Selections | None
-    bypass: bool = False
-    skipped: float = 0
-    entries_only: bool = False
-    norms: list[Tensor] = field(default_factory=list)
-
-
-STEP: ContextVar[Step | None] = ContextVar("coreskip_step", default=None)
-
-#: What the last pass through the decoder stack was: the LM head runs after it is over.
-LAST: ContextVar[Phase | None] = ContextVar("coreskip_last", default=None)
-
-#: Who gets the decode steps of a pass, in place of the wrapped model's count of what was skipped.
-TALLY: ContextVar[Callable[[Step], None] | None] = ContextVar("coreskip_tally", default=None)
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    attention_mask: Tensor | None
-
-
-_PROMPT: ContextVar[_Prompt | None] = ContextVar("coreskip_prompt", default=None)
-
-
-@contextmanager
-def prefilling(attention_mask: Tensor | None = None) -> Iterator[None]:
-    """Forward passes inside are prefill even where the KV cache already holds tokens: the chunks of a long prompt,
-    the next turn of a conversation. ``model.generate`` does this by itself; a hand-written loop says so here.
-
-    `attention_mask`: ``[rows, tokens so far]``, 0 at padding; needed only where the passes carry no 2-D mask.
-    """
-    if not isinstance(attention_mask, (Tensor, Mapping, type(None))):  # transformers itself passes tables of masks
-        raise CoreskipError(f"attention_mask is {kind_of(attention_mask)}: give a tensor [rows, tokens], or None")
-    token = _PROMPT.set(_Prompt(attention_mask))
-    try:
-        yield
-    finally:
-        _PROMPT.reset(token)
-
-
-def current_prompt() -> _Prompt | None:
-    return _PROMPT.get()
-
-
-DENSELY: ContextVar[bool] = ContextVar("coreskip_densely", default=False)
-
-
-@contextmanager
-def densely() -> Iterator[None]:
-    """Decode steps inside follow no plan, and do not count."""
-    tokens = DENSELY.set(True), TALLY.set(lambda step: None)
-    try:
-        yield
-    finally:
-        DENSELY.reset(tokens[0])
-        TALLY.reset(tokens[1])
-
-
-AS_LOADED: ContextVar[bool] = ContextVar("coreskip_as_loaded", default=False)
-
-
-@contextmanager
-def as_loaded() -> Iterator[None]:
-    """Decode steps inside read the weights as they were loaded, whatever the plan's format."""
-    token = AS_LOADED.set(True)
-    try:
-        yield
-    finally:
-        AS_LOADED.reset(token)
-
-
-DRAFTING: ContextVar[bool] = ContextVar("coreskip_drafting", default=False)
-
-
-@contextmanager
-def drafting() -> Iterator[None]:
-    """Decode steps inside follow the plan even in exact mode."""
-    token = DRAFTING.set(True)
-    try:
-        yield
-    finally:
-        DRAFTING.reset(token)
-
-
-@dataclass(frozen=True)
-class Watch:
-    """What prefill tallies at one layer."""
-
-    score: Score
-    alpha: float
+    what: Observation
     down_norm: Tensor
 
 
+#: of a layer, some neurons, packed
 Packer = Callable[[int, Tensor], PackedMLP]
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
-    """What the sequences of a cache decode with, by layer.
+class SelectedNeurons:
+    """What the sequences of a cache decode with, by layer: the neurons that all of them chose or, where they chose
+    differently, the whole layer with a list for each."""
 
-    Attributes:
-        packed: the neurons that all of them chose or, where they chose differently, the whole layer.
-        lists: each one's neurons of the whole layer, int64 ``[rows, kept]``; empty where all chose alike.
-    """
+    mlps: Mapping[int, SparseMLP]
 
-    packed: Mapping[int, PackedMLP]
-    lists: Mapping[int, Tensor]
+    @property
+    def differ(self) -> bool:
+        """Whether some sequences chose other neurons than others."""
+        return any(mlp.lists is not None for mlp in self.mlps.values())
 
 
 class Selections:
@@ -183,28 +61,28 @@ class Selections:
         self,
         owner: object,
         rows: int,
-        watched: Mapping[int, Watch],
-        policies: Mapping[int, CoreNeurons | Similar],
+        observed: Mapping[int, Observed],
+        policies: Mapping[int, PromptNeurons],
         clusters: Clusters | None,
     ) -> None:
         self.owner = owner  # the wrapping that made it: selections of an earlier one are not used
         self.rows = rows
-        self._watched, self._policies, self._clusters = watched, policies, clusters
+        self._observed, self._policies, self._clusters = observed, policies, clusters
         self._scores: dict[int, Tensor] = {}
         self._ties: dict[int, Tensor] = {}
         self._void: dict[int, Tensor] = {}  # per adaptive layer, tokens void less tokens not, [rows]
         self._void_rows: dict[int, Tensor | bool] = {}
         self._distinct: dict[int, Tensor] = {}  # by layer, the neurons of each distinct selection, [groups, kept]
         self._group_of_row: Tensor | None = None
-        self._choice: Choice | None = None
-        self.packed_of: object = None  # the state of the weights that `_choice` was packed from
+        self._selected: SelectedNeurons | None = None
+        self.packed_of: object = None  # the state of the weights that `_selected` was packed from
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Selections:
         """A copied cache gets its own tallies; packed slices never change and are shared."""
-        twin = Selections(self.owner, self.rows, self._watched, self._policies, self._clusters)
+        twin = Selections(self.owner, self.rows, self._observed, self._policies, self._clusters)
         twin._scores, twin._ties = dict(self._scores), dict(self._ties)
         twin._void, twin._void_rows = dict(self._void), dict(self._void_rows)
-        twin._distinct, twin._group_of_row, twin._choice = self._distinct, self._group_of_row, self._choice
+        twin._distinct, twin._group_of_row, twin._selected = self._distinct, self._group_of_row, self._selected
         twin.packed_of = self.packed_of
         return twin
 
@@ -212,9 +90,9 @@ class Selections:
 
     def observe(self, layer: int, a: Tensor, valid: Tensor | None) -> None:
         """Tally a layer's activations ``[tokens of all rows, intermediate]`` of one prefill pass."""
-        watch = self._watched[layer]
+        what, down_norm = self._observed[layer].what, self._observed[layer].down_norm
         flat = a.reshape(-1, a.shape[-1])
-        scores = token_contributions(flat, watch.score, watch.alpha, watch.down_norm).view(self.rows, -1, a.shape[-1])
+        scores = token_contributions(flat, what.score, what.alpha, down_norm).view(self.rows, -1, a.shape[-1])
         ties = flat.float().abs().view_as(scores)
         if valid is not None:
             scores, ties = scores * valid.unsqueeze(-1), ties * valid.unsqueeze(-1)
@@ -245,23 +123,23 @@ class Selections:
             self._void_rows[layer] = found
         return found
 
-    def choice(self, pack: Packer, whole: Callable[[int], PackedMLP]) -> Choice:
+    def selected(self, some: Packer, every: Callable[[int], PackedMLP]) -> SelectedNeurons:
         """What the rows decode with now: one and the same object until that changes.
 
-        pack: some neurons of a layer; whole: all of them.
+        some: of a layer, these neurons, packed; every: all of them.
         """
         if self._group_of_row is None:
             self._settle()
-        if self._choice is None:
-            self._choice = self._found(cast(Tensor, self._group_of_row), pack, whole)
-        return self._choice
+        if self._selected is None:
+            self._selected = self._pack(cast(Tensor, self._group_of_row), some, every)
+        return self._selected
 
     def forget_packed(self) -> None:
         """The weights have changed: what was packed of them is packed anew."""
-        self._choice = None
+        self._selected = None
 
     def _settle(self) -> None:
-        self._choice = None
+        self._selected = None
         chosen = {
             layer: self._choose(layer, policy)
             for layer, policy in self._policies.items()
@@ -275,27 +153,29 @@ class Selections:
         lists = distinct.split([indices.shape[1] for indices in chosen.values()], dim=1)
         self._distinct = dict(zip(chosen, lists, strict=True))
 
-    def _found(self, group_of_row: Tensor, pack: Packer, whole: Callable[[int], PackedMLP]) -> Choice:
+    def _pack(self, group_of_row: Tensor, some: Packer, every: Callable[[int], PackedMLP]) -> SelectedNeurons:
         if bool((group_of_row == group_of_row[0]).all()):
-            return Choice({layer: pack(layer, lists[group_of_row[0]]) for layer, lists in self._distinct.items()}, {})
-        lists = {layer: lists[group_of_row] for layer, lists in self._distinct.items()}
-        return Choice({layer: whole(layer) for layer in lists}, lists)
+            own = {layer: lists[group_of_row[0]] for layer, lists in self._distinct.items()}
+            return SelectedNeurons({layer: SparseMLP(some(layer, indices)) for layer, indices in own.items()})
+        mlps = {}
+        for layer, distinct in self._distinct.items():
+            packed = every(layer)
+            mlps[layer] = SparseMLP(packed, lists=RowLists.of(distinct[group_of_row], packed.intermediate_size))
+        return SelectedNeurons(mlps)
 
-    def _scored(self, layer: int, policy: CoreNeurons | Similar) -> bool:
+    def _anchor(self, layer: int, policy: PromptNeurons) -> int:
+        """The layer whose scores the choice depends on."""
+        return policy.observes(layer, self._clusters).layer
+
+    def _scored(self, layer: int, policy: PromptNeurons) -> bool:
         """Whether the prompt went through what the choice depends on. A model that drafts for itself by its first
         layers has caches that no other layer has seen."""
-        anchor = layer if isinstance(policy, CoreNeurons) or self._clusters is None else self._clusters.anchor
-        return anchor in self._scores
+        return self._anchor(layer, policy) in self._scores
 
-    def _choose(self, layer: int, policy: CoreNeurons | Similar) -> Tensor:
+    def _choose(self, layer: int, policy: PromptNeurons) -> Tensor:
         """Indices ``[rows, kept]`` of one layer."""
-        if isinstance(policy, CoreNeurons):
-            score = self._scores[layer]
-            return most_important(score, self._ties[layer], policy.kept(score.shape[1]))
-        assert self._clusters is not None  # Plan.__post_init__ saw to it
-        clusters = self._clusters
-        nearest = nearest_cluster(self._scores[clusters.anchor], clusters.centroids, clusters.beta)
-        return policy.clusters.to(nearest.device)[nearest]
+        anchor = self._anchor(layer, policy)
+        return policy.select(self._scores[anchor], self._ties[anchor], self._clusters)
 
     # --- following the cache
 
@@ -309,7 +189,7 @@ class Selections:
         if self._group_of_row is not None:
             moved = self._group_of_row[index.to(self._group_of_row.device)]
             if not torch.equal(moved, self._group_of_row):
-                self._group_of_row, self._choice = moved, None
+                self._group_of_row, self._selected = moved, None
 
 
 # --- a cache with selections ----------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from ..predictors.anatomy import dissect
 from ..predictors.calibration import TokenText, most_positions, text_of
 from ..predictors.checks import check_above_zero, check_count
 from ..predictors.errors import CoreskipError
-from ..predictors.plan import LayerPlan, Plan, TopK
+from ..predictors.plan import LayerPlan, Plan
+from ..predictors.policies import TopK
 from ..predictors.token_choice import TokenCalibration
 from .emulation import Emulation
 from .quality import WINDOW

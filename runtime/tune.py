@@ -19,15 +19,17 @@ from ..predictors.calibration import TokenText, most_positions, sample_text, tex
 from ..predictors.checks import Allocation
 from ..predictors.core_neurons import SentenceCounter, cluster_sentences, static_set
 from ..predictors.errors import CoreskipError
+from ..predictors.fingerprint import Fingerprint
 from ..predictors.importance import Score, kept_count
 from ..predictors.layers import Leave, block_influence, half_losses, leaving_out, left_out
 from ..predictors.learned import RANK
 from ..predictors.observe import LayerStats, down_norms, observe
-from ..predictors.plan import Clusters, CoreNeurons, Fingerprint, LayerPlan, NeuronPolicy, Plan, Similar, Static
+from ..predictors.plan import LayerPlan, Plan
+from ..predictors.policies import Chooser, Clusters, CoreNeurons, NeuronPolicy, Similar, Static
 from ..predictors.token_choice import TokenCalibration
 from .cost import runs_natively
-from .decode import refusal
 from .emulation import Emulation
+from .lower_cpu import refusal
 from .options import Budget, check_options, given
 from .quality import WINDOW, evaluate_all
 from .wrap import is_wrapped
@@ -199,7 +201,7 @@ class Study:
         study's own. Of what is searched they are estimated where steps run on the modules."""
         text = self.checked if part == "checked" else self.searched
         options: dict[str, Any] = {"window": self.window, "progress": self.progress}
-        if any(isinstance(layer.neurons, (CoreNeurons, Similar)) for layer in plan.layers):
+        if any(layer.neurons.chooser is Chooser.PROMPT for layer in plan.layers):
             return evaluate_all(self.model, [plan], text, windows=windows or self.windows, **options)[0]
         prefilled = max(windows or 0, self.windows)
         emulation = self._emulations.get((part, prefilled))

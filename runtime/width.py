@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.ops import MAX_ROWS, PackedLinear, linear
-from ..kernels.step import SparseLinear, StepModel
+from ..kernels.sparse import SparseLinear
+from ..kernels.step import StepModel
 
 #: tokens whose products with packed weights are done in slices, where x is rounded to 8 bits, too
 MOST_TOKENS = 64

@@ -13,7 +13,8 @@ from transformers import DynamicCache, StaticCache
 
 import coreskip
 from coreskip.kernels import cpu, ops
-from coreskip.predictors.plan import LayerPlan, Plan, Sketch
+from coreskip.predictors.plan import LayerPlan, Plan
+from coreskip.predictors.policies import Sketch
 from coreskip.runtime import release
 from coreskip.runtime.wrap import runtime_of
 
@@ -55,7 +56,7 @@ def unpacked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def steps_of(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The tokens of each native step from now on."""
-    decoder, seen = runtime_of(model).decoder, []
+    decoder, seen = runtime_of(model).steps.native, []
     count = decoder._count
 
     def counted(tokens: int, skipped: float) -> None:

@@ -255,7 +255,7 @@ def twins(family: str) -> tuple[Any, Any]:
     model, twin = tiny(family), tiny(family)
     coreskip.wrap(model, Plan.dense(model))
     greedy(model, prompt(1), 8)
-    assert runtime_of(model).decoder.ready
+    assert runtime_of(model).steps.native.ready
     return model, twin
 
 
@@ -278,7 +278,7 @@ def run(family: str, operations: list[tuple[Callable[..., Any], int, int]]) -> N
             return
         assert not isinstance(found, Exception), f"{operation.__name__}: {found!r}"
         assert agree(found, expected, tolerance), f"{operation.__name__}: other numbers"
-    assert runtime_of(ours.model).decoder.refusal is None
+    assert runtime_of(ours.model).steps.native.refusal is None
 
 
 some_operations = st.lists(

@@ -36,7 +36,7 @@ def warm(family: str = "llama", kind: str = "dense", **options: Any) -> Any:
     model = tiny(family)
     coreskip.wrap(model, Plan.dense(model) if kind == "dense" else plan_of(model, kind), **options)
     greedy(model, prompt(1), 8)
-    assert runtime_of(model).decoder.ready
+    assert runtime_of(model).steps.native.ready
     return model
 
 
@@ -50,7 +50,7 @@ def filled(model: Any, cache: Any = None, tokens: int = 2) -> Any:
 
 
 def rooms_of(model: Any, cache: Any) -> Rooms | None:
-    return known_rooms(cache, 1, runtime_of(model).decoder._entries)
+    return known_rooms(cache, 1, runtime_of(model).steps.native.described.entries)
 
 
 def same(logits: Tensor, expected: Tensor, tolerance: float = 1e-4) -> bool:
@@ -70,7 +70,7 @@ def test_drafting_by_the_first_layers(family: str, options: dict[str, Any]) -> N
         for _ in range(2):
             assert torch.equal(greedy(model, prompt(1), 20, assistant_early_exit=1), expected)
             assert torch.equal(greedy(model, prompt(1), 20), expected)
-        assert runtime_of(model).decoder.ready
+        assert runtime_of(model).steps.native.ready
 
 
 @pytest.mark.parametrize("kind", ["signed", "similar", "static"])
@@ -180,7 +180,7 @@ def test_an_odd_cache_first_does_not_spoil_the_rest() -> None:
             half(layer)
         model(prompt(1, 1), past_key_values=cache)
         greedy(model, prompt(1), 8)
-        assert runtime_of(model).decoder.ready
+        assert runtime_of(model).steps.native.ready
 
 
 def test_the_native_step_refuses_what_it_would_overrun() -> None:
@@ -188,7 +188,7 @@ def test_the_native_step_refuses_what_it_would_overrun() -> None:
     runtime = runtime_of(model)
     with torch.no_grad():
         cache = filled(model)
-        step = runtime.decoder._step_of(runtime.chosen_for(cache))
+        step = runtime.steps.native.step_of(runtime.steps.native.described, runtime.program_for(cache))
     good = torch.zeros(1, 2, 128, 16)
     ids, start = torch.tensor([[5]]), torch.zeros(1, dtype=torch.int64)
 

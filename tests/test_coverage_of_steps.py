@@ -19,7 +19,7 @@ import coreskip
 from coreskip.kernels.ops import available
 from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.plan import Plan
-from coreskip.runtime import decode, selfcheck
+from coreskip.runtime import native, selfcheck
 from coreskip.runtime.coverage import uncovered
 from coreskip.runtime.kv_cache import twin_of
 from coreskip.runtime.selfcheck import KEYS, Checkpoints, agree, far_positions, named_positions
@@ -35,7 +35,7 @@ def same_text(model: Any, ids: torch.Tensor, new: int, expected: torch.Tensor, *
     with coreskip.wrap(model, Plan.dense(model), **mode):
         for _ in range(3):
             assert torch.equal(greedy(model, ids, new), expected)
-        return runtime_of(model).decoder.refusal
+        return runtime_of(model).steps.native.refusal
 
 
 def ministral3(**overrides: Any) -> Any:
@@ -76,7 +76,7 @@ def test_queries_scaled_by_position_with_weights_packed_at_once(keep_originals: 
     with coreskip.wrap(model, Plan.dense(model, weights="int4"), keep_originals=keep_originals):
         text = greedy(model, ids, 40)  # whose numbers the modules read in the plan's format
         assert torch.equal(greedy(model, ids, 40), text)
-        assert runtime_of(model).decoder.refusal
+        assert runtime_of(model).steps.native.refusal
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
@@ -171,13 +171,13 @@ def test_a_switch_that_the_configuration_names(
     with coreskip.wrap(model, Plan.dense(model), **mode):
         runtime = runtime_of(model)
         greedy(model, ids[:, :9], 3)
-        assert runtime.decoder.ready
-        count = runtime.decoder._count
-        monkeypatch.setattr(runtime.decoder, "_count", lambda *given: (drafts.append(given), count(*given)))
+        assert runtime.steps.native.ready
+        count = runtime.steps.native._count
+        monkeypatch.setattr(runtime.steps.native, "_count", lambda *given: (drafts.append(given), count(*given)))
         for _ in range(2):
             assert torch.equal(text(), expected)
         assert drafts
-        reason = str(runtime.decoder.refusal)
+        reason = str(runtime.steps.native.refusal)
         assert "tokens on its logits differ from the model's own" in reason
         assert 600 - 7 <= int(reason.split()[1]) <= 600, "at the token, or before a draft that reaches it"
 
@@ -197,7 +197,7 @@ def test_a_batch_is_compared_too() -> None:
         greedy(model, ids[:, :9], 3)
         for _ in range(2):
             assert torch.equal(greedy(model, ids, 30, attention_mask=mask), expected)
-        assert runtime_of(model).decoder.refusal is not None
+        assert runtime_of(model).steps.native.refusal is not None
 
 
 @pytest.mark.parametrize("weights", [None, "int8", "int4"])
@@ -208,18 +208,18 @@ def test_right_steps_pass_and_are_compared_once_a_model(
 ) -> None:
     model, ids = tiny("mistral", sliding_window=540, max_position_embeddings=2048).to(dtype), prompt(1, 530)
     compared = []
-    plain = decode.Decoder.check
-    monkeypatch.setattr(decode.Decoder, "check", lambda self, named: (compared.append(named), plain(self, named)))
+    plain = native.NativeSteps.compare
+    monkeypatch.setattr(native.NativeSteps, "compare", lambda self, named: (compared.append(named), plain(self, named)))
     coreskip.wrap(model, Plan.dense(model, weights=weights), keep_originals=keep_originals)
     for _ in range(5):
         greedy(model, ids[:, :9], 3)  # in bfloat16 a first step may disagree
-    assert runtime_of(model).decoder.ready
+    assert runtime_of(model).steps.native.ready
     texts = []
     for _ in range(2):
         texts.append(greedy(model, ids, 30))
         assert len(compared) == 1
     assert torch.equal(*texts), "a comparison leaves nothing behind"
-    assert runtime_of(model).decoder.ready
+    assert runtime_of(model).steps.native.ready
 
 
 def test_ranges_of_lengths() -> None:
@@ -324,7 +324,7 @@ def test_parts_that_are_not_described(change: Callable[[Any], None]) -> None:
     with coreskip.wrap(model, Plan.dense(model)):
         for _ in range(2):
             assert torch.equal(greedy(model, ids, 12), expected)
-        assert not runtime_of(model).decoder.ready
+        assert not runtime_of(model).steps.native.ready
 
 
 def test_a_forward_put_into_a_class(monkeypatch: pytest.MonkeyPatch) -> None:

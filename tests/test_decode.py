@@ -20,7 +20,7 @@ from coreskip.kernels import cpu
 from coreskip.kernels.ops import PackedLinear, available
 from coreskip.kernels.packed import ungroup, untile
 from coreskip.predictors.plan import Plan
-from coreskip.runtime.decode import NotCovered, compare
+from coreskip.runtime.calls import NotCovered, compare
 from coreskip.runtime.selections import selections_of
 from coreskip.runtime.wrap import runtime_of
 
@@ -34,7 +34,7 @@ NOT_COVERED = ("opt", "gpt2", "gpt_neox", "falcon", "bloom", "cohere")
 
 
 def refusal(model: Any) -> str | None:
-    return runtime_of(model).decoder.refusal
+    return runtime_of(model).steps.native.refusal
 
 
 def ragged() -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,7 +73,7 @@ def teacher_forced(
 
 def spy(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The tokens of each native call from now on."""
-    decoder, seen = runtime_of(model).decoder, []
+    decoder, seen = runtime_of(model).steps.native, []
     count = decoder._count
 
     def counted(tokens: int, skipped: int) -> None:
@@ -129,7 +129,7 @@ def test_two_hundred_steps_from_ragged_prompts(family: str, kind: str, monkeypat
 
 def by_modules(model: Any) -> Any:
     """Steps inside run on the patched modules."""
-    return patch.object(runtime_of(model).decoder, "forward", lambda *_: None)
+    return patch.object(runtime_of(model).steps.native, "forward", lambda *_: None)
 
 
 @pytest.mark.parametrize("kind", ["griffin", "similar"])
@@ -150,7 +150,7 @@ def test_rows_with_neurons_of_their_own(family: str, kind: str, monkeypatch: pyt
             assert refusal(model) is None
             assert seen == [2 * each] * (100 // each)
             torch.testing.assert_close(native, expected, rtol=2e-4, atol=2e-4)
-        assert not runtime_of(model)._chosen_by, "what was described goes with its cache"
+        assert not runtime_of(model).prepared._own, "what was described goes with its cache"
         if kind == "griffin":
             alone = [teacher_forced(model, ids[r : r + 1], mask[r : r + 1], tokens[r : r + 1], 1) for r in range(2)]
             torch.testing.assert_close(native, torch.cat(alone), rtol=2e-4, atol=2e-4)
@@ -190,10 +190,10 @@ def test_a_neuron_that_a_row_does_not_want_cannot_spoil_it(isa: str, monkeypatch
             greedy(model, ids, 2)
             cache = DynamicCache(config=model.config)
             model(ids, past_key_values=cache)
-            choice = runtime._choice(selections_of(cache, runtime))
-            wants = torch.stack([(lists[:, None] == torch.arange(160)).any(0) for lists in choice.lists[1]])
+            choice = runtime.prepared.selected(selections_of(cache, runtime))
+            wants = torch.stack([(lists[:, None] == torch.arange(160)).any(0) for lists in choice.mlps[1].lists.lists])
             neuron = int((wants.sum(0) == 4).nonzero()[0])
-            packed, twin = choice.packed[1], copy.deepcopy(cache)
+            packed, twin = choice.mlps[1].packed, copy.deepcopy(cache)
             expected = torch.cat([model(t, past_key_values=twin).logits for t in tokens.split(1, 1)], 1)
             packed.weight[neuron, -1] = torch.inf
             seen = spy(model, monkeypatch)

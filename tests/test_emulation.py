@@ -10,15 +10,16 @@ import pytest
 import torch
 from test_policies import NAMES, plan_with, some_policy
 from test_quality import text
-from tiny_models import plan_of, tiny
+from tiny_models import plan_of, sparse_of, tiny
 
 from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.calibration import TokenText, tokenize
-from coreskip.predictors.plan import Plan, Sketch
+from coreskip.predictors.plan import Plan
+from coreskip.predictors.policies import Sketch
 from coreskip.predictors.token_choice import TokenCalibration
+from coreskip.runtime.bundles import Weights
 from coreskip.runtime.emulation import Emulation
 from coreskip.runtime.quality import evaluate_all
-from coreskip.runtime.sparse_mlp import Weights
 from coreskip.runtime.wrap import is_wrapped
 
 FIGURES = ("ppl_increase", "kl", "top1_agreement", "neuron_sparsity", "tokens")
@@ -90,8 +91,8 @@ def test_equals_token_by_token(family: str, name: str) -> None:
 def test_one_mlp_equals_the_kernels_definition(family: str, name: str) -> None:
     model = tiny(family)
     policy = some_policy(model, name)
-    emulated = Emulation(model, text(), windows=1, window=32, progress=False).weights.describe(1, policy)
-    exact = Weights(dissect(model)).describe(1, policy)
+    emulated = sparse_of(Emulation(model, text(), windows=1, window=32, progress=False).weights, 1, policy)
+    exact = sparse_of(Weights(dissect(model)), 1, policy)
     assert type(emulated) is not type(exact)
     x = torch.randn(20, 64, generator=torch.Generator().manual_seed(5))
     (fast, kept), (slow, expected) = emulated.run(x, counting=True), exact.run(x, counting=True)

@@ -20,10 +20,11 @@ from coreskip import CoreskipError, Engine
 from coreskip.bench.exact import places_off
 from coreskip.kernels.ops import available
 from coreskip.kernels.step import likeliest
-from coreskip.predictors.plan import LayerPlan, Plan, Sketch
+from coreskip.predictors.plan import LayerPlan, Plan
+from coreskip.predictors.policies import Sketch
 from coreskip.runtime import exact as exact_module
-from coreskip.runtime.decode import NativeSequence
 from coreskip.runtime.exact import Choices, Exact, Lookup, Pace, Source, Statistics, Text
+from coreskip.runtime.native import NativeSequence
 from coreskip.runtime.wrap import runtime_of
 
 needs_kernels = pytest.mark.skipif(available("cpu") is not None, reason="drafts are verified by the CPU kernels")
@@ -301,8 +302,8 @@ def test_what_rounding_could_decide_gets_a_pass_of_its_own(monkeypatch: pytest.M
 
 def test_a_rounding_model_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama", hidden_size=128, intermediate_size=256).to(torch.bfloat16)
-    monkeypatch.setattr("coreskip.runtime.wrap.redirect_attention", lambda *a: None)
-    monkeypatch.setattr("coreskip.runtime.wrap.Decoder.refusal", "switched off")  # which attends row by row
+    monkeypatch.setattr("coreskip.runtime.wrapping.redirect_attention", lambda *a: None)
+    monkeypatch.setattr("coreskip.runtime.native.NativeSteps.refusal", "switched off")  # which attends row by row
     _, done = tokens_and_statistics(model, plan_of(model, "griffin", 0.5), prompt(1, 40), new=4)
     assert "rounds otherwise" in done.note
 
@@ -509,7 +510,7 @@ def test_native_drafts_stop_at_the_first_doubt(llama: Any) -> None:
         runtime, cache = runtime_of(llama), DynamicCache(config=llama.config)
         for tokens in (prompt(1, 9), torch.tensor([[5]])):
             llama(tokens, past_key_values=cache)
-        sequence, chosen = NativeSequence(runtime.decoder, cache), runtime.chosen_for(cache)
+        sequence, chosen = NativeSequence(runtime.steps.native, cache), runtime.program_for(cache)
         start, made, chances = sequence.length, [5], list[float]()
         for _ in range(6):
             logits = sequence.step(made[-1:], chosen)[0].float()

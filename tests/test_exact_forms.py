@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ import coreskip
 from coreskip import Plan
 from coreskip.kernels import cpu, ops, reference
 from coreskip.kernels.packed import EXACT_BYTES, GROUPED, PackedLinear
-from coreskip.predictors.plan import LayerPlan, Sketch
+from coreskip.predictors.plan import LayerPlan
+from coreskip.predictors.policies import Sketch
 from coreskip.runtime.cost import bytes_per_token, cost
 from coreskip.runtime.wrap import runtime_of
 
@@ -161,7 +163,7 @@ def test_dense_steps_read_fewer_bytes_and_give_the_same(family: str) -> None:
     predicted = bytes_per_token(model, plan)
     with coreskip.wrap(model, plan):
         assert torch.equal(tokens_alone(model), expected)
-        assert runtime_of(model).decoder.ready
+        assert runtime_of(model).steps.native.ready
         total, _ = runtime_of(model).packed_bytes()
         assert total <= 0.25 * sum(w.nbytes for w in matrices)
         assert predicted == pytest.approx(total, rel=0.25)  # norms and embeddings count for much in a tiny model
@@ -214,13 +216,14 @@ def test_sparse_plans_read_their_other_matrices_in_fewer_bytes(kind: str) -> Non
     else:
         plan = plan_of(model, kind)
     in_place = runtime_of(coreskip.wrap(model, plan))
-    in_place.decoder._narrow = 0.0
+    native = in_place.steps.native
+    native._packing = replace(native._packing, narrow=0.0)
     expected = tokens_alone(model)
-    assert in_place.decoder.ready
+    assert in_place.steps.native.ready
     coreskip.unwrap(model)
     with coreskip.wrap(model, plan):
         assert torch.equal(tokens_alone(model), expected)
-        linears = runtime_of(model).decoder._architecture.base.layers[0]
+        linears = runtime_of(model).steps.native.described.model.base.layers[0]
         assert linears.attention.q.grouped
         assert linears.mlp.up.grouped == (kind == "griffin")  # which decodes densely where nothing was chosen
 
@@ -253,7 +256,7 @@ def test_matrices_can_be_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) ->
     assert cost(model, plan).weighed == bytes_per_token(model, plan) > 3 * narrow
     with coreskip.wrap(model, plan):
         greedy(model, prompt(1, 7), 4)
-        assert not runtime_of(model).decoder._architecture.base.head.grouped
+        assert not runtime_of(model).steps.native.described.model.base.head.grouped
 
 
 def test_a_model_without_native_steps_keeps_its_matrices_without_a_word(caplog: pytest.LogCaptureFixture) -> None:

@@ -35,7 +35,7 @@ import coreskip
 from coreskip import Engine
 from coreskip.kernels import ops
 from coreskip.predictors.plan import Plan
-from coreskip.runtime import graph
+from coreskip.runtime import lower_gpu
 from coreskip.runtime.selections import drafting
 from coreskip.runtime.wrap import runtime_of
 
@@ -49,7 +49,7 @@ class HostRead(RuntimeError):
 class Recorded(TorchDispatchMode):
     """A step's operations on fixed memory, as a CUDA graph holds them."""
 
-    def __init__(self, step: graph.StaticStep) -> None:
+    def __init__(self, step: lower_gpu.StaticStep) -> None:
         super().__init__()
         step()
         self._operations: list[tuple[Any, Any, Any, list[Tensor] | None]] = []
@@ -83,10 +83,10 @@ class Recorded(TorchDispatchMode):
 
 
 @contextmanager
-def captured(model: Any, plan: Plan | None = None, **options: Any) -> Iterator[graph.Graphs]:
+def captured(model: Any, plan: Plan | None = None, **options: Any) -> Iterator[lower_gpu.CapturedSteps]:
     """The model wrapped, with its decode steps recorded where a GPU would capture them."""
     with coreskip.wrap(model, Plan.dense(model) if plan is None else plan, **options):
-        graphs = runtime_of(model).graphs
+        graphs = runtime_of(model).steps.captured
         graphs.capture = Recorded
         yield graphs
 
@@ -111,7 +111,7 @@ def alike(logits: Tensor, expected: Tensor) -> None:
 def modules_logits(model: Any, plan: Plan, *arguments: Any) -> Tensor:
     """Of the patched modules, called one by one."""
     with torch.no_grad(), coreskip.wrap(model, plan):
-        runtime_of(model).decoder._refusal = "the native step is left out here"
+        runtime_of(model).steps.native._state.refusal = "the native step is left out here"
         return teacher_forced(model, *arguments, each=1)
 
 
@@ -119,7 +119,7 @@ def modules_logits(model: Any, plan: Plan, *arguments: Any) -> Tensor:
     "family", ["llama", "qwen2", "mistral", "gemma2", "gemma3_text", "phi3", "opt", "gpt_neox", "falcon"]
 )
 def test_logits_are_the_modules_own_while_the_capacity_grows(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "_LEAST", 16)
+    monkeypatch.setattr(lower_gpu, "_LEAST", 16)
     model = tiny(family)
     arguments = (*ragged(), some_tokens(2, 48))
     with torch.no_grad():
@@ -176,7 +176,7 @@ def test_what_was_skipped_is_counted_once_a_token() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_generate_and_further_turns_over_its_cache(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "_LEAST", 16)
+    monkeypatch.setattr(lower_gpu, "_LEAST", 16)
     model = tiny(family)
     expected = talk(model)
     with captured(model) as graphs:
@@ -201,7 +201,7 @@ class Heard(BaseStreamer):
 
 @pytest.mark.parametrize("ends", [False, True])
 def test_greedy_tokens_are_made_several_at_once(ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "_LEAST", 16)
+    monkeypatch.setattr(lower_gpu, "_LEAST", 16)
     model = tiny("llama")
     ids = prompt(1)
     expected = greedy(model, ids, 40)
@@ -255,7 +255,7 @@ def test_sampling_processors_and_inference_mode() -> None:
 
 def test_buffers_go_to_the_next_cache_only_when_nobody_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
-    monkeypatch.setattr(graph, "_MOST", 2)
+    monkeypatch.setattr(lower_gpu, "_MOST", 2)
     options = {"return_dict_in_generate": True}
     prompts = [prompt(1, 9, seed=s) for s in range(4)]
     expected = [greedy(model, ids, 8, **options) for ids in prompts]
@@ -291,11 +291,11 @@ def test_a_batch_that_chose_differently_and_a_mask_with_holes() -> None:
         assert graphs._captured
 
 
-def wrong_masks(step: graph.StaticStep) -> Tensor:
+def wrong_masks(step: lower_gpu.StaticStep) -> Tensor:
     return step.seen[:, None, None] | True
 
 
-def reading(step: graph.StaticStep) -> Tensor:
+def reading(step: lower_gpu.StaticStep) -> Tensor:
     return step.seen[:, None, None, :] & (step.at.item() >= step._index)
 
 
@@ -305,7 +305,7 @@ def test_what_differs_or_waits_stays_on_the_modules(
 ) -> None:
     model = tiny("llama")
     expected = talk(model)
-    monkeypatch.setattr(graph.StaticStep, "_masks", masks)
+    monkeypatch.setattr(lower_gpu.StaticStep, "_masks", masks)
     with captured(model) as graphs, caplog.at_level(logging.WARNING, "coreskip"):
         for found, wanted in zip(talk(model), expected, strict=True):
             assert torch.equal(found, wanted)
@@ -490,11 +490,11 @@ def test_captured_on_a_gpu(name: str, dtype: torch.dtype, monkeypatch: pytest.Mo
         ids, mask, tokens = ids[:1], mask[:1], tokens[:1]
     with torch.no_grad(), monkeypatch.context() as switch, coreskip.wrap(model, plan):
         switch.setenv("CORESKIP_GRAPHS", "0")
-        runtime_of(model).graphs.forget()
-        assert runtime_of(model).graphs.capture is None
+        runtime_of(model).steps.captured.forget()
+        assert runtime_of(model).steps.captured.capture is None
         expected = teacher_forced(model, ids, mask, tokens, each=1)
     with torch.no_grad(), coreskip.wrap(model, plan):
-        graphs = runtime_of(model).graphs
+        graphs = runtime_of(model).steps.captured
         for _ in range(2):
             found = teacher_forced(model, ids, mask, tokens, each=1)
             assert graphs.refusal is None
@@ -524,6 +524,6 @@ def test_threads_on_a_gpu() -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        assert runtime_of(model).graphs.refusal is None
-        assert runtime_of(model).graphs._captured
+        assert runtime_of(model).steps.captured.refusal is None
+        assert runtime_of(model).steps.captured._captured
     assert all(torch.equal(found[i], wanted) for i, wanted in enumerate(expected))

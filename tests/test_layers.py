@@ -28,7 +28,8 @@ from coreskip.predictors.layers import (
     void,
     void_maps,
 )
-from coreskip.predictors.plan import Adaptive, Dense, LayerPlan, Plan, Run, Skip, SkipAttention, SkipMLP
+from coreskip.predictors.plan import LayerPlan, Plan
+from coreskip.predictors.policies import Adaptive, Dense, Run, Skip, SkipAttention, SkipMLP
 from coreskip.runtime.wrap import runtime_of
 
 FAMILIES = ["llama", "mistral", "qwen3", "phi3", "gemma2", "opt", "gpt2", "gpt_neox", "stablelm", "cohere", "phi"]
@@ -141,7 +142,7 @@ def test_two_hundred_native_steps_without_layers(family: str, policy: Run) -> No
         expected = reference(model, torch.cat([ids, tokens], 1), decoded, policies, {})[:, length:]
         with torch.no_grad(), coreskip.wrap(model, plan_with(model, policies)):
             found = teacher_forced(model, ids, torch.ones_like(ids), tokens, each=1)
-            assert runtime_of(model).decoder.refusal is None
+            assert runtime_of(model).steps.native.refusal is None
         torch.testing.assert_close(found, expected, rtol=5e-4, atol=5e-4)
 
 

@@ -264,7 +264,7 @@ class Pair:
 
     @property
     def native(self) -> bool:
-        return runtime_of(self.models[0]).decoder.ready
+        return runtime_of(self.models[0]).steps.native.ready
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

@@ -275,9 +275,9 @@ def test_parts_that_write_to_themselves_are_still_watched() -> None:
     with coreskip.wrap(model, Plan.dense(model)):
         for _ in range(2):
             assert torch.equal(greedy(model, ids, 8), greedy(twin, ids, 8))
-        forgotten = runtime_of(model).decoder.times_forgotten
+        known = runtime_of(model).steps.native._state
         greedy(model, ids, 8)
-        assert runtime_of(model).decoder.times_forgotten == forgotten
+        assert runtime_of(model).steps.native._state is known
         for each in (model, twin):
             each.model.layers[1].mlp.act_fn.register_forward_hook(lambda module, args, output: output * 0)
         assert torch.equal(greedy(model, ids, 8), greedy(twin, ids, 8))
@@ -290,8 +290,8 @@ def test_steps_are_native_again_after_a_change_without_originals() -> None:
     with torch.no_grad():
         model.model.norm.weight.mul_(1.5)
     greedy(model, ids, 8)
-    assert runtime_of(model).decoder.ready
-    assert runtime_of(model).decoder.refusal is None
+    assert runtime_of(model).steps.native.ready
+    assert runtime_of(model).steps.native.refusal is None
 
 
 def test_a_copied_cache_decodes_with_the_new_weights() -> None:

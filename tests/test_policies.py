@@ -22,7 +22,19 @@ from coreskip.kernels import cpu
 from coreskip.kernels.ops import available
 from coreskip.kernels.packed import quantize
 from coreskip.predictors.anatomy import dissect
-from coreskip.predictors.plan import Dense, LayerPlan, Learned, Run, Sketch, SkipAttention, Threshold, TopK
+from coreskip.predictors.plan import LayerPlan
+from coreskip.predictors.policies import (
+    Cats,
+    Dense,
+    InputThresholds,
+    Learned,
+    Run,
+    Sketch,
+    SkipAttention,
+    Teal,
+    TopK,
+    Wina,
+)
 from coreskip.runtime.wrap import runtime_of
 
 KEEP = 0.5
@@ -57,13 +69,13 @@ def some_policy(model: Any, name: str) -> Any:
     width, hidden = mlp.intermediate_size, mlp.hidden_size
     names = [f"mlp.{n}" for n in (mlp.gate_name, mlp.up_name, mlp.down_name) if n is not None]
     if name == "teal":
-        return Threshold("teal", KEEP, dict.fromkeys(names, 0.5))
+        return Teal(KEEP, dict.fromkeys(names, 0.5))
     if name in ("teal_all", "wina"):
         assert attention is not None
         names += [f"attention.{n}" for n in (*attention.inputs, attention.output)]
-        return Threshold("teal" if name == "teal_all" else "wina", KEEP, dict.fromkeys(names, 0.5))
+        return (Teal if name == "teal_all" else Wina)(KEEP, dict.fromkeys(names, 0.5))
     if name == "cats":
-        return Threshold("cats", KEEP, {"act": 0.4})
+        return Cats(KEEP, 0.4)
     mean = torch.randn(width, generator=rng) * 0.1
     norm = torch.rand(width, generator=rng) + 0.5
     if name.startswith("topk"):
@@ -129,9 +141,9 @@ def defined(policy: Any, layer: Any, x: Tensor) -> Tensor:
             wanted &= (a - policy.mean).abs() * policy.norm >= policy.refine
     else:
         a = activations(gate, up, x)
-        if isinstance(policy, Threshold):
+        if isinstance(policy, Cats):
             inner = act(F.linear(x, gate, w.gate_bias)) if gate is not None else a
-            wanted = inner.abs() >= policy.least["act"]
+            wanted = inner.abs() >= policy.threshold
         elif isinstance(policy, TopK):
             wanted = best(a.abs() * policy.norm, policy)
         elif isinstance(policy, Learned):
@@ -154,7 +166,7 @@ def by_definition(model: Any, policy: Any) -> Iterator[None]:
     def masked(least: float, weight: Tensor) -> Callable[..., Any]:
         def before(module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor] | None:
             x = arguments[0]
-            norm = weight.norm(dim=0) if policy.rule == "wina" else 1.0
+            norm = weight.norm(dim=0) if policy.by_norm else 1.0
             return (torch.where(x.abs() * norm >= least, x, 0),) if model.decoding else None
 
         return before
@@ -172,8 +184,8 @@ def by_definition(model: Any, policy: Any) -> Iterator[None]:
     anatomy = dissect(model)
     handles.append(anatomy.stack.register_forward_pre_hook(phase, with_kwargs=True))
     for layer, attention in zip(anatomy.mlps, anatomy.attentions, strict=True):
-        if isinstance(policy, Threshold) and policy.rule != "cats":
-            for name, least in policy.least.items():
+        if isinstance(policy, InputThresholds):
+            for name, least in policy.thresholds.items():
                 owner: Any = layer.owner if name.startswith("mlp") else attention.module  # type: ignore[union-attr]
                 linear = getattr(owner, name.partition(".")[2])
                 handles.append(linear.register_forward_pre_hook(masked(least, linear.weight)))
@@ -225,7 +237,7 @@ def test_two_hundred_native_steps_from_ragged_prompts(family: str, name: str) ->
             expected = teacher_forced(model, ids, mask, tokens, each=200)
         with coreskip.wrap(model, plan_with(model, policy)):
             found = teacher_forced(model, ids, mask, tokens, each=1)
-            assert runtime_of(model).decoder.refusal is None
+            assert runtime_of(model).steps.native.refusal is None
     error, change = (found - expected).norm(dim=-1), (dense - expected).norm(dim=-1)
     print("ERR", family, name, float((error / change).median()), float((error / change).max()))
     assert float((error / change).median()) < 1
@@ -276,7 +288,7 @@ def test_native_choices_in_half_precision(family: str, name: str) -> None:
             model = model.float() if how == "exact" else model.bfloat16()
             with coreskip.wrap(model, plan_with(model, policy)):
                 teacher_forced(model, ids, mask, tokens[:, :8], each=1)
-                assert runtime_of(model).decoder.ready
+                assert runtime_of(model).steps.native.ready
                 if how != "native":
                     on_modules(model)
                 logits[how] = teacher_forced(model, ids, mask, tokens, each=2).float()
@@ -295,7 +307,7 @@ def test_sums_over_columns_are_the_same_bits_however_they_are_shared_out(dtype: 
         with torch.no_grad(), coreskip.wrap(model, plan_with(model, some_policy(model, "wina"))):
             for _ in range(4):  # in bf16 a first step may disagree with modules that round
                 teacher_forced(model, ids, mask, tokens, each=1)
-            assert runtime_of(model).decoder.ready
+            assert runtime_of(model).steps.native.ready
             on_modules(model)
             expected = teacher_forced(model, ids, mask, tokens, each=1)
             runtime_of(model)._modules_only = None
@@ -340,10 +352,10 @@ def test_a_native_step_of_many_policies() -> None:
     """Some linears of some layers by columns, others dense, beside predicted and sketched neurons."""
     model = tiny("llama_bias", num_hidden_layers=5)
     policies = (
-        Threshold("teal", KEEP, {"mlp.down_proj": 0.5, "attention.k_proj": 0.3}),
+        Teal(KEEP, {"mlp.down_proj": 0.5, "attention.k_proj": 0.3}),
         Dense(),
         some_policy(model, "learned"),
-        Threshold("wina", KEEP, {"mlp.gate_proj": 0.5, "attention.o_proj": 0.3}),
+        Wina(KEEP, {"mlp.gate_proj": 0.5, "attention.o_proj": 0.3}),
         some_policy(model, "sketch"),
     )
     dense, (ids, mask), tokens = Plan.dense(model), ragged(), some_tokens(2, 40)
@@ -355,7 +367,7 @@ def test_a_native_step_of_many_policies() -> None:
         for _ in range(2):
             runtime_of(model).usage.reset()
             found.append(teacher_forced(model, ids, mask, tokens, each=2))
-            assert runtime_of(model).decoder.ready
+            assert runtime_of(model).steps.native.ready
             skipped.append(runtime_of(model).usage.neuron_sparsity())
             on_modules(model)
     error = (found[0] - found[1]).norm(dim=-1) / found[1].norm(dim=-1)
@@ -376,7 +388,7 @@ def test_the_native_step_counts_what_the_modules_count(name: str, rows: int) -> 
             usage.reset()
             greedy(model, prompt(rows, 9), 8, **options)
             shares.append(usage.neuron_sparsity())
-        assert runtime_of(model).decoder.ready
+        assert runtime_of(model).steps.native.ready
     assert shares[0] == pytest.approx(shares[1], abs=0.005)
 
 
@@ -389,7 +401,7 @@ def test_one_mlp_equals_its_definition(family: str, name: str, rows: int) -> Non
     layer = dissect(model).mlps[1]
     x = torch.randn(rows, layer.hidden_size, generator=torch.Generator().manual_seed(5))
     with coreskip.wrap(model, plan_with(model, policy)), torch.no_grad():
-        found, kept = runtime_of(model).token_mlp(1).run(x, counting=True)
+        found, kept = runtime_of(model).prepared.mlp(1).run(x, counting=True)
         expected = defined(policy, layer, x)
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
     assert kept is not None
@@ -449,7 +461,7 @@ def test_exact_zeros_of_relu_cost_nothing(family: str) -> None:
                 first.weight[::2] -= 5.0 * first.weight[::2].abs()  # half of the neurons: mostly below zero
             else:
                 first.bias.sub_(4.0)
-    policy = Threshold("cats", 0.2, {"act": torch.finfo(torch.float32).tiny})
+    policy = Cats(0.2, torch.finfo(torch.float32).tiny)
     options: dict[str, Any] = {"output_logits": True, "return_dict_in_generate": True}
     dense = greedy(model, prompt(), 8, **options)
     with coreskip.wrap(model, plan_with(model, policy)):
@@ -487,12 +499,10 @@ def test_plans_keep_them(llama: Any, tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("policy", "match"),
     [
-        (Threshold("teal", 0.5, {"act": 1.0}), "makes no sense"),
-        (Threshold("cats", 0.5, {"mlp.up_proj": 1.0}), "makes no sense"),
-        (Threshold("teal", 0.5, {}), "an entry per linear"),
-        (Threshold("magic", 0.5, {"act": 1.0}), "unknown threshold rule"),  # type: ignore[arg-type]
-        (Threshold("cats", 0.5, {"act": float("nan")}), "a threshold is nan"),
-        (Threshold("cats", 0.5, {"act": -1.0}), "a threshold is -1"),
+        (Teal(0.5, {"act": 1.0}), "makes no sense"),
+        (Wina(0.5, {}), "an entry per linear"),
+        (Cats(0.5, float("nan")), "a threshold is nan"),
+        (Cats(0.5, -1.0), "a threshold is -1"),
         (TopK(keep=0.0), "keep is 0"),
         (TopK(keep=0.5, mean=torch.zeros(3)), "mean is not fp32 of shape"),
         (TopK(keep=0.5, norm=torch.full((160,), torch.inf)), "not a finite number"),
@@ -516,7 +526,7 @@ def test_senseless_policies(llama: Any, policy: Any, match: str) -> None:
 
 
 def test_an_unknown_linear_is_noticed_before_anything_is_patched(llama: Any) -> None:
-    plan = plan_with(llama, Threshold("teal", 0.5, {"mlp.fc7": 0.1}))
+    plan = plan_with(llama, Teal(0.5, {"mlp.fc7": 0.1}))
     before = llama.model.forward
     with pytest.raises(PlanError, match="no linear mlp"):
         coreskip.wrap(llama, plan)

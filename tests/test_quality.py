@@ -17,8 +17,8 @@ from coreskip import CoreskipError
 from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.calibration import TokenText
 from coreskip.predictors.plan import Plan
+from coreskip.runtime.bundles import Weights
 from coreskip.runtime.quality import decode_logits, evaluate_all, summary
-from coreskip.runtime.sparse_mlp import Weights
 from coreskip.runtime.wrap import runtime_of, wrapped
 
 
@@ -55,7 +55,7 @@ def test_a_pass_of_eight_tokens_is_eight_of_one(name: str, dtype: torch.dtype) -
         model(ids, use_cache=True)
         for _ in range(4):  # until the native step has been compared
             decode_logits(model, ids, 1)
-        native = runtime_of(model).decoder.ready
+        native = runtime_of(model).steps.native.ready
         one, eight, all_at_once = (decode_logits(model, ids, count) for count in (1, 8, 23))
     if native:
         assert torch.equal(one, eight)

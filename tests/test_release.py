@@ -20,8 +20,9 @@ import coreskip
 from coreskip import CoreskipError, Engine, Plan
 from coreskip.kernels import cpu, ops
 from coreskip.kernels.packed import DTYPES, PackedLinear, ungroup, untile
-from coreskip.predictors.plan import LayerPlan, Sketch
-from coreskip.runtime import decode, release
+from coreskip.predictors.plan import LayerPlan
+from coreskip.predictors.policies import Sketch
+from coreskip.runtime import native_check, release
 from coreskip.runtime.wrap import is_wrapped, runtime_of
 
 NO_LIBRARY = ops.available("cpu")
@@ -173,7 +174,7 @@ def test_nothing_goes_where_the_native_step_does_not_run(
         model.lm_head.register_forward_hook(lambda *_: None)
     if reason == "infinities":
         model.lm_head.weight.data[-1, -1] = torch.inf
-        monkeypatch.setattr(decode, "compare", lambda *_, **__: None)  # behind a ReLU it would not show
+        monkeypatch.setattr(native_check, "compare", lambda *_, **__: None)  # behind a ReLU it would not show
     before = bytes_of(model)
     with (
         caplog.at_level(logging.WARNING, "coreskip"),

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from test_policies import plan_with
-from tiny_models import greedy, prompt, tiny
+from tiny_models import greedy, prompt, sparse_of, tiny
 from torch import Tensor
 
 import coreskip
@@ -18,8 +18,8 @@ from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.calibration import TokenText
 from coreskip.predictors.checks import ALLOCATIONS
 from coreskip.predictors.learned import recall, train_predictors
-from coreskip.predictors.plan import Rule, TopK
-from coreskip.predictors.token_choice import SHARES, TokenCalibration, spread_share
+from coreskip.predictors.policies import Cats, Teal, TopK, Wina
+from coreskip.predictors.token_choice import SHARES, Rule, TokenCalibration, spread_share
 from coreskip.predictors.token_samples import (
     cett_threshold,
     fisher_information,
@@ -29,8 +29,8 @@ from coreskip.predictors.token_samples import (
     relative_error,
     sample_tokens,
 )
+from coreskip.runtime.bundles import Weights
 from coreskip.runtime.emulation import Emulation
-from coreskip.runtime.sparse_mlp import Weights
 
 
 def calibration(model: Any) -> TokenCalibration:
@@ -145,7 +145,7 @@ def test_allocations_keep_the_share_asked_for(family: str, allocation: Any) -> N
 def test_the_sketch_is_calibrated_on_what_it_sees(llama: Any) -> None:
     found = calibration(llama)
     for layer, policy in enumerate(found.sketch(0.6, "fisher")):
-        sparse = Weights(dissect(llama)).describe(layer, policy)
+        sparse = sparse_of(Weights(dissect(llama)), layer, policy)
         x = found.samples.hidden[layer]
         wanted = (sketch_select(x[:8] * sparse.smooth, sparse.packed, threshold=policy.threshold) >= 0).sum(1)
         score = found.sketched[layer][:8] * policy.norm
@@ -170,7 +170,7 @@ def test_a_refined_sketch_is_calibrated_on_what_the_kernels_do(llama: Any) -> No
     for layer, policy in enumerate(found.sketch(0.6, "greedy", refine=True)):
         assert policy.refine is not None
         assert policy.candidates is not None
-        sparse = Weights(dissect(llama)).describe(layer, policy)
+        sparse = sparse_of(Weights(dissect(llama)), layer, policy)
         assert sparse.smooth is not None
         a, x = found.samples.activations[layer], found.samples.hidden[layer] * sparse.smooth
         chosen = sketch_select(x, sparse.packed, threshold=policy.threshold, backend="torch")
@@ -236,15 +236,15 @@ def test_thresholds_keep_the_share_asked_for(family: str, rule: Any) -> None:
     model = tiny(family)
     found = calibration(model)
     policies = found.threshold(0.6, rule, everywhere=rule == "teal")
-    assert ("act" in policies[0].least) == (rule == "cats")
+    assert isinstance(policies[0], {"cats": Cats, "teal": Teal, "wina": Wina}[rule])
     if rule != "cats":
-        down = next(name for name in policies[1].least if name == f"mlp.{dissect(model).mlps[1].down_name}")
+        down = next(name for name in policies[1].thresholds if name == f"mlp.{dissect(model).mlps[1].down_name}")
         x = found.samples.activations[1].abs()
         x = x * dissect(model).mlps[1].matrices().down.norm(dim=1) if rule == "wina" else x
-        assert float((x >= policies[1].least[down]).float().mean()) == pytest.approx(
+        assert float((x >= policies[1].thresholds[down]).float().mean()) == pytest.approx(
             0.5 if family == "opt" else 0.6, abs=0.04
         )
-        assert any(name.startswith("attention.") for name in policies[0].least) == (rule == "teal")
+        assert any(name.startswith("attention.") for name in policies[0].thresholds) == (rule == "teal")
     with coreskip.wrap(model, plan_with(model, *policies)):
         greedy(model, prompt(), 3)
 

@@ -11,7 +11,19 @@ from tiny_models import NoTokenizer, greedy, prompt, tiny
 import coreskip
 from coreskip import CoreskipError, analyze
 from coreskip.predictors.calibration import TokenText
-from coreskip.predictors.plan import CoreNeurons, Dense, Learned, Run, Similar, Sketch, Skip, Static, Threshold, TopK
+from coreskip.predictors.policies import (
+    CoreNeurons,
+    Dense,
+    Learned,
+    Run,
+    Similar,
+    Sketch,
+    Skip,
+    Static,
+    Teal,
+    TopK,
+    Wina,
+)
 from coreskip.runtime.options import Budget
 
 
@@ -63,7 +75,7 @@ def test_options_of_methods(llama: Any, options: dict[str, Any], recipe: dict[st
     plan = run(llama, keep=0.6, **options)
     assert {name: plan.recipe[name] for name in recipe} == recipe
     if plan.recipe["method"] == "threshold":
-        assert all(isinstance(layer.neurons, Threshold) for layer in plan.layers)
+        assert all(isinstance(layer.neurons, Teal | Wina) for layer in plan.layers)
 
 
 def test_layers_are_left_out_from_the_first_layer_on(llama: Any) -> None:

@@ -61,7 +61,7 @@ def test_text_on_a_vision_language_model(kind: str, mode: dict[str, Any]) -> Non
         for _ in range(2):
             for (ids, options), text in zip(calls, expected, strict=True):
                 assert torch.equal(greedy(model, ids, 20, **options), text)
-        assert runtime_of(model).decoder.ready is (kind != "glm4v")
+        assert runtime_of(model).steps.native.ready is (kind != "glm4v")
 
 
 @KERNELS
@@ -82,7 +82,7 @@ def test_positions_that_differ_between_axes() -> None:
         with coreskip.wrap(model, Plan.dense(model)):
             assert torch.allclose(steps(), expected, rtol=1e-5, atol=1e-5)
             greedy(model, ids, 4)
-            assert runtime_of(model).decoder.ready
+            assert runtime_of(model).steps.native.ready
             assert torch.allclose(steps(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -147,7 +147,7 @@ def test_another_default_type(weights: str | None, family: str, default_dtype: t
         with coreskip.wrap(model, plan):
             greedy(model, ids, 3)
             made = greedy(model, ids, 30)
-            assert runtime_of(model).decoder.ready, runtime_of(model).decoder.refusal
+            assert runtime_of(model).steps.native.ready, runtime_of(model).steps.native.refusal
         return made
 
     expected = text()
@@ -167,7 +167,7 @@ def test_plans_under_another_default_type(default_dtype: torch.dtype) -> None:
         with coreskip.wrap(model, plan):
             greedy(model, ids, 3)
             assert torch.equal(greedy(model, ids, 20), expected)
-            assert runtime_of(model).decoder.ready
+            assert runtime_of(model).steps.native.ready
         torch.set_default_dtype(torch.float32)
 
 
@@ -194,7 +194,7 @@ def test_another_default_device(weights: str | None) -> None:
         with torch.device("meta"), coreskip.wrap(model, Plan.dense(model, weights=weights)):
             with torch.device("cpu"):
                 steps()
-            assert runtime_of(model).decoder.ready
+            assert runtime_of(model).steps.native.ready
             cache = DynamicCache(config=model.config)
             with torch.device("cpu"):
                 model(ids, past_key_values=cache)

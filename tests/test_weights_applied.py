@@ -20,10 +20,10 @@ from coreskip import CoreskipError, Plan
 from coreskip.kernels import ops, reference
 from coreskip.kernels.packed import PackedLinear, ungroup, untile
 from coreskip.predictors.anatomy import dissect, rows_of
+from coreskip.runtime.bundles import Weights
 from coreskip.runtime.cost import bytes_per_token, loaded_bytes
 from coreskip.runtime.quality import evaluate_all
 from coreskip.runtime.selections import densely, prefilling
-from coreskip.runtime.sparse_mlp import Weights
 from coreskip.runtime.wrap import is_wrapped, runtime_of, wrapped
 
 NO_LIBRARY = ops.available("cpu")
@@ -121,7 +121,7 @@ def test_the_native_step_and_the_modules_read_the_same(family: str, keep_origina
     model, ids = tiny(family), prompt(1, 12)
     coreskip.wrap(model, Plan.dense(model, weights=weights), keep_originals=keep_originals)
     expected = greedy(model, ids, 16)
-    assert runtime_of(model).decoder.ready
+    assert runtime_of(model).steps.native.ready
     natively = after_prefill(model, model, ids, expected[:, 12:18])
     by_modules = after_prefill(model, model, ids, expected[:, 12:18], output_hidden_states=True)
     assert differ(by_modules, natively) < ROUNDING
@@ -149,7 +149,7 @@ def test_memory_is_not_taken_twice(llama: Any) -> None:
         greedy(llama, prompt(1, 9), 4)
         runtime = runtime_of(llama)
         packed = {id(p) for module in takers(llama) for p in runtime.formats.parts(module)}
-        base = runtime.decoder._architecture.base
+        base = runtime.steps.native.described.model.base
         native = [base.head, *(m for layer in base.layers for m in (layer.mlp.gate, layer.mlp.up, layer.mlp.down))]
         native += [m for layer in base.layers for m in (layer.attention.q, layer.attention.k, layer.attention.v)]
         assert {id(p) for p in native} <= packed

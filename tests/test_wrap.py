@@ -19,24 +19,26 @@ from coreskip.kernels.ops import available
 from coreskip.predictors.importance import most_important, token_contributions
 from coreskip.predictors.observe import taps
 from coreskip.predictors.plan import Plan
-from coreskip.runtime.selections import Choice, selections_of
+from coreskip.runtime.modules import ModulePatches
+from coreskip.runtime.selections import SelectedNeurons, selections_of
 from coreskip.runtime.wrap import is_wrapped, runtime_of
 
 
-def choice_of(model: Any, cache: Any) -> Choice:
+def choice_of(model: Any, cache: Any) -> SelectedNeurons:
     runtime = runtime_of(model)
     selections = selections_of(cache, runtime)
     assert selections is not None
-    return runtime._choice(selections)
+    return runtime.prepared.selected(selections)
 
 
 def neurons_of(model: Any, cache: Any, layer: int, row: int = 0) -> list[int]:
     """The neurons a row decodes with: its list or, where all rows chose alike, those whose gate rows are packed."""
     choice = choice_of(model, cache)
-    if choice.lists:
-        return choice.lists[layer][row].tolist()
+    lists = choice.mlps[layer].lists
+    if lists is not None:
+        return lists.lists[row].tolist()
     gate = runtime_of(model).anatomy.mlps[layer].matrices().gate
-    packed_gate = choice.packed[layer].weight[:, 0, : gate.shape[1]]
+    packed_gate = choice.mlps[layer].packed.weight[:, 0, : gate.shape[1]]
     return torch.cdist(packed_gate, gate).argmin(1).tolist()
 
 
@@ -77,15 +79,15 @@ def test_padding_does_not_vote(llama: Any) -> None:
 def phases(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     runtime = runtime_of(model)
-    begin = runtime._begin
+    begin = ModulePatches._begin
 
-    def spy(named: dict[str, Any]) -> Any:
-        step = begin(named)
+    def spy(self: Any, named: dict[str, Any]) -> Any:
+        step = begin(self, named)
         seen.append(step.phase.value)
         return step
 
-    monkeypatch.setattr(runtime, "_begin", spy)
-    monkeypatch.setattr(runtime.decoder, "forward", lambda *_: None)  # which tells the phases apart by itself
+    monkeypatch.setattr(ModulePatches, "_begin", spy)
+    monkeypatch.setattr(runtime.steps.native, "forward", lambda *_: None)  # which tells the phases apart by itself
     return seen
 
 
@@ -136,11 +138,12 @@ def test_rows_decode_with_their_own_neurons_and_equal_rows_share(llama: Any) -> 
         assert choice_of(llama, cache) is choice, "found again, not made again"
         other = DynamicCache(config=llama.config)
         llama(prompt(2), past_key_values=other)
-        assert choice_of(llama, other).packed == choice.packed, "whole layers are packed once"
+        for found in zip(choice_of(llama, other).mlps.values(), choice.mlps.values(), strict=True):
+            assert found[0].packed is found[1].packed, "whole layers are packed once"
         cache.reorder_cache(torch.tensor([2, 1, 0]))
         assert choice_of(llama, cache) is choice, "nothing changed"
         cache.batch_select_indices(torch.tensor([0, 2]))
-        assert not choice_of(llama, cache).lists
+        assert not choice_of(llama, cache).differ
         assert neurons_of(llama, cache, 0) == first
 
 
@@ -324,8 +327,8 @@ def test_native_kernels_decode_the_same_tokens(embedded: tuple[Any, Any], text: 
     expected = greedy(model, ids, 24)
     with coreskip.wrap(model, Plan.dense(model)):
         assert torch.equal(greedy(model, ids, 24), expected)
-        assert runtime_of(model)._linear_packed or available("cpu") is not None
-        for module, packed in runtime_of(model)._linear_packed.items():
+        assert runtime_of(model).prepared._linears or available("cpu") is not None
+        for module, packed in runtime_of(model).prepared._linears.items():
             assert packed.weight.data_ptr() == module.weight.data_ptr(), "weights are read in place, not copied"
 
 
@@ -444,7 +447,7 @@ def test_bloom_in_slices_is_refused() -> None:
 
 def test_a_sequences_neurons_lie_in_the_memory_of_one_that_is_over(llama: Any) -> None:
     def addresses(cache: Any) -> list[int]:
-        return [packed.weight.data_ptr() for packed in choice_of(llama, cache).packed.values()]
+        return [mlp.packed.weight.data_ptr() for mlp in choice_of(llama, cache).mlps.values()]
 
     plan = plan_of(llama, "griffin")
     prompts = [prompt(1, 9, seed=seed) for seed in range(3)]

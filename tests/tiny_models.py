@@ -8,7 +8,11 @@ from typing import Any
 import torch
 import transformers
 
-from coreskip.predictors.plan import Clusters, CoreNeurons, LayerPlan, Plan, Similar, Static
+from coreskip.kernels.sparse import SparseMLP
+from coreskip.predictors.plan import LayerPlan, Plan
+from coreskip.predictors.policies import Clusters, CoreNeurons, NeuronPolicy, Similar, Static
+from coreskip.runtime.bundles import Weights
+from coreskip.runtime.program import brick_of, build
 
 VOCABULARY = 128
 _ROPE = {
@@ -114,6 +118,13 @@ def plan_of(model: Any, kind: str, keep: float = 0.5) -> Plan:
         policies = [CoreNeurons(0.4, keep, kind)] * len(widths)  # type: ignore[arg-type]
     layers = tuple(LayerPlan(policy) for policy in policies)
     return Plan(layers, dense.model, {"method": kind}, clusters=clusters)
+
+
+def sparse_of(weights: Weights, layer: int, policy: NeuronPolicy) -> SparseMLP:
+    """What a policy makes of a layer's MLP."""
+    pack = build(policy, brick_of(weights.anatomy, layer)).pack
+    assert pack is not None
+    return weights.sparse(layer, pack)
 
 
 def greedy(model: Any, ids: torch.Tensor, new: int = 16, **options: Any) -> torch.Tensor:

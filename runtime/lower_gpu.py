@@ -20,18 +20,19 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from .decode import NotCovered, check_call, compare, windows
+from ..predictors.anatomy import Anatomy
+from .calls import NotCovered, check_call, compare
 from .kv_cache import Entries, Rooms, known_rooms, leave_rooms, lend_rooms, length_of, sizes_of, unfit
-from .selections import TALLY, Step, share_selections
-
-if TYPE_CHECKING:
-    from .wrap import Runtime
+from .passes import Pass, tallied
+from .patches import Usage
+from .selections import share_selections
+from .spec import windows
 
 logger = logging.getLogger("coreskip")
 
@@ -170,8 +171,7 @@ class StaticStep:
         """Logits ``[rows, 1, vocabulary]`` of `ids`, whose keys and values are written."""
         cache = Cache(layers=list(self._layers))
         share_selections(self._cache(), cache)
-        token = TALLY.set(self._note)
-        try:
+        with tallied(self._note):
             output = self._forward(
                 input_ids=self.ids,
                 position_ids=self.positions,
@@ -179,11 +179,9 @@ class StaticStep:
                 past_key_values=cache,
                 use_cache=True,
             )
-        finally:
-            TALLY.reset(token)
         return cast(Tensor, output.logits)
 
-    def _note(self, step: Step) -> None:
+    def _note(self, step: Pass) -> None:
         self.skipped = step.skipped
 
     def _masks(self) -> Any:
@@ -221,14 +219,32 @@ class _Captured:
         return same and skips == other_skips and self.step.rows == rows
 
 
-class Graphs:
+class Host(Protocol):
+    """A wrapped model, as its captured steps need it."""
+
+    model: nn.Module
+    anatomy: Anatomy
+    usage: Usage
+
+    @property
+    def chooses_by_token(self) -> bool: ...
+
+    @property
+    def exits_early(self) -> bool: ...
+
+    def check_modules(self) -> None: ...
+
+    def settled(self, cache: Cache) -> Settled | str: ...
+
+
+class CapturedSteps:
     """The captured decode steps of one wrapped model.
 
     `capture` is what makes a `StaticStep` replayable: `Capture` on a GPU, None where nothing is captured.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime: Runtime = weakref.proxy(runtime)  # which has this: a cycle would outlive `unwrap`
+    def __init__(self, host: Host) -> None:
+        self._host: Host = weakref.proxy(host)  # which has this: a cycle would outlive `unwrap`
         self._lock = threading.Lock()
         self.forget()
 
@@ -238,7 +254,7 @@ class Graphs:
         self._captured: list[_Captured] = []  # the one used last at the end
         self._output: Any = None  # the class of what the model returns
         self._entries: Entries | None = None  # of caches that a captured step can write into, as far as is known
-        self._device = next(self._runtime.model.parameters()).device.type
+        self._device = next(self._host.model.parameters()).device.type
         wanted = self._device == "cuda" and os.environ.get("CORESKIP_GRAPHS") != "0"
         self.capture: Callable[[StaticStep], Callable[[], Tensor]] | None = Capture if wanted else None
 
@@ -273,13 +289,13 @@ class Graphs:
         """
         try:
             self._check_surroundings()
-            self._runtime.decoder.check_modules()
+            self._host.check_modules()
         except NotCovered:
             return []
         with self._lock:
             rooms = self._known(cache)
             captured = next((c for c in self._captured if c.step.serves(rooms)), None)
-            settled = self._runtime.settled(cache)
+            settled = self._host.settled(cache)
             if captured is None or rooms is None or isinstance(settled, str) or not captured.suits(settled, 1):
                 return []
             step, past = captured.step, rooms.length
@@ -294,13 +310,13 @@ class Graphs:
             made: list[int] = torch.cat(tokens).tolist()
             made = made[: next((i for i, t in enumerate(made) if t in ends), count) + 1]
             rooms.advance(len(made))
-            self._runtime.usage.count(len(made), step.skipped * len(made))
+            self._host.usage.count(len(made), step.skipped * len(made))
             return made
 
     def _check_surroundings(self) -> None:
-        if self._runtime.usage.counting:
+        if self._host.usage.counting:
             raise NotCovered("what thresholds keep is being counted")
-        if self._runtime.decoder.exits_early:
+        if self._host.exits_early:
             raise NotCovered("passes are to end before the last layer")
         if torch.is_autocast_enabled(self._device):
             raise NotCovered("autocast is on")
@@ -321,7 +337,7 @@ class Graphs:
 
     def _step(self, original: Callable[..., Any], named: dict[str, Any]) -> Tensor | None:
         cache: Cache = named["past_key_values"]
-        settled = self._runtime.settled(cache)
+        settled = self._host.settled(cache)
         if isinstance(settled, str):
             raise NotCovered(settled)
         rows = int(named["input_ids"].shape[0])
@@ -338,14 +354,14 @@ class Graphs:
         captured.step.load(named, rooms.length)
         logits = captured.replay().clone()
         rooms.advance(1)
-        self._runtime.usage.count(rows, captured.step.skipped)
+        self._host.usage.count(rows, captured.step.skipped)
         return logits
 
     def _length(self, cache: Cache, rows: int) -> int:
         """Of a cache that comes here for the first time, or was moved."""
-        self._runtime.decoder.check_modules()
+        self._host.check_modules()
         if self._entries is None:
-            self._entries = Entries(self._device, windows(self._runtime.model.config, len(self._runtime.anatomy)))
+            self._entries = Entries(self._device, windows(self._host.model.config, len(self._host.anatomy)))
         reason = unfit(cache, self._entries)
         if reason is not None:
             raise NotCovered(reason)
@@ -389,7 +405,7 @@ class Graphs:
             replay = self.capture(step)
             rooms.settle()  # what the capture holds
             logits = replay().clone()
-            compare(logits, expected.logits, self._runtime.chooses_by_token)
+            compare(logits, expected.logits, self._host.chooses_by_token)
         except Exception as error:  # a capture fails in as many ways as there are modules
             self._refuse(error)
             lent = self._known(cache)
@@ -413,8 +429,8 @@ class Graphs:
 
     def _attention(self) -> tuple[list[tuple[str, int]], bool]:
         """Each layer's type and how far back it sees, and whether masks are added."""
-        config: Any = self._runtime.model.config
-        found = windows(config, len(self._runtime.anatomy))
+        config: Any = self._host.model.config
+        found = windows(config, len(self._host.anatomy))
         config = config.get_text_config()
         types = [""] * len(found) if len(set(found)) == 1 else getattr(config, "layer_types", [])
         kinds = list(zip(types, found, strict=False))
@@ -429,6 +445,6 @@ class Graphs:
         self._captured.clear()
         logger.warning(
             "decode steps of this %s are not captured in a CUDA graph, which makes them slower: %s",
-            self._runtime.anatomy.model_type,
+            self._host.anatomy.model_type,
             self.refusal,
         )

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from ..predictors.anatomy import Anatomy, Attention, FeedForward
 from ..predictors.errors import CoreskipError
 from ..predictors.layers import void
-from ..predictors.plan import Adaptive, LayerPolicy, Plan, Run
+from ..predictors.plan import Plan
 from .attention import can_redirect
-from .selections import STEP, Phase, Selections, Step
+from .passes import Pass, Phase, current_pass
+from .selections import Selections
 
 Replace = Callable[[object, str, object], None]
-Skipping = tuple["Step | None", "Tensor | bool"]
+Skipping = tuple["Pass | None", "Tensor | bool"]
 
 
 class LayerSkips:
@@ -38,9 +39,10 @@ class LayerSkips:
 
     def __init__(self, anatomy: Anatomy, plan: Plan) -> None:
         self._anatomy = anatomy
-        self.policies = {index: layer.layer for index, layer in enumerate(plan.layers) if type(layer.layer) is not Run}
-        self.adaptive = {index: p.alpha for index, p in self.policies.items() if isinstance(p, Adaptive)}
-        if not can_redirect(anatomy) and any(_may_skip(policy, "attention") for policy in self.policies.values()):
+        every = {index: layer.layer for index, layer in enumerate(plan.layers)}
+        self.policies = {index: p for index, p in every.items() if p.may_skip_attention or p.may_skip_mlp}
+        self.adaptive: dict[int, float] = {i: cast(Any, p).alpha for i, p in self.policies.items() if p.by_prompt}
+        if not can_redirect(anatomy) and self.redirects:
             raise CoreskipError(
                 f"{anatomy.model_type!r} models have attention of their own that coreskip cannot skip; "
                 "a plan for them may skip MLPs (SkipMLP), not attention or whole layers"
@@ -48,7 +50,8 @@ class LayerSkips:
 
     @property
     def redirects(self) -> bool:
-        return any(_may_skip(policy, "attention") for policy in self.policies.values())
+        """Whether an attention may have to write its entries alone."""
+        return any(policy.may_skip_attention for policy in self.policies.values())
 
     def skipped(self, selections: Selections | None) -> tuple[frozenset[int], frozenset[int]]:
         """The layers whose attention, and whose MLP, no row of these sequences runs while decoding."""
@@ -65,9 +68,9 @@ class LayerSkips:
     def install(self, replace: Replace, passthrough: Callable[[FeedForward], None]) -> None:
         """To be called after everything else is patched: what is skipped is not reached."""
         for index, policy in self.policies.items():
-            if _may_skip(policy, "attention"):
+            if policy.may_skip_attention:
                 self._patch_attention(index, cast(Attention, self._anatomy.attentions[index]), replace)
-            if _may_skip(policy, "mlp"):
+            if policy.may_skip_mlp:
                 self._patch_mlp(index, self._anatomy.mlps[index], replace, passthrough)
         if self.adaptive:
             for index, layer in enumerate(self._anatomy.layers):
@@ -76,7 +79,7 @@ class LayerSkips:
     def _skipping(self, index: int) -> Skipping:
         """The pass, if it decodes under the plan, and whether it skips layer `index`: all rows, none, or those that
         are True in a bool ``[rows, 1, 1]``."""
-        step = STEP.get()
+        step = current_pass()
         if step is None or step.phase is not Phase.DECODE:
             return None, False
         if index not in self.adaptive:
@@ -134,7 +137,7 @@ class LayerSkips:
         @functools.wraps(original)
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             output = original(hidden_states, *args, **kwargs)
-            step = STEP.get()
+            step = current_pass()
             if step is not None and step.phase is Phase.PREFILL and step.selections is not None:
                 if index == 0:
                     step.norms = [hidden_states.float().norm(dim=-1)]
@@ -146,14 +149,10 @@ class LayerSkips:
 
         replace(layer, "forward", forward)
 
-    def _observe(self, step: Step) -> None:
+    def _observe(self, step: Pass) -> None:
         by_alpha = {alpha: void(step.norms, alpha) for alpha in set(self.adaptive.values())}
         for index, alpha in self.adaptive.items():
             cast(Any, step.selections).observe_void(index, by_alpha[alpha][index], step.valid)
-
-
-def _may_skip(policy: LayerPolicy, sublayer: str) -> bool:
-    return isinstance(policy, Adaptive) or not getattr(policy, sublayer)
 
 
 def _patch_projection(module: nn.Module, replace: Replace) -> None:
@@ -163,7 +162,7 @@ def _patch_projection(module: nn.Module, replace: Replace) -> None:
 
     @functools.wraps(original)
     def forward(x: Tensor) -> Any:
-        step = STEP.get()
+        step = current_pass()
         if step is not None and step.entries_only:
             return x.new_zeros((*x.shape[:-1], width))
         return original(x)

@@ -1,0 +1,203 @@
+"""What a decode step computes of an MLP that leaves neurons out, and of a linear that leaves inputs out.
+
+There is one description of each, which the native step (step.py) reads, and which runs by the ops (ops.py) elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .ops import MAX_ROWS, column_linear, gate_mlp, gate_select, linear, mlp, sketch_mlp, sketch_select
+from .packed import ACTS, Act, PackedColumns, PackedLinear, PackedMLP
+
+Scorer = Callable[[Tensor], Tensor]
+
+#: How the neurons of a step are found. ``listed``: all that are packed, or each row's own list of them. ``sketch``,
+#: ``gate``: as `ops.sketch_mlp` and `ops.gate_mlp`. ``learned``: by a low-rank predictor. ``scored``: by a function in
+#: Python, which native steps do not call.
+Rule = Literal["listed", "sketch", "gate", "learned", "scored"]
+
+
+@dataclass(frozen=True, eq=False)
+class RowLists:
+    """Which neurons each row of a batch computes.
+
+    lists: int64 [rows, k]. listed: int64 [n], those that any row wants, ascending; wanted: uint8 [neurons, rows], 1 for
+    who wants what.
+    """
+
+    lists: Tensor
+    listed: Tensor
+    wanted: Tensor
+
+    @classmethod
+    def of(cls, lists: Tensor, neurons: int) -> RowLists:
+        """lists: int64 [rows, k] of indices below `neurons`."""
+        wanted = lists.new_zeros((neurons, lists.shape[0]), dtype=torch.uint8)
+        wanted.scatter_(0, lists.t(), 1)
+        return cls(lists, wanted.any(1).nonzero()[:, 0], wanted)
+
+    @property
+    def rows(self) -> int:
+        return self.wanted.shape[1]
+
+    @property
+    def kept(self) -> int:
+        """Neurons that each row computes."""
+        return self.lists.shape[1]
+
+    def part(self, first: int, last: int) -> RowLists:
+        """Of rows `first` to `last` alone."""
+        wanted = self.wanted[:, first:last].contiguous()
+        return RowLists(self.lists[first:last], wanted.any(1).nonzero()[:, 0], wanted)
+
+
+@dataclass(frozen=True, eq=False)
+class SparseMLP:
+    """One MLP at a decode step, over bundles of neurons.
+
+    Attributes:
+        packed: the weights, with means and norms as the rule needs them.
+        rule: see `Rule`.
+        keep, threshold: how many neurons a token gets, or the least score; exactly one for a rule but ``listed``.
+        scorer: of ``scored``: inputs ``[rows, hidden]`` to scores ``[rows, neurons]``.
+        predictor: of ``learned``, whose scores are the sigmoid of the second matrix times the first times x.
+        smooth: float32 ``[hidden]``, what the inputs are multiplied by before they are rounded; `packed` has the
+            inverse in its columns. A native step has it in the norm before the MLP.
+        refine: of the neurons that a sketch chooses, those with an exact score below this are dropped; 0: none.
+        lists: of ``listed``: each row's own neurons.
+    """
+
+    packed: PackedMLP
+    rule: Rule = "listed"
+    keep: int | None = None
+    threshold: float | None = None
+    scorer: Scorer | None = None
+    predictor: tuple[PackedLinear, PackedLinear] | None = None
+    smooth: Tensor | None = None
+    refine: float = 0.0
+    lists: RowLists | None = None
+
+    @property
+    def listed_neurons(self) -> int:
+        """Of ``listed``: how many neurons a token takes."""
+        return self.packed.intermediate_size if self.lists is None else self.lists.kept
+
+    def run(self, x: Tensor, counting: bool = False) -> tuple[Tensor, int | None]:
+        """The output for x ``[..., hidden]`` and how many neurons it took, over all rows; None where that was not
+        counted: the kernels that choose by threshold do not tell, choosing twice takes time, and a GPU would be waited
+        for."""
+        if self.smooth is None:
+            return self._compute(x, counting)
+        y, kept = self._compute(x.float() * self.smooth, counting)
+        return y.to(x.dtype), kept
+
+    def _compute(self, x: Tensor, counting: bool) -> tuple[Tensor, int | None]:
+        tokens = x.numel() // x.shape[-1]
+        if self.rule == "listed":
+            y = mlp(x, self.packed) if self.lists is None else self._by_row(x, self.lists)
+            return y, self.listed_neurons * tokens
+        kept = None if self.keep is None else self.keep * tokens
+        if self.rule in ("learned", "scored"):
+            indices = reference.pick(self._scores(x), -1 if self.keep is None else self.keep, self.threshold or 0.0)
+            if kept is None and counting:
+                kept = int((indices >= 0).sum())
+            return mlp(x, self.packed, indices), kept
+        if counting and kept is None:
+            kept = int((self._chosen(x) >= 0).sum())
+        if self.rule == "gate":
+            return gate_mlp(x, self.packed, keep=self.keep, threshold=self.threshold), kept
+        return sketch_mlp(x, self.packed, keep=self.keep, threshold=self.threshold, refine=self.refine), kept
+
+    def _by_row(self, x: Tensor, lists: RowLists) -> Tensor:
+        """Every token by its row's list; the rows of x are as many tokens each."""
+        by_token = x.view(-1, x.shape[-1])
+        every = lists.lists.repeat_interleave(by_token.shape[0] // lists.rows, 0)
+        parts = zip(by_token.split(MAX_ROWS), every.split(MAX_ROWS), strict=True)
+        return torch.cat([mlp(some, self.packed, wanted) for some, wanted in parts]).view_as(x)
+
+    def _chosen(self, x: Tensor) -> Tensor:
+        """The neurons that a kernel's rule computes, int64 ``[rows, k]`` with -1 for none."""
+        select = sketch_select if self.rule == "sketch" else gate_select
+        chosen = select(x, self.packed, keep=self.keep, threshold=self.threshold)
+        return reference.refined(x, self.packed, chosen, self.refine) if self.refine > 0 else chosen
+
+    def _scores(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if self.predictor is not None:
+            reduce, expand = self.predictor
+            return linear(linear(rows.float(), reduce), expand).sigmoid()
+        assert self.scorer is not None
+        return self.scorer(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class SparseLinear:
+    """A linear that leaves out its small inputs: those whose size, or by_norm whose size times the length of their
+    column, is below `threshold`. neurons: what each of them adds to the number of neurons left out."""
+
+    packed: PackedColumns
+    threshold: float
+    by_norm: bool
+    neurons: float = 0.0
+
+    @property
+    def out_features(self) -> int:
+        return self.packed.out_features
+
+    def run(self, x: Tensor) -> Tensor:
+        return column_linear(x, self.packed, threshold=self.threshold, by_norm=self.by_norm)
+
+    def kept(self, x: Tensor) -> int:
+        """How many inputs count, over all rows of x."""
+        score = x.float().abs() * (self.packed.norm if self.by_norm else 1)
+        return int((score >= self.threshold).sum())
+
+
+# ---- what scores neurons where no kernel does ----
+
+
+@dataclass(frozen=True, eq=False)
+class ExactScores:
+    """|act(gate) * up| or |act(up)|, times `norm` where there is one."""
+
+    gate: PackedLinear | None
+    up: PackedLinear
+    act: Act
+    norm: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        act = ACTS[self.act] if isinstance(self.act, str) else self.act
+        up = linear(x, self.up)
+        a = (act(up) if self.gate is None else act(linear(x, self.gate)) * up).float().abs()
+        return a if self.norm is None else a * self.norm
+
+
+@dataclass(frozen=True, eq=False)
+class SignScores:
+    """The share of a neuron's weights whose sign is that of the input they meet; zero counts as positive.
+
+    The signs are kept as bytes: a product of bits would need a kernel of its own, and on models without ReLU the rule
+    has no use.
+    """
+
+    signs: PackedLinear
+
+    @classmethod
+    def of(cls, weight: Tensor) -> SignScores:
+        """weight: ``[neurons, hidden]``."""
+        return cls(PackedLinear.pack(signs(weight.float()), fmt="int8"))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return 0.5 + linear(signs(x.float()), self.signs) / (2 * x.shape[-1])
+
+
+def signs(values: Tensor) -> Tensor:
+    """1 where a value is at least zero, else -1, as floats."""
+    return torch.where(values < 0, -1.0, 1.0)

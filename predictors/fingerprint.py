@@ -1,0 +1,88 @@
+"""What a Plan remembers of the model that it was made for, to refuse any other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .anatomy import Anatomy, canonical_activation, dissect
+from .errors import PlanError
+
+_PROBES_PER_LAYER = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Fingerprint:
+    """What a Plan remembers of its model: the shapes, and a sample of the weights.
+
+    `probes`: fp32 ``[layers, 32]``, down-projection weights at fixed places. Models are compared through them in
+    the coarser of the two dtypes, so that a plan made in fp32 serves the same model loaded in bf16.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_sizes: tuple[int, ...]
+    activation: str
+    dtype: str
+    probes: Tensor
+
+    def __post_init__(self) -> None:
+        _dtype(self.dtype)
+        shape = (len(self.intermediate_sizes), _PROBES_PER_LAYER)
+        if self.probes.dtype != torch.float32 or self.probes.shape != shape:
+            raise PlanError(f"the fingerprint's weight probes are not fp32 of shape {shape}")
+
+    @classmethod
+    def of(cls, model: nn.Module, anatomy: Anatomy | None = None) -> Fingerprint:
+        anatomy = anatomy or dissect(model)
+        act = canonical_activation(anatomy.mlps[0].act)
+        weights = [mlp.matrices().down for mlp in anatomy.mlps]
+        return cls(
+            model_type=anatomy.model_type,
+            vocab_size=int(cast(Any, model).config.get_text_config().vocab_size),
+            hidden_size=anatomy.mlps[0].hidden_size,
+            intermediate_sizes=tuple(mlp.intermediate_size for mlp in anatomy.mlps),
+            activation=act if isinstance(act, str) else type(act).__name__,
+            dtype=str(weights[0].dtype).removeprefix("torch."),
+            probes=torch.stack([_probe(w) for w in weights]),
+        )
+
+    def require(self, other: Fingerprint) -> None:
+        """Raise `PlanError` unless `other`, a model's fingerprint, is of the model this one was taken from."""
+        for name in ("model_type", "hidden_size", "intermediate_sizes", "activation"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise PlanError(
+                    f"the plan was made for a model with {name} {_short(mine)}, this one has {_short(theirs)}: "
+                    "run `coreskip analyze` on this model"
+                )
+        coarse = max((_dtype(self.dtype), _dtype(other.dtype)), key=lambda dtype: torch.finfo(dtype).eps)
+        same = self.dtype == other.dtype
+        tolerance = 0.0 if same else torch.finfo(coarse).eps
+        if not torch.allclose(self.probes, other.probes, rtol=tolerance, atol=0.0 if same else 1e-7):
+            raise PlanError(
+                "the plan was made for a model of this shape with other weights: run `coreskip analyze` on this model"
+            )
+
+
+def _probe(down: Tensor) -> Tensor:
+    flat_places = torch.linspace(0, down.numel() - 1, _PROBES_PER_LAYER, dtype=torch.float64, device="cpu").long()
+    rows, columns = flat_places // down.shape[1], flat_places % down.shape[1]
+    return down[rows.to(down.device), columns.to(down.device)].float().cpu()
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise PlanError(f"the plan names an unknown dtype {name!r}")
+    return dtype
+
+
+def _short(value: object) -> str:
+    if isinstance(value, tuple) and len(set(value)) == 1:
+        return f"{value[0]} in {len(value)} layers"
+    return str(value)

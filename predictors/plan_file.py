@@ -1,0 +1,129 @@
+"""The folder that a Plan is kept in: ``plan.json``, sealed by checksums, and ``plan.safetensors``.
+
+``plan.json`` holds the recipe, the fingerprints, each layer's policy and the measured quality; ``plan.safetensors`` the
+indices, centroids, means and predictor weights. What is damaged, edited, truncated or of a newer format raises
+`PlanError` before any model is touched. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from . import files
+from .checks import path_of
+from .errors import CoreskipError, PlanError
+
+FORMAT_VERSION = 1
+_JSON, _TENSORS = "plan.json", "plan.safetensors"
+
+_T = TypeVar("_T")
+
+
+def write(path: str | os.PathLike[str], document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write the folder `path`. Atomic: an older Plan there survives any failure whole.
+
+    Raises:
+        CoreskipError: `path` is something other than a Plan, or cannot be written (no room, no permission).
+    """
+    target = path_of(path, "a plan")
+    check_target(target)
+    # layers may share a tensor, which safetensors refuses
+    data = safetensors.torch.save({name: t.cpu().contiguous().clone() for name, t in tensors.items()})
+    checksum = hashlib.sha256(data).hexdigest()
+    sealed = seal({"format": "coreskip.plan", "version": FORMAT_VERSION, **document, "tensors_sha256": checksum})
+    try:
+        with files.replaced_folder(target) as draft:
+            files.write_durably(draft / _TENSORS, data)
+            files.write_durably(draft / _JSON, sealed)
+    except OSError as error:
+        raise CoreskipError(
+            f"cannot write the plan {target}: {error.strerror or error}; what was there is unchanged"
+        ) from None
+
+
+def read(path: str | os.PathLike[str], decode: Callable[[dict[str, Any], dict[str, Tensor]], _T]) -> _T:
+    """What `decode` makes of the document and the tensors in the folder `path`.
+
+    Raises:
+        PlanError: not a Plan, of a newer format, truncated, edited or inconsistent.
+    """
+    folder = path_of(path, "a plan")
+    try:
+        text, data = files.read_together(folder, (_JSON, _TENSORS))
+    except OSError as error:
+        if not folder.is_dir():
+            raise PlanError(f"there is no plan at {folder}: make one with `coreskip analyze -o {folder}`") from None
+        raise PlanError(f"{folder} is not a plan: {Path(str(error.filename)).name}: {error.strerror}") from None
+    document = _parse(text, folder)
+    if hashlib.sha256(data).hexdigest() != document.get("tensors_sha256"):
+        raise PlanError(f"{folder / _TENSORS} is truncated or was edited: make the plan again")
+    try:
+        return decode(document, safetensors.torch.load(data))
+    except PlanError:
+        raise
+    # whatever a sealed but senseless document trips over (a missing key, a number where a list belongs) means one
+    # thing to the user
+    except (safetensors.SafetensorError, CoreskipError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PlanError(f"{folder} is not a well-formed plan ({error}): make the plan again") from None
+
+
+def check_target(target: Path) -> None:
+    """Raise `CoreskipError` where a Plan must not or cannot be written: over a file, into a folder with other things in
+    it, or without permission. Of a link, the folder behind it is meant."""
+    if not target.name:
+        raise CoreskipError(f"{str(target)!r} cannot name a plan; give a folder name such as my.plan")
+    try:
+        if target.exists() and not target.is_dir():
+            raise CoreskipError(f"{target} exists and is not a plan folder; choose another name")
+        if target.is_dir() and {entry.name for entry in target.iterdir()} - {_JSON, _TENSORS}:
+            raise CoreskipError(f"{target} exists and holds other files than a plan's; choose another name")
+    except OSError as error:
+        raise CoreskipError(f"cannot write the plan {target}: {error.strerror}") from None
+    files.check_folder(target)
+
+
+def seal(document: dict[str, Any]) -> bytes:
+    """The document as JSON with the checksum by which `read` knows that nobody edited it."""
+    body = {key: value for key, value in document.items() if key != "checksum"}
+    body["checksum"] = hashlib.sha256(_canonical(body)).hexdigest()
+    return (json.dumps(body, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _canonical(document: dict[str, Any]) -> bytes:
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _parse(text: bytes, folder: Path) -> dict[str, Any]:
+    path = folder / _JSON
+    try:
+        document = json.loads(text, parse_constant=_no_constants)
+    except (ValueError, RecursionError):
+        raise PlanError(f"{path} is truncated or is not JSON: make the plan again") from None
+    if not isinstance(document, dict) or document.get("format") != "coreskip.plan":
+        raise PlanError(f"{path} is not a coreskip plan")
+    version = document.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise PlanError(f"{path} has no valid format version: make the plan again")
+    if version > FORMAT_VERSION:
+        raise PlanError(f"{path} has format version {version}, newer than {FORMAT_VERSION}: upgrade coreskip")
+    body = {key: value for key, value in document.items() if key != "checksum"}
+    try:
+        expected = hashlib.sha256(_canonical(body)).hexdigest()
+    except (ValueError, RecursionError):
+        expected = None
+    if document.get("checksum") != expected:
+        raise PlanError(f"{path} was edited or damaged: make the plan again")
+    return document
+
+
+def _no_constants(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,274 @@
+"""A described model as the native step of a CPU reads it, with the weights where they lie or packed anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import cpu
+from ..kernels import step as native
+from ..kernels.ops import PackedLinear, available
+from ..kernels.packed import DTYPES, finite
+from ..kernels.sparse import SparseLinear, SparseMLP
+from ..predictors.anatomy import Anatomy, rows_of
+from .bundles import PackedBefore
+from .calls import NotCovered
+from .rotary_tables import RotaryTables
+from .spec import AttentionSpec, BrickSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec, read_spec
+
+#: told of a linear as soon as all rows of its matrix are packed
+Packed = Callable[[nn.Module, list[PackedLinear]], None]
+#: of a linear whose matrix exists in packed form alone, that form; None of others
+PackedAlone = Callable[[nn.Module], "list[PackedLinear] | None"]
+
+#: the kernels' names of a plan's formats
+KERNEL_FORMATS = {None: None, "int8": "int8_groups", "int4": "int4"}
+HEAD_FORMAT = "int8_groups"  # 4 bits there cost +4.6 % perplexity on the embedded model
+
+
+@dataclass(frozen=True, eq=False)
+class StepProgram:
+    """What one decode step computes in place of dense MLPs and linears, with its weights packed, and how many neurons
+    that skips per token.
+
+    Whoever makes one keeps it as long as its choice holds: the native step made for it goes with it.
+
+    Attributes:
+        mlps: by layer; None: dense.
+        skipped: MLP neurons that a token leaves out, where that is known before.
+        no_attention, no_mlp: layers that skip these halves; their attention still writes its keys and values.
+        as_loaded: read the weights as they were loaded, whatever the plan's format.
+        columns: by layer, the linears that leave out small inputs, by their names in `kernels.step`.
+    """
+
+    mlps: Sequence[SparseMLP | None]
+    skipped: int
+    no_attention: frozenset[int] = frozenset()
+    no_mlp: frozenset[int] = frozenset()
+    as_loaded: bool = False
+    columns: Mapping[int, Mapping[str, SparseLinear]] = field(default_factory=dict)
+
+    @classmethod
+    def dense(cls, layers: int, *, as_loaded: bool = False) -> StepProgram:
+        """Nothing is left out."""
+        return cls([None] * layers, 0, as_loaded=as_loaded)
+
+    @property
+    def by_rule(self) -> bool:
+        """Whether each token chooses neurons or inputs of its own."""
+        return bool(self.columns) or any(mlp is not None and mlp.rule != "listed" for mlp in self.mlps)
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """In which form native steps read the matrices.
+
+    Attributes:
+        weights: None: as loaded; "int8": one byte a weight, in groups; "int4": 4-bit groups, and bytes for the LM head.
+        narrow: as loaded, float32 matrices whose very numbers take at most this share of their bytes in another form
+            (`cpu.pack_exactly`) are read in that; 0: all where they lie.
+        bundled: layers whose MLP no step reads as matrices; these stay where they lie.
+        packed: called for each linear, so that who frees its matrix has no more than one layer twice.
+        packed_alone: see `PackedAlone`.
+        before: what was packed in a format of its own before, and is added to; None where matrices are not to be held.
+    """
+
+    weights: str | None = None
+    narrow: float = 0.0
+    bundled: frozenset[int] = frozenset()
+    packed: Packed | None = None
+    packed_alone: PackedAlone = lambda module: None
+    before: PackedBefore | None = None
+
+
+class CpuModel:
+    """A described model as the native step sees it; `spec` and `rotary` may serve several of them.
+
+    Raises:
+        NotCovered: the weights are on a meta device.
+    """
+
+    def __init__(self, spec: ModelSpec, rotary: RotaryTables, packing: Packing) -> None:
+        if spec.embedding_scale is None:
+            raise NotCovered("its weights are not there yet")
+        self.spec, self.rotary, self._packing = spec, rotary, packing
+        self._format, tables = KERNEL_FORMATS[packing.weights], rotary.tables()
+        layers = [self._layer(layer, i in packing.bundled, tables[i]) for i, layer in enumerate(spec.layers)]
+        self.base = native.StepModel(
+            embedding=spec.embedding,
+            layers=layers,
+            norm=lower_norm(spec.norm),
+            head=self._parts(spec.head, HEAD_FORMAT if packing.weights else None)[0],
+            dtype=spec.dtype,
+            embedding_scale=spec.embedding_scale,
+            logit_scale=spec.logit_scale,
+            logit_softcap=spec.logit_softcap,
+        )
+
+    def step(self, program: StepProgram) -> native.Step:
+        layers = []
+        for index, (layer, mlp) in enumerate(zip(self.base.layers, program.mlps, strict=True)):
+            kept = None if index in program.no_mlp else layer.mlp if mlp is None else mlp
+            norm = layer.mlp_in if mlp is None else _scaled(layer.mlp_in, mlp.smooth)
+            layer = replace(layer, mlp=kept, mlp_in=norm, entries_only=index in program.no_attention)
+            layers.append(_by_columns(layer, program.columns.get(index, {})))
+        return native.Step(replace(self.base, layers=layers))
+
+    def nbytes(self) -> tuple[int, int]:
+        """Of all matrices, and of the dense MLPs'."""
+        mlps: list[Any] = [layer.mlp for layer in self.base.layers]
+        of_mlps = sum(m.nbytes for mlp in mlps for m in (mlp.gate, mlp.up, mlp.down) if m is not None)
+        attentions: list[Any] = [layer.attention for layer in self.base.layers]
+        of_attention = sum(m.nbytes for a in attentions for m in (a.q, a.k, a.v, a.o))
+        return of_mlps + of_attention + self.base.head.nbytes, of_mlps
+
+    # --- layers
+
+    def _layer(self, layer: LayerSpec, bundled: bool, rotation: tuple[Tensor, Tensor] | None) -> native.StepLayer:
+        (brick,) = layer.bricks
+        return native.StepLayer(
+            attention=self._attention(layer.attention, rotation),
+            mlp=_where_it_lies(brick) if bundled else self._mlp(brick),
+            act=brick.act,
+            attention_in=_norm(layer.attention_in),
+            attention_out=_norm(layer.attention_out),
+            mlp_in=_norm(layer.mlp_in),
+            mlp_out=_norm(layer.mlp_out),
+            residual_scale=layer.residual_scale,
+            parallel=layer.parallel,
+        )
+
+    def _attention(self, attention: AttentionSpec, rotation: tuple[Tensor, Tensor] | None) -> native.Attention:
+        q, k, v = (part for linear in attention.inputs for part in self._parts(linear, self._format))
+        return native.Attention(
+            q, k, v, self._parts(attention.output, self._format)[0],
+            head_dim=attention.head_dim,
+            scale=attention.scale,
+            rotation=rotation,
+            q_norm=_norm(attention.q_norm),
+            k_norm=_norm(attention.k_norm),
+            window=attention.window,
+            softcap=attention.softcap,
+        )  # fmt: skip
+
+    def _mlp(self, brick: BrickSpec) -> native.DenseMLP:
+        parts = [part for linear in brick.linears for part in self._parts(linear, self._format)]
+        return native.DenseMLP(*parts) if len(parts) == 3 else native.DenseMLP(None, *parts)
+
+    # --- matrices
+
+    def _parts(self, linear: LinearSpec, fmt: str | None) -> list[PackedLinear]:
+        """A linear's matrix in as many parts as it holds projections."""
+        module: Any = linear.module
+        alone = self._packing.packed_alone(module)
+        if alone is not None:
+            return alone
+        weight, bias = rows_of(module)
+        if linear.rows is None:
+            parts = [self._pack(weight, bias, fmt)]
+        else:
+            biases = [None] * linear.parts if bias is None else bias.split(linear.rows)
+            pairs = zip(weight.split(linear.rows), biases, strict=True)
+            parts = [self._pack(rows, some, fmt) for rows, some in pairs]
+        del weight
+        if self._packing.packed is not None:
+            self._packing.packed(module, parts)
+        return parts
+
+    def _pack(self, weight: Tensor, bias: Tensor | None, fmt: str | None) -> PackedLinear:
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        if fmt is None and not self._packing.narrow:  # read where it lies
+            return PackedLinear.pack(weight, bias)
+        before = self._packing.before
+        if before is None:
+            return self._packed_anew(weight, bias, fmt)
+        key = (weight.data_ptr(), weight.shape, weight.stride(), fmt or self._packing.narrow)
+        if key not in before:  # with the weight: while it is alive, its address is no other's
+            before[key] = weight, self._packed_anew(weight, bias, fmt)
+        return before[key][1]
+
+    def _packed_anew(self, weight: Tensor, bias: Tensor | None, fmt: str | None) -> PackedLinear:
+        exact = cpu.pack_exactly(weight, bias, most=self._packing.narrow) if fmt is None else None
+        return exact or PackedLinear.pack(weight, bias, fmt=fmt)
+
+
+def describe(model: Any, anatomy: Anatomy, packing: Packing | None = None) -> CpuModel:
+    """The model with its weights where they lie.
+
+    Raises:
+        NotCovered: the native step does not describe the model, or cannot run here.
+    """
+    packing = packing or Packing()
+    _check(model, packing.packed_alone)
+    spec = read_spec(model, anatomy)
+    return CpuModel(spec, RotaryTables(spec), Packing(packed_alone=packing.packed_alone))
+
+
+def refusal(model: Any, anatomy: Anatomy) -> str | None:
+    """Why decode steps of this model would not run natively, as far as its description tells; None where they would."""
+    try:
+        describe(model, anatomy)
+    except NotCovered as reason:
+        return str(reason)
+    return None
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raises NotCovered where a matrix has no form of 4 or 8 bits."""
+    if not all(finite(m.weight.detach()) for m in model.modules() if isinstance(m, nn.Linear)):
+        raise NotCovered("weights with infinities or NaNs have no form of 4 or 8 bits")
+
+
+def _check(model: Any, packed_alone: PackedAlone) -> None:
+    if available("cpu") is not None:
+        raise NotCovered(str(available("cpu")))
+    gone = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and packed_alone(m) is not None}
+    parameters = [p for p in model.parameters() if id(p) not in gone]
+    if any(p.device.type != "cpu" for p in parameters):
+        raise NotCovered("the model is not on the CPU")
+    if len({p.dtype for p in parameters}) > 1 or parameters[0].dtype not in DTYPES:
+        raise NotCovered("its parameters are not all float32, all bfloat16 or all float16")
+
+
+def _where_it_lies(brick: BrickSpec) -> native.DenseMLP:
+    w = brick.feed_forward.matrices()
+    gate = None if w.gate is None else PackedLinear.pack(w.gate, w.gate_bias)
+    return native.DenseMLP(gate, PackedLinear.pack(w.up, w.up_bias), PackedLinear.pack(w.down.t(), w.down_bias))
+
+
+def lower_norm(norm: NormSpec) -> native.Norm:
+    """With its weight as the factor of the outputs, float32."""
+    if norm.weight is None:
+        weight = torch.full((norm.size,), norm.offset, dtype=torch.float32, device="cpu")
+    else:
+        weight = (norm.slope * norm.weight.detach().float() + norm.offset).contiguous()
+    bias = None if norm.bias is None else norm.bias.detach().float().contiguous()
+    return native.Norm(weight, bias, norm.eps, norm.kind)
+
+
+def _norm(norm: NormSpec | None) -> native.Norm | None:
+    return None if norm is None else lower_norm(norm)
+
+
+def _scaled(norm: native.Norm | None, factors: Tensor | None) -> native.Norm | None:
+    """A norm whose outputs are multiplied by `factors`, where there are any."""
+    if factors is None:
+        return norm
+    if norm is None:
+        raise NotCovered("no norm comes before an MLP whose inputs are smoothed")
+    return replace(norm, weight=norm.weight * factors, bias=None if norm.bias is None else norm.bias * factors)
+
+
+def _by_columns(layer: native.StepLayer, columns: Mapping[str, SparseLinear]) -> native.StepLayer:
+    """A layer some of whose linears leave out small inputs."""
+    attention: dict[str, Any] = {name: linear for name, linear in columns.items() if name in ("q", "k", "v", "o")}
+    mlp: dict[str, Any] = {name: linear for name, linear in columns.items() if name not in attention}
+    if attention and layer.attention is not None:
+        layer = replace(layer, attention=replace(layer.attention, **attention))
+    if mlp and isinstance(layer.mlp, native.DenseMLP):
+        layer = replace(layer, mlp=replace(layer.mlp, **mlp))
+    return layer

@@ -1,0 +1,115 @@
+"""What was packed and settled for the decode steps of one wrapped model, as it is now."""
+
+from __future__ import annotations
+
+from collections import deque
+from weakref import WeakKeyDictionary, finalize
+
+from torch import Tensor, nn
+
+from ..kernels.ops import PackedLinear, PackedMLP
+from ..kernels.sparse import SparseLinear, SparseMLP
+from ..predictors.anatomy import Anatomy, rows_of
+from ..predictors.policies import Chooser
+from .bundles import Weights, neuron_weights
+from .layer_skips import LayerSkips
+from .lower_cpu import StepProgram
+from .program import Program, linear_of, native_names
+from .selections import SelectedNeurons, Selections
+
+
+class Prepared:
+    """Packed bricks and linears by what needs them, and the step programs made of them. Dropped whole when the model is
+    changed."""
+
+    def __init__(self, anatomy: Anatomy, program: Program, weights: Weights, skips: LayerSkips) -> None:
+        self._anatomy, self._program, self._weights, self._skips = anatomy, program, weights, skips
+        self._packs = program.chosen_by(Chooser.CALIBRATION, Chooser.TOKEN)
+        self._inputs = program.chosen_by(Chooser.INPUTS)
+        self._mlps: dict[int, SparseMLP] = {}
+        self._linears: dict[nn.Module, PackedLinear] = {}
+        self._spare: dict[int, deque[Tensor]] = {}  # memory of sequences that are over, by layer
+        self._alike: StepProgram | None = None  # where sequences have nothing of their own
+        self._own: WeakKeyDictionary[Selections, tuple[SelectedNeurons, StepProgram]] = WeakKeyDictionary()
+
+    @property
+    def _bundle_format(self) -> str | None:
+        return None if self._program.weights is None else "int8"
+
+    def mlp(self, layer: int) -> SparseMLP:
+        """A brick that all sequences share."""
+        found = self._mlps.get(layer)
+        if found is None:
+            pack = self._packs[layer].pack
+            assert pack is not None
+            found = self._mlps[layer] = self._weights.sparse(layer, pack, self._bundle_format)
+        return found
+
+    def linear(self, module: nn.Module) -> PackedLinear:
+        """The module's own matrix where it lies, as the kernels read it."""
+        packed = self._linears.get(module)
+        if packed is None:
+            packed = self._linears[module] = PackedLinear.pack(*rows_of(module))
+        return packed
+
+    def sparse_linear(self, module: nn.Module, threshold: float, by_norm: bool) -> SparseLinear:
+        """A linear that leaves out small inputs, whole."""
+        return SparseLinear(self._weights.columns(module), threshold, by_norm)
+
+    def let_go(self, module: nn.Module) -> None:
+        """The module's matrix may go."""
+        self._linears.pop(module, None)
+
+    def selected(self, selections: Selections) -> SelectedNeurons:
+        """What the sequences of a cache have chosen, packed."""
+        if selections.packed_of is not self:
+            selections.forget_packed()
+            selections.packed_of = self
+        return selections.selected(self._pack, lambda layer: self._weights.mlp(layer, self._bundle_format))
+
+    def _pack(self, layer: int, indices: Tensor) -> PackedMLP:
+        """The neurons that a sequence chose, in the memory of one that is over, where there is one."""
+        spare = self._spare.setdefault(layer, deque())
+        try:
+            memory = spare.pop()
+        except IndexError:
+            memory = None
+        packed = self._weights.pack(layer, indices=indices, fmt=self._bundle_format, memory=memory)
+        if self._program.weights is None:
+            finalize(packed, spare.append, packed.weight).atexit = False
+        return packed
+
+    def step_program(self, selections: Selections | None) -> StepProgram:
+        """What a native step computes for sequences with these selections; None: with none of their own."""
+        if selections is None:
+            if self._alike is None:
+                self._alike = self._made({}, None)
+            return self._alike
+        chosen = self.selected(selections)
+        before, program = self._own.get(selections, (None, None))
+        if program is None or before is not chosen:
+            program = self._made(dict(chosen.mlps), selections)
+            self._own[selections] = (chosen, program)
+        return program
+
+    def _made(self, own: dict[int, SparseMLP], selections: Selections | None) -> StepProgram:
+        attention, no_mlp = self._skips.skipped(selections)
+        mlps = {**{layer: self.mlp(layer) for layer in self._packs}, **own}
+        width = {layer: self._anatomy.mlps[layer].intermediate_size for layer in range(len(self._anatomy))}
+        skipped = sum(width[layer] for layer in no_mlp)
+        # what a rule leaves out the native step counts itself
+        listed = {layer: mlp for layer, mlp in mlps.items() if mlp.rule == "listed" and layer not in no_mlp}
+        skipped += sum(width[layer] - mlp.listed_neurons for layer, mlp in listed.items())
+        columns = {layer: self._columns(layer) for layer in self._inputs}
+        every = [mlps.get(layer) for layer in range(len(self._anatomy))]
+        return StepProgram(every, skipped, attention, no_mlp, columns=columns)
+
+    def _columns(self, layer: int) -> dict[str, SparseLinear]:
+        """The linears of a layer that leave out small inputs, as a native step names them."""
+        brick, mlp, found = self._inputs[layer], self._anatomy.mlps[layer], dict[str, SparseLinear]()
+        names, neuron = native_names(self._anatomy, layer), neuron_weights(mlp.hidden_size, mlp.gated)
+        for name, threshold in brick.thresholds.items():
+            module, in_mlp = linear_of(self._anatomy, layer, name)
+            worth = neuron if in_mlp else 0.0
+            found |= self._weights.sparse_linears(module, threshold, brick.by_norm, names[name], worth)
+        return found

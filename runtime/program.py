@@ -1,0 +1,368 @@
+"""What a decode step computes, reads and skips under a plan: a model's bricks times the plan's policies, as data.
+
+Nothing is packed here. The lowerings carry a program out: the native step (lower_cpu.py), steps captured on a GPU
+(lower_gpu.py), and the model's own modules, patched (modules.py). What a step costs (cost.py) is read off the program
+that runs.
+
+A neuron policy comes in by one builder, registered for its type with `builds`: it turns the policy's numbers into a
+`BrickProgram`. A policy without a builder is refused when a program is made of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.packed import EXACT_BYTES, PackedLinear, PackedMLP
+from ..kernels.sparse import ExactScores, SignScores, SparseMLP
+from ..predictors.anatomy import Anatomy, FeedForward, rows_of
+from ..predictors.errors import PlanError
+from ..predictors.importance import kept_count
+from ..predictors.plan import LayerPlan, Plan
+from ..predictors.policies import (
+    Cats,
+    Chooser,
+    CoreNeurons,
+    Dense,
+    LayerPolicy,
+    Learned,
+    NeuronPolicy,
+    Similar,
+    Sketch,
+    Static,
+    Teal,
+    TopK,
+    Wina,
+)
+from .bundles import Bundles
+
+FORMAT_BYTES = {"int8": EXACT_BYTES["int8_groups"], "int4": EXACT_BYTES["int4"]}
+
+
+@dataclass(frozen=True)
+class Brick:
+    """A run of neurons with gate, up and down rows: a dense model's MLP is one.
+
+    Attributes:
+        width, hidden: neurons, and the inputs of each.
+        gated: whether there are gate rows.
+        loaded: bytes of one weight as it was loaded.
+        dense: bytes of one weight as a step reads it that computes every neuron.
+        weights: the plan's format; None: as loaded.
+        linears: names of the layer's linears of which a native step can leave inputs out.
+    """
+
+    width: int
+    hidden: int
+    gated: bool
+    loaded: float
+    dense: float
+    weights: str | None = None
+    linears: frozenset[str] = frozenset()
+
+    @property
+    def scoring(self) -> int:
+        """Matrices that give the activations."""
+        return 2 if self.gated else 1
+
+    @property
+    def row(self) -> float:
+        """Bytes of one row of a matrix as it was loaded."""
+        return self.hidden * self.loaded
+
+    @property
+    def bundle_row(self) -> float:
+        """Bytes of one row of neurons that are packed for themselves: in 8 bits under either of the plan's formats."""
+        return self.row if self.weights is None else self.hidden
+
+
+@dataclass(frozen=True, eq=False)
+class BrickProgram:
+    """What a decode step does with one brick.
+
+    Attributes:
+        policy: of the plan.
+        chooser: what decides at run time; nothing does where every neuron is kept.
+        kept: neurons computed for a token; where tokens differ, on the calibration text.
+        width: all of them.
+        nbytes: bytes of weights that a step of one token reads.
+        native: whether native steps make the choice.
+        pack: what the brick becomes once its weights are packed; None where they are read as matrices, or are packed
+            for each sequence.
+        thresholds: of linears that leave out small inputs, by name. by_norm: see `InputThresholds`. share: of the
+            inputs that stays on the calibration text.
+    """
+
+    policy: NeuronPolicy
+    chooser: Chooser
+    kept: int
+    width: int
+    nbytes: float
+    native: bool = True
+    pack: Callable[[Bundles], SparseMLP] | None = None
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    by_norm: bool = False
+    share: float = 1.0
+
+
+Builder = Callable[[Any, Brick], BrickProgram]
+_BUILDERS: dict[type[NeuronPolicy], Builder] = {}
+
+
+def builds(*policies: type[NeuronPolicy]) -> Callable[[Builder], Builder]:
+    """Registers a function as the builder of these policies."""
+
+    def register(builder: Builder) -> Builder:
+        _BUILDERS.update(dict.fromkeys(policies, builder))
+        return builder
+
+    return register
+
+
+def build(policy: NeuronPolicy, brick: Brick) -> BrickProgram:
+    """The program of one brick under `policy`.
+
+    Raises:
+        PlanError: there is no builder for policies of this type.
+    """
+    builder = _BUILDERS.get(type(policy))
+    if builder is None:
+        raise PlanError(f"nothing carries out the policy {policy.name!r}: register a builder for it")
+    return builder(policy, brick)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProgram:
+    """What a decode step does with one decoder layer. skips: what its layer policy leaves out."""
+
+    bricks: tuple[BrickProgram, ...]
+    skips: LayerPolicy
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """What decode steps do under a plan, by layer. weights: the plan's format."""
+
+    layers: tuple[LayerProgram, ...]
+    weights: str | None
+
+    @classmethod
+    def of(cls, anatomy: Anatomy, plan: Plan, dense: Callable[[Tensor], float] | None = None) -> Program:
+        """dense: bytes of one weight of a matrix as steps read it that compute all of it; by default as loaded, or as
+        the plan's format has it."""
+        dense = dense or (lambda weight: FORMAT_BYTES.get(str(plan.weights), float(weight.element_size())))
+        layers = (_layer(anatomy, index, layer, plan.weights, dense) for index, layer in enumerate(plan.layers))
+        return cls(tuple(layers), plan.weights)
+
+    def chosen_by(self, *choosers: Chooser) -> dict[int, BrickProgram]:
+        """By layer, the bricks in which one of these decides."""
+        return {
+            index: brick
+            for index, layer in enumerate(self.layers)
+            for brick in layer.bricks
+            if brick.chooser in choosers
+        }
+
+    @property
+    def native(self) -> bool:
+        """Whether native steps make every choice."""
+        return all(brick.native for layer in self.layers for brick in layer.bricks)
+
+    @property
+    def decodes_otherwise(self) -> bool:
+        """Whether decode steps compute anything else than prefill does."""
+        chooses = any(brick.chooser is not Chooser.NOTHING for layer in self.layers for brick in layer.bricks)
+        skips = any(layer.skips.may_skip_attention or layer.skips.may_skip_mlp for layer in self.layers)
+        return chooses or skips or self.weights is not None
+
+
+def _layer(
+    anatomy: Anatomy, index: int, layer: LayerPlan, weights: str | None, dense: Callable[[Tensor], float]
+) -> LayerProgram:
+    return LayerProgram((build(layer.neurons, brick_of(anatomy, index, weights, dense)),), layer.layer)
+
+
+def brick_of(
+    anatomy: Anatomy, layer: int, weights: str | None = None, dense: Callable[[Tensor], float] | None = None
+) -> Brick:
+    """A layer's MLP; weights, dense: as for `Program.of`."""
+    mlp = anatomy.mlps[layer]
+    up = rows_of(mlp.up)[0]
+    loaded = float(up.element_size())
+    return Brick(
+        width=mlp.intermediate_size,
+        hidden=mlp.hidden_size,
+        gated=mlp.gated,
+        loaded=loaded,
+        dense=loaded if dense is None else dense(up),
+        weights=weights,
+        linears=frozenset(native_names(anatomy, layer)),
+    )
+
+
+# ---- one builder a policy ----
+
+
+@builds(Dense)
+def _dense(policy: NeuronPolicy, brick: Brick) -> BrickProgram:
+    read = brick.width * (brick.scoring + 1) * brick.hidden * brick.dense
+    return BrickProgram(policy, Chooser.NOTHING, brick.width, brick.width, read)
+
+
+@builds(Static, CoreNeurons, Similar)
+def _bundled(policy: NeuronPolicy, brick: Brick) -> BrickProgram:
+    kept = policy.kept(brick.width)
+    if kept == brick.width:  # which the dense MLP computes to the last bit
+        return _dense(policy, brick)
+    read = kept * (brick.scoring + 1) * brick.bundle_row
+    indices: Tensor | None = getattr(policy, "indices", None)
+    pack = None if indices is None else lambda bundles: SparseMLP(bundles.some(indices))
+    return BrickProgram(policy, policy.chooser, kept, brick.width, read, pack=pack)
+
+
+@builds(Sketch)
+def _sketch(policy: Sketch, brick: Brick) -> BrickProgram:
+    kept = policy.kept(brick.width)
+    if policy.bits == 1:
+        read = brick.width * brick.hidden + kept * (brick.scoring + 1) * brick.row
+        pack = lambda bundles: _scored(policy, bundles, SignScores.of(bundles.scoring_weights()))  # noqa: E731
+        return BrickProgram(policy, policy.chooser, kept, brick.width, read, native=False, pack=pack)
+    completed = kept if policy.candidates is None else kept_count(brick.width, policy.candidates)
+    read = (brick.width + completed) * brick.scoring * brick.hidden / 2 + kept * brick.hidden
+    return BrickProgram(policy, policy.chooser, kept, brick.width, read, pack=lambda bundles: _nibbles(policy, bundles))
+
+
+def _nibbles(policy: Sketch, bundles: Bundles) -> SparseMLP:
+    packed = bundles.every("int8_sliced", policy.smooth)
+    packed = bundles.normed(packed, policy.norm)
+    packed = packed if policy.mean is None else packed.compensated(policy.mean)
+    keep = policy.kept(packed.intermediate_size) if policy.threshold is None else None
+    smooth = None if policy.smooth is None else policy.smooth.to(packed.weight.device).reciprocal()
+    return SparseMLP(packed, "sketch", keep, policy.threshold, smooth=smooth, refine=policy.refine or 0.0)
+
+
+@builds(TopK)
+def _topk(policy: TopK, brick: Brick) -> BrickProgram:
+    kept = policy.kept(brick.width)
+    read = (brick.width * brick.scoring + kept) * brick.row
+    return BrickProgram(
+        policy, policy.chooser, kept, brick.width, read, native=False, pack=lambda bundles: _exactly(policy, bundles)
+    )
+
+
+def _exactly(policy: TopK, bundles: Bundles) -> SparseMLP:
+    return _scored(policy, bundles, exact_scores(bundles, bundles.down_norms() if policy.norm is None else policy.norm))
+
+
+def exact_scores(bundles: Bundles, norm: Tensor | None) -> ExactScores:
+    """|activation| of every neuron, times `norm` where there is one."""
+    w = bundles.matrices()
+    gate = None if w.gate is None else PackedLinear.pack(w.gate, w.gate_bias)
+    up = PackedLinear.pack(w.up, w.up_bias)
+    return ExactScores(gate, up, bundles.act, None if norm is None else norm.to(w.up.device))
+
+
+def _scored(policy: TopK | Sketch, bundles: Bundles, scorer: Callable[[Tensor], Tensor]) -> SparseMLP:
+    packed: PackedMLP = bundles.every(None)
+    packed = packed if policy.mean is None else packed.compensated(policy.mean)
+    keep = policy.kept(packed.intermediate_size) if policy.threshold is None else None
+    return SparseMLP(packed, "scored", keep, policy.threshold, scorer=scorer)
+
+
+@builds(Learned)
+def _learned(policy: Learned, brick: Brick) -> BrickProgram:
+    kept = policy.kept(brick.width)
+    read = policy.rank * (brick.hidden + brick.width) * 4 + kept * (brick.scoring + 1) * brick.row
+
+    def pack(bundles: Bundles) -> SparseMLP:
+        packed = bundles.every(None)
+        packed = packed if policy.mean is None else packed.compensated(policy.mean)
+        keep = kept if policy.threshold is None else None
+        reduce, expand, bias = (t.to(packed.weight.device) for t in (policy.reduce, policy.expand, policy.bias))
+        predictor = PackedLinear.pack(reduce), PackedLinear.pack(expand, bias)
+        return SparseMLP(packed, "learned", keep, policy.threshold, predictor=predictor)
+
+    return BrickProgram(policy, policy.chooser, kept, brick.width, read, pack=pack)
+
+
+@builds(Cats)
+def _cats(policy: Cats, brick: Brick) -> BrickProgram:
+    kept = policy.kept(brick.width)
+    if brick.gated:
+        read = brick.width * brick.row + kept * 2 * brick.row
+        return BrickProgram(
+            policy, policy.chooser, kept, brick.width, read,
+            pack=lambda bundles: SparseMLP(bundles.every(None), "gate", threshold=policy.threshold),
+        )  # fmt: skip
+    read = (brick.width + kept) * brick.row
+    return BrickProgram(
+        policy, policy.chooser, kept, brick.width, read, native=False,
+        pack=lambda bundles: SparseMLP(
+            bundles.every(None), "scored", threshold=policy.threshold, scorer=exact_scores(bundles, None)
+        ),
+    )  # fmt: skip
+
+
+@builds(Teal, Wina)
+def _by_inputs(policy: Teal | Wina, brick: Brick) -> BrickProgram:
+    kept = policy.kept(brick.width)
+    native = policy.thresholds.keys() <= brick.linears
+    read = kept * (brick.scoring + 1) * brick.row
+    return BrickProgram(
+        policy, policy.chooser, kept, brick.width, read, native,
+        thresholds=policy.thresholds, by_norm=policy.by_norm, share=policy.keep,
+    )  # fmt: skip
+
+
+# ---- the linears of a layer, as plans and native steps name them ----
+
+
+def native_names(anatomy: Anatomy, layer: int) -> dict[str, dict[str, int]]:
+    """What a native step calls a layer's linears, with their outputs, by the names that a plan has for them.
+
+    One that is fused is several.
+    """
+    mlp, attention = anatomy.mlps[layer], anatomy.attentions[layer]
+    names = _names_of_mlp(mlp)
+    if attention is None or len(attention.inputs) not in (1, 3):
+        return names
+    outputs, queries = rows_of(getattr(attention.module, attention.output))[0].shape
+    names[f"attention.{attention.output}"] = {"o": outputs}
+    sizes = [rows_of(getattr(attention.module, name))[0].shape[0] for name in attention.inputs]
+    if len(sizes) == 3:
+        triples = zip(attention.inputs, "qkv", sizes, strict=True)
+        return names | {f"attention.{name}": {part: size} for name, part, size in triples}
+    others, rest = divmod(sizes[0] - queries, 2)
+    if others > 0 and rest == 0:
+        names[f"attention.{attention.inputs[0]}"] = {"q": queries, "k": others, "v": others}
+    return names
+
+
+def _names_of_mlp(mlp: FeedForward) -> dict[str, dict[str, int]]:
+    width = mlp.intermediate_size
+    names = {
+        f"mlp.{mlp.up_name}": {"gate": width, "up": width} if mlp.stacked else {"up": width},
+        f"mlp.{mlp.down_name}": {"down": mlp.hidden_size},
+    }
+    if mlp.gate_name is not None:
+        names[f"mlp.{mlp.gate_name}"] = {"gate": width}
+    return names
+
+
+def linear_of(anatomy: Anatomy, layer: int, name: str) -> tuple[torch.nn.Module, bool]:
+    """The linear of a layer that a plan calls `name`, and whether it belongs to the MLP.
+
+    Raises:
+        PlanError: the layer has no such linear.
+    """
+    attention = anatomy.attentions[layer]
+    owners = {"mlp": anatomy.mlps[layer].owner, "attention": None if attention is None else attention.module}
+    part, _, attribute = name.partition(".")
+    module = getattr(owners[part], attribute, None)
+    if not isinstance(module, torch.nn.Module):
+        raise PlanError(f"layer {layer} has no linear {name}, for which the plan has a threshold")
+    return module, part == "mlp"

@@ -1,0 +1,134 @@
+"""How the decode steps of a wrapped model run: natively on a CPU, captured on a GPU, or on its own modules.
+
+Whoever decodes comes here: the model's patched forward with one call at a time, the loops of generation with sequences
+that are theirs alone. Which lowering carries a step out is decided in `Steps.lowering`, once for each state of the
+model; a lowering that does not cover a call, or whose first step disagrees with the modules, leaves it to them.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Any, Protocol
+
+from transformers.cache_utils import Cache
+
+from .calls import NotCovered
+from .lower_cpu import StepProgram
+from .lower_gpu import CapturedSteps
+from .native import NativeSequence, NativeSteps
+from .passes import mode
+
+logger = logging.getLogger("coreskip")
+
+
+class Lowering(Enum):
+    """What carries decode steps out."""
+
+    NATIVE = "one native call"
+    CAPTURED = "a captured graph"
+    MODULES = "the model's own modules"
+
+
+class Host(Protocol):
+    """A wrapped model, as the choice of its lowering needs it."""
+
+    @property
+    def verifies(self) -> bool: ...
+
+    def notice(self, every_setting: bool = False) -> str | None: ...
+
+    def program_for(self, cache: Cache) -> StepProgram | str: ...
+
+
+class Steps:
+    """The decode steps of one wrapped model.
+
+    dense: what verification computes.
+    """
+
+    def __init__(self, host: Host, native: NativeSteps, captured: CapturedSteps, dense: StepProgram) -> None:
+        self._host: Host = weakref.proxy(host)  # which has this: a cycle would outlive `unwrap`
+        self.native, self.captured, self._dense = native, captured, dense
+        self._said: tuple[Lowering, str | None] | None = None
+
+    def forget(self) -> None:
+        """The model was changed: what was described or captured of it does not hold any more."""
+        self.native.forget()
+        self.captured.forget()
+        self._said = None
+
+    @property
+    def lowering(self) -> Lowering:
+        """What carries decode steps out, as far as is known."""
+        if self.captured.capture is not None:  # a GPU's captured steps are what native ones are to a CPU
+            found, reason = Lowering.CAPTURED, self.captured.refusal
+        else:
+            found, reason = Lowering.NATIVE, self.native.refusal
+        if reason is not None:
+            found = Lowering.MODULES
+        if self._said != (found, reason):
+            self._said = found, reason
+            logger.debug("decode steps run by %s%s", found.value, "" if reason is None else f": {reason}")
+        return found
+
+    @property
+    def ready(self) -> bool:
+        """Whether a native or captured step has been found to agree with the model's own modules."""
+        return self.native.ready or self.captured.ready
+
+    def forward(self, original: Callable[..., Any], named: dict[str, Any], reason: str | None) -> Any:
+        """The output of a decode step, or None where the model's own modules have to compute it.
+
+        original: the model's own forward; named: its arguments; reason: why they have to, where that is known.
+        """
+        lowering = self.lowering
+        verifying = self._host.verifies and not mode().drafting
+        if lowering is Lowering.CAPTURED:
+            # verification's tokens are the dense model's own to the last bit: so are its steps
+            return None if verifying or reason is not None else self.captured.forward(original, named)
+        if lowering is Lowering.NATIVE:
+            program = reason or (self._dense if verifying else self._host.program_for(named["past_key_values"]))
+            return self.native.forward(original, program, named)
+        return None
+
+    def drafts(self, cache: Cache) -> tuple[NativeSequence, StepProgram, StepProgram] | None:
+        """One sequence's native steps, what drafts on it and what verifies: in exact mode the plan drafts and the dense
+        model verifies, else the plan does both. None where native steps do not cover model or plan."""
+        self._host.notice()
+        draft = self._host.program_for(cache)
+        if not self.native.ready or isinstance(draft, str):
+            return None
+        try:
+            return NativeSequence(self.native, cache), draft, self._dense if self._host.verifies else draft
+        except NotCovered:
+            return None
+
+    def sequence(self, cache: Cache) -> PlanSequence:
+        """One sequence that decodes under the plan.
+
+        Raises:
+            NotCovered: native steps do not cover it now.
+        """
+        self._host.notice()
+        program = self._host.program_for(cache)
+        if isinstance(program, str):
+            raise NotCovered(program)
+        return PlanSequence(NativeSequence(self.native, cache), program)
+
+
+class PlanSequence:
+    """One sequence that decodes natively under the plan, and that nobody else touches meanwhile."""
+
+    def __init__(self, sequence: NativeSequence, program: StepProgram) -> None:
+        self._sequence, self._program = sequence, program
+
+    def step(self, token: int) -> Any:
+        """Logits ``[vocabulary]`` after `token`, which is appended."""
+        return self._sequence.step([token], self._program)[0]
+
+    def greedy(self, token: int, count: int, ends: Sequence[int]) -> list[int]:
+        """Appends `token` and returns the likeliest tokens after it: `count`, or fewer up to one of `ends`."""
+        return self._sequence.greedy(token, count, ends, self._program)

@@ -1,0 +1,375 @@
+"""One wrapped model: its plan, what is patched and packed for it, and what becomes of these when the model is changed.
+
+Only instance attributes change. The ``forward`` of the model sends decode steps to the lowering that carries them out
+(steps.py); those of the decoder stack, the linears and the MLPs carry the plan out on the modules (modules.py). The
+model's class becomes a subclass of the same name (generation.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import weakref
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from ..kernels.ops import PackedLinear
+from ..predictors.anatomy import Anatomy
+from ..predictors.errors import CoreskipError
+from ..predictors.observe import down_norms, inference
+from ..predictors.plan import Plan
+from ..predictors.policies import Chooser, PromptNeurons
+from .attention import can_redirect, redirect_attention
+from .bundles import Weights
+from .changes import Changes, Places
+from .cost import LITTLE
+from .exact import Exact, NativePasses
+from .formats import Formats, check_format
+from .layer_skips import LayerSkips
+from .lower_cpu import Packing, StepProgram, refusal
+from .lower_gpu import CapturedSteps, Settled
+from .modules import ModulePatches
+from .native import NativeSteps
+from .passes import calling, current_prompt
+from .patches import Patches, Usage
+from .prepared import Prepared
+from .program import Program, linear_of
+from .release import Replaced, trim
+from .selections import Observed, Selections, selections_of
+from .steps import Steps
+
+logger = logging.getLogger("coreskip")
+
+ATTRIBUTE = "_coreskip_runtime"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is wrapped; see `wrap`."""
+
+    exact: bool = False
+    keep_originals: bool | None = None
+    lookup: bool = False
+
+
+class Runtime:
+    """One wrapped model.
+
+    Args:
+        weights: matrices that were packed before, for searches, which try many plans on one model; None: none.
+
+    Raises:
+        CoreskipError: the plan cannot be carried out on this model; nothing was changed.
+    """
+
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, plan: Plan, options: Options, weights: Weights | None = None
+    ) -> None:
+        check_format(model, anatomy, plan)
+        self.model, self.anatomy, self.plan = model, anatomy, plan
+        self.program = Program.of(anatomy, plan)
+        for layer, brick in self.program.chosen_by(Chooser.INPUTS).items():
+            for name in brick.thresholds:
+                linear_of(anatomy, layer, name)  # raises where the plan names a linear that is not there
+        self.skips = LayerSkips(anatomy, plan)
+        self.patches = Patches()
+        self.usage = Usage(sum(mlp.intermediate_size for mlp in anatomy.mlps))
+        self._by_prompt = self.program.chosen_by(Chooser.PROMPT)
+        self.observed = self._observations()
+        self._packed_apart = self.program.chosen_by(Chooser.CALIBRATION, Chooser.PROMPT, Chooser.TOKEN).keys()
+        self.altered: frozenset[int] = frozenset()  # layers whose MLP is not what was wrapped
+        self._places = Places(model, anatomy)
+        self._written_in_vain = False
+        self._weights = weights or Weights(anatomy)
+        self._prepare(options, searching=weights is not None)
+        self.exact = Exact(has_draft=self.decodes_otherwise) if options.exact else None
+        self.lookup = Exact(has_draft=False) if options.lookup and not options.exact else None
+        self._class, self._outer = type(model), cast("tuple[nn.Module, type] | None", None)
+
+    def _prepare(self, options: Options, searching: bool) -> None:
+        """What holds packed weights, and what carries steps out."""
+        model, weights = cast(Any, self.model), self.plan.weights
+        keep_all = searching or options.keep_originals is True
+        keeps = options.exact or keep_all  # whatever is packed
+        before = self._weights.linears if keeps else None
+        self.formats = Formats(weights, model.get_output_embeddings(), before)
+        me: Runtime = weakref.proxy(self)  # who has these: a cycle would outlive `unwrap`
+        self.changes = Changes(
+            model, lambda module: me.patches.current(module, "forward"), lambda part, state: me.plain_state(part, state)
+        )
+        bundled = self.program.chosen_by(Chooser.CALIBRATION, Chooser.TOKEN)
+        packing = Packing(
+            weights,
+            narrow=LITTLE if options.keep_originals is None or searching else 1.0,
+            bundled=frozenset() if options.exact else frozenset(bundled),
+            packed=self.formats.take if keeps else None,
+            packed_alone=lambda module: me.packed_alone(module),
+            before=self._weights.linears,
+        )
+        native = NativeSteps(model, self.anatomy, packing, self.usage.count, lambda: me.notice())
+        dense = StepProgram.dense(len(self.anatomy), as_loaded=True)
+        self.prepared = Prepared(self.anatomy, self.program, self._weights, self.skips)
+        self.steps = Steps(self, native, CapturedSteps(self), dense)
+        self._demanded = options.keep_originals is False
+        keeps = keeps or not (weights or self._demanded)
+        # neurons that prompts choose are packed again and again
+        kept = [module for index in self._by_prompt for module in self.anatomy.mlps[index].owner.modules()]
+        self.replaced = None if keeps else Replaced(model, lossy=self._demanded and bool(weights), kept=kept)
+
+    def _observations(self) -> dict[int, Observed]:
+        """What prefill adds up, by layer."""
+        policies = {layer: cast(PromptNeurons, brick.policy) for layer, brick in self._by_prompt.items()}
+        found = [policy.observes(layer, self.plan.clusters) for layer, policy in policies.items()]
+        norms = down_norms(self.anatomy) if found else []
+        return {what.layer: Observed(what, norms[what.layer]) for what in found}
+
+    @property
+    def verifies(self) -> bool:
+        """Whether decode steps are the dense model's own, but for drafts."""
+        return self.exact is not None
+
+    @property
+    def decodes_otherwise(self) -> bool:
+        """Whether decode steps compute anything else than prefill does."""
+        return self.program.decodes_otherwise
+
+    @property
+    def chooses_by_token(self) -> bool:
+        return bool(self.program.chosen_by(Chooser.TOKEN, Chooser.INPUTS))
+
+    @property
+    def exits_early(self) -> bool:
+        return self.steps.native.exits_early
+
+    def check_modules(self) -> None:
+        """Raises NotCovered where something wants to see what happens inside the model's modules."""
+        self.steps.native.check_modules()
+
+    # --- putting it in and taking it out
+
+    def install(self, cls: type) -> None:
+        """Everything was checked; from here on nothing can fail but for lack of memory. cls: the model's afterwards."""
+        modules = ModulePatches(self)
+        try:
+            self._patch_model()
+            everything = modules.patch_linears()
+            redirects = can_redirect(self.anatomy) and (self.exact is not None or self.skips.redirects)
+            if redirects:
+                redirect_attention(self.anatomy, self.patches.set)
+            if self.exact is not None:
+                self.exact.by_rows = everything and redirects
+            modules.patch_stack(self.anatomy.stack)
+            modules.patch_inputs()
+            modules.patch_mlps()
+            self.skips.install(self.patches.set, modules.patch_passthrough)
+            self.patches.set(self.model, ATTRIBUTE, self)
+        except BaseException:
+            self.patches.undo()
+            raise
+        self.model.__class__ = cls
+
+    def stand_for(self, outer: nn.Module, cls: type) -> None:
+        """Lets a model that generates by the wrapped one do, and refuse, what that one does; cls: its class then."""
+        self._outer = (outer, type(outer))
+        outer.__class__ = cls
+
+    def _patch_model(self) -> None:
+        """Decode steps go to the lowering that carries them out, where it covers the call."""
+        original = self._forward = self.model.forward
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            named = {**signature.bind_partial(*args).arguments, **kwargs} if args else kwargs
+            cache = named.get("past_key_values")
+            decodes = isinstance(cache, Cache) and int(cache.get_seq_length()) > 0
+            reason = self.notice(every_setting=not decodes)
+            if decodes and not (self.model.training or torch.compiler.is_compiling() or current_prompt() is not None):
+                output = self.steps.forward(original_in_call, named, reason)
+                if output is not None:
+                    return output
+            return original_in_call(*args, **kwargs)
+
+        def original_in_call(*args: Any, **kwargs: Any) -> Any:
+            with calling():
+                return original(*args, **kwargs)
+
+        self.patches.set(self.model, "forward", forward)
+
+    def replace_originals(self) -> None:
+        """Packs the weights now, where the originals may go: every prefill, the first too, shall read the same."""
+        if self.replaced is None:
+            self.changes.start()
+            return
+        reason = refusal(self.model, self.anatomy)
+        model, generator = cast(Any, self.model), torch.Generator().manual_seed(0)
+        native = self.steps.native
+        while reason is None and not native.ready:
+            vocabulary = model.get_input_embeddings().weight.shape[0]
+            ids = torch.randint(0, vocabulary, (1, 9), generator=generator, device="cpu")
+            cache = DynamicCache(config=model.config)
+            with inference(model):
+                model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
+                named = {"input_ids": ids[:, -1:], "past_key_values": cache}
+                reason = native.replace(self._forward, self.program_for(cache), named, self._replace)
+            self.usage.reset()
+        trim()
+        self.changes.start()
+        if reason is not None and self._demanded and self.plan.weights is not None:  # else nothing was to be packed
+            logger.warning("the original weights are kept: %s", reason)
+
+    def _replace(self, module: nn.Module, parts: list[PackedLinear]) -> None:
+        self.prepared.let_go(module)  # which holds the matrix
+        if not cast(Replaced, self.replaced).replace(module, parts) and self.plan.weights is not None:
+            self.formats.take(module, parts)
+
+    def remove(self) -> None:
+        """
+        Raises:
+            CoreskipError: the weights are gone; nothing was changed.
+        """
+        self.check_removable()
+        self.changes.stop()
+        self.model.__class__ = self._class
+        if self._outer is not None:
+            outer, cls = self._outer
+            outer.__class__ = cls
+        self.patches.undo()
+        if self.replaced is not None:
+            self.replaced.put_back()
+
+    def check_removable(self) -> None:
+        """Raises CoreskipError where `remove` would."""
+        if not self.removable:
+            self.refuse("unwrap the model")
+
+    @property
+    def removable(self) -> bool:
+        """Whether the model's own weights are there, or can be had back bit for bit."""
+        return self.replaced is None or self.replaced.reversible
+
+    def refuse(self, what: str) -> None:
+        """Raises CoreskipError where packed weights have replaced the model's own."""
+        if self.replaced is not None:
+            self.replaced.refuse(what)
+
+    # --- changes to the model
+
+    def repack(self) -> None:
+        """Forget packed weights: the model's own were moved, cast or loaded anew."""
+        self._forget(frozenset(self.model.modules()))
+        self.changes.start()
+        check_format(self.model, self.anatomy, self.plan)
+
+    def notice(self, every_setting: bool = False) -> str | None:
+        """Takes note of what others have changed about the model; and why decode steps have to run on its modules.
+
+        Raises:
+            CoreskipError: somebody wrote to a matrix that packed ones have replaced.
+        """
+        changed = self.changes.since(every_setting)
+        if changed is not None:
+            logger.debug("%d modules of the model were changed: they are packed and described anew", len(changed))
+            self._forget(changed)
+            self._written_in_vain = self.replaced is not None and self.replaced.written_to
+        if self._written_in_vain:
+            self.refuse("write to its weights")
+        return self.changes.obstacle()
+
+    def noticed_in_pass(self) -> None:
+        """Takes note of what has changed in a pass of the model's modules, but for what parts do to themselves."""
+        changed = self.changes.absorb()
+        if changed is not None:
+            self._forget(changed)
+
+    def _forget(self, changed: frozenset[nn.Module]) -> None:
+        layers = self._places.layers_of(changed)
+        gone = {i for i in layers if any(m in (self.replaced or ()) for m in self.anatomy.mlps[i].owner.modules())}
+        self.altered = self._places.altered() | (self.altered & gone) | (gone & self._packed_apart)
+        self._weights.forget(changed, layers)
+        self.formats.clear()
+        for module in changed:
+            self.packed_alone(module)  # a bias may be another
+        self.prepared = Prepared(self.anatomy, self.program, self._weights, self.skips)
+        self.steps.forget()
+        if self.observed and not self.altered:
+            self.observed = self._observations()
+        for drafter in (self.exact, self.lookup):
+            if drafter is not None:
+                drafter.forget()
+
+    def packed_alone(self, module: nn.Module) -> list[PackedLinear] | None:
+        """A linear's packed form where its matrix is gone; None where that is there."""
+        return None if self.replaced is None else self.replaced.renewed(module)
+
+    def plain_state(self, module: nn.Module, attributes: dict[str, Any]) -> dict[str, Any]:
+        """A part's `attributes` without patches.
+
+        Raises:
+            CoreskipError: packed weights have replaced its own.
+        """
+        if any(part in (self.replaced or ()) for part in module.modules()):
+            self.refuse("copy or pickle a part of the model")
+        return self.patches.undone(module, attributes)
+
+    # --- what steps compute
+
+    def new_selections(self, rows: int) -> Selections | None:
+        """For sequences that begin; None where their prompts decide nothing."""
+        if not (self.observed or self.skips.adaptive):
+            return None
+        policies = {layer: cast(PromptNeurons, brick.policy) for layer, brick in self._by_prompt.items()}
+        return Selections(self, rows, self.observed, policies, self.plan.clusters)
+
+    def program_for(self, cache: Cache) -> StepProgram | str:
+        """What a native step computes for the sequences of a cache, or why none can."""
+        if not self.program.native:
+            return "no kernel of the native step makes its choice"
+        if not self._places.hold() or self.altered & self._packed_apart:
+            return "parts of the model were replaced by others"
+        selections = self._own_selections(cache)
+        if selections is not None and self.skips.disputed(selections):
+            return "its sequences skip different layers"
+        return self.prepared.step_program(selections)
+
+    def settled(self, cache: Cache) -> Settled | str:
+        """What a captured step for the sequences of a cache has fixed, or why there can be none."""
+        selections = self._own_selections(cache)
+        if selections is None:
+            return self.skips.skipped(None), []
+        selected = self.prepared.selected(selections)
+        if selected.differ or self.skips.disputed(selections):
+            return "its sequences chose differently"
+        packed = [mlp.packed for mlp in selected.mlps.values()]
+        return self.skips.skipped(selections), [t for p in packed for t in vars(p).values() if isinstance(t, Tensor)]
+
+    def _own_selections(self, cache: Cache) -> Selections | None:
+        """Of a cache whose sequences decide something."""
+        return selections_of(cache, self) if self._by_prompt or self.skips.adaptive else None
+
+    def native_passes(self, cache: Cache) -> NativePasses | None:
+        """Passes over one sequence's cache by native steps, where they cover model and plan."""
+        found = self.steps.drafts(cache)
+        return None if found is None else NativePasses(*found)
+
+    def packed_bytes(self) -> tuple[int, int] | None:
+        """Bytes of all matrices that a native decode step reads, and of the MLPs' share of them; None where steps are
+        not native, or read the model's own."""
+        return self.steps.native.packed_bytes()
+
+
+def runtime_of(model: nn.Module) -> Runtime:
+    """The runtime that `wrap` installed on `model`, the one that generates.
+
+    Raises:
+        CoreskipError: the model is not wrapped.
+    """
+    runtime = vars(model).get(ATTRIBUTE)
+    if not isinstance(runtime, Runtime):
+        raise CoreskipError("the model is not wrapped: call coreskip.wrap(model, plan) first")
+    return runtime
