@@ -124,7 +124,8 @@ class Bundles:
 
     def down_norms(self) -> Tensor:
         """The norm of each neuron's row of the down projection, fp32 ``[neurons]``."""
-        return self.matrices().down.float().norm(dim=1)
+        norms: Tensor = self.matrices().down.float().norm(dim=1)
+        return norms
 
     def every(self, fmt: str | None, smooth: Tensor | None = None) -> PackedMLP:
         """All neurons, packed once for all who want them so."""

@@ -324,7 +324,7 @@ def read_norm(module: nn.Module) -> NormSpec:
         sample = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu") + 0.5
         found = probe(sample[None])[0]
         weight = getattr(probe, "weight", None) if "weight" in own else None
-        bias = probe.bias if "bias" in own else torch.zeros_like(sample)
+        bias: Tensor = cast(Any, probe).bias if "bias" in own else torch.zeros_like(sample)
     for kind in ("rms", "layer"):
         centred = sample - sample.mean() if kind == "layer" else sample
         base = centred * torch.rsqrt(centred.square().mean() + eps)

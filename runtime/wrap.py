@@ -21,7 +21,8 @@ from ..predictors.plan import Plan
 from ..predictors.policies import Chooser
 from .bundles import Weights
 from .delegates import check_generates, generator_of
-from .generation import outer_class, runtime_of, wrapped_class
+from .generation import outer_class, wrapped_class
+from .generation import runtime_of as runtime_of
 from .wrapping import ATTRIBUTE, Options, Runtime
 
 Model = TypeVar("Model", bound=nn.Module)
