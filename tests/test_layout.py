@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import coreskip
+from coreskip.predictors.policies import LAYER_POLICIES, NEURON_POLICIES
 
 ROOT = Path(__file__).parent.parent
 ORDER = ["kernels", "predictors", "runtime", "bench", "coreskip"]
@@ -45,6 +46,58 @@ def test_imports_run_one_way(path: Path) -> None:
     here = ORDER.index(path.parent.name)
     back = {folder for folder in imported_folders(path) if folder in ORDER and ORDER.index(folder) > here}
     assert not back, f"{path} imports {back}"
+
+
+def files_imported(path: Path) -> set[str]:
+    """The files of its own folder that a file imports, at any depth of the file and for types, too."""
+    siblings, found = {other.stem for other in path.parent.glob("*.py")}, set[str]()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            module, here = node.module or "", f"coreskip.{path.parent.name}"
+            if path.parent.name == "coreskip":
+                here = "coreskip"
+            if node.level == 1 or module.startswith(f"{here}."):
+                found.add(module.removeprefix(f"{here}.").partition(".")[0])
+            if (node.level == 1 and not module) or module == here:
+                found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.rpartition(".")[2] for alias in node.names if alias.name.startswith("coreskip.")}
+    return (found & siblings) - {path.stem}
+
+
+@pytest.mark.parametrize("folder", ORDER)
+def test_no_circle_of_imports(folder: str) -> None:
+    imports = {path.stem: files_imported(path) for path in (ROOT / folder).glob("*.py")}
+    reached = {name: set(found) for name, found in imports.items()}
+    for _ in imports:
+        for found in reached.values():
+            found |= {further for name in list(found) for further in reached[name]}
+    assert not {name for name, found in reached.items() if name in found}, imports
+
+
+def sources() -> list[Path]:
+    code = [*modules(), *(ROOT / "tests").glob("*.py")]
+    return code + [path for kind in ("*.cpp", "*.h") for path in (ROOT / "kernels").rglob(kind)]
+
+
+def test_no_file_is_longer_than_600_lines_and_no_class_than_300() -> None:
+    assert not {p.name: n for p in sources() if (n := len(p.read_text().splitlines())) > 600}
+    longest = {}
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                longest[f"{path.name}: {node.name}"] = (node.end_lineno or 0) - node.lineno + 1
+    assert not {name: lines for name, lines in longest.items() if lines > 300}
+
+
+def test_nothing_but_the_registry_asks_what_type_a_policy_has() -> None:
+    """A policy says what it is by its fields and class attributes; what it computes is one builder's."""
+    policies = {cls.__name__ for cls in (*NEURON_POLICIES.values(), *LAYER_POLICIES.values())}
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+                asked = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
+                assert not asked & policies, f"{path.name}, line {node.lineno}"
 
 
 def test_only_the_face_has_an_init() -> None:
