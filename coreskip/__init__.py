@@ -31,7 +31,7 @@ _HOMES = {
     "load": "coreskip.runtime.load",
     "pareto": "coreskip.runtime.search",
     "ppl_sparsity": "coreskip.runtime.sparsing_law",
-    "prefilling": "coreskip.runtime.passes",
+    "prefilling": "coreskip.runtime.phases",
     "unwrap": "coreskip.runtime.wrap",
     "wrap": "coreskip.runtime.wrap",
 }
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from coreskip.predictors.plan import Plan
     from coreskip.runtime.engine import Engine
     from coreskip.runtime.load import load
-    from coreskip.runtime.passes import prefilling
+    from coreskip.runtime.phases import prefilling
     from coreskip.runtime.quality import evaluate
     from coreskip.runtime.search import pareto
     from coreskip.runtime.sparsing_law import ppl_sparsity

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..predictors.errors import CoreskipError
-from .passes import prefilling
+from .phases import prefilling
 
 #: Arguments of ``_assisted_decoding`` that are not meant for the model's forward.
 _OPTIONS = {"logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer", "inputs_tensor"}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..predictors.anatomy import Anatomy
-from .passes import Phase, current_pass
+from .phases import Phase, current_pass
 
 _NAME = "coreskip"
 Output = tuple[Tensor, "Tensor | None"]

@@ -42,7 +42,7 @@ from .growth import growth
 from .kv_cache import plain_class
 from .lower_cpu import StepProgram
 from .native import NativeSequence
-from .passes import drafting
+from .phases import drafting
 
 logger = logging.getLogger("coreskip")
 

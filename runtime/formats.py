@@ -21,7 +21,7 @@ from ..predictors.errors import CoreskipError
 from ..predictors.plan import Plan
 from .bundles import PackedBefore
 from .lower_cpu import HEAD_FORMAT, KERNEL_FORMATS
-from .passes import Phase, mode
+from .phases import Phase, mode
 
 logger = logging.getLogger("coreskip")
 

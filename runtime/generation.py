@@ -13,7 +13,7 @@ from ..predictors.errors import CoreskipError
 from . import assisted, loop
 from .delegates import generator_of
 from .parts import Watched
-from .passes import prefilling
+from .phases import prefilling
 from .steps import Lowering
 from .wrapping import Runtime
 from .wrapping import runtime_of as runtime_of_generator

@@ -23,7 +23,7 @@ from ..predictors.errors import CoreskipError
 from ..predictors.layers import void
 from ..predictors.plan import Plan
 from .attention import can_redirect
-from .passes import Pass, Phase, current_pass
+from .phases import Pass, Phase, current_pass
 from .selections import Selections
 
 Replace = Callable[[object, str, object], None]

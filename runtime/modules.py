@@ -21,7 +21,7 @@ from ..predictors.anatomy import Activation, Anatomy, FeedForward, rows_of
 from ..predictors.errors import CoreskipError
 from ..predictors.policies import Chooser
 from .formats import Formats, takes_format
-from .passes import Pass, Phase, current_pass, current_prompt, last_phase, mode, passing
+from .phases import Pass, Phase, current_pass, current_prompt, last_phase, mode, passing
 from .patches import Patches, Usage
 from .prepared import Prepared
 from .program import BrickProgram, Program, linear_of

@@ -16,7 +16,7 @@ from ..kernels.ops import MAX_ROWS
 from .calls import NotCovered, close, compare
 from .kv_cache import Entries, Rooms, twin_of
 from .lower_cpu import CpuModel, StepProgram
-from .passes import as_loaded, densely
+from .phases import as_loaded, densely
 from .selfcheck import FEW, KEYS, agree, far_positions, made_up
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from .passes import Pass
+from .phases import Pass
 
 
 class Patches:

@@ -19,7 +19,7 @@ from .calls import NotCovered
 from .lower_cpu import StepProgram
 from .lower_gpu import CapturedSteps
 from .native import NativeSequence, NativeSteps
-from .passes import mode
+from .phases import mode
 
 logger = logging.getLogger("coreskip")
 

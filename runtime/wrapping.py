@@ -35,7 +35,7 @@ from .lower_cpu import Packing, StepProgram, refusal
 from .lower_gpu import CapturedSteps, Settled
 from .modules import ModulePatches
 from .native import NativeSteps
-from .passes import calling, current_prompt
+from .phases import calling, current_prompt
 from .patches import Patches, Usage
 from .prepared import Prepared
 from .program import Program, linear_of
