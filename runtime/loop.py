@@ -1,25 +1,26 @@
-"""Plain decoding of one sequence by native or captured steps, with as little Python as its options allow.
+"""Decoding of one sequence without drafts, by native or captured steps, with as little Python as its options allow.
 
-transformers' own loop costs 0.5 ms a token where the code is warm, and 2 ms after a step over 100 MB of weights has
-cleared the caches: half the time of a step of the embedded model in 4 bits. Here greedy decoding up to a length or an
-end-of-text token stays in the native code for several tokens at once; whatever else is asked for (sampling, processors,
-criteria, streamers) is done token by token, as in exact mode. A GPU likewise makes several tokens before they are read.
+transformers' own loop costs 0.5 ms a token where its code is in the CPU's caches, and 2 ms after a step over 100 MB of
+weights has cleared these: half the time of a step of the embedded model in 4 bits. Here greedy decoding up to a length
+or an end-of-text token stays in the native code for several tokens at once; whatever else is asked for (sampling,
+processors, criteria, streamers) is done token by token, as in exact mode. A GPU likewise makes several tokens before
+they are read.
 """
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
-from .decode import NativeSequence, NotCovered
-from .exact import Text, ends_of, obstacle
-from .growth import growth
-
-if TYPE_CHECKING:
-    from .wrap import Runtime
+from .decode import NotCovered
+from .length_dependence import length_dependence
+from .passes import NativePasses
+from .text import Text, end_tokens, uncovered_call
 
 # Tokens made in one native call at most, and how long one may take: a streamer should not stutter, and an interrupt
 # from the keyboard waits for the call's end.
@@ -28,10 +29,43 @@ AHEAD = 8  # tokens that a GPU makes before they are read: those after an end-of
 STREAMING_S, ALONE_S = 0.025, 0.5
 
 
-def generate(runtime: Runtime, model: Any, ids: Tensor, arguments: dict[str, Any]) -> Any:
-    """What ``model._sample`` returns, or None where this loop does not cover the call; nothing has happened then."""
-    replays = runtime.graphs.ready and ends_of(arguments) is not None
-    if not (runtime.decoder.ready or replays) or (obstacle(ids, arguments) or growth(model, ids, arguments)):
+class NativeSteps(Protocol):
+    """A wrapped model's native step. `ready`: whether it has been found to agree with the model's own modules."""
+
+    @property
+    def ready(self) -> bool: ...
+
+
+class CapturedSteps(NativeSteps, Protocol):
+    """A wrapped model's captured steps."""
+
+    def greedy(self, cache: Cache, token: int, count: int, ends: Sequence[int]) -> list[int]:
+        """Append `token` and return the likeliest tokens after it: `count`, or fewer up to one of `ends`; none where no
+        captured step has the cache's keys and values."""
+
+
+class Steps(Protocol):
+    """What the loop needs to know of a wrapped model."""
+
+    @property
+    def decoder(self) -> NativeSteps: ...
+
+    @property
+    def graphs(self) -> CapturedSteps: ...
+
+    def native_passes(self, cache: Cache) -> NativePasses | None:
+        """Passes over one sequence's cache by native steps; None where these do not cover the model and its plan."""
+
+
+def generate(steps: Steps, model: Any, ids: Tensor, arguments: dict[str, Any]) -> Any:
+    """What ``model._sample`` returns, or None where this loop does not cover the call; nothing has happened then.
+
+    ids: int64 [rows, length]; arguments: the call's other arguments by name.
+    """
+    captured = steps.graphs.ready and end_tokens(arguments) is not None
+    if not (steps.decoder.ready or captured):
+        return None
+    if uncovered_call(ids, arguments) or length_dependence(model, ids, arguments):
         return None
     config, kwargs = arguments["generation_config"], arguments["model_kwargs"]
     outputs = model._prefill(ids, config, kwargs)
@@ -45,7 +79,7 @@ def generate(runtime: Runtime, model: Any, ids: Tensor, arguments: dict[str, Any
         first.shape[0],
     )
     try:
-        (_replay if replays else _decode)(runtime, model, cache, text, first, arguments)
+        (_replay if captured else _decode)(steps, model, cache, text, first, arguments)
     finally:
         text.close()
     if arguments["streamer"] is not None:
@@ -53,48 +87,46 @@ def generate(runtime: Runtime, model: Any, ids: Tensor, arguments: dict[str, Any
     return text.result(config, cache)
 
 
-def _decode(runtime: Runtime, model: Any, cache: Any, text: Text, first: Tensor, arguments: dict[str, Any]) -> None:
+def _decode(steps: Steps, model: Any, cache: Cache, text: Text, first: Tensor, arguments: dict[str, Any]) -> None:
     last = text.append(first)
     while not text.finished:
         try:
-            _decode_natively(runtime, cache, text, last, arguments)
+            _decode_natively(steps, cache, text, last, arguments)
         except NotCovered:  # the model's own pass covers it, or describes the model anew where somebody changed it
             ids = text.ids[:, -1:]
             last = text.append(model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1])
 
 
-def _decode_natively(runtime: Runtime, cache: Any, text: Text, last: int, arguments: dict[str, Any]) -> None:
+def _decode_natively(steps: Steps, cache: Cache, text: Text, last: int, arguments: dict[str, Any]) -> None:
     """Up to the end of the text.
 
     Raises:
         NotCovered: a step is not covered, or not any more; the text has what came before.
     """
-    runtime.notice()
-    chosen = runtime.chosen_for(cache)
-    if isinstance(chosen, str):
-        raise NotCovered(chosen)
-    sequence = NativeSequence(runtime.decoder, cache)
-    ends = ends_of(arguments)
+    passes = steps.native_passes(cache)
+    if passes is None:
+        raise NotCovered("native steps do not cover the model")
+    ends = end_tokens(arguments)
     longest = ALONE_S if arguments["streamer"] is None else STREAMING_S
     at_once = 1
     while not text.finished:
         if ends is None:
-            last = text.append(sequence.step([last], chosen)[0])
+            last = text.append(passes.verify([last])[0])
             continue
         room = arguments["stopping_criteria"].max_length - text.ids.shape[1]
         start = time.perf_counter()
-        made = sequence.greedy(last, min(room, at_once), ends, chosen)
+        made = passes.greedy(last, min(room, at_once), ends)
         each = (time.perf_counter() - start) / len(made)
         at_once = max(1, min(AT_ONCE, int(longest / each)))
         text.extend(made)
         last = made[-1]
 
 
-def _replay(runtime: Runtime, model: Any, cache: Any, text: Text, first: Tensor, arguments: dict[str, Any]) -> None:
-    last, ends = text.append(first), ends_of(arguments) or []
+def _replay(steps: Steps, model: Any, cache: Cache, text: Text, first: Tensor, arguments: dict[str, Any]) -> None:
+    last, ends = text.append(first), end_tokens(arguments) or []
     while not text.finished:
         room = arguments["stopping_criteria"].max_length - text.ids.shape[1]
-        made = runtime.graphs.greedy(cache, last, min(room, AHEAD), ends)
+        made = steps.graphs.greedy(cache, last, min(room, AHEAD), ends)
         if made:
             text.extend(made)
             last = made[-1]

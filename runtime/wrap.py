@@ -37,11 +37,12 @@ from .changes import Changes, Places
 from .cost import LITTLE
 from .decode import Chosen, Decoder, NativeSequence, NotCovered, is_plain_linear, refusal
 from .delegates import check_generates, generator_of
-from .exact import Exact, NativePasses
+from .exact import SpeculativeDecoder as Exact
 from .formats import Formats, check_format, takes_format
 from .graph import Graphs, Settled
 from .layers import LayerSkips
 from .parts import Watched
+from .passes import NativePasses
 from .release import Replaced, trim
 from .selections import (
     DENSELY,
@@ -1015,6 +1016,7 @@ class _Wrapped(_Outer, Watched):
             return plain()
         arguments["model_kwargs"] = model_kwargs
         if exact is not None:
+            runtime.notice()  # before anything that was measured on the model is used
             return exact.generate(self, plain, input_ids, arguments, runtime.native_passes)
 
         def undrafted() -> Any:
