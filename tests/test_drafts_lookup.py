@@ -19,7 +19,7 @@ from coreskip.runtime.wrap import runtime_of
 @pytest.mark.parametrize("kind", ["dense", "int8", "int4", "static", "griffin"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "phi3", "gemma2"])
 def test_with_lookup_the_text_is_the_plans_own(family: str, kind: str) -> None:
-    model, options = tiny(family), {"new": 80}  # random models come to repeat themselves
+    model, options = tiny(family), {"new": 120}  # random models come to repeat themselves
     plan = Plan.dense(model, kind if "int" in kind else None)
     plan = plan if kind in ("dense", "int8", "int4") else plan_of(model, kind)
     sampled = {"do_sample": True, "temperature": 0.3, **options}
@@ -41,7 +41,7 @@ def test_with_lookup_the_text_is_the_plans_own(family: str, kind: str) -> None:
         assert done.note is None
         assert done.drafted["plan"] == 0
         assert done.drafted["lookup"] > 0 or family != "llama"  # not every text repeats itself
-        assert done.passes + done.accepted["lookup"] == 79
+        assert done.passes + done.accepted["lookup"] == 119
 
 
 @needs_kernels
