@@ -184,3 +184,23 @@ def test_a_draft_that_could_never_pay_is_not_tried_again(llama: Any) -> None:
         exact.costs = Settling()
         greedy(llama, prompt(1, 9), 120, do_sample=True, temperature=5.0)
         assert exact.last.drafted["plan"] == 0
+
+
+@needs_kernels
+def test_without_a_continuation_the_plan_drafts_several_tokens_a_native_call(llama: Any, monkeypatch: Any) -> None:
+    recorded: list[tuple[int, int]] = []
+
+    class Recorded(Eager):
+        def record_draft(self, tokens: int, passes: int, seconds: float, first: bool) -> None:
+            recorded.append((tokens, passes))
+
+    monkeypatch.setattr(PromptLookup, "find", lambda self, most, drafts=(): (0, []))
+    ids = prompt(1, 9)
+    expected = dense(llama, ids, new=40)
+    with coreskip.wrap(llama, plan_of(llama, "static", 1.0), exact=True):
+        exact = runtime_of(llama).exact
+        exact._has_draft, exact.costs = True, Recorded()
+        assert torch.equal(greedy(llama, ids, 40), expected)
+        assert exact.last.acceptance == 1.0
+    assert {tokens for tokens, _ in recorded} == {1}
+    assert max(passes for _, passes in recorded) > 1
