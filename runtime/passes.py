@@ -1,4 +1,4 @@
-"""Passes of the model over one sequence's KV cache, as exact mode and the plain decoding loop call them.
+"""Passes of the model over one sequence's KV cache, as exact mode and the loop without drafts call them.
 
 Exact mode needs a pass over k tokens to give the logits of k passes over one token each. The linear layers' decode
 kernels do that; attention does where it is run query by query. `rounding_error` tests whether a whole model does.

@@ -1,8 +1,8 @@
 """The text of one generation: which token comes next, and where the text ends, as in transformers' own generation.
 
-Both the plain decoding loop and exact mode extend their text through `Text`. When sampling, the next token is the
-largest of p / e over exponential noise e, which is how `torch.multinomial` draws one, too: the same seed gives the same
-text as transformers' own loop.
+Both the loop without drafts (runtime/loop.py) and exact mode extend their text through `Text`. When sampling, the next
+token is the largest of p / e over exponential noise e, which is how `torch.multinomial` draws a token, too: the same
+seed gives the same text as transformers' own loop.
 """
 
 from __future__ import annotations
