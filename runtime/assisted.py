@@ -1,8 +1,8 @@
-"""Assisted decoding under a plan: the text is the plan's own, whoever proposes candidates.
+"""Assisted decoding under a plan: the text is the plan's own, whichever assistant drafts candidate tokens.
 
 transformers reads the prompt and the first candidates in one pass. Under a plan the prompt is prefill and the
-candidates are decode, each with neurons or weights of its own, and the prompt alone chooses neurons: so that pass is
-made in two.
+candidates are decode, each phase with neurons or weights of its own, and the prompt alone chooses neurons. The first
+pass is therefore split into two, one over the prompt and one over the candidates.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from ..predictors.errors import CoreskipError
 from .phases import prefilling
 
 #: Arguments of ``_assisted_decoding`` that are not meant for the model's forward.
-_OPTIONS = {"logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer", "inputs_tensor"}
-_OPTIONS |= {"assistant_model", "assistant_tokenizer", "tokenizer"}
+_NOT_FOR_FORWARD = {
+    *("logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer", "inputs_tensor"),
+    *("assistant_model", "assistant_tokenizer", "tokenizer"),
+}
 
 
 def decode(method: Callable[..., Any], model: Any, ids: Tensor, arguments: dict[str, Any]) -> Any:
@@ -26,7 +28,7 @@ def decode(method: Callable[..., Any], model: Any, ids: Tensor, arguments: dict[
     other arguments by name.
 
     Raises:
-        CoreskipError: attentions or hidden states are asked for, which transformers cuts out of that one pass.
+        CoreskipError: attentions or hidden states are asked for, which transformers cuts out of its first pass.
     """
     config = arguments["generation_config"]
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
@@ -34,13 +36,13 @@ def decode(method: Callable[..., Any], model: Any, ids: Tensor, arguments: dict[
             "under a plan, assisted decoding gives no attentions or hidden states: leave out output_attentions and "
             "output_hidden_states, or the assistant"
         )
-    model_kwargs = {name: value for name, value in arguments.items() if name not in _OPTIONS}
-    return method(_InTwo(model, ids, config, model_kwargs), ids, **arguments)
+    model_kwargs = {name: value for name, value in arguments.items() if name not in _NOT_FOR_FORWARD}
+    return method(_SplitFirstPass(model, ids, config, model_kwargs), ids, **arguments)
 
 
-class _InTwo:
-    """The model as ``_assisted_decoding`` alone sees it: its first pass is one over the prompt and one over the
-    candidates. Whatever else is asked of it is the model's."""
+class _SplitFirstPass:
+    """The model as ``_assisted_decoding`` alone sees it: the first pass is split into one over the prompt and one over
+    the candidates. Every other call and attribute is the model's."""
 
     def __init__(self, model: Any, prompt: Tensor, config: Any, model_kwargs: dict[str, Any]) -> None:
         self._model, self._prompt, self._config, self._prompt_kwargs = model, prompt, config, model_kwargs
@@ -60,7 +62,9 @@ class _InTwo:
             return self._model(**inputs)
         self._begun = True
         count = self._candidates.shape[1] - self._prompt.shape[1]
-        if count == 0 and set(inputs) - self._prepared:  # who drafts from the model's outputs wants more of them
+        if (
+            count == 0 and set(inputs) - self._prepared
+        ):  # an assistant that drafts from the model's outputs asks for more outputs
             with prefilling(self._prompt_kwargs.get("attention_mask")):
                 return self._model(**inputs)
         prompt = self._model._prefill(self._prompt, self._config, dict(self._prompt_kwargs))

@@ -16,7 +16,7 @@ from ..predictors.calibration import check_tokenizer
 from ..predictors.checks import kind_of
 from ..predictors.errors import CoreskipError
 from ..predictors.plan import Plan
-from .exact import Statistics
+from .drafting import Statistics
 from .generation import runtime_of
 from .prompts import Message, Prompt, as_batch, check_length, learned_positions, own_options, render, samples
 from .wrap import is_wrapped, unwrap, wrap

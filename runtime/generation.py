@@ -88,7 +88,8 @@ class _Wrapped(_Outer, Watched):
             return plain()
         arguments["model_kwargs"] = model_kwargs
         if exact is not None:
-            return exact.generate(self, plain, input_ids, arguments, runtime.native_passes)
+            runtime.notice()  # before anything that was measured on the model is used
+            return exact.generate(self, plain, input_ids, arguments, runtime.steps.passes)
 
         def undrafted() -> Any:
             output = loop.generate(runtime.steps, self, input_ids, arguments)
@@ -99,7 +100,7 @@ class _Wrapped(_Outer, Watched):
         if lookup is None or hooked or runtime.steps.lowering is not Lowering.NATIVE:
             return undrafted()
         lookup.by_rows = lookup.native_only = True
-        return lookup.generate(self, undrafted, input_ids, arguments, runtime.native_passes)
+        return lookup.generate(self, undrafted, input_ids, arguments, runtime.steps.passes)
 
     def _assisted_decoding(
         self, input_ids: Tensor, *, generation_config: Any, inputs_tensor: Any = None, **options: Any

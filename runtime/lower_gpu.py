@@ -29,8 +29,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ..predictors.anatomy import Anatomy
 from .calls import NotCovered, check_call, compare
 from .kv_cache import Entries, Rooms, known_rooms, leave_rooms, lend_rooms, length_of, sizes_of, unfit
-from .phases import Pass, tallied
 from .patches import Usage
+from .phases import Pass, tallied
 from .selections import share_selections
 from .spec import windows
 

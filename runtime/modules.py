@@ -21,8 +21,8 @@ from ..predictors.anatomy import Activation, Anatomy, FeedForward, rows_of
 from ..predictors.errors import CoreskipError
 from ..predictors.policies import Chooser
 from .formats import Formats, takes_format
-from .phases import Pass, Phase, current_pass, current_prompt, last_phase, mode, passing
 from .patches import Patches, Usage
+from .phases import Pass, Phase, current_pass, current_prompt, last_phase, mode, passing
 from .prepared import Prepared
 from .program import BrickProgram, Program, linear_of
 from .release import Replaced

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import Enum
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from .calls import NotCovered
 from .lower_cpu import StepProgram
 from .lower_gpu import CapturedSteps
 from .native import NativeSequence, NativeSteps
+from .passes import NativePasses
 from .phases import mode
 
 logger = logging.getLogger("coreskip")
@@ -94,41 +95,15 @@ class Steps:
             return self.native.forward(original, program, named)
         return None
 
-    def drafts(self, cache: Cache) -> tuple[NativeSequence, StepProgram, StepProgram] | None:
-        """One sequence's native steps, what drafts on it and what verifies: in exact mode the plan drafts and the dense
-        model verifies, else the plan does both. None where native steps do not cover model or plan."""
+    def passes(self, cache: Cache) -> NativePasses | None:
+        """Passes over one sequence's cache by native steps: in exact mode the plan drafts and the dense model verifies,
+        else the plan does both. None where these do not cover the model and its plan."""
         self._host.notice()
         draft = self._host.program_for(cache)
         if not self.native.ready or isinstance(draft, str):
             return None
         try:
-            return NativeSequence(self.native, cache), draft, self._dense if self._host.verifies else draft
+            sequence = NativeSequence(self.native, cache)
         except NotCovered:
             return None
-
-    def sequence(self, cache: Cache) -> PlanSequence:
-        """One sequence that decodes under the plan.
-
-        Raises:
-            NotCovered: native steps do not cover it now.
-        """
-        self._host.notice()
-        program = self._host.program_for(cache)
-        if isinstance(program, str):
-            raise NotCovered(program)
-        return PlanSequence(NativeSequence(self.native, cache), program)
-
-
-class PlanSequence:
-    """One sequence that decodes natively under the plan, and that nobody else touches meanwhile."""
-
-    def __init__(self, sequence: NativeSequence, program: StepProgram) -> None:
-        self._sequence, self._program = sequence, program
-
-    def step(self, token: int) -> Any:
-        """Logits ``[vocabulary]`` after `token`, which is appended."""
-        return self._sequence.step([token], self._program)[0]
-
-    def greedy(self, token: int, count: int, ends: Sequence[int]) -> list[int]:
-        """Appends `token` and returns the likeliest tokens after it: `count`, or fewer up to one of `ends`."""
-        return self._sequence.greedy(token, count, ends, self._program)
+        return NativePasses(sequence, draft, self._dense if self._host.verifies else draft)

@@ -28,15 +28,15 @@ from .attention import can_redirect, redirect_attention
 from .bundles import Weights
 from .changes import Changes, Places
 from .cost import LITTLE
-from .exact import Exact, NativePasses
+from .exact import SpeculativeDecoder
 from .formats import Formats, check_format
 from .layer_skips import LayerSkips
 from .lower_cpu import Packing, StepProgram, refusal
 from .lower_gpu import CapturedSteps, Settled
 from .modules import ModulePatches
 from .native import NativeSteps
-from .phases import calling, current_prompt
 from .patches import Patches, Usage
+from .phases import calling, current_prompt
 from .prepared import Prepared
 from .program import Program, linear_of
 from .release import Replaced, trim
@@ -87,8 +87,8 @@ class Runtime:
         self._written_in_vain = False
         self._weights = weights or Weights(anatomy)
         self._prepare(options, searching=weights is not None)
-        self.exact = Exact(has_draft=self.decodes_otherwise) if options.exact else None
-        self.lookup = Exact(has_draft=False) if options.lookup and not options.exact else None
+        self.exact = SpeculativeDecoder(has_draft=self.decodes_otherwise) if options.exact else None
+        self.lookup = SpeculativeDecoder(has_draft=False) if options.lookup and not options.exact else None
         self._class, self._outer = type(model), cast("tuple[nn.Module, type] | None", None)
 
     def _prepare(self, options: Options, searching: bool) -> None:
@@ -351,11 +351,6 @@ class Runtime:
     def _own_selections(self, cache: Cache) -> Selections | None:
         """Of a cache whose sequences decide something."""
         return selections_of(cache, self) if self._by_prompt or self.skips.adaptive else None
-
-    def native_passes(self, cache: Cache) -> NativePasses | None:
-        """Passes over one sequence's cache by native steps, where they cover model and plan."""
-        found = self.steps.drafts(cache)
-        return None if found is None else NativePasses(*found)
 
     def packed_bytes(self) -> tuple[int, int] | None:
         """Bytes of all matrices that a native decode step reads, and of the MLPs' share of them; None where steps are

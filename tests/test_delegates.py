@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from exact_mode import Eager
 from tiny_models import VOCABULARY, NoTokenizer, greedy, plan_of, prompt, tiny
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -14,12 +15,7 @@ from transformers import LlamaForCausalLM
 import coreskip
 from coreskip import CoreskipError, Engine
 from coreskip.predictors.plan import Plan
-from coreskip.runtime.exact import Pace
 from coreskip.runtime.wrap import is_wrapped, runtime_of
-
-
-class Eager(Pace):
-    pass_s, row_s, step_s, settling_s, ready = 1.0, 0.0, 0.0, 0.0, True  # type: ignore[assignment]
 
 
 class Tuner(nn.Module):
@@ -109,7 +105,7 @@ def test_exact_mode_drafts(outer: Any) -> None:
         exact = runtime_of(around).exact
         assert exact is runtime_of(model).exact
         for _ in range(2):
-            exact.pace = Eager()
+            exact.costs = Eager()
             assert torch.equal(greedy(around, ids, 40), plain)
             assert exact.last.note is None
             assert sum(exact.last.drafted.values()) > 0

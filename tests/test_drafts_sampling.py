@@ -6,22 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from exact_mode import Eager, needs_kernels
 from tiny_models import VOCABULARY, greedy, plan_of, prompt, tiny
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import coreskip
-from coreskip.kernels.ops import available
 from coreskip.predictors.plan import Plan
-from coreskip.runtime import exact as exact_module
+from coreskip.runtime.passes import NativePasses
 from coreskip.runtime.wrap import runtime_of
 
-needs_kernels = pytest.mark.skipif(available("cpu") is not None, reason="drafts are verified by the CPU kernels")
 LOOPS = ["loop", "exact", "lookup"]
 NAN, INF = float("nan"), float("inf")
-
-
-class Eager(exact_module.Pace):
-    pass_s, row_s, step_s, settling_s, ready = 1.0, 0.0, 0.0, 0.0, True  # type: ignore[assignment]
 
 
 class From(LogitsProcessor):
@@ -46,7 +41,7 @@ def wrapped(model: Any, loop: str) -> Any:
         greedy(wrapped, prompt(1, 9), 6)  # from here on steps are native
     drafter = runtime_of(model).exact or runtime_of(model).lookup
     if drafter is not None:
-        drafter.pace = Eager()
+        drafter.costs = Eager()
     return wrapped
 
 
@@ -108,12 +103,12 @@ def test_a_draft_without_a_likeliest_token_is_only_a_bad_guess(do_sample: bool, 
     """The plan's own logits are NaN: in half precision what it leaves out can be what kept them finite."""
     expected = outcome(tiny("llama"), From(99, 0.0), do_sample=do_sample)[0]
     with wrapped(tiny("llama"), "exact") as model:
-        drafted = exact_module.NativePasses.draft
+        drafted = NativePasses.draft
 
         def broken(passes: Any, tokens: Any) -> torch.Tensor:
             return drafted(passes, tokens) * NAN
 
-        monkeypatch.setattr(exact_module.NativePasses, "draft", broken)
+        monkeypatch.setattr(NativePasses, "draft", broken)
         assert torch.equal(outcome(model, From(99, 0.0), do_sample=do_sample)[0], expected)
         assert sum(runtime_of(model).exact.last.drafted.values()) > 0
 

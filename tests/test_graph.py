@@ -36,7 +36,7 @@ from coreskip import Engine
 from coreskip.kernels import ops
 from coreskip.predictors.plan import Plan
 from coreskip.runtime import lower_gpu
-from coreskip.runtime.selections import drafting
+from coreskip.runtime.phases import drafting
 from coreskip.runtime.wrap import runtime_of
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}

@@ -270,7 +270,7 @@ def test_a_second_prompt_votes_too(llama: Any) -> None:
 @pytest.mark.parametrize("policy", [*POLICIES, Adaptive(5.0)], ids=lambda p: p.name)
 @pytest.mark.parametrize("family", ["llama", "mistral", "opt"])
 def test_exact_mode_drafts_with_layers_left_out(family: str, policy: Run) -> None:
-    from test_exact import dense, tokens_and_statistics
+    from exact_mode import dense, tokens_and_statistics
 
     model, ids = tiny(family, num_hidden_layers=4), prompt(1, 9)
     plan = plan_with(model, {0: policy, 2: policy}, keep=0.9)

@@ -22,8 +22,8 @@ from coreskip.kernels.packed import PackedLinear, ungroup, untile
 from coreskip.predictors.anatomy import dissect, rows_of
 from coreskip.runtime.bundles import Weights
 from coreskip.runtime.cost import bytes_per_token, loaded_bytes
+from coreskip.runtime.phases import densely, prefilling
 from coreskip.runtime.quality import evaluate_all
-from coreskip.runtime.selections import densely, prefilling
 from coreskip.runtime.wrap import is_wrapped, runtime_of, wrapped
 
 NO_LIBRARY = ops.available("cpu")

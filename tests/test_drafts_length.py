@@ -7,16 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from exact_mode import Eager, needs_kernels
 from tiny_models import greedy, plan_of, prompt, tiny
 from transformers.generation import GenerationMixin
 
 import coreskip
-from coreskip.kernels.ops import available
 from coreskip.predictors.plan import Plan
-from coreskip.runtime import exact as exact_module
 from coreskip.runtime.wrap import runtime_of
-
-needs_kernels = pytest.mark.skipif(available("cpu") is not None, reason="drafts are verified by the CPU kernels")
 
 LONGROPE = {
     "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16, "factor": 4.0,
@@ -29,10 +26,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "dynamic": ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}),
     "switch_alone": ("phi3", {"original_max_position_embeddings": 16}),
 }
-
-
-class Eager(exact_module.Pace):
-    pass_s, row_s, step_s, settling_s, ready = 1.0, 0.0, 0.0, 0.0, True  # type: ignore[assignment]
 
 
 def model_of(name: str) -> Any:
@@ -56,7 +49,7 @@ def test_the_text_is_plain_transformers(name: str, mode: str) -> None:
         drafter = runtime_of(model).exact or runtime_of(model).lookup
         for attempt in range(2):  # the second turn finds native steps, where there are such, and a used model
             if drafter is not None:
-                drafter.pace = Eager()
+                drafter.costs = Eager()
             assert torch.equal(greedy(model, ids, 30), expected[0]), attempt
             assert torch.equal(greedy(model, ids, 5), expected[1]), attempt
 
@@ -69,7 +62,7 @@ def test_drafts_where_the_length_stays_on_one_side(name: str) -> None:
         exact = runtime_of(model).exact
         for length, new, drafts in ((6, 10, True), (6, 11, False), (16, 9, False), (20, 9, name != "dynamic")):
             ids = repeating(length)
-            exact.pace = Eager()
+            exact.costs = Eager()
             text = greedy(model, ids, new)
             assert (exact.last.note is None) == drafts, (length, new, exact.last.note)
             if drafts:
