@@ -21,12 +21,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..kernels.packed import DTYPES
 from ..kernels.watch import Watch
 from ..predictors.anatomy import Anatomy, FeedForward
-from .parts import Notes, plain_class, plain_items, unwatch, watch
+from .parts import Notes, unwatched_class, plain_items, unwatch, watch
 from .spec import is_plain_linear
 
 _SIMPLE = (bool, int, float, str, torch.dtype, type(None))
 #: Settings that do not change what a step computes, or that the step itself looks at.
-_HARMLESS = frozenset(
+_WITHOUT_EFFECT = frozenset(
     (
         "use_cache", "output_attentions", "output_hidden_states", "return_dict", "dtype", "torch_dtype",
         "num_hidden_layers",  # the native step looks at it: `assistant_early_exit` changes it twice a round
@@ -116,7 +116,7 @@ class Changes:
         if not self._started or not (self._notes.changed or self._watch.changed() or self._set_anew(every_setting)):
             return None
         with self._lock:
-            if not self._runs():  # another thread has unwrapped the model meanwhile
+            if not self._is_started():  # another thread has unwrapped the model meanwhile
                 return None
             before, settings, written = self._modules, self._set, set(map(id, self._watch.which()))
             self._settle()
@@ -163,7 +163,7 @@ class Changes:
         for module in modules:
             watch(module, self._notes)
         self._modules = {module: self._state(module) for module in modules}
-        self._classes = list(dict.fromkeys(plain_class(type(module)) for module in modules))
+        self._classes = list(dict.fromkeys(unwatched_class(type(module)) for module in modules))
         tensors = {id(t): t for module in modules for t in self._tensors(module)}
         self._watch = Watch(list(tensors.values()))
         config: Any = self._model.config
@@ -181,7 +181,7 @@ class Changes:
         if module is self._model:  # what else is set on it, generation's doing included, has nothing to do with steps
             values = {name: value for name, value in values.items() if name in ("forward", "training", "config")}
         children = tuple(child for child in module._modules.values() if child is not None)
-        return _Module(plain_class(type(module)), children, tuple(map(id, self._tensors(module))), values)
+        return _Module(unwatched_class(type(module)), children, tuple(map(id, self._tensors(module))), values)
 
     def _set_anew(self, every: bool) -> bool:
         if every:
@@ -189,7 +189,7 @@ class Changes:
         return self._read() != self._read_before
 
     def _settings(self) -> list[Any]:
-        values = [value for config in self._configs for name, value in config.items() if name not in _HARMLESS]
+        values = [value for config in self._configs for name, value in config.items() if name not in _WITHOUT_EFFECT]
         # a function that was registered under the same name anew counts from the next prompt on
         values += [ALL_ATTENTION_FUNCTIONS.get(config.get(_READ[0])) for config in self._configs]
         return values + [cls.forward for cls in self._classes]  # and so does code put into a class

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..predictors.anatomy import Anatomy, Attention, FeedForward
-from .parts import plain_class
+from .parts import unwatched_class
 
 _HERE = str(Path(__file__).parent)
 _NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
@@ -75,7 +75,7 @@ def _has_own_forward(module: nn.Module) -> bool:
     forward: Any = vars(module).get("forward")
     while forward is not None and _is_ours(forward):
         forward = forward.__wrapped__
-    cls: Any = plain_class(type(module))
+    cls: Any = unwatched_class(type(module))
     return forward is None or getattr(forward, "__func__", None) is cls.forward
 
 

@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from ..kernels.step import KeyValues, StepModel
 
-_MARK = "_coreskipplain_class"
+_MARK = "_coreskip_library_class"
 
 Span = tuple[int, int]
 Sizes = tuple[int, int, int]
@@ -135,7 +135,7 @@ class _Roomy:
         """Without making a view."""
         room = self._room
         if room is None or cast(Any, self).is_sliding:
-            return int(cast(Any, plain_class(type(self))).get_seq_length(self))
+            return int(cast(Any, library_class(type(self))).get_seq_length(self))
         return room.end - room.start
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -144,7 +144,7 @@ class _Roomy:
         room = self._room
         sliding = cast(Any, self).is_sliding or torch.is_grad_enabled()
         if room is None or sliding or not room.takes(key_states, value_states):
-            plain = cast(Any, plain_class(type(self)))
+            plain = cast(Any, library_class(type(self)))
             return plain.update(self, key_states, value_states, *args, **kwargs)
         more = key_states.shape[2]
         room.keys[:, :, room.end : room.end + more] = key_states
@@ -157,7 +157,7 @@ class _Roomy:
         room, layer = self._room, cast(Any, self)
         if room is not None and not layer.record_past:
             room.start = max(room.start, room.end - layer.sliding_window + 1)
-        cast(Any, plain_class(type(self))).activate_past_recording(self)
+        cast(Any, library_class(type(self))).activate_past_recording(self)
 
     def __copy__(self) -> Any:
         return _plain(self)
@@ -212,7 +212,7 @@ def _others(layer: Any) -> dict[str, Any]:
 def _plain(layer: Any, apart: bool = False) -> Any:
     """A layer of the plain class with the same keys and values. apart: in memory of their own, not in that of a room,
     all of whose capacity would be copied or written with them."""
-    twin: Any = object.__new__(plain_class(type(layer)))
+    twin: Any = object.__new__(library_class(type(layer)))
     keys, values = layer.keys, layer.values
     if apart and layer._room is not None:
         keys, values = (t.detach().clone().requires_grad_(t.requires_grad) for t in (keys, values))
@@ -227,7 +227,7 @@ def _roomy(cls: type) -> type:
     return type(cls.__name__, (cls,), {**names, **own, _MARK: cls})
 
 
-def plain_class(cls: type) -> type:
+def library_class(cls: type) -> type:
     """The class of a layer before it was given room."""
     return cast(type, getattr(cls, _MARK, cls))
 
@@ -273,7 +273,7 @@ def unfit(cache: Any, entries: Entries) -> str | None:
     if len(layers) != len(entries.windows) or len({id(layer) for layer in layers}) != len(layers):
         return f"the KV cache has not {len(entries.windows)} layers"
     for layer in layers:
-        plain = plain_class(type(layer))
+        plain = library_class(type(layer))
         if plain not in (DynamicLayer, DynamicSlidingWindowLayer) or any(name in vars(layer) for name in _ASKED):
             return f"a KV cache layer is a {type(layer).__name__}, or has methods of its own"
         if not layer.is_initialized or not _are_entries(layer.keys, layer.values, entries):
@@ -468,7 +468,7 @@ def _move(layer: Any, keys: Tensor, values: Tensor, start: int) -> None:
     end = start + layer.keys.shape[2]
     with torch.no_grad():
         keys[:, :, start:end], values[:, :, start:end] = layer.keys, layer.values
-    if plain_class(type(layer)) is type(layer):
+    if library_class(type(layer)) is type(layer):
         for name in ("keys", "values"):
             del layer.__dict__[name]
         layer.__class__ = _roomy(cast(Any, type(layer)))

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from .calls import NotCovered
 from .length_dependence import length_dependence
-from .steps import Steps
+from .steps import Lowering, Steps
 from .text import Text, end_tokens, uncovered_call
 
 # Tokens made in one native call at most, and how long one may take: a streamer should not stutter, and an interrupt
@@ -33,8 +33,8 @@ def generate(steps: Steps, model: Any, ids: Tensor, arguments: dict[str, Any]) -
 
     ids: int64 [rows, length]; arguments: the call's other arguments by name.
     """
-    captured = steps.captured.ready and end_tokens(arguments) is not None
-    if not (steps.native.ready or captured):
+    captured = steps.lowering is Lowering.CAPTURED
+    if not steps.ready or (captured and end_tokens(arguments) is None):
         return None
     if uncovered_call(ids, arguments) or length_dependence(model, ids, arguments):
         return None

@@ -15,7 +15,7 @@ from typing import Any, cast
 from torch import nn
 
 _NOTES = "_coreskip_notes"
-_PLAIN = "_coreskip_plain_class"
+_PLAIN = "_coreskip_own_class"
 _WATCHED_DICTS = ("_modules", "_parameters")
 _ABSENT = object()
 
@@ -82,7 +82,7 @@ class _Part(Watched):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles are of the plain class, without patches."""
-        notes, plain = vars(self).get(_NOTES), plain_class(type(self))
+        notes, plain = vars(self).get(_NOTES), unwatched_class(type(self))
         if notes is None:
             return super().__reduce_ex__(protocol)
         made = copyreg._reconstructor, (plain, object, None)  # type: ignore[attr-defined]
@@ -129,7 +129,7 @@ def _part_class(cls: type) -> type:
     return type(cls)(cls.__name__, (_Part, cls), {**names, _PLAIN: cls})
 
 
-def plain_class(cls: type) -> type:
+def unwatched_class(cls: type) -> type:
     """The class of a part before it was watched."""
     return cast(type, vars(cls).get(_PLAIN, cls))
 
@@ -154,10 +154,10 @@ def unwatch(module: nn.Module) -> None:
         if isinstance(entries, _Noted):
             vars(module)[name] = entries.restored()
     cls = cast(Any, type(module))
-    if plain_class(cls) is not cls:
-        object.__setattr__(module, "__class__", plain_class(cls))
+    if unwatched_class(cls) is not cls:
+        object.__setattr__(module, "__class__", unwatched_class(cls))
     elif isinstance(module, _Part):  # somebody, such as torch's parametrisation, has derived a class from ours
-        cls.__bases__ = tuple(plain_class(base) for base in cls.__bases__)
+        cls.__bases__ = tuple(unwatched_class(base) for base in cls.__bases__)
 
 
 def plain_items(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -77,8 +77,11 @@ class Steps:
 
     @property
     def ready(self) -> bool:
-        """Whether a native or captured step has been found to agree with the model's own modules."""
-        return self.native.ready or self.captured.ready
+        """Whether a step of this lowering has been found to agree with the model's own modules."""
+        lowering = self.lowering
+        return (lowering is Lowering.NATIVE and self.native.ready) or (
+            lowering is Lowering.CAPTURED and self.captured.ready
+        )
 
     def forward(self, original: Callable[..., Any], named: dict[str, Any], reason: str | None) -> Any:
         """The output of a decode step, or None where the model's own modules have to compute it.

@@ -19,7 +19,7 @@ from transformers.generation import logits_process
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .kv_cache import plain_class
+from .kv_cache import library_class
 
 
 class _SamplingNoise:
@@ -190,7 +190,7 @@ def uncovered_call(ids: Tensor, arguments: dict[str, Any]) -> str | None:
         return "attentions or hidden states are asked for"
     if not kwargs.get("use_cache", True) or not isinstance(cache, DynamicCache):
         return "the KV cache is not a DynamicCache"
-    if any(plain_class(type(layer)) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+    if any(library_class(type(layer)) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
         return "the KV cache holds more than keys and values"
     if getattr(cache, "offloading", False):
         return "the KV cache is offloaded"
