@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..kernels.packed import DTYPES
 from ..kernels.watch import Watch
 from ..predictors.anatomy import Anatomy, FeedForward
-from .parts import Notes, unwatched_class, plain_items, unwatch, watch
+from .parts import Notes, plain_items, unwatch, unwatched_class, watch
 from .spec import is_plain_linear
 
 _SIMPLE = (bool, int, float, str, torch.dtype, type(None))
@@ -104,7 +104,7 @@ class Changes:
                 unwatch(module)
             self._modules, self._started = {}, False
 
-    def _runs(self) -> bool:
+    def _is_started(self) -> bool:
         return self._started
 
     def since(self, every_setting: bool) -> frozenset[nn.Module] | None:
