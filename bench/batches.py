@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from coreskip.bench.quality import provenance, write_rows
+from coreskip.bench.provenance import provenance, write_rows
 from coreskip.bench.settings import scored_text
 from coreskip.kernels.cpu import has_bfloat16_tiles
 from coreskip.predictors.plan import CoreNeurons, LayerPlan, Plan, Sketch, Static

@@ -6,7 +6,7 @@ import statistics
 import textwrap
 from typing import Any
 
-from coreskip.bench.runners import Stopwatch
+from coreskip.bench.clock import Stopwatch
 from coreskip.kernels.ops import available
 from coreskip.predictors.plan import Plan
 from coreskip.runtime.load import load

@@ -17,7 +17,10 @@ import psutil
 import torch
 
 from coreskip.bench.lifetime import deaf_children, deferred, die_with_parent
-from coreskip.bench.runners import RUNNERS, SCRATCH, Job, Machine
+from coreskip.bench.machine import Machine
+from coreskip.bench.peers import SCRATCH
+from coreskip.bench.runner import Job
+from coreskip.bench.runners import RUNNERS
 
 MACHINE = "machine"  # a job that measures the machine itself
 

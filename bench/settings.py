@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coreskip.bench.runners import FORMATS, OPPONENTS, Job
+from coreskip.bench.runner import FORMATS, Job
+from coreskip.bench.runners import OPPONENTS
 from coreskip.bench.workloads import NATURAL_SPARSITY, SHAPES, Prompt, Shape, prompts, threads_available
 from coreskip.predictors.calibration import read_text
 from coreskip.predictors.checks import check_above_zero, check_share

@@ -14,14 +14,18 @@ import torch
 from click.testing import CliRunner
 from tiny_models import greedy, prompt, tiny
 
-from coreskip.bench import batches, endurance, quality_plot, throughput
-from coreskip.bench.exact import against_hf
+from coreskip.bench import batches, endurance, method_plot, throughput
+from coreskip.bench.clock import Generation, Stopwatch
+from coreskip.bench.exactness import against_hf
 from coreskip.bench.processes import MACHINE, Local, RunnerFailed, Worker
-from coreskip.bench.quality import write_rows
+from coreskip.bench.provenance import write_rows
 from coreskip.bench.report import page, pareto
-from coreskip.bench.rows import FORMAT, Row, fill_tables, read, terminal_table, write
-from coreskip.bench.runners import RUNNERS, Generation, HuggingFace, Job, Stopwatch
+from coreskip.bench.row_schema import FORMAT, Row, read, write
+from coreskip.bench.runner import Job
+from coreskip.bench.runners import RUNNERS
 from coreskip.bench.settings import Settings, settings_of
+from coreskip.bench.tables import fill_tables, terminal_table
+from coreskip.bench.torch_runners import HuggingFace
 from coreskip.bench.workloads import PROMPTS, Prompt, Shape, byte_ids, prompts
 from coreskip.cli import cli
 from coreskip.predictors.calibration import TokenText
@@ -451,13 +455,13 @@ def test_the_plot_of_quality_has_every_method(tmp_path: Path) -> None:
     speed = {"tok_s": {"p20": 90.0, "p50": 100.0, "p80": 110.0}}
     write_rows(tmp_path / "r.jsonl", [quality_row("untimed", 0.7), quality_row("timed", 0.5, **speed)])
     output = tmp_path / "plot.svg"
-    result = CliRunner().invoke(quality_plot.main, [str(tmp_path / "r.jsonl"), "-o", str(output)])
+    result = CliRunner().invoke(method_plot.main, [str(tmp_path / "r.jsonl"), "-o", str(output)])
     assert result.exit_code == 0, result.output
     drawn = output.read_text()
     for label in ("untimed", "timed", "MLP neurons skipped (percent)", "decode speed (tokens per second)"):
         assert label in drawn
     before = drawn
-    CliRunner().invoke(quality_plot.main, [str(tmp_path / "r.jsonl"), "-o", str(output)])
+    CliRunner().invoke(method_plot.main, [str(tmp_path / "r.jsonl"), "-o", str(output)])
     assert output.read_text() == before
 
 

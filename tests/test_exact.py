@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import coreskip
 from coreskip import CoreskipError, Engine
-from coreskip.bench.exact import places_off
+from coreskip.bench.exactness import places_off
 from coreskip.kernels.ops import available
 from coreskip.kernels.step import likeliest
 from coreskip.predictors.plan import LayerPlan, Plan, Sketch
