@@ -203,7 +203,7 @@ class LlamaCpp(Peer):
 
 
 def gguf_of(job: Job) -> Path:
-    """The GGUF file that llama.cpp runs for this job.
+    """The GGUF file that a peer runs for this job.
 
     Raises:
         CoreskipError: the model is not a GGUF file and none was given.
@@ -214,7 +214,7 @@ def gguf_of(job: Job) -> Path:
         return embedded_gguf()
     if job.shape is None and str(job.model).endswith(".gguf"):
         return Path(str(job.model))
-    raise CoreskipError("llama.cpp needs the model as GGUF: name one with --gguf FILE")
+    raise CoreskipError(f"{job.runner} needs the model as GGUF: name one with --gguf FILE")
 
 
 def gguf_weights(path: Path) -> tuple[int, str]:

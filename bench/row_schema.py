@@ -58,6 +58,7 @@ class Row:
         versions: of coreskip, python, torch, transformers and the peer.
         commit: of the source, with ``+`` where it was edited; null outside of a checkout.
         time: UTC, when the run began. command: makes the row again.
+        notes: what else has to be known of how the runner computes, such as a KV cache in 8 bits; mostly empty.
     """
 
     format: str
@@ -100,6 +101,7 @@ class Row:
     commit: str | None
     time: str
     command: str
+    notes: str = ""
 
     def __post_init__(self) -> None:
         for name, expected in _fields().items():

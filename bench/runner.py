@@ -28,7 +28,7 @@ class Job:
             own (int4, gguf).
         model: as `coreskip.load` takes it; not looked at where there is a `shape`.
         plan: folder of a plan, or a share of neurons to keep by core neurons without any calibration.
-        gguf: for llama.cpp and a model other than the embedded one.
+        gguf: for llama.cpp and OpenVINO GenAI, and a model other than the embedded one.
         context: tokens of the longest prompt and its continuation: what a cache of fixed size must hold.
     """
 
@@ -52,6 +52,8 @@ class Runner:
 
     #: pip package that it needs besides coreskip's own dependencies
     package: str | None = None
+    #: id of the process that runs the model, where that is not this one: its memory is what the row states
+    process: int | None = None
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -72,7 +74,8 @@ class Runner:
         raise NotImplementedError
 
     def traits(self) -> dict[str, Any]:
-        """dtype as read, the plan's method and keep, the share of neurons skipped so far."""
+        """dtype as read, the plan's method and keep, the share of neurons skipped so far; and `notes`, where the row
+        has to say more about how the runner computes."""
         return {"dtype": self.job.dtype, "method": "dense", "keep": 1.0, "neurons_skipped": 0.0}
 
     def versions(self) -> dict[str, str]:

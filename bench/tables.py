@@ -52,19 +52,58 @@ def markdown_table(rows: Sequence[Row]) -> str:
     return "\n".join([head, "| --- " * len(COLUMNS) + "|", *lines, "", *origins(rows)])
 
 
+_WEIGHTS = {"int4": "4-bit weights", "int8": "8-bit weights"}
+_NAMES = {"hf": "transformers", "coreskip-dense": "coreskip, nothing left out"}
+_METHODS = {"sketch": "coreskip, neurons chosen at every token", "core": "coreskip, neurons fixed for each prompt"}
+
+
+def headline_table(rows: Sequence[Row]) -> str:
+    """Speed and quality in one short Markdown table. Rows of one label (`Row.label`) are one line of it: the speed is
+    that of the first, the perplexity that of the first which has one. Perplexity is compared with transformers in
+    float32."""
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        lines.setdefault(row.label, []).append(row)
+    scores = {label: _perplexity(of_label) for label, of_label in lines.items()}
+    base = scores.get("hf float32")
+    table = [["what runs", "MLP neurons left out", "tok/s", "× transformers", "first token", "perplexity"]]
+    table.append(["---"] * len(table[0]))
+    for label, (row, *_) in lines.items():
+        what = _NAMES.get(row.runner) or _METHODS.get(row.method, f"coreskip, {row.method}")
+        score = scores[label]
+        cost = "" if score is None or base is None else f" ({100 * (score / base - 1):+.1f} %)"
+        table.append(
+            [
+                f"{what}; {_WEIGHTS.get(row.dtype, row.dtype)}",
+                f"{100 * row.neurons_skipped:.0f} %",
+                f"{row.tok_s['p50']:.0f}",
+                "" if row.speedup is None else f"{row.speedup['p50']:.1f}",
+                f"{row.ttft_ms['p50']:.0f} ms",
+                "" if score is None else f"{score:.2f}{cost}",
+            ]
+        )
+    return "\n".join(["| " + " | ".join(line) + " |" for line in table] + ["", *origins(rows)])
+
+
+def _perplexity(rows: Sequence[Row]) -> float | None:
+    return next((row.ppl for row in rows if row.ppl is not None), None)
+
+
 def _noise(row: Row) -> str:
     return "noise unknown" if row.noise is None else f"noise {row.noise:.0%}"
 
 
 def origins(rows: Sequence[Row]) -> list[str]:
-    """Per run: what it ran on, how much the machine's noise was, and the command that makes it again."""
+    """Per run: what it ran on, how much the machine's noise was, and the command that makes it again; then the rows'
+    notes."""
     firsts = {row.run: row for row in reversed(rows)}
-    return [
+    runs = [
         f"{row.model} on {row.device}, {row.threads} threads, {row.tokens} tokens after each of {row.workload}, "
         f"{row.samples} samples; read bandwidth {row.machine_gb_s:.1f} GB/s; {_noise(row)}; "
         f"{row.time[:10]}, commit {row.commit or 'unknown'}: `{row.command}`"
         for row in sorted(firsts.values(), key=lambda row: row.time)
     ]
+    return runs + list(dict.fromkeys(f"{row.runner}: {row.notes}" for row in rows if row.notes))
 
 
 def quality_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -178,7 +217,7 @@ def _origin(row: dict[str, Any]) -> str:
 
 def _table_of(folder: Path, names: str) -> str:
     """The table of files of rows, joined by ``+``: of quality where they have a KL divergence, of kernels, else of
-    speed."""
+    speed; the short one of speed and quality where the first file is called headline."""
     paths = [folder / f"{name}.jsonl" for name in names.split("+")]
     try:
         lines = [json.loads(line) for path in paths for line in read_text(path, "the rows").splitlines()]
@@ -188,7 +227,9 @@ def _table_of(folder: Path, names: str) -> str:
         return batch_table(lines)
     if lines and "kl" in lines[0]:
         return quality_table(lines)
-    return kernel_table(lines) if lines and "us_per_layer_p50" in lines[0] else markdown_table(read(paths))
+    if lines and "us_per_layer_p50" in lines[0]:
+        return kernel_table(lines)
+    return headline_table(read(paths)) if names.startswith("headline") else markdown_table(read(paths))
 
 
 _MARK = "<!-- table: "

@@ -1,0 +1,92 @@
+"""The README's table: how fast six ways of running the embedded model are, and what each costs in perplexity.
+
+    python -m coreskip.bench.headline TEXT --rows bench/rows/headline_speed.jsonl --windows 0
+    python -m coreskip.bench.headline TEXT --rows bench/rows/headline_quality.jsonl --rounds 1 --tokens 16
+
+One run measures both (without --windows 0); two keep the long scoring out of the timing, for which the machine should
+be left alone. The first half of TEXT calibrates, the second half is scored.
+"""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from coreskip.bench import row_schema, tables, throughput
+from coreskip.bench.method_quality import undo_wikitext
+from coreskip.bench.runner import Job
+from coreskip.bench.settings import Settings
+from coreskip.bench.workloads import prompts, threads_available
+from coreskip.predictors.calibration import read_text, text_of
+from coreskip.predictors.errors import CoreskipError
+from coreskip.predictors.files import check_file
+from coreskip.runtime.load import load
+from coreskip.runtime.tune import analyze
+
+KEEP_BY_TOKEN = 0.6  # of a sketch, which chooses anew at every token
+KEEP_BY_PROMPT = 0.7  # of core neurons, which stay for a text
+
+
+def jobs(sketch: Path) -> list[Job]:
+    """The six, each with all the threads that there are."""
+    common: dict[str, Any] = {"threads": threads_available()}
+    return [
+        Job("hf", "float32", **common),
+        Job("hf", "bfloat16", **common),
+        Job("coreskip-dense", "float32", **common),
+        Job("coreskip-dense", "int4", **common),
+        Job("coreskip", "int4", plan=sketch, **common),
+        Job("coreskip", "int4", plan=KEEP_BY_PROMPT, **common),
+    ]
+
+
+def save_sketch(text: str, source: str, folder: Path) -> None:
+    """Write the plan that leaves neurons out token by token, calibrated on `text`."""
+    model, tokenizer = load(device="cpu", dtype="float32")
+    calibration = replace(text_of(tokenizer, text), source=source)
+    plan = analyze(model, tokenizer, text=calibration, method="sketch", keep=KEEP_BY_TOKEN, windows=2)
+    replace(plan, weights="int4").save(folder)
+
+
+@click.command(help=__doc__)
+@click.argument("text", type=click.Path(path_type=Path))
+@click.option("--rows", "output", required=True, type=click.Path(path_type=Path), help="JSONL file to write.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="How often each prompt is timed.")
+@click.option("--tokens", type=click.IntRange(16), default=64, show_default=True, help="Generated each time.")
+@click.option("--windows", type=click.IntRange(0), default=24, show_default=True, help="Of 512 tokens, scored.")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Measure less, to end within this time.")
+def main(text: Path, output: Path, rounds: int, tokens: int, windows: int, minutes: float | None) -> None:
+    check_file(output)
+    content = undo_wikitext(read_text(text))
+    first, second = content[: len(content) // 2], content[len(content) // 2 :]
+    words = ["python", "-m", "coreskip.bench.headline", text.name, "--rows", output.name]
+    words += ["--rounds", str(rounds), "--tokens", str(tokens), "--windows", str(windows)]
+    with tempfile.TemporaryDirectory() as folder:
+        sketch = Path(folder) / "sketch.plan"
+        save_sketch(first, text.name, sketch)
+        asked = Settings(
+            jobs=jobs(sketch),
+            prompts=prompts(),
+            rounds=rounds,
+            tokens=tokens,
+            minutes=minutes,
+            windows=windows,
+            text=(second, f"the second half of {text.name}"),
+            command=shlex.join(words),
+        )
+        outcome = throughput.run(asked)
+    for name, reason in outcome.left_out.items():
+        click.echo(f"{name}: {reason}", err=True)
+    if not outcome.rows:
+        raise CoreskipError("nothing was measured")
+    row_schema.write(output, outcome.rows)
+    click.echo(tables.headline_table(outcome.rows))
+
+
+if __name__ == "__main__":
+    main()
