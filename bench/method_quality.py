@@ -1,4 +1,4 @@
-"""What the methods cost on a text: one row per method and keep, for the README's tables.
+"""What the methods cost on a text: one row per method and keep, for the tables of bench/RESULTS.md.
 
     python -m coreskip.bench.method_quality TEXT --rows bench/rows/core_neurons.jsonl
     python -m coreskip.bench.method_quality TEXT --rows bench/rows/token_choice.jsonl --by token --plans plans

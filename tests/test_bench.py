@@ -403,18 +403,47 @@ def test_the_report_has_its_plots(tmp_path: Path, rows: list[Row]) -> None:
     assert page(rows) == html  # nothing in it depends on when it was drawn
 
 
+def test_notes_of_a_runner_stand_below_its_table(tmp_path: Path) -> None:
+    class Noted(Pretender):
+        def traits(self) -> dict[str, Any]:
+            return {**super().traits(), "notes": "KV cache in 8 bits"}
+
+    measured = throughput.run(settings(HF, OTHER), Noted).rows
+    write(tmp_path / "rows.jsonl", measured)
+    table = fill_tables("<!-- table: rows -->\n<!-- end table -->", tmp_path)
+    assert table.count("hf: KV cache in 8 bits\n") == 1
+    assert "| TTFT ms |" in table
+    older = [json.dumps({k: v for k, v in dataclasses.asdict(row).items() if k != "notes"}) for row in measured]
+    (tmp_path / "rows.jsonl").write_text("\n".join(older))
+    assert [row.notes for row in read([tmp_path / "rows.jsonl"])] == ["", ""]
+
+
+def test_the_headline_takes_speed_and_perplexity_from_two_runs(tmp_path: Path, rows: list[Row]) -> None:
+    fast = dataclasses.replace(
+        rows[0], runner="coreskip-dense", dtype="int4", tok_s=dict.fromkeys(("p20", "p50", "p80"), 999)
+    )
+    write(tmp_path / "headline_speed.jsonl", [dataclasses.replace(row, ppl=None) for row in (rows[0], fast)])
+    scored = [rows[0], dataclasses.replace(fast, ppl=20.5, tok_s=rows[0].tok_s)]
+    write(tmp_path / "headline_quality.jsonl", scored)
+    table = fill_tables("<!-- table: headline_speed+headline_quality -->\n<!-- end table -->", tmp_path)
+    assert "| transformers; float32 | 0 % | 100 | 1.0 | 100 ms | 20.00 (+0.0 %) |" in table
+    assert "| coreskip, nothing left out; 4-bit weights | 0 % | 999 | 1.0 | 100 ms | 20.50 (+2.5 %) |" in table
+
+
 def test_pareto_front() -> None:
     assert pareto([(10, 20), (30, 25), (20, 22), (15, 30), (5, 20)]) == [(30, 25), (20, 22), (10, 20)]
 
 
-def test_tables_of_the_readme_are_up_to_date() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("document", ["README.md", "bench/RESULTS.md"])
+def test_tables_of_the_documents_are_up_to_date(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert "<!-- table: " in text
     assert fill_tables(text, ROOT / "bench" / "rows") == text, "run `make tables`"
 
 
 def test_committed_rows_are_rows() -> None:
-    for path in sorted((ROOT / "bench" / "rows").glob("throughput*.jsonl")):
-        assert read([path])
+    paths = [ROOT / "bench" / "rows" / f"{name}.jsonl" for name in ("peers", "core", "static", "headline_speed")]
+    assert all(read([path]) for path in paths)
 
 
 def test_tables_are_made_from_rows(tmp_path: Path, rows: list[Row]) -> None:
@@ -465,7 +494,7 @@ def test_the_plot_of_quality_has_every_method(tmp_path: Path) -> None:
     assert output.read_text() == before
 
 
-def test_the_plot_of_the_readme_is_up_to_date() -> None:
+def test_the_plot_of_the_methods_is_up_to_date() -> None:
     """Its methods are those of the rows; matplotlib's versions draw them a little differently."""
     pytest.importorskip("matplotlib")
     folder = ROOT / "bench"
