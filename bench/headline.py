@@ -1,16 +1,15 @@
 """The README's table: how fast six ways of running the embedded model are, and what each costs in perplexity.
 
-    python -m coreskip.bench.headline TEXT --rows bench/rows/headline_speed.jsonl --windows 0
-    python -m coreskip.bench.headline TEXT --rows bench/rows/headline_quality.jsonl --rounds 1 --tokens 16
+    python -m coreskip.bench.headline TEXT --plan FOLDER --rows bench/rows/headline_quality.jsonl --rounds 1 --tokens 16
+    python -m coreskip.bench.headline TEXT --plan FOLDER --rows bench/rows/headline_speed.jsonl --windows 0
 
-One run measures both (without --windows 0); two keep the long scoring out of the timing, for which the machine should
-be left alone. The first half of TEXT calibrates, the second half is scored.
+One run would measure both (without --windows 0); two keep the long scoring out of the timing, for which the machine
+should be left alone. The first half of TEXT calibrates, the second half is scored.
 """
 
 from __future__ import annotations
 
 import shlex
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,30 +55,32 @@ def save_sketch(text: str, source: str, folder: Path) -> None:
 @click.command(help=__doc__)
 @click.argument("text", type=click.Path(path_type=Path))
 @click.option("--rows", "output", required=True, type=click.Path(path_type=Path), help="JSONL file to write.")
+@click.option(
+    "--plan", "folder", required=True, type=click.Path(path_type=Path), help="Of the sketch: made if it is not there."
+)
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="How often each prompt is timed.")
 @click.option("--tokens", type=click.IntRange(16), default=64, show_default=True, help="Generated each time.")
 @click.option("--windows", type=click.IntRange(0), default=24, show_default=True, help="Of 512 tokens, scored.")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Measure less, to end within this time.")
-def main(text: Path, output: Path, rounds: int, tokens: int, windows: int, minutes: float | None) -> None:
+def main(text: Path, output: Path, folder: Path, rounds: int, tokens: int, windows: int, minutes: float | None) -> None:
     check_file(output)
     content = undo_wikitext(read_text(text))
     first, second = content[: len(content) // 2], content[len(content) // 2 :]
-    words = ["python", "-m", "coreskip.bench.headline", text.name, "--rows", output.name]
+    words = ["python", "-m", "coreskip.bench.headline", text.name, "--plan", folder.name, "--rows", output.name]
     words += ["--rounds", str(rounds), "--tokens", str(tokens), "--windows", str(windows)]
-    with tempfile.TemporaryDirectory() as folder:
-        sketch = Path(folder) / "sketch.plan"
-        save_sketch(first, text.name, sketch)
-        asked = Settings(
-            jobs=jobs(sketch),
-            prompts=prompts(),
-            rounds=rounds,
-            tokens=tokens,
-            minutes=minutes,
-            windows=windows,
-            text=(second, f"the second half of {text.name}"),
-            command=shlex.join(words),
-        )
-        outcome = throughput.run(asked)
+    if not folder.exists():
+        save_sketch(first, text.name, folder)
+    asked = Settings(
+        jobs=jobs(folder),
+        prompts=prompts(),
+        rounds=rounds,
+        tokens=tokens,
+        minutes=minutes,
+        windows=windows,
+        text=(second, f"the second half of {text.name}"),
+        command=shlex.join(words),
+    )
+    outcome = throughput.run(asked)
     for name, reason in outcome.left_out.items():
         click.echo(f"{name}: {reason}", err=True)
     if not outcome.rows:

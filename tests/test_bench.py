@@ -7,6 +7,7 @@ import json
 import math
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -181,10 +182,10 @@ def test_coreskip_is_verified_by_its_own_plan_and_counts_its_bytes(monkeypatch: 
 def test_the_engine_runner_clocks_the_dense_plans_tokens(
     monkeypatch: pytest.MonkeyPatch, embedded: tuple[Any, Any]
 ) -> None:
-    def load_embedded(self: HuggingFace) -> None:
-        self.model, self.tokenizer = embedded
+    def load_tiny_with_tokenizer(self: HuggingFace) -> None:
+        self.model, self.tokenizer = tiny("llama", vocab_size=len(embedded[1])), embedded[1]
 
-    monkeypatch.setattr(HuggingFace, "load", load_embedded)
+    monkeypatch.setattr(HuggingFace, "load", load_tiny_with_tokenizer)
     ids = embedded[1](PROMPTS["qa"]).input_ids
     made = []
     for name in ("coreskip-dense", "coreskip-lookup", "coreskip-engine"):
@@ -278,11 +279,17 @@ def test_stopwatch_counts_from_the_prompt() -> None:
     assert generation.ttft > 0
 
 
-def test_endurance_measures_both(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, embedded: tuple[Any, Any]) -> None:
-    def load_tiny(dtype: str, **options: Any) -> tuple[Any, Any]:
-        return tiny("llama", vocab_size=len(embedded[1])).to(getattr(torch, dtype)), embedded[1]
+def load_small(dtype: str, **options: Any) -> tuple[Any, Any]:
+    """In the place of `load`: a tiny model, and a tokenizer of one token for a letter."""
 
-    monkeypatch.setattr(endurance, "load", load_tiny)
+    def tokenizer(text: str, **options: Any) -> Any:
+        return SimpleNamespace(input_ids=torch.tensor([byte_ids(text[:500] * 4, 128)]))
+
+    return tiny("llama").to(getattr(torch, dtype)), tokenizer
+
+
+def test_endurance_measures_both(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(endurance, "load", load_small)
     asked = ["--context", "100", "--tokens", "5", "--rounds", "2", "--run", "30", "--each", "10"]
     result = CliRunner().invoke(
         endurance.main, ["--rows", str(tmp_path / "long.jsonl"), *asked], catch_exceptions=False
@@ -297,13 +304,8 @@ def test_endurance_measures_both(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert str(tmp_path) not in single["command"]
 
 
-def test_batches_are_measured_against_the_unwrapped_model(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, embedded: tuple[Any, Any]
-) -> None:
-    def load_tiny(dtype: str, **options: Any) -> tuple[Any, Any]:
-        return tiny("llama", vocab_size=len(embedded[1])).to(getattr(torch, dtype)), embedded[1]
-
-    monkeypatch.setattr(batches, "load", load_tiny)
+def test_batches_are_measured_against_the_unwrapped_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(batches, "load", load_small)
     output = tmp_path / "batches.jsonl"
     asked = ["--batches", "1,9", "--formats", "loaded,int4", "--fallbacks", "2", "--prefill", "20", "--rounds", "1"]
     words = ["--rows", str(output), *asked, "--dtypes", "float32,bfloat16", "--tokens", "4"]
