@@ -1,10 +1,9 @@
-"""The README's table: how fast six ways of running the embedded model are, and what each costs in perplexity.
+"""The speeds of the README's table: six ways of running the embedded model, in one interleaved run.
 
-    python -m coreskip.bench.headline TEXT --plan FOLDER --rows bench/rows/headline_quality.jsonl --rounds 1 --tokens 16
-    python -m coreskip.bench.headline TEXT --plan FOLDER --rows bench/rows/headline_speed.jsonl --windows 0
+    python -m coreskip.bench.headline TEXT --plan FOLDER --rows bench/rows/headline.jsonl
 
-One run would measure both (without --windows 0); two keep the long scoring out of the timing, for which the machine
-should be left alone. The first half of TEXT calibrates, the second half is scored.
+What the same plans cost in perplexity is in the rows of `coreskip.bench.method_quality`; `tables.headline_table` puts
+both together. The machine should be left alone meanwhile.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from coreskip.runtime.tune import analyze
 
 KEEP_BY_TOKEN = 0.6  # of a sketch, which chooses anew at every token
 KEEP_BY_PROMPT = 0.7  # of core neurons, which stay for a text
+CALIBRATION = 4096  # tokens, a quarter of what a plan for use is made from: its speed does not depend on it
 
 
 def jobs(sketch: Path) -> list[Job]:
@@ -44,12 +44,13 @@ def jobs(sketch: Path) -> list[Job]:
     ]
 
 
-def save_sketch(text: str, source: str, folder: Path) -> None:
-    """Write the plan that leaves neurons out token by token, calibrated on `text`."""
+def save_sketch(text: Path, folder: Path) -> None:
+    """Write the plan that leaves neurons out token by token, calibrated on the first half of `text`."""
+    content = undo_wikitext(read_text(text))
     model, tokenizer = load(device="cpu", dtype="float32")
-    calibration = replace(text_of(tokenizer, text), source=source)
-    plan = analyze(model, tokenizer, text=calibration, method="sketch", keep=KEEP_BY_TOKEN, windows=2)
-    replace(plan, weights="int4").save(folder)
+    calibration = replace(text_of(tokenizer, content[: len(content) // 2]), source=text.name)
+    options: dict[str, Any] = {"method": "sketch", "keep": KEEP_BY_TOKEN, "tokens": CALIBRATION, "windows": 2}
+    replace(analyze(model, tokenizer, text=calibration, **options), weights="int4").save(folder)
 
 
 @click.command(help=__doc__)
@@ -60,25 +61,14 @@ def save_sketch(text: str, source: str, folder: Path) -> None:
 )
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="How often each prompt is timed.")
 @click.option("--tokens", type=click.IntRange(16), default=64, show_default=True, help="Generated each time.")
-@click.option("--windows", type=click.IntRange(0), default=24, show_default=True, help="Of 512 tokens, scored.")
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Measure less, to end within this time.")
-def main(text: Path, output: Path, folder: Path, rounds: int, tokens: int, windows: int, minutes: float | None) -> None:
+def main(text: Path, output: Path, folder: Path, rounds: int, tokens: int) -> None:
     check_file(output)
-    content = undo_wikitext(read_text(text))
-    first, second = content[: len(content) // 2], content[len(content) // 2 :]
-    words = ["python", "-m", "coreskip.bench.headline", text.name, "--plan", folder.name, "--rows", output.name]
-    words += ["--rounds", str(rounds), "--tokens", str(tokens), "--windows", str(windows)]
     if not folder.exists():
-        save_sketch(first, text.name, folder)
+        save_sketch(text, folder)
+    words = ["python", "-m", "coreskip.bench.headline", text.name, "--plan", folder.name]
+    words += ["--rows", f"bench/rows/{output.name}", "--rounds", str(rounds), "--tokens", str(tokens)]
     asked = Settings(
-        jobs=jobs(folder),
-        prompts=prompts(),
-        rounds=rounds,
-        tokens=tokens,
-        minutes=minutes,
-        windows=windows,
-        text=(second, f"the second half of {text.name}"),
-        command=shlex.join(words),
+        jobs=jobs(folder), prompts=prompts(), rounds=rounds, tokens=tokens, windows=0, command=shlex.join(words)
     )
     outcome = throughput.run(asked)
     for name, reason in outcome.left_out.items():
@@ -86,7 +76,7 @@ def main(text: Path, output: Path, folder: Path, rounds: int, tokens: int, windo
     if not outcome.rows:
         raise CoreskipError("nothing was measured")
     row_schema.write(output, outcome.rows)
-    click.echo(tables.headline_table(outcome.rows))
+    click.echo(tables.terminal_table(outcome.rows))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,38 +56,39 @@ def markdown_table(rows: Sequence[Row]) -> str:
 _WEIGHTS = {"int4": "4-bit weights", "int8": "8-bit weights"}
 _NAMES = {"hf": "transformers", "coreskip-dense": "coreskip, nothing left out"}
 _METHODS = {"sketch": "coreskip, neurons chosen at every token", "core": "coreskip, neurons fixed for each prompt"}
+# of plans, by method and weights: how `coreskip.bench.method_quality` calls them
+_SCORED = {
+    ("dense", "int4"): "dense, int4 in groups",
+    ("sketch", "int4"): "4-bit sketch, greedy, the rest int4",
+    ("core", "int4"): "GRIFFIN (stability-guided, its score)",
+}
 
 
-def headline_table(rows: Sequence[Row]) -> str:
-    """Speed and quality in one short Markdown table. Rows of one label (`Row.label`) are one line of it: the speed is
-    that of the first, the perplexity that of the first which has one. Perplexity is compared with transformers in
-    float32."""
-    lines: dict[str, list[Row]] = {}
-    for row in rows:
-        lines.setdefault(row.label, []).append(row)
-    scores = {label: _perplexity(of_label) for label, of_label in lines.items()}
-    base = scores.get("hf float32")
-    table = [["what runs", "MLP neurons left out", "tok/s", "× transformers", "first token", "perplexity"]]
+def headline_table(rows: Sequence[Row], quality: Sequence[dict[str, Any]]) -> str:
+    """Speed and quality in one short Markdown table: speeds from rows of one run, and what the same method costs at the
+    same share of neurons from rows of `coreskip.bench.method_quality`. In float32 with nothing left out it costs
+    nothing: the tokens are the same."""
+    table = [["what runs", "MLP neurons left out", "tok/s", "× transformers", "first token", "increase of perplexity"]]
     table.append(["---"] * len(table[0]))
-    for label, (row, *_) in lines.items():
+    used: list[dict[str, Any]] = []
+    for row in rows:
+        name = _SCORED.get((row.method, row.dtype))
+        scored = [line for line in quality if line["name"] == name and math.isclose(line["keep"], row.keep)][:1]
+        used += scored
+        exact = (row.method, row.dtype) == ("dense", "float32")
         what = _NAMES.get(row.runner) or _METHODS.get(row.method, f"coreskip, {row.method}")
-        score = scores[label]
-        cost = "" if score is None or base is None else f" ({100 * (score / base - 1):+.1f} %)"
         table.append(
             [
                 f"{what}; {_WEIGHTS.get(row.dtype, row.dtype)}",
-                f"{100 * row.neurons_skipped:.0f} %",
+                f"{100 * (1 - row.keep):.0f} %",
                 f"{row.tok_s['p50']:.0f}",
                 "" if row.speedup is None else f"{row.speedup['p50']:.1f}",
                 f"{row.ttft_ms['p50']:.0f} ms",
-                "" if score is None else f"{score:.2f}{cost}",
+                "+0 %" if exact else _increase(scored[0]) if scored else "",
             ]
         )
-    return "\n".join(["| " + " | ".join(line) + " |" for line in table] + ["", *origins(rows)])
-
-
-def _perplexity(rows: Sequence[Row]) -> float | None:
-    return next((row.ppl for row in rows if row.ppl is not None), None)
+    sources = dict.fromkeys(f"Perplexity: {_origin(line)}" for line in used)
+    return "\n".join(["| " + " | ".join(line) + " |" for line in table] + ["", *origins(rows), *sources])
 
 
 def _noise(row: Row) -> str:
@@ -217,7 +219,7 @@ def _origin(row: dict[str, Any]) -> str:
 
 def _table_of(folder: Path, names: str) -> str:
     """The table of files of rows, joined by ``+``: of quality where they have a KL divergence, of kernels, else of
-    speed; the short one of speed and quality where the first file is called headline."""
+    speed; the short one of both where the first file is called headline."""
     paths = [folder / f"{name}.jsonl" for name in names.split("+")]
     try:
         lines = [json.loads(line) for path in paths for line in read_text(path, "the rows").splitlines()]
@@ -229,7 +231,9 @@ def _table_of(folder: Path, names: str) -> str:
         return quality_table(lines)
     if lines and "us_per_layer_p50" in lines[0]:
         return kernel_table(lines)
-    return headline_table(read(paths)) if names.startswith("headline") else markdown_table(read(paths))
+    if names.startswith("headline"):
+        return headline_table(read(paths[:1]), [line for line in lines if "kl" in line])
+    return markdown_table(read(paths))
 
 
 _MARK = "<!-- table: "
