@@ -53,7 +53,7 @@ class Entry:
         return nullcontext() if self.plan is None else wrap(self.model, self.plan)
 
     def median(self, figure: str) -> float:
-        return statistics.median(getattr(generation, figure) for generation in self.generations)
+        return float(statistics.median(getattr(generation, figure) for generation in self.generations))
 
 
 @contextmanager
