@@ -54,8 +54,15 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 _WEIGHTS = {"int4": "4-bit weights", "int8": "8-bit weights"}
-_NAMES = {"hf": "transformers", "coreskip-dense": "coreskip, nothing left out"}
+_NAMES = {
+    "hf": "transformers",
+    "coreskip-dense": "coreskip, nothing left out",
+    "coreskip-lookup": "the same, drafts from the text itself",
+}
 _METHODS = {"sketch": "coreskip, neurons chosen at every token", "core": "coreskip, neurons fixed for each prompt"}
+# of a run with more runners, what the short table shows
+_HEADLINE = [("hf", "float32"), ("hf", "bfloat16"), ("coreskip-dense", "float32"), ("coreskip-dense", "int4")]
+_HEADLINE += [("coreskip-lookup", "int4"), ("coreskip", "int4")]
 # of plans, by method and weights: how `coreskip.bench.method_quality` calls them
 _SCORED = {
     ("dense", "int4"): "dense, int4 in groups",
@@ -67,11 +74,11 @@ _SCORED = {
 def headline_table(rows: Sequence[Row], quality: Sequence[dict[str, Any]]) -> str:
     """Speed and quality in one short Markdown table: speeds from rows of one run, and what the same method costs at the
     same share of neurons from rows of `coreskip.bench.method_quality`. In float32 with nothing left out it costs
-    nothing: the tokens are the same."""
+    nothing: the tokens are the same. Other runners are not shown."""
     table = [["what runs", "MLP neurons left out", "tok/s", "× transformers", "first token", "increase of perplexity"]]
     table.append(["---"] * len(table[0]))
     used: list[dict[str, Any]] = []
-    for row in rows:
+    for row in (row for row in rows if (row.runner, row.dtype) in _HEADLINE):
         name = _SCORED.get((row.method, row.dtype))
         scored = [line for line in quality if line["name"] == name and math.isclose(line["keep"], row.keep)][:1]
         used += scored
@@ -87,8 +94,16 @@ def headline_table(rows: Sequence[Row], quality: Sequence[dict[str, Any]]) -> st
                 "+0 %" if exact else _increase(scored[0]) if scored else "",
             ]
         )
-    sources = dict.fromkeys(f"Perplexity: {_origin(line)}" for line in used)
+    sources = dict.fromkeys(map(_short_origin, used))
     return "\n".join(["| " + " | ".join(line) + " |" for line in table] + ["", *origins(rows), *sources])
+
+
+def _short_origin(row: dict[str, Any]) -> str:
+    weights = row.get("weights") or row["dtype"]
+    return (
+        f"Perplexity of {row['name']}: weights in {weights}, {row['tokens']} tokens of {row['text']}, dense "
+        f"{row['dense']['ppl']:.2f}, commit {row['commit'] or 'unknown'}; the command is in bench/RESULTS.md"
+    )
 
 
 def _noise(row: Row) -> str:
@@ -219,29 +234,30 @@ def _origin(row: dict[str, Any]) -> str:
 
 def _table_of(folder: Path, names: str) -> str:
     """The table of files of rows, joined by ``+``: of quality where they have a KL divergence, of kernels, else of
-    speed; the short one of both where the first file is called headline."""
-    paths = [folder / f"{name}.jsonl" for name in names.split("+")]
+    speed; the short one of both where `names` begin with "short of"."""
+    paths = [folder / f"{name}.jsonl" for name in names.removeprefix(_SHORT).split("+")]
     try:
         lines = [json.loads(line) for path in paths for line in read_text(path, "the rows").splitlines()]
     except ValueError as error:
         raise CoreskipError(f"cannot read the rows of the table {names}: {error}") from None
+    if names.startswith(_SHORT):
+        return headline_table(read(paths[:1]), [line for line in lines if "kl" in line])
     if lines and "times" in lines[0]:
         return batch_table(lines)
     if lines and "kl" in lines[0]:
         return quality_table(lines)
     if lines and "us_per_layer_p50" in lines[0]:
         return kernel_table(lines)
-    if names.startswith("headline"):
-        return headline_table(read(paths[:1]), [line for line in lines if "kl" in line])
     return markdown_table(read(paths))
 
 
 _MARK = "<!-- table: "
+_SHORT = "short of "
 
 
 def fill_tables(text: str, folder: Path) -> str:
     """`text` with every table between ``<!-- table: NAME -->`` and ``<!-- end table -->`` made anew from
-    ``folder/NAME.jsonl``, or from several files joined by ``+``.
+    ``folder/NAME.jsonl``, or from several files joined by ``+``; NAME may begin with "short of", see `headline_table`.
 
     Raises:
         CoreskipError: a mark without its end, or without rows.
