@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from tiny_models import greedy, prompt, tiny
 
-from coreskip.bench import batches, endurance, method_plot, throughput
+from coreskip.bench import batches, endurance, method_plot, speed_plot, throughput
 from coreskip.bench.clock import Generation, Stopwatch
 from coreskip.bench.exactness import against_hf
 from coreskip.bench.processes import MACHINE, Local, RunnerFailed, Worker
@@ -509,6 +509,20 @@ def test_the_plot_of_the_methods_is_up_to_date() -> None:
     names = {row["name"] for row in lines}
     drawn = (folder / "quality.svg").read_text(encoding="utf-8")
     assert all(escape(name, quote=False) in drawn for name in names), "run `make tables`"
+
+
+def test_the_plot_of_speeds_has_every_runner(tmp_path: Path, rows: list[Row]) -> None:
+    pytest.importorskip("matplotlib")
+    sparse = dataclasses.replace(rows[0], runner="coreskip", keep=0.5, method="core")
+    write(tmp_path / "rows.jsonl", [*rows, sparse])
+    output = tmp_path / "plot.svg"
+    result = CliRunner().invoke(speed_plot.main, [str(tmp_path / "rows.jsonl"), "-o", str(output)])
+    assert result.exit_code == 0, result.output
+    drawn = output.read_text()
+    assert all(f">{row.label}<" in drawn for row in [*rows, sparse])
+    committed = (ROOT / "bench" / "speed.svg").read_text(encoding="utf-8")
+    peers = read([ROOT / "bench" / "rows" / "peers.jsonl"])
+    assert all(f">{row.label}<" in committed for row in peers), "run `make tables`"
 
 
 # --- workloads and options --------------------------------------------------------------------------------------------
