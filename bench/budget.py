@@ -1,7 +1,7 @@
 """What the budget search finds, against the best plan of each single method within the same budget.
 
     python -m coreskip.bench.budget TEXT --rows bench/rows/budget.jsonl --plans FOLDER
-    python -m coreskip.bench.quality_speed bench/rows/budget.jsonl --plans FOLDER
+    python -m coreskip.bench.method_speed bench/rows/budget.jsonl --plans FOLDER
 
 Matrices are read where they lie (CORESKIP_NARROW=0): what a search finds for a model whose numbers, unlike the embedded
 one's, fit into no fewer bits. The first half of TEXT is all that the searches see; the rows' figures are of its second
@@ -19,8 +19,9 @@ from typing import Any
 
 import click
 
-from coreskip.bench.quality import decoded_score, plan_name, provenance, undo_wikitext, write_rows
-from coreskip.bench.rows import quality_table
+from coreskip.bench.method_quality import decoded_score, plan_name, undo_wikitext
+from coreskip.bench.provenance import provenance, write_rows
+from coreskip.bench.tables import quality_table
 from coreskip.predictors.calibration import read_text, tokenize
 from coreskip.predictors.errors import CoreskipError
 from coreskip.predictors.files import check_file

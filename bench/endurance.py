@@ -14,8 +14,8 @@ from typing import Any
 import click
 import psutil
 
-from coreskip.bench.quality import provenance, write_rows
-from coreskip.bench.runners import Generation, greedy
+from coreskip.bench.clock import Generation, greedy
+from coreskip.bench.provenance import provenance, write_rows
 from coreskip.bench.settings import scored_text
 from coreskip.bench.workloads import prompts
 from coreskip.predictors.plan import Plan

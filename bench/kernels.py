@@ -7,25 +7,26 @@ rounds: a busy machine slows all of them alike.
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import json
 import platform
 import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+import click
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from coreskip.bench.rows import commit, device_name
+from coreskip.bench.provenance import commit, device_name
 from coreskip.kernels import cpu
 from coreskip.kernels.ops import MAX_ROWS, PackedMLP, available, mlp, sketch_mlp
 from coreskip.kernels.packed import PackedLinear, allocate
@@ -321,57 +322,67 @@ def machine() -> Row:
 # ---- command line ----
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Prints one JSON row per measurement to stdout, or appends them to a file."""
-    parser = _Parser(prog="coreskip bench kernels", description=__doc__)
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="hidden x intermediate sizes, comma-separated")
-    parser.add_argument("--formats", default=",".join(FORMATS), help="float32, bfloat16, float16, int8, int8_sliced")
-    parser.add_argument("--keeps", default=",".join(map(str, KEEPS)), help="shares of the neurons to compute")
-    parser.add_argument("--rows", type=int, choices=range(1, MAX_ROWS + 1), default=1, help="rows of x, 1 to 8")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", help="append the rows to this file")
-    options = parser.parse_args(arguments)
+@click.command("kernels", help=__doc__)
+@click.option("--shapes", default=",".join(SHAPES), show_default=True, help="Hidden x intermediate sizes.")
+@click.option(
+    "--formats", default=",".join(FORMATS), show_default=True, help="float32, bfloat16, float16, int8, int8_sliced."
+)
+@click.option("--keeps", default=",".join(map(str, KEEPS)), show_default=True, help="Shares of the neurons to compute.")
+@click.option("--rows", type=click.IntRange(1, MAX_ROWS), default=1, show_default=True, help="Rows of x.")
+@click.option("--rounds", type=int, default=15, show_default=True, help="Timed passes of every case.")
+@click.option("--json", "output", help="Append the rows to this file; - and nothing: stdout.")
+def command(shapes: str, formats: str, keeps: str, rows: int, rounds: int, output: str | None) -> None:
     reason = available("cpu")
     if reason:
-        parser.error(reason)
-    keeps, shapes, formats = _asked_for(options)
-    if options.json:
-        check_file(Path(options.json))
-    command = shlex.join(["coreskip", "bench", "kernels", *(sys.argv[1:] if arguments is None else arguments)])
+        raise CoreskipError(reason)
+    asked = _shares(keeps), _sizes(shapes), _formats(formats)
+    check_count("--rounds", rounds)
+    if output:
+        check_file(Path(output))
+    made_by = shlex.join(["coreskip", "bench", "kernels", *click.get_current_context().obj])
     # never closed where it is stdout, which others may still write to
-    with open(options.json, "a") if options.json not in (None, "-") else nullcontext(sys.stdout) as out:
-        for shape in shapes:
-            for fmt in formats:
-                for row in measure(shape, fmt, keeps, rows=options.rows, rounds=options.rounds):
-                    print(json.dumps(row | {"command": command}), file=out, flush=True)
-                    print(_summary(row), file=sys.stderr)
+    with open(output, "a") if output not in (None, "-") else nullcontext(sys.stdout) as out:
+        for shape, fmt in itertools.product(asked[1], asked[2]):
+            for row in measure(shape, fmt, asked[0], rows=rows, rounds=rounds):
+                print(json.dumps(row | {"command": made_by}), file=out, flush=True)
+                print(_summary(row), file=sys.stderr)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Mistakes in one line, as those of the other commands."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command with these arguments, or those of the process: prints one JSON row per measurement to stdout, or
+    appends them to a file.
 
-    def error(self, message: str) -> NoReturn:
-        raise CoreskipError(message)
+    Raises:
+        CoreskipError, click.ClickException: an argument that makes no sense, before anything is timed.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    command.main(words, prog_name="coreskip bench kernels", standalone_mode=False, obj=words)
 
 
-def _asked_for(options: argparse.Namespace) -> tuple[tuple[float, ...], list[str], list[str]]:
-    """The keeps, shapes and formats to measure, checked before anything is."""
+def _shares(text: str) -> tuple[float, ...]:
     keeps = []
-    for keep in options.keeps.split(","):
+    for keep in text.split(","):
         try:
             keeps.append(float(keep))
         except ValueError:
             raise CoreskipError(f"--keeps holds {keep!r}: give shares, such as 1.0,0.5") from None
         check_share("keep", keeps[-1])
-    shapes, formats = options.shapes.split(","), options.formats.split(",")
-    for shape in shapes:
+    return tuple(keeps)
+
+
+def _sizes(text: str) -> list[str]:
+    for shape in text.split(","):
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
             raise CoreskipError(f"--shapes holds {shape!r}: give hidden x intermediate sizes, such as 576x1536")
-    unknown = [name for name in formats if name not in (*FORMATS, "float16")]
+    return text.split(",")
+
+
+def _formats(text: str) -> list[str]:
+    known = (*FORMATS, "float16")
+    unknown = [name for name in text.split(",") if name not in known]
     if unknown:
-        raise CoreskipError(f"unknown format {unknown[0]!r}; choose from {', '.join((*FORMATS, 'float16'))}")
-    check_count("--rounds", options.rounds)
-    return tuple(keeps), shapes, formats
+        raise CoreskipError(f"unknown format {unknown[0]!r}; choose from {', '.join(known)}")
+    return text.split(",")
 
 
 def _summary(row: Row) -> str:

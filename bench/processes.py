@@ -17,7 +17,10 @@ import psutil
 import torch
 
 from coreskip.bench.lifetime import deaf_children, deferred, die_with_parent
-from coreskip.bench.runners import RUNNERS, SCRATCH, Job, Machine
+from coreskip.bench.machine import Machine
+from coreskip.bench.peers import SCRATCH
+from coreskip.bench.runner import Job
+from coreskip.bench.runners import RUNNERS
 
 MACHINE = "machine"  # a job that measures the machine itself
 
@@ -138,7 +141,7 @@ class Local:
                 torch.set_num_threads(self._job.threads)
                 self._target = self._make()
             if method == "memory":
-                return memory_at_peak(self._job.device)
+                return memory_at_peak(self._job.device, getattr(self._target, "process", None))
             return getattr(self._target, method)(*arguments)
         except Exception as error:  # whatever a peer raises ends that peer, not the run
             message = " ".join(str(error).split())[:300]
@@ -154,13 +157,14 @@ class Local:
             self._target.close()
 
 
-def memory_at_peak(device: str) -> int:
-    """Bytes: what this process allocated on a CUDA device at most, else its largest resident memory."""
+def memory_at_peak(device: str, process: int | None = None) -> int:
+    """Bytes: what this process allocated on a CUDA device at most, else the largest resident memory of `process`, by
+    default this one."""
     if device.startswith("cuda"):
         return int(torch.cuda.max_memory_allocated())
-    status = Path("/proc/self/status")
+    status = Path(f"/proc/{process or 'self'}/status")
     if status.is_file():  # psutil knows the peak on Windows alone; getrusage counts the parent's before exec, too
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
-    memory = psutil.Process().memory_info()
+    memory = psutil.Process(process).memory_info()
     return int(getattr(memory, "peak_wset", memory.rss))

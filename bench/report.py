@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from coreskip.bench.rows import Row, cells, origins
+from coreskip.bench.row_schema import Row
+from coreskip.bench.tables import cells, origins
 from coreskip.predictors.errors import CoreskipError
 
 _STYLE = """

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coreskip.bench.runners import FORMATS, OPPONENTS, Job
+from coreskip.bench.runner import FORMATS, Job
+from coreskip.bench.runners import OPPONENTS
 from coreskip.bench.workloads import NATURAL_SPARSITY, SHAPES, Prompt, Shape, prompts, threads_available
 from coreskip.predictors.calibration import read_text
 from coreskip.predictors.checks import check_above_zero, check_share
@@ -89,8 +90,8 @@ def settings_of(
         "gguf": gguf,
     }
     opponents = _opponents(against, place, shape)
-    if gguf is not None and "llama.cpp" not in opponents:
-        raise CoreskipError("--gguf is for llama.cpp, which is not among the runners: leave it out, or add llama.cpp")
+    if gguf is not None and not {"llama.cpp", "openvino"} & set(opponents):
+        raise CoreskipError("--gguf is for llama.cpp and openvino: leave it out, or name one of them in --against")
     if sparsity is not None and shape is not None and "activation_function" not in SHAPES.get(shape, {}):
         raise CoreskipError(f"--sparsity is of ReLU shapes, and {shape} has no ReLU: leave it out")
     for plan in plans:
@@ -142,7 +143,12 @@ def _jobs(
 ) -> list[Job]:
     """hf first: what is compared with it then follows it closely in every round."""
     floats = [dtype for dtype in dtypes if dtype in WIDTHS]
-    its_own = {"onnxruntime": ["float32", "int4"], "llama.cpp": ["gguf"], "coreskip-dense": dtypes}
+    its_own = {
+        "onnxruntime": ["float32", "int4"],
+        "openvino": ["gguf"],
+        "llama.cpp": ["gguf"],
+        "coreskip-dense": dtypes,
+    }
     its_own["coreskip-engine"] = [dtype for dtype in dtypes if dtype != "float32"]  # what it adds shows in short steps
     its_own["coreskip-lookup"] = [dtype for dtype in dtypes if dtype not in WIDTHS]  # floats have exact mode
     names = [*opponents, "coreskip-dense"]

@@ -1,4 +1,4 @@
-"""Figures as SVG that does not change from run to run, for the README."""
+"""Figures as SVG that does not change from run to run, for the documents."""
 
 from __future__ import annotations
 

@@ -21,10 +21,13 @@ import numpy as np
 import psutil
 import torch
 
+from coreskip.bench.clock import Generation
 from coreskip.bench.lifetime import deferred, interruptible
 from coreskip.bench.processes import MACHINE, Client, RunnerFailed, Worker
-from coreskip.bench.rows import FORMAT, Row, commit, device_name, model_name
-from coreskip.bench.runners import Generation, Job, missing
+from coreskip.bench.provenance import commit, device_name, model_name
+from coreskip.bench.row_schema import FORMAT, Row
+from coreskip.bench.runner import Job
+from coreskip.bench.runners import missing
 from coreskip.bench.settings import WIDTHS, Settings
 from coreskip.bench.workloads import threads_available
 from coreskip.predictors.calibration import TokenText

@@ -7,6 +7,7 @@ import json
 import math
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,14 +15,18 @@ import torch
 from click.testing import CliRunner
 from tiny_models import greedy, prompt, tiny
 
-from coreskip.bench import batches, endurance, quality_plot, throughput
-from coreskip.bench.exact import against_hf
+from coreskip.bench import batches, endurance, method_plot, speed_plot, throughput
+from coreskip.bench.clock import Generation, Stopwatch
+from coreskip.bench.exactness import against_hf
 from coreskip.bench.processes import MACHINE, Local, RunnerFailed, Worker
-from coreskip.bench.quality import write_rows
+from coreskip.bench.provenance import write_rows
 from coreskip.bench.report import page, pareto
-from coreskip.bench.rows import FORMAT, Row, fill_tables, read, terminal_table, write
-from coreskip.bench.runners import RUNNERS, Generation, HuggingFace, Job, Stopwatch
+from coreskip.bench.row_schema import FORMAT, Row, read, write
+from coreskip.bench.runner import Job
+from coreskip.bench.runners import RUNNERS
 from coreskip.bench.settings import Settings, settings_of
+from coreskip.bench.tables import fill_tables, terminal_table
+from coreskip.bench.torch_runners import HuggingFace
 from coreskip.bench.workloads import PROMPTS, Prompt, Shape, byte_ids, prompts
 from coreskip.cli import cli
 from coreskip.predictors.calibration import TokenText
@@ -177,10 +182,10 @@ def test_coreskip_is_verified_by_its_own_plan_and_counts_its_bytes(monkeypatch: 
 def test_the_engine_runner_clocks_the_dense_plans_tokens(
     monkeypatch: pytest.MonkeyPatch, embedded: tuple[Any, Any]
 ) -> None:
-    def load_embedded(self: HuggingFace) -> None:
-        self.model, self.tokenizer = embedded
+    def load_tiny_with_tokenizer(self: HuggingFace) -> None:
+        self.model, self.tokenizer = tiny("llama", vocab_size=len(embedded[1])), embedded[1]
 
-    monkeypatch.setattr(HuggingFace, "load", load_embedded)
+    monkeypatch.setattr(HuggingFace, "load", load_tiny_with_tokenizer)
     ids = embedded[1](PROMPTS["qa"]).input_ids
     made = []
     for name in ("coreskip-dense", "coreskip-lookup", "coreskip-engine"):
@@ -274,11 +279,17 @@ def test_stopwatch_counts_from_the_prompt() -> None:
     assert generation.ttft > 0
 
 
-def test_endurance_measures_both(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, embedded: tuple[Any, Any]) -> None:
-    def load_tiny(dtype: str, **options: Any) -> tuple[Any, Any]:
-        return tiny("llama", vocab_size=len(embedded[1])).to(getattr(torch, dtype)), embedded[1]
+def load_small(dtype: str, **options: Any) -> tuple[Any, Any]:
+    """In the place of `load`: a tiny model, and a tokenizer of one token for a letter."""
 
-    monkeypatch.setattr(endurance, "load", load_tiny)
+    def tokenizer(text: str, **options: Any) -> Any:
+        return SimpleNamespace(input_ids=torch.tensor([byte_ids(text[:500] * 4, 128)]))
+
+    return tiny("llama").to(getattr(torch, dtype)), tokenizer
+
+
+def test_endurance_measures_both(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(endurance, "load", load_small)
     asked = ["--context", "100", "--tokens", "5", "--rounds", "2", "--run", "30", "--each", "10"]
     result = CliRunner().invoke(
         endurance.main, ["--rows", str(tmp_path / "long.jsonl"), *asked], catch_exceptions=False
@@ -293,13 +304,8 @@ def test_endurance_measures_both(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert str(tmp_path) not in single["command"]
 
 
-def test_batches_are_measured_against_the_unwrapped_model(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, embedded: tuple[Any, Any]
-) -> None:
-    def load_tiny(dtype: str, **options: Any) -> tuple[Any, Any]:
-        return tiny("llama", vocab_size=len(embedded[1])).to(getattr(torch, dtype)), embedded[1]
-
-    monkeypatch.setattr(batches, "load", load_tiny)
+def test_batches_are_measured_against_the_unwrapped_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(batches, "load", load_small)
     output = tmp_path / "batches.jsonl"
     asked = ["--batches", "1,9", "--formats", "loaded,int4", "--fallbacks", "2", "--prefill", "20", "--rounds", "1"]
     words = ["--rows", str(output), *asked, "--dtypes", "float32,bfloat16", "--tokens", "4"]
@@ -399,18 +405,51 @@ def test_the_report_has_its_plots(tmp_path: Path, rows: list[Row]) -> None:
     assert page(rows) == html  # nothing in it depends on when it was drawn
 
 
+def test_notes_of_a_runner_stand_below_its_table(tmp_path: Path) -> None:
+    class Noted(Pretender):
+        def traits(self) -> dict[str, Any]:
+            return {**super().traits(), "notes": "KV cache in 8 bits"}
+
+    measured = throughput.run(settings(HF, OTHER), Noted).rows
+    write(tmp_path / "rows.jsonl", measured)
+    table = fill_tables("<!-- table: rows -->\n<!-- end table -->", tmp_path)
+    assert table.count("hf: KV cache in 8 bits\n") == 1
+    assert "| TTFT ms |" in table
+    older = [json.dumps({k: v for k, v in dataclasses.asdict(row).items() if k != "notes"}) for row in measured]
+    (tmp_path / "rows.jsonl").write_text("\n".join(older))
+    assert [row.notes for row in read([tmp_path / "rows.jsonl"])] == ["", ""]
+
+
+def test_the_headline_takes_speed_and_perplexity_from_two_kinds_of_rows(tmp_path: Path, rows: list[Row]) -> None:
+    fast = dict.fromkeys(("p20", "p50", "p80"), 999)
+    half = dataclasses.replace(rows[0], runner="coreskip", dtype="int4", method="sketch", keep=0.6, tok_s=fast)
+    write(tmp_path / "headline.jsonl", [*rows, half])
+    name = "4-bit sketch, greedy, the rest int4"
+    write_rows(tmp_path / "methods.jsonl", [quality_row(name, keep) for keep in (0.5, 0.6)])
+    lines = fill_tables("<!-- table: short of headline+methods -->\n<!-- end table -->", tmp_path).splitlines()
+    assert "| transformers; float32 | 0 % | 100 | 1.0 | 100 ms | +0 % |" in lines
+    assert "| transformers; bfloat16 | 0 % | 100 | 1.0 | 100 ms |  |" in lines
+    assert (
+        "| coreskip, neurons chosen at every token; 4-bit weights | 40 % | 999 | 1.0 | 100 ms | +8.33 ± 0.40 % |"
+        in lines
+    )
+    assert sum(line.startswith(f"Perplexity of {name}: weights in float32, 64 tokens of t.txt") for line in lines) == 1
+
+
 def test_pareto_front() -> None:
     assert pareto([(10, 20), (30, 25), (20, 22), (15, 30), (5, 20)]) == [(30, 25), (20, 22), (10, 20)]
 
 
-def test_tables_of_the_readme_are_up_to_date() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("document", ["README.md", "bench/RESULTS.md"])
+def test_tables_of_the_documents_are_up_to_date(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert "<!-- table: " in text
     assert fill_tables(text, ROOT / "bench" / "rows") == text, "run `make tables`"
 
 
 def test_committed_rows_are_rows() -> None:
-    for path in sorted((ROOT / "bench" / "rows").glob("throughput*.jsonl")):
-        assert read([path])
+    paths = [ROOT / "bench" / "rows" / f"{name}.jsonl" for name in ("peers", "core", "static")]
+    assert all(read([path]) for path in paths)
 
 
 def test_tables_are_made_from_rows(tmp_path: Path, rows: list[Row]) -> None:
@@ -451,17 +490,17 @@ def test_the_plot_of_quality_has_every_method(tmp_path: Path) -> None:
     speed = {"tok_s": {"p20": 90.0, "p50": 100.0, "p80": 110.0}}
     write_rows(tmp_path / "r.jsonl", [quality_row("untimed", 0.7), quality_row("timed", 0.5, **speed)])
     output = tmp_path / "plot.svg"
-    result = CliRunner().invoke(quality_plot.main, [str(tmp_path / "r.jsonl"), "-o", str(output)])
+    result = CliRunner().invoke(method_plot.main, [str(tmp_path / "r.jsonl"), "-o", str(output)])
     assert result.exit_code == 0, result.output
     drawn = output.read_text()
     for label in ("untimed", "timed", "MLP neurons skipped (percent)", "decode speed (tokens per second)"):
         assert label in drawn
     before = drawn
-    CliRunner().invoke(quality_plot.main, [str(tmp_path / "r.jsonl"), "-o", str(output)])
+    CliRunner().invoke(method_plot.main, [str(tmp_path / "r.jsonl"), "-o", str(output)])
     assert output.read_text() == before
 
 
-def test_the_plot_of_the_readme_is_up_to_date() -> None:
+def test_the_plot_of_the_methods_is_up_to_date() -> None:
     """Its methods are those of the rows; matplotlib's versions draw them a little differently."""
     pytest.importorskip("matplotlib")
     folder = ROOT / "bench"
@@ -470,6 +509,20 @@ def test_the_plot_of_the_readme_is_up_to_date() -> None:
     names = {row["name"] for row in lines}
     drawn = (folder / "quality.svg").read_text(encoding="utf-8")
     assert all(escape(name, quote=False) in drawn for name in names), "run `make tables`"
+
+
+def test_the_plot_of_speeds_has_every_runner(tmp_path: Path, rows: list[Row]) -> None:
+    pytest.importorskip("matplotlib")
+    sparse = dataclasses.replace(rows[0], runner="coreskip", keep=0.5, method="core")
+    write(tmp_path / "rows.jsonl", [*rows, sparse])
+    output = tmp_path / "plot.svg"
+    result = CliRunner().invoke(speed_plot.main, [str(tmp_path / "rows.jsonl"), "-o", str(output)])
+    assert result.exit_code == 0, result.output
+    drawn = output.read_text()
+    assert all(f">{row.label}<" in drawn for row in [*rows, sparse])
+    committed = (ROOT / "bench" / "speed.svg").read_text(encoding="utf-8")
+    peers = read([ROOT / "bench" / "rows" / "peers.jsonl"])
+    assert all(f">{row.label}<" in committed for row in peers), "run `make tables`"
 
 
 # --- workloads and options --------------------------------------------------------------------------------------------

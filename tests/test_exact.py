@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import coreskip
 from coreskip import CoreskipError, Engine
-from coreskip.bench.exact import places_off
+from coreskip.bench.exactness import places_off
 from coreskip.kernels.ops import available
 from coreskip.predictors.plan import Plan
 from coreskip.runtime.drafting import Statistics

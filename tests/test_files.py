@@ -22,8 +22,9 @@ from click.testing import CliRunner
 from tiny_models import plan_of, tiny
 
 from coreskip.bench import throughput
+from coreskip.bench.clock import Generation
 from coreskip.bench.processes import Worker
-from coreskip.bench.runners import Generation, Job
+from coreskip.bench.runner import Job
 from coreskip.bench.settings import Settings, settings_of
 from coreskip.bench.workloads import prompts
 from coreskip.cli import main
@@ -470,7 +471,7 @@ class _Runner:
 PARENT = """
 import sys
 from coreskip.bench.processes import MACHINE, Worker
-from coreskip.bench.runners import Job
+from coreskip.bench.runner import Job
 if __name__ == "__main__":
     worker = Worker(Job(MACHINE, "float32"))
     worker("read_gb_s")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coreskip.bench import kernels as bench
-from coreskip.bench.rows import kernel_table
+from coreskip.bench.tables import kernel_table
 from coreskip.kernels import cpu, ops
 
 pytestmark = pytest.mark.skipif(ops.available("cpu") is not None, reason="needs the compiled kernels")

@@ -25,7 +25,7 @@ from tokenizers.models import BPE
 import coreskip
 from coreskip import CoreskipError, Engine, Plan, analyze, evaluate, load, pareto, ppl_sparsity, unwrap, wrap
 from coreskip.bench.processes import serve
-from coreskip.bench.runners import Job
+from coreskip.bench.runner import Job
 from coreskip.cli import main
 from coreskip.predictors.layers import LayerChoice, left_out
 from coreskip.runtime.options import Budget, check_options
@@ -429,7 +429,7 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("bench", "llama", "--text", "story.txt", "--windows", "0"), "--windows 0 scores none"),
     (("bench", "llama", "--gguf", "story.txt", "--against", "hf"), "--gguf is for llama.cpp"),
     (("bench", "--shape", "llama-3.2-1b", "--sparsity", "0.5"), "has no ReLU"),
-    (("bench", "kernels", "--rows", "x"), "argument --rows"),
+    (("bench", "kernels", "--rows", "x"), "'--rows'"),
     (("bench", "kernels", "--keeps", "1,much"), "--keeps holds 'much'"),
     (("bench", "kernels", "--keeps", "2"), "keep is 2.0"),
     (("bench", "kernels", "--shapes", "big"), "--shapes holds 'big'"),

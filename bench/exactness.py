@@ -1,14 +1,13 @@
 """Exact mode against the dense path: is every token the same, and how much faster is it?
 
-``python -m coreskip.bench.exact identity --prompts 200`` compares texts and times nothing: the dense path's once per
-dtype, whatever the number of plans, and these with Hugging Face's own logits. It takes hours on two cores; fewer
-prompts take evenly from all workloads, and rows are written as they come.
-``python -m coreskip.bench.exact speed --repeats 3`` times both paths in turn, on few prompts.
+``python -m coreskip.bench.exactness identity --prompts 200`` compares texts and times nothing. The dense path's text
+is made once per dtype, whatever the number of plans, and is also held against Hugging Face's own logits. It takes hours
+on two cores; fewer prompts take evenly from all workloads, and rows are written as they come.
+``python -m coreskip.bench.exactness speed --repeats 3`` times both paths in turn, on few prompts.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -17,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from torch import Tensor
 
-from coreskip.bench.rows import commit, device_name, model_name
-from coreskip.bench.runners import greedy
+from coreskip.bench.clock import greedy
+from coreskip.bench.provenance import commit, device_name, model_name
 from coreskip.bench.workloads import PROMPTS
 from coreskip.predictors.files import check_file
 from coreskip.predictors.layers import Influence, LayerChoice
@@ -57,35 +57,46 @@ def plan_named(name: str, model: Any) -> Plan:
     return Plan(layers, dense.model, {"method": name}, weights=weights or None)
 
 
-def main() -> None:
-    options = parsed()
-    if options.json is not None:
-        check_file(options.json)
-    options.commit = commit()  # before the work: the commit may move on meanwhile
-    kind = {"identity": identity, "speed": speed}[options.kind]
+@dataclass(frozen=True)
+class Options:
+    """What `identity` and `speed` are asked for; the command line below says what each option means."""
+
+    kind: str
+    model: str | None
+    prompts: int
+    tokens: int
+    repeats: int
+    dtypes: str
+    plans: str
+    workloads: str
+    #: of the source before the work: it may move on meanwhile
+    commit: str | None
+
+
+@click.command(help=__doc__)
+@click.argument("kind", type=click.Choice(["identity", "speed"]))
+@click.argument("model", required=False)
+@click.option("--prompts", type=click.IntRange(1), default=5, show_default=True, help="In all, over the workloads.")
+@click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="Generated after each prompt.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Of each prompt, by `speed`.")
+@click.option("--dtypes", default="float32,bfloat16", show_default=True)
+@click.option("--plans", default="dense+int4", show_default=True, help="That draft: dense+int4, core:0.5, every:2, ...")
+@click.option("--workloads", default=",".join(PROMPTS), show_default=True)
+@click.option("--json", "output", type=click.Path(path_type=Path), help="Append the rows to this file.")
+def main(output: Path | None, **asked: Any) -> None:
+    if output is not None:
+        check_file(output)
+    options = Options(**asked, commit=commit())
+    measure = {"identity": identity, "speed": speed}[options.kind]
     for dtype in options.dtypes.split(","):
-        for row in kind(dtype, options):
-            print(json.dumps(row), flush=True)
-            if options.json is not None:
-                with options.json.open("a", encoding="utf-8") as file:  # what an interrupted run has found stays
+        for row in measure(dtype, options):
+            click.echo(json.dumps(row))
+            if output is not None:
+                with output.open("a", encoding="utf-8") as file:  # what an interrupted run has found stays
                     file.write(json.dumps(row) + "\n")
 
 
-def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["identity", "speed"])
-    parser.add_argument("model", nargs="?", help="hub id, folder or .gguf; the embedded model without")
-    parser.add_argument("--prompts", type=int, default=5, help="in all; a multiple of the workloads")
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=3, help="of each prompt, in turn with the dense path (speed)")
-    parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--plans", default="dense+int4")
-    parser.add_argument("--workloads", default=",".join(PROMPTS))
-    parser.add_argument("--json", type=Path, help="append rows to this file")
-    return parser.parse_args()
-
-
-def prompts_of(tokenizer: Any, options: argparse.Namespace) -> dict[str, list[Tensor]]:
+def prompts_of(tokenizer: Any, options: Options) -> dict[str, list[Tensor]]:
     """int64 ``[1, length]`` each, by workload."""
     names = options.workloads.split(",")
     each = max(1, options.prompts // len(names))
@@ -95,7 +106,7 @@ def prompts_of(tokenizer: Any, options: argparse.Namespace) -> dict[str, list[Te
 # --- identity -------------------------------------------------------------------------------------------------------
 
 
-def identity(dtype: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def identity(dtype: str, options: Options) -> Iterator[dict[str, Any]]:
     """A row per workload for the dense path against Hugging Face, then one per plan and workload."""
     model, tokenizer = load(options.model, dtype=dtype, device="cpu")
     prompts = prompts_of(tokenizer, options)
@@ -174,7 +185,7 @@ def places_off(model: Any, ids: Tensor, text: Tensor) -> list[dict[str, Any]]:
 # --- speed ----------------------------------------------------------------------------------------------------------
 
 
-def speed(dtype: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def speed(dtype: str, options: Options) -> Iterator[dict[str, Any]]:
     """One row per plan and workload."""
     dense, tokenizer = load(options.model, dtype=dtype, device="cpu")
     exact, _ = load(options.model, dtype=dtype, device="cpu")
@@ -188,11 +199,11 @@ def speed(dtype: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield about(options, dtype, plan, name) | timed(f"{dtype} {plan} {name}", dense, exact, ids, options)
 
 
-def timed(label: str, dense: Any, exact: Any, prompts: list[Tensor], options: argparse.Namespace) -> dict[str, Any]:
-    """Both paths in turn. Speeds count the tokens after the first, in the time after it; `whole` is the speed-up of
-    whole generations, prefill included, which is the same pass in both."""
+def timed(label: str, dense: Any, exact: Any, prompts: list[Tensor], options: Options) -> dict[str, Any]:
+    """Both paths in turn. Speeds count the tokens after the first, in the time after it; `end_to_end` is the speed-up
+    of generations with their prefill, which is the same pass in both."""
     tally, made = Tally(), list[tuple[Tensor, Tensor]]()
-    speeds: dict[str, list[float]] = {"dense": [], "exact": [], "ratio": [], "whole": []}
+    speeds: dict[str, list[float]] = {"dense": [], "exact": [], "ratio": [], "end_to_end": []}
     for i, ids in enumerate(prompts * options.repeats, 1):
         (left, before), (right, after) = (greedy(model, ids, options.tokens) for model in (dense, exact))
         tally.add(runtime_of(exact).exact)
@@ -200,7 +211,7 @@ def timed(label: str, dense: Any, exact: Any, prompts: list[Tensor], options: ar
         speeds["dense"].append(before.tok_s)
         speeds["exact"].append(after.tok_s)
         speeds["ratio"].append(after.tok_s / before.tok_s)
-        speeds["whole"].append((before.ttft + sum(before.gaps)) / (after.ttft + sum(after.gaps)))
+        speeds["end_to_end"].append((before.ttft + sum(before.gaps)) / (after.ttft + sum(after.gaps)))
         progress(f"{label}: {i} of {len(prompts) * options.repeats}")
     return {
         **compared([left for left, _ in made], [right for _, right in made], prompts * options.repeats),
@@ -209,7 +220,7 @@ def timed(label: str, dense: Any, exact: Any, prompts: list[Tensor], options: ar
         "dense_tok_s": quantiles(speeds["dense"]),
         "exact_tok_s": quantiles(speeds["exact"]),
         "speedup": quantiles(speeds["ratio"]),
-        "whole_speedup": quantiles(speeds["whole"]),
+        "end_to_end_speedup": quantiles(speeds["end_to_end"]),
     }
 
 
@@ -245,11 +256,11 @@ def first_difference(left: Tensor, right: Tensor) -> int:
     return int((left != right)[0].nonzero()[0, 0])
 
 
-def about(options: argparse.Namespace, dtype: str, plan: str, workload: str) -> dict[str, Any]:
+def about(options: Options, dtype: str, plan: str, workload: str) -> dict[str, Any]:
     where = {"device": device_name("cpu"), "threads": torch.get_num_threads(), "commit": options.commit}
     what = {"model": model_name(options.model), "dtype": dtype, "plan": plan, "workload": workload}
     command = (
-        f"python -m coreskip.bench.exact {options.kind} --prompts {options.prompts} --tokens {options.tokens} "
+        f"python -m coreskip.bench.exactness {options.kind} --prompts {options.prompts} --tokens {options.tokens} "
         f"--dtypes {dtype} --plans {options.plans} --workloads {options.workloads}"
     )
     if options.kind == "speed":

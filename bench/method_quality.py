@@ -1,8 +1,8 @@
-"""What the methods cost on a text: one row per method and keep, for the README's tables.
+"""What the methods cost on a text: one row per method and keep, for the tables of bench/RESULTS.md.
 
-    python -m coreskip.bench.quality TEXT --rows bench/rows/core_neurons.jsonl
-    python -m coreskip.bench.quality TEXT --rows bench/rows/token_choice.jsonl --by token --plans plans
-    python -m coreskip.bench.quality_speed bench/rows/token_choice.jsonl --plans plans
+    python -m coreskip.bench.method_quality TEXT --rows bench/rows/core_neurons.jsonl
+    python -m coreskip.bench.method_quality TEXT --rows bench/rows/token_choice.jsonl --by token --plans plans
+    python -m coreskip.bench.method_speed bench/rows/token_choice.jsonl --plans plans
 
 The first half of TEXT calibrates, the second half is scored (DESIGN: windows of 512 tokens, 256 of them scored), token
 by token where the native step decodes. The last command adds decode speeds and may have the machine to itself.
@@ -10,24 +10,19 @@ by token where the native step decodes. The last command adds decode speeds and 
 
 from __future__ import annotations
 
-import json
-import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
-import transformers
 
-from coreskip.bench.rows import commit, device_name, quality_table
+from coreskip.bench.provenance import provenance, write_rows
+from coreskip.bench.tables import quality_table
 from coreskip.predictors.calibration import TokenText, read_text, tokenize
-from coreskip.predictors.files import check_file, write_text
+from coreskip.predictors.files import check_file
 from coreskip.predictors.plan import LayerPlan, Plan
 from coreskip.predictors.policies import Sketch
-from coreskip.predictors.version import VERSION
 from coreskip.runtime.cost import bytes_per_token
 from coreskip.runtime.emulation import Emulation
 from coreskip.runtime.load import load
@@ -103,23 +98,6 @@ def _bare_sketch(model: Any, keep: float) -> Plan:
     return replace(dense, layers=layers, recipe={"method": "sketch", "keep": keep})
 
 
-def provenance(command: str) -> dict[str, Any]:
-    """Where a row comes from: versions, machine, commit, time, and the command that makes it again."""
-    return {
-        "versions": {
-            "coreskip": VERSION,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "device": device_name("cpu"),
-        "threads": torch.get_num_threads(),
-        "commit": commit(),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
-    }
-
-
 def undo_wikitext(text: str) -> str:
     """WikiText writes `1 @,@ 000` for `1,000`."""
     for mark in "-,.":
@@ -147,7 +125,8 @@ def main(
     folder: Path | None,
 ) -> None:
     """Score every method of a kind on TEXT with the embedded model in fp32."""
-    command = f"python -m coreskip.bench.quality {text.name} --rows {output.name} --windows {windows} --tokens {tokens}"
+    command = f"python -m coreskip.bench.method_quality {text.name} --rows {output.name}"
+    command += f" --windows {windows} --tokens {tokens}"
     if by == "token":
         command += (
             " --by token" + "".join(f" --keep {keep:g}" for keep in keeps) + (f' --only "{only}"' if only else "")
@@ -172,10 +151,6 @@ def main(
 def plan_name(row: int) -> str:
     """The folder of a row's plan."""
     return f"{row}.plan"
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _scored(

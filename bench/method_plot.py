@@ -1,6 +1,6 @@
-"""The rows of `coreskip.bench.quality` as one picture: what each method costs, by the speed it decodes at.
+"""The rows of `coreskip.bench.method_quality` as one picture: what each method costs, by the speed it decodes at.
 
-python -m coreskip.bench.quality_plot bench/rows/core_neurons.jsonl bench/rows/token_choice.jsonl -o bench/quality.svg
+python -m coreskip.bench.method_plot bench/rows/core_neurons.jsonl bench/rows/token_choice.jsonl -o bench/quality.svg
 """
 
 from __future__ import annotations

@@ -1,22 +1,22 @@
 """Layers of a model: LAC's void maps in both phases, what truly skipping layers costs and gains, what each is worth.
 
-``python -m coreskip.bench.layers --text wiki.txt --json layers.jsonl --svg void_maps.svg``
+``python -m coreskip.bench.layer_skipping --text wiki.txt --json layers.jsonl --svg void_maps.svg``
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import click
 import torch
 from torch import Tensor
 
-from coreskip.bench.quality_speed import speed
-from coreskip.bench.rows import commit, device_name, model_name
+from coreskip.bench.method_speed import speed
+from coreskip.bench.provenance import commit, device_name, model_name
 from coreskip.bench.svg import new_figure, svg_of
 from coreskip.bench.workloads import prompts
 from coreskip.predictors.anatomy import dissect
@@ -32,52 +32,61 @@ from coreskip.runtime.wrap import runtime_of, wrap
 Row = dict[str, Any]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", nargs="?", help="hub id, folder or .gguf; the embedded model without")
-    parser.add_argument("--text", type=Path, required=True, help="first half: influence and ranks; second: perplexity")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--alpha", type=float, default=0.8, help="of LAC")
-    parser.add_argument("--plans", default="adaptive:0.8,skip:1,skip:3,skip-attention:3,skip-mlp:3,every:2")
-    parser.add_argument("--windows", type=int, default=8, help="of 512 tokens, scored")
-    parser.add_argument("--tokens", type=int, default=48, help="generated per prompt")
-    parser.add_argument("--each", action="store_true", help="also the cost of every layer and half layer alone")
-    parser.add_argument("--json", type=Path, help="write rows to this file")
-    parser.add_argument("--svg", type=Path, help="draw the void maps into this file")
-    options = parser.parse_args()
-    for output in (options.json, options.svg):
-        if output is not None:
-            check_file(output)
-    model, tokenizer = load(options.model, dtype=options.dtype, device="cpu")
-    seen, scored = tokenize(tokenizer, read_text(options.text), options.text.name).split(0.5, 0.5)
+@click.command(help=__doc__)
+@click.argument("model", required=False)
+@click.option(
+    "--text", required=True, type=click.Path(path_type=Path), help="First half: influence, ranks; second: perplexity."
+)
+@click.option("--dtype", default="float32", show_default=True)
+@click.option("--alpha", type=float, default=0.8, show_default=True, help="Of LAC.")
+@click.option("--plans", default="adaptive:0.8,skip:1,skip:3,skip-attention:3,skip-mlp:3,every:2", show_default=True)
+@click.option("--windows", type=click.IntRange(1), default=8, show_default=True, help="Of 512 tokens, scored.")
+@click.option("--tokens", type=click.IntRange(1), default=48, show_default=True, help="Generated per prompt.")
+@click.option("--each", is_flag=True, help="Also the cost of every layer and half layer alone.")
+@click.option("--json", "output", type=click.Path(path_type=Path), help="Write rows to this file.")
+@click.option("--svg", type=click.Path(path_type=Path), help="Draw the void maps into this file.")
+def main(
+    model: str | None,
+    text: Path,
+    dtype: str,
+    alpha: float,
+    plans: str,
+    windows: int,
+    tokens: int,
+    each: bool,
+    output: Path | None,
+    svg: Path | None,
+) -> None:
+    for path in (output, svg):
+        if path is not None:
+            check_file(path)
+    loaded, tokenizer = load(model, dtype=dtype, device="cpu")
+    seen, scored = tokenize(tokenizer, read_text(text), text.name).split(0.5, 0.5)
     texts = [tokenizer(prompt.text, return_tensors="pt").input_ids for prompt in prompts()]
-    about = {"model": model_name(options.model), "dtype": options.dtype, "device": device_name("cpu")}
+    about: Row = {"model": model_name(model), "dtype": dtype, "device": device_name("cpu")}
     about |= {"threads": torch.get_num_threads(), "commit": commit()}
     rows: list[Row] = []
 
     def keep(row: Row) -> None:
         rows.append(about | _rounded(row))
-        print(json.dumps(_rounded(row)), flush=True)
+        click.echo(json.dumps(_rounded(row)))
 
-    maps = void_maps(model, texts, alpha=options.alpha, new_tokens=options.tokens)
-    keep({"what": "void", "alpha": options.alpha, **_void_row(maps)})
-    if options.svg is not None:
-        write_text(options.svg, draw(maps))
-    windows = seen.windows(256, 4).split(1)
-    influence = block_influence(model, windows)
-    ranks = attention_ranks(model, windows)
-    keep({"what": "importance", "influence": [vars(each) for each in influence], "attention_rank": ranks})
-    names = options.plans.split(",")
-    plans = [_plan(model, LayerChoice.parse(name).policies(influence)) for name in names]
-    for name, plan, quality in zip(names, plans, _quality(model, plans, scored, options.windows), strict=True):
-        keep({"what": "plan", "plan": name, **quality, **_speed(model, plan, texts, options.tokens)})
-    if options.each:
-        for policy in (Skip(), SkipAttention(), SkipMLP()):
-            keep(
-                {"what": "each", "policy": policy.name, "ppl_increase": _alone(model, policy, scored, options.windows)}
-            )
-    if options.json is not None:
-        write_text(options.json, "".join(json.dumps(row) + "\n" for row in rows))
+    maps = void_maps(loaded, texts, alpha=alpha, new_tokens=tokens)
+    keep({"what": "void", "alpha": alpha, **_void_row(maps)})
+    if svg is not None:
+        write_text(svg, draw(maps))
+    calibration = seen.windows(256, 4).split(1)
+    influence = block_influence(loaded, calibration)
+    ranks = attention_ranks(loaded, calibration)
+    keep({"what": "importance", "influence": [vars(layer) for layer in influence], "attention_rank": ranks})
+    names = plans.split(",")
+    made = [_plan(loaded, LayerChoice.parse(name).policies(influence)) for name in names]
+    for name, plan, quality in zip(names, made, _quality(loaded, made, scored, windows), strict=True):
+        keep({"what": "plan", "plan": name, **quality, **_speed(loaded, plan, texts, tokens)})
+    for policy in (Skip(), SkipAttention(), SkipMLP()) if each else ():
+        keep({"what": "each", "policy": policy.name, "ppl_increase": _alone(loaded, policy, scored, windows)})
+    if output is not None:
+        write_text(output, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _rounded(value: Any) -> Any:

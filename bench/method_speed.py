@@ -1,6 +1,6 @@
-"""How fast the plans of `coreskip.bench.quality` decode: adds tokens per second to its rows.
+"""How fast the plans of `coreskip.bench.method_quality` decode: adds tokens per second to its rows.
 
-    python -m coreskip.bench.quality_speed bench/rows/token_choice.jsonl --plans FOLDER
+    python -m coreskip.bench.method_speed bench/rows/token_choice.jsonl --plans FOLDER
 
 Each plan takes turns with the same model in dense fp32, and the row gets both: what else the machine does slows them
 alike. Matrices are read where they lie (CORESKIP_NARROW=0): that the embedded model's numbers fit into 4 bits would
@@ -19,8 +19,9 @@ from typing import Any
 import click
 from torch import Tensor
 
-from coreskip.bench.quality import plan_name, provenance, write_rows
-from coreskip.bench.runners import greedy
+from coreskip.bench.clock import greedy
+from coreskip.bench.method_quality import plan_name
+from coreskip.bench.provenance import provenance, write_rows
 from coreskip.bench.workloads import prompts
 from coreskip.predictors.plan import Plan
 from coreskip.runtime.cost import bytes_per_token
@@ -38,7 +39,7 @@ def main(rows: Path, folder: Path) -> None:
     """Time the plans of ROWS."""
     os.environ["CORESKIP_NARROW"] = "0"
     lines = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
-    about = provenance(f"python -m coreskip.bench.quality_speed bench/rows/{rows.name} --plans plans")
+    about = provenance(f"python -m coreskip.bench.method_speed bench/rows/{rows.name} --plans plans")
     (model, tokenizer), (reference, _) = (load(device="cpu", dtype="float32") for _ in range(2))
     ids = tokenizer(prompts()[0].text, return_tensors="pt").input_ids
     wrap(reference, Plan.dense(reference))
