@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from .cores import quota
 from .packed import (
     ACTS,
     DTYPES,
@@ -30,7 +31,7 @@ from .packed import (
     allocate,
 )
 
-MAX_ROWS = 8  # kMaxRows in cpu.h
+MAX_ROWS = 8  # kMaxRows in csrc/formats.h
 ISAS = ("avx512", "avx2", "generic")  # best first
 
 ACT = {name: code for code, name in enumerate(ACTS)}
@@ -54,6 +55,7 @@ def library() -> ctypes.CDLL:
     except OSError as error:
         raise Unavailable(f"the compiled CPU kernels cannot be loaded: {error}") from error
     _declare(lib)
+    lib.coreskip_limit(quota() or 0)
     wanted = os.environ.get("CORESKIP_CPU")
     for isa in (wanted,) if wanted else ISAS:
         if lib.coreskip_use(isa.encode()) == 0:
@@ -115,7 +117,7 @@ def _declare(lib: ctypes.CDLL) -> None:
 
 
 class _Mlp(ctypes.Structure):
-    """CoreskipMlp in cpu.cpp."""
+    """MlpArguments in csrc/arguments.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "weight", "low", "scale", "norm")),
