@@ -61,7 +61,7 @@ SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-
 
 sanitize: setup
 	mkdir -p $(dir $(SANITIZED))
-	$(CXX) -std=c++17 -O1 -g -fPIC -fopenmp -shared $(SANITIZERS) kernels/*.cpp -o $(SANITIZED)
+	$(CXX) -std=c++17 -O1 -g -fPIC -pthread -shared $(SANITIZERS) kernels/csrc/*.cpp -o $(SANITIZED)
 	CORESKIP_LIBRARY=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	$(BIN)/python -m pytest tests/test_kernels.py tests/test_kernels_int8.py tests/test_exact_forms.py tests/test_decode.py tests/test_caches.py tests/test_cache_properties.py -k "not compile and not without and not pool"
 
