@@ -136,9 +136,9 @@ CORESKIP_API int coreskip_choose(const MlpArguments* arguments, int64_t* out) {
 }
 
 // x: [rows][in_features] of x_dtype; weight: [out_features][stride] of w_dtype; out: [rows][out_features].
-CORESKIP_API int coreskip_linear(const void* x, int x_dtype, int rows, int64_t in_features, const void* weight, int w_dtype,
-                    int64_t out_features, int64_t stride, const float* scale, const float* bias, void* out,
-                    int threads) {
+CORESKIP_API int coreskip_linear(const void* x, int x_dtype, int rows, int64_t in_features, const void* weight,
+                                 int w_dtype, int64_t out_features, int64_t stride, const float* scale,
+                                 const float* bias, void* out, int threads) {
     const Isa& isa = *active.load();
     const bool direct = x_dtype == kFloat32;
     Workspace& memory = workspace;

@@ -1,5 +1,5 @@
-// A decode step in one call: a team of threads goes through all layers, meeting at barriers. What the layers are is data
-// (arguments.h); the arithmetic is the kernels' own (vector/).
+// A decode step in one call: a team of threads goes through all layers, meeting at barriers. What the layers are is
+// data (arguments.h); the arithmetic is the kernels' own (vector/).
 //
 // Every thread has its own copy of the residual stream and computes what is small (norms, the quantisation of x)
 // itself: on 576 x 1536 that costs 1 us where one more meeting of the threads costs as much. What is large is shared
@@ -20,7 +20,8 @@ namespace {
 class Steps {
   public:
     // ahead: positions that will be written to the cache after those of the first step.
-    Steps(const StepModel& model, const StepCall& call, int64_t ahead) : model_(model), call_(call), sizes_(model, call, ahead) {}
+    Steps(const StepModel& model, const StepCall& call, int64_t ahead)
+        : model_(model), call_(call), sizes_(model, call, ahead) {}
 
     bool reserve() {
         size_t bytes = 0;

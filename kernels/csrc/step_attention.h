@@ -26,8 +26,8 @@ class StepAttention {
         for (int64_t i = 0; i < ahead.own_tasks(l); i++) ahead.passed += 2 * ahead.entries_of(l, cache, i, false).bytes;
         projections.meet();
         for (int64_t q = 0; q < thread.tokens * l.heads; q++)
-            thread.step.merge(chunks, thread.tokens * l.heads, w.most + q, w.sum + q, w.value + q * l.head_dim, l.head_dim,
-                       own.attended + q * l.head_dim);
+            thread.step.merge(chunks, thread.tokens * l.heads, w.most + q, w.sum + q, w.value + q * l.head_dim,
+                              l.head_dim, own.attended + q * l.head_dim);
         projections.read_from(own.attended, l.heads * l.head_dim);
         projections.project_all(thread.output(l));
         projections.meet();
@@ -57,7 +57,8 @@ class StepAttention {
     const Own& own = thread.own;
 
     // Keys and values of the new tokens at positions `begin` to `end`, for one KV head of one sequence.
-    void put_entries(const StepLayer& l, const StepCache& cache, int64_t row, int64_t group, int64_t begin, int64_t end) {
+    void put_entries(const StepLayer& l, const StepCache& cache, int64_t row, int64_t group, int64_t begin,
+                     int64_t end) {
         for (int64_t position = begin; position < end; position++) {
             const int64_t token = row * c.length + position - thread.past, from = token * l.kv_heads + group;
             const int64_t to = thread.offset_of(l, cache, row, group) + position * l.head_dim;
@@ -84,9 +85,9 @@ class StepAttention {
                 own.to[i] = thread.past + j + 1;
             }
             thread.step.attend({own.queries, static_cast<const char*>(cache.keys) + offset * bytes,
-                         static_cast<const char*>(cache.values) + offset * bytes, m.kv_dtype, static_cast<int>(each),
-                         l.head_dim, begin, end, own.from, own.to, l.softcap, w.most + at, w.sum + at,
-                         w.value + at * l.head_dim, ahead.to_fetch()});
+                                static_cast<const char*>(cache.values) + offset * bytes, m.kv_dtype,
+                                static_cast<int>(each), l.head_dim, begin, end, own.from, own.to, l.softcap,
+                                w.most + at, w.sum + at, w.value + at * l.head_dim, ahead.to_fetch()});
         }
         // chunks that lie wholly after a token: nothing to see
         for (int64_t j = 0; j < std::min(c.length, begin - thread.past); j++)

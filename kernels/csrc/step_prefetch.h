@@ -71,8 +71,8 @@ class Prefetch {
         Range range = thread.in_sums(b.list ? b.listed : b.neurons);
         if (range.begin >= range.end) return {0, 0};
         if (b.list) range = {b.list[range.begin], b.list[range.end - 1] + 1};  // with what lies between
-        const int64_t projections = b.gated ? 2 : 1;
-        const int64_t row = b.dtype == kSliced ? projections * b.stride / 2 : (projections + 1) * b.stride * size_of(b.dtype);
+        const int64_t projections = b.gated ? 2 : 1, numbers = (projections + 1) * b.stride;
+        const int64_t row = b.dtype == kSliced ? projections * b.stride / 2 : numbers * size_of(b.dtype);
         const auto base = reinterpret_cast<uintptr_t>(b.weight);
         return {base + range.begin * row, std::min((range.end - range.begin) * row, kLead)};
     }
@@ -116,8 +116,8 @@ class Prefetch {
         return n == 7 ? l.down.columns : thread.widening(l).columns.count();
     }
 
-    // The next part of the way, maybe empty. False where nothing is known: at the end, and behind an MLP over bundles, or
-    // columns, until they are done: it would not stay in the cache.
+    // The next part of the way, maybe empty. False where nothing is known: at the end, and behind an MLP over bundles,
+    // or columns, until they are done: it would not stay in the cache.
     bool next_memory(Memory& next) {
         if (layer_ > m.layer_count) return false;
         if (layer_ == m.layer_count) {

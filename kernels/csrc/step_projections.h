@@ -48,8 +48,8 @@ class Projections {
 
     Rows rows_of(int64_t stride) const { return {thread.tokens, stride, own.rows, own.q, own.scale, own.sum}; }
 
-    // Calls work(begin, end) for pieces of `all` until none is left, first those of this thread's own share: that is what
-    // it fetches ahead. An output does not depend on who computes it. bytes: of memory that each reads.
+    // Calls work(begin, end) for pieces of `all` until none is left, first those of this thread's own share: that is
+    // what it fetches ahead. An output does not depend on who computes it. bytes: of memory that each reads.
     template <class Work>
     void share_work(int64_t all, int64_t piece, int64_t bytes, Work work) {
         const Range mine = thread.mine(all);
@@ -66,7 +66,8 @@ class Projections {
     }
 
     void project_all(const Matrices& all) {
-        share_work(all.whole.count(), std::max<int64_t>(1, kPiece / all.bytes), all.bytes, [&](int64_t begin, int64_t end) {
+        const int64_t piece = std::max<int64_t>(1, kPiece / all.bytes);
+        share_work(all.whole.count(), piece, all.bytes, [&](int64_t begin, int64_t end) {
             for (int i = 0; i < 3; i++) {
                 const Range range = all.whole.among({begin, end}, i);
                 if (range.begin < range.end) project(*all.matrix[i], all.y[i], range.begin, range.end);
@@ -122,8 +123,9 @@ class Projections {
     void project(const StepLinear& l, float* y, int64_t begin, int64_t end) {
         prepare(l.dtype, l.stride, l.whole);
         if (grouped(l.dtype)) {
+            const float* whole = l.whole ? own.rows : nullptr;
             const TileJob job = {l.weight, l.dtype == kInt8Groups, l.bias, l.stride / kGroup, l.out, thread.tokens,
-                                 l.whole ? own.rows : nullptr, own.q, own.group_scale, own.group_sum, y, ahead.to_fetch()};
+                                 whole, own.q, own.group_scale, own.group_sum, y, ahead.to_fetch()};
             thread.step.tiles(job, begin, end);
         } else {
             const LinearJob job = {l.weight, l.scale, l.bias, rows_of(l.stride), l.out, y, ahead.to_fetch()};
@@ -150,14 +152,14 @@ class Projections {
         return chosen_count_;
     }
 
-    // The same for columns: a strip of all that count. Shared out by outputs, not by columns, nothing remains to be added
-    // up between threads, and the sums are the same to the bit whatever their number, and that of tokens.
+    // The same for columns: a strip of all that count. Shared out by outputs, not by columns, nothing remains to be
+    // added up between threads, and the sums are the same to the bit whatever their number, and that of tokens.
     void project_columns(const StepLinear& l, float* y, int64_t begin, int64_t end) {
         const int64_t count = choose_inputs(l), first = begin * unit(l), width = (end - begin) * unit(l);
         const int64_t n = std::min(width, l.out - first);
         memset(own.sums, 0, thread.tokens * width * sizeof(float));
-        const ColumnsJob job = {static_cast<const char*>(l.weight) + first * size_of(l.dtype), l.stride, width, l.in, input_,
-                                thread.tokens, own.list, own.selected};
+        const ColumnsJob job = {static_cast<const char*>(l.weight) + first * size_of(l.dtype), l.stride, width, l.in,
+                                input_, thread.tokens, own.list, own.selected};
         thread.isa.columns[l.dtype](job, 0, count, own.sums);
         for (int t = 0; t < thread.tokens; t++) {
             float* sum = own.sums + t * width;

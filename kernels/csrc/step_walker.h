@@ -20,8 +20,8 @@ class Walker {
     Walker(const Walker&) = delete;
     Walker& operator=(const Walker&) = delete;
 
-    // The next step: as which member of the team, and with how many positions in the cache. What has been fetched for the
-    // last step's share is of no use for another.
+    // The next step: as which member of the team, and with how many positions in the cache. What has been fetched for
+    // the last step's share is of no use for another.
     void begin(Member& member, int64_t past, const int64_t* ids, const int64_t* places) {
         if (member.part != thread.part || member.parts != thread.parts) ahead_.rewind();
         thread.member = &member;
@@ -100,8 +100,8 @@ class Walker {
         // the tokens whose logits are wanted move to the front
         for (int64_t r = 0; r < c.rows; r++)
             for (int64_t j = 0; j < c.wanted; j++)
-                memmove(own.x + (r * c.wanted + j) * m.hidden, own.x + (r * c.length + c.length - c.wanted + j) * m.hidden,
-                        m.hidden * sizeof(float));
+                memmove(own.x + (r * c.wanted + j) * m.hidden,
+                        own.x + (r * c.length + c.length - c.wanted + j) * m.hidden, m.hidden * sizeof(float));
         thread.tokens = static_cast<int>(c.rows * c.wanted);
         projections_.read_from(projections_.normed(m.norm, own.x), m.hidden);
         const Matrices last = thread.head();
@@ -112,8 +112,10 @@ class Walker {
             projections_.meet();
             const Range here = thread.mine(thread.tokens * m.head.out);
             const int64_t n = here.end - here.begin;
-            if (m.logit_scale != 1.f || m.logit_softcap > 0) thread.step.softcap(y + here.begin, m.logit_scale, m.logit_softcap, n);
-            if (!thread.direct()) thread.isa.from_float(y + here.begin, static_cast<uint16_t*>(c.logits) + here.begin, m.logit_dtype, n);
+            float* mine = y + here.begin;
+            if (m.logit_scale != 1.f || m.logit_softcap > 0) thread.step.softcap(mine, m.logit_scale, m.logit_softcap, n);
+            if (thread.direct()) return;
+            thread.isa.from_float(mine, static_cast<uint16_t*>(c.logits) + here.begin, m.logit_dtype, n);
         }
     }
 };

@@ -18,7 +18,8 @@ struct Sizes {
     int64_t tokens, hidden, width = 0, attention = 0, queries = 0, kv = 0, neurons = 0, parts = 0, listed = 0;
     int64_t rank = 0, inputs = 0, sums = 0;  // of learned scores; of column-sparse linears, and their outputs
 
-    Sizes(const StepModel& model, const StepCall& call, int64_t ahead) : tokens(call.rows * call.length), hidden(model.hidden) {
+    Sizes(const StepModel& model, const StepCall& call, int64_t ahead)
+        : tokens(call.rows * call.length), hidden(model.hidden) {
         for (int64_t i = 0; i < model.layer_count; i++) {
             const StepLayer& l = model.layers[i];
             attention = std::max(attention, l.heads * l.head_dim);

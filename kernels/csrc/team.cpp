@@ -15,9 +15,10 @@ namespace {
 
 constexpr int64_t kMillisecond = 1'000'000;
 constexpr int64_t kWindow = 4 * kMillisecond;  // of work, after which the size of a team is looked at again
-constexpr float kTooMuch = 0.25f;              // of the time lost
+constexpr float kTooMuch = 0.25f;              // of that time lost
+constexpr float kNew = 0.125f;                 // weight of the newest window in the average
 constexpr int64_t kHold = 20 * kMillisecond, kLongestHold = 1280 * kMillisecond;
-constexpr int64_t kPatience = 60'000;          // for a helper that has been woken to turn up
+constexpr int64_t kPatience = 200'000;         // for helpers to turn up; waking one takes tens of microseconds
 
 std::atomic<int> limit{0};  // 0: none
 
@@ -79,7 +80,7 @@ void Crowding::note(int size, int64_t begin, int64_t end, int64_t lost, int late
     lost_ += lost / (size - 1);  // one that comes late is waited for by all others
     late_ = std::max(late_, late);
     if (total_ < kWindow) return;
-    share_ += (static_cast<float>(lost_) / static_cast<float>(total_) - share_) / 4;
+    share_ += (static_cast<float>(lost_) / static_cast<float>(total_) - share_) * kNew;
     if (share_ > kTooMuch) {
         limit_ = std::max(1, size - std::max(1, late_));
         hold_ = trying_ ? std::min(2 * hold_, kLongestHold) : kHold;
@@ -127,7 +128,7 @@ void Team::live(Helper& helper) {
         const int64_t took = helper.waiting.until(
             [&] { return helper.state.load() == kCalled || helper.state.load() == kStop; }, awake, nothing);
         // calls come as they came last time
-        awake = took < kAwakeBetweenCalls ? kAwakeBetweenCalls : kAwake;
+        awake = took < kAwakeBetweenCalls ? kAwakeBetweenCalls : kAwakeInVain;
         int expected = kCalled;
         if (!helper.state.compare_exchange_strong(expected, kWorking)) {
             if (expected == kStop) return;
@@ -140,17 +141,15 @@ void Team::live(Helper& helper) {
     }
 }
 
-// Calls the first `helpers` to a job. Returns whether one has to wake up.
-bool Team::call(int helpers, const Job& job, bool gathers) {
+// Calls the first `helpers` to a job.
+void Team::call(int helpers, const Job& job, bool gathers) {
     job_ = job;
     gathers_ = gathers;
     before_ = go_.load();
-    bool asleep = false;
     for (int i = 0; i < helpers; i++) {
         helpers_[i]->state.store(kCalled);
-        asleep |= helpers_[i]->waiting.changed();
+        helpers_[i]->waiting.changed();
     }
-    return asleep;
 }
 
 // Lets a called helper go that has not turned up. False: it has.
@@ -186,13 +185,13 @@ void Team::run_together(Member* members, int most, Job job) {
     const int size = most > 1 ? 1 + hire(crowding_.size(most, begin) - 1) : 1;
     members[0].begin(0, 1);
     if (size == 1) return job.run(job.context, 0);
-    const int64_t patience = call(size - 1, job, true) ? kPatience : kAwake;
+    call(size - 1, job, true);
     const auto all_came = [&] {
         for (int i = 0; i < size - 1; i++)
             if (helpers_[i]->state.load() == kCalled) return false;
         return true;
     };
-    Waiting::awake_until(all_came, patience, [] { return false; });
+    Waiting::awake_until(all_came, kPatience, [] { return false; });
     int parts = 1;
     for (int i = 0; i < size - 1; i++)
         if (!dismiss(*helpers_[i])) helpers_[i]->part = parts++;

@@ -13,8 +13,9 @@ using namespace coreskip;
 
 // The op coreskip::linear for tiles, of bytes or of nibbles, with x as it is (`whole`) or rounded to 8 bits.
 // x: [rows][in_features] of x_dtype; out: [rows][out_features] of x_dtype.
-CORESKIP_API int coreskip_tiles(const void* x, int x_dtype, int rows, int64_t in_features, const void* weight, int bytes,
-                                int whole, int64_t out_features, int64_t stride, const float* bias, void* out, int threads) {
+CORESKIP_API int coreskip_tiles(const void* x, int x_dtype, int rows, int64_t in_features, const void* weight,
+                                int bytes, int whole, int64_t out_features, int64_t stride, const float* bias,
+                                void* out, int threads) {
     const Isa& isa = *active.load();
     const StepIsa& step = *active_step.load();
     const int64_t groups = stride / kGroup, tiles = (out_features + kTile - 1) / kTile;
@@ -34,7 +35,8 @@ CORESKIP_API int coreskip_tiles(const void* x, int x_dtype, int rows, int64_t in
     }
     Lease()->each(threads, threads, [&](int64_t part) {
         Ahead none{};
-        const TileJob job = {weight, bytes != 0, bias, groups, out_features, rows, whole ? values : nullptr, q, scale, sum, y, &none};
+        const float* x_whole = whole ? values : nullptr;
+        const TileJob job = {weight, bytes != 0, bias, groups, out_features, rows, x_whole, q, scale, sum, y, &none};
         const Range here = share(tiles, part, threads);
         step.tiles(job, here.begin, here.end);
     });

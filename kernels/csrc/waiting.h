@@ -14,11 +14,12 @@ namespace coreskip {
 
 // Nanoseconds of a clock that only goes forward.
 inline int64_t now() {
-    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+    const auto time = std::chrono::steady_clock::now().time_since_epoch();
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(time).count();
 }
 
-// Where threads wait until something holds, which others bring about. The condition and what changes it use sequentially
-// consistent atomics: a thread that falls asleep counts itself before it looks at the condition for the last time, and
+// Where threads wait until something holds, which others bring about. The condition and what changes it use
+// sequentially consistent atomics: a thread that falls asleep counts itself before it looks at the condition for the last time, and
 // whoever changes it looks for sleepers after that.
 class Waiting {
   public:
