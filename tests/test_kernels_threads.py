@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -185,6 +186,23 @@ print("end")
     output, _ = process.communicate(timeout=60)
     assert (output, process.returncode) == ("end\n", 0)
     assert time.monotonic() - begin < 55
+
+
+def test_threads_are_not_openmps():
+    """Whose pool is torch's, and spins for milliseconds after each of torch's ops."""
+    assert b"libgomp" not in Path(cpu._file()).read_bytes()
+
+
+def test_the_build_knows_all_sources():
+    """What is compiled, what it depends on, and what an installed package carries along."""
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    root = Path(__file__).parents[1]
+    settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    (module,) = settings["ext-modules"]
+    found = {str(file.relative_to(root)) for kind in ("*.cpp", "*.h") for file in root.glob(f"kernels/csrc/**/{kind}")}
+    assert found == {*module["sources"], *module["depends"]}
+    carried = settings["package-data"]["coreskip.kernels"]
+    assert all(any(Path(file).relative_to("kernels").match(kind) for kind in carried) for file in found)
 
 
 def test_a_quota_of_version_2(tmp_path):

@@ -113,7 +113,8 @@ class Walker {
             const Range here = thread.mine(thread.tokens * m.head.out);
             const int64_t n = here.end - here.begin;
             float* mine = y + here.begin;
-            if (m.logit_scale != 1.f || m.logit_softcap > 0) thread.step.softcap(mine, m.logit_scale, m.logit_softcap, n);
+            if (m.logit_scale != 1.f || m.logit_softcap > 0)
+                thread.step.softcap(mine, m.logit_scale, m.logit_softcap, n);
             if (thread.direct()) return;
             thread.isa.from_float(mine, static_cast<uint16_t*>(c.logits) + here.begin, m.logit_dtype, n);
         }

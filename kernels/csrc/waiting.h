@@ -19,8 +19,8 @@ inline int64_t now() {
 }
 
 // Where threads wait until something holds, which others bring about. The condition and what changes it use
-// sequentially consistent atomics: a thread that falls asleep counts itself before it looks at the condition for the last time, and
-// whoever changes it looks for sleepers after that.
+// sequentially consistent atomics: a thread that falls asleep counts itself before it looks at the condition for the
+// last time, and whoever changes it looks for sleepers after that.
 class Waiting {
   public:
     // Returns 0 where `holds` came true within `awake` nanoseconds, else how many it took. meanwhile(): does something
