@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from .arguments import MlpArguments, mismatch
+from .cores import quota
 from .packed import (
     ACTS,
     DTYPES,
@@ -30,7 +32,7 @@ from .packed import (
     allocate,
 )
 
-MAX_ROWS = 8  # kMaxRows in cpu.h
+MAX_ROWS = 8  # kMaxRows in csrc/formats.h
 ISAS = ("avx512", "avx2", "generic")  # best first
 
 ACT = {name: code for code, name in enumerate(ACTS)}
@@ -53,7 +55,11 @@ def library() -> ctypes.CDLL:
         lib = ctypes.CDLL(_file())
     except OSError as error:
         raise Unavailable(f"the compiled CPU kernels cannot be loaded: {error}") from error
+    wrong = mismatch(lib)
+    if wrong:
+        raise Unavailable(f"the compiled CPU kernels are of another version ({wrong}): install coreskip again")
     _declare(lib)
+    lib.coreskip_limit(quota() or 0)
     wanted = os.environ.get("CORESKIP_CPU")
     for isa in (wanted,) if wanted else ISAS:
         if lib.coreskip_use(isa.encode()) == 0:
@@ -99,6 +105,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     p, i, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     lib.coreskip_use.argtypes = [ctypes.c_char_p]
     lib.coreskip_active.restype = ctypes.c_char_p
+    lib.coreskip_limit.argtypes, lib.coreskip_limit.restype = [i], None
     lib.coreskip_read.argtypes, lib.coreskip_read.restype = [p, n, i], ctypes.c_uint64
     lib.coreskip_unchanged.argtypes = [p, p, n]
     lib.coreskip_mlp.argtypes = [p, p]
@@ -112,18 +119,6 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.coreskip_generate.argtypes = [p, p, n, p, n, p, p]
     lib.coreskip_draft.argtypes = [p, p, n, ctypes.c_float, p, p, p]
     lib.coreskip_likeliest.argtypes, lib.coreskip_likeliest.restype = [p, i, n, n, p, p, i], None
-
-
-class _Mlp(ctypes.Structure):
-    """CoreskipMlp in cpu.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "low", "scale", "norm")),
-        *((name, ctypes.c_void_p) for name in ("gate_bias", "up_bias", "down_bias", "mean", "indices")),
-        *((name, ctypes.c_int64) for name in ("hidden", "neurons", "stride", "count", "keep")),
-        *((name, ctypes.c_float) for name in ("threshold", "refine")),
-        *((name, ctypes.c_int) for name in ("x_dtype", "w_dtype", "rows", "gated", "act", "lists", "rule", "threads")),
-    )
 
 
 def mlp(
@@ -168,24 +163,24 @@ def choose(x: Tensor, packed: PackedMLP, rule: str, keep: int, threshold: float)
 
 
 # What a PackedMLP contributes to every call: filling in twenty fields takes 4 us, copying them less than one.
-_templates: WeakKeyDictionary[PackedMLP, _Mlp] = WeakKeyDictionary()
+_templates: WeakKeyDictionary[PackedMLP, MlpArguments] = WeakKeyDictionary()
 
 
-def _call(x: Tensor, packed: PackedMLP, rule: str, keep: int, threshold: float) -> _Mlp:
+def _call(x: Tensor, packed: PackedMLP, rule: str, keep: int, threshold: float) -> MlpArguments:
     template = _templates.get(packed)
     if template is None:
         template = _templates[packed] = _template(packed)
-    call = _Mlp.from_buffer_copy(template)
+    call = MlpArguments.from_buffer_copy(template)
     call.x, call.x_dtype, call.rows = x.data_ptr(), DTYPE[x.dtype], x.numel() // packed.hidden_size
     call.rule, call.keep, call.threshold = RULE[rule], keep, threshold
     call.threads = torch.get_num_threads()
     return call
 
 
-def _template(packed: PackedMLP) -> _Mlp:
+def _template(packed: PackedMLP) -> MlpArguments:
     names = ("weight", "low", "scale", "norm", "gate_bias", "up_bias", "down_bias", "mean")
     sliced = packed.low is not None
-    return _Mlp(
+    return MlpArguments(
         **{name: address(getattr(packed, name)) for name in names},
         hidden=packed.hidden_size,
         neurons=packed.intermediate_size,

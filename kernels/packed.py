@@ -14,10 +14,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-LINE = 64  # bytes of a cache line, to whose multiples a row of whole bytes is padded; kLine in cpu.h
-PAD = 128  # bytes, or nibbles, to whose multiples any other row is padded; kPad in cpu.h
+LINE = 64  # bytes of a cache line, to whose multiples a row of whole bytes is padded; kLine in csrc/formats.h
+PAD = 128  # bytes, or nibbles, to whose multiples any other row is padded; kPad in csrc/formats.h
 HUGE_PAGE = 2 << 20
-GROUP, TILE = 32, 16  # inputs of a group, rows of a tile; kGroup and kTile in cpu_step.h
+GROUP, TILE = 32, 16  # inputs of a group, rows of a tile; kGroup and kTile in csrc/formats.h
 TILE_BYTES = {"int4": TILE * GROUP // 2 + 4 * TILE, "int8_groups": TILE * GROUP + 2 * TILE}  # of one group
 GROUPED = tuple(TILE_BYTES)
 #: forms that may hold the numbers of a float32 matrix, and bytes a number, with its share of the ends of a group
@@ -189,7 +189,7 @@ class PackedLinear:
 
     In "int8" the weight holds bytes and stands for scale[out_feature] * (byte - 128). In "int4" it is
     [ceil(out_features / 16), groups, 320] bytes: tiles of 16 rows by 32 inputs, w = scale * q + least with q in 0..15,
-    as cpu_step.h describes them (llama.cpp calls these numbers Q4_1). "int8_groups" is alike, 544 bytes a tile,
+    as csrc/formats.h describes them (llama.cpp calls these numbers Q4_1). "int8_groups" is alike, 544 bytes a tile,
     w = scale * (byte - 128) (Q8_0). For both, x is rounded to 8 bits in the same groups or, where `whole`, stays as it
     is, and is multiplied with just these numbers in float32.
     """
@@ -517,7 +517,7 @@ def _check_biases(up: Tensor, gated: bool, gate: Tensor | None, up_bias: Tensor 
             raise ValueError(f"{name}_bias must have shape ({size},), not {tuple(bias.shape)}")
 
 
-# The order is that of the Act enum in cpu.h.
+# The order is that of the Act enum in csrc/formats.h.
 ACTS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,

@@ -1,4 +1,4 @@
-"""A whole decode step as data, and the one native call that carries it out (cpu_step.h, cpu_step.cpp).
+"""A whole decode step as data, and the one native call that carries it out (csrc/arguments.h, csrc/step.cpp).
 
 The runtime describes an architecture once with `StepModel`; `Step` keeps that description in the form the native code
 reads, together with every tensor it points to.
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import arguments, cpu
 from .packed import PackedLinear
 from .sparse import SparseLinear, SparseMLP
 
-_P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 _NORM = {"rms": 1, "layer": 2}
 _GROUPED: dict[str | None, int] = {"int4": 5, "int8_groups": 6}
@@ -111,8 +111,8 @@ class Step:
     def __init__(self, model: StepModel) -> None:
         self.model = model
         self.library = cpu.library()
-        self._layers = (_Layer * len(model.layers))(*(_layer(layer) for layer in model.layers))
-        self._model = _Model(
+        self._layers = (arguments.StepLayer * len(model.layers))(*(_layer(layer) for layer in model.layers))
+        self._model = arguments.StepModel(
             layers=ctypes.cast(self._layers, _P),
             embedding=model.embedding.data_ptr(),
             norm=_norm(model.norm),
@@ -199,7 +199,7 @@ class Step:
         tokens, positions = tokens.contiguous(), positions.contiguous()
         logits = torch.empty((rows, wanted, self.model.head.out_features), dtype=self.model.dtype, device="cpu")
         skipped = ctypes.c_double(0)
-        call = _Call(
+        call = arguments.StepCall(
             tokens.data_ptr(), positions.data_ptr(), start.data_ptr(), ctypes.addressof(caches.table),
             logits.data_ptr(), ctypes.addressof(skipped), rows, length, past, wanted, torch.get_num_threads(),
         )  # fmt: skip
@@ -218,7 +218,7 @@ class Step:
         self._check(caches, 1, past, past + count)
         stops, made, done = (_N * len(ends))(*ends), (_N * count)(), _N(0)
         with self._of_one_token(token, position, start, caches, past) as (call, skipped):
-            arguments = (
+            call_with = (
                 ctypes.byref(self._model),
                 ctypes.byref(call),
                 count,
@@ -227,7 +227,7 @@ class Step:
                 made,
                 ctypes.byref(done),
             )
-            cpu.check(self.library.coreskip_generate(*arguments), 0)
+            cpu.check(self.library.coreskip_generate(*call_with), 0)
         return list(made[: done.value]), skipped.value
 
     def draft(
@@ -238,8 +238,8 @@ class Step:
         self._check(caches, 1, past, past + count)
         made, chances, done = (_N * count)(), (_F * count)(), _N(0)
         with self._of_one_token(token, position, start, caches, past) as (call, skipped):
-            arguments = (ctypes.byref(self._model), ctypes.byref(call), count, least, made, chances, ctypes.byref(done))
-            cpu.check(self.library.coreskip_draft(*arguments), 0)
+            call_with = (ctypes.byref(self._model), ctypes.byref(call), count, least, made, chances, ctypes.byref(done))
+            cpu.check(self.library.coreskip_draft(*call_with), 0)
         return list(made[: done.value]), list(chances[: done.value]), skipped.value
 
     def _check(self, caches: KeyValues, rows: int, past: int, end: int) -> None:
@@ -259,12 +259,12 @@ class Step:
     @contextmanager
     def _of_one_token(
         self, token: int, position: int, start: int, caches: KeyValues, past: int
-    ) -> Iterator[tuple[_Call, ctypes.c_double]]:
+    ) -> Iterator[tuple[arguments.StepCall, ctypes.c_double]]:
         """The call of a step of one token, with what it points to; and where it counts neurons left out."""
         numbers, skipped = (_N * 3)(token, position, start), ctypes.c_double(0)
         at, width = ctypes.addressof(numbers), ctypes.sizeof(_N)
         logits = torch.empty(self.model.head.out_features, dtype=self.model.dtype, device="cpu")
-        yield _Call(
+        yield arguments.StepCall(
             at, at + width, at + 2 * width, ctypes.addressof(caches.table), logits.data_ptr(),
             ctypes.addressof(skipped), 1, 1, past, 1, torch.get_num_threads(),
         ), skipped  # fmt: skip
@@ -326,12 +326,17 @@ class KeyValues:
 
 def _table(keys: Sequence[Tensor], values: Sequence[Tensor], first: Sequence[int], row: int = 0) -> Any:
     """What the native step reads of keys and values, from one of their rows on."""
-    return (_Cache * len(keys))(
+    return (arguments.StepCache * len(keys))(
         *(
-            _Cache(*(t.data_ptr() + row * t.stride(0) * t.itemsize for t in (k, v)), k.stride(0), k.stride(1), begin)
+            arguments.StepCache(_row(k, row), _row(v, row), k.stride(0), k.stride(1), begin)
             for k, v, begin in zip(keys, values, first, strict=True)
         )
     )
+
+
+def _row(tensor: Tensor, row: int) -> int:
+    """The address of a row of a batch."""
+    return tensor.data_ptr() + row * tensor.stride(0) * tensor.itemsize
 
 
 def _part(layer: StepLayer, first: int, last: int) -> StepLayer:
@@ -341,84 +346,23 @@ def _part(layer: StepLayer, first: int, last: int) -> StepLayer:
     return replace(layer, mlp=replace(layer.mlp, lists=layer.mlp.lists.part(first, last)))
 
 
-# ---- the structs of cpu_step.h ----
+# ---- as the structs of csrc/arguments.h ----
 
 
-class _Norm(ctypes.Structure):
-    _fields_ = (("weight", _P), ("bias", _P), ("size", _N), ("eps", _F), ("kind", _I))
-
-
-class _Linear(ctypes.Structure):
-    _fields_ = (
-        *((name, _P) for name in ("weight", "scale", "bias", "norm")),
-        *((name, _N) for name in ("in_", "out", "stride")),
-        ("neurons", ctypes.c_double),
-        ("least", _F),
-        *((name, _I) for name in ("dtype", "columns", "whole")),
-    )
-
-
-class _Mlp(ctypes.Structure):
-    _fields_ = (
-        *((name, _P) for name in ("weight", "low", "scale", "norm", "gate_bias", "up_bias", "down_bias", "mean")),
-        ("list", _P),
-        ("selected", _P),
-        *((name, _N) for name in ("neurons", "stride", "keep", "listed")),
-        *((name, _F) for name in ("threshold", "refine")),
-        *((name, _I) for name in ("dtype", "gated", "rule")),
-        *((name, _Linear) for name in ("reduce", "expand")),
-    )
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        *((name, _Norm) for name in ("attention_in", "q_norm", "k_norm", "attention_out", "mlp_in", "mlp_out")),
-        *((name, _Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
-        ("mlp", _Mlp),
-        *((name, _N) for name in ("heads", "kv_heads", "head_dim", "rope_dim", "window")),
-        ("cos", _P),
-        ("sin", _P),
-        *((name, _F) for name in ("attention_scale", "softcap", "residual_scale")),
-        *((name, _I) for name in ("act", "run_attention", "run_mlp", "parallel")),
-    )
-
-
-class _Model(ctypes.Structure):
-    _fields_ = (
-        ("layers", _P),
-        ("embedding", _P),
-        ("norm", _Norm),
-        ("head", _Linear),
-        *((name, _N) for name in ("layer_count", "hidden")),
-        *((name, _F) for name in ("embedding_scale", "logit_scale", "logit_softcap")),
-        *((name, _I) for name in ("embedding_dtype", "kv_dtype", "logit_dtype")),
-    )
-
-
-class _Cache(ctypes.Structure):
-    _fields_ = (("keys", _P), ("values", _P), ("row_stride", _N), ("head_stride", _N), ("first", _N))
-
-
-class _Call(ctypes.Structure):
-    _fields_ = (
-        *((name, _P) for name in ("tokens", "positions", "start", "caches", "logits", "skipped")),
-        *((name, _N) for name in ("rows", "length", "past", "wanted")),
-        ("threads", _I),
-    )
-
-
-def _norm(norm: Norm | None) -> _Norm:
+def _norm(norm: Norm | None) -> arguments.StepNorm:
     if norm is None:
-        return _Norm()
-    return _Norm(cpu.address(norm.weight), cpu.address(norm.bias), norm.weight.numel(), norm.eps, _NORM[norm.kind])
+        return arguments.StepNorm()
+    return arguments.StepNorm(
+        cpu.address(norm.weight), cpu.address(norm.bias), norm.weight.numel(), norm.eps, _NORM[norm.kind]
+    )
 
 
-def _linear(linear: Linear | None) -> _Linear:
+def _linear(linear: Linear | None) -> arguments.StepLinear:
     if linear is None:
-        return _Linear()
+        return arguments.StepLinear()
     packed = linear.packed if isinstance(linear, SparseLinear) else linear
     weight = packed.weight
-    out = _Linear(
+    out = arguments.StepLinear(
         weight=weight.data_ptr(), bias=cpu.address(packed.bias), in_=packed.in_features, out=packed.out_features
     )
     if isinstance(linear, SparseLinear):
@@ -431,12 +375,12 @@ def _linear(linear: Linear | None) -> _Linear:
     return out
 
 
-def _bundled(mlp: SparseMLP) -> _Mlp:
+def _bundled(mlp: SparseMLP) -> arguments.StepMlp:
     packed, lists = mlp.packed, mlp.lists
     names = ("weight", "low", "scale", "norm", "gate_bias", "up_bias", "down_bias", "mean")
     sliced = packed.low is not None
     reduce, expand = mlp.predictor or (None, None)
-    return _Mlp(
+    return arguments.StepMlp(
         **{name: cpu.address(getattr(packed, name)) for name in names},
         list=None if lists is None else lists.listed.data_ptr(),
         selected=None if lists is None else lists.wanted.data_ptr(),
@@ -461,9 +405,9 @@ def _least(mlp: SparseMLP) -> float:
     return torch.tensor(min(mlp.threshold, 1.0), dtype=torch.float64).logit().item()
 
 
-def _layer(layer: StepLayer) -> _Layer:
+def _layer(layer: StepLayer) -> arguments.StepLayer:
     attention, mlp = layer.attention, layer.mlp
-    out = _Layer(
+    out = arguments.StepLayer(
         **{name: _norm(getattr(layer, name)) for name in ("attention_in", "attention_out", "mlp_in", "mlp_out")},
         residual_scale=layer.residual_scale,
         act=cpu.ACT[layer.act],
@@ -480,7 +424,7 @@ def _layer(layer: StepLayer) -> _Layer:
     return out
 
 
-def _put_attention(out: _Layer, attention: Attention) -> None:
+def _put_attention(out: arguments.StepLayer, attention: Attention) -> None:
     for name in ("q", "k", "v", "o"):
         setattr(out, name, _linear(getattr(attention, name)))
     out.q_norm, out.k_norm = _norm(attention.q_norm), _norm(attention.k_norm)

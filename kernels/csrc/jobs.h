@@ -1,22 +1,12 @@
-// What the thread layer (cpu.cpp) and the vector code (cpu_isa.h, compiled once per instruction set) share.
+// What the thread layer asks of the vector code (vector/isa.h, vector/step_isa.h, compiled once per instruction set).
 #pragma once
 
 #include <stdint.h>
 
+#include "arguments.h"
+#include "formats.h"
+
 namespace coreskip {
-
-constexpr int kMaxRows = 8;    // rows of x one call takes: a verification batch
-constexpr int kMaxBlock = 16;  // neurons whose activations are computed together
-constexpr int kLine = 64;      // bytes of a cache line
-// Rows are padded to this many bytes, two vectors of the widest kind, or nibbles, as many again. Rows of kInt8, which
-// are read one vector at a time, are padded to kLine.
-constexpr int kPad = 128;
-
-// The first three are also those of x. kInt8 is one byte a weight, w = scale[row] * (byte - 128). kSliced is the same
-// numbers in two planes of nibbles, byte = 16 * high + low; down rows stay whole bytes.
-enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kSliced = 4, kDtypes = 5 };
-enum Act : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kRelu2 = 4 };
-enum Rule : int { kListed = 0, kSketch = 1, kGate = 2 };
 
 // x as the kernels read it. Quantised weights meet quantised rows: x is about scale * q.
 struct Rows {
@@ -94,17 +84,87 @@ struct Isa {
     void (*arrange)(float* x, int64_t n, int dtype);
     void (*restore)(float* x, int64_t n, int dtype);
     void (*add)(float* to, const float* from, int64_t n);
-    // See choose() in cpu_work.h; keys: [neurons], scratch. Returns how many there are.
+    // See choose() in choice.h; keys: [neurons], scratch. Returns how many there are.
     int64_t (*choose)(const float* score, int64_t neurons, int64_t keep, float threshold, uint32_t* keys, int64_t* to,
                       int64_t width);
     uint64_t (*read)(const void* memory, int64_t bytes);
 };
 
+struct TileJob {
+    const void* weight;
+    bool bytes;            // kInt8Groups, not kInt4
+    const float* bias;
+    int64_t groups, out;
+    int rows;
+    const float* x;        // [rows][groups * kGroup] as it is, or null: as it is rounded, in the next three
+    const int8_t* q;       // [rows][groups * kGroup]
+    const float* scale;    // [rows][groups]
+    const float* sum;      // [rows][groups], scale times the sum of q
+    float* y;              // [rows][out]
+    Ahead* ahead;
+};
+
+// Rows `first` and following of tiles, as floats.
+struct UntileJob {
+    const void* weight;
+    bool bytes;            // kInt8Groups, not kInt4
+    int64_t groups, in;
+    int64_t first;
+    int dtype;             // of `to`: kFloat32, kBFloat16 or kFloat16
+    void* to;              // [rows][in]
+};
+
+// Rows of floats to the tiles that stand for the very same numbers.
+struct TileUpJob {
+    const float* from;     // [rows][in], row_stride apart
+    int64_t row_stride, rows, in, groups;
+    bool bytes;            // kInt8Groups, not kInt4
+    void* to;
+};
+
+// Queries against some positions of one KV head: leaves, per query, the largest score, the sum of exponentials and
+// the weighted sum of values, for `merge`.
+struct AttendJob {
+    const float* q;        // [queries][head_dim], scaled
+    const void* keys;      // at position 0
+    const void* values;
+    int dtype, queries;
+    int64_t head_dim, begin, end;
+    const int64_t* from;   // [queries]: the first position each may see
+    const int64_t* to;     // [queries]: one past the last
+    float softcap;
+    float* most;           // [queries]
+    float* sum;            // [queries]
+    float* value;          // [queries][head_dim]
+    Ahead* ahead;
+};
+
+struct StepIsa {
+    void (*tiles)(const TileJob& job, int64_t begin, int64_t end);
+    void (*quantize_groups)(const float* x, int64_t n, int8_t* q, float* scale, float* sum);
+    void (*norm)(const StepNorm& norm, const float* x, float* y);
+    void (*rotate)(float* x, const float* cos, const float* sin, int64_t size);
+    void (*attend)(const AttendJob& job);
+    void (*merge)(int64_t parts, int64_t stride, const float* most, const float* sum, const float* value,
+                  int64_t head_dim, float* out);
+    void (*act)(float* gate, const float* up, int64_t n, int act);  // gate <- act(gate) * up; up null: act(gate)
+    void (*add_scaled)(float* to, const float* from, float scale, int64_t n);
+    void (*softcap)(float* x, float scale, float cap, int64_t n);
+    void (*fetch)(Ahead& ahead, int64_t bytes);
+    int64_t (*argmax)(const float* x, int64_t n);  // the first NaN, or the first of the greatest
+    float (*exp_sum)(const float* x, int64_t n, float most);
+    void (*untile)(const UntileJob& job, int64_t begin, int64_t end);  // rows
+    bool (*tile_up)(const TileUpJob& job, int64_t begin, int64_t end);  // tiles; false: some numbers have no such form
+};
+
 const Isa& generic_isa();
+const StepIsa& generic_step();
 #if defined(__x86_64__)
 const Isa& avx2_isa();
 const Isa& avx512_isa();
 const Isa& avx512bf16_isa();
+const StepIsa& avx2_step();
+const StepIsa& avx512_step();
 #endif
 
 }  // namespace coreskip

@@ -4,8 +4,8 @@
 #define CORESKIP_ISA avx512
 #define CORESKIP_NAME "avx512"
 #define CORESKIP_LEVEL 512
-#include "cpu_isa.h"
-#include "cpu_step_isa.h"
+#include "vector/isa.h"
+#include "vector/step_isa.h"
 
 const coreskip::Isa& coreskip::avx512_isa() { return avx512::table; }
 const coreskip::StepIsa& coreskip::avx512_step() { return avx512::step_table; }
@@ -18,7 +18,7 @@ const coreskip::StepIsa& coreskip::avx512_step() { return avx512::step_table; }
 #define CORESKIP_ISA avx512bf16
 #define CORESKIP_NAME "avx512bf16"
 #define CORESKIP_BF16
-#include "cpu_isa.h"
+#include "vector/isa.h"
 #pragma GCC pop_options
 
 const coreskip::Isa& coreskip::avx512bf16_isa() { return avx512bf16::table; }

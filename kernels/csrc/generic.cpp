@@ -2,8 +2,8 @@
 #define CORESKIP_ISA generic
 #define CORESKIP_NAME "generic"
 #define CORESKIP_LEVEL 0
-#include "cpu_isa.h"
-#include "cpu_step_isa.h"
+#include "vector/isa.h"
+#include "vector/step_isa.h"
 
 const coreskip::Isa& coreskip::generic_isa() { return generic::table; }
 const coreskip::StepIsa& coreskip::generic_step() { return generic::step_table; }

@@ -1,5 +1,5 @@
 // From tiles of 4 or 8 bits back to rows of floats, for passes over many tokens, whose products are torch's; and from
-// floats to the tiles that hold just them. Included by cpu_step_isa.h, under its rules: once per instruction set, no C++ standard library.
+// floats to the tiles that hold just them. Included by step_isa.h, under its rules.
 
 namespace coreskip {
 namespace CORESKIP_ISA {

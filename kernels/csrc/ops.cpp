@@ -1,27 +1,18 @@
-// The C ABI that kernels/cpu.py calls through ctypes: checks, workspace, threads. The arithmetic is in cpu_isa.h.
-//
-// Threads are OpenMP's. libgomp comes from torch, which is loaded first and has put it in the global scope, so
-// both share one pool; a second pool would spin against torch's between two layers.
+// The ops over bundled neurons, rows and columns: checks, workspace, threads. The arithmetic is in vector/.
 
 #include <math.h>
-#include <omp.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
-#include <atomic>
 
-#include "cpu_work.h"
+#include "choice.h"
+#include "dispatch.h"
+#include "division.h"
+#include "team.h"
+#include "workspace.h"
 
 namespace coreskip {
-
-std::atomic<const Isa*> active{nullptr};
-std::atomic<const Isa*> active_bf16{nullptr};
-std::atomic<const StepIsa*> active_step{nullptr};
-
 namespace {
-
-thread_local Workspace workspace;
 
 // Sums the threads' partial results in the order of the threads, converts them and adds the bias.
 void reduce(const Isa& isa, float* acc, int parts, int w_dtype, int rows, int64_t width, int64_t stride,
@@ -35,64 +26,10 @@ void reduce(const Isa& isa, float* acc, int parts, int w_dtype, int rows, int64_
     }
 }
 
-}  // namespace
-}  // namespace coreskip
-
-using namespace coreskip;
-
-#define CORESKIP_API extern "C" __attribute__((visibility("default")))
-
-// Chooses an instruction set by name. Returns 0, or 3 where this machine lacks it.
-CORESKIP_API int coreskip_use(const char* name) {
-    const Isa* isa = nullptr;
-    const StepIsa* step = nullptr;
-    if (!strcmp(name, "generic")) isa = &generic_isa(), step = &generic_step();
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                        __builtin_cpu_supports("avx512vnni");
-    if (!strcmp(name, "avx2") && avx2) isa = &avx2_isa(), step = &avx2_step();
-    if (!strcmp(name, "avx512") && avx512) isa = &avx512_isa(), step = &avx512_step();
-#endif
-    if (!isa) return kUnknown;
-    active = active_bf16 = isa;
-#if defined(__x86_64__)
-    if (isa == &avx512_isa() && __builtin_cpu_supports("avx512bf16")) active_bf16 = &avx512bf16_isa();
-#endif
-    active_step = step;
-    return kOk;
-}
-
-// The name of the instruction set in use.
-CORESKIP_API const char* coreskip_active() { return active.load()->name; }
-
-// What the MLP calls have in common; cpu.py has the same fields in the same order.
-struct CoreskipMlp {
-    const void* x;             // [rows][hidden] of x_dtype
-    const void* weight;        // see MlpJob
-    const void* low;
-    const float* scale;
-    const float* norm;
-    const float* gate_bias;    // float, or null
-    const float* up_bias;
-    const float* down_bias;
-    const float* mean;         // float [neurons], or null
-    const int64_t* indices;    // lists of `count`: none (lists = 0), one (1), or one per row; -1 entries are skipped
-    int64_t hidden, neurons, stride, count;
-    int64_t keep;              // kSketch, kGate: how many to keep, or -1: those with a score of `threshold`
-    float threshold, refine;   // refine: see MlpJob
-    int x_dtype, w_dtype, rows, gated, act, lists, rule, threads;
-};
-
-namespace coreskip {
-namespace {
-
 // One call's job in the workspace.
 struct Call {
     const Isa& isa;
-    const CoreskipMlp& a;
+    const MlpArguments& a;
     MlpJob job{};
     float* acc = nullptr;
     int64_t* chosen = nullptr;    // [rows][width] of a rule's choice
@@ -145,11 +82,10 @@ struct Call {
     }
 
     void scan() {
-#pragma omp parallel num_threads(a.threads)
-        {
-            const Range here = share(count, omp_get_thread_num(), omp_get_num_threads());
+        Lease()->each(a.threads, a.threads, [&](int64_t part) {
+            const Range here = share(count, part, a.threads);
             isa.scan[a.w_dtype](job, here.begin, here.end);
-        }
+        });
     }
 
     void choose_neurons(int64_t* to) {
@@ -158,26 +94,23 @@ struct Call {
     }
 
     void compute(void* out) {
-        int team = 1;
-#pragma omp parallel num_threads(a.threads)
-        {
-            const int part = omp_get_thread_num(), parts = omp_get_num_threads();
+        Lease()->each(a.threads, a.threads, [&](int64_t part) {
             float* mine = acc + part * a.rows * a.stride;
             memset(mine, 0, a.rows * a.stride * sizeof(float));
-            const Range here = share(count, part, parts);
+            const Range here = share(count, part, a.threads);
             isa.mlp[a.w_dtype](job, here.begin, here.end, mine);
-#pragma omp atomic write
-            team = parts;
-        }
-        reduce(isa, acc, team, a.w_dtype, a.rows, a.hidden, a.stride, a.down_bias, out, a.x_dtype);
+        });
+        reduce(isa, acc, a.threads, a.w_dtype, a.rows, a.hidden, a.stride, a.down_bias, out, a.x_dtype);
     }
 };
 
 }  // namespace
 }  // namespace coreskip
 
+using namespace coreskip;
+
 // out: [rows][hidden] of x_dtype.
-CORESKIP_API int coreskip_mlp(const CoreskipMlp* arguments, void* out) {
+CORESKIP_API int coreskip_mlp(const MlpArguments* arguments, void* out) {
     Call call{*active.load(), *arguments};
     int status = call.prepare(workspace);
     if (status == kOk && arguments->lists)
@@ -193,7 +126,7 @@ CORESKIP_API int coreskip_mlp(const CoreskipMlp* arguments, void* out) {
 }
 
 // out: [rows][keep, or neurons], each row ascending and filled up with -1.
-CORESKIP_API int coreskip_choose(const CoreskipMlp* arguments, int64_t* out) {
+CORESKIP_API int coreskip_choose(const MlpArguments* arguments, int64_t* out) {
     Call call{*active.load(), *arguments};
     const int status = call.prepare(workspace);
     if (status != kOk) return status;
@@ -203,9 +136,9 @@ CORESKIP_API int coreskip_choose(const CoreskipMlp* arguments, int64_t* out) {
 }
 
 // x: [rows][in_features] of x_dtype; weight: [out_features][stride] of w_dtype; out: [rows][out_features].
-CORESKIP_API int coreskip_linear(const void* x, int x_dtype, int rows, int64_t in_features, const void* weight, int w_dtype,
-                    int64_t out_features, int64_t stride, const float* scale, const float* bias, void* out,
-                    int threads) {
+CORESKIP_API int coreskip_linear(const void* x, int x_dtype, int rows, int64_t in_features, const void* weight,
+                                 int w_dtype, int64_t out_features, int64_t stride, const float* scale,
+                                 const float* bias, void* out, int threads) {
     const Isa& isa = *active.load();
     const bool direct = x_dtype == kFloat32;
     Workspace& memory = workspace;
@@ -214,15 +147,14 @@ CORESKIP_API int coreskip_linear(const void* x, int x_dtype, int rows, int64_t i
     const Rows rows_in = load_rows(isa, x, x_dtype, w_dtype, rows, in_features, stride, memory);
     float* y = direct ? static_cast<float*>(out) : memory.take<float>(rows * out_features);
     const LinearJob job = {weight, scale, bias, rows_in, out_features, y, nullptr};
-#pragma omp parallel num_threads(threads)
-    {
-        const Range here = share(out_features, omp_get_thread_num(), omp_get_num_threads());
+    Lease()->each(threads, threads, [&](int64_t part) {
+        const Range here = share(out_features, part, threads);
         isa.linear[w_dtype](job, here.begin, here.end);
         for (int r = 0; r < rows && !direct; r++) {
             const int64_t at = r * out_features + here.begin;
             isa.from_float(y + at, static_cast<uint16_t*>(out) + at, x_dtype, here.end - here.begin);
         }
-    }
+    });
     return kOk;
 }
 
@@ -253,41 +185,11 @@ CORESKIP_API int coreskip_columns(const void* x, int x_dtype, int rows, int64_t 
         choose(score + r * inputs, inputs, keep, threshold, scratch, chosen + r * width, width);
     const int64_t count = merge(chosen, width, rows, inputs, selected, list);
     const ColumnsJob job = {weight, stride, stride, inputs, values, rows, list, selected};
-    int team = 1;
-#pragma omp parallel num_threads(threads)
-    {
-        const int part = omp_get_thread_num(), parts = omp_get_num_threads();
+    Lease()->each(threads, threads, [&](int64_t part) {
         memset(acc + part * size, 0, size * sizeof(float));
-        const Range here = share(count, part, parts);
+        const Range here = share(count, part, threads);
         isa.columns[w_dtype](job, here.begin, here.end, acc + part * size);
-#pragma omp atomic write
-        team = parts;
-    }
-    reduce(isa, acc, team, w_dtype, rows, outputs, stride, bias, out, x_dtype);
+    });
+    reduce(isa, acc, threads, w_dtype, rows, outputs, stride, bias, out, x_dtype);
     return kOk;
-}
-
-// Whether `count` 32-bit words still hold what was expected of them. They lie all over memory and are cold after a
-// decode step: those that come next are fetched meanwhile. Later ones may be gone where an earlier one has changed.
-CORESKIP_API int coreskip_unchanged(const int64_t* addresses, const int32_t* expected, int64_t count) {
-    constexpr int64_t kFetched = 24;
-    for (int64_t i = 0; i < count; i++) {
-        if (i + kFetched < count) __builtin_prefetch(reinterpret_cast<const void*>(addresses[i + kFetched]));
-        int32_t word;
-        memcpy(&word, reinterpret_cast<const void*>(addresses[i]), sizeof(word));
-        if (word != expected[i]) return 0;
-    }
-    return 1;
-}
-
-// Reads `bytes` of memory once, for a measure of its bandwidth. The result depends on all of it.
-CORESKIP_API uint64_t coreskip_read(const void* memory, int64_t bytes, int threads) {
-    const Isa& isa = *active.load();
-    uint64_t sum = 0;
-#pragma omp parallel num_threads(threads) reduction(+ : sum)
-    {
-        const Range lines = share(bytes / kLine, omp_get_thread_num(), omp_get_num_threads());
-        sum += isa.read(static_cast<const char*>(memory) + lines.begin * kLine, (lines.end - lines.begin) * kLine);
-    }
-    return sum;
 }

@@ -1,0 +1,100 @@
+"""The structs that native code is called with, field by field as in csrc/arguments.h."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from typing import Any
+
+_P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+
+
+def _fields(kind: Any, names: str) -> Iterable[tuple[str, Any]]:
+    return ((name, kind) for name in names.split())
+
+
+class MlpArguments(ctypes.Structure):
+    _fields_ = (
+        *_fields(_P, "x weight low scale norm gate_bias up_bias down_bias mean indices"),
+        *_fields(_N, "hidden neurons stride count keep"),
+        *_fields(_F, "threshold refine"),
+        *_fields(_I, "x_dtype w_dtype rows gated act lists rule threads"),
+    )
+
+
+class StepNorm(ctypes.Structure):
+    _fields_ = (("weight", _P), ("bias", _P), ("size", _N), ("eps", _F), ("kind", _I))
+
+
+class StepLinear(ctypes.Structure):
+    _fields_ = (
+        *_fields(_P, "weight scale bias norm"),
+        *_fields(_N, "in_ out stride"),
+        ("neurons", ctypes.c_double),
+        ("least", _F),
+        *_fields(_I, "dtype columns whole"),
+    )
+
+
+class StepMlp(ctypes.Structure):
+    _fields_ = (
+        *_fields(_P, "weight low scale norm gate_bias up_bias down_bias mean list selected"),
+        *_fields(_N, "neurons stride keep listed"),
+        *_fields(_F, "threshold refine"),
+        *_fields(_I, "dtype gated rule"),
+        *_fields(StepLinear, "reduce expand"),
+    )
+
+
+class StepLayer(ctypes.Structure):
+    _fields_ = (
+        *_fields(StepNorm, "attention_in q_norm k_norm attention_out mlp_in mlp_out"),
+        *_fields(StepLinear, "q k v o gate up down"),
+        ("mlp", StepMlp),
+        *_fields(_N, "heads kv_heads head_dim rope_dim window"),
+        *_fields(_P, "cos sin"),
+        *_fields(_F, "attention_scale softcap residual_scale"),
+        *_fields(_I, "act run_attention run_mlp parallel"),
+    )
+
+
+class StepModel(ctypes.Structure):
+    _fields_ = (
+        *_fields(_P, "layers embedding"),
+        ("norm", StepNorm),
+        ("head", StepLinear),
+        *_fields(_N, "layer_count hidden"),
+        *_fields(_F, "embedding_scale logit_scale logit_softcap"),
+        *_fields(_I, "embedding_dtype kv_dtype logit_dtype"),
+    )
+
+
+class StepCache(ctypes.Structure):
+    _fields_ = (*_fields(_P, "keys values"), *_fields(_N, "row_stride head_stride first"))
+
+
+class StepCall(ctypes.Structure):
+    _fields_ = (
+        *_fields(_P, "tokens positions start caches logits skipped"),
+        *_fields(_N, "rows length past wanted"),
+        ("threads", _I),
+    )
+
+
+# in the order of coreskip_sizes
+_STRUCTS = (MlpArguments, StepNorm, StepLinear, StepMlp, StepLayer, StepModel, StepCache, StepCall)
+
+
+def mismatch(library: ctypes.CDLL) -> str | None:
+    """What the compiled library and these structs disagree about; None: nothing. A library that was compiled from other
+    sources would read arguments from wrong places."""
+    if not hasattr(library, "coreskip_sizes"):
+        return "it does not tell the sizes of its arguments"
+    sizes = (_N * (len(_STRUCTS) + 1))()
+    count = library.coreskip_sizes(sizes, len(sizes))
+    if count != len(_STRUCTS):
+        return f"it takes {count} kinds of arguments, not {len(_STRUCTS)}"
+    for struct, size in zip(_STRUCTS, sizes, strict=False):
+        if ctypes.sizeof(struct) != size:
+            return f"its {struct.__name__} has {size} bytes, not {ctypes.sizeof(struct)}"
+    return None

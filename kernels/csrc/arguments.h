@@ -1,0 +1,103 @@
+// What Python hands over: the structs that kernels/cpu.py and kernels/step.py fill in through ctypes, with the same
+// fields in the same order. `coreskip_sizes` tells how large they are; cpu.py compares when it loads the library.
+#pragma once
+
+#include <stdint.h>
+
+namespace coreskip {
+
+// What the ops over bundled neurons have in common.
+struct MlpArguments {
+    const void* x;             // [rows][hidden] of x_dtype
+    const void* weight;        // see MlpJob
+    const void* low;
+    const float* scale;
+    const float* norm;
+    const float* gate_bias;    // float, or null
+    const float* up_bias;
+    const float* down_bias;
+    const float* mean;         // float [neurons], or null
+    const int64_t* indices;    // lists of `count`: none (lists = 0), one (1), or one per row; -1 entries are skipped
+    int64_t hidden, neurons, stride, count;
+    int64_t keep;              // kSketch, kGate: how many to keep, or -1: those with a score of `threshold`
+    float threshold, refine;   // refine: see MlpJob
+    int x_dtype, w_dtype, rows, gated, act, lists, rule, threads;
+};
+
+struct StepNorm {
+    const float* weight;  // [size]
+    const float* bias;    // [size] or null
+    int64_t size;
+    float eps;
+    int kind;
+};
+
+struct StepLinear {
+    const void* weight;  // [out][stride] of `dtype`, or tiles, or columns; null: there is no such projection
+    const float* scale;  // kInt8: [out]
+    const float* bias;   // [out] or null
+    const float* norm;   // columns: [in], what an input's size is multiplied by, or null
+    int64_t in, out, stride;
+    double neurons;      // columns: what each input left out adds to the neurons skipped
+    float least;         // columns: smaller inputs are left out
+    int dtype, columns;  // columns: `weight` is [in][stride]
+    int whole;           // tiles: they meet x as it is, not rounded to 8 bits
+};
+
+struct StepMlp {         // neurons bundled as in MlpJob, instead of gate, up and down; weight null: those
+    const void* weight;
+    const void* low;
+    const float* scale;
+    const float* norm;
+    const float* gate_bias;
+    const float* up_bias;
+    const float* down_bias;
+    const float* mean;
+    int64_t* list;           // rows that want different neurons: [listed], those that any row wants, ascending
+    uint8_t* selected;       // [neurons][rows], as in MlpJob
+    int64_t neurons, stride, keep, listed;
+    float threshold, refine;
+    int dtype, gated, rule;
+    StepLinear reduce, expand;  // kLearned: neurons are scored by expand(reduce(x))
+};
+
+struct StepLayer {
+    StepNorm attention_in, q_norm, k_norm, attention_out, mlp_in, mlp_out;
+    StepLinear q, k, v, o, gate, up, down;
+    StepMlp mlp;
+    int64_t heads, kv_heads, head_dim, rope_dim, window;  // window 0: all of the past
+    const float* cos;                                     // [positions][rope_dim], null: no rotation
+    const float* sin;
+    float attention_scale, softcap, residual_scale;       // softcap 0: none
+    int act, run_attention, run_mlp, parallel;            // parallel: attention and MLP read the same residual
+};
+
+struct StepModel {
+    const StepLayer* layers;
+    const void* embedding;  // [vocabulary][hidden] of `embedding_dtype`
+    StepNorm norm;
+    StepLinear head;
+    int64_t layer_count, hidden;
+    float embedding_scale, logit_scale, logit_softcap;
+    int embedding_dtype, kv_dtype, logit_dtype;
+};
+
+struct StepCache {          // one layer's keys and values: [rows][kv_heads][capacity][head_dim]
+    void* keys;
+    void* values;
+    int64_t row_stride, head_stride;  // in elements
+    int64_t first;          // the position that lies at index 0 (window layers forget the oldest)
+};
+
+struct StepCall {
+    const int64_t* tokens;     // [rows][length]
+    const int64_t* positions;  // [rows][length], for the rotation
+    const int64_t* start;      // [rows]: the first cache position that counts (left padding before it)
+    const StepCache* caches;   // [layers]
+    void* logits;              // [rows][length, or the last `wanted`][vocabulary]
+    double* skipped;           // neurons left out, summed over tokens and layers
+    int64_t rows, length, past, wanted;
+    int threads;
+};
+
+}  // namespace coreskip

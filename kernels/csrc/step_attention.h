@@ -1,0 +1,124 @@
+// The attention of a step, over the KV cache.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include <algorithm>
+
+#include "step_projections.h"
+
+namespace coreskip {
+
+class StepAttention {
+  public:
+    StepAttention(StepThread& thread, Prefetch& ahead, Projections& projections)
+        : thread(thread), ahead(ahead), projections(projections) {}
+
+    void run(const StepLayer& l, const StepCache& cache) {
+        projections.read_from(projections.normed(l.attention_in, own.x), m.hidden);
+        projections.project_all(thread.inputs(l));
+        projections.meet();
+        const int64_t first = thread.first_chunk(l), chunks = thread.chunks_of(l), tasks = thread.tasks_of(l);
+        projections.share_work(tasks, 1, 0, [&](int64_t task, int64_t) {
+            attend(l, cache, task / chunks / l.kv_heads, task / chunks % l.kv_heads, first, task % chunks);
+        });
+        for (int64_t i = 0; i < ahead.own_tasks(l); i++) ahead.passed += 2 * ahead.entries_of(l, cache, i, false).bytes;
+        projections.meet();
+        for (int64_t q = 0; q < thread.tokens * l.heads; q++)
+            thread.step.merge(chunks, thread.tokens * l.heads, w.most + q, w.sum + q, w.value + q * l.head_dim,
+                              l.head_dim, own.attended + q * l.head_dim);
+        projections.read_from(own.attended, l.heads * l.head_dim);
+        projections.project_all(thread.output(l));
+        projections.meet();
+        if (l.parallel && l.run_mlp) memcpy(own.pending, w.out, thread.tokens * m.hidden * sizeof(float));
+        else projections.add_to_residual(l, l.attention_out, w.out);
+    }
+
+    // What a skipped attention leaves behind: the entries of the new tokens.
+    void write_entries(const StepLayer& l, const StepCache& cache) {
+        projections.read_from(projections.normed(l.attention_in, own.x), m.hidden);
+        projections.project_all(thread.inputs(l));
+        projections.meet();
+        const int64_t tasks = c.rows * l.kv_heads;
+        projections.share_work(tasks, 1, 0, [&](int64_t task, int64_t) {
+            put_entries(l, cache, task / l.kv_heads, task % l.kv_heads, thread.past, thread.past + c.length);
+        });
+        projections.meet();
+    }
+
+  private:
+    StepThread& thread;
+    Prefetch& ahead;
+    Projections& projections;
+    const StepModel& m = thread.m;
+    const StepCall& c = thread.c;
+    const Shared& w = thread.w;
+    const Own& own = thread.own;
+
+    // Keys and values of the new tokens at positions `begin` to `end`, for one KV head of one sequence.
+    void put_entries(const StepLayer& l, const StepCache& cache, int64_t row, int64_t group, int64_t begin,
+                     int64_t end) {
+        for (int64_t position = begin; position < end; position++) {
+            const int64_t token = row * c.length + position - thread.past, from = token * l.kv_heads + group;
+            const int64_t to = thread.offset_of(l, cache, row, group) + position * l.head_dim;
+            put(prepared(l, l.k_norm, w.k, from, token, l.kv_heads), cache.keys, to, l.head_dim);
+            put(w.v + from * l.head_dim, cache.values, to, l.head_dim);
+        }
+    }
+
+    // One KV head of one sequence over one chunk of positions: for new tokens in the chunk keys and values are
+    // written first.
+    void attend(const StepLayer& l, const StepCache& cache, int64_t row, int64_t group, int64_t first, int64_t chunk) {
+        const int64_t begin = (first + chunk) * kChunk, end = std::min(begin + kChunk, thread.past + c.length);
+        const int64_t offset = thread.offset_of(l, cache, row, group), each = l.heads / l.kv_heads;
+        put_entries(l, cache, row, group, std::max(begin, thread.past), end);
+        const int64_t bytes = size_of(m.kv_dtype);
+        for (int64_t j = std::max<int64_t>(0, begin - thread.past); j < c.length; j++) {
+            const int64_t token = row * c.length + j, query = token * l.heads + group * each;
+            const int64_t at = chunk * thread.tokens * l.heads + query;
+            for (int64_t i = 0; i < each; i++) {
+                float* to = own.queries + i * l.head_dim;
+                memcpy(to, prepared(l, l.q_norm, w.q, query + i, token, l.heads), l.head_dim * sizeof(float));
+                for (int64_t e = 0; e < l.head_dim; e++) to[e] *= l.attention_scale;
+                own.from[i] = thread.first_seen(l, row, thread.past + j);
+                own.to[i] = thread.past + j + 1;
+            }
+            thread.step.attend({own.queries, static_cast<const char*>(cache.keys) + offset * bytes,
+                                static_cast<const char*>(cache.values) + offset * bytes, m.kv_dtype,
+                                static_cast<int>(each), l.head_dim, begin, end, own.from, own.to, l.softcap,
+                                w.most + at, w.sum + at, w.value + at * l.head_dim, ahead.to_fetch()});
+        }
+        // chunks that lie wholly after a token: nothing to see
+        for (int64_t j = 0; j < std::min(c.length, begin - thread.past); j++)
+            for (int64_t i = 0; i < each; i++)
+                w.sum[chunk * thread.tokens * l.heads + (row * c.length + j) * l.heads + group * each + i] = 0;
+    }
+
+    // A head of q or k, normed and rotated, in the scratch.
+    const float* prepared(const StepLayer& l, const StepNorm& norm, const float* heads, int64_t at, int64_t token,
+                          int64_t count) {
+        float* to = own.scratch;
+        const float* from = heads + at * l.head_dim;
+        if (norm.kind == kNoNorm) {
+            memcpy(to, from, l.head_dim * sizeof(float));
+        } else if (norm.size == l.head_dim) {
+            thread.step.norm(norm, from, to);
+        } else {  // over all heads together (OLMo 2)
+            float* all = own.attended;
+            thread.step.norm(norm, heads + token * count * l.head_dim, all);
+            memcpy(to, all + (at - token * count) * l.head_dim, l.head_dim * sizeof(float));
+        }
+        if (l.cos) {
+            const int64_t position = thread.places[token] * l.rope_dim;
+            thread.step.rotate(to, l.cos + position, l.sin + position, l.rope_dim);
+        }
+        return to;
+    }
+
+    void put(const float* from, void* cache, int64_t to, int64_t n) const {
+        thread.isa.from_float(from, static_cast<char*>(cache) + to * size_of(m.kv_dtype), m.kv_dtype, n);
+    }
+};
+
+}  // namespace coreskip

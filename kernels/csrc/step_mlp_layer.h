@@ -1,0 +1,164 @@
+// The MLP of a step: dense, or over bundles of neurons.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "choice.h"
+#include "step_projections.h"
+
+namespace coreskip {
+
+class StepMlpLayer {
+  public:
+    StepMlpLayer(StepThread& thread, Prefetch& ahead, Projections& projections)
+        : thread(thread), ahead(ahead), projections(projections) {}
+
+    // Of a step that begins.
+    void begin() { second_ = false; }
+
+    void run(const StepLayer& l) {
+        const float* x = projections.normed(l.mlp_in, own.x);
+        if (l.mlp.weight) {
+            bundled(l, x);
+            return;
+        }
+        projections.read_from(x, m.hidden);
+        projections.project_all(thread.widening(l));
+        projections.meet();
+        const int64_t n = l.up.out;
+        for (int t = 0; t < thread.tokens; t++) {
+            float* a = own.h + t * n;
+            memcpy(a, (l.gate.weight ? w.gate : w.up) + t * n, n * sizeof(float));
+            thread.step.act(a, l.gate.weight ? w.up + t * n : nullptr, n, l.act);
+        }
+        projections.read_from(own.h, n);
+        projections.project_all(thread.narrowing(l));
+        projections.meet();
+        finish(l, w.out);
+    }
+
+  private:
+    StepThread& thread;
+    Prefetch& ahead;
+    Projections& projections;
+    const StepModel& m = thread.m;
+    const StepCall& c = thread.c;
+    const Shared& w = thread.w;
+    const Own& own = thread.own;
+    bool second_ = false;  // which half of `acc` the next MLP over bundles uses
+
+    void finish(const StepLayer& l, const float* y) {
+        projections.add_to_residual(l, l.mlp_out, y);
+        if (l.parallel && l.run_attention) projections.add_to_residual(l, l.attention_out, own.pending);
+    }
+
+    // Scores the neurons by a low-rank map of x.
+    void predict(const StepLayer& l, const float* x) {
+        projections.read_from(x, m.hidden);
+        projections.project_all(thread.reducing(l));
+        projections.meet();
+        projections.read_from(w.reduced, l.mlp.reduce.out);
+        projections.project_all(thread.expanding(l));
+        projections.meet();
+    }
+
+    void bundled(const StepLayer& l, const float* x) {
+        const StepMlp& b = l.mlp;
+        if (b.rule == kLearned) predict(l, x);
+        projections.read_from(x, m.hidden);
+        projections.prepare(b.dtype, b.stride);
+        const int64_t bytes = b.stride * (b.gated ? 3 : 2) * size_of(b.dtype);
+        MlpJob job{};
+        job.weight = b.weight, job.low = b.low, job.scale = b.scale, job.gated = b.gated != 0, job.act = l.act;
+        job.block = static_cast<int>(std::min<int64_t>(bundles(64, bytes), kMaxBlock));
+        job.ahead = static_cast<int>(std::min<int64_t>(bundles(32, bytes), 4096));
+        job.gate_bias = b.gate_bias, job.up_bias = b.up_bias, job.rows = projections.rows_of(b.stride);
+        job.rule = b.rule == kLearned ? kListed : b.rule;
+        job.norm = b.norm, job.mean = b.mean, job.neurons = b.neurons;
+        job.high = b.dtype == kSliced ? w.high : nullptr;
+        job.known_gate = b.rule == kGate ? w.known_gate : nullptr;
+        job.score = w.score, job.refine = b.refine, job.exact = own.exact;
+        ahead.passed += ahead.bundles_of(b).bytes;
+        int64_t count = b.neurons;
+        const auto choose_some = [&] {
+            count = choose_neurons(b);
+            job.list = own.list;
+            job.selected = thread.tokens > 1 ? own.selected : nullptr;
+        };
+        if (b.rule == kLearned) choose_some();
+        if (b.list) {
+            count = b.listed;
+            job.list = b.list;
+            job.selected = c.length == 1 ? b.selected : selected_by_token(b);
+        }
+        if (b.dtype == kSliced || b.rule == kGate) {
+            const Range here = thread.in_sums(count);
+            thread.isa.scan[b.dtype](job, here.begin, here.end);
+        }
+        if (b.rule == kSketch || b.rule == kGate) {
+            projections.meet();
+            choose_some();
+        }
+        // Two halves in turn: a slow thread may still add up this layer's sums when a fast one begins the next.
+        const int64_t size = thread.tokens * thread.s.width;  // of one sum
+        float* all = w.acc + (second_ ? c.threads * size : 0);
+        int64_t* dropped = w.dropped + (second_ ? c.threads : 0);
+        second_ = !second_;
+        const Range mine = thread.sums();
+        for (int64_t i = mine.begin; i < mine.end; i++) {
+            memset(all + i * size, 0, thread.tokens * b.stride * sizeof(float));
+            job.after = i + 1 < mine.end ? 0 : ahead.first_after(l);
+            const Range here = share(count, i, c.threads);
+            dropped[i] = thread.isa.mlp[b.dtype](job, here.begin, here.end, all + i * size);
+        }
+        ahead.finished = thread.stage(l, StepThread::kStages);  // what follows may be fetched
+        projections.meet();
+        thread.skipped = std::accumulate(dropped, dropped + c.threads, thread.skipped);
+        for (int t = 0; t < thread.tokens; t++) {
+            float* sum = own.rows + t * m.hidden;
+            memcpy(sum, all + t * b.stride, b.stride * sizeof(float));
+            for (int i = 1; i < c.threads; i++) thread.isa.add(sum, all + i * size + t * b.stride, b.stride);
+            thread.isa.restore(sum, b.stride, b.dtype);
+            if (b.down_bias) thread.isa.add(sum, b.down_bias, m.hidden);
+        }
+        finish(l, own.rows);
+    }
+
+    // Of rows that have several tokens each, for the neurons of this thread's share.
+    uint8_t* selected_by_token(const StepMlp& b) {
+        const Range here = thread.in_sums(b.listed);
+        for (int64_t i = here.begin; i < here.end; i++)
+            for (int t = 0; t < thread.tokens; t++)
+                own.selected[b.list[i] * thread.tokens + t] = b.selected[b.list[i] * c.rows + t / c.length];
+        return own.selected;
+    }
+
+    // Every thread makes the same choice: a meeting would cost as much.
+    int64_t choose_neurons(const StepMlp& b) {
+        const int64_t width = b.keep >= 0 ? std::min(b.keep, b.neurons) : b.neurons;
+        for (int t = 0; t < thread.tokens; t++)
+            choose(score_of(b, t), b.neurons, b.keep, b.threshold, own.keys, own.chosen + t * width, width);
+        int64_t count = thread.tokens > 1 ? merge(own.chosen, width, thread.tokens, b.neurons, own.selected, own.list)
+                                   : compact(own.chosen, width, b.neurons, own.list);
+        if (thread.tokens == 1) {
+            thread.skipped += b.neurons - count;
+        } else {
+            for (int64_t i = 0; i < thread.tokens * b.neurons; i++) thread.skipped += own.selected[i] == 0;
+        }
+        return count;
+    }
+
+    // Scores of which the best are kept must not be below 0. In place of learned ones what rises with them.
+    const float* score_of(const StepMlp& b, int token) {
+        const float* score = w.score + token * b.neurons;
+        if (b.rule != kLearned || b.keep < 0) return score;
+        for (int64_t i = 0; i < b.neurons; i++) own.h[i] = score[i] < 0 ? 1 / (1 - score[i]) : 1 + score[i];
+        return own.h;
+    }
+};
+
+}  // namespace coreskip

@@ -1,0 +1,174 @@
+// Products with the matrices of a step, shared out among its threads.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <algorithm>
+
+#include "step_prefetch.h"
+#include "step_thread.h"
+
+namespace coreskip {
+
+class Projections {
+  public:
+    Projections(StepThread& thread, Prefetch& ahead) : thread(thread), ahead(ahead) {}
+
+    void read_from(const float* x, int64_t width) {
+        input_ = x;
+        input_width_ = width;
+        ready_ = -1;
+        chosen_for_ = nullptr;
+    }
+
+    // Puts the input_ into the form that a weight's format wants: padded, and arranged or quantised.
+    void prepare(int dtype, int64_t stride, bool whole = false) {
+        if (ready_ == dtype && ready_stride_ == stride && ready_whole_ == whole) return;
+        ready_ = dtype;
+        ready_stride_ = stride;
+        ready_whole_ = whole;
+        for (int t = 0; t < thread.tokens; t++) {
+            float* row = own.rows + t * stride;
+            memcpy(row, input_ + t * input_width_, input_width_ * sizeof(float));
+            memset(row + input_width_, 0, (stride - input_width_) * sizeof(float));
+            if (whole) continue;
+            if (grouped(dtype)) {
+                const int64_t groups = stride / kGroup;
+                thread.step.quantize_groups(row, stride, own.q + t * stride, own.group_scale + t * groups,
+                                     own.group_sum + t * groups);
+            } else if (dtype >= kInt8) {
+                thread.isa.quantize(row, stride, own.q + t * stride, own.scale + t, own.sum + t);
+            } else {
+                thread.isa.arrange(row, stride, dtype);
+            }
+        }
+    }
+
+    Rows rows_of(int64_t stride) const { return {thread.tokens, stride, own.rows, own.q, own.scale, own.sum}; }
+
+    // Calls work(begin, end) for pieces of `all` until none is left, first those of this thread's own share: that is
+    // what it fetches ahead. An output does not depend on who computes it. bytes: of memory that each reads.
+    template <class Work>
+    void share_work(int64_t all, int64_t piece, int64_t bytes, Work work) {
+        const Range mine = thread.mine(all);
+        const int64_t end = ahead.passed + (mine.end - mine.begin) * bytes;
+        w.stretches[thread.part].set(mine);
+        Range r{};
+        while (w.stretches[thread.part].take_front(piece, r)) {
+            work(r.begin, r.end);
+            ahead.passed += (r.end - r.begin) * bytes;
+        }
+        ahead.passed = end;
+        for (int k = 1; k < thread.parts; k++)
+            while (w.stretches[(thread.part + k) % thread.parts].take_back(piece, r)) work(r.begin, r.end);
+    }
+
+    void project_all(const Matrices& all) {
+        const int64_t piece = std::max<int64_t>(1, kPiece / all.bytes);
+        share_work(all.whole.count(), piece, all.bytes, [&](int64_t begin, int64_t end) {
+            for (int i = 0; i < 3; i++) {
+                const Range range = all.whole.among({begin, end}, i);
+                if (range.begin < range.end) project(*all.matrix[i], all.y[i], range.begin, range.end);
+            }
+        });
+        for (int i = 0; i < 3; i++) {
+            const Range strip = all.columns.among(thread.mine(all.columns.count()), i);
+            if (strip.begin < strip.end) project_columns(*all.matrix[i], all.y[i], strip.begin, strip.end);
+        }
+        if (all.columns.count()) ahead.finished = all.next;
+    }
+
+    void add_to_residual(const StepLayer& layer, const StepNorm& after, const float* y) {
+        for (int t = 0; t < thread.tokens; t++) {
+            const float* from = y + t * m.hidden;
+            if (after.kind != kNoNorm) {
+                thread.step.norm(after, from, own.h);
+                from = own.h;
+            }
+            thread.step.add_scaled(own.x + t * m.hidden, from, layer.residual_scale, m.hidden);
+        }
+    }
+
+    // Waits until all threads have come this far.
+    void meet() {
+        thread.barrier.meet(*thread.member, [&] { return ahead.fetch_some(); });
+    }
+
+    const float* normed(const StepNorm& norm, const float* x) {
+        if (norm.kind == kNoNorm) return x;
+        for (int t = 0; t < thread.tokens; t++) thread.step.norm(norm, x + t * m.hidden, own.h + t * m.hidden);
+        return own.h;
+    }
+
+  private:
+    static constexpr int64_t kPiece = 48 << 10;  // bytes of weights. With pieces of 8 KB a step takes 5 % longer.
+
+    StepThread& thread;
+    Prefetch& ahead;
+    const StepModel& m = thread.m;
+    const Shared& w = thread.w;
+    const Own& own = thread.own;
+
+    // The input that `project` reads, and for what format it has been prepared.
+    const float* input_ = nullptr;
+    int64_t input_width_ = 0, ready_stride_ = 0;
+    int ready_ = -1;
+    bool ready_whole_ = false;
+    const StepLinear* chosen_for_ = nullptr;  // whose inputs `list` and `selected` hold
+    int64_t chosen_count_ = 0;
+
+    // One matrix's units `begin` to `end`.
+    void project(const StepLinear& l, float* y, int64_t begin, int64_t end) {
+        prepare(l.dtype, l.stride, l.whole);
+        if (grouped(l.dtype)) {
+            const float* whole = l.whole ? own.rows : nullptr;
+            const TileJob job = {l.weight, l.dtype == kInt8Groups, l.bias, l.stride / kGroup, l.out, thread.tokens,
+                                 whole, own.q, own.group_scale, own.group_sum, y, ahead.to_fetch()};
+            thread.step.tiles(job, begin, end);
+        } else {
+            const LinearJob job = {l.weight, l.scale, l.bias, rows_of(l.stride), l.out, y, ahead.to_fetch()};
+            thread.isa.linear[l.dtype](job, begin * 4, std::min(end * 4, l.out));
+        }
+    }
+
+    // The inputs of a column-sparse linear that count for any token. Every thread makes the same choice.
+    int64_t choose_inputs(const StepLinear& l) {
+        if (chosen_for_ == &l) return chosen_count_;
+        chosen_for_ = &l;
+        chosen_count_ = 0;
+        for (int64_t i = 0; i < l.in; i++) {
+            const float norm = l.norm ? l.norm[i] : 1.f;
+            uint8_t any = 0;
+            for (int t = 0; t < thread.tokens; t++) {
+                const uint8_t wanted = !(fabsf(input_[t * l.in + i]) * norm < l.least);
+                own.selected[i * thread.tokens + t] = wanted;
+                any |= wanted;
+            }
+            own.list[chosen_count_] = i;
+            chosen_count_ += any;
+        }
+        return chosen_count_;
+    }
+
+    // The same for columns: a strip of all that count. Shared out by outputs, not by columns, nothing remains to be
+    // added up between threads, and the sums are the same to the bit whatever their number, and that of tokens.
+    void project_columns(const StepLinear& l, float* y, int64_t begin, int64_t end) {
+        const int64_t count = choose_inputs(l), first = begin * unit(l), width = (end - begin) * unit(l);
+        const int64_t n = std::min(width, l.out - first);
+        memset(own.sums, 0, thread.tokens * width * sizeof(float));
+        const ColumnsJob job = {static_cast<const char*>(l.weight) + first * size_of(l.dtype), l.stride, width, l.in,
+                                input_, thread.tokens, own.list, own.selected};
+        thread.isa.columns[l.dtype](job, 0, count, own.sums);
+        for (int t = 0; t < thread.tokens; t++) {
+            float* sum = own.sums + t * width;
+            thread.isa.restore(sum, width, l.dtype);
+            if (l.bias) thread.isa.add(sum, l.bias + first, n);
+            memcpy(y + t * l.out + first, sum, n * sizeof(float));
+        }
+        if (begin == 0) thread.unread += l.neurons * std::count(own.selected, own.selected + l.in * thread.tokens, 0);
+    }
+};
+
+}  // namespace coreskip

@@ -1,0 +1,124 @@
+// One thread's way through a step, layer by layer.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include <algorithm>
+
+#include "logits.h"
+#include "step_attention.h"
+#include "step_mlp_layer.h"
+
+namespace coreskip {
+
+class Walker {
+  public:
+    Walker(const StepModel& model, const StepCall& call, const Sizes& sizes, const Shared& shared, const Own& own,
+           Barrier& barrier)
+        : own_(own), thread(model, call, sizes, shared, own_, barrier) {}
+    Walker(const Walker&) = delete;
+    Walker& operator=(const Walker&) = delete;
+
+    // The next step: as which member of the team, and with how many positions in the cache. What has been fetched for
+    // the last step's share is of no use for another.
+    void begin(Member& member, int64_t past, const int64_t* ids, const int64_t* places) {
+        if (member.part != thread.part || member.parts != thread.parts) ahead_.rewind();
+        thread.member = &member;
+        thread.part = member.part, thread.parts = member.parts;
+        thread.past = past, thread.ids = ids, thread.places = places;
+        thread.tokens = static_cast<int>(thread.s.tokens);
+        ahead_.finished = 0;
+        mlp_.begin();
+    }
+
+    void run() {
+        embed();
+        for (int64_t i = 0; i < m.layer_count; i++) {
+            const StepLayer& layer = m.layers[i];
+            if (layer.run_attention) attention_.run(layer, c.caches[i]);
+            else if (layer.k.weight) attention_.write_entries(layer, c.caches[i]);
+            if (layer.run_mlp) mlp_.run(layer);
+        }
+        logits();
+    }
+
+    // The first of the greatest logits, of the model's dtype, after `run`: all threads find the same.
+    int64_t likeliest() {
+        projections_.meet();
+        w.best[thread.part] = all_logits().greatest(thread.mine(m.head.out));
+        projections_.meet();
+        Greatest best{};
+        for (int p = 0; p < thread.parts; p++)
+            if (w.best[p].at >= 0) best.show(w.best[p].value, w.best[p].at);
+        greatest_ = best.value;
+        return best.at;
+    }
+
+    // What softmax gives the token that `likeliest` has just found.
+    float probability() {
+        projections_.meet();  // `best` has been read by all
+        const Range mine = thread.sums();
+        for (int64_t i = mine.begin; i < mine.end; i++)
+            w.best[i].value = all_logits().exp_sum(share(m.head.out, i, c.threads), greatest_);
+        projections_.meet();
+        float sum = 0;
+        for (int i = 0; i < c.threads; i++) sum += w.best[i].value;
+        return 1 / sum;
+    }
+
+    // Neurons that were left out so far: what all threads know, and what this one alone has seen.
+    int64_t known_skipped() const { return thread.skipped; }
+    double own_skipped() const { return thread.unread; }
+
+  private:
+    const Own own_;
+    StepThread thread;
+    Prefetch ahead_{thread};
+    Projections projections_{thread, ahead_};
+    StepAttention attention_{thread, ahead_, projections_};
+    StepMlpLayer mlp_{thread, ahead_, projections_};
+    const StepModel& m = thread.m;
+    const StepCall& c = thread.c;
+    const Shared& w = thread.w;
+    const Own& own = thread.own;
+    float greatest_ = 0;  // the logit that `likeliest` found
+
+    void embed() {
+        const int64_t row = m.hidden * size_of(m.embedding_dtype);
+        for (int t = 0; t < thread.tokens; t++) {
+            const char* from = static_cast<const char*>(m.embedding) + thread.ids[t] * row;
+            float* to = own.x + t * m.hidden;
+            thread.isa.to_float(from, m.embedding_dtype, to, m.hidden);
+            for (int64_t i = 0; i < m.hidden && m.embedding_scale != 1.f; i++) to[i] *= m.embedding_scale;
+        }
+    }
+
+    Logits all_logits() const { return {c.logits, m.logit_dtype, own.slice}; }
+
+    void logits() {
+        // the tokens whose logits are wanted move to the front
+        for (int64_t r = 0; r < c.rows; r++)
+            for (int64_t j = 0; j < c.wanted; j++)
+                memmove(own.x + (r * c.wanted + j) * m.hidden,
+                        own.x + (r * c.length + c.length - c.wanted + j) * m.hidden, m.hidden * sizeof(float));
+        thread.tokens = static_cast<int>(c.rows * c.wanted);
+        projections_.read_from(projections_.normed(m.norm, own.x), m.hidden);
+        const Matrices last = thread.head();
+        float* y = last.y[0];
+        projections_.project_all(last);
+        ahead_.rewind();
+        if (!thread.direct() || m.logit_scale != 1.f || m.logit_softcap > 0) {
+            projections_.meet();
+            const Range here = thread.mine(thread.tokens * m.head.out);
+            const int64_t n = here.end - here.begin;
+            float* mine = y + here.begin;
+            if (m.logit_scale != 1.f || m.logit_softcap > 0)
+                thread.step.softcap(mine, m.logit_scale, m.logit_softcap, n);
+            if (thread.direct()) return;
+            thread.isa.from_float(mine, static_cast<uint16_t*>(c.logits) + here.begin, m.logit_dtype, n);
+        }
+    }
+};
+
+}  // namespace coreskip

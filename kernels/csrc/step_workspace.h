@@ -1,0 +1,125 @@
+// The memory of a step: what all its threads see, and what each has to itself.
+#pragma once
+
+#include <stdint.h>
+
+#include <algorithm>
+
+#include "arguments.h"
+#include "division.h"
+#include "formats.h"
+#include "logits.h"
+#include "workspace.h"
+
+namespace coreskip {
+
+// The largest sizes of all layers.
+struct Sizes {
+    int64_t tokens, hidden, width = 0, attention = 0, queries = 0, kv = 0, neurons = 0, parts = 0, listed = 0;
+    int64_t rank = 0, inputs = 0, sums = 0;  // of learned scores; of column-sparse linears, and their outputs
+
+    Sizes(const StepModel& model, const StepCall& call, int64_t ahead)
+        : tokens(call.rows * call.length), hidden(model.hidden) {
+        for (int64_t i = 0; i < model.layer_count; i++) {
+            const StepLayer& l = model.layers[i];
+            attention = std::max(attention, l.heads * l.head_dim);
+            kv = std::max(kv, l.kv_heads * l.head_dim);
+            queries = std::max(queries, l.heads);
+            neurons = std::max({neurons, l.gate.out, l.up.out, l.mlp.neurons});
+            listed = std::max(listed, l.mlp.neurons);
+            rank = std::max(rank, l.mlp.reduce.out);
+            for (const StepLinear* w : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down, &l.mlp.reduce, &l.mlp.expand}) {
+                width = std::max(width, w->columns ? 0 : w->stride);
+                inputs = std::max(inputs, w->columns ? w->in : 0);
+                sums = std::max(sums, w->columns ? w->out + kPad : 0);
+            }
+            width = std::max(width, l.mlp.stride);
+        }
+        width = std::max({width, model.head.stride, hidden});
+        parts = (call.past + call.length + ahead - 1) / kChunk + 1;
+        int64_t room = 8;  // grows by doubling, so that the workspace is not made anew every kChunk tokens
+        while (room < parts) room *= 2;
+        parts = room;
+    }
+};
+
+// What all threads see.
+struct Shared {
+    float *q, *k, *v, *out, *gate, *up, *logits;
+    float *most, *sum, *value;  // attention: [parts][tokens][heads], value times [head_dim]
+    float* acc;                 // bundled MLPs: [2][threads][tokens][stride], used in turn
+    float *score, *known_gate, *reduced;
+    int64_t* dropped;           // [2][threads]: neurons that `refine` left out, used as `acc` is
+    Stretch* stretches;         // [threads]
+    Greatest* best;             // [threads]
+    int32_t* high;
+    double* left_out;           // [threads]: see Walker
+};
+
+// What one thread has to itself.
+struct Own {
+    float *x, *h, *pending, *rows, *attended, *queries, *scratch;
+    int8_t* q;
+    float *scale, *group_scale, *group_sum;
+    int32_t* sum;
+    int64_t *from, *to, *chosen, *list;
+    uint8_t* selected;
+    uint32_t* keys;
+    float *slice, *exact, *sums;
+};
+
+template <class Take>
+Shared share_out(const Sizes& s, const StepModel& m, const StepCall& c, int threads, Take take) {
+    Shared w{};
+    const int64_t t = s.tokens;
+    w.q = take(float(), t * s.attention);
+    w.k = take(float(), t * s.kv);
+    w.v = take(float(), t * s.kv);
+    w.out = take(float(), t * s.hidden);
+    w.gate = take(float(), t * s.neurons);
+    w.up = take(float(), t * s.neurons);
+    w.logits = take(float(), c.rows * c.wanted * m.head.out);
+    w.most = take(float(), s.parts * t * s.queries);
+    w.sum = take(float(), s.parts * t * s.queries);
+    w.value = take(float(), s.parts * t * s.attention);
+    w.acc = take(float(), s.listed ? 2 * threads * t * s.width : 0);
+    w.score = take(float(), s.listed * t);
+    w.known_gate = take(float(), s.listed * t);
+    w.reduced = take(float(), s.rank * t);
+    w.dropped = take(int64_t(), 2 * threads);
+    w.high = take(int32_t(), s.listed * t * 2);
+    w.stretches = reinterpret_cast<Stretch*>(take(char(), threads * sizeof(Stretch)));
+    w.best = take(Greatest(), threads);
+    w.left_out = take(double(), threads);
+    return w;
+}
+
+template <class Take>
+Own own_share(const Sizes& s, Take take) {
+    Own w{};
+    const int64_t t = s.tokens, wide = std::max(s.width, s.neurons + kPad);
+    w.x = take(float(), t * s.hidden);
+    w.h = take(float(), t * wide);
+    w.pending = take(float(), t * s.hidden);
+    w.rows = take(float(), t * wide);
+    w.attended = take(float(), t * s.attention);
+    w.queries = take(float(), s.attention + s.kv);
+    w.scratch = take(float(), s.attention);
+    w.q = take(int8_t(), t * wide);
+    w.scale = take(float(), t);
+    w.group_scale = take(float(), t * (wide / kGroup + 1));
+    w.group_sum = take(float(), t * (wide / kGroup + 1));
+    w.sum = take(int32_t(), t);
+    w.from = take(int64_t(), s.queries);
+    w.to = take(int64_t(), s.queries);
+    w.chosen = take(int64_t(), s.listed * t);
+    w.list = take(int64_t(), std::max(s.listed, s.inputs) + 1);
+    w.selected = take(uint8_t(), std::max(s.listed, s.inputs) * t);
+    w.keys = take(uint32_t(), s.listed);
+    w.slice = take(float(), kSlice);
+    w.exact = take(float(), s.listed * t);
+    w.sums = take(float(), s.sums * t);
+    return w;
+}
+
+}  // namespace coreskip

@@ -1,0 +1,74 @@
+// Tiles of groups of 4 or 8 bits: products with them, and the ways there and back.
+
+#include <string.h>
+
+#include <algorithm>
+
+#include "dispatch.h"
+#include "division.h"
+#include "team.h"
+#include "workspace.h"
+
+using namespace coreskip;
+
+// The op coreskip::linear for tiles, of bytes or of nibbles, with x as it is (`whole`) or rounded to 8 bits.
+// x: [rows][in_features] of x_dtype; out: [rows][out_features] of x_dtype.
+CORESKIP_API int coreskip_tiles(const void* x, int x_dtype, int rows, int64_t in_features, const void* weight,
+                                int bytes, int whole, int64_t out_features, int64_t stride, const float* bias,
+                                void* out, int threads) {
+    const Isa& isa = *active.load();
+    const StepIsa& step = *active_step.load();
+    const int64_t groups = stride / kGroup, tiles = (out_features + kTile - 1) / kTile;
+    if (!workspace.reserve(Workspace::room<float>(rows * stride) + Workspace::room<int8_t>(rows * stride) +
+                           2 * Workspace::room<float>(rows * groups) + Workspace::room<float>(rows * out_features)))
+        return kNoMemory;
+    float* values = workspace.take<float>(rows * stride);
+    int8_t* q = workspace.take<int8_t>(rows * stride);
+    float* scale = workspace.take<float>(rows * groups);
+    float* sum = workspace.take<float>(rows * groups);
+    float* y = workspace.take<float>(rows * out_features);
+    for (int r = 0; r < rows; r++) {
+        float* row = values + r * stride;
+        isa.to_float(static_cast<const char*>(x) + r * in_features * size_of(x_dtype), x_dtype, row, in_features);
+        memset(row + in_features, 0, (stride - in_features) * sizeof(float));
+        if (!whole) step.quantize_groups(row, stride, q + r * stride, scale + r * groups, sum + r * groups);
+    }
+    Lease()->each(threads, threads, [&](int64_t part) {
+        Ahead none{};
+        const float* x_whole = whole ? values : nullptr;
+        const TileJob job = {weight, bytes != 0, bias, groups, out_features, rows, x_whole, q, scale, sum, y, &none};
+        const Range here = share(tiles, part, threads);
+        step.tiles(job, here.begin, here.end);
+    });
+    isa.from_float(y, out, x_dtype, rows * out_features);
+    return kOk;
+}
+
+// Rows `first` to `first + rows` of tiles, as they are computed with. out: [rows][in_features] of dtype.
+CORESKIP_API int coreskip_untile(const void* weight, int bytes, int64_t groups, int64_t in_features, int64_t first,
+                                 int64_t rows, int dtype, void* out, int threads) {
+    const StepIsa& step = *active_step.load();
+    const UntileJob job = {weight, bytes != 0, groups, in_features, first, dtype, out};
+    const int64_t begin = first / kTile, tiles = (first + rows + kTile - 1) / kTile - begin;
+    Lease()->each(threads, threads, [&](int64_t part) {
+        const Range here = share(tiles, part, threads);
+        step.untile(job, std::max(first, (begin + here.begin) * kTile),
+                    std::min(first + rows, (begin + here.end) * kTile));
+    });
+    return kOk;
+}
+
+// Tiles that stand for the very numbers of weight: [rows][in_features] floats, row_stride apart. Returns whether there
+// are such.
+CORESKIP_API int coreskip_tile_up(const float* weight, int64_t row_stride, int64_t rows, int64_t in_features, int bytes,
+                                  void* out, int threads) {
+    const StepIsa& step = *active_step.load();
+    const TileUpJob job = {weight, row_stride, rows, in_features, (in_features + kGroup - 1) / kGroup, bytes != 0, out};
+    const int64_t tiles = (rows + kTile - 1) / kTile;
+    std::atomic<bool> all{true};
+    Lease()->each((tiles + 3) / 4, threads, [&](int64_t i) {
+        for (int64_t t = 4 * i; t < std::min(tiles, 4 * i + 4); t++)
+            if (all.load(std::memory_order_relaxed) && !step.tile_up(job, t, t + 1)) all = false;
+    });
+    return all;
+}
