@@ -178,6 +178,7 @@ def sample_text(model: Any, tokenizer: Any, *, tokens: int, length: int, seed: i
         seed: the same seed gives the same text; the caller's random state is left as it was.
     """
     check_seed(seed)
+    check_tokenizer(tokenizer)
     length = min(length, most_positions(model, length + 1) - 1)
     start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), 0)
     rows = -(-tokens // length)

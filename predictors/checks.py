@@ -15,6 +15,7 @@ Score = Literal["signed", "magnitude", "magnitude_down", "griffin"]
 SCORES: tuple[Score, ...] = get_args(Score)
 Allocation = Literal["equal", "cett", "residual", "fisher", "greedy"]
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
+WEIGHT_FORMATS = ("int4", "int8")
 
 _MOST_SEED = 2**64 - 1  # torch's generators hold 64 bits
 _TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".html", ".xml", ".log", ".tex"}
@@ -29,6 +30,12 @@ def check_score(score: str) -> None:
 def check_allocation(allocation: str) -> None:
     if allocation not in ALLOCATIONS:
         raise CoreskipError(f"unknown allocation {allocation!r}; choose from {', '.join(ALLOCATIONS)}")
+
+
+def check_weights(weights: Any) -> None:
+    """The format in which decode steps read their weights: None leaves them as they are loaded, or the plan's own."""
+    if weights is not None and weights not in WEIGHT_FORMATS:
+        raise CoreskipError(f"weights is {weights!r}; choose from {', '.join(WEIGHT_FORMATS)}, or leave it out")
 
 
 def check_share(name: str, value: float) -> None:

@@ -20,7 +20,7 @@ from ..predictors.errors import CoreskipError
 from ..predictors.observe import inference
 from ..predictors.plan import Plan
 from .sparse_mlp import Weights
-from .wrap import is_wrapped, runtime_of, wrapped
+from .wrap import make_way, runtime_of, wrapped
 
 WINDOW = 512  # tokens; the first half is the prompt, the second half is scored
 _DENSE_LOGITS = 1 << 27  # of windows scored densely are kept, 4 bytes each, while the plans are wrapped one by one
@@ -72,8 +72,7 @@ def evaluate_all(
     Raises:
         CoreskipError: text too short, another model's plan, model wrapped already.
     """
-    if is_wrapped(model):
-        raise CoreskipError("the model is wrapped already: call coreskip.unwrap(model) first")
+    make_way(model)
     check_count("windows", windows)
     check_count("window", window, 4)
     if window % 2:

@@ -14,7 +14,7 @@ from ..predictors.plan import LayerPlan, Plan, TopK
 from ..predictors.token_choice import TokenCalibration
 from .emulation import Emulation
 from .quality import WINDOW
-from .wrap import is_wrapped
+from .wrap import make_way
 
 
 def ppl_sparsity(
@@ -43,8 +43,7 @@ def ppl_sparsity(
     Returns:
         ``{"percent", "cett", "sparsity", "ppl_increase", "dense_ppl"}``: of the largest CETT tried that stays within.
     """
-    if is_wrapped(model):
-        raise CoreskipError("the model is wrapped already: call coreskip.unwrap(model) first")
+    make_way(model)
     dissect(model)
     check_above_zero("percent", percent)
     for name, value, least in (("windows", windows, 1), ("window", window, 2), ("steps", steps, 1)):

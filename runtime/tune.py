@@ -30,7 +30,7 @@ from .decode import refusal
 from .emulation import Emulation
 from .options import Budget, check_options, given
 from .quality import WINDOW, evaluate_all
-from .wrap import is_wrapped
+from .wrap import make_way
 
 logger = logging.getLogger("coreskip")
 
@@ -157,8 +157,7 @@ class Study:
         progress: bool = True,
         **options: Any,
     ) -> None:
-        if is_wrapped(model):
-            raise CoreskipError("the model is wrapped already: call coreskip.unwrap(model) first")
+        make_way(model)
         self._anatomy = dissect(model)
         depth = len(self._anatomy)
         if first_layer >= depth:
