@@ -9,8 +9,8 @@ from typing import Any
 from coreskip.bench.runners import Stopwatch
 from coreskip.kernels.ops import available
 from coreskip.predictors.plan import Plan
+from coreskip.runtime.analyze import analyze
 from coreskip.runtime.load import load
-from coreskip.runtime.tune import analyze
 from coreskip.runtime.wrap import wrap
 
 KEEP = 0.7

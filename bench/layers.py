@@ -22,7 +22,8 @@ from coreskip.bench.workloads import prompts
 from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.calibration import TokenText, read_text, tokenize
 from coreskip.predictors.files import check_file, write_text
-from coreskip.predictors.layers import LayerChoice, VoidMaps, attention_ranks, block_influence, void_maps
+from coreskip.predictors.layer_selection import LayerSelection
+from coreskip.predictors.layers import VoidMaps, attention_ranks, block_influence, layer_policies, void_maps
 from coreskip.predictors.plan import LayerPlan, LayerPolicy, Plan, Run, Skip, SkipAttention, SkipMLP
 from coreskip.runtime.load import load
 from coreskip.runtime.quality import evaluate_all
@@ -67,7 +68,7 @@ def main() -> None:
     ranks = attention_ranks(model, windows)
     keep({"what": "importance", "influence": [vars(each) for each in influence], "attention_rank": ranks})
     names = options.plans.split(",")
-    plans = [_plan(model, LayerChoice.parse(name).policies(influence)) for name in names]
+    plans = [_plan(model, layer_policies(LayerSelection.parse(name), influence)) for name in names]
     for name, plan, quality in zip(names, plans, _quality(model, plans, scored, options.windows), strict=True):
         keep({"what": "plan", "plan": name, **quality, **_speed(model, plan, texts, options.tokens)})
     if options.each:

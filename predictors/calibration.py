@@ -40,6 +40,11 @@ class TokenText:
     prefix: Tensor
     source: str
 
+    @classmethod
+    def sampled(cls, ids: Tensor, tokenizer: Any, seed: int) -> TokenText:
+        """Text that a model has written: int64 ids ``[tokens]``."""
+        return cls(ids, _prefix(tokenizer), f"sampled from the model, seed {seed}")
+
     def split(self, *shares: float) -> list[TokenText]:
         """Consecutive parts of the given shares, which sum to at most 1."""
         parts, start = [], 0.0
@@ -207,4 +212,4 @@ def sample_text(model: Any, tokenizer: Any, *, tokens: int, length: int, seed: i
             stopping_criteria=StoppingCriteriaList([_Bar(bar)]),
         )
     ids = written[:, 1:].reshape(-1).cpu()
-    return TokenText(ids, _prefix(tokenizer), f"sampled from the model, seed {seed}")
+    return TokenText.sampled(ids, tokenizer, seed)

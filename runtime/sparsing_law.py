@@ -9,7 +9,6 @@ from typing import Any
 from ..predictors.anatomy import dissect
 from ..predictors.calibration import TokenText, most_positions, text_of
 from ..predictors.checks import check_above_zero, check_count
-from ..predictors.errors import CoreskipError
 from ..predictors.plan import LayerPlan, Plan, TopK
 from ..predictors.token_choice import TokenCalibration
 from .emulation import Emulation

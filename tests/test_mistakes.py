@@ -27,7 +27,8 @@ from coreskip import CoreskipError, Engine, Plan, analyze, evaluate, load, paret
 from coreskip.bench.processes import serve
 from coreskip.bench.runners import Job
 from coreskip.cli import main
-from coreskip.predictors.layers import LayerChoice, left_out
+from coreskip.predictors.layer_selection import LayerSelection
+from coreskip.predictors.layers import left_out
 from coreskip.runtime.options import Budget, check_options
 from coreskip.runtime.wrap import is_wrapped
 
@@ -199,9 +200,15 @@ MISTAKES: dict[str, tuple[Call, str]] = {
     "a number as a tokenizer": (lambda at: generated(at, "a", tokenizer=3), "tokenizer is an int"),
     "a number as a prefix function": (lambda at: generated(at, "a", prefix_allowed_tokens_fn=3), "give a function"),
     "a misspelt option": (lambda at: generated(at, "a", max_new_token=3), "'max_new_token': did you mean max_new_tok"),
-    "a misspelt seed": (lambda at: streamed(at, "a", sed=3), "there is no option of generation 'sed': did you mean seed"),
+    "a misspelt seed": (
+        lambda at: streamed(at, "a", sed=3),
+        "there is no option of generation 'sed': did you mean seed",
+    ),
     "no option at all": (lambda at: generated(at, "a", qqqq=3), "'qqqq': see transformers.GenerationConfig"),
-    "a misspelt setting": (lambda at: Engine(at.model, at.tokenizer, exakt=True), "no option 'exakt': did you mean exact"),
+    "a misspelt setting": (
+        lambda at: Engine(at.model, at.tokenizer, exakt=True),
+        "no option 'exakt': did you mean exact",
+    ),
     "an unknown format": (lambda at: Engine(at.model, at.tokenizer, weights="int3"), "weights is 'int3'; choose from"),
     "plain under a plan": (lambda at: Engine(at.model, at.tokenizer, at.plan, plain=True), "leave out plan, exact"),
     # learned positions
@@ -381,9 +388,9 @@ def test_some_layer_stays() -> None:
     assert [left_out(keep, 3) for keep in (0.01, 0.3, 0.5, 1.0)] == [2, 2, 2, 0]
     for text, words in (("skip:3", "all of the model's 3"), ("skip:4", "more layers"), ("every:4", "none of the")):
         with pytest.raises(CoreskipError, match=words):
-            LayerChoice.parse(text).check(3)
+            LayerSelection.parse(text).check(3)
     for text in ("skip:2", "skip-mlp:3", "every:3", "adaptive:0.8"):
-        LayerChoice.parse(text).check(3)
+        LayerSelection.parse(text).check(3)
 
 
 def test_an_adapter_is_called_one() -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from test_analyze import run, text
 from test_policies import plan_with, some_policy
-from test_tune import run, text
 from tiny_models import NoTokenizer, greedy, plan_of, prompt, tiny
 
 import coreskip
@@ -21,9 +21,9 @@ from coreskip import CoreskipError, Plan, PlanError
 from coreskip.bench import budget as benchmark
 from coreskip.kernels.ops import available
 from coreskip.predictors.plan import Adaptive, LayerPlan, Run, Sketch, Skip, SkipAttention, SkipMLP
+from coreskip.runtime.calibrate import Study
 from coreskip.runtime.cost import bytes_per_token, cost, predicted_seconds, read_bandwidth
 from coreskip.runtime.search import FAMILIES, Family, Journal, pareto
-from coreskip.runtime.tune import Study
 from coreskip.runtime.wrap import runtime_of
 
 needs_kernels = pytest.mark.skipif(available("cpu") is not None, reason="the native step is not built")
@@ -286,8 +286,8 @@ def test_halves_that_do_nothing_are_left_out_where_no_whole_layer_may_be(half: s
 
 def test_layers_are_not_calibrated_for_where_they_cannot_win(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr("coreskip.runtime.tune.half_losses", lambda *about, **options: asked.append(about))
-    monkeypatch.setattr("coreskip.runtime.search._Hunt._promises", lambda self, family, keep: family.method == "dense")
+    monkeypatch.setattr("coreskip.runtime.calibrate.half_losses", lambda *about, **options: asked.append(about))
+    monkeypatch.setattr("coreskip.runtime.search._Search._can_win", lambda self, family, keep: family.method == "dense")
     assert budgeted(llama, "kl<100").recipe["method"] == "dense"
     assert not asked
 
@@ -307,7 +307,7 @@ def test_what_fails_by_far_is_not_tried_with_less_kept_in_other_weights(
 
     monkeypatch.setattr(Study, "measure", judged)
     only = Family("layers", {"leave": "layers"})
-    monkeypatch.setattr("coreskip.runtime.search._Hunt.families", lambda self: [only])
+    monkeypatch.setattr("coreskip.runtime.search._Search.families", lambda self: [only])
     assert budgeted(llama, "kl<1").weights == "int4"
     assert ("int4", 1) in measured
     assert not [weights for weights, skipped in measured if skipped and weights != "int4"]
