@@ -17,6 +17,7 @@ Allocation = Literal["equal", "cett", "residual", "fisher", "greedy"]
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 WEIGHT_FORMATS = ("int4", "int8")
 
+_LEAST_TEMPERATURE = 1e-30  # scores, up to some hundreds, divided by less are no float32 numbers any more
 _MOST_SEED = 2**64 - 1  # torch's generators hold 64 bits
 _TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".html", ".xml", ".log", ".tex"}
 _LONGEST_NAME = 4096  # of a path, on Linux
@@ -48,6 +49,13 @@ def check_above_zero(name: str, value: Any) -> None:
     """A finite number above 0."""
     if not (_is_number(value) and value > 0):
         raise CoreskipError(f"{name} is {value!r}; it must be a number above 0")
+
+
+def check_temperature(name: str, value: Any) -> None:
+    """What scores can be divided by."""
+    check_above_zero(name, value)
+    if value < _LEAST_TEMPERATURE:
+        raise CoreskipError(f"{name} is {value!r}, by which scores cannot be divided: give 0 for greedy text, or more")
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:

@@ -544,6 +544,12 @@ class Plan:
             raise PlanError(f"{folder} is not a plan: {Path(str(error.filename)).name}: {error.strerror}") from None
         return _decode(text, data, folder)
 
+    def __repr__(self) -> str:
+        words = [str(self.recipe.get("method", "no method")), f"keep {self.keep:.1%}", self.weights or "as loaded"]
+        if self.quality is not None:
+            words.append(f"ppl {self.quality['ppl_increase']:+.1%}")
+        return f"Plan({', '.join(words)}; {len(self.layers)} layers of {self.model.model_type})"
+
     def __str__(self) -> str:
         from .drawing import plan_table
 

@@ -13,7 +13,15 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
-from ..predictors.checks import check_above_zero, check_count, check_encodable, check_flag, check_seed, kind_of
+from ..predictors.checks import (
+    check_above_zero,
+    check_count,
+    check_encodable,
+    check_flag,
+    check_seed,
+    check_temperature,
+    kind_of,
+)
 from ..predictors.errors import CoreskipError
 from .unknown import closest
 
@@ -21,7 +29,6 @@ from .unknown import closest
 _OF_THE_PROMPT = ("input_ids", "inputs", "inputs_embeds", "attention_mask")
 #: And those that it has besides ``model.generate``.
 _OF_ENGINES = ("seed", "stop_strings")
-_LEAST_TEMPERATURE = 1e-30  # scores, up to some hundreds, divided by less are no float32 numbers any more
 
 
 def own_options(model: Any, options: dict[str, Any]) -> tuple[int | None, list[str], dict[str, Any]]:
@@ -87,13 +94,6 @@ def _greedy_at_zero(options: dict[str, Any]) -> dict[str, Any]:
         return options
     rest = {name: value for name, value in options.items() if name != "temperature"}
     return {**rest, "do_sample": False}
-
-
-def check_temperature(name: str, value: Any) -> None:
-    """Raise `CoreskipError` for what scores cannot be divided by."""
-    check_above_zero(name, value)
-    if value < _LEAST_TEMPERATURE:
-        raise CoreskipError(f"{name} is {value!r}, by which scores cannot be divided: give 0 for greedy text, or more")
 
 
 def _check_share(name: str, value: Any) -> None:

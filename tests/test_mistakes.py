@@ -66,6 +66,7 @@ def at(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         here.tokenizer.save_pretrained(folder / name)
     here.plan.save(folder / "my.plan")
     (folder / "story.txt").write_text(STORY)
+    (folder / "bad.jsonl").write_text('"a"\n{"text": "b"}\n')
     here.bare = characters(None)
     return here
 
@@ -202,12 +203,12 @@ MISTAKES: dict[str, tuple[Call, str]] = {
     "a misspelt option": (lambda at: generated(at, "a", max_new_token=3), "'max_new_token': did you mean max_new_tok"),
     "a misspelt seed": (
         lambda at: streamed(at, "a", sed=3),
-        "there is no option of generation 'sed': did you mean seed",
+        "generation 'sed': did you mean seed",
     ),
     "no option at all": (lambda at: generated(at, "a", qqqq=3), "'qqqq': see transformers.GenerationConfig"),
     "a misspelt setting": (
         lambda at: Engine(at.model, at.tokenizer, exakt=True),
-        "no option 'exakt': did you mean exact",
+        "'exakt': did you mean exact",
     ),
     "an unknown format": (lambda at: Engine(at.model, at.tokenizer, weights="int3"), "weights is 'int3'; choose from"),
     "plain under a plan": (lambda at: Engine(at.model, at.tokenizer, at.plan, plain=True), "leave out plan, exact"),
@@ -446,7 +447,24 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     ((*ANALYZE, "--layers", "every:4"), "none of the model's 3 layers"),
     ((*ANALYZE, "--layers", "skip:1", "--first-layer", "1"), "first_layer is of choosing neurons"),
     ((*ANALYZE, "--layers", "skip:1", "--rule", "wina"), "rule is of choosing neurons"),
+    ((*ANALYZE[:2], "-o", "-"), "a plan is a folder, which stdout cannot hold"),
+    ((*ANALYZE, "--layers", "skip"), "cannot read the layers 'skip'"),
+    ((*ANALYZE, "--weights", "int3"), "'int3' is not one of 'int4', 'int8'"),
+    ((*ANALYZE, "--method", "learned", "--rank", "65"), "rank is 65: more than the model's hidden size, 64"),
     ((*GENERATE, "-p", "a", "--seed", "3"), "--seed is of sampling: add a --temperature"),
+    ((*GENERATE, "-p", "a", "--temperature", "0", "--seed", "3"), "--seed is of sampling: add a --temperature"),
+    ((*GENERATE, "-p", "a", "--temperature", "1e-300"), "--temperature is 1e-300, by which scores cannot be divided"),
+    ((*GENERATE, "-p", "a", "--temperature", "1", "--top-p", "2"), "--top-p is 2.0; it must be at most 1"),
+    ((*GENERATE, "-p", "a", "--top-k", "3"), "--top-k is of sampling"),
+    ((*GENERATE, "-p", "a", "-n", "3"), "--num-samples is of sampling"),
+    ((*GENERATE, "-p", "a", "--plain", "--plan", "my.plan"), "--plain is plain transformers: leave out --plan"),
+    ((*GENERATE, "-p", "a", "--prompt-file", "story.txt"), "give one of --prompt and --prompt-file"),
+    (GENERATE, "give one of --prompt and --prompt-file"),
+    ((*GENERATE, "--prompt-file", "none.txt"), "cannot read the prompts none.txt"),
+    ((*GENERATE, "--prompt-file", "bad.jsonl"), "line 2 of bad.jsonl holds no prompt"),
+    (("chat", "llama", "--system", "\udcff"), "--system is not valid text"),
+    (("chat", "llama", "--temperature", "nan"), "--temperature is nan"),
+    (("bench", "llama", "--weights", "int3"), "weights is 'int3'"),
     ((*GENERATE, "-p", "a", "--temperature", "1", "--seed", str(2**64)), "seed is 18446744073709551616"),
     ((*GENERATE, "-p", "a", "--temperature", "nan"), "--temperature is nan"),
     ((*GENERATE, "-p", "a", "--temperature", "inf"), "--temperature is inf"),
@@ -555,14 +573,30 @@ def test_a_prompt_of_undecodable_bytes() -> None:
     assert b"--prompt is not valid text" in ran.stderr
 
 
-def test_mistakes_do_not_wait_for_torch() -> None:
+AT_ONCE = [
+    ["analyze", "-o", "x", "--budget", "kl<0"], ["analyze", "-o", "-"], ["analyze", "-o", "x", "--layers", "skip"],
+    ["analyze", "-o", "x", "--method", "core", "--rank", "3"], ["analyze", "-o", "x", "--weights", "int3"],
+    ["analyze", "-o", "x", "--allocation", "best"], ["analyze", "-o", "x", "--tokens", "0"],
+    ["generate", "-p", "x", "--seed", "3"], ["generate"], ["generate", "-p", "x", "--temperature", "1e-300"],
+    ["generate", "-p", "x", "--plain", "--exact"], ["generate", "-p", "x", "-n", "2"], ["generate", "-p", ""],
+    ["chat", "--top-p", "0.5"], ["chat", "--plain", "--weights", "int4"], ["chat", "--temperature", "-1"],
+    ["eval", "--window", "5"], ["eval", "--ppl-sparsity", "nan"], ["eval", "--lookup"],
+    ["bench", "--weights", "int3"], ["info", "--nonsense"], ["show"], ["nonsense"],
+]  # fmt: skip
+
+
+def test_mistakes_do_not_wait_for_torch(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom coreskip.cli import main\n"
-        "for words in (['analyze', '-o', 'x', '--budget', 'kl<0'], ['generate', '-p', 'x', '--seed', '3']):\n"
-        "    try: main(words)\n    except SystemExit as end: assert end.code == 2\n"
-        "sys.exit('torch' in sys.modules)"
+        f"for words in {AT_ONCE!r}:\n"
+        "    try: main(words)\n    except SystemExit as end: assert end.code == 2, words\n"
+        "    assert 'torch' not in sys.modules, words\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (ran.returncode, ran.stderr.count("\n")) == (0, len(AT_ONCE)), ran.stderr
 
 
 def test_a_worker_whose_bench_is_gone_ends_quietly() -> None:
