@@ -27,12 +27,12 @@ from coreskip.predictors.errors import CoreskipError
 from coreskip.predictors.files import check_file
 from coreskip.predictors.files import read_text as read_rows
 from coreskip.predictors.plan import Plan
+from coreskip.runtime.calibrate import Study
 from coreskip.runtime.cost import bytes_per_token
 from coreskip.runtime.emulation import Emulation
 from coreskip.runtime.load import load
 from coreskip.runtime.options import Budget
 from coreskip.runtime.search import Journal, search
-from coreskip.runtime.tune import Study
 
 BUDGETS = ("ppl+0.5%", "ppl+1%", "ppl+2%", "ppl+5%")
 METHODS = ("auto", "sketch", "threshold", "static")

@@ -18,9 +18,9 @@ from coreskip.bench.settings import scored_text
 from coreskip.kernels.ops import available
 from coreskip.predictors.calibration import TokenText, text_of
 from coreskip.predictors.plan import Plan
+from coreskip.runtime.analyze import analyze
 from coreskip.runtime.load import load
 from coreskip.runtime.quality import evaluate_all
-from coreskip.runtime.tune import analyze
 from coreskip.runtime.wrap import wrap
 
 BUDGET = "ppl+1%"

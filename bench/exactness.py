@@ -24,7 +24,8 @@ from coreskip.bench.clock import greedy
 from coreskip.bench.provenance import commit, device_name, model_name
 from coreskip.bench.workloads import PROMPTS
 from coreskip.predictors.files import check_file
-from coreskip.predictors.layers import Influence, LayerChoice
+from coreskip.predictors.layer_selection import LayerSelection
+from coreskip.predictors.layers import Influence, layer_policies
 from coreskip.predictors.plan import LayerPlan, Plan
 from coreskip.predictors.policies import CoreNeurons
 from coreskip.runtime.load import load
@@ -53,7 +54,7 @@ def plan_named(name: str, model: Any) -> Plan:
         layers = dense.layers
     else:
         even = [Influence(0.0, 0.0, 0.0)] * len(dense.layers)
-        layers = tuple(LayerPlan(layer=policy) for policy in LayerChoice.parse(name).policies(even))
+        layers = tuple(LayerPlan(layer=policy) for policy in layer_policies(LayerSelection.parse(name), even))
     return Plan(layers, dense.model, {"method": name}, weights=weights or None)
 
 

@@ -22,7 +22,8 @@ from coreskip.bench.workloads import prompts
 from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.calibration import TokenText, read_text, tokenize
 from coreskip.predictors.files import check_file, write_text
-from coreskip.predictors.layers import LayerChoice, VoidMaps, attention_ranks, block_influence, void_maps
+from coreskip.predictors.layer_selection import LayerSelection
+from coreskip.predictors.layers import VoidMaps, attention_ranks, block_influence, layer_policies, void_maps
 from coreskip.predictors.plan import LayerPlan, Plan
 from coreskip.predictors.policies import LayerPolicy, Run, Skip, SkipAttention, SkipMLP
 from coreskip.runtime.load import load
@@ -80,7 +81,7 @@ def main(
     ranks = attention_ranks(loaded, calibration)
     keep({"what": "importance", "influence": [vars(layer) for layer in influence], "attention_rank": ranks})
     names = plans.split(",")
-    made = [_plan(loaded, LayerChoice.parse(name).policies(influence)) for name in names]
+    made = [_plan(loaded, layer_policies(LayerSelection.parse(name), influence)) for name in names]
     for name, plan, quality in zip(names, made, _quality(loaded, made, scored, windows), strict=True):
         keep({"what": "plan", "plan": name, **quality, **_speed(loaded, plan, texts, tokens)})
     for policy in (Skip(), SkipAttention(), SkipMLP()) if each else ():

@@ -23,11 +23,11 @@ from coreskip.predictors.calibration import TokenText, read_text, tokenize
 from coreskip.predictors.files import check_file
 from coreskip.predictors.plan import LayerPlan, Plan
 from coreskip.predictors.policies import Sketch
+from coreskip.runtime.calibrate import Calibrator
 from coreskip.runtime.cost import bytes_per_token
 from coreskip.runtime.emulation import Emulation
 from coreskip.runtime.load import load
 from coreskip.runtime.quality import evaluate_all
-from coreskip.runtime.tune import Workshop
 
 # (how the table names it, method, options)
 BY_PROMPT: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -67,8 +67,8 @@ KEEPS = (0.7, 0.5)  # of methods that choose by prompt
 def by_prompt(model: Any, calibration: TokenText, tokens: int) -> Iterator[tuple[str, Plan]]:
     """Every method that chooses from the prompt or before it, at every keep, made from the calibration text alone."""
     for name, method, options in BY_PROMPT:
-        workshop = Workshop(model, calibration, max_tokens=tokens, **options)
-        yield from ((name, workshop.make(method, keep)) for keep in KEEPS)
+        calibrator = Calibrator(model, calibration, max_tokens=tokens, **options)
+        yield from ((name, calibrator.make(method, keep)) for keep in KEEPS)
 
 
 def by_token(
@@ -76,7 +76,7 @@ def by_token(
 ) -> Iterator[tuple[str, Plan]]:
     """Every method that chooses token by token, or not at all, at its own keeps or, of those, at `keeps`; `only` those
     whose names hold this."""
-    workshop = Workshop(model, calibration, max_tokens=tokens)
+    calibrator = Calibrator(model, calibration, max_tokens=tokens)
     for name, method, options, own in BY_TOKEN:
         if only not in name:
             continue
@@ -88,7 +88,7 @@ def by_token(
             elif method == "bare" and (not keeps or keep in keeps):
                 yield name, _bare_sketch(model, keep)
             elif not keeps or keep in keeps:
-                yield name, replace(workshop.make(method, keep, **named), weights=weights)
+                yield name, replace(calibrator.make(method, keep, **named), weights=weights)
 
 
 def _bare_sketch(model: Any, keep: float) -> Plan:

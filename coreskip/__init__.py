@@ -26,7 +26,7 @@ _HOMES = {
     "Engine": "coreskip.runtime.engine",
     "Plan": "coreskip.predictors.plan",
     "PlanError": "coreskip.predictors.errors",
-    "analyze": "coreskip.runtime.tune",
+    "analyze": "coreskip.runtime.analyze",
     "evaluate": "coreskip.runtime.quality",
     "load": "coreskip.runtime.load",
     "pareto": "coreskip.runtime.search",
@@ -54,13 +54,13 @@ __all__ = [
 if TYPE_CHECKING:
     from coreskip.predictors.errors import CoreskipError, PlanError
     from coreskip.predictors.plan import Plan
+    from coreskip.runtime.analyze import analyze
     from coreskip.runtime.engine import Engine
     from coreskip.runtime.load import load
     from coreskip.runtime.phases import prefilling
     from coreskip.runtime.quality import evaluate
     from coreskip.runtime.search import pareto
     from coreskip.runtime.sparsing_law import ppl_sparsity
-    from coreskip.runtime.tune import analyze
     from coreskip.runtime.wrap import unwrap, wrap
 
 

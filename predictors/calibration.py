@@ -40,6 +40,11 @@ class TokenText:
     prefix: Tensor
     source: str
 
+    @classmethod
+    def sampled(cls, ids: Tensor, tokenizer: Any, seed: int) -> TokenText:
+        """Text that a model has written: int64 ids ``[tokens]``."""
+        return cls(ids, _prefix(tokenizer), f"sampled from the model, seed {seed}")
+
     def split(self, *shares: float) -> list[TokenText]:
         """Consecutive parts of the given shares, which sum to at most 1."""
         parts, start = [], 0.0
@@ -178,6 +183,7 @@ def sample_text(model: Any, tokenizer: Any, *, tokens: int, length: int, seed: i
         seed: the same seed gives the same text; the caller's random state is left as it was.
     """
     check_seed(seed)
+    check_tokenizer(tokenizer)
     length = min(length, most_positions(model, length + 1) - 1)
     start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), 0)
     rows = -(-tokens // length)
@@ -206,4 +212,4 @@ def sample_text(model: Any, tokenizer: Any, *, tokens: int, length: int, seed: i
             stopping_criteria=StoppingCriteriaList([_Bar(bar)]),
         )
     ids = written[:, 1:].reshape(-1).cpu()
-    return TokenText(ids, _prefix(tokenizer), f"sampled from the model, seed {seed}")
+    return TokenText.sampled(ids, tokenizer, seed)

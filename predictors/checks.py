@@ -15,7 +15,9 @@ Score = Literal["signed", "magnitude", "magnitude_down", "griffin"]
 SCORES: tuple[Score, ...] = get_args(Score)
 Allocation = Literal["equal", "cett", "residual", "fisher", "greedy"]
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
+WEIGHT_FORMATS = ("int4", "int8")
 
+_LEAST_TEMPERATURE = 1e-30  # scores, up to some hundreds, divided by less are no float32 numbers any more
 _MOST_SEED = 2**64 - 1  # torch's generators hold 64 bits
 _TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".html", ".xml", ".log", ".tex"}
 _LONGEST_NAME = 4096  # of a path, on Linux
@@ -31,6 +33,12 @@ def check_allocation(allocation: str) -> None:
         raise CoreskipError(f"unknown allocation {allocation!r}; choose from {', '.join(ALLOCATIONS)}")
 
 
+def check_weights(weights: Any) -> None:
+    """The format in which decode steps read their weights: None leaves them as they are loaded, or the plan's own."""
+    if weights is not None and weights not in WEIGHT_FORMATS:
+        raise CoreskipError(f"weights is {weights!r}; choose from {', '.join(WEIGHT_FORMATS)}, or leave it out")
+
+
 def check_share(name: str, value: float) -> None:
     """Shares of neurons (keep, alpha, beta) lie in (0, 1]."""
     if not (_is_number(value) and 0 < value <= 1):
@@ -41,6 +49,13 @@ def check_above_zero(name: str, value: Any) -> None:
     """A finite number above 0."""
     if not (_is_number(value) and value > 0):
         raise CoreskipError(f"{name} is {value!r}; it must be a number above 0")
+
+
+def check_temperature(name: str, value: Any) -> None:
+    """What scores can be divided by."""
+    check_above_zero(name, value)
+    if value < _LEAST_TEMPERATURE:
+        raise CoreskipError(f"{name} is {value!r}, by which scores cannot be divided: give 0 for greedy text, or more")
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
+
+# The types of what is drawn are in the module that draws by this one: a Plan, and a LayerPlan for each of its layers.
+Plan = Any
+LayerPlan = Any
 
 _BAR = 30
 
 
-def plan_table(plan: Any) -> str:
+def plan_table(plan: Plan) -> str:
     """The plan's origin, cost and layers; one line per layer with its policy and the share of neurons kept."""
     model = plan.model
     lines = [
@@ -22,15 +28,66 @@ def plan_table(plan: Any) -> str:
     ]
     policies = [_policy(layer) for layer in plan.layers]
     room = max(map(len, policies))
-    lines.append(f"layer  {'neurons':{room}}   kept / all")
-    lines += [
-        f"{index:5}  {policy:{room}} {_share(layer.kept(width), width)}"
-        for index, (policy, layer, width) in enumerate(
-            zip(policies, plan.layers, model.intermediate_sizes, strict=True)
-        )
+    rows = [
+        f"{policy:{room}} {_share(layer.kept(width), width)}"
+        for policy, layer, width in zip(policies, plan.layers, model.intermediate_sizes, strict=True)
     ]
+    lines.append(f"layers  {'neurons':{room}}   kept / all")
+    lines += [f"{where:>6}  {row}" for where, row in _folded(rows)]
     lines += _measures(plan.recipe.get("measures"), len(plan.layers))
     return "\n".join([*lines, *_frontier(plan.frontier)])
+
+
+def _folded(rows: list[str]) -> list[tuple[str, str]]:
+    """Equal rows in a row as one, with the layers that they are of: ``0-29``, or ``3`` for one alone."""
+    found: list[tuple[str, str]] = []
+    start = 0
+    for index, row in enumerate(rows):
+        if index + 1 == len(rows) or rows[index + 1] != row:
+            found.append((str(start) if start == index else f"{start}-{index}", row))
+            start = index + 1
+    return found
+
+
+def plan_document(plan: Plan) -> dict[str, Any]:
+    """What `plan_table` shows, as JSON holds it: what is a tensor is left out."""
+    model = plan.model
+    layers = [
+        {
+            "layer": index,
+            "neurons": {"policy": layer.neurons.name, **_plain(layer.neurons)},
+            "kept": layer.kept(width),
+            "of": width,
+            "runs": {"policy": layer.layer.name, **_plain(layer.layer)},
+        }
+        for index, (layer, width) in enumerate(zip(plan.layers, model.intermediate_sizes, strict=True))
+    ]
+    return {
+        "model": _plain(model),
+        "recipe": dict(plan.recipe),
+        "calibration": dict(plan.calibration),
+        "quality": None if plan.quality is None else dict(plan.quality),
+        "keep": plan.keep,
+        "weights": plan.weights,
+        "layers": layers,
+        "frontier": [dict(row) for row in plan.frontier],
+    }
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    """A dataclass's fields that are words, numbers or mappings and sequences of them."""
+    found = {each.name: getattr(value, each.name) for each in fields(value)}
+    return {name: dict(v) if isinstance(v, Mapping) else v for name, v in found.items() if _is_plain(v)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    return (
+        value is None
+        or isinstance(value, (bool, int, float, str))
+        or (isinstance(value, (list, tuple)) and all(map(_is_plain, value)))
+    )
 
 
 def _measures(measures: Any, depth: int) -> list[str]:
@@ -41,11 +98,13 @@ def _measures(measures: Any, depth: int) -> list[str]:
     influence, *shares = (measures[name] for name in names)
     means = [f"{sum(values) / depth:.1%}" for values in shares]
     lines = ["", f"void layers (LAC, alpha 0.8): {means[0]} in prompts, {means[1]} in responses"]
-    lines.append("layer  influence  void in prompts                         void in responses")
-    for index in range(depth):
-        bars = "  ".join(f"{'█' * round(_BAR * v[index]):·<{_BAR}} {v[index]:6.1%}" for v in shares)
-        lines.append(f"{index:5}  {influence[index]:9.3f}  {bars}")
-    return lines
+    lines.append("layers  influence  void in prompts                         void in responses")
+    rows = [
+        f"{influence[index]:9.3f}  "
+        + "  ".join(f"{'█' * round(_BAR * v[index]):·<{_BAR}} {v[index]:6.1%}" for v in shares)
+        for index in range(depth)
+    ]
+    return lines + [f"{where:>6}  {row}" for where, row in _folded(rows)]
 
 
 def _frontier(rows: Any) -> list[str]:
@@ -66,9 +125,9 @@ def _share(kept: int, width: int) -> str:
     return f"{kept:6} / {width:<6} {bar:·<{_BAR}} {kept / width:6.1%}"
 
 
-def _policy(layer: Any) -> str:
+def _policy(layer: LayerPlan) -> str:
     policy: Any = layer.neurons
-    names = ["alpha", "beta", "score", "bits", "rank"]
+    names = ["alpha", "beta", "score", "rule", "bits", "rank"]
     if getattr(policy, "score", None) == "griffin":
         names.remove("alpha")  # that score has none
     details = [f"{name}={getattr(policy, name)}" for name in names if hasattr(policy, name)]

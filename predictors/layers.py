@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .anatomy import Anatomy, dissect
 from .calibration import TokenText, most_positions
 from .errors import CoreskipError
+from .layer_selection import LayerSelection, Leave
 from .observe import inference
 from .plan import Plan
 from .policies import Adaptive, LayerPolicy, Run, Skip, SkipAttention, SkipMLP
@@ -198,7 +199,6 @@ def _added(anatomy: Anatomy, index: int) -> tuple[nn.Module, nn.Module]:
     return getattr(attention.module, attention.output), anatomy.mlps[index].down
 
 
-Leave = Literal["layers", "attentions", "mlps"]
 _LEFT: dict[Leave, type[Run]] = {"layers": Skip, "attentions": SkipAttention, "mlps": SkipMLP}
 
 
@@ -250,65 +250,26 @@ _FEWEST: dict[str, tuple[type[Run], str]] = {
 }
 
 
-@dataclass(frozen=True)
-class LayerChoice:
-    """Which layers a plan leaves out, as a user writes it: see `parse`."""
+def layer_policies(selection: LayerSelection, influence: Sequence[Influence]) -> list[LayerPolicy]:
+    """One policy per layer.
 
-    kind: str
-    amount: float
-
-    @classmethod
-    def parse(cls, text: str) -> LayerChoice:
-        """``skip:6``, ``skip-attention:6`` or ``skip-mlp:6`` leave out the 6 of least block influence, ``every:2``
-        every second layer, ``adaptive:0.8`` the layers void in most of the prompt under LAC's alpha of 0.8.
-
-        Raises:
-            CoreskipError: none of these.
-        """
-        kind, _, amount = text.partition(":")
-        try:
-            value = float(amount)
-        except ValueError:
-            value = -1.0
-        whole = value >= (2 if kind == "every" else 1) and value == int(value)
-        if not (kind == "adaptive" and 0 <= value < float("inf")) and not (whole and kind in (*_FEWEST, "every")):
-            raise CoreskipError(
-                f"cannot read the layers {text!r}; write skip:6, skip-attention:6, skip-mlp:6, every:2 or adaptive:0.8"
-            )
-        return cls(kind, value)
-
-    def __str__(self) -> str:
-        return f"{self.kind}:{self.amount:g}"
-
-    def check(self, depth: int) -> None:
-        """Raise `CoreskipError` where a model of so many layers would have none left, or has not got them."""
-        if self.kind in _FEWEST and self.amount > depth:
-            raise CoreskipError(f"{self} leaves out more layers than the model's {depth}")
-        if self.kind == "every" and self.amount > depth:
-            raise CoreskipError(f"{self} leaves out none of the model's {depth} layers: give every:{depth} or less")
-        if self.kind == "skip" and self.amount == depth:
-            raise CoreskipError(f"{self} leaves out all of the model's {depth} layers: leave at least one")
-
-    def policies(self, influence: Sequence[Influence]) -> list[LayerPolicy]:
-        """One per layer.
-
-        Raises:
-            CoreskipError: as `check`.
-        """
-        depth = len(influence)
-        self.check(depth)
-        if self.kind == "adaptive":
-            return [Adaptive(self.amount)] * depth
-        if self.kind == "every":
-            step = int(self.amount)
-            return [Skip() if index % step == step - 1 else Run() for index in range(depth)]
-        policy, half = _FEWEST[self.kind]
-        least = sorted(range(depth), key=lambda index: getattr(influence[index], half))[: int(self.amount)]
-        return [policy() if index in least else Run() for index in range(depth)]
+    Raises:
+        CoreskipError: as `LayerSelection.check`.
+    """
+    depth = len(influence)
+    selection.check(depth)
+    if selection.kind == "adaptive":
+        return [Adaptive(selection.amount)] * depth
+    if selection.kind == "every":
+        step = int(selection.amount)
+        return [Skip() if index % step == step - 1 else Run() for index in range(depth)]
+    policy, half = _FEWEST[selection.kind]
+    least = sorted(range(depth), key=lambda index: getattr(influence[index], half))[: int(selection.amount)]
+    return [policy() if index in least else Run() for index in range(depth)]
 
 
-def leave_out(plan: Plan, model: Any, text: TokenText, choice: LayerChoice, *, window: int = 256) -> Plan:
-    """`plan` with the layers of `choice` left out, and what was measured on `text` to choose them in its recipe:
+def leave_out(plan: Plan, model: Any, text: TokenText, selection: LayerSelection, *, window: int = 256) -> Plan:
+    """`plan` with the layers of `selection` left out, and what was measured on `text` to choose them in its recipe:
     ``{"measures": {"influence", "void_prompt", "void_response"}}``, one number per layer each. Its quality is not
     measured yet."""
     rows = text.windows(min(window, most_positions(model, window) // 2, len(text.ids)), 8)
@@ -316,10 +277,10 @@ def leave_out(plan: Plan, model: Any, text: TokenText, choice: LayerChoice, *, w
     maps = void_maps(model, rows[:4, : rows.shape[1] // 2].split(1), new_tokens=16)
     layers = tuple(
         replace(layer, layer=_fewer(layer.layer, policy))
-        for layer, policy in zip(plan.layers, choice.policies(influence), strict=True)
+        for layer, policy in zip(plan.layers, layer_policies(selection, influence), strict=True)
     )
     measures = {"influence": [each.layer for each in influence], **maps.shares()}
-    recipe = {**plan.recipe, "layers": str(choice), "measures": measures}
+    recipe = {**plan.recipe, "layers": str(selection), "measures": measures}
     return replace(plan, layers=layers, recipe=recipe, quality=None)
 
 

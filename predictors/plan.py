@@ -137,6 +137,12 @@ class Plan:
         """
         return plan_file.read(path, _decode)
 
+    def __repr__(self) -> str:
+        words = [str(self.recipe.get("method", "no method")), f"keep {self.keep:.1%}", self.weights or "as loaded"]
+        if self.quality is not None:
+            words.append(f"ppl {self.quality['ppl_increase']:+.1%}")
+        return f"Plan({', '.join(words)}; {len(self.layers)} layers of {self.model.model_type})"
+
     def __str__(self) -> str:
         return plan_table(self)
 

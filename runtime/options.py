@@ -5,26 +5,184 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, get_args
 
-from ..predictors.checks import check_allocation, check_count, check_flag, check_score, check_seed, check_share, path_of
+from ..predictors.checks import (
+    Allocation,
+    Score,
+    check_allocation,
+    check_count,
+    check_flag,
+    check_score,
+    check_seed,
+    check_share,
+    check_weights,
+    path_of,
+)
 from ..predictors.errors import CoreskipError
+from ..predictors.layer_selection import LayerSelection, Leave
+from .unknown import closest
 
 METHODS = ("auto", "core", "similar", "static", "threshold", "sketch", "learned", "topk", "layers")
 RULES = ("teal", "wina", "cats")
-#: What belongs to some methods only. The others take no notice of it, which a user would not learn from the plan.
-OF_METHODS: Mapping[str, tuple[str, ...]] = {
-    "score": ("core", "similar", "static"),
-    "alpha": ("core", "similar", "static"),
-    "rule": ("threshold",),
-    "all_linears": ("threshold",),
-    "allocation": ("sketch", "topk"),
-    "bits": ("sketch",),
-    "refine": ("sketch",),
-    "rank": ("learned",),
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """What one method of `analyze` can be told; checked when it is made."""
+
+
+@dataclass(frozen=True)
+class StaticOptions(MethodOptions):
+    """Of ``static``, ``core`` and ``similar``.
+
+    Attributes:
+        score: how neurons are ranked.
+        alpha: share of a token's neurons that count as its core, CoreInfer's (section 3); ``griffin`` has none.
+    """
+
+    score: Score = "griffin"
+    alpha: float = 0.4
+
+    def __post_init__(self) -> None:
+        check_score(self.score)
+        check_share("alpha", self.alpha)
+
+
+@dataclass(frozen=True)
+class CoreOptions(StaticOptions):
+    """Of ``core``."""
+
+
+@dataclass(frozen=True)
+class SimilarOptions(StaticOptions):
+    """Of ``similar``."""
+
+
+@dataclass(frozen=True)
+class ThresholdOptions(MethodOptions):
+    """Of ``threshold``.
+
+    Attributes:
+        rule: ``teal``, ``wina`` or ``cats``.
+        all_linears: whether the attention's linears leave out small inputs, too.
+    """
+
+    rule: str = "teal"
+    all_linears: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise CoreskipError(f"unknown rule {self.rule!r}; choose from {', '.join(RULES)}")
+        check_flag("all_linears", self.all_linears)
+
+
+@dataclass(frozen=True)
+class TopKOptions(MethodOptions):
+    """Of ``topk``.
+
+    Attributes:
+        allocation: how the share is spread over the layers.
+    """
+
+    allocation: Allocation = "greedy"
+
+    def __post_init__(self) -> None:
+        check_allocation(self.allocation)
+
+
+@dataclass(frozen=True)
+class SketchOptions(TopKOptions):
+    """Of ``sketch``.
+
+    Attributes:
+        bits: of the weights that choose: 4, or 1 for their signs.
+        refine: whether exact scores drop some of what the sketch chose.
+    """
+
+    bits: int = 4
+    refine: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bits not in (1, 4) or isinstance(self.bits, bool):
+            raise CoreskipError(f"bits is {self.bits!r}: a sketch has 4 bits, or 1 (signs)")
+        check_flag("refine", self.refine)
+
+
+@dataclass(frozen=True)
+class LearnedOptions(MethodOptions):
+    """Of ``learned``.
+
+    Attributes:
+        rank: of the predictors; at most the model's hidden size.
+    """
+
+    rank: int = 64
+
+    def __post_init__(self) -> None:
+        check_count("rank", self.rank)
+
+
+@dataclass(frozen=True)
+class LayersOptions(MethodOptions):
+    """Of ``layers``.
+
+    Attributes:
+        leave: what is left out: whole ``layers``, or ``attentions`` or ``mlps`` of them. The search's own: `analyze`
+            leaves out whole layers.
+    """
+
+    leave: Leave = "layers"
+
+    def __post_init__(self) -> None:
+        if self.leave not in get_args(Leave):
+            raise CoreskipError(f"unknown leave {self.leave!r}; choose from {', '.join(get_args(Leave))}")
+
+
+OPTIONS_OF: Mapping[str, type[MethodOptions]] = {
+    "core": CoreOptions,
+    "similar": SimilarOptions,
+    "static": StaticOptions,
+    "threshold": ThresholdOptions,
+    "sketch": SketchOptions,
+    "learned": LearnedOptions,
+    "topk": TopKOptions,
+    "layers": LayersOptions,
+    "dense": MethodOptions,
 }
+_OF_THE_SEARCH = ("leave",)  # what a user cannot give
+
+
+def _methods_of(name: str) -> tuple[str, ...]:
+    return tuple(method for method, options in OPTIONS_OF.items() if name in {each.name for each in fields(options)})
+
+
+#: By option that a user can give, the methods that have it. The others take no notice of it, which a user would not
+#: learn from the plan.
+OF_METHODS: Mapping[str, tuple[str, ...]] = {
+    each.name: _methods_of(each.name)
+    for options in OPTIONS_OF.values()
+    for each in fields(options)
+    if each.name not in _OF_THE_SEARCH
+}
+
+
+def options_of(method: str, values: Mapping[str, Any]) -> Any:
+    """The options of `method`, with these values in place of the defaults.
+
+    Raises:
+        CoreskipError: the method has no such option, or not such a value.
+    """
+    known = {each.name for each in fields(OPTIONS_OF[method])}
+    for name in values:
+        if name not in known:
+            raise CoreskipError(f"the method {method} has no option {name!r}: {closest(name, known)}")
+    return OPTIONS_OF[method](**values)
+
+
 #: What a search tries for itself, method by method.
 _SEARCHED = {"rule": ("threshold",), "all_linears": ("threshold",), "allocation": ("sketch",)}
 _ALL = frozenset(METHODS) - {"auto"}
@@ -104,24 +262,25 @@ def check_options(
     method: str = "auto",
     keep: float | None = None,
     budget: str | None = None,
+    layers: str | None = None,
+    weights: str | None = None,
     tokens: int = 16384,
-    windows: int = 12,
+    windows: int | None = None,
     first_layer: int | None = None,
     seed: int = 0,
     fast: bool = False,
     resume: Any = None,
-    dense: bool = False,
     **options: Any,
 ) -> None:
     """Raise `CoreskipError` for what `analyze` would refuse, before a model is loaded.
 
     Args:
-        dense: no neurons are to be chosen: layers alone, which are named, are left out.
         options: those of `OF_METHODS`; None where one was not given.
     """
     _check_values(tokens=tokens, windows=windows, first_layer=first_layer, seed=seed, fast=fast, **options)
     if method not in METHODS:
         raise CoreskipError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+    check_weights(weights)
     if keep is not None and budget is not None:
         raise CoreskipError("give keep or budget, not both: a budget finds the keep itself")
     if keep is not None:
@@ -132,11 +291,22 @@ def check_options(
         path_of(resume, "the file of measurements")
     if budget is None and (fast or resume is not None):
         raise CoreskipError(f"{'fast' if fast else 'resume'} is of the search for a budget: add one, such as ppl+1%")
+    if layers is not None:
+        LayerSelection.parse(layers)
+        if method == "layers":
+            raise CoreskipError(
+                "--layers says which layers to leave out, --method layers looks for them: give one of them"
+            )
     named = {name: value for name, value in options.items() if value is not None and value is not False}
-    if dense:
+    if layers is not None and chooses_layers_alone(method, keep, budget):
         _refuse_any([*named, *(["first_layer"] if first_layer is not None else [])])
     _check_places(named, method, searching=budget is not None, fast=fast)
     _check_pairs(named)
+
+
+def chooses_layers_alone(method: str, keep: float | None, budget: str | None) -> bool:
+    """Whether `analyze` with ``layers`` leaves no neurons out: nothing was said of them."""
+    return method == "auto" and keep is None and budget is None
 
 
 def _check_places(named: Mapping[str, Any], method: str, *, searching: bool, fast: bool) -> None:
@@ -170,34 +340,19 @@ def _refuse_any(names: Collection[str]) -> None:
 
 
 def _check_values(*, tokens: Any, windows: Any, first_layer: Any, seed: Any, fast: Any, **options: Any) -> None:
-    unknown = [name for name in options if name not in OF_METHODS]
-    if unknown:
-        raise CoreskipError(f"there is no option {unknown[0]!r}: see help(coreskip.analyze)")
+    for name in options:
+        if name not in OF_METHODS:
+            known = {*OF_METHODS, "method", "keep", "budget", "layers", "weights", "tokens", "windows", "first_layer"}
+            hint = closest(name, known | {"seed", "fast", "resume", "text", "progress"})
+            raise CoreskipError(
+                f"there is no option {name!r}: {hint if 'did' in hint else 'see help(coreskip.analyze)'}"
+            )
     check_count("tokens", tokens)
-    check_count("windows", windows)
+    if windows is not None:
+        check_count("windows", windows)
     check_seed(seed)
     check_flag("fast", fast)
     if first_layer is not None:
         check_count("first_layer", first_layer, 0)
-    checks: dict[str, Callable[[Any], None]] = {
-        "score": check_score,
-        "alpha": lambda value: check_share("alpha", value),
-        "rule": _check_rule,
-        "allocation": check_allocation,
-        "bits": _check_bits,
-        "rank": lambda value: check_count("rank", value),
-        "refine": lambda value: check_flag("refine", value),
-        "all_linears": lambda value: check_flag("all_linears", value),
-    }
     for name, value in given(options).items():
-        checks[name](value)
-
-
-def _check_rule(rule: Any) -> None:
-    if rule not in RULES:
-        raise CoreskipError(f"unknown rule {rule!r}; choose from {', '.join(RULES)}")
-
-
-def _check_bits(bits: Any) -> None:
-    if bits not in (1, 4) or isinstance(bits, bool):
-        raise CoreskipError(f"bits is {bits!r}: a sketch has 4 bits, or 1 (signs)")
+        options_of(OF_METHODS[name][0], {name: value})

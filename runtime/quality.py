@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,29 +16,41 @@ from tqdm.auto import tqdm
 from ..kernels.ops import MAX_ROWS
 from ..predictors.anatomy import check_model, dissect
 from ..predictors.calibration import TokenText, most_positions, text_of
-from ..predictors.checks import check_count
+from ..predictors.checks import check_count, check_weights
 from ..predictors.errors import CoreskipError
 from ..predictors.observe import inference
 from ..predictors.plan import Plan
 from .bundles import Weights
-from .generation import runtime_of
-from .wrap import is_wrapped, wrapped
+from .unknown import refuses_unknown
+from .wrap import make_way, runtime_of, wrapped
 
 WINDOW = 512  # tokens; the first half is the prompt, the second half is scored
 _DENSE_LOGITS = 1 << 27  # of windows scored densely are kept, 4 bytes each, while the plans are wrapped one by one
 
 
+@refuses_unknown
 def evaluate(
     model: Any,
     tokenizer: Any,
     plan: Plan | str | os.PathLike[str] | None,
     text: str | os.PathLike[str] | TokenText,
-    **options: Any,
+    *,
+    weights: str | None = None,
+    windows: int = 24,
+    window: int = WINDOW,
+    token_by_token: bool = False,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Dense against sparse on `text`: `evaluate_all` for one plan, its path or None (dense), and any text, or the
-    `Path` of a UTF-8 file."""
+    `Path` of a UTF-8 file; `weights`, "int4" or "int8", in place of the plan's own."""
     check_model(model)
-    return evaluate_all(model, [Plan.of(plan, model)], text_of(tokenizer, text), **options)[0]
+    check_weights(weights)
+    make_way(model)
+    plan = Plan.of(plan, model)
+    plan = plan if weights is None else replace(plan, weights=weights)
+    options: dict[str, Any] = {"windows": windows, "window": window}
+    options |= {"token_by_token": token_by_token, "progress": progress}
+    return evaluate_all(model, [plan], text_of(tokenizer, text), **options)[0]
 
 
 def evaluate_all(
@@ -73,8 +86,7 @@ def evaluate_all(
     Raises:
         CoreskipError: text too short, another model's plan, model wrapped already.
     """
-    if is_wrapped(model):
-        raise CoreskipError("the model is wrapped already: call coreskip.unwrap(model) first")
+    make_way(model)
     check_count("windows", windows)
     check_count("window", window, 4)
     if window % 2:

@@ -24,15 +24,16 @@ from ..predictors.anatomy import Anatomy, dissect
 from ..predictors.checks import check_share, path_of
 from ..predictors.errors import CoreskipError
 from ..predictors.files import append_line, check_file, read_text
-from ..predictors.layers import Leave, leaving_out, left_out
+from ..predictors.layer_selection import Leave
+from ..predictors.layers import leaving_out, left_out
 from ..predictors.learned import RANK
 from ..predictors.plan import LayerPlan, Plan
 from ..predictors.policies import Cats, CoreNeurons, Learned, NeuronPolicy, Sketch, Teal, TopK, Wina
 from .attention import can_redirect
+from .calibrate import Study
 from .cost import Cost, cost, read_bandwidth
 from .lower_cpu import refusal
-from .options import Budget, check_options, given
-from .tune import ALPHA, Study
+from .options import Budget, CoreOptions, check_options, given
 
 logger = logging.getLogger("coreskip")
 
@@ -43,7 +44,7 @@ _SCREEN = 3  # windows on which a plan that is far off shows
 _MORE = 3  # times the study's windows, where only the margin of error stands between a plan and the budget
 _FAR_OFF = 1.5  # times the budget
 _IN_ANY_WEIGHTS = 2  # times the budget, of which the weights' format, where it holds, has used one at most
-_HOPELESS = 4  # times the budget: no allocation of the same method mends that
+_PRUNE = 4  # times the budget: no allocation of the same method mends that
 _FIGURES = ("ppl_increase", "ppl_increase_stderr", "kl", "top1_agreement", "neuron_sparsity", "tokens")
 
 
@@ -63,8 +64,8 @@ class Family:
         return " ".join(words + ([self.weights] if self.weights else []))
 
     @property
-    def kin(self) -> tuple[Any, ...]:
-        """What families share that differ in weights or allocation alone."""
+    def group(self) -> tuple[Any, ...]:
+        """What families have in common that differ in weights or allocation alone: they are pruned together."""
         return self.method, self.options.get("rule"), self.options.get("all_linears"), self.options.get("leave")
 
     @property
@@ -79,7 +80,7 @@ class Family:
             return tuple(round(1 - left / depth, 4) for left in range(1, -(-9 * depth // 10)))
         return (1.0,) if self.method == "dense" else _KEEPS
 
-    def milder(self, keep: float, depth: int) -> float | None:
+    def keeping_more(self, keep: float, depth: int) -> float | None:
         """A share that keeps about a quarter more of what `keep` leaves out; None where that is all of it."""
         if self.method == "layers":
             left = left_out(keep, depth)
@@ -112,8 +113,8 @@ _FAST = tuple(
     if f.method == "layers" or f.label in ("sketch greedy", "threshold cats", "threshold teal", "static")
 )
 _DENSE = Family("dense", {})
-#: What tells, cheaply calibrated, whether a method's other families have a chance.
-_SCOUTS = {"sketch": Family("sketch", {"allocation": "equal"})}
+#: By method, the family that is cheapest to calibrate: where it is far off the budget, so are the method's others.
+_PROXIES = {"sketch": Family("sketch", {"allocation": "equal"})}
 
 
 def search(study: Study, budget: Budget, method: str, *, journal: Journal | str | Path | None = None) -> Plan:
@@ -123,13 +124,13 @@ def search(study: Study, budget: Budget, method: str, *, journal: Journal | str 
     Args:
         journal: a file of what was measured, made if it is not there; a search of the same study goes on from it.
     """
-    hunt = _Hunt(study, budget, journal if isinstance(journal, Journal) else Journal(journal))
-    families = [f for f in hunt.families() if method in ("auto", f.method)]
+    state = _Search(study, budget, journal if isinstance(journal, Journal) else Journal(journal))
+    families = [f for f in state.families() if method in ("auto", f.method)]
     families = families or [f for f in FAMILIES if f.method == method] or [Family(method, {})]
     for family in ([_DENSE] if method == "auto" else []) + families:
-        for weights in hunt.formats(family):
-            hunt.pursue(replace(family, weights=weights))
-    return hunt.conclude()
+        for weights in state.formats(family):
+            state.bisect(replace(family, weights=weights))
+    return state.winner()
 
 
 def pareto(
@@ -152,17 +153,20 @@ def pareto(
         raise CoreskipError(f"keeps is {keeps!r}: give a list of shares, such as [0.8, 0.5]")
     for keep in keeps:
         check_share("keep", keep)
+    refused = [name for name in ("layers",) if options.get(name) is not None]
+    if refused:
+        raise CoreskipError("pareto leaves layers out itself: leave out layers")
     own = {name: options.pop(name) for name in ("text", "progress") if name in options}
     check_options(budget="kl<1", **options)  # every family is measured, as a search for a budget does
     journal = Journal(options.pop("resume", None))
     study = Study(model, tokenizer, **own, **given(options))
-    hunt = _Hunt(study, None, journal)
-    for weights in hunt.formats(_DENSE):
-        hunt.measure(replace(_DENSE, weights=weights), 1.0)
-    for family in hunt.families():
+    state = _Search(study, None, journal)
+    for weights in state.formats(_DENSE):
+        state.measure(replace(_DENSE, weights=weights), 1.0)
+    for family in state.families():
         for keep in keeps:
-            hunt.measure(replace(family, weights=hunt.formats(family)[0]), keep)
-    return hunt.front()
+            state.measure(replace(family, weights=state.formats(family)[0]), keep)
+    return state.front()
 
 
 class Journal:
@@ -204,7 +208,7 @@ class Journal:
 
 
 @dataclass(frozen=True, eq=False)
-class _Found:
+class _Candidate:
     family: Family
     keep: float
     plan: Plan
@@ -223,21 +227,21 @@ class _Found:
         }
 
 
-class _Hunt:
+class _Search:
     """The state of one search."""
 
     def __init__(self, study: Study, budget: Budget | None, journal: Journal) -> None:
         self._study, self._budget, self._journal = study, budget, journal
         self._anatomy = dissect(study.model)
-        self._dense = Plan.dense(study.model)
+        self._dense = Plan.dense(study.model, study.weights)
         self._all = self._cost(self._dense)
-        self._found: list[_Found] = []
-        self._measured: _Found | None = None  # the last one
-        self._held: list[_Found] = []
-        self._hopeless: set[tuple[Any, ...]] = set()
-        self._refused: dict[str, float] = {}  # by label without weights: the keep that fails in all of them
-        self._scouted: set[tuple[Any, ...]] = set()
-        self._spoilt: set[str | None] = set()  # formats that break the budget without a neuron left out
+        self._found: list[_Candidate] = []
+        self._measured: _Candidate | None = None  # the last one
+        self._held: list[_Candidate] = []
+        self._pruned: set[tuple[Any, ...]] = set()
+        self._failed_keeps: dict[str, float] = {}  # by label without weights: the keep that fails in all of them
+        self._screened: set[tuple[Any, ...]] = set()
+        self._failed_formats: set[str | None] = set()  # formats that break the budget without a neuron left out
         self._about = study.identity()[:16]
         self._refusal = refusal(study.model, self._anatomy)
         self._many = _MORE * study.windows
@@ -252,22 +256,24 @@ class _Hunt:
 
     def formats(self, family: Family) -> tuple[str | None, ...]:
         """The weight formats in which the family can run here."""
+        if self._study.weights is not None:
+            return (self._study.weights,)
         return family.formats if self._refusal is None else (None,)
 
     @property
-    def _best(self) -> _Found | None:
+    def _best(self) -> _Candidate | None:
         return min(self._held, key=lambda found: found.cost.weighed, default=None)
 
     @property
-    def _to_beat(self) -> float:
+    def _weight_to_beat(self) -> float:
         return self._best.cost.weighed if self._best else self._all.weighed
 
     # ---- candidates
 
-    def measure(self, family: Family, keep: float, windows: int | None = None) -> _Found:
+    def measure(self, family: Family, keep: float, windows: int | None = None) -> _Candidate:
         plan = self._make(family, keep)
         quality = self._quality(f"{family.label} at {keep:g}", plan, "searched", windows)
-        found = _Found(family, keep, plan, quality, self._cost(plan))
+        found = _Candidate(family, keep, plan, quality, self._cost(plan))
         logger.info(
             "%s, keep %g: %.1f MB a token (dense %.1f), perplexity %+.2f %%, KL %.4f%s",
             *(family.label, keep, found.cost.moved / 1e6, self._all.moved / 1e6),
@@ -282,7 +288,7 @@ class _Hunt:
     def _make(self, family: Family, keep: float) -> Plan:
         if family.method == "dense":
             return replace(self._dense, weights=family.weights)
-        return replace(self._study.workshop.make(family.method, keep, **family.options), weights=family.weights)
+        return replace(self._study.calibrator.make(family.method, keep, **family.options), weights=family.weights)
 
     def _quality(self, name: str, plan: Plan, part: str, windows: int | None = None) -> dict[str, Any]:
         key = f"{self._about} {part} {name}" + ("" if windows is None else f" in {windows} windows")
@@ -292,7 +298,7 @@ class _Hunt:
             self._journal.add(key, known)
         return known
 
-    def _holds(self, family: Family, keep: float) -> bool:
+    def _within_budget(self, family: Family, keep: float) -> bool:
         """Whether the budget is held on the searched part; what is far off shows on a few windows already."""
         assert self._budget is not None
         if self._study.windows >= 2 * _SCREEN and family.method != "dense":
@@ -307,53 +313,54 @@ class _Hunt:
             self._held.append(found)
         return held
 
-    def pursue(self, family: Family) -> None:
+    def bisect(self, family: Family) -> None:
         """Find the fewest neurons with which this family holds the budget, if that can win."""
-        keeps = [keep for keep in family.keeps(len(self._anatomy)) if self._promises(family, keep)]
-        if not keeps or family.weights in self._spoilt:
+        keeps = [keep for keep in family.keeps(len(self._anatomy)) if self._can_win(family, keep)]
+        if not keeps or family.weights in self._failed_formats:
             return
         if family.method == "dense":
-            if not self._holds(family, 1.0):
-                self._spoilt.add(family.weights)
+            if not self._within_budget(family, 1.0):
+                self._failed_formats.add(family.weights)
             return
         tried = self._best is not None
-        if tried and (self._is_hopeless(family, keeps[0]) or not self._holds(family, keeps[0])):
-            self._give_up(family)
+        if tried and (self._is_pruned(family, keeps[0]) or not self._within_budget(family, keeps[0])):
+            self._prune(family)
             return
         low, high = (0 if tried else -1), len(keeps)
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self._holds(family, keeps[middle]) else (low, middle)
+            low, high = (middle, high) if self._within_budget(family, keeps[middle]) else (low, middle)
 
-    def _promises(self, family: Family, keep: float) -> bool:
+    def _can_win(self, family: Family, keep: float) -> bool:
         """Whether the family would be faster than the best so far, at this keep."""
         if family.method == "dense":
             plan = self._make(family, keep)
         else:
             plan = replace(self._dense, layers=_outline(family, keep, self._anatomy), weights=family.weights)
-        return self._cost(plan).weighed < 0.99 * self._to_beat
+        return self._cost(plan).weighed < 0.99 * self._weight_to_beat
 
-    def _is_hopeless(self, family: Family, keep: float) -> bool:
-        """Whether the family's kin is far off the budget where it would be fast enough to win."""
-        scout = _SCOUTS.get(family.method)
-        if scout is not None and (family.kin, family.weights) not in self._scouted:
-            self._scouted.add((family.kin, family.weights))
-            self.measure(replace(scout, weights=family.weights), keep, _SCREEN)
-            self._give_up(family)
-        return family.kin in self._hopeless or keep <= self._refused.get(replace(family, weights=None).label, 0.0)
+    def _is_pruned(self, family: Family, keep: float) -> bool:
+        """Whether the family's group is far off the budget where it would be fast enough to win."""
+        proxy = _PROXIES.get(family.method)
+        if proxy is not None and (family.group, family.weights) not in self._screened:
+            self._screened.add((family.group, family.weights))
+            self.measure(replace(proxy, weights=family.weights), keep, _SCREEN)
+            self._prune(family)
+        return family.group in self._pruned or keep <= self._failed_keeps.get(replace(family, weights=None).label, 0.0)
 
-    def _give_up(self, family: Family) -> None:
-        """Do without the kin where the last measurement was far off, or without the family in other weights."""
+    def _prune(self, family: Family) -> None:
+        """Leave out the family's group where the last measurement was far off, or that measurement's family in any
+        weights where it was off by more than a weight format costs."""
         assert self._budget is not None
         assert self._measured is not None
-        if self._budget.exceeds(self._measured.quality, _HOPELESS):
-            self._hopeless.add(family.kin)
+        if self._budget.exceeds(self._measured.quality, _PRUNE):
+            self._pruned.add(family.group)
         elif self._budget.exceeds(self._measured.quality, _IN_ANY_WEIGHTS):
-            self._refused[replace(self._measured.family, weights=None).label] = self._measured.keep
+            self._failed_keeps[replace(self._measured.family, weights=None).label] = self._measured.keep
 
     # ---- the end
 
-    def conclude(self) -> Plan:
+    def winner(self) -> Plan:
         """The best candidate that also holds the budget on the held-out text."""
         assert self._budget is not None
         budget, candidates = self._budget, list(self._held)
@@ -369,18 +376,18 @@ class _Hunt:
             if budget.holds(quality):
                 return self._finished(best.plan, quality, {"budget": budget.text})
             logger.info("%s does not hold on the held-out text: the next best is checked", name)
-            candidates += self._milder(best, quality)
+            candidates += self._keeping_more(best, quality)
         logger.warning("no plan found within %s is faster than dense: this plan skips nothing", budget.text)
         quality = self._quality("dense", self._dense, "checked")
         return self._finished(self._dense, quality, {"method": "dense", "budget": budget.text})
 
-    def _milder(self, best: _Found, quality: dict[str, Any]) -> list[_Found]:
+    def _keeping_more(self, best: _Candidate, quality: dict[str, Any]) -> list[_Candidate]:
         """The same with a little more kept, where that is still faster than dense."""
-        more = best.family.milder(best.keep, len(self._anatomy))
+        more = best.family.keeping_more(best.keep, len(self._anatomy))
         if more is None:
             return []
         plan = self._make(best.family, more)
-        found = _Found(best.family, more, plan, quality, self._cost(plan))
+        found = _Candidate(best.family, more, plan, quality, self._cost(plan))
         return [found] if found.cost.weighed < self._all.weighed else []
 
     def _finished(self, plan: Plan, quality: dict[str, Any], recipe: dict[str, Any]) -> Plan:
@@ -388,16 +395,16 @@ class _Hunt:
             plan,
             quality=quality,
             recipe={**plan.recipe, **recipe},
-            calibration=self._study.calibration.fingerprint(),
+            calibration=self._study.provenance(),
             frontier=tuple(found.row(self._bandwidth()) for found in self._best_of_all()),
         )
 
     def _bandwidth(self) -> float:
         return read_bandwidth(self._study.model.device.type)
 
-    def _best_of_all(self) -> list[_Found]:
+    def _best_of_all(self) -> list[_Candidate]:
         """Fastest first; each next one is slower, and has less loss."""
-        front: list[_Found] = []
+        front: list[_Candidate] = []
         for found in sorted(self._found, key=lambda f: (f.cost.weighed, _loss(f.quality))):
             if not front or _loss(found.quality) < _loss(front[-1].quality):
                 front.append(found)
@@ -409,7 +416,7 @@ class _Hunt:
             replace(
                 found.plan,
                 quality=found.quality,
-                calibration=self._study.calibration.fingerprint(),
+                calibration=self._study.provenance(),
                 frontier=(row, *(other for other in rows if other is not row)),
             )
             for found, row in zip(self._best_of_all(), rows, strict=True)
@@ -439,7 +446,7 @@ def _neurons(family: Family, keep: float, anatomy: Anatomy, layer: int) -> Neuro
         width, zeros = mlp.intermediate_size, torch.zeros
         return Learned(keep=keep, reduce=zeros(RANK, mlp.hidden_size), expand=zeros(width, RANK), bias=zeros(width))
     if family.method != "threshold":
-        return CoreNeurons(ALPHA, keep, "griffin")
+        return CoreNeurons(CoreOptions().alpha, keep, "griffin")
     rule = family.options["rule"]
     if rule == "cats":
         return Cats(keep, 0.0)

@@ -9,13 +9,12 @@ from typing import Any
 from ..predictors.anatomy import dissect
 from ..predictors.calibration import TokenText, most_positions, text_of
 from ..predictors.checks import check_above_zero, check_count
-from ..predictors.errors import CoreskipError
 from ..predictors.plan import LayerPlan, Plan
 from ..predictors.policies import TopK
 from ..predictors.token_choice import TokenCalibration
 from .emulation import Emulation
 from .quality import WINDOW
-from .wrap import is_wrapped
+from .wrap import make_way
 
 
 def ppl_sparsity(
@@ -44,8 +43,7 @@ def ppl_sparsity(
     Returns:
         ``{"percent", "cett", "sparsity", "ppl_increase", "dense_ppl"}``: of the largest CETT tried that stays within.
     """
-    if is_wrapped(model):
-        raise CoreskipError("the model is wrapped already: call coreskip.unwrap(model) first")
+    make_way(model)
     dissect(model)
     check_above_zero("percent", percent)
     for name, value, least in (("windows", windows, 1), ("window", window, 2), ("steps", steps, 1)):

@@ -70,8 +70,7 @@ def wrap(
     check_flag("lookup", lookup)
     check_flag("keep_originals", keep_originals, none=True)
     check_model(model)
-    if is_wrapped(model):
-        raise CoreskipError("the model is wrapped already: call coreskip.unwrap(model) first")
+    make_way(model)
     if exact and keep_originals is False:
         raise CoreskipError("exact mode verifies with the weights as they were loaded: leave out keep_originals=False")
     _refuse_hooks(model)
@@ -112,6 +111,19 @@ def wrapped(model: Model, plan: Plan, weights: Weights) -> Iterator[Model]:
         yield model
     finally:
         unwrap(model)
+
+
+def make_way(model: nn.Module) -> None:
+    """Take off a wrapping that nobody asked for: that of an Engine without settings, which wraps anew when it is used.
+
+    Raises:
+        CoreskipError: the model is wrapped because somebody asked for it.
+    """
+    if not is_wrapped(model):
+        return
+    if not runtime_of(model).gives_way:
+        raise CoreskipError("the model is wrapped already: call coreskip.unwrap(model) first")
+    unwrap(model)
 
 
 def is_wrapped(model: nn.Module) -> bool:

@@ -89,6 +89,7 @@ class Runtime:
         self._prepare(options, searching=weights is not None)
         self.exact = SpeculativeDecoder(has_draft=self.decodes_otherwise) if options.exact else None
         self.lookup = SpeculativeDecoder(has_draft=False) if options.lookup and not options.exact else None
+        self.gives_way = False  # to whoever wraps or reads the model: see `make_way`
         self._class, self._outer = type(model), cast("tuple[nn.Module, type] | None", None)
 
     def _prepare(self, options: Options, searching: bool) -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from tiny_models import plan_of, tiny
 
+from coreskip import Engine
 from coreskip.cli import main
-from coreskip.predictors.plan import Plan
+from coreskip.kernels.ops import available
+from coreskip.predictors.plan import LayerPlan, Plan
+from coreskip.runtime.conversation import Conversation
+from coreskip.runtime.cost import bytes_per_token
+from coreskip.runtime.wrap import is_wrapped, runtime_of
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -78,7 +86,8 @@ def test_analyze_leaves_layers_out(
     code, out, _ = run(capsys, *words, "every:2", "--method", "core", "--keep", "0.5")
     assert (code, out.count("+ skip"), out.count("core_neurons")) == (0, 1, 3)
     code, out, _ = run(capsys, *words, "adaptive:0.8")
-    assert out.count("+ adaptive alpha=0.8") == 3
+    assert out.count("+ adaptive alpha=0.8") == 1
+    assert "\n   0-2  dense + adaptive alpha=0.8" in out
     assert "not measured" not in out
     for wrong in ("skip", "skip:0", "skip:1.5", "every:1", "adaptive:-1", "adaptive:nan", "some:3"):
         assert run(capsys, *words, wrong)[0] == 2
@@ -100,6 +109,133 @@ def test_generate_exact_is_the_dense_text(capsys: pytest.CaptureFixture[str], fo
     drafted = run(capsys, *words, "--exact", "--plan", plan)
     assert dense[:2] == drafted[:2] == (0, run(capsys, *words)[1])
     assert "exact: 12 tokens" in drafted[2]
+
+
+def test_show_json_and_folded_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model, plan = tiny("llama", num_hidden_layers=5), str(tmp_path / "p.plan")
+    made = plan_of(model, "griffin", 0.5)
+    layers = (*made.layers[:2], LayerPlan(), *made.layers[3:])
+    replace(made, layers=layers, weights="int8").save(plan)
+    out = run(capsys, "show", plan)[1]
+    assert [line.split()[:2] for line in out.splitlines() if "/ 160" in line] == [
+        ["0-1", "core_neurons"], ["2", "dense"], ["3-4", "core_neurons"],
+    ]  # fmt: skip
+    found = json.loads(run(capsys, "show", plan, "--json")[1])
+    assert (found["weights"], found["keep"]) == ("int8", pytest.approx(0.6))
+    assert [layer["kept"] for layer in found["layers"]] == [80, 80, 160, 80, 80]
+    assert found["layers"][0]["neurons"] == {"policy": "core_neurons", "alpha": 0.4, "beta": 0.5, "score": "griffin"}
+    assert repr(Plan.load(plan)) == "Plan(griffin, keep 60.0%, int8; 5 layers of llama)"
+
+
+def test_what_was_observed_is_shown(
+    capsys: pytest.CaptureFixture[str], folder: Path, story: Path, tmp_path: Path
+) -> None:
+    words = ["analyze", str(folder), "-o", str(tmp_path / "p.plan"), "--text", str(story), "--method", "static"]
+    out = run(capsys, *words, "--tokens", "256", "--windows", "2")[1]
+    calibration = Plan.load(tmp_path / "p.plan").calibration
+    assert calibration["observed"] == 256 < calibration["tokens"]
+    assert "observed 256" in out
+
+
+def test_generate_from_files_stdin_and_lines(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("generate", str(folder), "--max-new-tokens", "5")
+    expected = run(capsys, *words, "-p", "The ferry")[1]
+    (tmp_path / "one.txt").write_text("The ferry\n")
+    assert run(capsys, *words, "--prompt-file", str(tmp_path / "one.txt"))[1] == expected
+    monkeypatch.setattr("sys.stdin", io.StringIO("The ferry\n"))
+    assert run(capsys, *words, "-p", "-")[1] == expected
+    lines = ['"The ferry"', '{"prompt": "A river"}', "", '{"messages": [{"role": "user", "content": "Hi"}]}']
+    (tmp_path / "all.jsonl").write_text("\n".join(lines))
+    many = ("--prompt-file", str(tmp_path / "all.jsonl"))
+    code, out, _ = run(capsys, *words, *many, "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [row.get("prompt") for row in rows] == ["The ferry", "A river", None]
+    assert rows[2]["messages"][0]["content"] == "Hi"
+    assert rows[0]["text"] + "\n" == expected
+    assert all(row["new_tokens"] <= 5 and row["seconds"] > 0 and row["peak_memory"] > 0 for row in rows)
+    out = run(capsys, *words, *many)[1]
+    assert out.split("---\n") == [row["text"] + "\n" for row in rows]
+
+
+def test_generate_samples_several(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    words = ("generate", str(folder), "-p", "The", "--max-new-tokens", "6", "--seed", "1", "-n", "3", "--top-k", "40")
+    _, out, err = run(capsys, *words, "--temperature", "1.5", "--top-p", "0.9", "--json", "--stats")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert len(rows) == 3
+    assert len({row["text"] for row in rows}) > 1
+    assert "tokens at" in err
+    assert "peak memory" in err
+
+
+def test_generate_runs_as_it_is_told(
+    capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dense on the fast path by default, plain transformers where that is asked for: the same text."""
+    made: list[Any] = []
+    original = Engine.__init__
+
+    def noted(self: Engine, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
+        made.append((is_wrapped(self.model), runtime_of(self.model).plan.weights if is_wrapped(self.model) else None))
+
+    monkeypatch.setattr(Engine, "__init__", noted)
+    threads = torch.get_num_threads()
+    words = ("generate", str(folder), "-p", "The ferry and the ferry and the", "--max-new-tokens", "8")
+    try:
+        texts = [
+            run(capsys, *words, *more)[1]
+            for more in ((), ("--plain",), ("--lookup",), ("--temperature", "0"), ("--threads", "1"))
+        ]
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+    assert len(set(texts)) == 1
+    assert made == [(True, None), (False, None), *[(True, None)] * 3]
+    if available("cpu") is None:
+        assert run(capsys, *words, "--weights", "int8")[0] == 0
+        assert made[-1] == (True, "int8")
+
+
+def test_eval_without_a_plan(capsys: pytest.CaptureFixture[str], folder: Path, story: Path, tmp_path: Path) -> None:
+    words = ("eval", str(folder), "--text", str(story), "--windows", "2", "--window", "64", "--json", "-")
+    found = json.loads(run(capsys, *words)[1])
+    assert abs(found["kl"]) < 1e-5
+    if available("cpu") is None:
+        assert json.loads(run(capsys, *words, "--weights", "int4")[1])["kl"] > 1e-4
+
+
+def test_info(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+    code, out, _ = run(capsys, "info", str(folder), "--json")
+    found = json.loads(out)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert code == 0
+    assert (found["model_type"], found["layers"], found["dtype"]) == ("llama", 3, "float32")
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    assert found["formats"]["as loaded"]["bytes_per_token"] == bytes_per_token(model, Plan.dense(model))
+    if available("cpu") is None:
+        assert (found["native"], found["reason"]) == (True, None)
+        sizes = [found["formats"][name]["bytes_per_token"] for name in ("int4", "int8", "as loaded")]
+        assert sizes == sorted(sizes)
+    tiny("opt", vocab_size=128).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    out = run(capsys, "info", str(tmp_path))[1]
+    assert "on the model's modules:" in out
+    assert "opt, " in out
+
+
+def test_chat(capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("chat", str(folder), "--system", "Be brief.", "--max-new-tokens", "5")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\nWhy?\n/exit\nnever\n"))
+    code, out, err = run(capsys, *words, "--stats")
+    assert (code, err.count("coreskip: ")) == (0, 2)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with Engine(model, transformers.AutoTokenizer.from_pretrained(folder)) as engine:
+        conversation = Conversation(engine, system="Be brief.", max_new_tokens=5, do_sample=False)
+        expected = ["".join(conversation.send(text)) for text in ("Hello", "Why?")]
+    assert out == "".join(f"{text}\n" for text in expected)
 
 
 def test_mistakes(capsys: pytest.CaptureFixture[str], folder: Path, story: Path, tmp_path: Path) -> None:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import threading
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import plan_of
+from tiny_models import NoTokenizer, plan_of, prompt, tiny
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LogitsProcessorList, PreTrainedTokenizerFast
 
 import coreskip
 from coreskip import CoreskipError, Engine
-from coreskip.runtime.engine import _overlap, _Pieces, _stop_before
-from coreskip.runtime.wrap import is_wrapped
+from coreskip.kernels.ops import available
+from coreskip.predictors.calibration import TokenText
+from coreskip.runtime.engine import _Pieces
+from coreskip.runtime.stop_strings import overlap, stop_before
+from coreskip.runtime.wrap import is_wrapped, runtime_of
 
 PROMPTS = [
     "The sea was calm that morning, and the boats lay still beside the pier while",
@@ -75,13 +86,13 @@ def test_stop_strings_end_text_and_stream_alike(engine: Engine) -> None:
     ],
 )
 def test_streams_hold_back_what_may_be_a_stop_string(pieces: list[str], stops: list[str], expected: str) -> None:
-    assert "".join(_stop_before(iter(pieces), stops)) == expected
+    assert "".join(stop_before(iter(pieces), stops)) == expected
 
 
-def test_overlap() -> None:
-    assert _overlap("abc", "cd") == 1
-    assert _overlap("abc", "bcd") == 2
-    assert _overlap("abc", "x") == 0
+def testoverlap() -> None:
+    assert overlap("abc", "cd") == 1
+    assert overlap("abc", "bcd") == 2
+    assert overlap("abc", "x") == 0
 
 
 def test_seeds(engine: Engine) -> None:
@@ -123,8 +134,11 @@ def test_an_abandoned_stream_stops_generating(engine: Engine, monkeypatch: pytes
 
 
 def test_a_failure_in_the_stream_is_raised_to_its_consumer(engine: Engine) -> None:
-    with pytest.raises(ValueError, match="nonsense"):
-        list(engine.stream(PROMPTS[0], max_new_tokens=4, nonsense=1))
+    def fails(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        raise ArithmeticError("of the user's own")
+
+    with pytest.raises(ArithmeticError, match="own"):
+        list(engine.stream(PROMPTS[0], max_new_tokens=4, logits_processor=LogitsProcessorList([fails])))
 
 
 def test_mistakes(engine: Engine, embedded: tuple[Any, Any]) -> None:
@@ -157,3 +171,135 @@ def test_close_unwraps_only_what_it_wrapped(embedded: tuple[Any, Any]) -> None:
     with Engine(model, tokenizer, plan):
         assert is_wrapped(model)
     assert not is_wrapped(model)
+
+
+# --- what wraps the model, and for how long
+
+
+def test_an_engine_without_a_plan_runs_the_fast_dense_path(llama: Any, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = NoTokenizer()
+    engine = Engine(llama, tokenizer)
+    assert runtime_of(llama).plan.keep == 1.0
+    engine.generate("a", max_new_tokens=3)
+    assert runtime_of(llama).steps.native.ready == (available("cpu") is None)
+    engine.close()
+    assert not is_wrapped(llama)
+    plain = Engine(llama, tokenizer, plain=True)
+    plain.generate("a", max_new_tokens=3)
+    assert not is_wrapped(llama)
+    llama.model.layers[0].mlp._hf_hook = object()  # as accelerate leaves it: `wrap` refuses
+    with caplog.at_level(logging.INFO, "coreskip"):
+        Engine(llama, tokenizer).generate("a", max_new_tokens=3)
+    assert "runs on plain transformers: the model is spread over devices" in caplog.text
+    assert not is_wrapped(llama)
+    with pytest.raises(CoreskipError, match="spread over devices"):
+        Engine(llama, tokenizer, weights="int8")
+
+
+def test_an_engine_that_nobody_holds_unwraps(llama: Any) -> None:
+    tokenizer, plan = NoTokenizer(), plan_of(llama, "static")
+    for settings in ((), (plan,)):
+        engine = Engine(llama, tokenizer, *settings)
+        engine.generate("a", max_new_tokens=3)
+        assert is_wrapped(llama)
+        del engine
+        gc.collect()
+        assert not is_wrapped(llama)
+
+
+def test_engines_with_the_same_settings_share_a_wrapping(llama: Any, tmp_path: Path) -> None:
+    tokenizer, plan = NoTokenizer(), plan_of(llama, "static")
+    plan.save(tmp_path / "my.plan")
+    one = Engine(llama, tokenizer, plan)
+    runtime = runtime_of(llama)
+    two, three = Engine(llama, tokenizer, tmp_path / "my.plan"), Engine(llama, tokenizer)
+    assert runtime_of(llama) is runtime
+    with pytest.raises(CoreskipError, match=r"with other settings: close that one first \(engine.close\(\)"):
+        Engine(llama, tokenizer, plan, weights="int8")
+    for engine in (one, two, three):
+        assert is_wrapped(llama)
+        engine.close()
+        engine.close()
+    assert not is_wrapped(llama)
+    first = Engine(llama, tokenizer, plan)
+    coreskip.unwrap(llama)
+    with coreskip.wrap(llama, plan):
+        first.close()
+        assert is_wrapped(llama), "the caller's own"
+
+
+def test_weights_that_are_gone_are_taken_over(llama: Any) -> None:
+    settings: dict[str, Any] = {"weights": "int8", "keep_originals": False}
+    with Engine(llama, NoTokenizer(), **settings):
+        runtime = runtime_of(llama)
+    assert is_wrapped(llama) == (not runtime.removable)
+    with Engine(llama, NoTokenizer(), **settings) as engine:
+        engine.generate("a", max_new_tokens=2)
+
+
+def test_an_engine_without_settings_gives_way(llama: Any) -> None:
+    """To whoever wraps, analyses or evaluates the model; its next call wraps again."""
+    tokenizer, plan = NoTokenizer(), plan_of(llama, "static")
+    engine = Engine(llama, tokenizer)
+    with coreskip.wrap(llama, plan):
+        engine.generate("a", max_new_tokens=2)
+        assert runtime_of(llama).plan is plan
+    assert not is_wrapped(llama)
+    engine.generate("a", max_new_tokens=2)
+    assert runtime_of(llama).plan.keep == 1.0
+    with Engine(llama, tokenizer, plan):
+        assert runtime_of(llama).plan is plan
+    engine.generate("a", max_new_tokens=2)
+    text = TokenText(prompt(1, 300)[0], torch.tensor([], dtype=torch.int64), "letters")
+    coreskip.evaluate(llama, tokenizer, plan, text, windows=1, window=32, progress=False)
+    assert not is_wrapped(llama)
+    engine.generate("a", max_new_tokens=2)
+    assert is_wrapped(llama)
+
+
+@pytest.mark.skipif(available("cpu") is not None, reason="no kernel reads int8")
+def test_weights_on_top_of_a_plan(embedded: tuple[Any, Any]) -> None:
+    model, tokenizer = embedded
+    for plan in (None, plan_of(model, "static")):
+        with Engine(model, tokenizer, plan, weights="int8") as engine:
+            assert runtime_of(model).plan.weights == "int8"
+            text = engine.generate(PROMPTS[0], max_new_tokens=8, do_sample=False)
+        with coreskip.wrap(model, replace(plan or coreskip.Plan.dense(model), weights="int8")):
+            assert Engine(model, tokenizer).generate(PROMPTS[0], max_new_tokens=8, do_sample=False) == text
+
+
+def test_figures(engine: Engine) -> None:
+    list(engine.stream(PROMPTS[0], max_new_tokens=6, do_sample=False))
+    found = engine.figures
+    assert found is not None
+    assert found.prompt_tokens == len(engine.tokenizer(PROMPTS[0]).input_ids)
+    assert found.new_tokens == 6
+    assert found.first_token_s is not None
+    assert 0 < found.first_token_s < found.seconds
+    assert found.tokens_per_second == pytest.approx(5 / (found.seconds - found.first_token_s))
+    engine.generate(PROMPTS[0], max_new_tokens=6, do_sample=True, num_return_sequences=2)
+    assert engine.figures is not None
+    assert (engine.figures.new_tokens, engine.figures.first_token_s) == (12, None)
+
+
+def test_a_temperature_of_zero_is_greedy(engine: Engine) -> None:
+    greedy = engine.generate(PROMPTS[0], max_new_tokens=6, do_sample=False)
+    assert engine.generate(PROMPTS[0], max_new_tokens=6, temperature=0) == greedy
+    assert engine.generate(PROMPTS[0], max_new_tokens=6, temperature=0.0, do_sample=True) == greedy
+
+
+def test_stop_strings_of_a_vocabulary_of_whole_words() -> None:
+    words = ["<unk>", "the", "sea", "was", "calm", "that", "day", "and", "ships", "lay", "still"]
+    backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    model = tiny("llama", vocab_size=len(words), pad_token_id=None, bos_token_id=None)
+    with Engine(model, tokenizer) as made:
+        options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}
+        whole = made.generate("the sea was", **options)
+        stop = whole.split()[2]
+        expected = whole[: whole.index(stop)]
+        assert made.generate("the sea was", stop_strings=stop, **options) == expected
+        assert made.figures is not None
+        assert made.figures.new_tokens < 20
+        assert "".join(made.stream("the sea was", stop_strings=stop, **options)) == expected

@@ -18,8 +18,8 @@ from coreskip import CoreskipError, PlanError
 from coreskip.kernels.ops import available
 from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.calibration import TokenText
+from coreskip.predictors.layer_selection import LayerSelection
 from coreskip.predictors.layers import (
-    LayerChoice,
     attention_ranks,
     block_influence,
     half_losses,
@@ -396,7 +396,7 @@ def test_losses_of_small_halves_are_those_of_leaving_them_out(family: str) -> No
 def test_layers_of_a_plan_that_leaves_some_out_already_stay_out(llama: Any) -> None:
     plan = plan_with(llama, {0: SkipMLP(), 1: SkipAttention()})
     text = TokenText(prompt(1, 200)[0], torch.tensor([], dtype=torch.int64), "random letters")
-    every = leave_out(plan, llama, text, LayerChoice.parse("skip-attention:3"))
+    every = leave_out(plan, llama, text, LayerSelection.parse("skip-attention:3"))
     assert [type(layer.layer) for layer in every.layers] == [Skip, SkipAttention, SkipAttention]
-    adaptive = leave_out(plan_with(llama, {2: Skip()}), llama, text, LayerChoice.parse("adaptive:0.8"))
+    adaptive = leave_out(plan_with(llama, {2: Skip()}), llama, text, LayerSelection.parse("adaptive:0.8"))
     assert [type(layer.layer) for layer in adaptive.layers] == [Adaptive, Adaptive, Skip]

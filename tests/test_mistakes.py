@@ -27,7 +27,8 @@ from coreskip import CoreskipError, Engine, Plan, analyze, evaluate, load, paret
 from coreskip.bench.processes import serve
 from coreskip.bench.runner import Job
 from coreskip.cli import main
-from coreskip.predictors.layers import LayerChoice, left_out
+from coreskip.predictors.layer_selection import LayerSelection
+from coreskip.predictors.layers import left_out
 from coreskip.runtime.options import Budget, check_options
 from coreskip.runtime.wrap import is_wrapped
 
@@ -65,6 +66,7 @@ def at(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         here.tokenizer.save_pretrained(folder / name)
     here.plan.save(folder / "my.plan")
     (folder / "story.txt").write_text(STORY)
+    (folder / "bad.jsonl").write_text('"a"\n{"text": "b"}\n')
     here.bare = characters(None)
     return here
 
@@ -120,6 +122,10 @@ MISTAKES: dict[str, tuple[Call, str]] = {
         "pass its .tokenizer",
     ),
     "no tokenizer to analyse with": (lambda at: analyzed(at, tokenizer=None), "the tokenizer is None"),
+    "no tokenizer for the model's own text": (
+        lambda at: analyzed(at, tokenizer=None, text=None),
+        "the tokenizer is None",
+    ),
     "a number to load": (lambda at: load(5), "the model is given as an int"),
     "a list as a device": (lambda at: load(at.folder / "llama", device=[]), "there is no device"),
     # flags
@@ -177,6 +183,35 @@ MISTAKES: dict[str, tuple[Call, str]] = {
     "a number to stop at": (lambda at: generated(at, "a", stop_strings=5), "stop_strings is 5"),
     "a word as a configuration": (lambda at: generated(at, "a", generation_config="x"), "generation_config is a str"),
     "ids beside the prompt": (lambda at: generated(at, "a", input_ids=torch.tensor([[1]])), "makes input_ids of the"),
+    "a temperature of next to nothing": (
+        lambda at: generated(at, "a", do_sample=True, temperature=1e-300),
+        "temperature is 1e-300, by which scores cannot be divided",
+    ),
+    "a number as a cache": (lambda at: generated(at, "a", past_key_values=3), "past_key_values is an int: give a KV"),
+    "a word as an assistant": (lambda at: generated(at, "a", assistant_model="x"), "assistant_model is a str: give a"),
+    "a number as processors": (lambda at: generated(at, "a", logits_processor=3), "logits_processor is an int"),
+    "a number as criteria": (lambda at: streamed(at, "a", stopping_criteria=3), "stopping_criteria is an int"),
+    "a word as a token's id": (lambda at: generated(at, "a", eos_token_id="x"), "eos_token_id is 'x': give a token's"),
+    "a cache of no kind": (lambda at: generated(at, "a", cache_implementation="nope"), "`cache_implementation` (nope)"),
+    "a share above one": (lambda at: generated(at, "a", do_sample=True, min_p=3), "min_p is 3; it must be a share"),
+    "a share that is a word": (lambda at: streamed(at, "a", do_sample=True, top_p="x"), "top_p is 'x'"),
+    "a length that is a word": (lambda at: generated(at, "a", length_penalty="x"), "length_penalty is 'x'"),
+    "a word as use_cache": (lambda at: generated(at, "a", use_cache="no"), "use_cache is 'no'"),
+    "early stopping at will": (lambda at: generated(at, "a", early_stopping="maybe"), "`early_stopping` must be"),
+    "a number as a tokenizer": (lambda at: generated(at, "a", tokenizer=3), "tokenizer is an int"),
+    "a number as a prefix function": (lambda at: generated(at, "a", prefix_allowed_tokens_fn=3), "give a function"),
+    "a misspelt option": (lambda at: generated(at, "a", max_new_token=3), "'max_new_token': did you mean max_new_tok"),
+    "a misspelt seed": (
+        lambda at: streamed(at, "a", sed=3),
+        "generation 'sed': did you mean seed",
+    ),
+    "no option at all": (lambda at: generated(at, "a", qqqq=3), "'qqqq': see transformers.GenerationConfig"),
+    "a misspelt setting": (
+        lambda at: Engine(at.model, at.tokenizer, exakt=True),
+        "'exakt': did you mean exact",
+    ),
+    "an unknown format": (lambda at: Engine(at.model, at.tokenizer, weights="int3"), "weights is 'int3'; choose from"),
+    "plain under a plan": (lambda at: Engine(at.model, at.tokenizer, at.plan, plain=True), "leave out plan, exact"),
     # learned positions
     "a prompt beyond the positions": (lambda at: generated(at, "a" * 90, model=at.gpt2), "90 tokens, and this 'gpt2'"),
     "a text beyond the positions": (
@@ -354,9 +389,9 @@ def test_some_layer_stays() -> None:
     assert [left_out(keep, 3) for keep in (0.01, 0.3, 0.5, 1.0)] == [2, 2, 2, 0]
     for text, words in (("skip:3", "all of the model's 3"), ("skip:4", "more layers"), ("every:4", "none of the")):
         with pytest.raises(CoreskipError, match=words):
-            LayerChoice.parse(text).check(3)
+            LayerSelection.parse(text).check(3)
     for text in ("skip:2", "skip-mlp:3", "every:3", "adaptive:0.8"):
-        LayerChoice.parse(text).check(3)
+        LayerSelection.parse(text).check(3)
 
 
 def test_an_adapter_is_called_one() -> None:
@@ -412,7 +447,24 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     ((*ANALYZE, "--layers", "every:4"), "none of the model's 3 layers"),
     ((*ANALYZE, "--layers", "skip:1", "--first-layer", "1"), "first_layer is of choosing neurons"),
     ((*ANALYZE, "--layers", "skip:1", "--rule", "wina"), "rule is of choosing neurons"),
+    ((*ANALYZE[:2], "-o", "-"), "a plan is a folder, which stdout cannot hold"),
+    ((*ANALYZE, "--layers", "skip"), "cannot read the layers 'skip'"),
+    ((*ANALYZE, "--weights", "int3"), "'int3' is not one of 'int4', 'int8'"),
+    ((*ANALYZE, "--method", "learned", "--rank", "65"), "rank is 65: more than the model's hidden size, 64"),
     ((*GENERATE, "-p", "a", "--seed", "3"), "--seed is of sampling: add a --temperature"),
+    ((*GENERATE, "-p", "a", "--temperature", "0", "--seed", "3"), "--seed is of sampling: add a --temperature"),
+    ((*GENERATE, "-p", "a", "--temperature", "1e-300"), "--temperature is 1e-300, by which scores cannot be divided"),
+    ((*GENERATE, "-p", "a", "--temperature", "1", "--top-p", "2"), "--top-p is 2.0; it must be at most 1"),
+    ((*GENERATE, "-p", "a", "--top-k", "3"), "--top-k is of sampling"),
+    ((*GENERATE, "-p", "a", "-n", "3"), "--num-samples is of sampling"),
+    ((*GENERATE, "-p", "a", "--plain", "--plan", "my.plan"), "--plain is plain transformers: leave out --plan"),
+    ((*GENERATE, "-p", "a", "--prompt-file", "story.txt"), "give one of --prompt and --prompt-file"),
+    (GENERATE, "give one of --prompt and --prompt-file"),
+    ((*GENERATE, "--prompt-file", "none.txt"), "cannot read the prompts none.txt"),
+    ((*GENERATE, "--prompt-file", "bad.jsonl"), "line 2 of bad.jsonl holds no prompt"),
+    (("chat", "llama", "--system", "\udcff"), "--system is not valid text"),
+    (("chat", "llama", "--temperature", "nan"), "--temperature is nan"),
+    (("bench", "llama", "--weights", "int3"), "weights is 'int3'"),
     ((*GENERATE, "-p", "a", "--temperature", "1", "--seed", str(2**64)), "seed is 18446744073709551616"),
     ((*GENERATE, "-p", "a", "--temperature", "nan"), "--temperature is nan"),
     ((*GENERATE, "-p", "a", "--temperature", "inf"), "--temperature is inf"),
@@ -521,14 +573,30 @@ def test_a_prompt_of_undecodable_bytes() -> None:
     assert b"--prompt is not valid text" in ran.stderr
 
 
-def test_mistakes_do_not_wait_for_torch() -> None:
+AT_ONCE = [
+    ["analyze", "-o", "x", "--budget", "kl<0"], ["analyze", "-o", "-"], ["analyze", "-o", "x", "--layers", "skip"],
+    ["analyze", "-o", "x", "--method", "core", "--rank", "3"], ["analyze", "-o", "x", "--weights", "int3"],
+    ["analyze", "-o", "x", "--allocation", "best"], ["analyze", "-o", "x", "--tokens", "0"],
+    ["generate", "-p", "x", "--seed", "3"], ["generate"], ["generate", "-p", "x", "--temperature", "1e-300"],
+    ["generate", "-p", "x", "--plain", "--exact"], ["generate", "-p", "x", "-n", "2"], ["generate", "-p", ""],
+    ["chat", "--top-p", "0.5"], ["chat", "--plain", "--weights", "int4"], ["chat", "--temperature", "-1"],
+    ["eval", "--window", "5"], ["eval", "--ppl-sparsity", "nan"], ["eval", "--lookup"],
+    ["bench", "--weights", "int3"], ["info", "--nonsense"], ["show"], ["nonsense"],
+]  # fmt: skip
+
+
+def test_mistakes_do_not_wait_for_torch(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom coreskip.cli import main\n"
-        "for words in (['analyze', '-o', 'x', '--budget', 'kl<0'], ['generate', '-p', 'x', '--seed', '3']):\n"
-        "    try: main(words)\n    except SystemExit as end: assert end.code == 2\n"
-        "sys.exit('torch' in sys.modules)"
+        f"for words in {AT_ONCE!r}:\n"
+        "    try: main(words)\n    except SystemExit as end: assert end.code == 2, words\n"
+        "    assert 'torch' not in sys.modules, words\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (ran.returncode, ran.stderr.count("\n")) == (0, len(AT_ONCE)), ran.stderr
 
 
 def test_a_worker_whose_bench_is_gone_ends_quietly() -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from test_analyze import run, text
 from test_policies import plan_with, some_policy
-from test_tune import run, text
 from tiny_models import NoTokenizer, greedy, plan_of, prompt, tiny
 
 import coreskip
@@ -22,9 +22,9 @@ from coreskip.bench import budget as benchmark
 from coreskip.kernels.ops import available
 from coreskip.predictors.plan import LayerPlan
 from coreskip.predictors.policies import Adaptive, Run, Sketch, Skip, SkipAttention, SkipMLP
+from coreskip.runtime.calibrate import Study
 from coreskip.runtime.cost import bytes_per_token, cost, predicted_seconds, read_bandwidth
 from coreskip.runtime.search import FAMILIES, Family, Journal, pareto
-from coreskip.runtime.tune import Study
 from coreskip.runtime.wrap import runtime_of
 
 needs_kernels = pytest.mark.skipif(available("cpu") is not None, reason="the native step is not built")
@@ -230,10 +230,10 @@ def test_bytes_of_layers_left_out_are_those_that_the_step_does_not_read(
         ids = torch.tensor([[5, 6, 7]])
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
         runtime = runtime_of(model)
-        described = runtime.steps.native.described
-        assert described is not None
-        full = described.model.base.layers[0]
-        step = next(iter(described.steps.values()))[0].model.layers[0]
+        architecture = runtime.steps.native._architecture
+        assert architecture is not None
+        full = architecture.base.layers[0]
+        step = next(iter(runtime.steps.native._steps.values()))[0].model.layers[0]
     attention, mlp = full.attention, full.mlp
     unread = [attention.q, attention.o] if step.entries_only else []
     unread += [mlp.gate, mlp.up, mlp.down] if step.mlp is None else []
@@ -287,8 +287,8 @@ def test_halves_that_do_nothing_are_left_out_where_no_whole_layer_may_be(half: s
 
 def test_layers_are_not_calibrated_for_where_they_cannot_win(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr("coreskip.runtime.tune.half_losses", lambda *about, **options: asked.append(about))
-    monkeypatch.setattr("coreskip.runtime.search._Hunt._promises", lambda self, family, keep: family.method == "dense")
+    monkeypatch.setattr("coreskip.runtime.calibrate.half_losses", lambda *about, **options: asked.append(about))
+    monkeypatch.setattr("coreskip.runtime.search._Search._can_win", lambda self, family, keep: family.method == "dense")
     assert budgeted(llama, "kl<100").recipe["method"] == "dense"
     assert not asked
 
@@ -308,7 +308,7 @@ def test_what_fails_by_far_is_not_tried_with_less_kept_in_other_weights(
 
     monkeypatch.setattr(Study, "measure", judged)
     only = Family("layers", {"leave": "layers"})
-    monkeypatch.setattr("coreskip.runtime.search._Hunt.families", lambda self: [only])
+    monkeypatch.setattr("coreskip.runtime.search._Search.families", lambda self: [only])
     assert budgeted(llama, "kl<1").weights == "int4"
     assert ("int4", 1) in measured
     assert not [weights for weights, skipped in measured if skipped and weights != "int4"]

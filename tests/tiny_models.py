@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
+from transformers import BatchEncoding
 
 from coreskip.kernels.sparse import SparseMLP
 from coreskip.predictors.plan import LayerPlan, Plan
@@ -139,8 +139,9 @@ class NoTokenizer:
     eos_token_id = None
     pad_token_id = 0
 
-    def __call__(self, text: str, **options: Any) -> Any:
-        return SimpleNamespace(input_ids=[5])
+    def __call__(self, text: Any, **options: Any) -> Any:
+        ids = [5] if isinstance(text, str) else [[5] for _ in text]
+        return BatchEncoding({"input_ids": ids})
 
     def batch_decode(self, ids: torch.Tensor, **options: Any) -> list[str]:
         return [""] * len(ids)

@@ -1,0 +1,336 @@
+"""Calibration: a model is observed on text, plans are made of what was seen, and measured on text held out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from functools import cached_property
+from typing import Any, cast
+
+from torch import Tensor
+
+from ..predictors.anatomy import dissect
+from ..predictors.calibration import TokenText, most_positions, text_of
+from ..predictors.checks import Score
+from ..predictors.core_neurons import SentenceCounter, cluster_sentences, static_set
+from ..predictors.errors import CoreskipError
+from ..predictors.fingerprint import Fingerprint
+from ..predictors.importance import kept_count
+from ..predictors.layer_selection import Leave
+from ..predictors.layers import block_influence, half_losses, leaving_out, left_out
+from ..predictors.observe import LayerStats, down_norms, observe
+from ..predictors.plan import LayerPlan, Plan
+from ..predictors.policies import Chooser, Clusters, CoreNeurons, NeuronPolicy, Similar, Static
+from ..predictors.token_choice import TokenCalibration
+from .calibration_text import model_text
+from .cost import runs_natively
+from .emulation import Emulation
+from .formats import check_format
+from .lower_cpu import refusal
+from .options import (
+    OF_METHODS,
+    OPTIONS_OF,
+    CoreOptions,
+    LayersOptions,
+    LearnedOptions,
+    SimilarOptions,
+    SketchOptions,
+    StaticOptions,
+    ThresholdOptions,
+    TopKOptions,
+    options_of,
+)
+from .quality import WINDOW, evaluate_all
+from .wrap import make_way
+
+_PER_WINDOW = 2048  # tokens observed, to one window that tells what layers are worth
+_SENTENCE = 256  # tokens; CoreInfer finds core neurons stable from 200-300 tokens on
+
+
+class Study:
+    """A model, the calibrator that observes one part of a text, and two more parts to measure plans on: one chooses
+    between candidates, one is measured on at the end.
+
+    Args:
+        the arguments: as in `analyze`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        text: str | os.PathLike[str] | TokenText | None = None,
+        weights: str | None = None,
+        tokens: int = 16384,
+        windows: int = 12,
+        first_layer: int = 0,
+        seed: int = 0,
+        fast: bool = False,
+        progress: bool = True,
+        **options: Any,
+    ) -> None:
+        make_way(model)
+        self._anatomy = dissect(model)
+        depth = len(self._anatomy)
+        if first_layer >= depth:
+            raise CoreskipError(f"first_layer is {first_layer}; the model has layers 0..{depth - 1}")
+        _check_rank(options.get("rank"), self._anatomy.mlps[0].hidden_size)
+        if weights is not None:
+            check_format(model, self._anatomy, Plan.dense(model, weights))
+        tokens, windows = (-(-tokens // 2), -(-windows // 2)) if fast else (tokens, windows)
+        self.model, self.windows, self.fast, self.progress, self.weights = model, windows, fast, progress, weights
+        self.calibration = _calibration_text(model, tokenizer, text, tokens, seed, progress)
+        observed, self.searched, self.checked = self.calibration.split(0.6, 0.2, 0.2)
+        self.window = min(WINDOW, _longest(model), len(self.searched.ids), len(self.checked.ids)) // 2 * 2
+        if self.window < 16:
+            raise CoreskipError(
+                f"the text ({self.calibration.source}) has {len(self.calibration.ids)} tokens; at least 100 are "
+                "needed, some 10,000 are good"
+            )
+        self.calibrator = Calibrator(
+            model,
+            observed,
+            first_layer=first_layer,
+            max_tokens=tokens,
+            seed=seed,
+            progress=progress,
+            **options,
+        )
+        about = {**options, "score": options.get("score"), "first_layer": first_layer, "tokens": tokens, "seed": seed}
+        self._about = about if weights is None else {**about, "weights": weights}
+        self._covered = refusal(model, self._anatomy) is None
+        self._emulations: dict[tuple[str, int], Emulation] = {}
+
+    def identity(self) -> str:
+        """What a plan's quality depends on besides the plan: the model, the text, the options."""
+        probes = hashlib.sha256(Fingerprint.of(self.model).probes.numpy().tobytes()).hexdigest()
+        how = "decoded" if self._covered else "estimated"  # what was measured otherwise is not taken up again
+        about = [probes, self.calibration.fingerprint(), self._about, self.windows, self.window, how]
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+    def measure(self, plan: Plan, part: str = "checked", windows: int | None = None) -> dict[str, Any]:
+        """`evaluate_all`'s figures on the part ``searched`` or ``checked``; on so many windows, fewer or more than the
+        study's own. Of what is searched they are estimated where steps run on the modules."""
+        text = self.checked if part == "checked" else self.searched
+        options: dict[str, Any] = {"window": self.window, "progress": self.progress}
+        if any(layer.neurons.chooser is Chooser.PROMPT for layer in plan.layers):
+            return evaluate_all(self.model, [plan], text, windows=windows or self.windows, **options)[0]
+        prefilled = max(windows or 0, self.windows)
+        emulation = self._emulations.get((part, prefilled))
+        if emulation is None:
+            weights = next((each.weights for each in self._emulations.values()), None)
+            emulation = Emulation(self.model, text, windows=prefilled, weights=weights, **options)
+            self._emulations[part, prefilled] = emulation
+        # on the modules a token takes several times as long as in one pass, natively half as long
+        real = part == "checked" or (runs_natively(self._anatomy, plan) and self._covered)
+        return emulation.score(plan, windows, token_by_token=real)
+
+    def measured(self, plan: Plan) -> Plan:
+        """The plan in the study's weights, with its quality on the part held out from everything."""
+        plan = replace(plan, weights=self.weights)
+        return replace(plan, quality=self.measure(plan), calibration=self.provenance())
+
+    def provenance(self) -> dict[str, Any]:
+        """The calibration text, as a plan remembers it, and how many of its tokens were observed."""
+        return {**self.calibration.fingerprint(), "observed": self.calibrator.observed}
+
+
+def _longest(model: Any) -> int:
+    return most_positions(model, WINDOW)
+
+
+def _calibration_text(
+    model: Any, tokenizer: Any, text: str | os.PathLike[str] | TokenText | None, tokens: int, seed: int, progress: bool
+) -> TokenText:
+    if text is not None:
+        return text_of(tokenizer, text)
+    # half of what a given text would provide: sampling is some ten times slower than observing
+    return model_text(model, tokenizer, tokens=-(-tokens // 2), length=WINDOW, seed=seed, progress=progress)
+
+
+class Calibrator:
+    """Makes plans for one model from one observation of it.
+
+    Args:
+        text: what is observed; at most `max_tokens` of it.
+        options: of the methods, see `OPTIONS_OF`; each method takes those that it has.
+        the others: as in `analyze`.
+
+    Attributes:
+        observed: tokens that the plans made so far rest on, at most.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        text: TokenText,
+        *,
+        first_layer: int = 0,
+        max_tokens: int = 16384,
+        seed: int = 0,
+        progress: bool = True,
+        **options: Any,
+    ) -> None:
+        for name, value in options.items():
+            options_of(next(iter(OF_METHODS.get(name, ("layers",)))), {name: value})
+        self._model, self._text, self._progress, self._options = model, text, progress, options
+        self._first, self._seed, self._max_tokens = first_layer, seed, max_tokens
+        self.observed = 0
+        self._fingerprint = Fingerprint.of(model)
+        _check_rank(options.get("rank"), self._fingerprint.hidden_size)
+        self._stats: dict[tuple[Score, float], list[LayerStats]] = {}
+        self._sentences: dict[tuple[Score, float], list[Tensor]] = {}
+        self._made: dict[tuple[Any, ...], Plan] = {}
+
+    def make(self, method: str, keep: float, **options: Any) -> Plan:
+        """A plan of this method that keeps this share of the neurons, or layers. `options` replace those given to the
+        calibrator.
+
+        Deterministic; observes the text when a method first needs it. A plan is made once: searches ask for it again
+        on more windows, in other formats and for other budgets.
+        """
+        known = {each.name for each in fields(OPTIONS_OF[method])}
+        own = {name: value for name, value in self._options.items() if name in known}
+        chosen = options_of(method, {**own, **options})
+        key = (method, keep, chosen)
+        if key not in self._made:
+            self._made[key] = getattr(self, f"_{method}")(keep, chosen)
+        return self._made[key]
+
+    def _windows(self, length: int) -> Tensor:
+        """Token ids ``[rows, length]`` of the text, or of as much as may be observed."""
+        length = min(length, _longest(self._model), len(self._text.ids) + len(self._text.prefix))
+        rows = self._text.windows(length, max(1, self._max_tokens // length))
+        self.observed = max(self.observed, rows.numel())
+        return rows
+
+    def _layers(self, keep: float, options: LayersOptions) -> Plan:
+        depth = len(self._fingerprint.intermediate_sizes)
+        worth = self._worth(options.leave)
+        order = sorted(range(self._first, depth), key=worth.__getitem__)
+        policies = leaving_out(options.leave, order[: left_out(keep, depth)], depth)
+        recipe = {"method": "layers", "leave": options.leave, "keep": keep}
+        recipe |= {"first_layer": self._first, "seed": self._seed}
+        layers = tuple(LayerPlan(layer=policy) for policy in policies)
+        return Plan(layers, self._fingerprint, recipe, self._text.fingerprint())
+
+    def _worth(self, leave: Leave) -> list[float]:
+        """Of each layer, or half of it: by what was measured to choose best, see `half_losses`."""
+        if leave == "layers":
+            return self._influence
+        column = 0 if leave == "attentions" else 1
+        return cast("list[float]", self._half_losses[:, column].tolist())
+
+    @cached_property
+    def _influence(self) -> list[float]:
+        return [each.layer for each in block_influence(self._model, self._few_windows.split(1))]
+
+    @cached_property
+    def _half_losses(self) -> Tensor:
+        return half_losses(self._model, self._few_windows, seed=self._seed, progress=self._progress)
+
+    @cached_property
+    def _few_windows(self) -> Tensor:
+        length = min(_SENTENCE, _longest(self._model), len(self._text.ids) + len(self._text.prefix))
+        rows = self._text.windows(length, max(1, self._max_tokens // _PER_WINDOW))
+        self.observed = max(self.observed, rows.numel())
+        return rows
+
+    def _core(self, keep: float, options: CoreOptions) -> Plan:
+        policy = CoreNeurons(options.alpha, keep, options.score)
+        return self._by_score("core", keep, [policy] * len(self._fingerprint.intermediate_sizes), options)
+
+    def _static(self, keep: float, options: StaticOptions) -> Plan:
+        stats = self._observe(options, sentences=False)
+        policies = [Static(static_set(s, options.score, keep).cpu()) for s in stats]
+        return self._by_score("static", keep, policies, options)
+
+    def _similar(self, keep: float, options: SimilarOptions) -> Plan:
+        self._observe(options, sentences=True)
+        found = cluster_sentences(self._sentences[options.score, options.alpha], keep, self._seed)
+        clusters = Clusters(found.anchor, options.alpha, keep, options.score, found.centroids)
+        return self._by_score("similar", keep, [Similar(sets) for sets in found.sets], options, clusters)
+
+    @cached_property
+    def tokens(self) -> TokenCalibration:
+        """What is known of single tokens."""
+        return TokenCalibration(self._model, self._windows(WINDOW), seed=self._seed, progress=self._progress)
+
+    def _sketch(self, keep: float, options: SketchOptions) -> Plan:
+        if options.bits == 1:
+            recall = round(self.tokens.sign_recall(keep), 4)
+            return self._by_token("sketch", keep, self.tokens.signs(keep), bits=1, recall=recall)
+        policies = self.tokens.sketch(keep, options.allocation, refine=options.refine)
+        refined = {"refine": True} if options.refine else {}
+        return self._by_token("sketch", keep, policies, allocation=options.allocation, **refined)
+
+    def _topk(self, keep: float, options: TopKOptions) -> Plan:
+        policies = self.tokens.topk(keep, options.allocation)
+        return self._by_token("topk", keep, policies, allocation=options.allocation)
+
+    def _learned(self, keep: float, options: LearnedOptions) -> Plan:
+        policies = self.tokens.learned(keep, options.rank)
+        found = sum(policy.recall or 0.0 for policy in policies) / len(policies)
+        return self._by_token("learned", keep, policies, rank=options.rank, recall=round(found, 4))
+
+    def _threshold(self, keep: float, options: ThresholdOptions) -> Plan:
+        policies = self.tokens.threshold(keep, cast(Any, options.rule), everywhere=options.all_linears)
+        return self._by_token("threshold", keep, policies, rule=options.rule, all_linears=options.all_linears)
+
+    def _by_token(self, method: str, keep: float, policies: Sequence[NeuronPolicy], **recipe: Any) -> Plan:
+        return self._plan(policies, keep, {"method": method, "keep": keep, **recipe})
+
+    def _by_score(
+        self,
+        method: str,
+        keep: float,
+        policies: Sequence[NeuronPolicy],
+        options: StaticOptions,
+        clusters: Clusters | None = None,
+    ) -> Plan:
+        recipe: dict[str, Any] = {"method": method, "keep": keep, "score": options.score}
+        if options.score != "griffin":
+            recipe["alpha"] = options.alpha
+        return self._plan(policies, keep, recipe, clusters)
+
+    def _plan(
+        self, policies: Sequence[NeuronPolicy], keep: float, recipe: dict[str, Any], clusters: Clusters | None = None
+    ) -> Plan:
+        widths = self._fingerprint.intermediate_sizes
+        layers = [
+            LayerPlan(policy) if index >= self._first and kept_count(width, keep) < width else LayerPlan()
+            for index, (policy, width) in enumerate(zip(policies, widths, strict=True))
+        ]
+        recipe = {**recipe, "first_layer": self._first, "seed": self._seed}
+        return Plan(tuple(layers), self._fingerprint, recipe, self._text.fingerprint(), None, clusters)
+
+    def _observe(self, options: StaticOptions, sentences: bool) -> list[LayerStats]:
+        """One pass over the text, with the sentences' own counts where a method needs them."""
+        key = options.score, options.alpha
+        if key in self._stats and (key in self._sentences or not sentences):
+            return self._stats[key]
+        rows = self._windows(_SENTENCE)
+        counter = SentenceCounter(down_norms(dissect(self._model)), *key) if sentences else None
+        self._stats[key] = observe(
+            self._model,
+            rows.split(1),
+            alpha=options.alpha,
+            scores=[options.score],
+            total=len(rows),
+            progress=self._progress,
+            tap=counter,
+        )
+        if counter is not None:
+            self._sentences[key] = counter.counts()
+        return self._stats[key]
+
+
+def _check_rank(rank: int | None, hidden: int) -> None:
+    if rank is not None and rank > hidden:
+        raise CoreskipError(
+            f"rank is {rank}: a predictor of more than the model's hidden size, {hidden}, saves nothing"
+        )
