@@ -16,7 +16,7 @@ from typing import Any
 import click
 import torch
 
-from coreskip.bench.quality import provenance, write_rows
+from coreskip.bench.provenance import provenance, write_rows
 from coreskip.bench.runners import greedy
 from coreskip.bench.workloads import prompts
 from coreskip.predictors.plan import Plan
