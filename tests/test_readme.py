@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,10 @@ def test_its_python_runs_as_printed(
     monkeypatch.setattr(coreskip, "load", lambda: (model, tokenizer))
     small = {"tokens": 512, "windows": 2, "progress": False}
     monkeypatch.setattr(coreskip, "analyze", partial(coreskip.analyze, **small))
-    monkeypatch.setattr("coreskip.runtime.tune.sample_text", lambda *arguments, **options: noise)
+    for module in [module for name, module in sys.modules.items() if name.startswith("coreskip.")]:
+        if hasattr(module, "sample_text"):
+            monkeypatch.setattr(module, "sample_text", lambda *arguments, **options: noise)
+    monkeypatch.setenv("CORESKIP_CACHE", str(tmp_path / "cache"))  # where text that a model wrote may be kept
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(blocks) >= 4
