@@ -16,8 +16,8 @@ namespace {
 constexpr int64_t kMillisecond = 1'000'000;
 constexpr int64_t kWindow = 4 * kMillisecond;  // of work, after which the size of a team is looked at again
 constexpr float kTooMuch = 0.25f;              // of that time lost
-constexpr float kNew = 0.125f;                 // weight of the newest window in the average
-constexpr int64_t kHold = 40 * kMillisecond, kLongestHold = 2560 * kMillisecond;
+constexpr float kNew = 0.0625f;                // weight of the newest window in the average
+constexpr int64_t kHold = 20 * kMillisecond, kLongestHold = 1280 * kMillisecond;
 constexpr int64_t kPatience = 200'000;         // for helpers to turn up; waking one takes tens of microseconds
 
 std::atomic<int> limit{0};  // 0: none
@@ -69,7 +69,7 @@ int Crowding::size(int most, int64_t time) {
     if (limit_ < most && time >= again_) {
         limit_ *= 2;
         trying_ = true;
-        share_ = kTooMuch * 0.8f;  // one bad window is enough
+        share_ = kTooMuch * 0.6f;  // a few bad windows are enough
     }
     return std::min(most, limit_);
 }
