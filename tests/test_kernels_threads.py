@@ -63,8 +63,8 @@ def run(script: str, **environment: str) -> str:
 
 @linux
 def test_processes_on_the_same_cores_do_not_wait_awake():
-    """Processor time for a token, of four processes of two threads on two cores, against one alone. Threads that wait
-    for one without a core, and keep theirs meanwhile, take three times as much and more: OpenMP's."""
+    """Processor time for a token, of four processes of two threads on two cores, against one alone. A thread that waits
+    for one without a core, and keeps its own for the whole time slice, takes as much again."""
     script = f"""{STEP}
 torch.set_num_threads(2)
 step, cache = decoder()
@@ -99,16 +99,18 @@ for _ in sys.stdin:
 
 @linux
 def test_helpers_sleep_between_calls():
+    """Processor time while calls come every few milliseconds. OpenMP's threads stay awake until the next one."""
     script = f"""{STEP}
 torch.set_num_threads(2)
-step, cache = decoder(2)
+step, cache = decoder(1)
 step.generate(1, 0, 0, cache, 0, 8, [])
-time.sleep(0.1)
-begin = time.process_time()
-time.sleep(0.5)
-print(time.process_time() - begin)
+begin, wall = time.process_time(), time.monotonic()
+for _ in range(200):
+    step.generate(1, 0, 0, cache, 0, 1, [])
+    time.sleep(0.003)
+print((time.process_time() - begin) / (time.monotonic() - wall))
 """
-    assert float(run(script)) < 0.05
+    assert float(run(script)) < 0.5
 
 
 @linux

@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kMillisecond = 1'000'000;
 constexpr int64_t kWindow = 4 * kMillisecond;  // of work, after which the size of a team is looked at again
 constexpr float kTooMuch = 0.25f;              // of that time lost
-constexpr float kNew = 0.125f;                 // weight of the newest window in the average
+constexpr float kNew = 0.0625f;                // weight of the newest window in the average
 constexpr int64_t kHold = 20 * kMillisecond, kLongestHold = 1280 * kMillisecond;
 constexpr int64_t kPatience = 200'000;         // for helpers to turn up; waking one takes tens of microseconds
 
@@ -69,7 +69,7 @@ int Crowding::size(int most, int64_t time) {
     if (limit_ < most && time >= again_) {
         limit_ *= 2;
         trying_ = true;
-        share_ = kTooMuch * 0.8f;  // one bad window is enough
+        share_ = kTooMuch * 0.6f;  // a few bad windows are enough
     }
     return std::min(most, limit_);
 }
@@ -83,7 +83,7 @@ void Crowding::note(int size, int64_t begin, int64_t end, int64_t lost, int late
     share_ += (static_cast<float>(lost_) / static_cast<float>(total_) - share_) * kNew;
     if (share_ > kTooMuch) {
         limit_ = std::max(1, size - std::max(1, late_));
-        hold_ = trying_ ? std::min(2 * hold_, kLongestHold) : kHold;
+        hold_ = trying_ ? std::min(2 * hold_, kLongestHold) : std::max(hold_ / 2, kHold);
         again_ = end + hold_;
         trying_ = false;
     } else if (share_ < kTooMuch / 2) {
