@@ -361,7 +361,7 @@ def test_budgets_that_are_none(text: Any) -> None:
         ({"budget": "ppl+1%", "rule": "teal"}, "tries every rule itself"),
         ({"budget": "ppl+1%", "fast": True, "rank": 8}, "auto (a fast search)"),
         ({"resume": "x"}, "resume is of the search for a budget"),
-        ({"dense": True, "first_layer": 1}, "first_layer is of choosing neurons"),
+        ({"layers": "skip:1", "first_layer": 1}, "first_layer is of choosing neurons"),
     ],
 )
 def test_options_that_nothing_takes(options: dict[str, Any], words: str) -> None:
