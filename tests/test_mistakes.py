@@ -573,32 +573,6 @@ def test_a_prompt_of_undecodable_bytes() -> None:
     assert b"--prompt is not valid text" in ran.stderr
 
 
-AT_ONCE = [
-    ["analyze", "-o", "x", "--budget", "kl<0"], ["analyze", "-o", "-"], ["analyze", "-o", "x", "--layers", "skip"],
-    ["analyze", "-o", "x", "--method", "core", "--rank", "3"], ["analyze", "-o", "x", "--weights", "int3"],
-    ["analyze", "-o", "x", "--allocation", "best"], ["analyze", "-o", "x", "--tokens", "0"],
-    ["generate", "-p", "x", "--seed", "3"], ["generate"], ["generate", "-p", "x", "--temperature", "1e-300"],
-    ["generate", "-p", "x", "--plain", "--exact"], ["generate", "-p", "x", "-n", "2"], ["generate", "-p", ""],
-    ["chat", "--top-p", "0.5"], ["chat", "--plain", "--weights", "int4"], ["chat", "--temperature", "-1"],
-    ["eval", "--window", "5"], ["eval", "--ppl-sparsity", "nan"], ["eval", "--lookup"],
-    ["bench", "--weights", "int3"], ["info", "--nonsense"], ["show"], ["nonsense"],
-]  # fmt: skip
-
-
-def test_mistakes_do_not_wait_for_torch(tmp_path: Path) -> None:
-    code = (
-        "import sys\nfrom coreskip.cli import main\n"
-        f"for words in {AT_ONCE!r}:\n"
-        "    try: main(words)\n    except SystemExit as end: assert end.code == 2, words\n"
-        "    assert 'torch' not in sys.modules, words\n"
-    )
-    ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert (ran.returncode, ran.stderr.count("\n")) == (0, len(AT_ONCE)), ran.stderr
-
-
 def test_a_worker_whose_bench_is_gone_ends_quietly() -> None:
     """After Ctrl-C in a round there is an answer that nobody reads: the pipe then breaks with an error of its own."""
     ours, theirs = multiprocessing.Pipe()
