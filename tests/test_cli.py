@@ -322,8 +322,9 @@ def test_mistakes_do_not_wait_for_torch(tmp_path: Path) -> None:
         "    try: main(words)\n    except SystemExit as end: assert end.code == 2, words\n"
         "    assert 'torch' not in sys.modules, words\n"
     )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, check=False, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        [sys.executable, "-c", code], cwd=tmp_path, check=False, env=environment,
         capture_output=True, text=True,
     )  # fmt: skip
     assert (ran.returncode, ran.stderr.count("\n")) == (0, len(AT_ONCE)), ran.stderr
