@@ -16,8 +16,8 @@ from typing import Any
 import click
 import torch
 
+from coreskip.bench.clock import greedy
 from coreskip.bench.provenance import provenance, write_rows
-from coreskip.bench.runners import greedy
 from coreskip.bench.workloads import prompts
 from coreskip.predictors.plan import Plan
 from coreskip.runtime.load import load

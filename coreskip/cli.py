@@ -70,7 +70,7 @@ def bench() -> None:
 @click.argument("model", required=False)
 @click.option("--plan", "plans", multiple=True, type=click.Path(path_type=Path), help="A plan; may be given again.")
 @click.option("--keep", "keeps", multiple=True, type=float, help="Keep this share by core neurons, uncalibrated.")
-@click.option("--against", help="hf, hf-compile, onnxruntime, llama.cpp, or none; by default all.")
+@click.option("--against", help="hf, hf-compile, onnxruntime, openvino, llama.cpp, or none; by default all.")
 @click.option("--dtype", "dtypes", default="float32,bfloat16,int4", show_default=True, help="Of hf and coreskip.")
 @click.option("--weights", help="Measure coreskip with weights in this format, too: int4 or int8.")
 @click.option("--device", help="cpu or cuda; by default cuda where there is one.")
@@ -83,7 +83,7 @@ def bench() -> None:
 @click.option("--shape", help="Random weights of a real shape instead of a model: llama-3.2-1b, opt-1.3b, ...")
 @click.option("--layers", type=click.IntRange(1), help="Of the shape, only so many layers.")
 @click.option("--sparsity", type=float, help="Natural sparsity of a ReLU shape; 0.9 by default.")
-@click.option("--gguf", type=click.Path(path_type=Path), help="The model as GGUF, for llama.cpp.")
+@click.option("--gguf", type=click.Path(path_type=Path), help="The model as GGUF, for llama.cpp, openvino.")
 @click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text to score; else Python's documentation.")
 @click.option("--windows", type=click.IntRange(0), default=4, show_default=True, help="Of 512 tokens to score.")
 @click.option("--json", "output", type=click.Path(path_type=Path), help="Write the rows to this file.")
@@ -104,18 +104,18 @@ def bench_run(**options: Any) -> None:
 
 
 def _measure(settings: Any, output: Path | None) -> None:
-    from coreskip.bench import rows, throughput
+    from coreskip.bench import row_schema, tables, throughput
     from coreskip.predictors.files import STDOUT, keep
 
     outcome = throughput.run(settings)
     beside = output == STDOUT  # the rows alone go there
     if outcome.rows:
-        click.echo(rows.terminal_table(outcome.rows), err=beside)
-        click.echo("\n" + "\n".join(rows.origins(outcome.rows)), err=beside)
+        click.echo(tables.terminal_table(outcome.rows), err=beside)
+        click.echo("\n" + "\n".join(tables.origins(outcome.rows)), err=beside)
     for name, reason in outcome.left_out.items():
         click.echo(f"{name}: {reason}", err=beside)
     if output is not None and outcome.rows:
-        keep(lambda path: rows.write(path, outcome.rows), output)
+        keep(lambda path: row_schema.write(path, outcome.rows), output)
     if outcome.interrupted:
         raise KeyboardInterrupt
     if not outcome.rows:
@@ -128,7 +128,7 @@ def _measure(settings: Any, output: Path | None) -> None:
 def bench_report(rows: tuple[Path, ...], output: Path) -> None:
     """Draw the rows of these files on one self-contained HTML page."""
     from coreskip.bench.report import page
-    from coreskip.bench.rows import read
+    from coreskip.bench.row_schema import read
     from coreskip.predictors.files import STDOUT, check_file, write_text
 
     check_file(output)
@@ -141,7 +141,7 @@ def bench_report(rows: tuple[Path, ...], output: Path) -> None:
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def bench_tables(document: Path, folder: Path) -> None:
     """Make the tables marked in DOCUMENT anew from the rows in FOLDER."""
-    from coreskip.bench.rows import fill_tables
+    from coreskip.bench.tables import fill_tables
     from coreskip.predictors.files import check_file, read_text, write_text
 
     check_file(document)

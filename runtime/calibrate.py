@@ -331,6 +331,4 @@ class Calibrator:
 
 def _check_rank(rank: int | None, hidden: int) -> None:
     if rank is not None and rank > hidden:
-        raise CoreskipError(
-            f"rank is {rank}: a predictor of more than the model's hidden size, {hidden}, saves nothing"
-        )
+        raise CoreskipError(f"rank is {rank}: more than the model's hidden size, {hidden}, saves nothing")

@@ -101,6 +101,11 @@ class Engine:
             self._release()
             self._wrapping = None
 
+    def acquire(self) -> None:
+        """Have the model wrapped as this engine uses it: without a plan somebody may have unwrapped it meanwhile."""
+        if self._wrapping is not None:
+            self._wrapping.acquire()
+
     @property
     def statistics(self) -> Statistics | None:
         """Of the generation with drafts (exact mode, lookup) that ended last; None before the first, and without."""
@@ -199,8 +204,7 @@ class Engine:
             raise failure[0]
 
     def _run(self, inputs: dict[str, Any], options: dict[str, Any], seed: int | None, stops: list[str]) -> torch.Tensor:
-        if self._wrapping is not None:
-            self._wrapping.acquire()
+        self.acquire()
         ids = inputs["input_ids"]
         if stops:
             criteria = [*(options.get("stopping_criteria") or ()), StopStrings(self.tokenizer, stops, ids.shape[1])]

@@ -116,12 +116,14 @@ def evaluate_all(
     return [{**tally.result(), **about} for tally in tallies]
 
 
-def decode_logits(model: Any, ids: Tensor, at_once: int) -> Tensor:
-    """fp32 logits ``[scored tokens, vocabulary]`` that predict the second half of ids ``[1, window]``.
+def decode_logits(model: Any, ids: Tensor, at_once: int, prompt_length: int | None = None) -> Tensor:
+    """fp32 logits ``[scored tokens, vocabulary]`` that predict what follows the first `prompt_length` tokens, by
+    default the first half, of ids ``[1, window]``.
 
     The first row comes from prefill, the others from decode steps of `at_once` tokens, as in generation.
     """
-    prompt, rest = ids.tensor_split(2, dim=1)
+    half = -(-ids.shape[1] // 2)
+    prompt, rest = ids.tensor_split([half if prompt_length is None else prompt_length], dim=1)
     keep_last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     out = model(input_ids=prompt, use_cache=True, **keep_last)
     logits = [out.logits[0, -1:]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from tiny_models import NoTokenizer, greedy, prompt, tiny
 
 import coreskip
 from coreskip import CoreskipError, analyze
+from coreskip.kernels.ops import available
 from coreskip.predictors.calibration import TokenText
 from coreskip.predictors.policies import (
     CoreNeurons,
@@ -24,7 +27,7 @@ from coreskip.predictors.policies import (
     TopK,
     Wina,
 )
-from coreskip.runtime.options import Budget
+from coreskip.runtime.options import METHODS, OF_METHODS, Budget, options_of
 
 
 def text(tokens: int = 1200) -> TokenText:
@@ -86,6 +89,45 @@ def test_layers_are_left_out_from_the_first_layer_on(llama: Any) -> None:
     assert plan.recipe["keep"] == 0.34
 
 
+def test_layers_are_named_in_python_too(llama: Any) -> None:
+    plan = run(llama, layers="skip:1")
+    assert [type(layer.layer) for layer in plan.layers].count(Skip) == 1
+    assert all(isinstance(layer.neurons, Dense) for layer in plan.layers)
+    assert plan.recipe["layers"] == "skip:1"
+    assert len(plan.recipe["measures"]["influence"]) == 3
+    assert plan.quality is not None
+    assert plan.quality["neuron_sparsity"] == pytest.approx(1 / 3)
+    both = run(llama, layers="every:2", method="core", keep=0.5)
+    assert all(isinstance(layer.neurons, CoreNeurons) for layer in both.layers)
+    assert both.recipe["layers"] == "every:2"
+
+
+@pytest.mark.skipif(available("cpu") is not None, reason="no kernel reads int8")
+def test_plans_are_found_in_the_weights_that_are_named(llama: Any) -> None:
+    for options in ({"method": "static", "keep": 0.5}, {"layers": "skip-mlp:1"}):
+        plan = run(llama, weights="int8", **options)
+        assert plan.weights == "int8"
+        assert plan.quality is not None
+        expected = coreskip.evaluate(llama, NoTokenizer(), plan, text(), windows=2, window=64, progress=False)
+        as_loaded = coreskip.evaluate(
+            llama, NoTokenizer(), replace(plan, weights=None), text(), windows=2, window=64, progress=False
+        )
+        assert expected["kl"] != as_loaded["kl"]
+
+
+def test_every_method_has_options_of_its_own() -> None:
+    for method in METHODS:
+        if method == "auto":
+            continue
+        options = options_of(method, {})
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            options.anything = 1
+        for name in OF_METHODS:
+            if method not in OF_METHODS[name]:
+                with pytest.raises(CoreskipError, match=f"the method {method} has no option '{name}'"):
+                    options_of(method, {name: 1})
+
+
 def test_auto_with_a_keep_is_the_sketch(llama: Any) -> None:
     assert run(llama, method="auto", keep=0.5).recipe["method"] == "sketch"
 
@@ -130,6 +172,12 @@ def test_budget_syntax(text: str, measure: str, limit: float) -> None:
         ({"bits": 3}, "a sketch has 4 bits, or 1"),
         ({"bits": 1, "refine": True}, "signs cannot be refined"),
         ({"rank": 0}, "rank is 0"),
+        ({"method": "learned", "rank": 65}, "rank is 65: more than the model's hidden size, 64"),
+        ({"metod": "core"}, "analyze has no option 'metod': did you mean method"),
+        ({"layers": "skip"}, "cannot read the layers"),
+        ({"layers": "skip:3"}, "all of the model's 3 layers"),
+        ({"layers": "skip:1", "method": "layers"}, "give one of them"),
+        ({"weights": "int3"}, "weights is 'int3'"),
         ({"text": text(60)}, "at least 100 are needed"),
         ({"text": "  "}, "empty"),
     ],

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -298,3 +301,30 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert "--budget" in out
     assert Plan.__doc__
+
+
+AT_ONCE = [
+    ["analyze", "-o", "x", "--budget", "kl<0"], ["analyze", "-o", "-"], ["analyze", "-o", "x", "--layers", "skip"],
+    ["analyze", "-o", "x", "--method", "core", "--rank", "3"], ["analyze", "-o", "x", "--weights", "int3"],
+    ["analyze", "-o", "x", "--allocation", "best"], ["analyze", "-o", "x", "--tokens", "0"],
+    ["generate", "-p", "x", "--seed", "3"], ["generate"], ["generate", "-p", "x", "--temperature", "1e-300"],
+    ["generate", "-p", "x", "--plain", "--exact"], ["generate", "-p", "x", "-n", "2"], ["generate", "-p", ""],
+    ["chat", "--top-p", "0.5"], ["chat", "--plain", "--weights", "int4"], ["chat", "--temperature", "-1"],
+    ["eval", "--window", "5"], ["eval", "--ppl-sparsity", "nan"], ["eval", "--lookup"],
+    ["bench", "--weights", "int3"], ["info", "--nonsense"], ["show"], ["nonsense"],
+]  # fmt: skip
+
+
+def test_mistakes_do_not_wait_for_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom coreskip.cli import main\n"
+        f"for words in {AT_ONCE!r}:\n"
+        "    try: main(words)\n    except SystemExit as end: assert end.code == 2, words\n"
+        "    assert 'torch' not in sys.modules, words\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, check=False, env=environment,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (ran.returncode, ran.stderr.count("\n")) == (0, len(AT_ONCE)), ran.stderr

@@ -361,7 +361,7 @@ def test_budgets_that_are_none(text: Any) -> None:
         ({"budget": "ppl+1%", "rule": "teal"}, "tries every rule itself"),
         ({"budget": "ppl+1%", "fast": True, "rank": 8}, "auto (a fast search)"),
         ({"resume": "x"}, "resume is of the search for a budget"),
-        ({"dense": True, "first_layer": 1}, "first_layer is of choosing neurons"),
+        ({"layers": "skip:1", "first_layer": 1}, "first_layer is of choosing neurons"),
     ],
 )
 def test_options_that_nothing_takes(options: dict[str, Any], words: str) -> None:
@@ -571,32 +571,6 @@ def test_a_prompt_of_undecodable_bytes() -> None:
     ran = shell(r"$COMMAND generate /none -p $'\xff'")
     assert (ran.returncode, ran.stdout, ran.stderr.count(b"\n")) == (2, b"", 1)
     assert b"--prompt is not valid text" in ran.stderr
-
-
-AT_ONCE = [
-    ["analyze", "-o", "x", "--budget", "kl<0"], ["analyze", "-o", "-"], ["analyze", "-o", "x", "--layers", "skip"],
-    ["analyze", "-o", "x", "--method", "core", "--rank", "3"], ["analyze", "-o", "x", "--weights", "int3"],
-    ["analyze", "-o", "x", "--allocation", "best"], ["analyze", "-o", "x", "--tokens", "0"],
-    ["generate", "-p", "x", "--seed", "3"], ["generate"], ["generate", "-p", "x", "--temperature", "1e-300"],
-    ["generate", "-p", "x", "--plain", "--exact"], ["generate", "-p", "x", "-n", "2"], ["generate", "-p", ""],
-    ["chat", "--top-p", "0.5"], ["chat", "--plain", "--weights", "int4"], ["chat", "--temperature", "-1"],
-    ["eval", "--window", "5"], ["eval", "--ppl-sparsity", "nan"], ["eval", "--lookup"],
-    ["bench", "--weights", "int3"], ["info", "--nonsense"], ["show"], ["nonsense"],
-]  # fmt: skip
-
-
-def test_mistakes_do_not_wait_for_torch(tmp_path: Path) -> None:
-    code = (
-        "import sys\nfrom coreskip.cli import main\n"
-        f"for words in {AT_ONCE!r}:\n"
-        "    try: main(words)\n    except SystemExit as end: assert end.code == 2, words\n"
-        "    assert 'torch' not in sys.modules, words\n"
-    )
-    ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert (ran.returncode, ran.stderr.count("\n")) == (0, len(AT_ONCE)), ran.stderr
 
 
 def test_a_worker_whose_bench_is_gone_ends_quietly() -> None:

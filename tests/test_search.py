@@ -35,7 +35,7 @@ def budgeted(model: Any, budget: str, **options: Any) -> Plan:
 
 
 def test_a_generous_budget_takes_the_fewest_bytes(llama: Any) -> None:
-    plan = budgeted(llama, "kl<100")
+    plan = budgeted(llama, "kl<100", fast=True)
     assert plan.recipe["budget"] == "kl<100"
     dense = bytes_per_token(llama, Plan.dense(llama))
     assert bytes_per_token(llama, plan) < 0.5 * dense
@@ -99,12 +99,19 @@ def test_a_search_goes_on_where_it_was_stopped(llama: Any, tmp_path: Path, monke
     )
     again = budgeted(llama, "kl<0.5", fast=True, resume=file)
     assert str(again) == str(whole)
-    everything = len(measured) + 2
+    assert measured
+    lines = file.read_text()
     measured.clear()
     assert str(budgeted(llama, "kl<0.5", fast=True, resume=file)) == str(whole)
     assert not measured
-    budgeted(llama, "kl<0.5", fast=True, resume=file, seed=1)
-    assert len(measured) >= everything - 2, "another study starts anew"
+
+    def stopped(self: Study, plan: Plan, *about: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Study, "measure", stopped)
+    with pytest.raises(KeyboardInterrupt):  # another study starts anew, with its first measurement
+        budgeted(llama, "kl<0.5", fast=True, resume=file, seed=1)
+    assert file.read_text() == lines
 
 
 def test_a_foreign_file_is_no_search(llama: Any, tmp_path: Path) -> None:
@@ -329,7 +336,7 @@ def test_a_search_for_layers_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @needs_kernels
 def test_weights_in_fewer_bits_win_where_they_hold(llama: Any) -> None:
     """Random weights lose much by int4 and little by int8: nothing that leaves neurons out is as close, and as fast."""
-    plan = budgeted(llama, "kl<0.01")
+    plan = budgeted(llama, "kl<0.01", fast=True)
     assert plan.weights == "int8"
     assert plan.recipe["method"] == "dense"
     assert plan.frontier[0]["name"] == "dense int4"
@@ -340,8 +347,17 @@ def test_weights_in_fewer_bits_win_where_they_hold(llama: Any) -> None:
 
 @needs_kernels
 def test_the_model_must_be_one_that_the_native_step_covers() -> None:
-    plan = budgeted(tiny("opt"), "kl<0.05")
+    plan = budgeted(tiny("opt"), "kl<0.05", fast=True)
     assert plan.weights is None
+
+
+@needs_kernels
+def test_a_search_in_given_weights_stays_in_them(llama: Any) -> None:
+    plan = budgeted(llama, "kl<100", method="static", weights="int8", fast=True)
+    assert (plan.weights, plan.recipe["method"]) == ("int8", "static")
+    assert {row["name"] for row in plan.frontier} == {"static int8"}
+    none = budgeted(llama, "kl<1e-9", method="static", weights="int8", fast=True)
+    assert (none.weights, none.recipe["method"]) == ("int8", "dense")
 
 
 @needs_kernels
@@ -353,7 +369,7 @@ def test_a_winner_that_fails_the_check_gives_way(llama: Any, monkeypatch: pytest
         return {**found, "kl": 9.0} if part == "checked" and plan.recipe["method"] == "dense" else found
 
     monkeypatch.setattr(Study, "measure", harsh)
-    plan = budgeted(llama, "kl<5")
+    plan = budgeted(llama, "kl<5", fast=True)
     assert plan.recipe["method"] != "dense"
     assert plan.quality is not None
     assert plan.quality["kl"] <= 5
