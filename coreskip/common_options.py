@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from coreskip.predictors.checks import WEIGHT_FORMATS, check_above_zero, check_seed, check_temperature
 from coreskip.predictors.errors import CoreskipError
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-Decorator = Callable[[Command], Command]
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 PATH = click.Path(path_type=Path)
 
 
-def together(*decorators: Any) -> Any:
+def together(*decorators: Decorator) -> Decorator:
     """One decorator of several, which `--help` lists in this order."""
 
-    def decorate(command: Command) -> Command:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for decorator in reversed(decorators):
             command = decorator(command)
         return command
@@ -28,7 +27,7 @@ def together(*decorators: Any) -> Any:
     return decorate
 
 
-def weights_option(meaning: str) -> Any:
+def weights_option(meaning: str) -> Decorator:
     return click.option("--weights", type=click.Choice(WEIGHT_FORMATS), help=meaning)
 
 
@@ -39,7 +38,7 @@ lookup_option = click.option(
 plan_option = click.option("--plan", "folder", type=PATH, help="Decode under this plan; dense without.")
 text_option = click.option("--text", type=PATH, help="UTF-8 text; else the model writes some.")
 
-model_options = together(
+model_options: Decorator = together(
     click.argument("model", required=False),
     click.option("--device", help="cpu or cuda; by default cuda where there is one."),
     click.option("--dtype", help="float32, bfloat16 or float16; by default the checkpoint's own."),
@@ -47,7 +46,7 @@ model_options = together(
 )
 
 #: Of `generate` and `chat`: how the model runs.
-running_options = together(
+running_options: Decorator = together(
     plan_option,
     weights_option("Decode with weights in 4 or 8 bits, on top of the plan or of the dense model."),
     click.option("--exact", is_flag=True, help="The dense model's own text: the plan and the text only draft tokens."),
@@ -56,7 +55,7 @@ running_options = together(
 )
 
 #: Of `generate` and `chat`: what is generated.
-sampling_options = together(
+sampling_options: Decorator = together(
     click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True),
     click.option("--temperature", type=float, help="Sample at this temperature; 0, or none, is greedy."),
     click.option("--top-p", type=float, help="Sample from the likeliest tokens of this share: with a --temperature."),

@@ -99,7 +99,7 @@ def analyze(
     Raises:
         CoreskipError: before any work is done where an argument is wrong, or belongs to another method.
     """
-    methods = {
+    methods: dict[str, Any] = {
         "score": score,
         "alpha": alpha,
         "rule": rule,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import DynamicCache
@@ -94,7 +94,7 @@ class Conversation:
         if self._cached:
             logger.debug("the conversation is encoded anew: its first %d tokens alone are as they were", common)
         self.reused = 0
-        return DynamicCache(config=generator_of(self._engine.model).config)
+        return DynamicCache(config=cast(Any, generator_of(self._engine.model)).config)
 
     def _cut(self, cache: DynamicCache, length: int) -> bool:
         """Whether the cache holds so many tokens now, having held at least as many."""

@@ -218,7 +218,7 @@ class Engine:
             output = cast(torch.Tensor, getattr(output, "sequences", output))
             new = (output.shape[1] - ids.shape[1]) * output.shape[0]
         except _Abandoned:
-            new = len(streamer.made)
+            new = len(cast(Any, streamer).made)
             raise
         finally:
             if new:

@@ -215,7 +215,9 @@ def _check_together(config: GenerationConfig, options: dict[str, Any]) -> None:
     merged = copy.deepcopy(config)
     own = {name: value for name, value in options.items() if hasattr(merged, name)}
     # else it would warn of what the model's own configuration holds; generation itself does that
-    quiet = {"user_set_attributes": set()} if "user_set_attributes" in _arguments(merged.validate) else {}
+    quiet: dict[str, Any] = (
+        {"user_set_attributes": set()} if "user_set_attributes" in _arguments(merged.validate) else {}
+    )
     try:
         merged.update(**own)
         merged.validate(**quiet)

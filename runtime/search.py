@@ -153,8 +153,7 @@ def pareto(
         raise CoreskipError(f"keeps is {keeps!r}: give a list of shares, such as [0.8, 0.5]")
     for keep in keeps:
         check_share("keep", keep)
-    refused = [name for name in ("layers",) if options.get(name) is not None]
-    if refused:
+    if options.get("layers") is not None:
         raise CoreskipError("pareto leaves layers out itself: leave out layers")
     own = {name: options.pop(name) for name in ("text", "progress") if name in options}
     check_options(budget="kl<1", **options)  # every family is measured, as a search for a budget does

@@ -20,7 +20,8 @@ from torch import Tensor
 from ..predictors.errors import CoreskipError
 from ..predictors.plan import Plan
 from .delegates import generator_of
-from .wrap import Runtime, is_wrapped, runtime_of, unwrap, wrap
+from .wrap import is_wrapped, runtime_of, unwrap, wrap
+from .wrapping import Runtime
 
 logger = logging.getLogger("coreskip")
 
