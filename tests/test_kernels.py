@@ -386,6 +386,25 @@ def test_several_python_threads_at_once():
 
 
 @needs_library
+def test_one_openmp_pool_for_torch_and_the_kernels():
+    script = """
+import os, torch
+from coreskip.kernels.ops import PackedMLP, mlp
+torch.set_num_threads(4)
+big = torch.randn(512, 512)
+big @ big, (big + 1).sum()
+before = len(os.listdir("/proc/self/task"))
+packed = PackedMLP.pack(big, big, big, act="silu")
+mlp(big[:1], packed, backend="cpu")
+print(before, len(os.listdir("/proc/self/task")))
+"""
+    if not os.path.isdir("/proc/self/task"):
+        pytest.skip("counts threads through /proc")
+    before, after = run(script).split()
+    assert before == after
+
+
+@needs_library
 def test_torch_compile_sees_the_ops():
     weights = Weights(64, 100, torch.float32)
     mlp_packed, linear_packed = weights.pack(), PackedLinear.pack(torch.randn(30, 64))

@@ -62,42 +62,6 @@ def run(script: str, **environment: str) -> str:
 
 
 @linux
-def test_processes_on_the_same_cores_do_not_wait_awake():
-    """Processor time for a token, of four processes of two threads on two cores, against one alone. A thread that waits
-    for one without a core, and keeps its own for the whole time slice, takes as much again."""
-    script = f"""{STEP}
-torch.set_num_threads(2)
-step, cache = decoder()
-step.generate(1, 0, 0, cache, 0, 8, [])
-print("ready", flush=True)
-for _ in sys.stdin:
-    begin, tokens = time.process_time(), 0
-    end = time.monotonic() + 1.5
-    while time.monotonic() < end:
-        tokens += len(step.generate(1, 0, 0, cache, 0, 32, [])[0])
-    print(1e3 * (time.process_time() - begin) / tokens, flush=True)
-"""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, set(sorted(before)[:2]))
-    try:
-        started = [start(script) for _ in range(4)]
-    finally:
-        os.sched_setaffinity(0, before)
-
-    def times(processes):
-        for process in processes:
-            process.stdin.write("go\n")
-        return [float(process.stdout.readline()) for process in processes]
-
-    assert [process.stdout.readline() for process in started] == ["ready\n"] * 4
-    alone = min(times(started[:1]) + times(started[1:2]))
-    together = times(started)
-    for process in started:
-        process.communicate()
-    assert sum(together) / 4 < 2 * alone
-
-
-@linux
 def test_helpers_sleep_between_calls():
     """Processor time while calls come every few milliseconds. OpenMP's threads stay awake until the next one."""
     script = f"""{STEP}
@@ -188,11 +152,6 @@ print("end")
     output, _ = process.communicate(timeout=60)
     assert (output, process.returncode) == ("end\n", 0)
     assert time.monotonic() - begin < 55
-
-
-def test_threads_are_not_openmps():
-    """Whose pool is torch's, and spins for milliseconds after each of torch's ops."""
-    assert b"libgomp" not in Path(cpu._file()).read_bytes()
 
 
 def test_the_build_knows_all_sources():

@@ -82,7 +82,7 @@ struct Call {
     }
 
     void scan() {
-        Lease()->each(a.threads, a.threads, [&](int64_t part) {
+        each_beside_torch(a.threads, a.threads, [&](int64_t part) {
             const Range here = share(count, part, a.threads);
             isa.scan[a.w_dtype](job, here.begin, here.end);
         });
@@ -94,7 +94,7 @@ struct Call {
     }
 
     void compute(void* out) {
-        Lease()->each(a.threads, a.threads, [&](int64_t part) {
+        each_beside_torch(a.threads, a.threads, [&](int64_t part) {
             float* mine = acc + part * a.rows * a.stride;
             memset(mine, 0, a.rows * a.stride * sizeof(float));
             const Range here = share(count, part, a.threads);
@@ -147,7 +147,7 @@ CORESKIP_API int coreskip_linear(const void* x, int x_dtype, int rows, int64_t i
     const Rows rows_in = load_rows(isa, x, x_dtype, w_dtype, rows, in_features, stride, memory);
     float* y = direct ? static_cast<float*>(out) : memory.take<float>(rows * out_features);
     const LinearJob job = {weight, scale, bias, rows_in, out_features, y, nullptr};
-    Lease()->each(threads, threads, [&](int64_t part) {
+    each_beside_torch(threads, threads, [&](int64_t part) {
         const Range here = share(out_features, part, threads);
         isa.linear[w_dtype](job, here.begin, here.end);
         for (int r = 0; r < rows && !direct; r++) {
@@ -185,7 +185,7 @@ CORESKIP_API int coreskip_columns(const void* x, int x_dtype, int rows, int64_t 
         choose(score + r * inputs, inputs, keep, threshold, scratch, chosen + r * width, width);
     const int64_t count = merge(chosen, width, rows, inputs, selected, list);
     const ColumnsJob job = {weight, stride, stride, inputs, values, rows, list, selected};
-    Lease()->each(threads, threads, [&](int64_t part) {
+    each_beside_torch(threads, threads, [&](int64_t part) {
         memset(acc + part * size, 0, size * sizeof(float));
         const Range here = share(count, part, threads);
         isa.columns[w_dtype](job, here.begin, here.end, acc + part * size);

@@ -1,5 +1,6 @@
 #include "team.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <signal.h>
 #if defined(__linux__)
@@ -203,6 +204,14 @@ void Team::run_together(Member* members, int most, Job job) {
     int late = 0;
     for (int i = 0; i < parts; i++) lost += members[i].lost, late += members[i].late;
     crowding_.note(parts, begin, now(), lost, late);
+}
+
+bool torch_parallel(void (*run)(void*), void* context, int threads) {
+    // torch loads its OpenMP library into the global scope
+    using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+    static const auto parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    if (parallel) parallel(run, context, static_cast<unsigned>(threads), 0);
+    return parallel != nullptr;
 }
 
 // ---- who has which team ----

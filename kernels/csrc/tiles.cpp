@@ -33,7 +33,7 @@ CORESKIP_API int coreskip_tiles(const void* x, int x_dtype, int rows, int64_t in
         memset(row + in_features, 0, (stride - in_features) * sizeof(float));
         if (!whole) step.quantize_groups(row, stride, q + r * stride, scale + r * groups, sum + r * groups);
     }
-    Lease()->each(threads, threads, [&](int64_t part) {
+    each_beside_torch(threads, threads, [&](int64_t part) {
         Ahead none{};
         const float* x_whole = whole ? values : nullptr;
         const TileJob job = {weight, bytes != 0, bias, groups, out_features, rows, x_whole, q, scale, sum, y, &none};
