@@ -64,14 +64,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _send(path: Path, data: bytes) -> None:
-    """Into a pipe or a device as it is."""
+    """Into a pipe or a device as it is. A pipe is opened once: whoever reads it takes the first close for its end."""
     try:
-        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+        pipe = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        os.set_blocking(pipe, True)
     except OSError as error:
         if error.errno != errno.ENXIO:
             raise
         logger.info("waiting for somebody to read the pipe %s", path)
-    with path.open("wb", buffering=0) as file:
+        pipe = os.open(path, os.O_WRONLY)
+    with open(pipe, "wb") as file:
         file.write(data)
 
 

@@ -97,6 +97,20 @@ def test_pipes_and_devices_are_written_to(tmp_path: Path) -> None:
         files.check_file(fifo, regular=True)
 
 
+@posix
+def test_who_reads_a_pipe_sees_no_end_before_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that has opened the pipe already must not take a first look at it for its end."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    waiting = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    opened, plain = [], os.open
+    monkeypatch.setattr(os, "open", lambda path, *flags: opened.append(path) or plain(path, *flags))
+    files.write_text(fifo, "through")
+    assert opened == [fifo]
+    assert os.read(waiting, 100) == b"through"
+    os.close(waiting)
+
+
 def test_a_dash_is_stdout(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     files.check_file(Path("-"))
