@@ -172,8 +172,10 @@ class Anatomy:
         return len(self.layers)
 
 
-def dissect(model: nn.Module) -> Anatomy:
+def dissect(model: nn.Module, *, empty: bool = False) -> Anatomy:
     """Find and prove the parts of `model`, any Hugging Face causal LM.
+
+    empty: the model may be on a meta device, where nothing can be computed and so no MLP is proved.
 
     Raises:
         CoreskipError: not a causal LM, a mixture of experts, quantised or offloaded weights, or an MLP that is
@@ -188,10 +190,10 @@ def dissect(model: nn.Module) -> Anatomy:
     if family is not None and family.layers in dict(base.named_modules()):
         anatomy = _by_table(base, config.model_type, family)
     else:
-        anatomy = _by_structure(cast(Any, model).get_decoder(), config)
+        anatomy = _by_structure(cast(Any, model).get_decoder(), config, empty)
     for index, mlp in enumerate(anatomy.mlps):
-        _check_linears(index, mlp)
-        if mlp.whole and not _reproduces(mlp):
+        _check_linears(index, mlp, empty)
+        if mlp.whole and not _proved(mlp, empty):
             raise CoreskipError(
                 f"the MLP of layer {index} ({type(mlp.owner).__name__}) does not compute down(act(gate(x)) * up(x)); "
                 f"coreskip cannot make {config.model_type!r} models sparse"
@@ -264,7 +266,7 @@ def _by_table(base: nn.Module, model_type: str, family: Family) -> Anatomy:
     return Anatomy(model_type, stack, layers, tuple(mlps), tuple(attentions))
 
 
-def _by_structure(base: nn.Module, config: Any) -> Anatomy:
+def _by_structure(base: nn.Module, config: Any, empty: bool) -> Anatomy:
     stacks = [
         (stack, tuple(child))
         for stack in base.modules()
@@ -272,7 +274,7 @@ def _by_structure(base: nn.Module, config: Any) -> Anatomy:
         if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers
     ]
     for stack, layers in stacks:
-        mlps = [next((m for m in _mlp_candidates(layer) if _reproduces(m)), None) for layer in layers]
+        mlps = [next((m for m in _mlp_candidates(layer) if _proved(m, empty)), None) for layer in layers]
         if all(mlps):
             attentions = tuple(_attention_of(layer) for layer in layers)
             return Anatomy(config.model_type, stack, layers, tuple(cast(list[FeedForward], mlps)), attentions)
@@ -314,6 +316,12 @@ def _attention_of(layer: nn.Module) -> Attention | None:
     return None
 
 
+def _proved(mlp: FeedForward, empty: bool) -> bool:
+    """Whether an MLP computes what its names claim; `empty`: or has no weights to compute with."""
+    weight = getattr(mlp.up, "weight", None)
+    return (empty and isinstance(weight, Tensor) and weight.is_meta) or _reproduces(mlp)
+
+
 def _reproduces(mlp: FeedForward) -> bool:
     weight = cast(Tensor, mlp.up.weight)
     generator = torch.Generator().manual_seed(0)
@@ -336,7 +344,7 @@ def _reproduces(mlp: FeedForward) -> bool:
     return bool(error <= 1e-2 * expected.float().norm())
 
 
-def _check_linears(index: int, mlp: FeedForward) -> None:
+def _check_linears(index: int, mlp: FeedForward, empty: bool) -> None:
     names = [n for n in (mlp.gate_name, mlp.up_name, mlp.down_name) if n is not None]
     for name in names:
         module = getattr(mlp.owner, name)
@@ -347,7 +355,7 @@ def _check_linears(index: int, mlp: FeedForward) -> None:
                 f"layer {index}: {name} is a {type(module).__name__}, not a plain linear layer; "
                 "load the model unquantised and merge its adapters first"
             )
-        if weight.device.type == "meta":
+        if weight.device.type == "meta" and not empty:
             raise CoreskipError(f"layer {index}: {name} has no weights in memory (offloaded); load it on one device")
 
 

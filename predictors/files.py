@@ -262,6 +262,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
         yield draft
         _sync(draft)
         _install(draft, target)
+        remove_dead(target)  # what was put aside by a writer killed between its renames was the only copy until now
         _sync(target.parent)
 
 

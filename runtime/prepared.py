@@ -95,7 +95,7 @@ class Prepared:
     def _made(self, own: dict[int, SparseMLP], selections: Selections | None) -> StepProgram:
         attention, no_mlp = self._skips.skipped(selections)
         mlps = {**{layer: self.mlp(layer) for layer in self._packs}, **own}
-        width = {layer: self._anatomy.mlps[layer].intermediate_size for layer in range(len(self._anatomy))}
+        width = [sum(brick.width for brick in layer.bricks) for layer in self._program.layers]
         skipped = sum(width[layer] for layer in no_mlp)
         # what a rule leaves out the native step counts itself
         listed = {layer: mlp for layer, mlp in mlps.items() if mlp.rule == "listed" and layer not in no_mlp}

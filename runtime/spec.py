@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -321,16 +322,18 @@ def read_norm(module: nn.Module) -> NormSpec:
     with torch.no_grad():
         for parameter in probe.parameters():
             parameter.normal_(generator=generator)
-        sample = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu") + 0.5
-        found = probe(sample[None])[0]
+        # two samples, for what adds some of its input looks like an offset in one; the second so small that eps counts
+        scales = torch.tensor([[1.0], [30 * math.sqrt(eps)]], device="cpu")
+        samples = (torch.randn(2, size, generator=generator, dtype=torch.float32, device="cpu") + 0.5) * scales
+        found = probe(samples)
         weight = getattr(probe, "weight", None) if "weight" in own else None
-        bias: Tensor = cast(Any, probe).bias if "bias" in own else torch.zeros_like(sample)
+        bias: Tensor = cast(Any, probe).bias if "bias" in own else torch.zeros_like(samples[0])
     for kind in ("rms", "layer"):
-        centred = sample - sample.mean() if kind == "layer" else sample
-        base = centred * torch.rsqrt(centred.square().mean() + eps)
-        slope, offset = _line(base, found - bias, weight)
-        factor = torch.full_like(base, offset) if weight is None else slope * weight + offset
-        if torch.allclose(base * factor + bias, found, rtol=1e-4, atol=1e-5):
+        centred = samples - samples.mean(-1, keepdim=True) if kind == "layer" else samples
+        base = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+        slope, offset = _line(base[0], found[0] - bias, weight)
+        factor = torch.full_like(base[0], offset) if weight is None else slope * weight + offset
+        if torch.allclose(base * factor + bias, found, rtol=1e-4, atol=1e-4):
             return NormSpec(kind, eps, size, own.get("weight"), own.get("bias"), slope, offset)
     raise unknown
 

@@ -305,7 +305,7 @@ def test_the_engine_in_exact_mode(embedded: tuple[Any, Any]) -> None:
             thread.join()
         assert texts == [expected, expected]
         with pytest.raises(CoreskipError, match="wrapped already"):
-            Engine(model, tokenizer, exact=True)
+            Engine(model, tokenizer, lookup=True)
 
 
 def test_statistics_say_what_happened() -> None:

@@ -237,10 +237,10 @@ def test_bytes_of_layers_left_out_are_those_that_the_step_does_not_read(
         ids = torch.tensor([[5, 6, 7]])
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
         runtime = runtime_of(model)
-        architecture = runtime.steps.native._architecture
-        assert architecture is not None
-        full = architecture.base.layers[0]
-        step = next(iter(runtime.steps.native._steps.values()))[0].model.layers[0]
+        described = runtime.steps.native.described
+        assert described is not None
+        full = described.model.base.layers[0]
+        step = next(iter(described.steps.values()))[0].model.layers[0]
     attention, mlp = full.attention, full.mlp
     unread = [attention.q, attention.o] if step.entries_only else []
     unread += [mlp.gate, mlp.up, mlp.down] if step.mlp is None else []
