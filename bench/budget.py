@@ -12,13 +12,13 @@ was stopped goes on.
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 
+from coreskip.bench.machine import matrices_in_place
 from coreskip.bench.method_quality import decoded_score, plan_name, undo_wikitext
 from coreskip.bench.provenance import provenance, write_rows
 from coreskip.bench.tables import quality_table
@@ -58,7 +58,7 @@ def main(
     fast: bool,
 ) -> None:
     """Search for every budget and method with the embedded model in fp32, and score what is found."""
-    os.environ["CORESKIP_NARROW"] = "0"
+    click.get_current_context().with_resource(matrices_in_place())
     command = f"python -m coreskip.bench.budget {text.name} --rows {output.name} --windows {windows}" + " --fast" * fast
     about = provenance(command)  # before the work: the commit may move on meanwhile
     check_file(output, regular=True)

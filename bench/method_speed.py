@@ -11,7 +11,6 @@ that a run that was stopped goes on.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +19,7 @@ import click
 from torch import Tensor
 
 from coreskip.bench.clock import greedy
+from coreskip.bench.machine import matrices_in_place
 from coreskip.bench.method_quality import plan_name
 from coreskip.bench.provenance import provenance, write_rows
 from coreskip.bench.workloads import prompts
@@ -37,7 +37,7 @@ _ROUNDS = 5
 @click.option("--plans", "folder", required=True, type=click.Path(path_type=Path), help="What quality wrote.")
 def main(rows: Path, folder: Path) -> None:
     """Time the plans of ROWS."""
-    os.environ["CORESKIP_NARROW"] = "0"
+    click.get_current_context().with_resource(matrices_in_place())
     lines = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
     about = provenance(f"python -m coreskip.bench.method_speed bench/rows/{rows.name} --plans plans")
     (model, tokenizer), (reference, _) = (load(device="cpu", dtype="float32") for _ in range(2))

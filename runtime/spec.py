@@ -323,7 +323,7 @@ def read_norm(module: nn.Module) -> NormSpec:
         for parameter in probe.parameters():
             parameter.normal_(generator=generator)
         # two samples, for what adds some of its input looks like an offset in one; the second so small that eps counts
-        scales = torch.tensor([[1.0], [30 * math.sqrt(eps)]], device="cpu")
+        scales = torch.tensor([[1.0], [30 * math.sqrt(eps)]], dtype=torch.float32, device="cpu")
         samples = (torch.randn(2, size, generator=generator, dtype=torch.float32, device="cpu") + 0.5) * scales
         found = probe(samples)
         weight = getattr(probe, "weight", None) if "weight" in own else None

@@ -26,7 +26,7 @@ def linear(outputs, inputs):
 def norm():
     return Norm(torch.ones(256), None, 1e-5, "rms")
 
-def decoder(layers=12):
+def decoder(layers=12, positions=256):
     torch.manual_seed(0)
     some = [
         StepLayer(
@@ -37,7 +37,7 @@ def decoder(layers=12):
         for _ in range(layers)
     ]
     step = Step(StepModel(torch.randn(1000, 256), some, norm(), linear(1000, 256), torch.float32))
-    rooms = [torch.zeros(1, 4, 256, 64) for _ in range(2 * layers)]
+    rooms = [torch.zeros(1, 4, positions, 64) for _ in range(2 * layers)]
     return step, KeyValues(rooms[:layers], rooms[layers:], [0] * layers)
 """
 
@@ -139,10 +139,9 @@ def test_the_process_ends_while_another_thread_computes():
     script = f"""{STEP}
 import threading
 torch.set_num_threads(2)
-step, cache = decoder(2)
-def work():
-    while True:
-        step.generate(1, 0, 0, cache, 0, 200, [])
+step, cache = decoder(2, 20_000)
+def work():  # one call that lasts: torch itself aborts where a thread comes back into it while Python ends
+    step.generate(1, 0, 0, cache, 0, 20_000, [])
 threading.Thread(target=work, daemon=True).start()
 time.sleep(0.2)
 print("end")
