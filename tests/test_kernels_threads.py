@@ -62,22 +62,6 @@ def run(script: str, **environment: str) -> str:
 
 
 @linux
-def test_helpers_sleep_between_calls():
-    """Processor time while calls come every few milliseconds. OpenMP's threads stay awake until the next one."""
-    script = f"""{STEP}
-torch.set_num_threads(2)
-step, cache = decoder(1)
-step.generate(1, 0, 0, cache, 0, 8, [])
-begin, wall = time.process_time(), time.monotonic()
-for _ in range(200):
-    step.generate(1, 0, 0, cache, 0, 1, [])
-    time.sleep(0.003)
-print((time.process_time() - begin) / (time.monotonic() - wall))
-"""
-    assert float(run(script)) < 0.5
-
-
-@linux
 def test_no_more_threads_than_cores():
     script = f"""{STEP}
 os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})

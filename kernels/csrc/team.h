@@ -51,10 +51,17 @@ class Barrier {
             if (waiting_.changed()) who.late = true;
             return;
         }
+        // Spinning is fastest while every thread has a core. Where one has lost its core, the rest let go of theirs.
+        for (int spins = 0; spins < kSpins && round_.load() == here;) {
+            if (meanwhile()) continue;
+            Waiting::pause(), spins++;
+        }
         who.lost += waiting_.until([&] { return round_.load() != here; }, kAwake, meanwhile);
     }
 
   private:
+    static constexpr int kSpins = 2000;
+
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<uint32_t> round_{0};
     Waiting waiting_;
@@ -128,6 +135,7 @@ class Team {
 
     void run_each(int most, Job job);
     void run_together(Member* members, int most, Job job);
+    void run_with_helpers(Member* members, int most, Job job);
     int hire(int helpers);
     void live(Helper& helper);
     void call(int helpers, const Job& job, bool gathers);

@@ -56,6 +56,14 @@ class Waiting {
         return true;
     }
 
+    static void pause() {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        asm volatile("yield");
+#endif
+    }
+
   private:
     static constexpr int kTurns = 16;
 
@@ -67,13 +75,6 @@ class Waiting {
         sleepers_.fetch_sub(1);
     }
 
-    static void pause() {
-#if defined(__x86_64__)
-        __builtin_ia32_pause();
-#elif defined(__aarch64__)
-        asm volatile("yield");
-#endif
-    }
 
     alignas(64) std::atomic<int> sleepers_{0};
     std::mutex mutex_;
