@@ -242,21 +242,17 @@ bool torch_parallel(void (*run)(void*), void* context, int threads) {
 // On torch's own threads, where there are: they are awake between its operations, and helpers beside them would have to
 // share their cores. With helpers of our own a step of the embedded model on two cores came to 0.6 of this speed.
 void Team::run_together(Member* members, int most, Job job) {
-    if (most > 1 && torch_threads()) {
-        struct Context {
-            Member* members;
-            Job job;
-        } context{members, job};
-        torch_parallel(
-            [](void* given) {
-                const Context& here = *static_cast<Context*>(given);
-                const int part = torch_threads().number();
-                here.members[part].begin(part, torch_threads().count());
-                here.job.run(here.job.context, part);
-            },
-            &context, most);
-        return;
-    }
+    struct Context {
+        Member* members;
+        Job job;
+    } context{members, job};
+    const auto as_member = [](void* given) {
+        const Context& here = *static_cast<Context*>(given);
+        const int part = torch_threads().number();
+        here.members[part].begin(part, torch_threads().count());
+        here.job.run(here.job.context, part);
+    };
+    if (most > 1 && torch_parallel(as_member, &context, most)) return;
     run_with_helpers(members, most, job);
 }
 

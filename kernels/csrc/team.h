@@ -169,7 +169,7 @@ class Lease {
 
 // `Team::each` for ops that stand between torch's own: by the threads of torch's OpenMP pool where there is one. After
 // each of its ops they spin for milliseconds, on the cores that helpers of ours would need: an MLP between parallel ops
-// of torch took 1.37 times as long with helpers. Steps, between which torch does little, are faster with a team.
+// of torch took 1.37 times as long with helpers.
 template <class Work>
 void each_beside_torch(int64_t pieces, int most, Work work) {
     std::atomic<int64_t> next{0};
