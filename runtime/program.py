@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -167,7 +168,7 @@ class Program:
             if brick.chooser in choosers
         }
 
-    @property
+    @cached_property
     def native(self) -> bool:
         """Whether native steps make every choice."""
         return all(brick.native for layer in self.layers for brick in layer.bricks)

@@ -79,7 +79,8 @@ class Runtime:
         self.skips = LayerSkips(anatomy, plan)
         self.patches = Patches()
         self.usage = Usage(sum(mlp.intermediate_size for mlp in anatomy.mlps))
-        self._by_prompt = self.program.chosen_by(Chooser.PROMPT)
+        by_prompt = self.program.chosen_by(Chooser.PROMPT)
+        self._by_prompt = {layer: cast(PromptNeurons, brick.policy) for layer, brick in by_prompt.items()}
         self.observed = self._observations()
         self._packed_apart = self.program.chosen_by(Chooser.CALIBRATION, Chooser.PROMPT, Chooser.TOKEN).keys()
         self.altered: frozenset[int] = frozenset()  # layers whose MLP is not what was wrapped
@@ -124,8 +125,7 @@ class Runtime:
 
     def _observations(self) -> dict[int, Observed]:
         """What prefill adds up, by layer."""
-        policies = {layer: cast(PromptNeurons, brick.policy) for layer, brick in self._by_prompt.items()}
-        found = [policy.observes(layer, self.plan.clusters) for layer, policy in policies.items()]
+        found = [policy.observes(layer, self.plan.clusters) for layer, policy in self._by_prompt.items()]
         norms = down_norms(self.anatomy) if found else []
         return {what.layer: Observed(what, norms[what.layer]) for what in found}
 
@@ -324,8 +324,7 @@ class Runtime:
         """For sequences that begin; None where their prompts decide nothing."""
         if not (self.observed or self.skips.adaptive):
             return None
-        policies = {layer: cast(PromptNeurons, brick.policy) for layer, brick in self._by_prompt.items()}
-        return Selections(self, rows, self.observed, policies, self.plan.clusters)
+        return Selections(self, rows, self.observed, self._by_prompt, self.plan.clusters)
 
     def program_for(self, cache: Cache) -> StepProgram | str:
         """What a native step computes for the sequences of a cache, or why none can."""
