@@ -6,9 +6,17 @@ coreskip.wrap(model, plan)      # model.generate(...) now decodes under the plan
 coreskip.unwrap(model)          # and bit-identical to before
 """
 
+import os
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+# GNU's OpenMP, on whose threads torch multiplies, reads this when torch is loaded. Unset, its threads spin for
+# milliseconds wherever they wait, on cores that other processes need: of two processes on two cores, a prompt took
+# each eight times as long as alone, and with this twice as long. Alone, nothing is lost (bench/rows/sharing.jsonl).
+if "torch" not in sys.modules and not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+    os.environ["GOMP_SPINCOUNT"] = "5000"
 
 # A wheel holds the subpackages inside this folder; a checkout holds them beside it.
 _here = Path(__file__).parent

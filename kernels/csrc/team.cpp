@@ -17,7 +17,8 @@ namespace {
 constexpr int64_t kMillisecond = 1'000'000;
 constexpr int64_t kWindow = 4 * kMillisecond;  // of work, after which the size of a team is looked at again
 constexpr float kTooMuch = 0.25f;              // of that time lost
-constexpr float kNew = 0.0625f;                // weight of the newest window in the average
+constexpr float kNew = 0.0625f;                // weight of a window's length of time in the average
+constexpr float kMostNew = 0.5f;               // and of one long piece of work
 constexpr int64_t kHold = 20 * kMillisecond, kLongestHold = 1280 * kMillisecond;
 constexpr int64_t kPatience = 200'000;         // for helpers to turn up; waking one takes tens of microseconds
 
@@ -87,7 +88,8 @@ void Crowding::note(int size, int64_t begin, int64_t end, int64_t lost, int late
     lost_ += lost / (size - 1);  // one that comes late is waited for by all others
     late_ = std::max(late_, late);
     if (total_ < kWindow) return;
-    share_ += (static_cast<float>(lost_) / static_cast<float>(total_) - share_) * kNew;
+    const float weight = std::min(kMostNew, kNew * static_cast<float>(total_) / static_cast<float>(kWindow));
+    share_ += (static_cast<float>(lost_) / static_cast<float>(total_) - share_) * weight;
     if (share_ > kTooMuch) {
         limit_ = std::max(1, size - std::max(1, late_));
         hold_ = trying_ ? std::min(2 * hold_, kLongestHold) : std::max(hold_ / 2, kHold);
@@ -188,8 +190,7 @@ void Team::run_each(int most, Job job) {
 }
 
 void Team::run_with_helpers(Member* members, int most, Job job) {
-    const int64_t begin = now();
-    const int size = most > 1 ? 1 + hire(crowding_.size(most, begin) - 1) : 1;
+    const int size = 1 + hire(most - 1);
     members[0].begin(0, 1);
     if (size == 1) return job.run(job.context, 0);
     call(size - 1, job, true);
@@ -206,10 +207,7 @@ void Team::run_with_helpers(Member* members, int most, Job job) {
     go_.fetch_add(1);
     to_go_.changed();
     job.run(job.context, 0);
-    int64_t lost = finish();
-    int late = 0;
-    for (int i = 0; i < parts; i++) lost += members[i].lost, late += members[i].late;
-    crowding_.note(parts, begin, now(), lost, late);
+    members[0].lost += finish();
 }
 
 namespace {
@@ -246,14 +244,20 @@ void Team::run_together(Member* members, int most, Job job) {
         Member* members;
         Job job;
     } context{members, job};
+    const int64_t begin = now();
+    const int size = most > 1 ? crowding_.size(most, begin) : 1;
     const auto as_member = [](void* given) {
         const Context& here = *static_cast<Context*>(given);
         const int part = torch_threads().number();
         here.members[part].begin(part, torch_threads().count());
         here.job.run(here.job.context, part);
     };
-    if (most > 1 && torch_parallel(as_member, &context, most)) return;
-    run_with_helpers(members, most, job);
+    if (size == 1 || !torch_parallel(as_member, &context, size)) run_with_helpers(members, size, job);
+    const int parts = members[0].parts;
+    int64_t lost = 0;
+    int late = 0;
+    for (int i = 0; i < parts; i++) lost += members[i].lost, late += members[i].late;
+    crowding_.note(parts, begin, now(), lost, late);
 }
 
 // ---- who has which team ----
