@@ -21,6 +21,9 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 # On the embedded model TEAL's logits in bfloat16 differ by 0.2 to 0.9 (median 0.4). There the same description without
 # its choices is compared.
 _TOLERANCE_OF_RULES = 0.05
+# Nor does the largest difference where several texts are tried: the modules' own rounding moves some logit of the
+# embedded model in bfloat16 by 0.15 and more for most tokens, and all together by 0.03 to 0.1 (up to 0.5).
+_TOLERANCE_OF_SEVERAL = {torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
 class NotCovered(Exception):
@@ -74,23 +77,32 @@ def check_outputs(config: Any) -> None:
 def compare(logits: Tensor, expected: Tensor, by_rule: bool) -> None:
     """Raises Disagrees where a step's logits are too far from the modules' own. by_rule: whether it chose neurons or
     inputs."""
-    difference = logits.float() - expected.float()
-    tolerance, error = _TOLERANCE[logits.dtype], difference.abs().max()
+    error, tolerance = _largest(logits, expected), _TOLERANCE[logits.dtype]
     if by_rule:
-        tolerance, error = max(tolerance, _TOLERANCE_OF_RULES), difference.square().mean().sqrt()
-    error = error / expected.float().std().clamp_min(1e-6)
+        error, tolerance = _spread(logits, expected), max(tolerance, _TOLERANCE_OF_RULES)
     if not error <= tolerance:
         raise Disagrees(f"its logits differ from the model's own by {error:.2g} standard deviations")
 
 
 def close(logits: Tensor, expected: Tensor, rounded: bool) -> bool:
-    """Whether `compare` would let them pass. rounded: whether both come from weights that inputs meet in 8 bits, whose
-    rounding tells them apart."""
-    try:
-        compare(logits, expected, by_rule=rounded)
-    except Disagrees:
-        return False
-    return True
+    """Whether logits for tokens that are one try of several are the modules' own. rounded: whether both come from
+    weights that inputs meet in 8 bits, whose rounding tells them apart."""
+    if logits.dtype in _TOLERANCE_OF_SEVERAL:
+        return _spread(logits, expected) <= _TOLERANCE_OF_SEVERAL[logits.dtype]
+    if rounded:
+        return _spread(logits, expected) <= _TOLERANCE_OF_RULES
+    return _largest(logits, expected) <= _TOLERANCE[logits.dtype]
+
+
+def _largest(logits: Tensor, expected: Tensor) -> float:
+    """The largest difference, in standard deviations of what is expected."""
+    return float((logits.float() - expected.float()).abs().max() / expected.float().std().clamp_min(1e-6))
+
+
+def _spread(logits: Tensor, expected: Tensor) -> float:
+    """The root mean square of the differences, in standard deviations of what is expected."""
+    error = (logits.float() - expected.float()).square().mean().sqrt()
+    return float(error / expected.float().std().clamp_min(1e-6))
 
 
 def row_starts(mask: Any, rows: int, length: int) -> Tensor:

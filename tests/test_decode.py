@@ -178,6 +178,18 @@ def test_rows_with_neurons_of_their_own_in_every_format(
     assert error < (1e-5 if dtype is torch.float32 and weights is None else 0.03)
 
 
+@pytest.mark.parametrize("weights", [None, "int4"])
+def test_a_real_model_in_bfloat16_runs_natively(embedded: tuple[Any, Any], weights: str | None) -> None:
+    """Compared with modules whose own rounding to bfloat16 is larger than that of native steps."""
+    model, tokenizer = copy.deepcopy(embedded[0]).to(torch.bfloat16), embedded[1]
+    for text in ("The lighthouse stood at the end of a long spit of rock, and", "2 + 2 =", "Once"):
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        with torch.no_grad(), coreskip.wrap(model, Plan.dense(model, weights)):
+            greedy(model, ids, 8)
+            assert refusal(model) is None, text
+            assert runtime_of(model).steps.native.ready, text
+
+
 @pytest.mark.parametrize("isa", cpu.supported() if available("cpu") is None else [])
 def test_a_neuron_that_a_row_does_not_want_cannot_spoil_it(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The down row of a neuron that half of the rows chose becomes infinite: the others' logits stay what they were."""
