@@ -37,6 +37,7 @@ _HOMES = {
     "analyze": "coreskip.runtime.analyze",
     "evaluate": "coreskip.runtime.quality",
     "load": "coreskip.runtime.load",
+    "pack": "coreskip.runtime.pack",
     "pareto": "coreskip.runtime.search",
     "ppl_sparsity": "coreskip.runtime.sparsing_law",
     "prefilling": "coreskip.runtime.phases",
@@ -52,6 +53,7 @@ __all__ = [
     "analyze",
     "evaluate",
     "load",
+    "pack",
     "pareto",
     "ppl_sparsity",
     "prefilling",
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
     from coreskip.runtime.analyze import analyze
     from coreskip.runtime.engine import Engine
     from coreskip.runtime.load import load
+    from coreskip.runtime.pack import pack
     from coreskip.runtime.phases import prefilling
     from coreskip.runtime.quality import evaluate
     from coreskip.runtime.search import pareto

@@ -13,6 +13,7 @@ import click
 
 from coreskip import __version__, streams
 from coreskip.generating import chat, generate
+from coreskip.packing import pack
 from coreskip.planning import analyze, evaluate, info, show
 from coreskip.predictors.errors import CoreskipError
 
@@ -48,7 +49,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
-for _command in (analyze, show, info, generate, chat, evaluate):
+for _command in (analyze, pack, show, info, generate, chat, evaluate):
     cli.add_command(_command)
 
 

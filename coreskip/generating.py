@@ -95,9 +95,12 @@ def _engine(
     from coreskip.predictors.plan import Plan
     from coreskip.runtime.engine import Engine
     from coreskip.runtime.load import load
+    from coreskip.runtime.packed_folder import plan_of
 
     set_threads(threads)
     folder = running.pop("folder")
+    if folder is None and not running["plain"]:
+        folder = plan_of(model)
     plan = Plan.load(folder) if folder is not None else None
     loaded, tokenizer = load(model, dtype=dtype, device=device)
     # nobody needs the model afterwards: its originals may go

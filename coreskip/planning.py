@@ -99,12 +99,30 @@ def analyze(
 @click.argument("plan", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object, tensors left out.")
 def show(plan: Path, as_json: bool) -> None:
-    """Print a plan: where it comes from, what it costs, what each layer keeps."""
+    """Print a plan: where it comes from, what it costs, what each layer keeps; and a packed model's formats."""
+    if (plan / "packed.json").is_file():
+        _show_packed(plan, as_json)
+        return
     from coreskip.predictors.drawing import plan_document, plan_table
     from coreskip.predictors.plan import Plan
 
     loaded = Plan.load(plan)
     click.echo(json.dumps(plan_document(loaded), indent=1) if as_json else plan_table(loaded))
+
+
+def _show_packed(folder: Path, as_json: bool) -> None:
+    from coreskip.predictors.drawing import plan_document, plan_table
+    from coreskip.predictors.plan import Plan
+    from coreskip.runtime.packed_folder import describe, plan_of, table
+
+    found, place = describe(folder), plan_of(folder)
+    plan = None if place is None else Plan.load(place)
+    if as_json:
+        click.echo(json.dumps({**found, "plan": None if plan is None else plan_document(plan)}, indent=1))
+        return
+    click.echo(table(found))
+    if plan is not None:
+        click.echo("\n" + plan_table(plan))
 
 
 @click.command()

@@ -113,6 +113,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.coreskip_columns.argtypes = [p, i, i, n, p, i, n, n, p, n, ctypes.c_float, p, p, i]
     lib.coreskip_linear.argtypes = [p, i, i, n, p, i, n, n, p, p, p, i]
     lib.coreskip_tiles.argtypes = [p, i, i, n, p, i, i, n, n, p, p, i]
+    lib.coreskip_checksum.argtypes, lib.coreskip_checksum.restype = [p, n, i], ctypes.c_uint64
     lib.coreskip_untile.argtypes = [p, i, n, n, n, n, i, p, i]
     lib.coreskip_tile_up.argtypes = [p, n, n, n, i, p, i]
     lib.coreskip_step.argtypes = [p, p]

@@ -228,6 +228,18 @@ class PackedLinear:
             rows = _pack_floats([rows])[0][:, 0]
         return cls(weight=rows, in_features=weight.shape[1], scale=scale, bias=_floats(bias, None))
 
+    def part(self, first: int, count: int) -> PackedLinear | None:
+        """Rows `first` to `first + count` as a view; None where they begin or end within a tile that others share."""
+        last, bias = first + count, self.bias
+        if bias is not None:
+            bias = bias[first:last]
+        if self.rows is None:
+            scale = None if self.scale is None else self.scale[first:last]
+            return replace(self, weight=self.weight[first:last], scale=scale, bias=bias)
+        if first % TILE or (last % TILE and last != self.rows):
+            return None
+        return replace(self, weight=self.weight[first // TILE : -(-last // TILE)], bias=bias, rows=count)
+
     @property
     def out_features(self) -> int:
         return self.weight.shape[0] if self.rows is None else self.rows
@@ -379,6 +391,11 @@ def _rounded(w: Tensor, scale: Tensor, least: Tensor) -> tuple[Tensor, Tensor, T
 def ungroup(q: Tensor, scale: Tensor, least: Tensor) -> Tensor:
     """The inverse of `group_weights`: float32 [rows, groups, 32]."""
     return q.float() * scale.float()[..., None] + least.float()[..., None]
+
+
+def tile_shape(fmt: str, rows: int, inputs: int) -> tuple[int, int, int]:
+    """The shape of a tiled matrix' bytes. Raises KeyError for a format that has no tiles."""
+    return -(-rows // TILE), -(-inputs // GROUP), TILE_BYTES[fmt]
 
 
 def finite(weight: Tensor) -> bool:

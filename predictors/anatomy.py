@@ -143,10 +143,22 @@ class FeedForward:
 
     def formula(self, x: Tensor) -> Tensor:
         """``down(act(gate(x)) * up(x))`` for x ``[..., hidden]``: what the table claims this MLP computes."""
+        if is_packed(self.up):
+            return self._of_modules(x)
         w = self.matrices()
         h = F.linear(x, w.up, w.up_bias)
         h = self.act(h) if w.gate is None else self.act(F.linear(x, w.gate, w.gate_bias)) * h
         return F.linear(h, w.down.t(), w.down_bias)
+
+    def _of_modules(self, x: Tensor) -> Tensor:
+        """The formula by the linears themselves, which hold their matrices packed."""
+        h = self.up(x)
+        if self.gate_name is not None:
+            return cast(Tensor, self.down(self.act(getattr(self.owner, self.gate_name)(x)) * h))
+        if self.stacked:
+            gate, h = h.chunk(2, -1)
+            return cast(Tensor, self.down(self.act(gate) * h))
+        return cast(Tensor, self.down(self.act(h)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,10 +336,10 @@ def _proved(mlp: FeedForward, empty: bool) -> bool:
 
 def _reproduces(mlp: FeedForward) -> bool:
     weight = cast(Tensor, mlp.up.weight)
+    device = torch.device("cpu") if is_packed(mlp.up) else weight.device
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 2, mlp.hidden_size, generator=generator, dtype=torch.float32, device="cpu").to(
-        weight.device, weight.dtype
-    )
+    x = torch.randn(1, 2, mlp.hidden_size, generator=generator, dtype=torch.float32, device="cpu")
+    x = x.to(device, weight.dtype)
     was_training = mlp.owner.training
     mlp.owner.eval()  # an MLP with dropout inside would differ from run to run
     try:
@@ -355,7 +367,7 @@ def _check_linears(index: int, mlp: FeedForward, empty: bool) -> None:
                 f"layer {index}: {name} is a {type(module).__name__}, not a plain linear layer; "
                 "load the model unquantised and merge its adapters first"
             )
-        if weight.device.type == "meta" and not empty:
+        if weight.device.type == "meta" and not (empty or is_packed(module)):
             raise CoreskipError(f"layer {index}: {name} has no weights in memory (offloaded); load it on one device")
 
 
@@ -374,10 +386,22 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def rows_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The weight of an nn.Linear or a Conv1D as ``[outputs, inputs]``, and its bias or None, as views."""
-    weight = cast(Tensor, linear.weight).detach()
+    """The weight of an nn.Linear or a Conv1D as ``[outputs, inputs]``, and its bias or None, as views; of a linear that
+    holds its weight packed, a copy."""
     bias = cast("Tensor | None", linear.bias)
+    weight = cast(Any, linear).unpacked() if is_packed(linear) else cast(Tensor, linear.weight).detach()
     return (weight.t() if isinstance(linear, Conv1D) else weight), (None if bias is None else bias.detach())
+
+
+def is_packed(linear: nn.Module) -> bool:
+    """Whether a linear holds its weight in packed form alone (runtime/packed_layer.py): `weight` has no numbers."""
+    return hasattr(linear, "unpacked")
+
+
+def shape_of(linear: nn.Module) -> tuple[int, int]:
+    """(outputs, inputs) of an nn.Linear or a Conv1D."""
+    inputs, outputs = _shape(linear)
+    return outputs, inputs
 
 
 def _shape(linear: nn.Module) -> tuple[int, int]:

@@ -16,6 +16,8 @@ SCORES: tuple[Score, ...] = get_args(Score)
 Allocation = Literal["equal", "cett", "residual", "fisher", "greedy"]
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 WEIGHT_FORMATS = ("int4", "int8")
+AS_PACKED = "packed"  # a packed model's own format
+PACKINGS = (*WEIGHT_FORMATS, "bfloat16", "as-loaded")  # of the matrices that `pack` writes
 
 _LEAST_TEMPERATURE = 1e-30  # scores, up to some hundreds, divided by less are no float32 numbers any more
 _MOST_SEED = 2**64 - 1  # torch's generators hold 64 bits
@@ -35,7 +37,7 @@ def check_allocation(allocation: str) -> None:
 
 def check_weights(weights: Any) -> None:
     """The format in which decode steps read their weights: None leaves them as they are loaded, or the plan's own."""
-    if weights is not None and weights not in WEIGHT_FORMATS:
+    if weights is not None and weights not in (*WEIGHT_FORMATS, AS_PACKED):
         raise CoreskipError(f"weights is {weights!r}; choose from {', '.join(WEIGHT_FORMATS)}, or leave it out")
 
 

@@ -12,6 +12,8 @@ from .anatomy import Anatomy, canonical_activation, dissect
 from .errors import PlanError
 
 _PROBES_PER_LAYER = 32
+#: where a packed model has the fingerprint of the one that it was made from: plans are for both
+KEPT = "_coreskip_fingerprint"
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,9 @@ class Fingerprint:
 
     @classmethod
     def of(cls, model: nn.Module, anatomy: Anatomy | None = None) -> Fingerprint:
+        kept = vars(model).get(KEPT)
+        if kept is not None:
+            return cast(Fingerprint, kept)
         anatomy = anatomy or dissect(model)
         act = canonical_activation(anatomy.mlps[0].act)
         weights = [mlp.matrices().down for mlp in anatomy.mlps]

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import plan_file
-from .anatomy import Anatomy
-from .checks import kind_of
+from .anatomy import Anatomy, is_packed
+from .checks import AS_PACKED, kind_of
 from .drawing import plan_table
 from .errors import CoreskipError, PlanError
 from .fingerprint import Fingerprint
@@ -31,7 +31,18 @@ class LayerPlan:
         return self.neurons.kept(width) if self.layer.mlp else 0
 
 
-WEIGHTS = (None, "int8", "int4")
+#: where a packed model notes the format that it was packed in
+PACKED_AS = "_coreskip_packed_as"
+
+
+def default_weights(model: nn.Module) -> str | None:
+    """In which format a model's weights are decoded with where nobody names one: of a packed model whose matrices were
+    rounded its own, with inputs rounded, too."""
+    rounded = vars(model).get(PACKED_AS) is not None and any(map(is_packed, model.modules()))
+    return AS_PACKED if rounded else None
+
+
+WEIGHTS = (None, "int8", "int4", "packed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +58,8 @@ class Plan:
         clusters: for similarity-guided plans.
         frontier: what the search for a budget found that nothing beat in both bytes and quality: plain JSON tables.
         weights: in which format the native decode step holds weights: None: as loaded; "int8": one byte each, in
-            groups of 32 inputs; "int4": 4-bit groups, and bytes for the LM head. Where that step does not
-            cover a model they stay as loaded.
+            groups of 32 inputs; "int4": 4-bit groups, and bytes for the LM head; "packed": as a packed model has
+            them, with inputs rounded to 8 bits, as for the other two.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -106,12 +117,14 @@ class Plan:
             CoreskipError: none of these.
         """
         if isinstance(plan, Plan):
-            return plan
+            # what was planned for the original holds for its packed form
+            same = plan.weights is not None and plan.weights == vars(model).get(PACKED_AS)
+            return dataclasses.replace(plan, weights=AS_PACKED) if same else plan
         if plan is None:
-            return cls.dense(model)
+            return cls.dense(model, default_weights(model))
         if not isinstance(plan, (str, os.PathLike)):
             raise PlanError(f"a plan is a coreskip.Plan, the path of one, or None (dense), not {kind_of(plan)}")
-        return cls.load(plan)
+        return cls.of(cls.load(plan), model)
 
     @property
     def keep(self) -> float:

@@ -24,6 +24,7 @@ from .errors import CoreskipError, PlanError
 
 FORMAT_VERSION = 1
 _JSON, _TENSORS = "plan.json", "plan.safetensors"
+_OF_PACKED = "plan"  # where a packed model has its plan
 
 _T = TypeVar("_T")
 
@@ -51,12 +52,14 @@ def write(path: str | os.PathLike[str], document: dict[str, Any], tensors: dict[
 
 
 def read(path: str | os.PathLike[str], decode: Callable[[dict[str, Any], dict[str, Tensor]], _T]) -> _T:
-    """What `decode` makes of the document and the tensors in the folder `path`.
+    """What `decode` makes of the document and the tensors in the folder `path`, or in a packed model's.
 
     Raises:
         PlanError: not a Plan, of a newer format, truncated, edited or inconsistent.
     """
     folder = path_of(path, "a plan")
+    if not (folder / _JSON).exists() and (folder / _OF_PACKED / _JSON).exists():
+        folder = folder / _OF_PACKED
     try:
         text, data = files.read_together(folder, (_JSON, _TENSORS))
     except OSError as error:

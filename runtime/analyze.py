@@ -12,7 +12,7 @@ from ..predictors.calibration import TokenText, text_of
 from ..predictors.checks import Allocation, Score
 from ..predictors.layer_selection import LayerSelection
 from ..predictors.layers import leave_out
-from ..predictors.plan import Plan
+from ..predictors.plan import Plan, default_weights
 from .calibrate import Study
 from .calibration_text import model_text
 from .options import Budget, check_options, chooses_layers_alone, given
@@ -119,6 +119,8 @@ def analyze(
     }
     check_options(method=method, keep=keep, budget=budget, layers=layers, resume=resume, **common, **methods)
     check_model(model)
+    if weights is None:
+        common["weights"] = weights = default_weights(model)
     options = given({**methods, **common})
     if layers is None:
         return _analyzed(model, tokenizer, text, method, keep, budget, resume, {**options, "progress": progress})

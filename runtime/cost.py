@@ -14,11 +14,12 @@ from torch import nn
 from ..kernels import cpu
 from ..kernels.ops import available
 from ..kernels.packed import EXACT_BYTES
-from ..predictors.anatomy import Anatomy, FeedForward, dissect, rows_of
+from ..predictors.anatomy import Anatomy, FeedForward, dissect
 from ..predictors.plan import Plan
 from ..predictors.policies import Chooser
 from .formats import takes_format
 from .lower_cpu import refusal
+from .packed_layer import packed_bytes_of
 from .program import FORMAT_BYTES, BrickProgram, LayerProgram, Program, linear_of
 
 # Share of a matrix' bytes that another form of its numbers may take beside it unasked: 4-bit groups take 0.16 of
@@ -61,7 +62,7 @@ def cost(model: Any, plan: Plan, anatomy: Anatomy | None = None, *, native: bool
     program = Program.of(anatomy, plan, lambda weight: _bytes_of(weight, plan.weights, runs_in_place))
     step = _Reading(plan.weights, native)
     head = model.get_output_embeddings().weight
-    total = loaded_bytes(model) - head.nbytes + step.matrix(head, "int8" if plan.weights else None)
+    total = loaded_bytes(model) - head.nbytes + step.matrix(head, "int8" if plan.weights in FORMAT_BYTES else None)
     for index, (layer, module) in enumerate(zip(program.layers, anatomy.layers, strict=True)):
         mlp = anatomy.mlps[index]
         in_mlp = {id(matrix.weight) for matrix in _matrices(mlp.owner) if _is_of(mlp, matrix)}
@@ -104,13 +105,13 @@ class _Reading:
             return 0.0
         if not layer.skips.attention:
             # keys and values are still written; the queries' projection has as many weights as the output's
-            output = rows_of(getattr(attention.module, attention.output))[0]
+            output = getattr(attention.module, attention.output).weight
             return 2.0 * output.numel() * _bytes_of(output, self._weights, self._native)
         unread = 0.0
         for brick in layer.bricks:
             for name in brick.thresholds:
                 module, in_mlp = linear_of(anatomy, index, name)
-                weight = rows_of(module)[0]
+                weight: Any = module.weight
                 if not in_mlp:
                     read = weight.numel() * _bytes_of(weight, self._weights, self._native)
                     unread += read - brick.share * weight.nbytes
@@ -163,7 +164,10 @@ def _covered(model: Any, anatomy: Anatomy) -> bool:
 
 def _bytes_of(weight: Any, fmt: str | None, native: bool) -> float:
     """Bytes of one weight of a matrix as a step reads it."""
-    if fmt is not None:
+    packed = packed_bytes_of(weight)
+    if packed is not None:
+        return packed / int(weight.numel())
+    if fmt in FORMAT_BYTES:
         return FORMAT_BYTES[fmt]
     loaded = float(weight.element_size())
     if not native or weight.device.type != "cpu" or available("cpu") is not None:

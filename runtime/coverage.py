@@ -16,6 +16,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..predictors.anatomy import Anatomy, Attention, FeedForward
+from .packed_layer import PackedLayer
 from .parts import unwatched_class
 
 _HERE = str(Path(__file__).parent)
@@ -56,7 +57,8 @@ def _described(layer: nn.Module, mlp: FeedForward, attention: Attention) -> Iter
 
 
 def _foreign_code(layer: nn.Module, mlp: FeedForward, attention: nn.Module) -> str | None:
-    linears = [module for module in _described_linears(layer) if type(module).forward is not nn.Linear.forward]
+    known = (nn.Linear.forward, PackedLayer.forward)
+    linears = [module for module in _described_linears(layer) if type(module).forward not in known]
     if linears:
         return f"a {type(linears[0]).__name__} computes more than a linear layer"
     for module in (layer, mlp.owner, attention):

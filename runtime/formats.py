@@ -17,10 +17,12 @@ from transformers.pytorch_utils import Conv1D
 from ..kernels.ops import PackedLinear, available
 from ..kernels.packed import DTYPES
 from ..predictors.anatomy import Anatomy, rows_of
+from ..predictors.checks import AS_PACKED
 from ..predictors.errors import CoreskipError
 from ..predictors.plan import Plan
 from .bundles import PackedBefore
 from .lower_cpu import HEAD_FORMAT, KERNEL_FORMATS
+from .packed_layer import PackedLayer
 from .phases import Phase, mode
 
 logger = logging.getLogger("coreskip")
@@ -30,14 +32,24 @@ def check_format(model: Any, anatomy: Anatomy, plan: Plan) -> None:
     """Raises CoreskipError where decode steps of `model` cannot read their weights in the plan's format."""
     if plan.weights is None:
         return
-    matrices = [module.weight for module in format_takers(model, anatomy)]
-    reason = available("cpu")
+    takers = format_takers(model, anatomy)
+    matrices = [module.weight for module in takers if not isinstance(module, PackedLayer)]
+    reason = available("cpu") or _of_packed(plan.weights, len(takers) - len(matrices), len(takers))
     if reason is None and any(weight.device.type != "cpu" for weight in matrices):
         reason = f"the model is on {model.device.type}, and only the CPU's kernels read them"
     if reason is None and any(weight.dtype not in DTYPES for weight in matrices):
         reason = f"they are made from float32, bfloat16 or float16, not from {model.dtype}".replace("torch.", "")
     if reason is not None:
         raise CoreskipError(f"the plan's weights in {plan.weights} cannot be used: {reason}; make a plan without them")
+
+
+def _of_packed(weights: str | None, packed: int, linears: int) -> str | None:
+    """Why a format is not that of a model some of whose linears are packed, if it is not."""
+    if weights == AS_PACKED:
+        return None if packed else "the model is not packed"
+    if packed == linears:
+        return "the model is packed already, and its own format is the only one"
+    return None
 
 
 def format_takers(model: Any, anatomy: Anatomy) -> list[Any]:
@@ -80,10 +92,13 @@ class Formats:
         """The rows of the module's matrix in the plan's format; none where it has no such form."""
         parts = self._parts.get(module)
         if parts is None:
-            parts = self._parts[module] = self._pack(module)
+            packed = isinstance(module, PackedLayer)
+            parts = self._parts[module] = module.parts(whole=False) if packed else self._pack(module)
         return parts
 
     def _pack(self, module: nn.Module) -> list[PackedLinear]:
+        if self._format is None:  # of a packed model, the linears that are not
+            return []
         weight, bias = rows_of(module)
         fmt = HEAD_FORMAT if module is self._head else self._format
         key = (weight.data_ptr(), weight.shape, weight.stride(), fmt)

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from ..predictors.checks import path_of
 from ..predictors.errors import CoreskipError
 from .cache import load_cached
+from .packed_folder import is_packed_folder, load_packed
 from .weights import load_whole
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,8 +31,8 @@ def load(
     """Load a causal LM for inference, with its tokenizer.
 
     Args:
-        model: None for the embedded SmolLM2-135M-Instruct; a local folder; a ``.gguf`` file (dequantised); or a
-            hub id.
+        model: None for the embedded SmolLM2-135M-Instruct; a local folder, or one that `pack` wrote, which is mapped;
+            a ``.gguf`` file (dequantised); or a hub id.
         dtype: ``torch.float32``, ``torch.bfloat16``, ``torch.float16`` or one of their names; None keeps the
             checkpoint's own (fp32 for GGUF).
         device: None takes CUDA where there is one, else the CPU.
@@ -48,6 +49,8 @@ def load(
         loaded, tokenizer = load_cached(embedded_gguf(), wanted, _load_gguf, _from_pretrained)
     else:
         name = str(path_of(model, "the model"))
+        if is_packed_folder(Path(name)):
+            return load_packed(Path(name), wanted, place), _tokenizer_of(name)
         if name.endswith(".gguf"):
             loaded, tokenizer = _load_gguf(Path(name), wanted)
         else:
@@ -137,9 +140,12 @@ def _from_pretrained(source: Path | str, dtype: torch.dtype | None) -> tuple[Any
         if config.is_encoder_decoder or (heads and not any(h in name for h in _CAUSAL_HEADS for name in heads)):
             raise CoreskipError(f"{source} is a {', '.join(heads)}, not a causal language model")
         model = load_whole(source, dtype=dtype or "auto", auto=_auto_class(config))
+    return model, _tokenizer_of(source)
+
+
+def _tokenizer_of(source: Path | str) -> Any:
     with _one_line(f"the tokenizer of {source}"):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    return model, tokenizer
+        return AutoTokenizer.from_pretrained(source)
 
 
 def _auto_class(config: Any) -> Any:

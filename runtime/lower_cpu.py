@@ -15,8 +15,10 @@ from ..kernels.ops import PackedLinear, available
 from ..kernels.packed import DTYPES, finite
 from ..kernels.sparse import SparseLinear, SparseMLP
 from ..predictors.anatomy import Anatomy, rows_of
+from ..predictors.checks import AS_PACKED
 from .bundles import PackedBefore
 from .calls import NotCovered
+from .packed_layer import PackedLayer
 from .rotary_tables import RotaryTables
 from .spec import AttentionSpec, BrickSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec, read_spec
 
@@ -26,7 +28,7 @@ Packed = Callable[[nn.Module, list[PackedLinear]], None]
 PackedAlone = Callable[[nn.Module], "list[PackedLinear] | None"]
 
 #: the kernels' names of a plan's formats
-KERNEL_FORMATS = {None: None, "int8": "int8_groups", "int4": "int4"}
+KERNEL_FORMATS = {None: None, "int8": "int8_groups", "int4": "int4", AS_PACKED: None}
 HEAD_FORMAT = "int8_groups"  # 4 bits there cost +4.6 % perplexity on the embedded model
 
 
@@ -102,7 +104,7 @@ class CpuModel:
             embedding=spec.embedding,
             layers=layers,
             norm=lower_norm(spec.norm),
-            head=self._parts(spec.head, HEAD_FORMAT if packing.weights else None)[0],
+            head=self._parts(spec.head, HEAD_FORMAT if self._format else None)[0],
             dtype=spec.dtype,
             embedding_scale=spec.embedding_scale,
             logit_scale=spec.logit_scale,
@@ -164,6 +166,8 @@ class CpuModel:
     def _parts(self, linear: LinearSpec, fmt: str | None) -> list[PackedLinear]:
         """A linear's matrix in as many parts as it holds projections."""
         module: Any = linear.module
+        if isinstance(module, PackedLayer):
+            return _in_parts(module.parts(whole=self._packing.weights is None), linear.rows)
         alone = self._packing.packed_alone(module)
         if alone is not None:
             return alone
@@ -219,19 +223,41 @@ def refusal(model: Any, anatomy: Anatomy) -> str | None:
 
 def check_finite(model: nn.Module) -> None:
     """Raises NotCovered where a matrix has no form of 4 or 8 bits."""
-    if not all(finite(m.weight.detach()) for m in model.modules() if isinstance(m, nn.Linear)):
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and not isinstance(m, PackedLayer)]
+    if not all(finite(m.weight.detach()) for m in linears):
         raise NotCovered("weights with infinities or NaNs have no form of 4 or 8 bits")
 
 
 def _check(model: Any, packed_alone: PackedAlone) -> None:
     if available("cpu") is not None:
         raise NotCovered(str(available("cpu")))
-    gone = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and packed_alone(m) is not None}
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    gone = {id(m.weight) for m in linears if isinstance(m, PackedLayer) or packed_alone(m) is not None}
     parameters = [p for p in model.parameters() if id(p) not in gone]
     if any(p.device.type != "cpu" for p in parameters):
         raise NotCovered("the model is not on the CPU")
     if len({p.dtype for p in parameters}) > 1 or parameters[0].dtype not in DTYPES:
         raise NotCovered("its parameters are not all float32, all bfloat16 or all float16")
+
+
+def _in_parts(packed: list[PackedLinear], rows: tuple[int, ...] | None) -> list[PackedLinear]:
+    """A packed matrix in parts of so many rows, as views.
+
+    Raises:
+        NotCovered: a part would begin within a tile.
+    """
+    if rows is None or len(packed) == len(rows):
+        return packed
+    if len(packed) != 1:
+        raise NotCovered("a fused projection is packed in other parts than its projections")
+    parts, first = [], 0
+    for count in rows:
+        part = packed[0].part(first, count)
+        if part is None:
+            raise NotCovered("a fused projection is packed in tiles that belong to two projections")
+        parts.append(part)
+        first += count
+    return parts
 
 
 def _where_it_lies(brick: BrickSpec) -> native.DenseMLP:

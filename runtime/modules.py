@@ -17,10 +17,11 @@ from transformers.cache_utils import Cache
 
 from ..kernels.ops import MAX_ROWS, PackedLinear, available, linear
 from ..kernels.packed import DTYPES
-from ..predictors.anatomy import Activation, Anatomy, FeedForward, rows_of
+from ..predictors.anatomy import Activation, Anatomy, FeedForward, shape_of
 from ..predictors.errors import CoreskipError
 from ..predictors.policies import Chooser
 from .formats import Formats, takes_format
+from .packed_layer import PackedLayer
 from .patches import Patches, Usage
 from .phases import Pass, Phase, current_pass, current_prompt, last_phase, mode, passing
 from .prepared import Prepared
@@ -124,11 +125,12 @@ class ModulePatches:
         what has replaced its weight. Under a plan with a weight format, decode steps read that."""
         host = self._host
         replaced, shareable = host.replaced, isinstance(module, nn.Linear) and _shareable(module.weight)
-        sharing = shareable or (replaced is not None and module in replaced.candidates)
+        packed = isinstance(module, PackedLayer)
+        sharing = packed or shareable or (replaced is not None and module in replaced.candidates)
         formats = host.formats if host.program.weights is not None and takes_format(module) else None
         if not sharing and formats is None:
             return False
-        original, most = cast(Any, module).forward, MAX_ROWS * rows_of(module)[0].shape[1]
+        original, most = cast(Any, module).forward, MAX_ROWS * shape_of(module)[1]
         is_head, of_class = module is cast(Any, host.model).get_output_embeddings(), "forward" not in vars(module)
 
         @functools.wraps(original)
@@ -147,6 +149,9 @@ class ModulePatches:
             parts = host.formats.parts(module) if in_format else []
             if parts:
                 return product(input, parts)
+            if isinstance(module, PackedLayer) and plain:
+                each = not is_head or few or input.shape[-2] == 1
+                return module.multiply(input, wanted and each)
             if not (few and wanted and shareable and module.weight.dtype in DTYPES):
                 # somebody may have given it another class meanwhile
                 return cast(Tensor, cast(Any, type(module)).forward(module, input) if of_class else original(input))
@@ -158,7 +163,7 @@ class ModulePatches:
     def _patch_inputs(self, index: int, brick: BrickProgram, module: nn.Module, threshold: float, in_mlp: bool) -> None:
         """Decode steps leave out this linear's small inputs."""
         host, original = self._host, cast(Any, module).forward
-        outputs, inputs = rows_of(module)[0].shape
+        outputs, inputs = shape_of(module)
         layer = host.anatomy.mlps[index]
         # a neuron's worth of weights: what an unread column adds to the neurons skipped
         column = outputs / ((3 if layer.gated else 2) * layer.hidden_size) if in_mlp else 0.0

@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..kernels.packed import EXACT_BYTES, PackedLinear, PackedMLP
 from ..kernels.sparse import ExactScores, SignScores, SparseMLP
-from ..predictors.anatomy import Anatomy, FeedForward, rows_of
+from ..predictors.anatomy import Anatomy, FeedForward, shape_of
 from ..predictors.errors import PlanError
 from ..predictors.importance import kept_count
 from ..predictors.plan import LayerPlan, Plan
@@ -192,7 +192,7 @@ def brick_of(
 ) -> Brick:
     """A layer's MLP; weights, dense: as for `Program.of`."""
     mlp = anatomy.mlps[layer]
-    up = rows_of(mlp.up)[0]
+    up = cast(Tensor, mlp.up.weight)
     loaded = float(up.element_size())
     return Brick(
         width=mlp.intermediate_size,
@@ -331,9 +331,9 @@ def native_names(anatomy: Anatomy, layer: int) -> dict[str, dict[str, int]]:
     names = _names_of_mlp(mlp)
     if attention is None or len(attention.inputs) not in (1, 3):
         return names
-    outputs, queries = rows_of(getattr(attention.module, attention.output))[0].shape
+    outputs, queries = shape_of(getattr(attention.module, attention.output))
     names[f"attention.{attention.output}"] = {"o": outputs}
-    sizes = [rows_of(getattr(attention.module, name))[0].shape[0] for name in attention.inputs]
+    sizes = [shape_of(getattr(attention.module, name))[0] for name in attention.inputs]
     if len(sizes) == 3:
         triples = zip(attention.inputs, "qkv", sizes, strict=True)
         return names | {f"attention.{name}": {part: size} for name, part, size in triples}

@@ -1,8 +1,7 @@
 """Packed matrices in place of those that a model was loaded with.
 
 What runs on a module's own matrix (prefill, and every pass that the native step does not cover) multiplies with one
-that is put together from the packed one for the length of the call: on two threads 6 ms for all of the embedded
-model's. Few rows at a time, so that it stays in the caches and takes no memory to speak of.
+that is unpacked for the length of the call (unpacking.py).
 
 Where packing has lost nothing, as of a model that was made of such numbers, `Replaced` can put the originals back, bit
 for bit. Else they are gone.
@@ -13,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,17 +20,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..kernels import cpu
-from ..kernels.packed import PackedLinear, allocate
+from ..kernels.packed import PackedLinear
 from ..predictors.errors import CoreskipError
-from .width import joined, most_rows, product
-
-_AT_ONCE = 32 << 20  # bytes of a matrix that are put together at once
-_WORTH_CASTING = 1 << 16  # numbers of a matrix from which on a product in bfloat16 may take less time
+from .unpacking import Unpacking, unpack
 
 
 @dataclass(eq=False)
@@ -53,7 +46,7 @@ class Replaced:
     def __init__(self, model: nn.Module, lossy: bool, kept: Iterable[nn.Module]) -> None:
         self._lossy, self._linears = lossy, dict[nn.Module, _Linear]()
         self.reversible = True
-        self._memory = threading.local()
+        self._unpacking = Unpacking()
         owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
         kept = set(kept)
         #: plain linears with a matrix that no other module uses
@@ -123,7 +116,7 @@ class Replaced:
                 continue
             with torch.inference_mode(False):  # whose tensors could not be trained
                 whole = torch.empty_like(cast(Tensor, module.weight), device="cpu")
-                linear.weight.data = _restore(linear.parts, whole)
+                linear.weight.data = unpack(linear.parts, whole)
             module.weight = linear.weight
         self._linears.clear()
 
@@ -137,65 +130,17 @@ class Replaced:
         self.refuse("save or load its weights")
 
     def run(self, module: nn.Module, x: Tensor, few: bool) -> Tensor:
-        """x ``[..., inputs]`` times the numbers that the module's tiles stand for, as torch multiplies or, for `few`
-        rows (one for each sequence), as a native step does."""
+        """x ``[..., inputs]`` times the numbers that the module's tiles stand for; see `Unpacking.multiply`."""
         linear = self._linears[module]
-        if few and x.numel() <= most_rows(linear.parts) * x.shape[-1]:
-            return product(x, linear.parts)
-        if self._in_bfloat16(x, linear):
-            return self._product_in_bfloat16(module, x)
-        bias: Any = module.bias
-        # what autograd keeps until it goes back must not be written over
-        fresh = x.requires_grad and torch.is_grad_enabled()
-        y = [
-            F.linear(x, rows, None if bias is None else bias[first : first + rows.shape[0]])
-            for first, rows in self._rows(linear.parts, linear.weight.dtype, fresh)
-        ]
-        return joined(y)
-
-    def _in_bfloat16(self, x: Tensor, linear: _Linear) -> bool:
-        """Whether a CPU multiplies bfloat16 so much faster that weights of 4 or 8 bits, whose products with a native
-        step's x in 8 bits are no closer, are multiplied in it."""
-        if linear.weight.dtype != torch.float32 or torch.is_grad_enabled() or not cpu.has_bfloat16_tiles():
-            return False
-        inputs = linear.parts[0].in_features
-        size = inputs * sum(part.out_features for part in linear.parts)
-        return size >= _WORTH_CASTING and all(part.grouped and not part.whole for part in linear.parts)
-
-    def _product_in_bfloat16(self, module: nn.Module, x: Tensor) -> Tensor:
-        x, parts = x.to(torch.bfloat16), self._linears[module].parts
-        y = [F.linear(x, rows).float() for _, rows in self._rows(parts, torch.bfloat16, fresh=False)]
-        bias: Any = module.bias
-        return joined(y) if bias is None else joined(y) + bias
+        bias = cast("Tensor | None", module.bias)
+        return self._unpacking.multiply(x, linear.parts, bias, linear.weight.dtype, few)
 
     def _restores(self, parts: list[PackedLinear], weight: Tensor) -> bool:
         bits = {2: torch.int16, 4: torch.int32}[weight.itemsize]  # a zero has two signs
         return all(
             torch.equal(rows.view(bits), weight.detach()[first : first + rows.shape[0]].view(bits))
-            for first, rows in self._rows(parts, weight.dtype, fresh=False)
+            for first, rows in self._unpacking.rows(parts, weight.dtype)
         )
-
-    def _rows(self, parts: list[PackedLinear], dtype: torch.dtype, fresh: bool) -> Iterator[tuple[int, Tensor]]:
-        """The matrix, some rows at a time: the first one's index, and the rows, good until the next are asked for."""
-        count, inputs = sum(part.out_features for part in parts), parts[0].in_features
-        most = min(count, max(1, _AT_ONCE // (inputs * dtype.itemsize)))
-        memory = torch.empty(0, device="cpu") if fresh else self._scratch(most * inputs * dtype.itemsize)
-        for first in range(0, count, most):
-            shape = min(most, count - first), inputs
-            out = (
-                torch.empty(shape, dtype=dtype, device="cpu")
-                if fresh
-                else memory.view(dtype)[: shape[0] * inputs].view(shape)
-            )
-            yield first, _restore(parts, out, first)
-
-    def _scratch(self, nbytes: int) -> Tensor:
-        """Memory of this thread: fresh pages for every product would take longer than to fill them."""
-        memory: Tensor | None = getattr(self._memory, "bytes", None)
-        if memory is None or memory.nbytes < nbytes:
-            with torch.inference_mode(False):  # it may be written to where there is none
-                memory = self._memory.bytes = allocate((nbytes,), torch.uint8, torch.device("cpu"))
-        return memory[:nbytes]
 
 
 @contextmanager
@@ -228,16 +173,3 @@ def trim() -> None:
     trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim_heap is not None:
         trim_heap(0)
-
-
-def _restore(parts: list[PackedLinear], out: Tensor, first: int = 0) -> Tensor:
-    """Writes rows `first` and following of the matrix that `parts` make up to `out`."""
-    last, at = first + out.shape[0], 0
-    for part in parts:
-        begin, end = max(first, at), min(last, at + part.out_features)
-        if begin < end and part.grouped:
-            cpu.untile(part, out[begin - first : end - first], begin - at)
-        elif begin < end:
-            out[begin - first : end - first] = part.weight[begin - at : end - at, : part.in_features]
-        at += part.out_features
-    return out

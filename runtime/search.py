@@ -255,7 +255,7 @@ class _Search:
 
     def formats(self, family: Family) -> tuple[str | None, ...]:
         """The weight formats in which the family can run here."""
-        if self._study.weights is not None:
+        if self._study.weights is not None:  # a packed model's own format, too
             return (self._study.weights,)
         return family.formats if self._refusal is None else (None,)
 

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from ..predictors.anatomy import Anatomy, Attention, FeedForward, canonical_activation
 from .calls import NotCovered
 from .coverage import uncovered
+from .packed_layer import PackedLayer
 
 # Rotation types whose angles depend on the position alone; others depend on the length of the sequence too.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
@@ -179,7 +180,8 @@ def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module does no more than its matrix and bias say: not an adapter around one, nor one whose matrix is
     computed anew for every pass."""
     forward = type(module).forward
-    plain = forward in (nn.Linear.forward, Conv1D.forward) or forward.__qualname__ == "FalconLinear.forward"
+    known = (nn.Linear.forward, Conv1D.forward, PackedLayer.forward)
+    plain = forward in known or forward.__qualname__ == "FalconLinear.forward"
     return plain and "weight" in module._parameters
 
 

@@ -15,7 +15,7 @@ import coreskip
 from coreskip.kernels import cpu, ops
 from coreskip.predictors.plan import LayerPlan, Plan
 from coreskip.predictors.policies import Sketch
-from coreskip.runtime import release
+from coreskip.runtime import unpacking
 from coreskip.runtime.wrap import runtime_of
 
 pytestmark = pytest.mark.skipif(ops.available("cpu") is not None, reason="needs the compiled kernels")
@@ -44,13 +44,13 @@ def left_padded(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 def unpacked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of every matrix that is unpacked."""
     seen: list[int] = []
-    restore = release._restore
+    restore = unpacking.unpack
 
     def noted(parts: Any, out: torch.Tensor, first: int = 0) -> torch.Tensor:
         seen.append(out.shape[0])
         return restore(parts, out, first)
 
-    monkeypatch.setattr(release, "_restore", noted)
+    monkeypatch.setattr(unpacking, "unpack", noted)
     return seen
 
 
@@ -179,7 +179,7 @@ def test_what_is_not_native_unpacks_nothing(case: str, rows: int, unpacked: list
 def bfloat16_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU that multiplies bfloat16 fast, and matrices of any size that are worth it."""
     monkeypatch.setattr(cpu, "has_bfloat16_tiles", lambda: True)
-    monkeypatch.setattr(release, "_WORTH_CASTING", 1)
+    monkeypatch.setattr(unpacking, "_WORTH_CASTING", 1)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_bias", "phi3"])

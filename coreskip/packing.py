@@ -1,0 +1,45 @@
+"""`coreskip pack`: a model as a folder from which it starts in a moment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from coreskip.common_options import PATH, model_options, set_threads
+from coreskip.predictors.checks import PACKINGS
+
+
+@click.command()
+@model_options
+@click.option("-o", "--output", required=True, type=PATH, help="Folder to write the packed model to.")
+@click.option("--plan", "folder", type=PATH, help="Goes with it, and is used where no other is named.")
+@click.option(
+    "--weights",
+    type=click.Choice(PACKINGS),
+    help="Of the matrices: int4 or int8 in groups, bfloat16, or as-loaded (their very numbers, in groups where these "
+    "hold them); by default the plan's, else as-loaded.",
+)
+def pack(
+    model: str | None,
+    output: Path,
+    folder: Path | None,
+    dtype: str | None,
+    device: str | None,
+    threads: int | None,
+    **options: Any,
+) -> None:
+    """Write MODEL with its matrices packed as decode steps read them: it is mapped, not read, at every start."""
+    from coreskip.predictors.plan import Plan
+    from coreskip.runtime.load import load
+    from coreskip.runtime.pack import check_target, pack
+    from coreskip.runtime.packed_folder import describe, table
+
+    check_target(output)
+    plan = Plan.load(folder) if folder is not None else None
+    set_threads(threads)
+    loaded, tokenizer = load(model, dtype=dtype, device=device or "cpu")
+    pack(loaded, tokenizer, output, plan=plan, **options)
+    click.echo(table(describe(output)))
+    click.echo(f"\nwritten to {output}")

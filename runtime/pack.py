@@ -1,0 +1,283 @@
+"""`pack`: a model as a folder from which it starts in a moment, with its matrices in the format of decode steps."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..kernels import cpu
+from ..kernels.ops import available
+from ..kernels.packed import EXACT_BYTES, PackedLinear, finite
+from ..kernels.store import Writer
+from ..predictors import files
+from ..predictors.anatomy import Anatomy, check_model, dissect, rows_of
+from ..predictors.checks import AS_PACKED, PACKINGS, WEIGHT_FORMATS, check_flag, path_of
+from ..predictors.errors import CoreskipError
+from ..predictors.fingerprint import Fingerprint
+from ..predictors.plan import Plan
+from .calls import NotCovered
+from .formats import format_takers
+from .lower_cpu import HEAD_FORMAT, KERNEL_FORMATS
+from .packed_folder import DOCUMENT, FORMAT, PLAN, VERSION, WEIGHTS, is_packed_folder, seal
+from .packed_layer import PackedLayer
+from .spec import LinearSpec, read_spec
+from .wrap import make_way
+
+logger = logging.getLogger("coreskip")
+
+AS_LOADED, BFLOAT16 = "as-loaded", "bfloat16"
+_GROUPS = 0.3  # of a float32 matrix' bytes, at most, for another form of its very numbers
+
+
+def check_weights(weights: Any) -> None:
+    """Raises CoreskipError unless a model can be packed so."""
+    if weights is not None and weights not in PACKINGS:
+        raise CoreskipError(f"weights is {weights!r}; choose from {', '.join(PACKINGS)}")
+
+
+def check_target(folder: str | os.PathLike[str]) -> Path:
+    """The folder to write; `CoreskipError` where a packed model must not or cannot be written there."""
+    target = path_of(folder, "a packed model")
+    if not target.name:
+        raise CoreskipError(f"{str(target)!r} cannot name a packed model; give a folder name such as my.packed")
+    if target.exists() and not target.is_dir():
+        raise CoreskipError(f"{target} exists and is not a folder; choose another name")
+    if target.is_dir() and any(target.iterdir()) and not is_packed_folder(target):
+        raise CoreskipError(f"{target} exists and is not a packed model; choose another name")
+    files.check_folder(target)
+    return target
+
+
+def pack(
+    model: Any,
+    tokenizer: Any,
+    folder: str | os.PathLike[str],
+    *,
+    plan: Plan | str | os.PathLike[str] | None = None,
+    weights: str | None = None,
+    progress: bool = True,
+) -> Path:
+    """Write `model` with its tokenizer as a packed model, which `coreskip.load` maps in a moment.
+
+    Args:
+        model: a causal LM on the CPU, not wrapped; it stays as it is.
+        folder: to write; a packed model there is replaced, in one step, by the finished one.
+        plan: goes with it, and is used by the commands where no other is named; a Plan or the path of one. None: dense.
+        weights: of the matrices of decoder layers and LM head:
+
+            - ``"int4"``: 4-bit groups of 32 inputs, by plain rounding; bytes for the head;
+            - ``"int8"``: bytes in such groups;
+            - ``"bfloat16"``: all parameters, matrices included;
+            - ``"as-loaded"``: the very numbers, in groups where these hold them in fewer bytes;
+            - None: the plan's, else ``"as-loaded"``.
+
+    Returns:
+        the folder.
+
+    Raises:
+        CoreskipError: an argument that makes no sense, a model that cannot be packed, or no room; what was in the
+            folder is unchanged.
+    """
+    check_weights(weights)
+    check_flag("progress", progress)
+    check_model(model)
+    target = check_target(folder)
+    make_way(model)
+    anatomy = dissect(model)
+    plan = None if plan is None else Plan.of(plan, model)
+    if plan is not None:
+        plan.check(model, anatomy)
+    weights = weights or (plan.weights if plan is not None and plan.weights in WEIGHT_FORMATS else AS_LOADED)
+    source = _Source(model, anatomy, weights)
+    source.check_room(target)
+    try:
+        with files.replaced_folder(target) as draft:
+            _write(draft, source, tokenizer, plan, progress)
+    except OSError as error:
+        reason = "no room on the disk" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise CoreskipError(f"cannot write the packed model {target}: {reason}; what was there is unchanged") from None
+    return target
+
+
+class _Source:
+    """A model that is to be packed.
+
+    Raises:
+        CoreskipError: it cannot be.
+    """
+
+    def __init__(self, model: Any, anatomy: Anatomy, weights: str) -> None:
+        self.model, self.anatomy, self.weights = model, anatomy, weights
+        if available("cpu") is not None:
+            raise CoreskipError(f"a model is packed by the native kernels: {available('cpu')}")
+        if getattr(transformers, type(model).__name__, None) is not type(model):
+            raise CoreskipError(f"{type(model).__name__} is not a class of transformers: only these can be packed")
+        if any(p.device.type != "cpu" for name, p in self._loose()):
+            raise CoreskipError("only a model on the CPU can be packed: load it with device='cpu'")
+        takers = format_takers(model, anatomy)
+        packed = [module for module in takers if isinstance(module, PackedLayer)]
+        if packed and weights != AS_LOADED:
+            raise CoreskipError("the model is packed already: pack the one that it was made from, or as-loaded")
+        if weights in WEIGHT_FORMATS and not all(finite(module.weight.detach()) for module in takers):
+            raise CoreskipError("weights with infinities or NaNs have no form of 4 or 8 bits")
+        self.names = {module: name for name, module in model.named_modules()}
+        self.takers, self.rows = list(dict.fromkeys(takers)), _rows_of_parts(model, anatomy)
+        self.dtype = torch.bfloat16 if weights == BFLOAT16 else model.dtype
+
+    def _loose(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters that are no packed layer's."""
+        gone = {id(m.weight) for m in self.model.modules() if isinstance(m, PackedLayer)}
+        return ((name, p) for name, p in self.model.named_parameters(remove_duplicate=False) if id(p) not in gone)
+
+    def check_room(self, target: Path) -> None:
+        """Raises CoreskipError where the disk is too full for sure."""
+        parent = target.absolute().parent
+        while not parent.exists():
+            parent = parent.parent
+        share = {"int4": EXACT_BYTES["int4"], "int8": EXACT_BYTES["int8_groups"]}.get(self.weights, 0.0)
+        wanted = share * sum(module.weight.numel() for module in self.takers)
+        free = shutil.disk_usage(parent).free
+        if free < wanted:
+            raise CoreskipError(
+                f"the packed model takes {wanted / 1e6:.0f} MB at least, and {parent} has {free / 1e6:.0f} MB left"
+            )
+
+    def parts(self, module: Any) -> list[PackedLinear] | None:
+        """The module's matrix in packed form; None where it is written as it is."""
+        if isinstance(module, PackedLayer):
+            return module.parts()
+        if self.weights == BFLOAT16:
+            return None
+        weight, _ = rows_of(module)
+        counts = self.rows.get(module, (weight.shape[0],))
+        rows = weight.split(counts)
+        if self.weights == AS_LOADED:
+            found = [cpu.pack_exactly(part.contiguous(), most=_GROUPS) for part in rows]
+            exact = [part for part in found if part is not None and part.grouped]
+            return exact if len(exact) == len(rows) else None
+        head = module is self.model.get_output_embeddings()
+        fmt = HEAD_FORMAT if head else KERNEL_FORMATS[self.weights]
+        return [PackedLinear.pack(part, fmt=fmt) for part in rows]
+
+    def written(self, packed: Iterable[nn.Module]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What is written besides packed matrices: tensors by name, and of tied ones the name of the first."""
+        own = {(module, "weight") for module in packed} | {(module, "bias") for module in packed}
+        first, tensors, tied = dict[int, str](), dict[str, Tensor](), dict[str, str]()
+        for module_name, module in self.model.named_modules():
+            for leaf, parameter in module._parameters.items():
+                if parameter is None or (module, leaf) in own:
+                    continue
+                name = f"{module_name}.{leaf}" if module_name else leaf
+                if id(parameter) in first:
+                    tied[name] = first[id(parameter)]
+                else:
+                    first[id(parameter)] = name
+                    tensors[name] = parameter
+        return tensors, tied
+
+
+def _rows_of_parts(model: Any, anatomy: Anatomy) -> dict[nn.Module, tuple[int, ...]]:
+    """Of linears that hold several projections, how many rows each has, as the native step takes them apart."""
+    try:
+        linears: Iterable[LinearSpec] = read_spec(model, anatomy).linears
+        return {linear.module: linear.rows for linear in linears if linear.rows is not None}
+    except NotCovered:
+        return {}
+
+
+def _write(draft: Path, source: _Source, tokenizer: Any, plan: Plan | None, progress: bool) -> None:
+    model, writer = source.model, Writer(draft / WEIGHTS)
+    try:
+        packed = _write_packed(writer, source, progress)
+        modules = {module for module in source.takers if source.names[module] in packed}
+        parameters, tied = source.written(modules)
+        for name, tensor in parameters.items():
+            writer.add(name, tensor.to(source.dtype) if tensor.is_floating_point() else tensor)
+        buffers = _buffers(model)
+        for name, tensor in buffers.items():
+            writer.add(name, tensor)
+        fingerprint = _write_fingerprint(writer, Fingerprint.of(model, source.anatomy))
+        found = writer.close()
+    except BaseException:
+        writer.abandon()
+        raise
+    _save_config(model, draft, source.dtype)
+    tokenizer.save_pretrained(draft)
+    if plan is not None:
+        replace(plan, weights=AS_PACKED if packed else None).save(draft / PLAN)
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "class": type(model).__name__,
+        "transformers": transformers.__version__,
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "weights": source.weights if source.weights in WEIGHT_FORMATS else None,
+        "packed": packed,
+        "parameters": {name: name for name in parameters},
+        "buffers": {name: name for name in buffers},
+        "tied": tied,
+        "tensors": writer.index,
+        "bytes": found["bytes"],
+        "weights_checksum": found["checksum"],
+        "fingerprint": fingerprint,
+    }
+    files.write_durably(draft / DOCUMENT, seal(document))
+
+
+def _write_packed(writer: Writer, source: _Source, progress: bool) -> dict[str, Any]:
+    """Writes the packed matrices; what `packed.json` says of each, by the module's name."""
+    packed: dict[str, Any] = {}
+    for module in tqdm(source.takers, desc="packing", unit="matrix", disable=not progress, leave=False):
+        parts = source.parts(module)
+        if parts is None:
+            continue
+        name = source.names[module]
+        entries = []
+        for index, part in enumerate(parts):
+            key = f"{name}.packed.{index}"
+            writer.add(key, part.weight)
+            entries.append({"tensor": key, "format": part.fmt, "rows": part.out_features})
+        bias = None
+        if module.bias is not None:
+            bias = f"{name}.bias"
+            writer.add(bias, module.bias.to(source.dtype))
+        packed[name] = {"inputs": parts[0].in_features, "parts": entries, "bias": bias}
+    return packed
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Those that a checkpoint holds: others are computed when a model is made."""
+    found = {}
+    for prefix, module in model.named_modules():
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and leaf not in module._non_persistent_buffers_set:
+                found[f"{prefix}.{leaf}" if prefix else leaf] = buffer
+    return found
+
+
+def _write_fingerprint(writer: Writer, fingerprint: Fingerprint) -> dict[str, Any]:
+    writer.add("fingerprint", fingerprint.probes)
+    names = ("model_type", "vocab_size", "hidden_size", "intermediate_sizes", "activation", "dtype")
+    return {**{name: getattr(fingerprint, name) for name in names}, "probes": "fingerprint"}
+
+
+def _save_config(model: Any, draft: Path, dtype: torch.dtype) -> None:
+    before = model.config.dtype
+    try:
+        model.config.dtype = dtype
+        model.config.save_pretrained(draft)
+    finally:
+        model.config.dtype = before
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(draft)

@@ -1,0 +1,233 @@
+"""The folder of a packed model: what is in it, how it is sealed, and a model made of it.
+
+``config.json``, generation settings and the tokenizer are files of transformers. ``packed.json`` says which matrices
+are packed in which formats, what lies where in ``weights.bin`` (kernels/store.py), and what the folder was made from;
+``plan/``, where there is one, is a Plan. Nothing is pickled, nothing of a matrix is read or copied before it is used:
+the file is mapped, and processes that use a folder at once share its pages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from ..kernels.ops import available
+from ..kernels.packed import PackedLinear, tile_shape
+from ..kernels.store import DTYPES, Damaged, Store
+from ..predictors.errors import CoreskipError
+from ..predictors.fingerprint import KEPT, Fingerprint
+from ..predictors.plan import PACKED_AS
+from .packed_layer import PackedLayer, packed_layers
+
+logger = logging.getLogger("coreskip")
+
+DOCUMENT, WEIGHTS, PLAN = "packed.json", "weights.bin", "plan"
+FORMAT, VERSION = "coreskip.packed", 1
+#: where a model has the folder that it was loaded from
+FOLDER = "_coreskip_folder"
+
+
+def is_packed_folder(path: Path) -> bool:
+    return (path / DOCUMENT).is_file()
+
+
+def seal(document: Mapping[str, Any]) -> bytes:
+    """The document as JSON, with the checksum by which `read_document` knows that nobody edited it."""
+    body = {key: value for key, value in document.items() if key != "checksum"}
+    body["checksum"] = hashlib.sha256(_canonical(body)).hexdigest()
+    return (json.dumps(body, indent=1, allow_nan=False) + "\n").encode()
+
+
+def read_document(folder: Path) -> dict[str, Any]:
+    """``packed.json``.
+
+    Raises:
+        CoreskipError: it is missing, truncated, edited, or newer than this version.
+    """
+    path, again = folder / DOCUMENT, "pack the model again"
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CoreskipError(f"{folder} is not a packed model: {DOCUMENT}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise CoreskipError(f"{path} is truncated or is not JSON: {again}") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise CoreskipError(f"{path} is not that of a packed model")
+    version = document.get("version")
+    if type(version) is not int or version < 1:
+        raise CoreskipError(f"{path} has no valid format version: {again}")
+    if version > VERSION:
+        raise CoreskipError(f"{path} has format version {version}, newer than {VERSION}: upgrade coreskip")
+    body = {key: value for key, value in document.items() if key != "checksum"}
+    try:
+        expected = hashlib.sha256(_canonical(body)).hexdigest()
+    except (ValueError, RecursionError):
+        expected = None
+    if document.get("checksum") != expected:
+        raise CoreskipError(f"{path} was edited or damaged: {again}")
+    return document
+
+
+def plan_of(model: str | os.PathLike[str] | None) -> Path | None:
+    """The Plan that a packed model has with it, where `model` is the path of one that has."""
+    if model is None:
+        return None
+    place = Path(model) / PLAN
+    return place if is_packed_folder(Path(model)) and place.is_dir() else None
+
+
+def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `coreskip show` prints of a packed model.
+
+    Returns:
+        ``{"class", "dtype", "weights", "bytes", "formats"}``; ``formats`` has for each format of packed matrices how
+        many there are and their bytes, and for ``dtype`` the same of all other tensors.
+
+    Raises:
+        CoreskipError: the folder is damaged, newer, or no packed model.
+    """
+    document = read_document(Path(folder))
+    try:
+        formats: dict[str, dict[str, int]] = {}
+        tensors = dict(document["tensors"])
+        for entry in document["packed"].values():
+            for part in entry["parts"]:
+                _count(formats, str(part["format"]), tensors.pop(part["tensor"]))
+        for entry in tensors.values():
+            _count(formats, str(entry["dtype"]), entry)
+        figures = {name: document[name] for name in ("class", "dtype", "weights", "bytes")}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CoreskipError(f"{folder} is not a well-formed packed model ({error}): pack the model again") from None
+    return {**figures, "formats": formats}
+
+
+def _count(formats: dict[str, dict[str, int]], name: str, entry: Mapping[str, Any]) -> None:
+    found = formats.setdefault(name, {"tensors": 0, "bytes": 0})
+    found["tensors"] += 1
+    found["bytes"] += prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """`describe`'s result for people."""
+    lines = [
+        f"model         {found['class']}, {found['dtype']} between matrices",
+        f"weights       {found['weights'] or 'as loaded'}, {found['bytes'] / 1e6:.1f} MB",
+    ]
+    for name, figures in found["formats"].items():
+        lines.append(f"  {name:12}{figures['tensors']:5} tensors {figures['bytes'] / 1e6:10.1f} MB")
+    return "\n".join(lines)
+
+
+def load_packed(folder: Path, dtype: torch.dtype | None, device: torch.device) -> Any:
+    """The model in `folder`, in evaluation mode; on another device than the CPU, and in processes without the native
+    kernels, unpacked.
+
+    dtype: of what is computed between matrices; None: as it was when the model was packed.
+
+    Raises:
+        CoreskipError: the folder is damaged, newer, or made by another version of transformers that this one cannot
+            read.
+    """
+    document = read_document(folder)
+    try:
+        store = Store(folder / WEIGHTS, document["tensors"], document["bytes"], document["weights_checksum"])
+        model = _skeleton(folder, document)
+        _fill(model, document, store)
+        setattr(model, KEPT, _fingerprint(document["fingerprint"], store))
+    except Damaged as error:
+        raise CoreskipError(f"{folder / WEIGHTS} is damaged: {error}: pack the model again") from None
+    except OSError as error:
+        raise CoreskipError(f"cannot read the packed model {folder}: {error.strerror or error}") from None
+    # whatever a sealed but senseless document trips over means one thing to the user
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CoreskipError(f"{folder} is not a well-formed packed model ({error}): pack the model again") from None
+    if dtype is not None:
+        model = model.to(dtype)
+    if device.type != "cpu" or available("cpu") is not None:
+        for _, layer in list(packed_layers(model)):
+            layer.unpack()
+        return model.to(device)
+    if document["weights"] is not None and any(True for _ in packed_layers(model)):
+        setattr(model, PACKED_AS, document["weights"])
+    setattr(model, FOLDER, str(folder))
+    return model
+
+
+def _canonical(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _skeleton(folder: Path, document: Mapping[str, Any]) -> Any:
+    """The model without its weights."""
+    name = document["class"]
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise ValueError(f"transformers {transformers.__version__} has no model {name}")
+    try:
+        config = cast(Any, cls).config_class.from_pretrained(folder)
+        with init_empty_weights(include_buffers=False):
+            model = cast(Any, cls)._from_config(config, dtype=getattr(torch, document["dtype"]))
+    except Exception as error:  # a damaged configuration surfaces as anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"its configuration: {reason}") from error
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def _fill(model: Any, document: Mapping[str, Any], store: Store) -> None:
+    dtype = getattr(torch, document["dtype"])
+    for name, entry in document["packed"].items():
+        bias = store[entry["bias"]] if entry["bias"] is not None else None
+        parts = [_part(entry, store[part["tensor"]], part) for part in entry["parts"]]
+        layer = PackedLayer(parts, bias, dtype)
+        old = model.get_submodule(name)
+        if tuple(old.weight.shape) not in (tuple(layer.weight.shape), tuple(layer.weight.shape[::-1])):
+            raise ValueError(f"{name} has another shape than its packed matrix")
+        model.set_submodule(name, layer)
+    for name, key in document["parameters"].items():
+        _put(model, name, nn.Parameter(store[key], requires_grad=False))
+    for name, key in document["buffers"].items():
+        _put(model, name, store[key])
+    for name, first in document["tied"].items():
+        _put(model, name, model.get_parameter(first))
+    packed = {f"{name}.weight" for name, _ in packed_layers(model)}
+    left = [name for name, p in model.named_parameters() if p.is_meta and name not in packed]
+    if left:
+        raise ValueError(f"it has no weights for {left[0]}")
+
+
+def _part(entry: Mapping[str, Any], weight: Tensor, part: Mapping[str, Any]) -> PackedLinear:
+    inputs, rows = entry["inputs"], part["rows"]
+    if type(inputs) is not int or type(rows) is not int or inputs < 1 or rows < 1:
+        raise ValueError("a packed matrix has no sensible shape")
+    if weight.dtype != torch.uint8 or tuple(weight.shape) != tile_shape(part["format"], rows, inputs):
+        raise ValueError(f"a packed matrix of {rows} x {inputs} has another size than {part['format']} takes")
+    return PackedLinear(weight, inputs, rows=rows, whole=True)
+
+
+def _put(model: Any, name: str, value: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    own = module._parameters if isinstance(value, nn.Parameter) else module._buffers
+    if leaf not in own or (own[leaf] is not None and own[leaf].shape != value.shape):
+        raise ValueError(f"the model has no place for {name}")
+    own[leaf] = value
+
+
+def _fingerprint(saved: Mapping[str, Any], store: Store) -> Fingerprint:
+    return Fingerprint(
+        saved["model_type"], saved["vocab_size"], saved["hidden_size"], tuple(saved["intermediate_sizes"]),
+        saved["activation"], saved["dtype"], store[saved["probes"]],
+    )  # fmt: skip

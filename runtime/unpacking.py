@@ -1,0 +1,93 @@
+"""Products of many rows with packed matrices, which are unpacked for the length of the call: on two threads 6 ms for
+all of the embedded model. Some rows of a matrix at a time, so that they stay in the caches and take no memory to speak
+of."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import cpu
+from ..kernels.packed import PackedLinear, allocate
+from .width import joined, most_rows, product
+
+_AT_ONCE = 32 << 20  # bytes of a matrix that are put together at once
+_WORTH_CASTING = 1 << 16  # numbers of a matrix from which on a product in bfloat16 may take less time
+
+
+class Unpacking:
+    """Unpacks matrices into memory of the calling thread, which is used again: fresh pages for every product would take
+    longer than to fill them."""
+
+    def __init__(self) -> None:
+        self._memory = threading.local()
+
+    def multiply(
+        self, x: Tensor, parts: Sequence[PackedLinear], bias: Tensor | None, dtype: torch.dtype, few: bool
+    ) -> Tensor:
+        """x ``[..., inputs]`` times the matrix of `dtype` whose rows are those of `parts`, as torch multiplies or, for
+        `few` rows (one for each sequence), as a native step does. bias: ``[outputs]`` or None."""
+        if few and x.numel() <= most_rows(parts) * x.shape[-1]:
+            return product(x, parts)
+        if _in_bfloat16(x, parts, dtype):
+            xs = x.to(torch.bfloat16)
+            y = joined([F.linear(xs, rows).float() for _, rows in self.rows(parts, torch.bfloat16)])
+            return y if bias is None else y + bias
+        # what autograd keeps until it goes back must not be written over
+        fresh = x.requires_grad and torch.is_grad_enabled()
+        return joined(
+            [
+                F.linear(x, rows, None if bias is None else bias[first : first + rows.shape[0]])
+                for first, rows in self.rows(parts, dtype, fresh)
+            ]
+        )
+
+    def rows(
+        self, parts: Sequence[PackedLinear], dtype: torch.dtype, fresh: bool = False
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The matrix, some rows at a time: the first one's index, and the rows, good until the next are asked for or,
+        where they are `fresh`, for good."""
+        count, inputs = sum(part.out_features for part in parts), parts[0].in_features
+        most = min(count, max(1, _AT_ONCE // (inputs * dtype.itemsize)))
+        memory = torch.empty(0, device="cpu") if fresh else self._scratch(most * inputs * dtype.itemsize)
+        for first in range(0, count, most):
+            shape = min(most, count - first), inputs
+            out = (
+                torch.empty(shape, dtype=dtype, device="cpu")
+                if fresh
+                else memory.view(dtype)[: shape[0] * inputs].view(shape)
+            )
+            yield first, unpack(parts, out, first)
+
+    def _scratch(self, nbytes: int) -> Tensor:
+        memory: Tensor | None = getattr(self._memory, "bytes", None)
+        if memory is None or memory.nbytes < nbytes:
+            with torch.inference_mode(False):  # it may be written to where there is none
+                memory = self._memory.bytes = allocate((nbytes,), torch.uint8, torch.device("cpu"))
+        return memory[:nbytes]
+
+
+def unpack(parts: Sequence[PackedLinear], out: Tensor, first: int = 0) -> Tensor:
+    """Writes rows `first` and following of the matrix that `parts` make up to `out`, which it returns."""
+    last, at = first + out.shape[0], 0
+    for part in parts:
+        begin, end = max(first, at), min(last, at + part.out_features)
+        if begin < end and part.grouped:
+            cpu.untile(part, out[begin - first : end - first], begin - at)
+        elif begin < end:
+            out[begin - first : end - first] = part.weight[begin - at : end - at, : part.in_features]
+        at += part.out_features
+    return out
+
+
+def _in_bfloat16(x: Tensor, parts: Sequence[PackedLinear], dtype: torch.dtype) -> bool:
+    """Whether a CPU multiplies bfloat16 so much faster that weights of 4 or 8 bits, whose products with a native step's
+    x in 8 bits are no closer, are multiplied in it."""
+    if dtype != torch.float32 or torch.is_grad_enabled() or not cpu.has_bfloat16_tiles():
+        return False
+    size = parts[0].in_features * sum(part.out_features for part in parts)
+    return size >= _WORTH_CASTING and all(part.grouped and not part.whole for part in parts)
