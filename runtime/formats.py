@@ -40,7 +40,8 @@ def check_format(model: Any, anatomy: Anatomy, plan: Plan) -> None:
     if reason is None and any(weight.dtype not in DTYPES for weight in matrices):
         reason = f"they are made from float32, bfloat16 or float16, not from {model.dtype}".replace("torch.", "")
     if reason is not None:
-        raise CoreskipError(f"the plan's weights in {plan.weights} cannot be used: {reason}; make a plan without them")
+        way = "leave them out" if plan.weights != AS_PACKED else "pack it first"
+        raise CoreskipError(f"weights in {plan.weights} cannot be used: {reason}; {way}")
 
 
 def _of_packed(weights: str | None, packed: int, linears: int) -> str | None:
@@ -48,7 +49,7 @@ def _of_packed(weights: str | None, packed: int, linears: int) -> str | None:
     if weights == AS_PACKED:
         return None if packed else "the model is not packed"
     if packed == linears:
-        return "the model is packed already, and its own format is the only one"
+        return "the model is packed, and its own numbers are the only ones"
     return None
 
 

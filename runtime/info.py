@@ -6,13 +6,14 @@ from typing import Any
 
 from ..kernels.ops import available
 from ..predictors.anatomy import check_model, dissect
-from ..predictors.checks import WEIGHT_FORMATS
+from ..predictors.checks import AS_PACKED, WEIGHT_FORMATS
 from ..predictors.errors import CoreskipError
 from ..predictors.plan import Plan
 from .cost import bytes_per_token, predicted_seconds, read_bandwidth
 from .figures import peak_memory
 from .formats import check_format
 from .lower_cpu import refusal
+from .packed_layer import PackedLayer, packed_layers, weight_bytes
 from .wrap import make_way
 
 AS_LOADED = "as loaded"
@@ -24,25 +25,29 @@ def describe(model: Any) -> dict[str, Any]:
     Returns:
         ``{"model_type", "parameters", "layers", "dtype", "device", "native", "reason", "bandwidth", "formats",
         "weight_bytes", "peak_memory"}``. ``reason`` says why decode steps do not run natively, or is None;
-        ``bandwidth`` is in bytes per second; ``formats`` has for ``as loaded``, ``int4`` and ``int8`` either
+        ``bandwidth`` is in bytes per second; ``formats`` has for ``as loaded``, and for ``int4`` and ``int8`` or, of a
+        packed model, ``packed``, either
         ``{"bytes_per_token", "tokens_per_second"}``, the latter predicted from the bytes and the bandwidth, or
         ``{"reason"}`` why the format cannot be used.
     """
     check_model(model)
     make_way(model)
-    parameters = {id(p): p for p in model.parameters()}.values()
+    parameters = list({id(p): p for p in model.parameters()}.values())
+    head = model.get_output_embeddings()
+    if isinstance(head, PackedLayer) and model.config.get_text_config().tie_word_embeddings:
+        parameters = [p for p in parameters if p is not head.weight]  # which is the embeddings' matrix, too
     found: dict[str, Any] = {
         "model_type": model.config.get_text_config().model_type,
         "parameters": sum(p.numel() for p in parameters),
         "layers": getattr(model.config.get_text_config(), "num_hidden_layers", None),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
-        "weight_bytes": sum(p.nbytes for p in parameters),
+        "weight_bytes": weight_bytes(model),
     }
     try:
         anatomy = dissect(model)
     except CoreskipError as error:
-        named = {name: {"reason": str(error)} for name in (AS_LOADED, *WEIGHT_FORMATS)}
+        named = {name: {"reason": str(error)} for name in _formats(model)}
         return {**found, "native": False, "reason": str(error), "bandwidth": None, "formats": named} | _memory(model)
     reason = available("cpu") or refusal(model, anatomy)
     if reason is None and model.device.type != "cpu":
@@ -52,8 +57,12 @@ def describe(model: Any) -> dict[str, Any]:
         "native": reason is None,
         "reason": reason,
         "bandwidth": read_bandwidth(model.device.type),
-        "formats": {name: _format(model, anatomy, name) for name in (AS_LOADED, *WEIGHT_FORMATS)},
+        "formats": {name: _format(model, anatomy, name) for name in _formats(model)},
     } | _memory(model)
+
+
+def _formats(model: Any) -> tuple[str, ...]:
+    return (AS_LOADED, AS_PACKED) if any(True for _ in packed_layers(model)) else (AS_LOADED, *WEIGHT_FORMATS)
 
 
 def _memory(model: Any) -> dict[str, int]:

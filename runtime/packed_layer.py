@@ -94,6 +94,12 @@ def packed_bytes_of(weight: Tensor) -> int | None:
     return getattr(weight, _BYTES, None)
 
 
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters, of packed matrices those that they take."""
+    found = {id(p): p for p in model.parameters()}.values()
+    return sum(p.nbytes if packed_bytes_of(p) is None else cast(int, packed_bytes_of(p)) for p in found)
+
+
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
     """A model's layers that have packed matrices alone, and their names."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLayer))
