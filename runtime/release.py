@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..kernels import cpu
-from ..kernels.packed import PackedLinear, allocate
+from ..kernels.memory import allocate
+from ..kernels.packed import PackedLinear
 from ..predictors.errors import CoreskipError
 from .width import joined, most_rows, product
 

@@ -17,8 +17,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import coreskip
 from coreskip.kernels import cpu
+from coreskip.kernels.groups import ungroup, untile
 from coreskip.kernels.ops import PackedLinear, available
-from coreskip.kernels.packed import ungroup, untile
 from coreskip.predictors.plan import Plan
 from coreskip.runtime.calls import NotCovered, compare
 from coreskip.runtime.selections import selections_of

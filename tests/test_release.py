@@ -19,7 +19,8 @@ from transformers import DynamicCache
 import coreskip
 from coreskip import CoreskipError, Engine, Plan
 from coreskip.kernels import cpu, ops
-from coreskip.kernels.packed import DTYPES, PackedLinear, ungroup, untile
+from coreskip.kernels.groups import ungroup, untile
+from coreskip.kernels.packed import DTYPES, PackedLinear
 from coreskip.predictors.plan import LayerPlan
 from coreskip.predictors.policies import Sketch
 from coreskip.runtime import calls, native_check, release
