@@ -28,8 +28,9 @@ from torch.nn import functional as F
 
 from coreskip.bench.provenance import commit, device_name
 from coreskip.kernels import cpu
+from coreskip.kernels.memory import allocate
 from coreskip.kernels.ops import MAX_ROWS, PackedMLP, available, mlp, sketch_mlp
-from coreskip.kernels.packed import PackedLinear, allocate
+from coreskip.kernels.packed import PackedLinear
 from coreskip.kernels.sparse import SparseMLP
 from coreskip.kernels.step import DenseMLP, KeyValues, Norm, Step, StepLayer, StepModel
 from coreskip.predictors.checks import check_count, check_share

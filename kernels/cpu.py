@@ -18,19 +18,9 @@ from torch import Tensor
 
 from .arguments import MlpArguments, mismatch
 from .cores import quota
-from .packed import (
-    ACTS,
-    DTYPES,
-    EXACT_BYTES,
-    GROUP,
-    GROUPED,
-    TILE,
-    TILE_BYTES,
-    PackedColumns,
-    PackedLinear,
-    PackedMLP,
-    allocate,
-)
+from .groups import FORMATS, GROUP, GROUPED, OF_GGUF, TILE
+from .memory import allocate
+from .packed import ACTS, DTYPES, EXACT_BYTES, PackedColumns, PackedLinear, PackedMLP
 
 MAX_ROWS = 8  # kMaxRows in csrc/formats.h
 ISAS = ("avx512", "avx2", "generic")  # best first
@@ -116,6 +106,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.coreskip_checksum.argtypes, lib.coreskip_checksum.restype = [p, n, i], ctypes.c_uint64
     lib.coreskip_untile.argtypes = [p, i, n, n, n, n, i, p, i]
     lib.coreskip_tile_up.argtypes = [p, n, n, n, i, p, i]
+    lib.coreskip_repack.argtypes = [p, n, n, n, i, p, p, i]
     lib.coreskip_step.argtypes = [p, p]
     lib.coreskip_generate.argtypes = [p, p, n, p, n, p, p]
     lib.coreskip_draft.argtypes = [p, p, n, ctypes.c_float, p, p, p]
@@ -200,7 +191,7 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     if packed.grouped:
         status = library().coreskip_tiles(
             x.data_ptr(), DTYPE[x.dtype], x.numel() // packed.in_features, packed.in_features, weight.data_ptr(),
-            packed.fmt == "int8_groups", packed.whole, packed.out_features, packed.stride, address(packed.bias),
+            packed.code, packed.whole, packed.out_features, packed.stride, address(packed.bias),
             out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         check(status, 0)
@@ -222,7 +213,7 @@ def untile(packed: PackedLinear, out: Tensor, first: int = 0) -> Tensor:
     assert out.shape[1] == packed.in_features, out.shape
     assert first + out.shape[0] <= packed.out_features, (first, out.shape)
     status = library().coreskip_untile(
-        packed.weight.data_ptr(), packed.fmt == "int8_groups", packed.weight.shape[1], packed.in_features, first,
+        packed.weight.data_ptr(), packed.code, packed.stride // GROUP, packed.in_features, first,
         out.shape[0], DTYPE[out.dtype], out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     check(status, 0)
@@ -268,17 +259,51 @@ def exact_form(weight: Tensor) -> str | None:
 def _tile_up(weight: Tensor, fmt: str) -> Tensor | None:
     """The tiles of PackedLinear that stand for just these numbers, or None."""
     rows, width = weight.shape
-    tiles = allocate((-(-rows // TILE), -(-width // GROUP), TILE_BYTES[fmt]), torch.uint8, weight.device)
+    tiles = allocate((-(-rows // TILE), -(-width // GROUP), FORMATS[fmt].tile_bytes), torch.uint8, weight.device)
     exact = library().coreskip_tile_up(
         weight.data_ptr(),
         weight.stride(0),
         rows,
         width,
-        fmt == "int8_groups",
+        FORMATS[fmt].code,
         tiles.data_ptr(),
         torch.get_num_threads(),
     )
     return tiles if exact else None
+
+
+def tiles_of_gguf(raw: Tensor, kind: str, order: Tensor | None = None, *, whole: bool = True) -> PackedLinear:
+    """The matrix of a GGUF file, number for number, as far as `packed.OF_GGUF` knows its type.
+
+    raw: uint8 [out_features, bytes of a row], contiguous, as it lies in the file; kind: "Q4_0", "Q6_K" or another key
+    of `OF_GGUF`; order: int64 [out_features], the file's row that comes to each place, or None: as they are. whole: x
+    meets the numbers in float32, not rounded to 8 bits.
+    Raises ValueError where rows are no whole number of the type's blocks, KeyError for another type.
+    """
+    name = OF_GGUF[kind]
+    form, (rows, row_bytes) = FORMATS[name], raw.shape
+    block = gguf_bytes(kind)
+    blocks = row_bytes // block
+    if raw.dtype != torch.uint8 or row_bytes != blocks * block or blocks == 0:
+        raise ValueError(f"a row of {kind} must have a multiple of {block} bytes as uint8, not {row_bytes} {raw.dtype}")
+    if order is not None:
+        if order.shape != (rows,) or order.dtype != torch.int64 or not bool(((order >= 0) & (order < rows)).all()):
+            raise ValueError(f"order must name a row of {rows} for each, as int64")
+        order = order.contiguous()
+    raw = raw.contiguous()
+    tiles = allocate((-(-rows // TILE), blocks, form.tile_bytes), torch.uint8, raw.device)
+    done = library().coreskip_repack(
+        raw.data_ptr(), row_bytes, rows, blocks, form.code, address(order), tiles.data_ptr(), torch.get_num_threads()
+    )
+    assert done, (kind, raw.shape)
+    return PackedLinear(tiles, blocks * form.groups * GROUP, rows=rows, whole=whole)
+
+
+def gguf_bytes(kind: str) -> int:
+    """Bytes of a block of a GGUF type among `OF_GGUF`: of 32 inputs, or of 256."""
+    form = FORMATS[OF_GGUF[kind]]
+    # the 6-bit scales and leasts of Q4_K and Q5_K are bytes in tiles
+    return form.tile_bytes // TILE - (4 if form.nested and not form.centred else 0)
 
 
 def columns(x: Tensor, packed: PackedColumns, by_norm: bool, keep: int, threshold: float) -> Tensor:

@@ -6,23 +6,24 @@ out leaves one contiguous run of bytes unread. Rows are padded with zeros to who
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import prod
 
 import torch
 from torch import Tensor
 
-LINE = 64  # bytes of a cache line, to whose multiples a row of whole bytes is padded; kLine in csrc/formats.h
+from .groups import BY_BYTES, GROUP, GROUPED, TILE, tile_up
+from .groups import FORMATS as TILE_FORMATS
+from .memory import LINE, allocate
+
 PAD = 128  # bytes, or nibbles, to whose multiples any other row is padded; kPad in csrc/formats.h
-HUGE_PAGE = 2 << 20
-GROUP, TILE = 32, 16  # inputs of a group, rows of a tile; kGroup and kTile in csrc/formats.h
-TILE_BYTES = {"int4": TILE * GROUP // 2 + 4 * TILE, "int8_groups": TILE * GROUP + 2 * TILE}  # of one group
-GROUPED = tuple(TILE_BYTES)
 #: forms that may hold the numbers of a float32 matrix, and bytes a number, with its share of the ends of a group
-EXACT_BYTES = {**{fmt: size / (TILE * GROUP) for fmt, size in TILE_BYTES.items()}, "bfloat16": 2.0, "float16": 2.0}
-_AT_ONCE = 2048  # rows that are rounded together
+EXACT_BYTES = {
+    **{fmt: TILE_FORMATS[fmt].tile_bytes / (TILE * GROUP) for fmt in GROUPED},
+    "bfloat16": 2.0,
+    "float16": 2.0,
+}
+_AT_ONCE = 2048  # rows that are looked at together
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = (None, "int8", "int8_sliced")
 MAX_INT8_WIDTH = (2**31 - 1) // (255 * 127)  # beyond it a row of products could overflow 32 bits
@@ -34,25 +35,6 @@ def padded(width: int, dtype: torch.dtype) -> int:
     """The number of elements in a packed row of `width` elements."""
     run = PAD // dtype.itemsize
     return -(-width // run) * run
-
-
-def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised tensor; on a CPU it starts on a huge page, where the system has them.
-
-    Scattered bundles miss the TLB on 4 KiB pages: a page holds less than one fp32 bundle of the smallest model.
-    """
-    nbytes = prod(shape) * dtype.itemsize
-    if device.type != "cpu" or nbytes == 0:
-        return torch.empty(shape, dtype=dtype, device=device)
-    if not hasattr(mmap, "MADV_HUGEPAGE") or nbytes < HUGE_PAGE:
-        memory = torch.empty(nbytes + LINE, dtype=torch.uint8, device="cpu")
-        start = -memory.data_ptr() % LINE
-    else:
-        region = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        region.madvise(mmap.MADV_HUGEPAGE)
-        memory = torch.frombuffer(region, dtype=torch.uint8)
-        start = -memory.data_ptr() % HUGE_PAGE
-    return memory[start : start + nbytes].view(dtype).view(shape)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -187,11 +169,11 @@ class PackedMLP:
 class PackedLinear:
     """A linear layer's weight, [out_features, stride], and its bias as float32 or None. Made by `pack`.
 
-    In "int8" the weight holds bytes and stands for scale[out_feature] * (byte - 128). In "int4" it is
-    [ceil(out_features / 16), groups, 320] bytes: tiles of 16 rows by 32 inputs, w = scale * q + least with q in 0..15,
-    as csrc/formats.h describes them (llama.cpp calls these numbers Q4_1). "int8_groups" is alike, 544 bytes a tile,
-    w = scale * (byte - 128) (Q8_0). For both, x is rounded to 8 bits in the same groups or, where `whole`, stays as it
-    is, and is multiplied with just these numbers in float32.
+    In "int8" the weight holds bytes and stands for scale[out_feature] * (byte - 128). In the formats of groups.py it is
+    [ceil(out_features / 16), blocks, bytes] of uint8: tiles of 16 rows by 32 inputs, or by blocks of 256. Among them
+    are "int4", w = scale * q + least with q in 0..15, 320 bytes a tile (llama.cpp calls these numbers Q4_1), and
+    "int8_groups", w = scale * (byte - 128), 544 bytes a tile (Q8_0). With all of them x is rounded to 8 bits in groups
+    of 32 or, where `whole`, stays as it is, and is multiplied with just these numbers in float32.
     """
 
     weight: Tensor
@@ -247,14 +229,21 @@ class PackedLinear:
     @property
     def stride(self) -> int:
         """Inputs of one row with its padding."""
-        return self.weight.stride(0) if self.rows is None else self.weight.shape[1] * GROUP
+        if self.rows is None:
+            return self.weight.stride(0)
+        return self.weight.shape[1] * GROUP * TILE_FORMATS[BY_BYTES[self.weight.shape[2]]].groups
 
     @property
     def fmt(self) -> str | None:
-        """None, "int8", "int8_groups" or "int4"."""
+        """None, "int8", or the name of one of groups.py."""
         if self.grouped:
-            return "int4" if self.weight.shape[2] == TILE_BYTES["int4"] else "int8_groups"
+            return BY_BYTES[self.weight.shape[2]]
         return None if self.scale is None else "int8"
+
+    @property
+    def code(self) -> int:
+        """Of a format of groups, that of csrc/formats.h."""
+        return TILE_FORMATS[BY_BYTES[self.weight.shape[2]]].code
 
     @property
     def grouped(self) -> bool:
@@ -352,114 +341,15 @@ def _pack_bytes(parts: list[Tensor], *, sliced: bool) -> tuple[Tensor, Tensor | 
     return allocate(tuple(high.shape), torch.uint8, device).copy_(high), low, scale
 
 
-def group_weights(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rounds each group of 32 inputs to 16 steps: w is about scale * q + least.
-
-    weight: [rows, inputs] of any float dtype. Returns q [rows, groups, 32] of uint8, scale and least [rows, groups] of
-    float16. The ends of a group are the first guess, which is exact for numbers that were made that way; elsewhere
-    least squares, given q, does better by a tenth.
-    """
-    rows, width = weight.shape
-    groups = -(-width // GROUP)
-    w = torch.nn.functional.pad(weight.float(), (0, groups * GROUP - width), mode="constant")
-    if groups * GROUP != width:
-        w[:, width:] = w[:, width - 1 : width]  # a group's padding must not widen its range
-    w = w.view(rows, groups, GROUP)
-    low, high = w.amin(-1), w.amax(-1)
-    best = _rounded(w, (high - low) / 15, low)
-    error = (w - ungroup(*best)).square().sum(-1)
-    for _ in range(2):
-        q = best[0].float()
-        mean_q, mean_w = q.mean(-1), w.mean(-1)
-        spread = (q - mean_q[..., None]).square().sum(-1)
-        slope = ((q - mean_q[..., None]) * (w - mean_w[..., None])).sum(-1) / spread.clamp_min(1e-12)
-        fit = _rounded(w, slope, mean_w - slope * mean_q)
-        fit_error = (w - ungroup(*fit)).square().sum(-1)
-        better = fit_error < error
-        chosen = torch.where(better[..., None], fit[0], best[0])
-        best = (chosen, torch.where(better, fit[1], best[1]), torch.where(better, fit[2], best[2]))
-        error = torch.where(better, fit_error, error)
-    return best
-
-
-def _rounded(w: Tensor, scale: Tensor, least: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    scale, least = scale.half(), least.half()
-    steps = (w - least.float()[..., None]) / torch.where(scale == 0, 1.0, scale.float())[..., None]
-    return steps.round().clamp(0, 15).to(torch.uint8), scale, least
-
-
-def ungroup(q: Tensor, scale: Tensor, least: Tensor) -> Tensor:
-    """The inverse of `group_weights`: float32 [rows, groups, 32]."""
-    return q.float() * scale.float()[..., None] + least.float()[..., None]
-
-
-def tile_shape(fmt: str, rows: int, inputs: int) -> tuple[int, int, int]:
-    """The shape of a tiled matrix' bytes. Raises KeyError for a format that has no tiles."""
-    return -(-rows // TILE), -(-inputs // GROUP), TILE_BYTES[fmt]
-
-
 def finite(weight: Tensor) -> bool:
     """Whether every number is, looked at a few rows at a time: torch makes two copies of what it is asked about."""
     return all(bool(rows.isfinite().all()) for rows in weight.split(_AT_ONCE))
 
 
 def _tiles(weight: Tensor, fmt: str) -> Tensor:
-    """The bytes of "int4", [ceil(rows / 16), groups, 320], or of "int8_groups", [.., 544]."""
     if not finite(weight):
         raise ValueError("weights with infinities or NaNs have no form of 4 or 8 bits")
-    shape = (-(-weight.shape[0] // TILE), -(-weight.shape[1] // GROUP), TILE_BYTES[fmt])
-    tiles = allocate(shape, torch.uint8, weight.device)
-    # a few rows at a time: rounding a whole LM head takes memory for six copies of it
-    for rows, some in zip(weight.split(_AT_ONCE), tiles.split(_AT_ONCE // TILE), strict=True):
-        some.copy_(_tiles_of(rows, fmt))
-    return tiles
-
-
-def _tiles_of(weight: Tensor, fmt: str) -> Tensor:
-    q, scale, least = group_weights(weight) if fmt == "int4" else _group_bytes(weight)
-    fill = -q.shape[0] % TILE
-    if fill:
-        q, scale, least = (torch.nn.functional.pad(t, (0, 0) * (t.dim() - 1) + (0, fill)) for t in (q, scale, least))
-    groups = q.shape[1]
-    ends = [t.view(-1, TILE, groups).transpose(1, 2).contiguous().view(torch.uint8) for t in (scale, least)]
-    if fmt == "int4":
-        # [tile, row, group, half, four, input of four] -> [tile, group, four, row, input of four] for each half
-        low, high = q.view(-1, TILE, groups, 2, 4, 4).permute(3, 0, 2, 4, 1, 5)
-        numbers = (low | high << 4).reshape(-1, groups, TILE * GROUP // 2)
-    else:
-        numbers = q.view(-1, TILE, groups, 8, 4).permute(0, 2, 3, 1, 4).reshape(-1, groups, TILE * GROUP)
-        del ends[1]
-    return torch.cat([numbers, *ends], -1)
-
-
-def _group_bytes(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `group_weights`, for w about scale * (q - 128) with q in 1..255."""
-    rows, width = weight.shape
-    w = torch.nn.functional.pad(weight.float(), (0, -width % GROUP)).view(rows, -1, GROUP)
-    scale = (w.abs().amax(-1) / 127).half()
-    q = (w / torch.where(scale == 0, 1.0, scale.float())[..., None]).round().clamp(-127, 127) + 128
-    return q.to(torch.uint8), scale, scale
-
-
-def untile(packed: PackedLinear) -> tuple[Tensor, Tensor, Tensor]:
-    """q, scale and least of tiles: w = scale * q + least, as `group_weights` gives them."""
-    if packed.fmt == "int8_groups":
-        return _untile_bytes(packed)
-    tiles, size = packed.weight, TILE * GROUP // 2
-    groups = tiles.shape[1]
-    fours = tiles[..., :size].reshape(-1, groups, 4, TILE, 4).permute(0, 3, 1, 2, 4).reshape(-1, groups, 16)
-    q = torch.cat([fours & 15, fours >> 4], -1)
-    ends = tiles[..., size:].contiguous().view(torch.float16).view(-1, groups, 2, TILE).permute(2, 0, 3, 1)
-    scale, least = ends.reshape(2, -1, groups)
-    return q[: packed.rows], scale[: packed.rows], least[: packed.rows]
-
-
-def _untile_bytes(packed: PackedLinear) -> tuple[Tensor, Tensor, Tensor]:
-    tiles, size = packed.weight, TILE * GROUP
-    groups = tiles.shape[1]
-    q = tiles[..., :size].reshape(-1, groups, 8, TILE, 4).permute(0, 3, 1, 2, 4).reshape(-1, groups, GROUP)
-    scale = tiles[..., size:].contiguous().view(torch.float16).transpose(1, 2).reshape(-1, groups)
-    return q[: packed.rows], scale[: packed.rows], -128 * scale[: packed.rows].float()
+    return tile_up(weight, fmt)
 
 
 def _nibbles(values: Tensor) -> Tensor:

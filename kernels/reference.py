@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .packed import ACTS, GROUP, PackedColumns, PackedLinear, PackedMLP, quantize, spread, ungroup, untile
+from .groups import GROUP, ungroup, untile
+from .packed import ACTS, PackedColumns, PackedLinear, PackedMLP, quantize, spread
 
 
 def mlp(x: Tensor, packed: PackedMLP, indices: Tensor | None = None) -> Tensor:
@@ -100,13 +101,14 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
 def _grouped_linear(x: Tensor, packed: PackedLinear) -> Tensor:
     """Both sides by groups of 32 inputs: x rounded to 8 bits in each, its integers multiplied exactly; or `whole`."""
     q, scale, least = untile(packed)
-    groups = q.shape[1]
     if packed.whole:
         weight = ungroup(q, scale, least).flatten(1)[:, : packed.in_features]
         return F.linear(x.float(), weight, packed.bias).to(x.dtype)
-    rows = F.pad(x.reshape(-1, packed.in_features).float(), (0, groups * GROUP - packed.in_features))
+    rows = F.pad(x.reshape(-1, packed.in_features).float(), (0, packed.stride - packed.in_features))
     integers, step = quantize(rows.reshape(-1, GROUP))
-    integers, step = integers.view(-1, groups, GROUP), step.view(-1, groups)
+    groups, size = q.shape[1:]  # of weights, which may have two scales where x has one
+    integers = integers.view(-1, groups, size)
+    step = step.view(-1, packed.stride // GROUP).repeat_interleave(GROUP // size, 1)
     products = torch.einsum("rgk,ogk->rog", integers, q.float())
     y = torch.einsum("rog,rg,og->ro", products, step, scale.float()) + (step * integers.sum(-1)) @ least.float().t()
     y = y if packed.bias is None else y + packed.bias

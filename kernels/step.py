@@ -23,7 +23,6 @@ from .sparse import SparseLinear, SparseMLP
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 _NORM = {"rms": 1, "layer": 2}
-_GROUPED: dict[str | None, int] = {"int4": 5, "int8_groups": 6}
 _RULE = {**cpu.RULE, "learned": 3}
 
 
@@ -371,7 +370,7 @@ def _linear(linear: Linear | None) -> arguments.StepLinear:
         out.least, out.neurons = linear.threshold, linear.neurons
     else:
         out.scale, out.stride, out.whole = cpu.address(linear.scale), linear.stride, linear.whole
-        out.dtype = _GROUPED[linear.fmt] if linear.grouped else cpu.DTYPE[weight.dtype]
+        out.dtype = linear.code if linear.grouped else cpu.DTYPE[weight.dtype]
     return out
 
 

@@ -40,7 +40,7 @@ class Fingerprint:
 
     @classmethod
     def of(cls, model: nn.Module, anatomy: Anatomy | None = None) -> Fingerprint:
-        kept = vars(model).get(KEPT)
+        kept = getattr(model, "__dict__", {}).get(KEPT)
         if kept is not None:
             return cast(Fingerprint, kept)
         anatomy = anatomy or dissect(model)

@@ -38,7 +38,7 @@ PACKED_AS = "_coreskip_packed_as"
 def default_weights(model: nn.Module) -> str | None:
     """In which format a model's weights are decoded with where nobody names one: of a packed model whose matrices were
     rounded its own, with inputs rounded, too."""
-    rounded = vars(model).get(PACKED_AS) is not None and any(map(is_packed, model.modules()))
+    rounded = getattr(model, "__dict__", {}).get(PACKED_AS) is not None and any(map(is_packed, model.modules()))
     return AS_PACKED if rounded else None
 
 
@@ -118,7 +118,7 @@ class Plan:
         """
         if isinstance(plan, Plan):
             # what was planned for the original holds for its packed form
-            same = plan.weights is not None and plan.weights == vars(model).get(PACKED_AS)
+            same = plan.weights is not None and plan.weights == getattr(model, "__dict__", {}).get(PACKED_AS)
             return dataclasses.replace(plan, weights=AS_PACKED) if same else plan
         if plan is None:
             return cls.dense(model, default_weights(model))

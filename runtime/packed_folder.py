@@ -22,8 +22,9 @@ import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from ..kernels.groups import tile_shape
 from ..kernels.ops import available
-from ..kernels.packed import PackedLinear, tile_shape
+from ..kernels.packed import PackedLinear
 from ..kernels.store import DTYPES, Damaged, Store
 from ..predictors.errors import CoreskipError
 from ..predictors.fingerprint import KEPT, Fingerprint

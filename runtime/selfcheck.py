@@ -97,7 +97,10 @@ def made_up(config: Any, like: DynamicCache, rows: int, keys: int) -> DynamicCac
         length = layer.keys.shape[2]
         again = torch.arange(keys, device="cpu") % max(1, length - 1) + min(1, length - 1)
         again[0] = 0
-        parts = (part[:1, :, again].expand(rows, -1, -1, -1).contiguous() for part in (layer.keys, layer.values))
+        parts = (
+            part[:1, :, again].nan_to_num(0.0, 0.0, 0.0).expand(rows, -1, -1, -1).contiguous()
+            for part in (layer.keys, layer.values)
+        )
         cache.update(*parts, index)
     return cache
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import cpu
-from ..kernels.packed import PackedLinear, allocate
+from ..kernels.memory import allocate
+from ..kernels.packed import PackedLinear
 from .width import joined, most_rows, product
 
 _AT_ONCE = 32 << 20  # bytes of a matrix that are put together at once

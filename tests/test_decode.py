@@ -17,8 +17,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import coreskip
 from coreskip.kernels import cpu
+from coreskip.kernels.groups import ungroup, untile
 from coreskip.kernels.ops import PackedLinear, available
-from coreskip.kernels.packed import ungroup, untile
 from coreskip.predictors.plan import Plan
 from coreskip.runtime.calls import NotCovered, compare
 from coreskip.runtime.selections import selections_of
@@ -176,18 +176,6 @@ def test_rows_with_neurons_of_their_own_in_every_format(
     error = (native - torch.cat(alone)).float().square().mean().sqrt() / native.float().std()
     # a batch is prefilled with other roundings than its rows alone, which inputs rounded to 8 bits make larger
     assert error < (1e-5 if dtype is torch.float32 and weights is None else 0.03)
-
-
-@pytest.mark.parametrize("weights", [None, "int4"])
-def test_a_real_model_in_bfloat16_runs_natively(embedded: tuple[Any, Any], weights: str | None) -> None:
-    """Compared with modules whose own rounding to bfloat16 is larger than that of native steps."""
-    model, tokenizer = copy.deepcopy(embedded[0]).to(torch.bfloat16), embedded[1]
-    for text in ("The lighthouse stood at the end of a long spit of rock, and", "2 + 2 =", "Once"):
-        ids = tokenizer(text, return_tensors="pt").input_ids
-        with torch.no_grad(), coreskip.wrap(model, Plan.dense(model, weights)):
-            greedy(model, ids, 8)
-            assert refusal(model) is None, text
-            assert runtime_of(model).steps.native.ready, text
 
 
 @pytest.mark.parametrize("isa", cpu.supported() if available("cpu") is None else [])

@@ -16,7 +16,8 @@ from transformers import DynamicCache
 import coreskip
 from coreskip import Plan
 from coreskip.kernels import cpu, ops, reference
-from coreskip.kernels.packed import EXACT_BYTES, GROUPED, PackedLinear
+from coreskip.kernels.groups import GROUPED
+from coreskip.kernels.packed import EXACT_BYTES, PackedLinear
 from coreskip.predictors.plan import LayerPlan
 from coreskip.predictors.policies import Sketch
 from coreskip.runtime.cost import bytes_per_token, cost

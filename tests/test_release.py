@@ -19,10 +19,11 @@ from transformers import DynamicCache
 import coreskip
 from coreskip import CoreskipError, Engine, Plan
 from coreskip.kernels import cpu, ops
-from coreskip.kernels.packed import DTYPES, PackedLinear, ungroup, untile
+from coreskip.kernels.groups import ungroup, untile
+from coreskip.kernels.packed import DTYPES, PackedLinear
 from coreskip.predictors.plan import LayerPlan
 from coreskip.predictors.policies import Sketch
-from coreskip.runtime import calls, native_check, release
+from coreskip.runtime import calls, native_check, unpacking
 from coreskip.runtime.wrap import is_wrapped, runtime_of
 
 NO_LIBRARY = ops.available("cpu")
@@ -108,7 +109,7 @@ def test_what_the_native_step_does_not_cover_runs_on_the_tiles() -> None:
 
 def test_a_matrix_put_together_in_pieces_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny("phi3"), prompt(1, 9)
-    monkeypatch.setattr(release, "_AT_ONCE", 40 * 64 * 4)  # 40 rows, neither tiles nor parts
+    monkeypatch.setattr(unpacking, "_AT_ONCE", 40 * 64 * 4)  # 40 rows, neither tiles nor parts
     twin = rounded(model, "int8")
     coreskip.wrap(model, Plan.dense(model, weights="int8"), keep_originals=False)
     with torch.no_grad():

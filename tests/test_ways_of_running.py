@@ -323,3 +323,16 @@ def test_plans_run_under_autocast(kind: str) -> None:
     with torch.autocast("cpu", torch.bfloat16), coreskip.wrap(model, plan_of(model, kind)):
         assert greedy(model, ids, 8).shape == (1, 17)
         assert runtime_of(model).usage.neuron_sparsity() > 0
+
+
+@KERNELS
+@pytest.mark.parametrize("weights", [None, "int4"])
+def test_a_real_model_in_bfloat16_runs_natively(embedded: tuple[Any, Any], weights: str | None) -> None:
+    """Compared with modules whose own rounding to bfloat16 is larger than that of native steps."""
+    model, tokenizer = copy.deepcopy(embedded[0]).to(torch.bfloat16), embedded[1]
+    for text in ("The lighthouse stood at the end of a long spit of rock, and", "2 + 2 =", "Once"):
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        with torch.no_grad(), coreskip.wrap(model, Plan.dense(model, weights)):
+            greedy(model, ids, 8)
+            assert runtime_of(model).steps.native.refusal is None, text
+            assert runtime_of(model).steps.native.ready, text

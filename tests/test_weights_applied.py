@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 import coreskip
 from coreskip import CoreskipError, Plan
 from coreskip.kernels import ops, reference
-from coreskip.kernels.packed import PackedLinear, ungroup, untile
+from coreskip.kernels.groups import ungroup, untile
+from coreskip.kernels.packed import PackedLinear
 from coreskip.predictors.anatomy import dissect, rows_of
 from coreskip.runtime.bundles import Weights
 from coreskip.runtime.cost import bytes_per_token, loaded_bytes

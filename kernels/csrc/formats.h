@@ -18,18 +18,56 @@ enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kSliced
 enum Act : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kRelu2 = 4 };
 enum Rule : int { kListed = 0, kSketch = 1, kGate = 2 };
 
-// A sixth weight format: nibbles in groups of kGroup inputs, w = scale * q + least, q in 0..15. Tiles of kTile rows
-// lie group by group: 4 vectors of 64 bytes (four inputs a row in the low nibbles, the four 16 further on in the high
-// ones), then kTile scales and kTile leasts in fp16. One stream through memory, 5 bits a weight.
-constexpr int kInt4 = 5;
-// And a seventh: bytes in such groups, w = scale * (byte - 128). Tiles hold 8 vectors, four inputs a row each, then kTile
-// scales in fp16. x is rounded group by group for both: a few of its channels are ten times as large as the rest, and
-// one scale for all of them cost the embedded model 2.4 % perplexity.
-constexpr int kInt8Groups = 6;
+// Further weight formats are tiles of kTile rows by groups of kGroup inputs, group by group: one stream through memory. A
+// group's numbers q come first, in vectors of kLine bytes, four inputs a row in each 32-bit word:
+//   4 bits: 4 vectors, the four inputs from 4k on in the low nibbles, the four 16 further on in the high ones;
+//   5 and 6 bits: as many, then 1 or 2 vectors of the bits above, see Nibbles in vector/groups.h;
+//   8 bits: 8 vectors.
+// Then come its ends, per row:
+//   centred:  scale in fp16,                w = scale * (q - half), half being 8, 16 or 128;
+//   two ends: scale and least in fp16,      w = scale * q + least;
+//   super:    scale and least as bytes,     w = (d * scale) * q - (dmin * least), with d and dmin in fp16 before the
+//             first of 8 groups; of 6 bits: two signed scales, one for each 16 inputs, w = (d * scale) * (q - 32).
+// They hold the numbers of llama.cpp's types to the bit, in as many bytes or up to 3 % more. x is rounded group by group:
+// a few of its channels are ten times as large as the rest, and one scale for all of them cost the embedded model 2.4 %
+// perplexity.
+enum TileFormat : int {
+    kInt4 = 5,         // two ends: Q4_1
+    kInt8Groups = 6,   // centred: Q8_0
+    kInt4Centred = 7,  // Q4_0
+    kInt5 = 8,         // two ends: Q5_1
+    kInt5Centred = 9,  // Q5_0
+    kInt4Super = 10,   // Q4_K
+    kInt5Super = 11,   // Q5_K
+    kInt6Super = 12,   // Q6_K
+};
 constexpr int kGroup = 32;
 constexpr int kTile = 16;
-constexpr int kTileBytes = kTile * kGroup / 2 + kTile * 4;   // of kInt4
-constexpr int kTile8Bytes = kTile * kGroup + kTile * 2;       // of kInt8Groups
+constexpr int kSuper = 8;  // groups of a super-block
+
+// How many groups of a tile lie together with what they share, and in how many bytes; none for other formats. Static, for
+// the rule in vector/isa.h.
+struct TileBlock {
+    int groups, bytes;
+};
+static constexpr TileBlock tile_block(int format) {
+    switch (format) {
+        case kInt4: return {1, 320};
+        case kInt8Groups: return {1, 544};
+        case kInt4Centred: return {1, 288};
+        case kInt5: return {1, 384};
+        case kInt5Centred: return {1, 352};
+        case kInt4Super: return {kSuper, 2368};
+        case kInt5Super: return {kSuper, 2880};
+        case kInt6Super: return {kSuper, 3360};
+        default: return {0, 0};
+    }
+}
+static constexpr bool grouped(int format) { return tile_block(format).groups > 0; }
+// Bytes of a tile of so many groups.
+static constexpr int64_t tile_bytes(int format, int64_t groups) {
+    return groups / tile_block(format).groups * tile_block(format).bytes;
+}
 
 constexpr int kChunk = 128;     // positions of the KV cache that one attention task reads; see attend()
 constexpr int kMaxHeadDim = 512;

@@ -92,14 +92,15 @@ struct Isa {
 
 struct TileJob {
     const void* weight;
-    bool bytes;            // kInt8Groups, not kInt4
+    int format;            // a TileFormat
     const float* bias;
     int64_t groups, out;
     int rows;
-    const float* x;        // [rows][groups * kGroup] as it is, or null: as it is rounded, in the next three
+    const float* x;        // [rows][groups * kGroup] as it is, or null: as it is rounded, in the next four
     const int8_t* q;       // [rows][groups * kGroup]
     const float* scale;    // [rows][groups]
     const float* sum;      // [rows][groups], scale times the sum of q
+    const int32_t* half;   // [rows][groups][2], the sums of each half of q
     float* y;              // [rows][out]
     Ahead* ahead;
 };
@@ -107,7 +108,7 @@ struct TileJob {
 // Rows `first` and following of tiles, as floats.
 struct UntileJob {
     const void* weight;
-    bool bytes;            // kInt8Groups, not kInt4
+    int format;            // a TileFormat
     int64_t groups, in;
     int64_t first;
     int dtype;             // of `to`: kFloat32, kBFloat16 or kFloat16
@@ -118,7 +119,7 @@ struct UntileJob {
 struct TileUpJob {
     const float* from;     // [rows][in], row_stride apart
     int64_t row_stride, rows, in, groups;
-    bool bytes;            // kInt8Groups, not kInt4
+    int format;            // a TileFormat
     void* to;
 };
 
@@ -141,7 +142,7 @@ struct AttendJob {
 
 struct StepIsa {
     void (*tiles)(const TileJob& job, int64_t begin, int64_t end);
-    void (*quantize_groups)(const float* x, int64_t n, int8_t* q, float* scale, float* sum);
+    void (*quantize_groups)(const float* x, int64_t n, int8_t* q, float* scale, float* sum, int32_t* half);
     void (*norm)(const StepNorm& norm, const float* x, float* y);
     void (*rotate)(float* x, const float* cos, const float* sin, int64_t size);
     void (*attend)(const AttendJob& job);

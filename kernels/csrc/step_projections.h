@@ -25,6 +25,7 @@ class Projections {
 
     // Puts the input_ into the form that a weight's format wants: padded, and arranged or quantised.
     void prepare(int dtype, int64_t stride, bool whole = false) {
+        if (grouped(dtype)) dtype = kInt4;  // all tiles meet the same x
         if (ready_ == dtype && ready_stride_ == stride && ready_whole_ == whole) return;
         ready_ = dtype;
         ready_stride_ = stride;
@@ -37,7 +38,7 @@ class Projections {
             if (grouped(dtype)) {
                 const int64_t groups = stride / kGroup;
                 thread.step.quantize_groups(row, stride, own.q + t * stride, own.group_scale + t * groups,
-                                     own.group_sum + t * groups);
+                                     own.group_sum + t * groups, own.group_half + 2 * t * groups);
             } else if (dtype >= kInt8) {
                 thread.isa.quantize(row, stride, own.q + t * stride, own.scale + t, own.sum + t);
             } else {
@@ -124,8 +125,8 @@ class Projections {
         prepare(l.dtype, l.stride, l.whole);
         if (grouped(l.dtype)) {
             const float* whole = l.whole ? own.rows : nullptr;
-            const TileJob job = {l.weight, l.dtype == kInt8Groups, l.bias, l.stride / kGroup, l.out, thread.tokens,
-                                 whole, own.q, own.group_scale, own.group_sum, y, ahead.to_fetch()};
+            const TileJob job = {l.weight, l.dtype, l.bias, l.stride / kGroup, l.out, thread.tokens,
+                                 whole, own.q, own.group_scale, own.group_sum, own.group_half, y, ahead.to_fetch()};
             thread.step.tiles(job, begin, end);
         } else {
             const LinearJob job = {l.weight, l.scale, l.bias, rows_of(l.stride), l.out, y, ahead.to_fetch()};

@@ -14,15 +14,13 @@
 
 namespace coreskip {
 
-inline bool grouped(int dtype) { return dtype == kInt4 || dtype == kInt8Groups; }
-
 // The rows that a matrix is shared out by, and their bytes.
 inline int64_t unit(const StepLinear& l) {
     return l.columns ? kPad / size_of(l.dtype) : grouped(l.dtype) ? kTile : 4;
 }
 inline int64_t units(const StepLinear& l) { return (l.out + unit(l) - 1) / unit(l); }
 inline int64_t unit_bytes(const StepLinear& l) {
-    if (grouped(l.dtype)) return l.stride / kGroup * (l.dtype == kInt4 ? kTileBytes : kTile8Bytes);
+    if (grouped(l.dtype)) return tile_bytes(l.dtype, l.stride / kGroup);
     return 4 * l.stride * size_of(l.dtype);
 }
 

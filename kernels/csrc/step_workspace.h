@@ -61,7 +61,7 @@ struct Own {
     float *x, *h, *pending, *rows, *attended, *queries, *scratch;
     int8_t* q;
     float *scale, *group_scale, *group_sum;
-    int32_t* sum;
+    int32_t *sum, *group_half;
     int64_t *from, *to, *chosen, *list;
     uint8_t* selected;
     uint32_t* keys;
@@ -109,6 +109,7 @@ Own own_share(const Sizes& s, Take take) {
     w.scale = take(float(), t);
     w.group_scale = take(float(), t * (wide / kGroup + 1));
     w.group_sum = take(float(), t * (wide / kGroup + 1));
+    w.group_half = take(int32_t(), 2 * t * (wide / kGroup + 1));
     w.sum = take(int32_t(), t);
     w.from = take(int64_t(), s.queries);
     w.to = take(int64_t(), s.queries);

@@ -1,4 +1,4 @@
-// Tiles of groups of 4 or 8 bits: products with them, and the ways there and back.
+// Tiles of groups of 4 to 8 bits: products with them, and the ways there and back.
 
 #include <string.h>
 
@@ -11,32 +11,34 @@
 
 using namespace coreskip;
 
-// The op coreskip::linear for tiles, of bytes or of nibbles, with x as it is (`whole`) or rounded to 8 bits.
+// The op coreskip::linear for tiles of a TileFormat, with x as it is (`whole`) or rounded to 8 bits.
 // x: [rows][in_features] of x_dtype; out: [rows][out_features] of x_dtype.
 CORESKIP_API int coreskip_tiles(const void* x, int x_dtype, int rows, int64_t in_features, const void* weight,
-                                int bytes, int whole, int64_t out_features, int64_t stride, const float* bias,
+                                int format, int whole, int64_t out_features, int64_t stride, const float* bias,
                                 void* out, int threads) {
     const Isa& isa = *active.load();
     const StepIsa& step = *active_step.load();
     const int64_t groups = stride / kGroup, tiles = (out_features + kTile - 1) / kTile;
     if (!workspace.reserve(Workspace::room<float>(rows * stride) + Workspace::room<int8_t>(rows * stride) +
-                           2 * Workspace::room<float>(rows * groups) + Workspace::room<float>(rows * out_features)))
+                           4 * Workspace::room<float>(rows * groups) + Workspace::room<float>(rows * out_features)))
         return kNoMemory;
     float* values = workspace.take<float>(rows * stride);
     int8_t* q = workspace.take<int8_t>(rows * stride);
     float* scale = workspace.take<float>(rows * groups);
     float* sum = workspace.take<float>(rows * groups);
+    int32_t* half = workspace.take<int32_t>(2 * rows * groups);
     float* y = workspace.take<float>(rows * out_features);
     for (int r = 0; r < rows; r++) {
         float* row = values + r * stride;
         isa.to_float(static_cast<const char*>(x) + r * in_features * size_of(x_dtype), x_dtype, row, in_features);
         memset(row + in_features, 0, (stride - in_features) * sizeof(float));
-        if (!whole) step.quantize_groups(row, stride, q + r * stride, scale + r * groups, sum + r * groups);
+        if (whole) continue;
+        step.quantize_groups(row, stride, q + r * stride, scale + r * groups, sum + r * groups, half + 2 * r * groups);
     }
     each_beside_torch(threads, threads, [&](int64_t part) {
         Ahead none{};
         const float* x_whole = whole ? values : nullptr;
-        const TileJob job = {weight, bytes != 0, bias, groups, out_features, rows, x_whole, q, scale, sum, y, &none};
+        const TileJob job = {weight, format, bias, groups, out_features, rows, x_whole, q, scale, sum, half, y, &none};
         const Range here = share(tiles, part, threads);
         step.tiles(job, here.begin, here.end);
     });
@@ -45,10 +47,10 @@ CORESKIP_API int coreskip_tiles(const void* x, int x_dtype, int rows, int64_t in
 }
 
 // Rows `first` to `first + rows` of tiles, as they are computed with. out: [rows][in_features] of dtype.
-CORESKIP_API int coreskip_untile(const void* weight, int bytes, int64_t groups, int64_t in_features, int64_t first,
+CORESKIP_API int coreskip_untile(const void* weight, int format, int64_t groups, int64_t in_features, int64_t first,
                                  int64_t rows, int dtype, void* out, int threads) {
     const StepIsa& step = *active_step.load();
-    const UntileJob job = {weight, bytes != 0, groups, in_features, first, dtype, out};
+    const UntileJob job = {weight, format, groups, in_features, first, dtype, out};
     const int64_t begin = first / kTile, tiles = (first + rows + kTile - 1) / kTile - begin;
     Lease()->each(threads, threads, [&](int64_t part) {
         const Range here = share(tiles, part, threads);
@@ -59,11 +61,11 @@ CORESKIP_API int coreskip_untile(const void* weight, int bytes, int64_t groups, 
 }
 
 // Tiles that stand for the very numbers of weight: [rows][in_features] floats, row_stride apart. Returns whether there
-// are such.
-CORESKIP_API int coreskip_tile_up(const float* weight, int64_t row_stride, int64_t rows, int64_t in_features, int bytes,
+// are such. Of formats kInt4 and kInt8Groups alone.
+CORESKIP_API int coreskip_tile_up(const float* weight, int64_t row_stride, int64_t rows, int64_t in_features, int format,
                                   void* out, int threads) {
     const StepIsa& step = *active_step.load();
-    const TileUpJob job = {weight, row_stride, rows, in_features, (in_features + kGroup - 1) / kGroup, bytes != 0, out};
+    const TileUpJob job = {weight, row_stride, rows, in_features, (in_features + kGroup - 1) / kGroup, format, out};
     const int64_t tiles = (rows + kTile - 1) / kTile;
     std::atomic<bool> all{true};
     Lease()->each((tiles + 3) / 4, threads, [&](int64_t i) {

@@ -3,6 +3,7 @@
 
 #include "../jobs.h"
 
+#include "groups.h"
 #include "tiles.h"
 #include "norms.h"
 #include "attention.h"

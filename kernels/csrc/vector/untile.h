@@ -1,86 +1,84 @@
-// From tiles of 4 or 8 bits back to rows of floats, for passes over many tokens, whose products are torch's; and from
+// From tiles of 4 to 8 bits back to rows of floats, for passes over many tokens, whose products are torch's; and from
 // floats to the tiles that hold just them. Included by step_isa.h, under its rules.
 
 namespace coreskip {
 namespace CORESKIP_ISA {
 
-// The bytes of one group of a tile, [kTile][kGroup / 4] words of four inputs, and what they stand for:
-// w = scale * q + least.
-static inline void take_apart(Nibbles, const uint8_t* w, uint32_t* q, float* scale, float* least) {
-    uint32_t words[kTile * kGroup / 8];
+// The numbers of a group, [kTile][kGroup / 4] words of four inputs.
+template <int more>
+static inline void take_apart(Nibbles<more>, const uint8_t* w, uint32_t* q) {
+    uint32_t words[Nibbles<more>::bytes / 4];
     memcpy(words, w, sizeof words);
     for (int r = 0; r < kTile; r++)
-        for (int k = 0; k < 4; k++) {
-            q[r * 8 + k] = words[k * kTile + r] & 0x0f0f0f0f;
-            q[r * 8 + 4 + k] = words[k * kTile + r] >> 4 & 0x0f0f0f0f;
-        }
-    const F16* ends = reinterpret_cast<const F16*>(w + 4 * kLine);
-    for (int r = 0; r < kTile; r += kLanes) {
-        store(scale + r, load(ends + r));
-        store(least + r, load(ends + kTile + r));
-    }
+        for (int k = 0; k < 4; k++) Nibbles<more>::apart(words, k, r, q[r * 8 + k], q[r * 8 + 4 + k]);
 }
 
-static inline void take_apart(Bytes, const uint8_t* w, uint32_t* q, float* scale, float* least) {
+static inline void take_apart(Bytes, const uint8_t* w, uint32_t* q) {
     uint32_t words[kTile * kGroup / 4];
     memcpy(words, w, sizeof words);
     for (int r = 0; r < kTile; r++)
         for (int k = 0; k < 8; k++) q[r * 8 + k] = words[k * kTile + r];
-    const F16* ends = reinterpret_cast<const F16*>(w + 8 * kLine);
-    for (int r = 0; r < kTile; r += kLanes) {
-        store(scale + r, load(ends + r));
-        store(least + r, load(ends + r) * -128.f);
-    }
 }
 
-static inline V widen(const uint8_t* q) {
-#if CORESKIP_LEVEL == 512
-    return (V)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q))));
-#elif CORESKIP_LEVEL == 2
-    return (V)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(q))));
-#else
-    typedef uint8_t Few __attribute__((vector_size(kLanes)));
-    Few few;
-    memcpy(&few, q, sizeof few);
-    return __builtin_convertvector(few, V);
-#endif
-}
-
-template <class W, class T>
-static void untile_as(const UntileJob& job, int64_t begin, int64_t end) {
+// One group of a tile, and what it stands for.
+template <class G>
+struct Apart {
+    typedef typename G::Numbers N;
+    typedef typename G::Ends E;
     uint32_t q[kTile * kGroup / 4];
-    float scale[kTile], least[kTile];
+    float scale[E::halves][kTile], least[kTile];
+
+    void take(const typename G::Head& head, const uint8_t* w) {
+        take_apart(N{}, w, q);
+        for (int p = 0; p < kParts; p++) {
+            for (int h = 0; h < E::halves; h++) store(scale[h] + p * kLanes, E::scale(head, w + N::bytes, p, h));
+            store(least + p * kLanes, E::least(head, w + N::bytes, p));
+        }
+    }
+
+    // kLanes numbers of a row from input i on. The product is exact: no machine's sum differs, contracted or not. Of
+    // centred ones not even the sign of a zero does.
+    V numbers(int64_t row, int i) const {
+        const V wide = widen(reinterpret_cast<const uint8_t*>(q + row * 8) + i);
+        const float step = scale[E::halves > 1 ? i / (kGroup / 2) : 0][row];
+        if constexpr (E::centred) return (wide - static_cast<float>(N::half)) * step;
+        else return wide * step + least[row];
+    }
+};
+
+template <class G, class T>
+static void untile_as(const UntileJob& job, int64_t begin, int64_t end) {
+    typedef typename G::Head Head;
+    Apart<G> apart;
     for (int64_t row = begin; row < end;) {
         const int64_t t = row / kTile, last = end < (t + 1) * kTile ? end : (t + 1) * kTile;
-        const uint8_t* w = static_cast<const uint8_t*>(job.weight) + t * job.groups * W::bytes;
-        for (int64_t g = 0; g < job.groups; g++, w += W::bytes) {
-            take_apart(W{}, w, q, scale, least);
-            const int64_t left = job.in - g * kGroup, width = left < kGroup ? left : kGroup;
-            for (int64_t r = row; r < last; r++) {
-                const int64_t here = r - t * kTile;
-                const uint8_t* from = reinterpret_cast<const uint8_t*>(q + here * 8);
-                T whole[kGroup];  // of the last group of a row perhaps not all is wanted
-                T* to = static_cast<T*>(job.to) + (r - job.first) * job.in + g * kGroup;
-                T* out = width == kGroup ? to : whole;
-                // the product is exact: no machine's sum differs, contracted or not
-                for (int i = 0; i < kGroup; i += kLanes) store(out + i, widen(from + i) * scale[here] + least[here]);
-                if (out == whole) memcpy(to, whole, width * sizeof(T));
+        const uint8_t* w = static_cast<const uint8_t*>(job.weight) + t * (job.groups / Head::groups * G::block);
+        for (int64_t block = 0; block < job.groups; block += Head::groups) {
+            const Head head(w);
+            w += Head::bytes;
+            for (int64_t g = block; g < block + Head::groups; g++, w += G::bytes) {
+                apart.take(head, w);
+                const int64_t left = job.in - g * kGroup, width = left < kGroup ? left : kGroup;
+                for (int64_t r = row; r < last; r++) {
+                    T whole[kGroup];  // of the last group of a row perhaps not all is wanted
+                    T* to = static_cast<T*>(job.to) + (r - job.first) * job.in + g * kGroup;
+                    T* out = width == kGroup ? to : whole;
+                    for (int i = 0; i < kGroup; i += kLanes) store(out + i, apart.numbers(r - t * kTile, i));
+                    if (out == whole) memcpy(to, whole, width * sizeof(T));
+                }
             }
         }
         row = last;
     }
 }
 
-template <class W>
-static void untile_of(const UntileJob& job, int64_t begin, int64_t end) {
-    if (job.dtype == kBFloat16) untile_as<W, BF16>(job, begin, end);
-    else if (job.dtype == kFloat16) untile_as<W, F16>(job, begin, end);
-    else untile_as<W, float>(job, begin, end);
-}
-
 static void untile(const UntileJob& job, int64_t begin, int64_t end) {
-    if (job.bytes) untile_of<Bytes>(job, begin, end);
-    else untile_of<Nibbles>(job, begin, end);
+    with_format(job.format, [&](auto group) {
+        typedef decltype(group) G;
+        if (job.dtype == kBFloat16) untile_as<G, BF16>(job, begin, end);
+        else if (job.dtype == kFloat16) untile_as<G, F16>(job, begin, end);
+        else untile_as<G, float>(job, begin, end);
+    });
 }
 
 // ---- floats that are such numbers ----
@@ -120,7 +118,7 @@ static inline float greatest_of(const float* w, float sign) {
 
 // One end of the group is `least`, and the other 15 steps from it or, where that fails, fewer: who made these numbers
 // may have counted from either end, and need not have used all of them.
-static bool group_of(Nibbles, const float* w, float* q, F16* scale, F16* least) {
+static bool group_of(Int4, const float* w, float* q, F16* scale, F16* least) {
     const float low = -greatest_of(w, -1.f), high = greatest_of(w, 1.f);
     for (int steps = 15; steps > 0; steps--) {
         const float step = as_half((high - low) / steps, scale);
@@ -130,20 +128,20 @@ static bool group_of(Nibbles, const float* w, float* q, F16* scale, F16* least) 
     return false;
 }
 
-static bool group_of(Bytes, const float* w, float* q, F16* scale, F16*) {
+static bool group_of(Int8, const float* w, float* q, F16* scale, F16*) {
     const float low = greatest_of(w, -1.f), high = greatest_of(w, 1.f);
     const float step = as_half((low > high ? low : high) / 127.f, scale);
     return fits(w, step, -128.f * step, 255.f, q);
 }
 
-static inline void put(Nibbles, uint8_t* tile, int row, const float* q, F16 scale, F16 least) {
+static inline void put(Int4, uint8_t* tile, int row, const float* q, F16 scale, F16 least) {
     for (int i = 0; i < kGroup / 2; i++)
         tile[i / 4 * kLine + row * 4 + i % 4] = static_cast<uint8_t>(static_cast<int>(q[i]) | static_cast<int>(q[i + kGroup / 2]) << 4);
     F16* ends = reinterpret_cast<F16*>(tile + 4 * kLine);
     ends[row] = scale, ends[kTile + row] = least;
 }
 
-static inline void put(Bytes, uint8_t* tile, int row, const float* q, F16 scale, F16) {
+static inline void put(Int8, uint8_t* tile, int row, const float* q, F16 scale, F16) {
     for (int i = 0; i < kGroup; i++) tile[i / 4 * kLine + row * 4 + i % 4] = static_cast<uint8_t>(q[i]);
     reinterpret_cast<F16*>(tile + 8 * kLine)[row] = scale;
 }
@@ -169,7 +167,7 @@ static bool tile_up_as(const TileUpJob& job, int64_t begin, int64_t end) {
 }
 
 static bool tile_up(const TileUpJob& job, int64_t begin, int64_t end) {
-    return job.bytes ? tile_up_as<Bytes>(job, begin, end) : tile_up_as<Nibbles>(job, begin, end);
+    return job.format == kInt8Groups ? tile_up_as<Int8>(job, begin, end) : tile_up_as<Int4>(job, begin, end);
 }
 
 }  // namespace CORESKIP_ISA
