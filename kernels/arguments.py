@@ -63,7 +63,7 @@ class StepModel(ctypes.Structure):
         *_fields(_P, "layers embedding"),
         ("norm", StepNorm),
         ("head", StepLinear),
-        *_fields(_N, "layer_count hidden"),
+        *_fields(_N, "layer_count hidden embedding_stride"),
         *_fields(_F, "embedding_scale logit_scale logit_softcap"),
         *_fields(_I, "embedding_dtype kv_dtype logit_dtype"),
     )

@@ -105,6 +105,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.coreskip_tiles.argtypes = [p, i, i, n, p, i, i, n, n, p, p, i]
     lib.coreskip_checksum.argtypes, lib.coreskip_checksum.restype = [p, n, i], ctypes.c_uint64
     lib.coreskip_untile.argtypes = [p, i, n, n, n, n, i, p, i]
+    lib.coreskip_untile_some.argtypes = [p, i, n, n, p, n, i, p, i]
     lib.coreskip_tile_up.argtypes = [p, n, n, n, i, p, i]
     lib.coreskip_repack.argtypes = [p, n, n, n, i, p, p, i]
     lib.coreskip_step.argtypes = [p, p]
@@ -217,6 +218,22 @@ def untile(packed: PackedLinear, out: Tensor, first: int = 0) -> Tensor:
         out.shape[0], DTYPE[out.dtype], out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     check(status, 0)
+    return out
+
+
+def rows_at(packed: PackedLinear, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a tiled matrix, [.., in_features] of a float dtype, by their numbers, int64 [..].
+
+    Raises IndexError for numbers of no row.
+    """
+    ids = ids.to(torch.int64).contiguous()
+    if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < packed.out_features):
+        raise IndexError(f"token ids must be in [0, {packed.out_features})")
+    out = torch.empty((*ids.shape, packed.in_features), dtype=dtype, device="cpu")
+    library().coreskip_untile_some(
+        packed.weight.data_ptr(), packed.code, packed.stride // GROUP, packed.in_features, ids.data_ptr(), ids.numel(),
+        DTYPE[dtype], out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
     return out
 
 

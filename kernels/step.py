@@ -92,9 +92,9 @@ class StepLayer:
 
 @dataclass(frozen=True, eq=False)
 class StepModel:
-    """A decoder: embedding [vocabulary, hidden], layers, a last norm, and the LM head."""
+    """A decoder: embedding [vocabulary, hidden], or in tiles, layers, a last norm, and the LM head."""
 
-    embedding: Tensor
+    embedding: Tensor | PackedLinear
     layers: Sequence[StepLayer]
     norm: Norm
     head: PackedLinear
@@ -102,6 +102,12 @@ class StepModel:
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens have an embedding."""
+        table = self.embedding
+        return table.out_features if isinstance(table, PackedLinear) else table.shape[0]
 
 
 class Step:
@@ -113,15 +119,13 @@ class Step:
         self._layers = (arguments.StepLayer * len(model.layers))(*(_layer(layer) for layer in model.layers))
         self._model = arguments.StepModel(
             layers=ctypes.cast(self._layers, _P),
-            embedding=model.embedding.data_ptr(),
             norm=_norm(model.norm),
             head=_linear(model.head),
             layer_count=len(model.layers),
-            hidden=model.embedding.shape[1],
             embedding_scale=model.embedding_scale,
             logit_scale=model.logit_scale,
             logit_softcap=model.logit_softcap,
-            embedding_dtype=cpu.DTYPE[model.embedding.dtype],
+            **_embedding(model.embedding),
             kv_dtype=cpu.DTYPE[model.dtype],
             logit_dtype=cpu.DTYPE[model.dtype],
         )
@@ -346,6 +350,14 @@ def _part(layer: StepLayer, first: int, last: int) -> StepLayer:
 
 
 # ---- as the structs of csrc/arguments.h ----
+
+
+def _embedding(table: Tensor | PackedLinear) -> dict[str, int]:
+    if isinstance(table, PackedLinear):
+        where, hidden, dtype, stride = table.weight.data_ptr(), table.in_features, table.code, table.stride
+    else:
+        where, hidden, dtype, stride = table.data_ptr(), table.shape[1], cpu.DTYPE[table.dtype], table.shape[1]
+    return {"embedding": where, "hidden": hidden, "embedding_dtype": dtype, "embedding_stride": stride}
 
 
 def _norm(norm: Norm | None) -> arguments.StepNorm:

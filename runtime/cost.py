@@ -130,10 +130,10 @@ def _is_of(mlp: FeedForward, module: nn.Module) -> bool:
 def loaded_bytes(model: Any) -> int:
     """Every parameter once, but of embedding tables the one row that a token looks up (a tied head reads all)."""
     head = model.get_output_embeddings().weight
-    tables = {m.weight.data_ptr(): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     total = 0
     for parameter in model.parameters():  # tied ones come once
-        looked_up = parameter.data_ptr() in tables and parameter.data_ptr() != head.data_ptr()
+        looked_up = parameter is not head and any(parameter is table for table in tables)
         total += parameter[0].nbytes if looked_up else parameter.nbytes
     return total
 

@@ -18,7 +18,7 @@ from ..predictors.anatomy import Anatomy, rows_of
 from ..predictors.checks import AS_PACKED
 from .bundles import PackedBefore
 from .calls import NotCovered
-from .packed_layer import PackedLayer
+from .packed_layer import PackedLayer, PackedRows
 from .rotary_tables import RotaryTables
 from .spec import AttentionSpec, BrickSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec, read_spec
 
@@ -101,7 +101,7 @@ class CpuModel:
         self._format, tables = KERNEL_FORMATS[packing.weights], rotary.tables()
         layers = [self._layer(layer, i in packing.bundled, tables[i]) for i, layer in enumerate(spec.layers)]
         self.base = native.StepModel(
-            embedding=spec.embedding,
+            embedding=spec.table.part(True) if isinstance(spec.table, PackedRows) else spec.embedding,
             layers=layers,
             norm=lower_norm(spec.norm),
             head=self._parts(spec.head, HEAD_FORMAT if self._format else None)[0],
@@ -233,6 +233,7 @@ def _check(model: Any, packed_alone: PackedAlone) -> None:
         raise NotCovered(str(available("cpu")))
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     gone = {id(m.weight) for m in linears if isinstance(m, PackedLayer) or packed_alone(m) is not None}
+    gone |= {id(m.weight) for m in model.modules() if isinstance(m, PackedRows)}
     parameters = [p for p in model.parameters() if id(p) not in gone]
     if any(p.device.type != "cpu" for p in parameters):
         raise NotCovered("the model is not on the CPU")

@@ -363,7 +363,7 @@ def _lower(spec: ModelSpec, rotary: RotaryTables, packing: Packing) -> CpuModel:
 
 def _check_ranges(step: kernel.Step, model: CpuModel, ids: Tensor, positions: Tensor) -> None:
     tokens, places = ids.flatten().tolist(), positions.flatten().tolist()
-    vocabulary = step.model.embedding.shape[0]
+    vocabulary = step.model.vocabulary
     if min(tokens) < 0 or max(tokens) >= vocabulary:
         raise IndexError(f"token ids must be in [0, {vocabulary})")
     if min(places) < 0:

@@ -30,7 +30,7 @@ from .calls import NotCovered
 from .formats import format_takers
 from .lower_cpu import HEAD_FORMAT, KERNEL_FORMATS
 from .packed_folder import DOCUMENT, FORMAT, PLAN, VERSION, WEIGHTS, is_packed_folder, seal
-from .packed_layer import PackedLayer
+from .packed_layer import PackedLayer, PackedRows
 from .spec import LinearSpec, read_spec
 from .wrap import make_way
 
@@ -137,7 +137,7 @@ class _Source:
 
     def _loose(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters that are no packed layer's."""
-        gone = {id(m.weight) for m in self.model.modules() if isinstance(m, PackedLayer)}
+        gone = {id(m.weight) for m in self.model.modules() if isinstance(m, (PackedLayer, PackedRows))}
         return ((name, p) for name, p in self.model.named_parameters(remove_duplicate=False) if id(p) not in gone)
 
     def check_room(self, target: Path) -> None:
@@ -170,6 +170,16 @@ class _Source:
         fmt = HEAD_FORMAT if head else KERNEL_FORMATS[self.weights]
         return [PackedLinear.pack(part, fmt=fmt) for part in rows]
 
+    def embedding(self) -> PackedLinear | None:
+        """The embeddings in packed form, where that holds their very numbers."""
+        table = self.model.get_input_embeddings()
+        if isinstance(table, PackedRows):
+            return table.part()
+        if self.weights == BFLOAT16 or not isinstance(table, nn.Embedding) or table.weight.dim() != 2:
+            return None
+        found = cpu.pack_exactly(table.weight, most=_GROUPS)
+        return found if found is not None and found.grouped else None
+
     def written(self, packed: Iterable[nn.Module]) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What is written besides packed matrices: tensors by name, and of tied ones the name of the first."""
         own = {(module, "weight") for module in packed} | {(module, "bias") for module in packed}
@@ -200,7 +210,7 @@ def _write(draft: Path, source: _Source, tokenizer: Any, plan: Plan | None, prog
     model, writer = source.model, Writer(draft / WEIGHTS)
     try:
         packed = _write_packed(writer, source, progress)
-        modules = {module for module in source.takers if source.names[module] in packed}
+        modules = {module for module in source.names if source.names[module] in packed}
         parameters, tied = source.written(modules)
         for name, tensor in parameters.items():
             writer.add(name, tensor.to(source.dtype) if tensor.is_floating_point() else tensor)
@@ -238,10 +248,12 @@ def _write(draft: Path, source: _Source, tokenizer: Any, plan: Plan | None, prog
 def _write_packed(writer: Writer, source: _Source, progress: bool) -> dict[str, Any]:
     """Writes the packed matrices; what `packed.json` says of each, by the module's name."""
     packed: dict[str, Any] = {}
+    head, of_head = source.model.get_output_embeddings(), list[PackedLinear]()
     for module in tqdm(source.takers, desc="packing", unit="matrix", disable=not progress, leave=False):
         parts = source.parts(module)
         if parts is None:
             continue
+        of_head = parts if module is head else of_head
         name = source.names[module]
         entries = []
         for index, part in enumerate(parts):
@@ -253,7 +265,23 @@ def _write_packed(writer: Writer, source: _Source, progress: bool) -> dict[str, 
             bias = f"{name}.bias"
             writer.add(bias, module.bias.to(source.dtype))
         packed[name] = {"inputs": parts[0].in_features, "parts": entries, "bias": bias}
+    _write_embedding(writer, source, of_head, packed)
     return packed
+
+
+def _write_embedding(writer: Writer, source: _Source, of_head: list[PackedLinear], packed: dict[str, Any]) -> None:
+    """Writes the embeddings in packed form, too, where that holds their very numbers: the head's, if they are alike."""
+    module, head = source.model.get_input_embeddings(), source.model.get_output_embeddings()
+    table = source.embedding()
+    if table is None:
+        return
+    key = f"{source.names[module]}.packed.0"
+    if len(of_head) == 1 and torch.equal(of_head[0].weight, table.weight):
+        key = packed[source.names[head]]["parts"][0]["tensor"]
+    else:
+        writer.add(key, table.weight)
+    part = {"tensor": key, "format": table.fmt, "rows": table.out_features}
+    packed[source.names[module]] = {"inputs": table.in_features, "parts": [part], "bias": None}
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:

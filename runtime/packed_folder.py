@@ -29,7 +29,7 @@ from ..kernels.store import DTYPES, Damaged, Store
 from ..predictors.errors import CoreskipError
 from ..predictors.fingerprint import KEPT, Fingerprint
 from ..predictors.plan import PACKED_AS
-from .packed_layer import PackedLayer, packed_layers
+from .packed_layer import PackedLayer, PackedRows, packed_layers
 
 logger = logging.getLogger("coreskip")
 
@@ -104,7 +104,8 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
         tensors = dict(document["tensors"])
         for entry in document["packed"].values():
             for part in entry["parts"]:
-                _count(formats, str(part["format"]), tensors.pop(part["tensor"]))
+                if part["tensor"] in tensors:  # head and embedding may share one
+                    _count(formats, str(part["format"]), tensors.pop(part["tensor"]))
         for entry in tensors.values():
             _count(formats, str(entry["dtype"]), entry)
         figures = {name: document[name] for name in ("class", "dtype", "weights", "bytes")}
@@ -156,8 +157,9 @@ def load_packed(folder: Path, dtype: torch.dtype | None, device: torch.device) -
     if dtype is not None:
         model = model.to(dtype)
     if device.type != "cpu" or available("cpu") is not None:
-        for _, layer in list(packed_layers(model)):
-            layer.unpack()
+        for module in model.modules():
+            if isinstance(module, (PackedLayer, PackedRows)):
+                module.unpack()
         return model.to(device)
     if document["weights"] is not None and any(True for _ in packed_layers(model)):
         setattr(model, PACKED_AS, document["weights"])
@@ -190,10 +192,17 @@ def _skeleton(folder: Path, document: Mapping[str, Any]) -> Any:
 def _fill(model: Any, document: Mapping[str, Any], store: Store) -> None:
     dtype = getattr(torch, document["dtype"])
     for name, entry in document["packed"].items():
+        old = model.get_submodule(name)
+        if isinstance(old, nn.Embedding):
+            (part,) = entry["parts"]
+            packed = _part(entry, store[part["tensor"]], part)
+            if tuple(old.weight.shape) != (packed.out_features, packed.in_features):
+                raise ValueError(f"{name} has another shape than its packed matrix")
+            PackedRows.hold(old, packed, dtype)
+            continue
         bias = store[entry["bias"]] if entry["bias"] is not None else None
         parts = [_part(entry, store[part["tensor"]], part) for part in entry["parts"]]
         layer = PackedLayer(parts, bias, dtype)
-        old = model.get_submodule(name)
         if tuple(old.weight.shape) not in (tuple(layer.weight.shape), tuple(layer.weight.shape[::-1])):
             raise ValueError(f"{name} has another shape than its packed matrix")
         model.set_submodule(name, layer)
@@ -203,7 +212,7 @@ def _fill(model: Any, document: Mapping[str, Any], store: Store) -> None:
         _put(model, name, store[key])
     for name, first in document["tied"].items():
         _put(model, name, model.get_parameter(first))
-    packed = {f"{name}.weight" for name, _ in packed_layers(model)}
+    packed = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, (PackedLayer, PackedRows))}
     left = [name for name, p in model.named_parameters() if p.is_meta and name not in packed]
     if left:
         raise ValueError(f"it has no weights for {left[0]}")

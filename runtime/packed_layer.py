@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..kernels import cpu
 from ..kernels.packed import PackedLinear
 from ..predictors.errors import CoreskipError
 from .unpacking import Unpacking, unpack
@@ -89,15 +90,73 @@ class PackedLayer(nn.Linear):
         setattr(self.weight, _BYTES, sum(part.weight.nbytes for part in self._packed))
 
 
+class PackedRows(nn.Embedding):
+    """Embeddings of tokens whose matrix exists in packed form alone; `hold` makes one of a module that is there."""
+
+    _packed: PackedLinear
+
+    @staticmethod
+    def hold(module: nn.Embedding, packed: PackedLinear, dtype: torch.dtype) -> None:
+        """Lets `module` look its rows up in a packed matrix; what its class does with them, as to scale them, stays."""
+        cls = type(module)
+        module.__class__ = PackedRows if cls is nn.Embedding else type(cls.__name__, (cls, PackedRows), {})
+        held = cast(PackedRows, module)
+        held._packed = packed
+        held._stand_in(dtype)
+        held._handles = [module.register_state_dict_pre_hook(_no_state_dict)]
+        held._handles.append(module.register_load_state_dict_pre_hook(_no_state_dict))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.rows(input)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The embeddings of tokens, int64 ``[..]``, as ``[.., hidden]`` of the model's dtype, not scaled yet."""
+        return cpu.rows_at(self._packed, ids, self.weight.dtype)
+
+    def _stand_in(self, dtype: torch.dtype) -> None:
+        """Gives `weight` shape and dtype, and one number that is none: on the CPU, since the first parameter's device
+        is taken for the model's."""
+        nothing = torch.full((1, 1), torch.nan, dtype=dtype, device="cpu")
+        shape = self._packed.out_features, self._packed.in_features
+        self.weight = nn.Parameter(nothing.expand(shape), requires_grad=False)
+        setattr(self.weight, _BYTES, self._packed.weight.nbytes)
+
+    def part(self, whole: bool = True) -> PackedLinear:
+        """The packed matrix."""
+        return replace(self._packed, whole=whole)
+
+    def unpack(self) -> None:
+        """Becomes what it was, with the numbers that the packed matrix stands for."""
+        shape, dtype = self.weight.shape, self.weight.dtype
+        self.weight = nn.Parameter(unpack([self._packed], torch.empty(shape, dtype=dtype, device="cpu")), False)
+        for handle in self._handles:
+            handle.remove()
+        del self._packed, self._handles
+        self.__class__ = nn.Embedding if type(self) is PackedRows else type(self).__bases__[0]  # type: ignore[assignment]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        like = fn(torch.empty(0, dtype=self.weight.dtype, device="cpu"))
+        if like.device.type != "cpu":
+            self.unpack()
+            return nn.Module._apply(self, fn, recurse)
+        if like.dtype != self.weight.dtype:
+            self._stand_in(like.dtype)
+        buffers = self._buffers.items()
+        self._buffers = {name: None if buffer is None else fn(buffer) for name, buffer in buffers}
+        return self
+
+
 def packed_bytes_of(weight: Tensor) -> int | None:
     """Bytes that a product of a few rows with a `PackedLayer` reads, by its `weight`; None of other weights."""
     return getattr(weight, _BYTES, None)
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, of packed matrices those that they take."""
-    found = {id(p): p for p in model.parameters()}.values()
-    return sum(p.nbytes if packed_bytes_of(p) is None else cast(int, packed_bytes_of(p)) for p in found)
+    """Bytes of all parameters, of packed matrices those that they take; what modules share counts once."""
+    plain = {id(p): p.nbytes for p in model.parameters() if packed_bytes_of(p) is None}
+    tensors = [part.weight for _, layer in packed_layers(model) for part in layer.parts()]
+    tensors += [module.part().weight for module in model.modules() if isinstance(module, PackedRows)]
+    return sum(plain.values()) + sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:

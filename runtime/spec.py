@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from ..predictors.anatomy import Anatomy, Attention, FeedForward, canonical_activation
 from .calls import NotCovered
 from .coverage import uncovered
-from .packed_layer import PackedLayer
+from .packed_layer import PackedLayer, PackedRows
 
 # Rotation types whose angles depend on the position alone; others depend on the length of the sequence too.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
@@ -125,10 +125,12 @@ class RotarySpec:
 class ModelSpec:
     """A decoder: embedding, layers, a last norm, and the LM head.
 
+    embedding: of the tokens; without numbers where its module, `table`, holds them packed.
     embedding_scale: what embeddings are multiplied by; None where that cannot be seen, on a meta device.
     """
 
     embedding: Tensor
+    table: nn.Module
     layers: tuple[LayerSpec, ...]
     norm: NormSpec
     head: LinearSpec
@@ -165,12 +167,13 @@ def read_spec(model: Any, anatomy: Anatomy) -> ModelSpec:
     divisor = getattr(config, "logits_scaling", None)
     return ModelSpec(
         embedding=embedding,
+        table=model.get_input_embeddings(),
         layers=layers,
         norm=read_norm(_last_norm(anatomy)),
         head=_linear(model.get_output_embeddings()),
         rotary=rotary,
         dtype=embedding.dtype,
-        embedding_scale=_embedding_scale(anatomy, embedding),
+        embedding_scale=_embedding_scale(anatomy, model.get_input_embeddings()),
         logit_scale=1.0 / float(divisor) if divisor else float(getattr(config, "logit_scale", None) or 1.0),
         logit_softcap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
     )
@@ -375,17 +378,20 @@ def _kind_of_rotation(attention: Any, index: int, rotary: RotarySpec) -> str | N
 def _embedding(module: nn.Module) -> Tensor:
     """The matrix of token embeddings."""
     weight, own = module._parameters.get("weight"), type(module).forward.__module__.partition(".")[0]
-    if not isinstance(module, nn.Embedding) or weight is None or own not in ("torch", "transformers"):
+    known = own in ("torch", "transformers") or isinstance(module, PackedRows)
+    if not isinstance(module, nn.Embedding) or weight is None or not known:
         raise NotCovered(f"the token embeddings are a {type(module).__name__}")
     return weight.detach()
 
 
-def _embedding_scale(anatomy: Anatomy, embedding: Tensor) -> float | None:
+def _embedding_scale(anatomy: Anatomy, module: Any) -> float | None:
     """Gemma and Granite scale embeddings; who adds positions to them is not covered."""
-    if embedding.is_meta:
+    packed = isinstance(module, PackedRows)
+    if module.weight.is_meta and not packed:
         return None
-    ids = torch.tensor([[1, 2, 3]], device=embedding.device)
-    x, w = _input_of_first_layer(anatomy, ids)[0].float(), embedding[ids[0]].float()
+    ids = torch.tensor([[1, 2, 3]], device="cpu" if packed else module.weight.device)
+    w = (module.rows(ids[0]) if packed else module.weight.detach()[ids[0]]).float()
+    x = _input_of_first_layer(anatomy, ids)[0].float()
     scale = float((x * w).sum() / (w * w).sum())
     if not (x - scale * w).norm() <= 1e-2 * x.norm():
         raise NotCovered("the first layer does not read plain token embeddings")

@@ -74,10 +74,10 @@ struct StepLayer {
 
 struct StepModel {
     const StepLayer* layers;
-    const void* embedding;  // [vocabulary][hidden] of `embedding_dtype`
+    const void* embedding;  // [vocabulary][hidden] of `embedding_dtype`, or tiles of that format
     StepNorm norm;
     StepLinear head;
-    int64_t layer_count, hidden;
+    int64_t layer_count, hidden, embedding_stride;  // of tiles: inputs of one row with its padding
     float embedding_scale, logit_scale, logit_softcap;
     int embedding_dtype, kv_dtype, logit_dtype;
 };

@@ -85,13 +85,21 @@ class Walker {
     float greatest_ = 0;  // the logit that `likeliest` found
 
     void embed() {
-        const int64_t row = m.hidden * size_of(m.embedding_dtype);
         for (int t = 0; t < thread.tokens; t++) {
-            const char* from = static_cast<const char*>(m.embedding) + thread.ids[t] * row;
             float* to = own.x + t * m.hidden;
-            thread.isa.to_float(from, m.embedding_dtype, to, m.hidden);
+            look_up(thread.ids[t], to);
             for (int64_t i = 0; i < m.hidden && m.embedding_scale != 1.f; i++) to[i] *= m.embedding_scale;
         }
+    }
+
+    void look_up(int64_t token, float* to) const {
+        if (grouped(m.embedding_dtype)) {
+            const int64_t groups = m.embedding_stride / kGroup;
+            thread.step.untile({m.embedding, m.embedding_dtype, groups, m.hidden, token, kFloat32, to}, token, token + 1);
+            return;
+        }
+        const int64_t row = m.hidden * size_of(m.embedding_dtype);
+        thread.isa.to_float(static_cast<const char*>(m.embedding) + token * row, m.embedding_dtype, to, m.hidden);
     }
 
     Logits all_logits() const { return {c.logits, m.logit_dtype, own.slice}; }

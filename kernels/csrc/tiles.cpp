@@ -60,6 +60,18 @@ CORESKIP_API int coreskip_untile(const void* weight, int format, int64_t groups,
     return kOk;
 }
 
+// Some rows of tiles, by their numbers. out: [count][in_features] of dtype.
+CORESKIP_API int coreskip_untile_some(const void* weight, int format, int64_t groups, int64_t in_features,
+                                      const int64_t* rows, int64_t count, int dtype, void* out, int threads) {
+    const StepIsa& step = *active_step.load();
+    const int64_t bytes = in_features * size_of(dtype);
+    Lease()->each(count, threads, [&](int64_t i) {
+        step.untile({weight, format, groups, in_features, rows[i], dtype, static_cast<char*>(out) + i * bytes}, rows[i],
+                    rows[i] + 1);
+    });
+    return kOk;
+}
+
 // Tiles that stand for the very numbers of weight: [rows][in_features] floats, row_stride apart. Returns whether there
 // are such. Of formats kInt4 and kInt8Groups alone.
 CORESKIP_API int coreskip_tile_up(const float* weight, int64_t row_stride, int64_t rows, int64_t in_features, int format,
