@@ -106,15 +106,13 @@ class _Conversion:
         others: set[str] = set()
         for tensor in self.file.tensors.values():
             name = self.names.get(tensor.name)
-            moved, order = self._row_order(tensor) if name is not None else (False, None)
-            if name is not None and moved:
-                packed = self._as_it_is(tensor, order)
-                if packed is not None:
-                    found[name] = packed
-                    continue
-            if tensor.kind not in ("F32", "F16", "BF16") and (name is not None or len(tensor.shape) > 2):
-                others.add(tensor.kind)
-            name, weight = self._processed(tensor)
+            if name is None and len(tensor.shape) < 3:
+                continue  # of experts, which are named together, a processor knows the names
+            moved, order = self._row_order(tensor)
+            weight = self._as_it_is(tensor, order) if moved else None
+            if weight is None:
+                others |= {tensor.kind} - {"F32", "F16", "BF16"}
+                name, weight = self._processed(tensor)
             if name is not None:
                 found[name] = weight
         if others:
