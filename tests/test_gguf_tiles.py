@@ -31,6 +31,11 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     cpu.use(before)
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 def matrix(kind: str, rows: int, width: int, seed: int = 0, *, whole: bool = True) -> tuple[PackedLinear, Tensor]:
     raw = blocks_of(kind, rows, width, seed)
     return cpu.tiles_of_gguf(torch.from_numpy(raw), kind, whole=whole), numbers_of(kind, raw)
@@ -157,7 +162,8 @@ def test_the_op_goes_through_the_dispatcher() -> None:
     packed, _ = matrix("Q6_K", 32, 256)
     x = torch.randn(3, 256)
     compiled = torch.compile(lambda x: ops.linear(x, packed), backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), reference.linear(x, packed), rtol=1e-5, atol=1e-5)
+    expected = reference.linear(x, packed)
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 # ---- steps ---------------------------------------------------------------------------------------------------------
