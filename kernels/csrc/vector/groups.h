@@ -20,26 +20,41 @@ static inline VU load_words(const uint8_t* w, int k, int p) {
 
 // ---- numbers in words ----
 
-// The i-th nibble of every word.
+// The i-th nibble of every word, less `zero`.
+template <int zero>
 static inline V nibble_of(VU words, int i) {
 #if CORESKIP_LEVEL == 512
     // looks at four bits of each index: one operation where masking and converting takes two
-    const __m512 numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512 numbers = _mm512_setr_ps(-zero, 1 - zero, 2 - zero, 3 - zero, 4 - zero, 5 - zero, 6 - zero, 7 - zero,
+                                          8 - zero, 9 - zero, 10 - zero, 11 - zero, 12 - zero, 13 - zero, 14 - zero,
+                                          15 - zero);
     return (V)_mm512_permutexvar_ps((__m512i)(words >> (4 * i)), numbers);
 #else
+    static_assert(zero == 0, "");
     return __builtin_convertvector((VI)(words >> (4 * i) & 15), V);
 #endif
 }
 
-// The i-th byte of every word, which is below 32.
+// The i-th byte of every word, which is below 32, less `zero`.
+template <int zero>
 static inline V small_byte_of(VU words, int i) {
 #if CORESKIP_LEVEL == 512
-    const __m512 low = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512 high = _mm512_setr_ps(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
+    const __m512 low = _mm512_setr_ps(-zero, 1 - zero, 2 - zero, 3 - zero, 4 - zero, 5 - zero, 6 - zero, 7 - zero,
+                                      8 - zero, 9 - zero, 10 - zero, 11 - zero, 12 - zero, 13 - zero, 14 - zero,
+                                      15 - zero);
+    const __m512 high = _mm512_add_ps(low, _mm512_set1_ps(16));
     return (V)_mm512_permutex2var_ps(low, (__m512i)(words >> (8 * i)), high);
 #else
+    static_assert(zero == 0, "");
     return __builtin_convertvector((VI)(words >> (8 * i) & 255), V);
 #endif
+}
+
+// The bits from `at` on of every word, less half of what they can hold: as a signed number, once the first is turned.
+template <int bits>
+static inline V signed_of(VU words, int at) {
+    constexpr uint32_t signs = bits == 4 ? 0x88888888u : (1u << (bits - 1)) * 0x01010101u;
+    return __builtin_convertvector((VI)((words ^ signs) << (32 - bits - at)) >> (32 - bits), V);
 }
 
 // kLanes bytes, widened.
@@ -142,9 +157,16 @@ struct Nibbles {
     }
     static constexpr int count = 8;  // inputs that Words hold
     static V number(const Words& words, int i) {
-        if constexpr (more == 0) return nibble_of(words.low, i);
-        if constexpr (more == 1) return small_byte_of(i % 2 ? words.high : words.low, i / 2);
+        if constexpr (more == 0) return nibble_of<0>(words.low, i);
+        if constexpr (more == 1) return small_byte_of<0>(i % 2 ? words.high : words.low, i / 2);
         return weight_of<0>(i % 2 ? words.high : words.low, i / 2);
+    }
+    // number less half
+    static V centred(const Words& words, int i) {
+        if constexpr (more == 0 && kWideSums) return nibble_of<half>(words.low, i);
+        if constexpr (more == 0) return signed_of<bits>(words.low, 4 * i);
+        if constexpr (more == 1 && kWideSums) return small_byte_of<half>(i % 2 ? words.high : words.low, i / 2);
+        return signed_of<bits>(i % 2 ? words.high : words.low, i / 2 * 8);
     }
     static int input(int k, int i) { return 4 * k + i / 2 + i % 2 * (kGroup / 2); }
 
@@ -179,6 +201,7 @@ struct Bytes {
 
     static Words words(const uint8_t* w, int k, int p) { return load_words(w, k, p); }
     static V number(VU words, int i) { return weight_of<0>(words, i); }
+    static V centred(VU words, int i) { return signed_of<bits>(words, 8 * i); }
     static int input(int k, int i) { return 4 * k + i; }
 
     template <int halves, int R>
