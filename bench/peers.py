@@ -125,7 +125,7 @@ die_with_parent()
 from coreskip.runtime.load import load
 model, out, precision = sys.argv[1:]
 with tempfile.TemporaryDirectory(dir=os.path.dirname(out)) as folder:
-    for part in load(model or None, dtype="float32", device="cpu"):
+    for part in load(model or None, dtype="float32", device="cpu", packed=False):
         part.save_pretrained(folder)
     build = "import runpy; runpy.run_module('onnxruntime_genai.models.builder', run_name='__main__')"
     build = "from coreskip.bench.lifetime import die_with_parent; die_with_parent(); " + build

@@ -28,6 +28,8 @@ from coreskip.runtime.wrap import is_wrapped, runtime_of, unwrap, wrap
 class HuggingFace(Runner):
     """transformers, eager, with its dynamic KV cache."""
 
+    packed: bool | None = False  # whether packed folders and GGUF files stay so
+
     def load(self) -> None:
         formats = self.job.dtype in FORMATS  # coreskip's own, packed from what is loaded
         dtype = torch.float32 if formats else getattr(torch, self.job.dtype)
@@ -36,7 +38,7 @@ class HuggingFace(Runner):
         if self.job.shape is not None:
             self.model: Any = self.job.shape.build(dtype, device)
         else:
-            self.model, self.tokenizer = load(self.job.model, dtype=dtype, device=device)
+            self.model, self.tokenizer = load(self.job.model, dtype=dtype, device=device, packed=self.packed)
         # greedy, without the checkpoint's penalties and without an end
         self.model.generation_config = cast(Any, GenerationConfig)(do_sample=False, pad_token_id=0)
 
@@ -107,6 +109,7 @@ class Coreskip(HuggingFace):
     """coreskip under a plan: the job's, or one that skips nothing."""
 
     exact = False
+    packed = None
 
     def load(self) -> None:
         super().load()

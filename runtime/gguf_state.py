@@ -29,6 +29,12 @@ from .gguf_file import GgufFile, GgufTensor
 log = logging.getLogger("coreskip")
 
 _ARRAY = 9  # the type of metadata, in the gguf package's numbers
+
+
+class NotAsItIs(CoreskipError):
+    """transformers loads an architecture in a way of its own, dequantised."""
+
+
 State = dict[str, "PackedLinear | Tensor"]
 
 
@@ -64,11 +70,11 @@ def load_state(file: GgufFile, model: nn.Module | PreTrainedConfig, *, whole: bo
         has no name for is left out, as transformers leaves it out.
 
     Raises:
-        CoreskipError: transformers does not know the architecture, or loads it in a way of its own.
+        CoreskipError: transformers does not know the architecture; `NotAsItIs` where it loads it in a way of its own.
     """
     architecture = file.architecture
     if _has_its_own_way(architecture):
-        raise CoreskipError(f"cannot load {file.path}: matrices of {architecture} are not read from GGUF as they are")
+        raise NotAsItIs(f"matrices of {architecture} are not read from GGUF files as they are")
     if isinstance(model, PreTrainedConfig):
         with torch.device("meta"), _one_line(f"{file.path}"):
             skeleton: nn.Module = AutoModelForCausalLM.from_config(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +13,18 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-from ..predictors.checks import path_of
+from ..kernels.ops import available
+from ..predictors.checks import check_flag, path_of
 from ..predictors.errors import CoreskipError
 from .cache import load_cached
+from .gguf_state import NotAsItIs
+from .load_gguf import load_gguf
 from .packed_folder import is_packed_folder, load_packed
 from .weights import load_whole
 
+logger = logging.getLogger("coreskip")
+
+_CPU = torch.device("cpu")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CAUSAL_HEADS = ("CausalLM", "LMHead", "ConditionalGeneration")
 
@@ -27,15 +34,18 @@ def load(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    packed: bool | None = None,
 ) -> tuple[Any, Any]:
     """Load a causal LM for inference, with its tokenizer.
 
     Args:
         model: None for the embedded SmolLM2-135M-Instruct; a local folder, or one that `pack` wrote, which is mapped;
-            a ``.gguf`` file (dequantised); or a hub id.
+            a ``.gguf`` file, whose matrices run as they are, and which is cached so; or a hub id.
         dtype: ``torch.float32``, ``torch.bfloat16``, ``torch.float16`` or one of their names; None keeps the
             checkpoint's own (fp32 for GGUF).
         device: None takes CUDA where there is one, else the CPU.
+        packed: False: matrices of GGUF files and packed folders become plain ones, as training, saving and other
+            libraries need them. None: they do on other devices than the CPU, and where there are no native kernels.
 
     Returns:
         ``(model, tokenizer)``, the model in evaluation mode.
@@ -44,15 +54,17 @@ def load(
         CoreskipError: no such model, not a causal LM, an unknown dtype, no such device.
     """
     wanted = _dtype(dtype)
+    check_flag("packed", packed, none=True)
     place = device_of(device)
     if model is None:
         loaded, tokenizer = load_cached(embedded_gguf(), wanted, _load_gguf, _from_pretrained)
     else:
         name = str(path_of(model, "the model"))
         if is_packed_folder(Path(name)):
-            return load_packed(Path(name), wanted, place), _tokenizer_of(name)
+            return load_packed(Path(name), wanted, place, packed), _tokenizer_of(name)
         if name.endswith(".gguf"):
-            loaded, tokenizer = _load_gguf(Path(name), wanted)
+            plain = packed is False or place.type != "cpu" or available("cpu") is not None
+            loaded, tokenizer = _load_gguf(Path(name), wanted) if plain else _load_as_it_is(Path(name), wanted)
         else:
             loaded, tokenizer = _load_folder_or_id(name, wanted)
     return loaded.to(place).eval(), tokenizer
@@ -118,6 +130,17 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
     for leftover in ("is_quantized", "quantization_method"):
         vars(model).pop(leftover, None)
     return model, tokenizer
+
+
+def _load_as_it_is(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    """A GGUF file with its matrices packed; dequantised where transformers loads its architecture otherwise."""
+    check_gguf(path)
+    try:
+        model, tokenizer = load_gguf(path, lambda folder: (load_packed(folder, None, _CPU), _tokenizer_of(folder)))
+    except NotAsItIs as reason:
+        logger.info("%s; it is dequantised", reason)
+        return _load_gguf(path, dtype)
+    return (model if dtype is None else model.to(dtype)), tokenizer
 
 
 def _load_folder_or_id(name: str, dtype: torch.dtype | None) -> tuple[Any, Any]:

@@ -19,7 +19,6 @@ from typing import Any, cast
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from ..kernels.groups import tile_shape
@@ -29,7 +28,8 @@ from ..kernels.store import DTYPES, Damaged, Store
 from ..predictors.errors import CoreskipError
 from ..predictors.fingerprint import KEPT, Fingerprint
 from ..predictors.plan import PACKED_AS
-from .packed_layer import PackedLayer, PackedRows, packed_layers
+from .packed_layer import packed_modules
+from .skeleton import hold, left_empty, put, skeleton, unpack_modules
 
 logger = logging.getLogger("coreskip")
 
@@ -131,9 +131,9 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def load_packed(folder: Path, dtype: torch.dtype | None, device: torch.device) -> Any:
-    """The model in `folder`, in evaluation mode; on another device than the CPU, and in processes without the native
-    kernels, unpacked.
+def load_packed(folder: Path, dtype: torch.dtype | None, device: torch.device, packed: bool | None = None) -> Any:
+    """The model in `folder`, in evaluation mode; unpacked on another device than the CPU, in processes without the
+    native kernels, and where it shall not be `packed`.
 
     dtype: of what is computed between matrices; None: as it was when the model was packed.
 
@@ -156,12 +156,10 @@ def load_packed(folder: Path, dtype: torch.dtype | None, device: torch.device) -
         raise CoreskipError(f"{folder} is not a well-formed packed model ({error}): pack the model again") from None
     if dtype is not None:
         model = model.to(dtype)
-    if device.type != "cpu" or available("cpu") is not None:
-        for module in model.modules():
-            if isinstance(module, (PackedLayer, PackedRows)):
-                module.unpack()
+    if packed is False or device.type != "cpu" or available("cpu") is not None:
+        unpack_modules(model)
         return model.to(device)
-    if document["weights"] is not None and any(True for _ in packed_layers(model)):
+    if document["weights"] is not None and packed_modules(model):
         setattr(model, PACKED_AS, document["weights"])
     setattr(model, FOLDER, str(folder))
     return model
@@ -179,43 +177,29 @@ def _skeleton(folder: Path, document: Mapping[str, Any]) -> Any:
         raise ValueError(f"transformers {transformers.__version__} has no model {name}")
     try:
         config = cast(Any, cls).config_class.from_pretrained(folder)
-        with init_empty_weights(include_buffers=False):
-            model = cast(Any, cls)._from_config(config, dtype=getattr(torch, document["dtype"]))
+        model = skeleton(cls, config, getattr(torch, document["dtype"]))
     except Exception as error:  # a damaged configuration surfaces as anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"its configuration: {reason}") from error
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    return model.eval()
+    return model
 
 
 def _fill(model: Any, document: Mapping[str, Any], store: Store) -> None:
     dtype = getattr(torch, document["dtype"])
     for name, entry in document["packed"].items():
-        old = model.get_submodule(name)
-        if isinstance(old, nn.Embedding):
-            (part,) = entry["parts"]
-            packed = _part(entry, store[part["tensor"]], part)
-            if tuple(old.weight.shape) != (packed.out_features, packed.in_features):
-                raise ValueError(f"{name} has another shape than its packed matrix")
-            PackedRows.hold(old, packed, dtype)
-            continue
         bias = store[entry["bias"]] if entry["bias"] is not None else None
-        parts = [_part(entry, store[part["tensor"]], part) for part in entry["parts"]]
-        layer = PackedLayer(parts, bias, dtype)
-        if tuple(old.weight.shape) not in (tuple(layer.weight.shape), tuple(layer.weight.shape[::-1])):
-            raise ValueError(f"{name} has another shape than its packed matrix")
-        model.set_submodule(name, layer)
+        hold(model, name, [_part(entry, store[part["tensor"]], part) for part in entry["parts"]], bias, dtype)
     for name, key in document["parameters"].items():
-        _put(model, name, nn.Parameter(store[key], requires_grad=False))
+        put(model, name, nn.Parameter(store[key], requires_grad=False))
     for name, key in document["buffers"].items():
-        _put(model, name, store[key])
+        put(model, name, store[key])
     for name, first in document["tied"].items():
-        _put(model, name, model.get_parameter(first))
-    packed = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, (PackedLayer, PackedRows))}
-    left = [name for name, p in model.named_parameters() if p.is_meta and name not in packed]
-    if left:
-        raise ValueError(f"it has no weights for {left[0]}")
+        put(model, name, model.get_parameter(first))
+    empty = left_empty(model)
+    if empty:
+        raise ValueError(f"it has no weights for {empty[0]}")
 
 
 def _part(entry: Mapping[str, Any], weight: Tensor, part: Mapping[str, Any]) -> PackedLinear:
@@ -225,15 +209,6 @@ def _part(entry: Mapping[str, Any], weight: Tensor, part: Mapping[str, Any]) -> 
     if weight.dtype != torch.uint8 or tuple(weight.shape) != tile_shape(part["format"], rows, inputs):
         raise ValueError(f"a packed matrix of {rows} x {inputs} has another size than {part['format']} takes")
     return PackedLinear(weight, inputs, rows=rows, whole=True)
-
-
-def _put(model: Any, name: str, value: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    own = module._parameters if isinstance(value, nn.Parameter) else module._buffers
-    if leaf not in own or (own[leaf] is not None and own[leaf].shape != value.shape):
-        raise ValueError(f"the model has no place for {name}")
-    own[leaf] = value
 
 
 def _fingerprint(saved: Mapping[str, Any], store: Store) -> Fingerprint:

@@ -159,6 +159,11 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(plain.values()) + sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
+def packed_modules(model: nn.Module) -> list[tuple[str, PackedLayer | PackedRows]]:
+    """All modules that have packed matrices alone, and their names."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, (PackedLayer, PackedRows))]
+
+
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
     """A model's layers that have packed matrices alone, and their names."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLayer))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import re
-import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ..predictors.errors import CoreskipError
+from .gguf_file import GgufFile, read_gguf
 
 logger = logging.getLogger("coreskip")
 
@@ -42,12 +42,21 @@ def load_whole(source: str | Path, auto: Any = AutoModelForCausalLM, **options: 
     file = Path(source) / options["gguf_file"] if "gguf_file" in options else None
     left_over = [key for key in found["unexpected_keys"] if not _may_be_left_over(model, key)]
     if file is not None:
-        left_over += _left_over_in_gguf(model, file)
+        left_over += left_over_in_gguf(model, read_gguf(file))
     shapes = {f"{key} ({_shape(there)} instead of {_shape(here)})" for key, there, here in found["mismatched_keys"]}
+    check_found(model, file or source, found["missing_keys"], shapes, left_over)
+    return model
+
+
+def check_found(
+    model: nn.Module, source: str | Path, missing: Iterable[str], shapes: Iterable[str], left_over: Iterable[str]
+) -> None:
+    """Raises CoreskipError where weights of `model` are missing, of another shape, or have no place in it: their
+    names."""
     faults = [
         f"{what} {_some(keys)}"
         for what, keys in (
-            ("there are no weights for", found["missing_keys"]),
+            ("there are no weights for", missing),
             ("of another shape is", shapes),
             ("the model has no place for", left_over),
         )
@@ -55,10 +64,9 @@ def load_whole(source: str | Path, auto: Any = AutoModelForCausalLM, **options: 
     ]
     if faults:
         raise CoreskipError(
-            f"the weights in {file or source} are not those of the {type(model).__name__} that it describes: "
+            f"the weights in {source} are not those of the {type(model).__name__} that it describes: "
             f"{'; '.join(faults)}: fetch or save the model again"
         )
-    return model
 
 
 def _may_be_left_over(model: nn.Module, key: str) -> bool:
@@ -73,13 +81,13 @@ def _may_be_left_over(model: nn.Module, key: str) -> bool:
     return leaf in _COMPUTED or leaf in dict(module.named_buffers(recurse=False))
 
 
-def _left_over_in_gguf(model: Any, path: Path) -> list[str]:
+def left_over_in_gguf(model: Any, file: GgufFile) -> list[str]:
     """Of a GGUF file, of which transformers takes what it knows, the layers and biases that the model has no place
     for."""
-    architecture, names = _gguf_names(path)
+    names = list(file.tensors)
     if "rope_freqs.weight" in names:
-        logger.warning("%s scales its rotary frequencies, which transformers does not read from GGUF files", path)
-    kind = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}.get(architecture)
+        logger.warning("%s scales its rotary frequencies, which transformers does not read from GGUF files", file.path)
+    kind = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}.get(file.architecture)
     if kind is None:
         return []
     layers = model.config.get_text_config().num_hidden_layers
@@ -94,42 +102,6 @@ def _left_over_in_gguf(model: Any, path: Path) -> list[str]:
         for name in names
         if _layer(name) >= layers or (name.endswith(".bias") and name.removesuffix(".bias") in without)
     ]
-
-
-_GGUF_FORMATS = dict(enumerate(["B", "b", "H", "h", "I", "i", "f", "?"])) | {10: "Q", 11: "q", 12: "d"}
-
-
-def _gguf_names(path: Path) -> tuple[str, list[str]]:
-    """A GGUF file's architecture and the names of its tensors: in 0.1 s where the gguf package, which makes an array
-    of every string of the vocabulary, takes 5."""
-    with path.open("rb") as file:
-
-        def number(fmt: str) -> int:
-            return int(struct.unpack("<" + fmt, file.read(struct.calcsize("<" + fmt)))[0])
-
-        def string() -> str:
-            return file.read(number("Q")).decode("utf-8", "replace")
-
-        def value(kind: int) -> str:
-            if kind == 8:
-                return string()
-            if kind == 9:
-                inner, count = number("I"), number("Q")
-                for _ in range(count):
-                    value(inner)
-            else:
-                file.read(struct.calcsize("<" + _GGUF_FORMATS[kind]))
-            return ""
-
-        def tensor() -> str:
-            name = string()
-            file.read(8 * number("I") + 12)  # shape, type, place
-            return name
-
-        file.read(8)  # mark and version
-        tensors, fields = number("Q"), number("Q")
-        table = {string(): value(number("I")) for _ in range(fields)}
-        return table.get("general.architecture", ""), [tensor() for _ in range(tensors)]
 
 
 def _layer(name: str) -> int:

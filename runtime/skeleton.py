@@ -1,0 +1,73 @@
+"""Models without weights, and what is put into them: packed matrices, parameters, buffers."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from ..kernels.packed import PackedLinear
+from .packed_layer import PackedLayer, PackedRows, packed_modules
+
+
+def skeleton(cls: Any, config: Any, dtype: torch.dtype) -> Any:
+    """A model of a class of transformers, in evaluation mode, whose parameters are on the meta device; what it
+    computes when it is made (frequencies of rotary embeddings) is there."""
+    with init_empty_weights(include_buffers=False):
+        model = cls._from_config(config, dtype=dtype)
+    return model.eval()
+
+
+def hold(model: Any, name: str, parts: list[PackedLinear], bias: Tensor | None, dtype: torch.dtype) -> None:
+    """Lets the linear or embedding of this name hold its matrix packed.
+
+    Raises:
+        ValueError: the model has no such module, or one of another shape.
+    """
+    old = _submodule(model, name)
+    shape = sum(part.out_features for part in parts), parts[0].in_features
+    weight = getattr(old, "weight", None)
+    if not isinstance(weight, Tensor) or tuple(weight.shape) not in (shape, shape[::-1]):
+        raise ValueError(f"{name} has another shape than its packed matrix")
+    if isinstance(old, nn.Embedding):
+        if len(parts) != 1 or tuple(weight.shape) != shape:
+            raise ValueError(f"{name} is packed as embeddings are not")
+        PackedRows.hold(old, parts[0], dtype)
+    else:
+        model.set_submodule(name, PackedLayer(parts, bias, dtype))
+
+
+def put(model: Any, name: str, value: Tensor) -> None:
+    """A parameter or buffer.
+
+    Raises:
+        ValueError: the model has none of this name and shape.
+    """
+    path, _, leaf = name.rpartition(".")
+    module = _submodule(model, path)
+    own = module._parameters if isinstance(value, nn.Parameter) else module._buffers
+    before = cast("Tensor | None", own.get(leaf))
+    if leaf not in own or (before is not None and before.shape != value.shape):
+        raise ValueError(f"the model has no place for {name}")
+    own[leaf] = value
+
+
+def left_empty(model: Any) -> list[str]:
+    """Names of parameters that have no numbers yet."""
+    packed = {f"{name}.weight" for name, _ in packed_modules(model)}
+    return [name for name, p in model.named_parameters() if p.is_meta and name not in packed]
+
+
+def unpack_modules(model: nn.Module) -> None:
+    """All packed matrices become plain ones with their numbers, in the model's dtype."""
+    for _, module in packed_modules(model):
+        module.unpack()
+
+
+def _submodule(model: Any, name: str) -> nn.Module:
+    try:
+        return cast(nn.Module, model.get_submodule(name))
+    except AttributeError:
+        raise ValueError(f"the model has no {name}") from None
