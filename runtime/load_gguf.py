@@ -43,19 +43,23 @@ def model_of(file: GgufFile) -> Any:
         reason = " ".join(str(error).split())[:200]
         raise CoreskipError(f"cannot load {file.path}: {reason}") from error
     state = load_state(file, model)
-    misfits = []
+    misfits: dict[str, str] = {}
     for name, value in state.items():
         try:
             _put(model, name, value, state)
-        except ValueError:
-            misfits.append(name)
+        except ValueError as error:
+            misfits[name] = f"{name} ({error})"
     _tie(model)
-    check_found(model, file.path, left_empty(model), misfits, left_over_in_gguf(model, file))
+    missing = [name for name in left_empty(model) if name not in misfits]
+    check_found(model, file.path, missing, misfits.values(), left_over_in_gguf(model, file))
     return model
 
 
 def _put(model: Any, name: str, value: PackedLinear | Tensor, state: State) -> None:
     module, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(module) if module else None
+    if isinstance(value, Tensor) and value.dtype != torch.float32 and isinstance(parent, (nn.Linear, nn.Embedding)):
+        value = PackedLinear.pack(value) if value.dim() == 2 else value
     if isinstance(value, PackedLinear):
         bias = state.get(f"{module}.bias")
         hold(model, module, [value], bias.float() if isinstance(bias, Tensor) else None, torch.float32)

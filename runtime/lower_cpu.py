@@ -101,7 +101,7 @@ class CpuModel:
         self._format, tables = KERNEL_FORMATS[packing.weights], rotary.tables()
         layers = [self._layer(layer, i in packing.bundled, tables[i]) for i, layer in enumerate(spec.layers)]
         self.base = native.StepModel(
-            embedding=spec.table.part(True) if isinstance(spec.table, PackedRows) else spec.embedding,
+            embedding=_table(spec),
             layers=layers,
             norm=lower_norm(spec.norm),
             head=self._parts(spec.head, HEAD_FORMAT if self._format else None)[0],
@@ -259,6 +259,16 @@ def _in_parts(packed: list[PackedLinear], rows: tuple[int, ...] | None) -> list[
         parts.append(part)
         first += count
     return parts
+
+
+def _table(spec: ModelSpec) -> Tensor | PackedLinear:
+    """The embeddings as steps look them up."""
+    if not isinstance(spec.table, PackedRows):
+        return spec.embedding
+    packed = spec.table.part()
+    if packed.grouped:
+        return packed
+    return packed.weight[:, : packed.in_features].contiguous()  # padding, if there is any, goes
 
 
 def _where_it_lies(brick: BrickSpec) -> native.DenseMLP:

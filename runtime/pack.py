@@ -37,7 +37,7 @@ from .wrap import make_way
 logger = logging.getLogger("coreskip")
 
 AS_LOADED, BFLOAT16 = "as-loaded", "bfloat16"
-_GROUPS = 0.3  # of a float32 matrix' bytes, at most, for another form of its very numbers
+_HALF = 0.5  # of a float32 matrix' bytes, at most, for another form of its very numbers
 
 
 def check_weights(weights: Any) -> None:
@@ -79,7 +79,7 @@ def pack(
             - ``"int4"``: 4-bit groups of 32 inputs, by plain rounding; bytes for the head;
             - ``"int8"``: bytes in such groups;
             - ``"bfloat16"``: all parameters, matrices included;
-            - ``"as-loaded"``: the very numbers, in groups where these hold them in fewer bytes;
+            - ``"as-loaded"``: the very numbers, in groups or halves where these hold them in fewer bytes;
             - None: the plan's, else ``"as-loaded"``.
 
     Returns:
@@ -163,8 +163,8 @@ class _Source:
         counts = self.rows.get(module, (weight.shape[0],))
         rows = weight.split(counts)
         if self.weights == AS_LOADED:
-            found = [cpu.pack_exactly(part.contiguous(), most=_GROUPS) for part in rows]
-            exact = [part for part in found if part is not None and part.grouped]
+            found = [cpu.pack_exactly(part.contiguous(), most=_HALF) for part in rows]
+            exact = [part for part in found if part is not None]
             return exact if len(exact) == len(rows) else None
         head = module is self.model.get_output_embeddings()
         fmt = HEAD_FORMAT if head else KERNEL_FORMATS[self.weights]
@@ -177,8 +177,7 @@ class _Source:
             return table.part()
         if self.weights == BFLOAT16 or not isinstance(table, nn.Embedding) or table.weight.dim() != 2:
             return None
-        found = cpu.pack_exactly(table.weight, most=_GROUPS)
-        return found if found is not None and found.grouped else None
+        return cpu.pack_exactly(table.weight, most=_HALF)
 
     def written(self, packed: Iterable[nn.Module]) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What is written besides packed matrices: tensors by name, and of tied ones the name of the first."""
@@ -259,7 +258,7 @@ def _write_packed(writer: Writer, source: _Source, progress: bool) -> dict[str, 
         for index, part in enumerate(parts):
             key = f"{name}.packed.{index}"
             writer.add(key, part.weight)
-            entries.append({"tensor": key, "format": part.fmt, "rows": part.out_features})
+            entries.append({"tensor": key, "format": _format(part), "rows": part.out_features})
         bias = None
         if module.bias is not None:
             bias = f"{name}.bias"
@@ -267,6 +266,10 @@ def _write_packed(writer: Writer, source: _Source, progress: bool) -> dict[str, 
         packed[name] = {"inputs": parts[0].in_features, "parts": entries, "bias": bias}
     _write_embedding(writer, source, of_head, packed)
     return packed
+
+
+def _format(part: PackedLinear) -> str:
+    return part.fmt or str(part.weight.dtype).removeprefix("torch.")
 
 
 def _write_embedding(writer: Writer, source: _Source, of_head: list[PackedLinear], packed: dict[str, Any]) -> None:
@@ -280,7 +283,7 @@ def _write_embedding(writer: Writer, source: _Source, of_head: list[PackedLinear
         key = packed[source.names[head]]["parts"][0]["tensor"]
     else:
         writer.add(key, table.weight)
-    part = {"tensor": key, "format": table.fmt, "rows": table.out_features}
+    part = {"tensor": key, "format": _format(table), "rows": table.out_features}
     packed[source.names[module]] = {"inputs": table.in_features, "parts": [part], "bias": None}
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..kernels.groups import tile_shape
 from ..kernels.ops import available
-from ..kernels.packed import PackedLinear
+from ..kernels.packed import PackedLinear, padded
 from ..kernels.store import DTYPES, Damaged, Store
 from ..predictors.errors import CoreskipError
 from ..predictors.fingerprint import KEPT, Fingerprint
@@ -33,6 +33,7 @@ from .skeleton import hold, left_empty, put, skeleton, unpack_modules
 
 logger = logging.getLogger("coreskip")
 
+_HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # formats of matrices without groups
 DOCUMENT, WEIGHTS, PLAN = "packed.json", "weights.bin", "plan"
 FORMAT, VERSION = "coreskip.packed", 1
 #: where a model has the folder that it was loaded from
@@ -206,6 +207,11 @@ def _part(entry: Mapping[str, Any], weight: Tensor, part: Mapping[str, Any]) -> 
     inputs, rows = entry["inputs"], part["rows"]
     if type(inputs) is not int or type(rows) is not int or inputs < 1 or rows < 1:
         raise ValueError("a packed matrix has no sensible shape")
+    dtype = _HALVES.get(part["format"])
+    if dtype is not None:
+        if weight.dtype != dtype or tuple(weight.shape) != (rows, padded(inputs, dtype)):
+            raise ValueError(f"a matrix of {rows} x {inputs} has another size than {part['format']} takes")
+        return PackedLinear(weight, inputs)
     if weight.dtype != torch.uint8 or tuple(weight.shape) != tile_shape(part["format"], rows, inputs):
         raise ValueError(f"a packed matrix of {rows} x {inputs} has another size than {part['format']} takes")
     return PackedLinear(weight, inputs, rows=rows, whole=True)

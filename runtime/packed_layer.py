@@ -25,7 +25,8 @@ class PackedLayer(nn.Linear):
     of predictors/anatomy.py, asks for `unpacked`.
 
     Args:
-        parts: packed matrices, whose rows, in order, are those of the layer; groups alone. Their biases are not used.
+        parts: packed matrices whose rows, in order, are those of the layer: groups, or halves for float32. Their
+            biases are not used.
         bias: ``[outputs]`` of the model's dtype, or None.
     """
 
@@ -53,7 +54,7 @@ class PackedLayer(nn.Linear):
         for part in self._packed:
             last = first + part.out_features
             bias = None if self.bias is None else self.bias.detach()[first:last].float()
-            found.append(replace(part, bias=bias, whole=whole))
+            found.append(replace(part, bias=bias, whole=whole and part.grouped))
             first = last
         return found
 
@@ -71,7 +72,7 @@ class PackedLayer(nn.Linear):
 
     @property
     def formats(self) -> list[str]:
-        return [str(part.fmt) for part in self._packed]
+        return [part.fmt or str(part.weight.dtype).removeprefix("torch.") for part in self._packed]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Casts; a packed matrix stays as it is. It is in the CPU's format: another device gets the matrix unpacked."""
@@ -111,7 +112,9 @@ class PackedRows(nn.Embedding):
 
     def rows(self, ids: Tensor) -> Tensor:
         """The embeddings of tokens, int64 ``[..]``, as ``[.., hidden]`` of the model's dtype, not scaled yet."""
-        return cpu.rows_at(self._packed, ids, self.weight.dtype)
+        if self._packed.grouped:
+            return cpu.rows_at(self._packed, ids, self.weight.dtype)
+        return self._packed.weight[ids, : self._packed.in_features].to(self.weight.dtype)
 
     def _stand_in(self, dtype: torch.dtype) -> None:
         """Gives `weight` shape and dtype, and one number that is none: on the CPU, since the first parameter's device

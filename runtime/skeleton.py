@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -30,7 +31,7 @@ def hold(model: Any, name: str, parts: list[PackedLinear], bias: Tensor | None, 
     shape = sum(part.out_features for part in parts), parts[0].in_features
     weight = getattr(old, "weight", None)
     if not isinstance(weight, Tensor) or tuple(weight.shape) not in (shape, shape[::-1]):
-        raise ValueError(f"{name} has another shape than its packed matrix")
+        raise ValueError(f"{_shape(shape)} instead of {_shape(getattr(weight, 'shape', ()))}")
     if isinstance(old, nn.Embedding):
         if len(parts) != 1 or tuple(weight.shape) != shape:
             raise ValueError(f"{name} is packed as embeddings are not")
@@ -49,8 +50,10 @@ def put(model: Any, name: str, value: Tensor) -> None:
     module = _submodule(model, path)
     own = module._parameters if isinstance(value, nn.Parameter) else module._buffers
     before = cast("Tensor | None", own.get(leaf))
-    if leaf not in own or (before is not None and before.shape != value.shape):
+    if leaf not in own:
         raise ValueError(f"the model has no place for {name}")
+    if before is not None and before.shape != value.shape:
+        raise ValueError(f"{_shape(value.shape)} instead of {_shape(before.shape)}")
     own[leaf] = value
 
 
@@ -64,6 +67,10 @@ def unpack_modules(model: nn.Module) -> None:
     """All packed matrices become plain ones with their numbers, in the model's dtype."""
     for _, module in packed_modules(model):
         module.unpack()
+
+
+def _shape(size: Iterable[int]) -> str:
+    return " x ".join(map(str, size))
 
 
 def _submodule(model: Any, name: str) -> nn.Module:
