@@ -154,8 +154,8 @@ static void quantize_groups(const float* x, int64_t n, int8_t* q, float* scale, 
             total_q[p / (parts / 2)] += rounded;
         }
         scale[g] = finite ? (some ? step : 0.f) : NAN;
-        for (int h = 0; h < 2; h++) half[2 * g + h] = total(total_q[h]);
-        sum[g] = scale[g] * static_cast<float>(half[2 * g] + half[2 * g + 1]);
+        if (half) half[2 * g] = total(total_q[0]), half[2 * g + 1] = total(total_q[1]);
+        sum[g] = scale[g] * static_cast<float>(total(total_q[0] + total_q[1]));
     }
 }
 
