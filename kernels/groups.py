@@ -7,15 +7,12 @@ rounded to two of them, "int4" and "int8_groups".
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .memory import allocate
-
-if TYPE_CHECKING:
-    from .packed import PackedLinear
 
 GROUP, TILE = 32, 16  # inputs of a group, rows of a tile; kGroup and kTile in csrc/formats.h
 _SUPER = 8  # groups of a super-block
@@ -157,7 +154,20 @@ def _tiles_of(weight: Tensor, fmt: str) -> Tensor:
     return torch.cat([numbers, *ends], -1)
 
 
-def untile(packed: PackedLinear) -> tuple[Tensor, Tensor, Tensor]:
+class Tiled(Protocol):
+    """What `untile` reads of a `PackedLinear`: tiles, how many rows of them count, and the name of their format."""
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    @property
+    def rows(self) -> int | None: ...
+
+    @property
+    def fmt(self) -> str | None: ...
+
+
+def untile(packed: Tiled) -> tuple[Tensor, Tensor, Tensor]:
     """q, scale and least of tiles, such that `ungroup` of them are the numbers, even to the sign of a zero.
 
     Returns q [rows, groups, 32], scale and least [rows, groups], or twice as many groups of 16 for "int6_super". q is
