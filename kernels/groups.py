@@ -71,21 +71,6 @@ BY_BYTES = {form.tile_bytes: name for name, form in FORMATS.items()}
 GROUPED = ("int4", "int8_groups")  # what floats are packed in
 
 
-class Tiled(Protocol):
-    """A matrix in tiles, as `PackedLinear` has it."""
-
-    @property
-    def weight(self) -> Tensor: ...
-    @property
-    def fmt(self) -> str | None: ...
-    @property
-    def rows(self) -> int | None: ...
-    @property
-    def out_features(self) -> int: ...
-    @property
-    def in_features(self) -> int: ...
-
-
 # ---- rounding ----
 
 
@@ -173,6 +158,19 @@ def _tiles_of(weight: Tensor, fmt: str) -> Tensor:
         numbers = q.view(-1, TILE, groups, 8, 4).permute(0, 2, 3, 1, 4).reshape(-1, groups, TILE * GROUP)
         del ends[1]
     return torch.cat([numbers, *ends], -1)
+
+
+class Tiled(Protocol):
+    """What `untile` reads of a `PackedLinear`: tiles, how many rows of them count, and the name of their format."""
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    @property
+    def rows(self) -> int | None: ...
+
+    @property
+    def fmt(self) -> str | None: ...
 
 
 def untile(packed: Tiled) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,6 +29,7 @@ _FORMATS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _LEAST_FIELD = 8 + 4 + 1  # bytes of a key's length, of a type, and of the least value
 _LEAST_TENSOR = 8 + 4 + 4 + 8  # of a name's length, the number of dimensions, a type and an offset
 _MOST_DIMENSIONS = 4
+_MOST = 1 << 24  # of anything, as a damaged number of many gigabytes would become objects of ten times their size
 _DEEPEST = 4  # arrays within arrays; files in use have none
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -165,7 +166,7 @@ class _Reader:
     def count(self, fmt: str, least: int, what: str) -> int:
         """How many things follow of at least `least` bytes."""
         count = int(self.number(fmt))
-        if count * least > self.size - self.at:
+        if count * least > self.size - self.at or count > _MOST:
             self.fail(f"it is cut short or damaged: {self.size} bytes cannot hold {count} {what}")
         return count
 

@@ -100,7 +100,7 @@ struct TileJob {
     const int8_t* q;       // [rows][groups * kGroup]
     const float* scale;    // [rows][groups]
     const float* sum;      // [rows][groups], scale times the sum of q
-    const int32_t* half;   // [rows][groups][2], the sums of each half of q
+    const int32_t* half;   // kInt6Super: [rows][groups][2], the sums of each half of q
     float* y;              // [rows][out]
     Ahead* ahead;
 };
@@ -142,6 +142,7 @@ struct AttendJob {
 
 struct StepIsa {
     void (*tiles)(const TileJob& job, int64_t begin, int64_t end);
+    // half: see TileJob; null: not wanted.
     void (*quantize_groups)(const float* x, int64_t n, int8_t* q, float* scale, float* sum, int32_t* half);
     void (*norm)(const StepNorm& norm, const float* x, float* y);
     void (*rotate)(float* x, const float* cos, const float* sin, int64_t size);

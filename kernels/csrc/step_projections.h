@@ -25,8 +25,10 @@ class Projections {
 
     // Puts the input_ into the form that a weight's format wants: padded, and arranged or quantised.
     void prepare(int dtype, int64_t stride, bool whole = false) {
-        if (grouped(dtype)) dtype = kInt4;  // all tiles meet the same x
-        if (ready_ == dtype && ready_stride_ == stride && ready_whole_ == whole) return;
+        // All tiles meet the same x; those with two scales a group want sums of its halves, too.
+        if (grouped(dtype) && dtype != kInt6Super) dtype = kInt4;
+        const bool ready = ready_ == dtype || (dtype == kInt4 && ready_ == kInt6Super);
+        if (ready && ready_stride_ == stride && ready_whole_ == whole) return;
         ready_ = dtype;
         ready_stride_ = stride;
         ready_whole_ = whole;
@@ -38,7 +40,8 @@ class Projections {
             if (grouped(dtype)) {
                 const int64_t groups = stride / kGroup;
                 thread.step.quantize_groups(row, stride, own.q + t * stride, own.group_scale + t * groups,
-                                     own.group_sum + t * groups, own.group_half + 2 * t * groups);
+                                     own.group_sum + t * groups,
+                                     dtype == kInt6Super ? own.group_half + 2 * t * groups : nullptr);
             } else if (dtype >= kInt8) {
                 thread.isa.quantize(row, stride, own.q + t * stride, own.scale + t, own.sum + t);
             } else {

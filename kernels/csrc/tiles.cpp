@@ -33,7 +33,8 @@ CORESKIP_API int coreskip_tiles(const void* x, int x_dtype, int rows, int64_t in
         isa.to_float(static_cast<const char*>(x) + r * in_features * size_of(x_dtype), x_dtype, row, in_features);
         memset(row + in_features, 0, (stride - in_features) * sizeof(float));
         if (whole) continue;
-        step.quantize_groups(row, stride, q + r * stride, scale + r * groups, sum + r * groups, half + 2 * r * groups);
+        int32_t* halves = format == kInt6Super ? half + 2 * r * groups : nullptr;
+        step.quantize_groups(row, stride, q + r * stride, scale + r * groups, sum + r * groups, halves);
     }
     each_beside_torch(threads, threads, [&](int64_t part) {
         Ahead none{};

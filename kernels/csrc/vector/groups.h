@@ -256,6 +256,17 @@ struct TwoEnds {
     static V least(const Head&, const uint8_t* at, int p) { return half_of(at, kTile + p * kLanes); }
 };
 
+// A product that GCC is not to take apart: where it is added to each of many others, it would multiply those instead of
+// fusing them with the sum. A third product a weight, 49 us for 39 on 1536 x 512 in AVX-512.
+static inline V once(V product) {
+#if CORESKIP_LEVEL == 512
+    asm("" : "+v"(product));
+#elif CORESKIP_LEVEL == 2
+    asm("" : "+x"(product));
+#endif
+    return product;
+}
+
 // w = (d * scale) * q - (dmin * least)
 struct SuperTwoEnds {
     struct Head {
@@ -269,7 +280,9 @@ struct SuperTwoEnds {
     static constexpr bool centred = false;
 
     static V scale(const Head& head, const uint8_t* at, int p, int) { return head.d[p] * widen(at + p * kLanes); }
-    static V least(const Head& head, const uint8_t* at, int p) { return head.dmin[p] * widen(at + kTile + p * kLanes); }
+    static V least(const Head& head, const uint8_t* at, int p) {
+        return once(head.dmin[p] * widen(at + kTile + p * kLanes));
+    }
 };
 
 // w = (d * scale) * (q - half), with a scale for each half of a group
