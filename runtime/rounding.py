@@ -80,15 +80,19 @@ def compensate(
         CoreskipError: less than one window of text, unknown names or widths, a wrapped model.
     """
     make_way(model)
-    check_count("tokens", tokens)
-    check_count("window", window, 2)
     anatomy = dissect(model)
     formats = _formats(model, anatomy, widths)
+    return _rounded(model, anatomy, windows_of(model, text, tokens, window), formats, progress)
+
+
+def windows_of(model: Any, text: TokenText | Tensor, tokens: int, window: int) -> Tensor:
+    """At most so many tokens of a text, in windows of so many, int64 ``[windows, window]`` on the model's device."""
+    check_count("tokens", tokens)
+    check_count("window", window, 2)
     if isinstance(text, Tensor):
-        text = TokenText(text.flatten().cpu(), torch.empty(0, dtype=torch.int64), "ids")
+        text = TokenText(text.flatten().cpu(), torch.empty(0, dtype=torch.int64, device="cpu"), "token ids")
     length = min(window, most_positions(model, window))
-    rows = text.windows(length, max(1, tokens // length)).to(model.device)
-    return _rounded(model, anatomy, rows, formats, progress)
+    return text.windows(length, max(1, tokens // length)).to(model.device)
 
 
 def plainly(model: Any, *, widths: Widths = "int4") -> Iterator[Rounded]:
