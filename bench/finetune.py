@@ -38,6 +38,34 @@ def batches(text: TokenText, steps: int, length: int, seed: int) -> Iterator[Ten
             yield windows[index : index + 1]
 
 
+@torch.no_grad()
+def leave_grid(model: Any, seed: int = SEED) -> None:
+    """Rescales the inputs of all linears of a Llama's layers, and what gives these inputs the other way round, by
+    factors from 0.8 to 1.25: the model computes what it did, up to float32's rounding, from numbers on no grid."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def factors(count: int) -> Tensor:
+        return 1.25 ** (2 * torch.rand(count, generator=generator) - 1)
+
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm, linears in (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        ):
+            scale = factors(norm.weight.numel())
+            norm.weight /= scale
+            for linear in linears:
+                linear.weight *= scale
+        scale = factors(mlp.down_proj.in_features)
+        mlp.up_proj.weight /= scale[:, None]
+        mlp.down_proj.weight *= scale
+        scale = factors(attention.v_proj.out_features).view(-1, attention.head_dim)
+        attention.v_proj.weight /= scale.view(-1, 1)
+        heads = attention.o_proj.in_features // attention.v_proj.out_features  # that read the same values
+        attention.o_proj.weight *= scale.repeat_interleave(heads, 0).flatten()
+
+
 def finetune(
     model: Any, text: TokenText, *, steps: int = STEPS, length: int = LENGTH, rate: float = RATE, seed: int = SEED
 ) -> list[float]:

@@ -58,7 +58,8 @@ class Compensation:
         damping: see `_DAMPING`; keeps what few tokens say of rare directions from being believed.
     """
 
-    def __init__(self, gram: Tensor, damping: float = _DAMPING) -> None:
+    def __init__(self, gram: Tensor, damping: float | None = None) -> None:
+        damping = _DAMPING if damping is None else damping
         fill = -gram.shape[0] % GROUP
         self._inputs = gram.shape[0]
         diagonal = gram.diagonal().double()
@@ -77,10 +78,13 @@ class Compensation:
         weight: ``[rows, inputs]``; cross: X'(Y - X), ``[inputs, inputs]``, Y being the original inputs.
         """
         fill = self._hessian.shape[0] - self._inputs
-        moved = F.pad(cross.double() @ weight.t().double(), (0, 0, 0, fill))
-        return weight + torch.cholesky_solve(moved, self._cholesky)[: self._inputs].t().float()
+        if len(weight) < self._inputs:
+            moved = F.pad(cross @ weight.t(), (0, 0, 0, fill)).double()
+            return weight + torch.cholesky_solve(moved, self._cholesky)[: self._inputs].t().float()
+        by = torch.cholesky_solve(F.pad(cross, (0, 0, 0, fill)).double(), self._cholesky)[: self._inputs]
+        return weight + weight @ by.t().float()
 
-    def round(self, weight: Tensor, fmt: str, sweeps: int = SWEEPS) -> Groups:
+    def round(self, weight: Tensor, fmt: str) -> Groups:
         """weight: ``[rows, inputs]`` of float32; fmt: "int4" or "int8_groups"."""
         target = weight.t().contiguous()
         fill = self._hessian.shape[0] - self._inputs
@@ -89,7 +93,7 @@ class Compensation:
         rounding = _Rounding(target, fmt)
         inverse = torch.cholesky_inverse(self._cholesky)
         rounding.push(torch.linalg.cholesky(inverse, upper=True).float())
-        for _ in range(sweeps):
+        for _ in range(SWEEPS):
             rounding.sweep(self._hessian)
         return rounding.groups()
 
