@@ -2,9 +2,9 @@
 
 GPTQ (Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
 arXiv 2210.17323) rounds input by input and pushes what each rounding errs by onto the inputs that are still to come.
-Coordinate descent then goes over the numbers and the ends of the groups again, now that all others are known (QuantEase,
-arXiv 2309.01885). Inside, matrices are transposed, ``[inputs, rows]``: what is done to one input of all rows is then one
-run of memory.
+Coordinate descent then goes over the numbers and the ends of the groups again, now that all others are known
+(QuantEase, arXiv 2309.01885). Inside, matrices are transposed, ``[inputs, rows]``: what is done to one input of all
+rows is then one run of memory.
 """
 
 from __future__ import annotations

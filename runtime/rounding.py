@@ -9,7 +9,7 @@ as its rounded ones before give them; linears with the same input are rounded to
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from ..kernels.packed import PackedLinear, allocate, tiles_from_groups, ungroup, untile
+from ..kernels.packed import TILE, PackedLinear, allocate, tiles_from_groups, ungroup, untile
 from ..predictors.anatomy import Anatomy, dissect, rows_of
 from ..predictors.calibration import TokenText, most_positions
 from ..predictors.checks import WEIGHT_FORMATS, check_count
@@ -194,10 +194,8 @@ def _entered(anatomy: Anatomy, rows: Tensor) -> tuple[list[Tensor], list[_Call]]
 
 
 def _until_reached(run: Callable[[], object]) -> None:
-    try:
+    with suppress(_Reached):
         run()
-    except _Reached:
-        pass
 
 
 @contextmanager
@@ -241,7 +239,7 @@ class _Layer:
         inputs: dict[nn.Module, list[Tensor]] = {stage[0]: [] for stage in stages}
         with _before(list(inputs), lambda module, arguments: inputs[module].append(_flat(arguments[0]))):
             original = [self._call(self._layer, x) for x in original]
-        with _exchanged({}) if not self._linears else _exchanged({m: cast(Any, m).weight.data for m in self._linears}):
+        with _exchanged({module: cast(Any, module).weight.data for module in self._linears}):
             for stage in stages:
                 self._round_stage(stage, states, inputs.pop(stage[0]))
             states = [self._call(self._layer, x) for x in states]
@@ -294,9 +292,10 @@ class _Layer:
     def _keep_exact(self, module: nn.Module) -> bool:
         """Numbers that are on the grid already stay what they are."""
         weight, bias = rows_of(module)
-        packed = PackedLinear.pack(weight, bias, fmt=self._formats[module])
-        if not torch.equal(_values(packed), weight.float()):
+        # a few rows tell most matrices that are not
+        if not _on_grid(weight[:TILE], self._formats[module]) or not _on_grid(weight, self._formats[module]):
             return False
+        packed = PackedLinear.pack(weight, bias, fmt=self._formats[module])
         self._found[module] = packed, torch.zeros(packed.out_features)
         return True
 
@@ -319,6 +318,10 @@ class _Layer:
                 cross = x.t() @ (y - x) + cross
                 tokens += len(x)
         return gram, cross, tokens
+
+
+def _on_grid(weight: Tensor, fmt: str) -> bool:
+    return torch.equal(_values(PackedLinear.pack(weight, fmt=fmt)), weight.float())
 
 
 def _flat(x: Tensor) -> Tensor:
