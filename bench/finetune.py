@@ -5,10 +5,10 @@
 
 The embedded model's numbers are 4-bit numbers already, so rounding it to 4 bits costs nothing and tells nothing.
 Either of two takes them off that grid. Adam's updates: 200 steps of 256 tokens took 12 minutes on two busy cores. At
-the rate of 1e-3 they change the numbers by 4 % (root mean square), and the result is no better model: perplexity on unseen
-text of the same kind 29.0, before 26.3, and 37.4 after plain rounding, which takes much of the training back. Or
-`--rescale`: factors between layers that cancel out. It computes what the embedded model does; plain rounding then errs
-as it does on numbers that never were on a grid, and perplexity goes from 26.3 to 32.0.
+the rate of 1e-3 they change the numbers by 4 % (root mean square), and the result is no better model: perplexity on
+unseen text of the same kind 29.0, before 26.3, and 37.4 after plain rounding, which takes much of the training back.
+Or `--rescale`: factors between layers that cancel out. It computes what the embedded model does; plain rounding then
+errs as it does on numbers that never were on a grid, and perplexity goes from 26.3 to 32.0.
 """
 
 from __future__ import annotations

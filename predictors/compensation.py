@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..kernels.packed import GROUP
 
-SWEEPS = 3  # of coordinate descent
+SWEEPS = 1  # of coordinate descent
 _DAMPING = 0.01  # of the mean diagonal is added to it
 _FILL = 1e-6  # of the mean diagonal is that of inputs that only fill up a group
 _BLOCK = 128  # inputs whose errors reach the inputs behind them in one matrix product

@@ -30,7 +30,7 @@ from .lower_cpu import HEAD_FORMAT, KERNEL_FORMATS
 from .wrap import make_way
 
 TOKENS, WINDOW = 8192, 512
-SHIFT = 1.0  # share of the error of the layers before that a linear is to make up for
+SHIFT = 0.5  # share of the error of the layers before that a linear is to make up for
 
 Widths = str | Mapping[str, str]
 Hook = Callable[[nn.Module, tuple[Any, ...]], None]
