@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..kernels.packed import GROUP
 
 SWEEPS = 1  # of coordinate descent
-_DAMPING = 0.01  # of the mean diagonal is added to it
+_DAMPING = 0.05  # of the mean diagonal is added to it
 _FILL = 1e-6  # of the mean diagonal is that of inputs that only fill up a group
 _BLOCK = 128  # inputs whose errors reach the inputs behind them in one matrix product
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)  # shares of a group's range that its ends are tried at
