@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..kernels.packed import GROUP
+from .errors import CoreskipError
 
 SWEEPS = 1  # of coordinate descent
 _DAMPING = 0.05  # of the mean diagonal is added to it
@@ -59,6 +60,10 @@ class Compensation:
     """
 
     def __init__(self, gram: Tensor, damping: float | None = None) -> None:
+        if not gram.isfinite().all():
+            raise CoreskipError(
+                "the model's activations on this text are infinite or NaN: nothing can be rounded by them"
+            )
         damping = _DAMPING if damping is None else damping
         fill = -gram.shape[0] % GROUP
         self._inputs = gram.shape[0]

@@ -100,13 +100,14 @@ def plainly(model: Any, *, widths: Widths = "int4") -> Iterator[Rounded]:
 
     The errors are zeros: nothing was calibrated.
     """
+    make_way(model)
+    names = _names(model)
     for module, fmt in _formats(model, dissect(model), widths).items():
-        packed = PackedLinear.pack(*rows_of(module), fmt=fmt)
-        yield Rounded(_names(model)[module], module, packed, torch.zeros(packed.out_features))
+        yield Rounded(names[module], module, *_plain(module, fmt))
 
 
 @contextmanager
-def replaced(found: Sequence[Rounded], *, head: bool = True) -> Iterator[None]:
+def replaced(found: Sequence[Rounded]) -> Iterator[None]:
     """Inside, the modules compute with the rounded numbers, dequantised to their own dtype; the inputs of the products
     stay as they are, which the kernels round to 8 bits. A head that is tied to the embedding takes that along."""
     with _exchanged({each.module: each.values() for each in found}):
@@ -149,8 +150,7 @@ def _rounded(
         for module in (m for m in layer.modules() if m in formats):
             packed, error = found[module]
             yield Rounded(names[module], module, packed, error)
-    packed = PackedLinear.pack(*rows_of(head), fmt=formats[head])
-    yield Rounded(names[head], head, packed, torch.zeros(packed.out_features))
+    yield Rounded(names[head], head, *_plain(head, formats[head]))
 
 
 class _Call:
@@ -245,8 +245,7 @@ class _Layer:
             states = [self._call(self._layer, x) for x in states]
         for module in self._linears:
             if module not in self._found:  # one that the layer does not call
-                packed = PackedLinear.pack(*rows_of(module), fmt=self._formats[module])
-                self._found[module] = packed, torch.zeros(packed.out_features)
+                self._found[module] = _plain(module, self._formats[module])
         return self._found, states, original
 
     def _stages(self, states: Tensor) -> list[list[nn.Module]]:
@@ -291,12 +290,11 @@ class _Layer:
 
     def _keep_exact(self, module: nn.Module) -> bool:
         """Numbers that are on the grid already stay what they are."""
-        weight, bias = rows_of(module)
+        weight, _ = rows_of(module)
         # a few rows tell most matrices that are not
         if not _on_grid(weight[:TILE], self._formats[module]) or not _on_grid(weight, self._formats[module]):
             return False
-        packed = PackedLinear.pack(weight, bias, fmt=self._formats[module])
-        self._found[module] = packed, torch.zeros(packed.out_features)
+        self._found[module] = _plain(module, self._formats[module])
         return True
 
     def _moments(self, module: nn.Module, states: list[Tensor], original: list[Tensor]) -> tuple[Tensor, Tensor, int]:
@@ -318,6 +316,12 @@ class _Layer:
                 cross = x.t() @ (y - x) + cross
                 tokens += len(x)
         return gram, cross, tokens
+
+
+def _plain(module: nn.Module, fmt: str) -> tuple[PackedLinear, Tensor]:
+    """The nearest numbers of this format, and errors of zero."""
+    packed = PackedLinear.pack(*rows_of(module), fmt=fmt)
+    return packed, torch.zeros(packed.out_features, device=packed.weight.device)
 
 
 def _on_grid(weight: Tensor, fmt: str) -> bool:

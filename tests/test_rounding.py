@@ -13,7 +13,6 @@ from coreskip.kernels.packed import EXACT_BYTES, PackedLinear, group_weights, ti
 from coreskip.predictors.calibration import TokenText
 from coreskip.predictors.compensation import Compensation, fitted_ends
 from coreskip.predictors.errors import CoreskipError
-from coreskip.runtime import rounding
 from coreskip.runtime.rounding import Rounded, compensate, plainly, replaced
 from coreskip.runtime.sensitivity import mixed, sensitivities, widths_within
 
@@ -160,7 +159,7 @@ def test_a_shift_makes_up_for_changed_inputs() -> None:
     original = torch.randn(400, 8, generator=generator) @ torch.randn(8, 64, generator=generator)
     x = original + 0.3 * torch.randn(400, 64, generator=generator)
     weight = torch.randn(24, 64, generator=generator)
-    shifted = Compensation(x.t() @ x).shifted(weight, x.t() @ (original - x))
+    shifted = Compensation(x.t() @ x, damping=1e-3).shifted(weight, x.t() @ (original - x))
     assert (x @ shifted.t() - original @ weight.t()).norm() < 0.7 * ((x - original) @ weight.t()).norm()
 
 
@@ -203,7 +202,3 @@ def test_eight_bits_go_where_four_cost_most() -> None:
     assert widths[dearest] == "int8"
     with pytest.raises(CoreskipError, match="give more"):
         mixed(model, ids(), budget=0.2, tokens=512, progress=False)
-
-
-def test_shift_is_on() -> None:
-    assert rounding.SHIFT > 0
