@@ -21,25 +21,30 @@ from coreskip.predictors.checks import PACKINGS
     help="Of the matrices: int4 or int8 in groups, bfloat16, or as-loaded (their very numbers, in groups where these "
     "hold them); by default the plan's, else as-loaded.",
 )
+@click.option("--text", type=PATH, help="UTF-8 text that calibrates rounding to 4 bits; without, rounding is plain.")
 def pack(
     model: str | None,
     output: Path,
     folder: Path | None,
+    text: Path | None,
     dtype: str | None,
     device: str | None,
     threads: int | None,
     **options: Any,
 ) -> None:
     """Write MODEL with its matrices packed as decode steps read them: it is mapped, not read, at every start."""
+    from coreskip.predictors.calibration import read_text, tokenize
     from coreskip.predictors.plan import Plan
     from coreskip.runtime.load import load
     from coreskip.runtime.pack import check_target, pack
     from coreskip.runtime.packed_folder import describe, table
 
     check_target(output)
+    content = read_text(text) if text is not None else None
     plan = Plan.load(folder) if folder is not None else None
     set_threads(threads)
     loaded, tokenizer = load(model, dtype=dtype, device=device or "cpu")
-    pack(loaded, tokenizer, output, plan=plan, **options)
+    tokens = tokenize(tokenizer, content, Path(str(text)).name) if content is not None else None
+    pack(loaded, tokenizer, output, plan=plan, text=tokens, **options)
     click.echo(table(describe(output)))
     click.echo(f"\nwritten to {output}")

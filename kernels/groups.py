@@ -144,19 +144,27 @@ def tile_up(weight: Tensor, fmt: str) -> Tensor:
 
 
 def _tiles_of(weight: Tensor, fmt: str) -> Tensor:
-    q, scale, least = group_weights(weight) if fmt == "int4" else _group_bytes(weight)
+    return tiles_from_groups(*(group_weights(weight) if fmt == "int4" else _group_bytes(weight)), fmt)
+
+
+def tiles_from_groups(q: Tensor, scale: Tensor, least: Tensor, fmt: str) -> Tensor:
+    """The bytes of rounded groups in one of `GROUPED`, uint8 ``[ceil(rows / 16), groups, bytes of a tile]``.
+
+    q: uint8 [rows, groups, 32]; scale and least: float16 [rows, groups]. Of "int8_groups", whose least is -128 scales,
+    least is not looked at.
+    """
+    ends = [scale, least] if fmt == "int4" else [scale]
     fill = -q.shape[0] % TILE
     if fill:
-        q, scale, least = (torch.nn.functional.pad(t, (0, 0) * (t.dim() - 1) + (0, fill)) for t in (q, scale, least))
+        q, *ends = (torch.nn.functional.pad(t, (0, 0) * (t.dim() - 1) + (0, fill)) for t in (q, *ends))
     groups = q.shape[1]
-    ends = [t.view(-1, TILE, groups).transpose(1, 2).contiguous().view(torch.uint8) for t in (scale, least)]
+    ends = [t.view(-1, TILE, groups).transpose(1, 2).contiguous().view(torch.uint8) for t in ends]
     if fmt == "int4":
         # [tile, row, group, half, four, input of four] -> [tile, group, four, row, input of four] for each half
         low, high = q.view(-1, TILE, groups, 2, 4, 4).permute(3, 0, 2, 4, 1, 5)
         numbers = (low | high << 4).reshape(-1, groups, TILE * GROUP // 2)
     else:
         numbers = q.view(-1, TILE, groups, 8, 4).permute(0, 2, 3, 1, 4).reshape(-1, groups, TILE * GROUP)
-        del ends[1]
     return torch.cat([numbers, *ends], -1)
 
 

@@ -22,6 +22,7 @@ from ..kernels.packed import EXACT_BYTES, PackedLinear, finite
 from ..kernels.store import Writer
 from ..predictors import files
 from ..predictors.anatomy import Anatomy, check_model, dissect, rows_of
+from ..predictors.calibration import TokenText, text_of
 from ..predictors.checks import AS_PACKED, PACKINGS, WEIGHT_FORMATS, check_flag, path_of
 from ..predictors.errors import CoreskipError
 from ..predictors.fingerprint import Fingerprint
@@ -31,12 +32,13 @@ from .formats import format_takers
 from .lower_cpu import HEAD_FORMAT, KERNEL_FORMATS
 from .packed_folder import DOCUMENT, FORMAT, PLAN, VERSION, WEIGHTS, is_packed_folder, seal
 from .packed_layer import PackedLayer, PackedRows
+from .rounding import compensate
 from .spec import LinearSpec, read_spec
 from .wrap import make_way
 
 logger = logging.getLogger("coreskip")
 
-AS_LOADED, BFLOAT16 = "as-loaded", "bfloat16"
+AS_LOADED, BFLOAT16, INT4 = "as-loaded", "bfloat16", "int4"
 _HALF = 0.5  # of a float32 matrix' bytes, at most, for another form of its very numbers
 
 
@@ -66,6 +68,7 @@ def pack(
     *,
     plan: Plan | str | os.PathLike[str] | None = None,
     weights: str | None = None,
+    text: TokenText | str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Path:
     """Write `model` with its tokenizer as a packed model, which `coreskip.load` maps in a moment.
@@ -76,11 +79,14 @@ def pack(
         plan: goes with it, and is used by the commands where no other is named; a Plan or the path of one. None: dense.
         weights: of the matrices of decoder layers and LM head:
 
-            - ``"int4"``: 4-bit groups of 32 inputs, by plain rounding; bytes for the head;
+            - ``"int4"``: 4-bit groups of 32 inputs; bytes for the head;
             - ``"int8"``: bytes in such groups;
             - ``"bfloat16"``: all parameters, matrices included;
             - ``"as-loaded"``: the very numbers, in groups or halves where these hold them in fewer bytes;
-            - None: the plan's, else ``"as-loaded"``.
+            - None: the plan's, with a text ``"int4"``, else ``"as-loaded"``.
+        text: calibrates 4 bits: each matrix makes up for what rounding loses (runtime/rounding.py), in minutes. A
+            string, the `Path` of a UTF-8 file, or tokens. None: plain rounding, in seconds, which costs a model that
+            was not made of such numbers several times as much perplexity.
 
     Returns:
         the folder.
@@ -92,14 +98,17 @@ def pack(
     check_weights(weights)
     check_flag("progress", progress)
     check_model(model)
+    if text is not None and (weights or INT4) != INT4:
+        raise CoreskipError(f"a text calibrates rounding to 4 bits: leave it out, or weights={weights!r}")
     target = check_target(folder)
     make_way(model)
     anatomy = dissect(model)
     plan = None if plan is None else Plan.of(plan, model)
     if plan is not None:
         plan.check(model, anatomy)
-    weights = weights or (plan.weights if plan is not None and plan.weights in WEIGHT_FORMATS else AS_LOADED)
-    source = _Source(model, anatomy, weights)
+    planned = plan.weights if plan is not None and plan.weights in WEIGHT_FORMATS else None
+    weights = weights or planned or (AS_LOADED if text is None else INT4)
+    source = _Source(model, anatomy, weights, None if text is None else text_of(tokenizer, text))
     source.check_room(target)
     try:
         with files.replaced_folder(target) as draft:
@@ -117,8 +126,8 @@ class _Source:
         CoreskipError: it cannot be.
     """
 
-    def __init__(self, model: Any, anatomy: Anatomy, weights: str) -> None:
-        self.model, self.anatomy, self.weights = model, anatomy, weights
+    def __init__(self, model: Any, anatomy: Anatomy, weights: str, text: TokenText | None) -> None:
+        self.model, self.anatomy, self.weights, self._text = model, anatomy, weights, text
         if available("cpu") is not None:
             raise CoreskipError(f"a model is packed by the native kernels: {available('cpu')}")
         if getattr(transformers, type(model).__name__, None) is not type(model):
@@ -152,6 +161,21 @@ class _Source:
             raise CoreskipError(
                 f"the packed model takes {wanted / 1e6:.0f} MB at least, and {parent} has {free / 1e6:.0f} MB left"
             )
+
+    @property
+    def calibration(self) -> dict[str, Any] | None:
+        """What text calibrated the rounding; None: none did."""
+        return None if self._text is None else dict(self._text.fingerprint())
+
+    def matrices(self, progress: bool) -> Iterator[tuple[Any, list[PackedLinear] | None]]:
+        """Every matrix in its packed form, or None where it is written as it is, in the order of `takers`."""
+        if self._text is None:
+            for module in tqdm(self.takers, desc="packing", unit="matrix", disable=not progress, leave=False):
+                yield module, self.parts(module)
+            return
+        for found in compensate(self.model, self._text, progress=progress):
+            rows = self.rows.get(found.module, (found.packed.out_features,))
+            yield found.module, _split(found.packed, rows)
 
     def parts(self, module: Any) -> list[PackedLinear] | None:
         """The module's matrix in packed form; None where it is written as it is."""
@@ -196,6 +220,18 @@ class _Source:
         return tensors, tied
 
 
+def _split(packed: PackedLinear, rows: tuple[int, ...]) -> list[PackedLinear]:
+    """A matrix in parts of so many rows; whole where a tile has rows of two of them."""
+    parts, first = [], 0
+    for count in rows:
+        part = packed.part(first, count)
+        if part is None:
+            return [packed]
+        parts.append(part)
+        first += count
+    return parts
+
+
 def _rows_of_parts(model: Any, anatomy: Anatomy) -> dict[nn.Module, tuple[int, ...]]:
     """Of linears that hold several projections, how many rows each has, as the native step takes them apart."""
     try:
@@ -232,6 +268,7 @@ def _write(draft: Path, source: _Source, tokenizer: Any, plan: Plan | None, prog
         "transformers": transformers.__version__,
         "dtype": str(source.dtype).removeprefix("torch."),
         "weights": source.weights if source.weights in WEIGHT_FORMATS else None,
+        "calibration": source.calibration,
         "packed": packed,
         "parameters": {name: name for name in parameters},
         "buffers": {name: name for name in buffers},
@@ -248,8 +285,7 @@ def _write_packed(writer: Writer, source: _Source, progress: bool) -> dict[str, 
     """Writes the packed matrices; what `packed.json` says of each, by the module's name."""
     packed: dict[str, Any] = {}
     head, of_head = source.model.get_output_embeddings(), list[PackedLinear]()
-    for module in tqdm(source.takers, desc="packing", unit="matrix", disable=not progress, leave=False):
-        parts = source.parts(module)
+    for module, parts in source.matrices(progress):
         if parts is None:
             continue
         of_head = parts if module is head else of_head

@@ -93,8 +93,8 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What `coreskip show` prints of a packed model.
 
     Returns:
-        ``{"class", "dtype", "weights", "bytes", "formats"}``; ``formats`` has for each format of packed matrices how
-        many there are and their bytes, and for ``dtype`` the same of all other tensors.
+        ``{"class", "dtype", "weights", "calibration", "bytes", "formats"}``; ``formats`` has for each format of packed
+        matrices how many there are and their bytes, and for ``dtype`` the same of all other tensors.
 
     Raises:
         CoreskipError: the folder is damaged, newer, or no packed model.
@@ -109,7 +109,7 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
                     _count(formats, str(part["format"]), tensors.pop(part["tensor"]))
         for entry in tensors.values():
             _count(formats, str(entry["dtype"]), entry)
-        figures = {name: document[name] for name in ("class", "dtype", "weights", "bytes")}
+        figures = {name: document[name] for name in ("class", "dtype", "weights", "calibration", "bytes")}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CoreskipError(f"{folder} is not a well-formed packed model ({error}): pack the model again") from None
     return {**figures, "formats": formats}
@@ -127,6 +127,10 @@ def table(found: Mapping[str, Any]) -> str:
         f"model         {found['class']}, {found['dtype']} between matrices",
         f"weights       {found['weights'] or 'as loaded'}, {found['bytes'] / 1e6:.1f} MB",
     ]
+    if found["weights"] is not None:
+        text = found["calibration"]
+        how = "plainly rounded" if text is None else f"rounded with compensation, calibrated on {text['source']}"
+        lines.append(f"rounding      {how}")
     for name, figures in found["formats"].items():
         lines.append(f"  {name:12}{figures['tensors']:5} tensors {figures['bytes'] / 1e6:10.1f} MB")
     return "\n".join(lines)

@@ -425,3 +425,22 @@ def test_processes_share_the_weights(tmp_path: Path) -> None:
     file = (folder / WEIGHTS).stat().st_size / 1024
     assert sum(kilobytes) <= 1.05 * file
     assert sum(kilobytes) >= 0.7 * file
+
+
+def test_a_text_calibrates_the_rounding(tmp_path: Path) -> None:
+    model, words = tiny("llama"), tokenizer()
+    text = " ".join(f"w{5 + i * i % 120}" for i in range(1500))
+    coreskip.pack(model, words, tmp_path / "p", weights="int4", progress=False)
+    coreskip.pack(model, words, tmp_path / "t", text=text, progress=False)
+    assert describe(tmp_path / "p")["formats"] == describe(tmp_path / "t")["formats"]
+    assert describe(tmp_path / "t")["calibration"]["source"] == "text"
+    ids = words(text, return_tensors="pt").input_ids[:, 1000:1256]
+    with torch.no_grad():
+        expected = model(ids).logits
+        off = [float((coreskip.load(tmp_path / name)[0](ids).logits - expected).square().mean()) for name in "tp"]
+    assert off[0] < 0.8 * off[1]
+    with pytest.raises(CoreskipError, match="calibrates rounding to 4 bits"):
+        coreskip.pack(model, words, tmp_path / "q", weights="int8", text=text)
+    with pytest.raises(CoreskipError):
+        coreskip.pack(model, words, tmp_path / "q", text="w5 w6 w7", progress=False)
+    assert not (tmp_path / "q").exists()

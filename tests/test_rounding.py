@@ -1,0 +1,206 @@
+"""Rounding with compensation: closer outputs than plain rounding, exact where nothing has to be rounded, no traces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VOCABULARY, tiny
+from torch import Tensor
+
+from coreskip.kernels.groups import group_weights, tiles_from_groups, ungroup, untile
+from coreskip.kernels.packed import EXACT_BYTES, PackedLinear
+from coreskip.predictors.calibration import TokenText
+from coreskip.predictors.compensation import Compensation, fitted_ends
+from coreskip.predictors.errors import CoreskipError
+from coreskip.runtime.rounding import Rounded, compensate, plainly, replaced
+from coreskip.runtime.sensitivity import mixed, sensitivities, widths_within
+
+# gated and plain MLPs, one stacked, fused projections, Conv1D, MLP and attention side by side, two kinds of layers
+FAMILIES = ["llama", "phi3", "gemma3_text", "opt", "gpt2", "falcon", "phi"]
+WINDOW = 64
+
+
+def ids(seed: int = 3, windows: int = 12) -> Tensor:
+    """Words of a skewed distribution: as in texts, few directions carry most of the inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(windows * WINDOW, generator=generator).square() * (VOCABULARY - 5)).long() + 5
+
+
+def rounded(model: Any, **options: Any) -> list[Rounded]:
+    return list(compensate(model, ids(), **{"window": WINDOW, "progress": False, **options}))
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=ids(seed=4, windows=4).view(4, -1)).logits
+    return found
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_are_closer_than_those_of_plain_rounding(family: str) -> None:
+    model = tiny(family)
+    before, expected = weights(model), logits(model)
+    ours, plain = rounded(model), list(plainly(model))
+    errors = []
+    for found in (ours, plain):
+        with replaced(found):
+            errors.append(float((logits(model) - expected).norm()))
+    assert errors[0] < 0.97 * errors[1]
+    assert [each.name for each in ours] == [each.name for each in plain]
+    assert [each.packed.fmt for each in ours] == ["int4"] * (len(ours) - 1) + ["int8_groups"]
+    after = weights(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(logits(model), expected)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("width", ["int4", "int8"])
+def test_numbers_on_the_grid_stay_what_they_are(family: str, width: str) -> None:
+    model = tiny(family)
+    plain = list(plainly(model, widths=width))
+    with replaced(plain[:-1]):
+        again = rounded(model, widths=width)
+        for each, its_own in zip(again, plain, strict=True):
+            assert torch.equal(each.packed.weight, its_own.packed.weight), each.name
+            assert torch.equal(each.values(), its_own.values()), each.name
+            assert not each.error.any()
+
+
+def test_the_same_text_gives_the_same_numbers() -> None:
+    first, second = rounded(tiny("llama")), rounded(tiny("llama"))
+    assert all(torch.equal(a.packed.weight, b.packed.weight) for a, b in zip(first, second, strict=True))
+
+
+def test_widths_by_name() -> None:
+    model = tiny("llama")
+    name = "model.layers.1.self_attn.k_proj"  # whose input two others share
+    found = {each.name: each for each in rounded(model, widths={name: "int8"})}
+    wide = {key for key, each in found.items() if each.packed.fmt == "int8_groups"}
+    assert wide == {name, "lm_head"}
+    narrow = {each.name: each for each in rounded(model)}
+    assert found[name].error.sum() < 0.02 * narrow[name].error.sum()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"widths": "int3"}, "int3"),
+        ({"widths": {"model.layers.9.mlp.up_proj": "int4"}}, "no linear"),
+        ({"widths": {"model.layers.0.mlp.up_proj": 4}}, "a width is 4"),
+        ({"window": 4096, "tokens": 0}, "tokens is 0"),
+    ],
+)
+def test_mistakes_are_one_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(CoreskipError, match=message) as caught:
+        rounded(tiny("llama"), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_too_little_text_is_one_line_and_comes_at_once() -> None:
+    text = TokenText(ids()[:40], torch.tensor([1]), "a note")
+    with pytest.raises(CoreskipError, match=r"the text \(a note\) has 40 tokens") as caught:
+        compensate(tiny("llama"), text, window=WINDOW)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("at", [2, 9])
+def test_an_error_leaves_neither_hooks_nor_numbers(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    before, rounds = weights(model), []
+
+    def fails(self: Compensation, weight: Tensor, fmt: str) -> None:
+        rounds.append(weight)
+        if len(rounds) == at:
+            raise RuntimeError("out of memory")
+        return true_round(self, weight, fmt)
+
+    true_round = Compensation.round
+    monkeypatch.setattr(Compensation, "round", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        rounded(model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(model).items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_caller_runs_with_the_model_as_it_was() -> None:
+    model = tiny("llama").train()
+    before = weights(model)
+    for each in compensate(model, ids(), window=WINDOW, progress=False):
+        assert torch.is_grad_enabled()
+        assert model.training
+        assert all(torch.equal(before[name], tensor) for name, tensor in weights(model).items())
+        if "layers.1" in each.name:
+            break  # a caller that has seen enough
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("inputs", [64, 70])
+@pytest.mark.parametrize("fmt", ["int4", "int8_groups"])
+def test_a_matrix_has_a_smaller_output_error(inputs: int, fmt: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 12, generator=generator) @ torch.randn(12, inputs, generator=generator)
+    x += 0.1 * torch.randn(500, inputs, generator=generator)
+    weight = torch.randn(24, inputs, generator=generator)
+    values = Compensation(x.t() @ x).round(weight, fmt).values(inputs)
+    packed = PackedLinear.pack(weight, fmt=fmt)
+    plain = ungroup(*untile(packed)).flatten(1)[:, :inputs]
+    assert (x @ (values - weight).t()).norm() < 0.5 * (x @ (plain - weight).t()).norm()
+
+
+def test_a_shift_makes_up_for_changed_inputs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    original = torch.randn(400, 8, generator=generator) @ torch.randn(8, 64, generator=generator)
+    x = original + 0.3 * torch.randn(400, 64, generator=generator)
+    weight = torch.randn(24, 64, generator=generator)
+    shifted = Compensation(x.t() @ x, damping=1e-3).shifted(weight, x.t() @ (original - x))
+    assert (x @ shifted.t() - original @ weight.t()).norm() < 0.7 * ((x - original) @ weight.t()).norm()
+
+
+def test_ends_by_least_squares_are_no_worse_than_the_range_and_exact_on_the_grid() -> None:
+    generator = torch.Generator().manual_seed(0)
+    w, importance = torch.randn(32, 50, generator=generator), torch.rand(32, generator=generator)
+    error = []
+    for scale, least in (fitted_ends(w, importance), ((w.amax(0) - w.amin(0)) / 15, w.amin(0))):
+        q = ((w - least) / scale).round().clamp(0, 15)
+        error.append((importance[:, None] * (w - q * scale - least).square()).sum())
+    assert error[0] < 0.9 * error[1]
+    on_grid = ungroup(*group_weights(w.t())).flatten(1).t()
+    scale, least = fitted_ends(on_grid, importance)
+    assert torch.equal(((on_grid - least) / scale).round() * scale + least, on_grid)
+
+
+@pytest.mark.parametrize("rows", [16, 19])
+def test_tiles_from_groups_are_those_of_packing(rows: int) -> None:
+    weight = torch.randn(rows, 96, generator=torch.Generator().manual_seed(0))
+    packed = PackedLinear.pack(weight, fmt="int4")
+    assert torch.equal(tiles_from_groups(*untile(packed), "int4"), packed.weight)
+    packed = PackedLinear.pack(weight, fmt="int8_groups")
+    q, scale, least = untile(packed)
+    assert torch.equal(tiles_from_groups((q + 128).to(torch.uint8), scale, least, "int8_groups"), packed.weight)
+
+
+def test_eight_bits_go_where_four_cost_most() -> None:
+    model = tiny("llama")
+    linears = rounded(model)[:-1]
+    costs = sensitivities(model, ids(), linears, tokens=256, window=WINDOW, progress=False)
+    assert costs.keys() == {each.name for each in linears}
+    assert all(cost > 0 for cost in costs.values())
+    sizes = {each.name: each.module.weight.numel() for each in linears}
+    all_wide = sum(sizes.values()) * EXACT_BYTES["int8_groups"]
+    head = model.lm_head.weight.numel() * EXACT_BYTES["int8_groups"]
+    widths = widths_within(model, linears, costs, 0.8)
+    used = sum(size * EXACT_BYTES[{"int4": "int4", "int8": "int8_groups"}[widths[n]]] for n, size in sizes.items())
+    assert 0.7 * (all_wide + head) < used + head <= 0.8 * (all_wide + head)
+    assert set(widths_within(model, linears, costs, 1.0).values()) == {"int8"}
+    dearest = max(costs, key=lambda name: costs[name] / sizes[name])
+    assert widths[dearest] == "int8"
+    with pytest.raises(CoreskipError, match="give more"):
+        mixed(model, ids(), budget=0.2, tokens=512, progress=False)
