@@ -49,7 +49,7 @@ class Writer:
         at = -(-self._file.tell() // PAGE) * PAGE
         self._file.write(bytes(at - self._file.tell()))
         if tensor.numel():
-            self._file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+            self._file.write(tensor.view(-1).view(torch.uint8).numpy().data)
         self.index[name] = {"at": at, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
 
     def close(self) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class _Reading:
         if not layer.skips.attention:
             # keys and values are still written; the queries' projection has as many weights as the output's
             output = getattr(attention.module, attention.output).weight
-            return 2.0 * output.numel() * _bytes_of(output, self._weights, self._native)
+            return 2.0 * int(output.numel()) * _bytes_of(output, self._weights, self._native)
         unread = 0.0
         for brick in layer.bricks:
             for name in brick.thresholds:

@@ -93,8 +93,8 @@ class Formats:
         """The rows of the module's matrix in the plan's format; none where it has no such form."""
         parts = self._parts.get(module)
         if parts is None:
-            packed = isinstance(module, PackedLayer)
-            parts = self._parts[module] = module.parts(whole=False) if packed else self._pack(module)
+            parts = module.parts(whole=False) if isinstance(module, PackedLayer) else self._pack(module)
+            self._parts[module] = parts
         return parts
 
     def _pack(self, module: nn.Module) -> list[PackedLinear]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def _tie(model: Any) -> None:
         head.weight = table.weight
 
 
-def load_gguf(path: Path, cached: Any) -> tuple[Any, Any]:
+def load_gguf(path: Path, cached: Callable[[Path], tuple[Any, Any]]) -> tuple[Any, Any]:
     """The model of a GGUF file and its tokenizer, from the cache where it has been loaded before.
 
     cached: loads a packed folder: its model and tokenizer.

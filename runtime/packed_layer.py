@@ -35,11 +35,10 @@ class PackedLayer(nn.Linear):
         self.in_features, self.out_features = parts[0].in_features, sum(part.out_features for part in parts)
         shape = self.out_features, self.in_features
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self._packed = list(parts)
         self._note_bytes()
-        self._handles = [self.register_state_dict_pre_hook(_no_state_dict)]
-        self._handles.append(self.register_load_state_dict_pre_hook(_no_state_dict))
+        self._handles = _refusing(self)
 
     def forward(self, input: Tensor) -> Tensor:
         return self.multiply(input, few=False)
@@ -95,6 +94,7 @@ class PackedRows(nn.Embedding):
     """Embeddings of tokens whose matrix exists in packed form alone; `hold` makes one of a module that is there."""
 
     _packed: PackedLinear
+    _handles: list[Any]
 
     @staticmethod
     def hold(module: nn.Embedding, packed: PackedLinear, dtype: torch.dtype) -> None:
@@ -104,8 +104,7 @@ class PackedRows(nn.Embedding):
         held = cast(PackedRows, module)
         held._packed = packed
         held._stand_in(dtype)
-        held._handles = [module.register_state_dict_pre_hook(_no_state_dict)]
-        held._handles.append(module.register_load_state_dict_pre_hook(_no_state_dict))
+        held._handles = _refusing(module)
 
     def forward(self, input: Tensor) -> Tensor:
         return self.rows(input)
@@ -135,7 +134,7 @@ class PackedRows(nn.Embedding):
         for handle in self._handles:
             handle.remove()
         del self._packed, self._handles
-        self.__class__ = nn.Embedding if type(self) is PackedRows else type(self).__bases__[0]  # type: ignore[assignment]
+        self.__class__ = cast(Any, nn.Embedding if type(self) is PackedRows else type(self).__bases__[0])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         like = fn(torch.empty(0, dtype=self.weight.dtype, device="cpu"))
@@ -170,6 +169,12 @@ def packed_modules(model: nn.Module) -> list[tuple[str, PackedLayer | PackedRows
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
     """A model's layers that have packed matrices alone, and their names."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLayer))
+
+
+def _refusing(module: Any) -> list[Any]:
+    """Handles of hooks by which a module's weights are neither saved nor loaded."""
+    saving: Any = module.register_state_dict_pre_hook(_no_state_dict)
+    return [saving, module.register_load_state_dict_pre_hook(_no_state_dict)]
 
 
 def _no_state_dict(*_: Any) -> None:

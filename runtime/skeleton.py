@@ -48,8 +48,8 @@ def put(model: Any, name: str, value: Tensor) -> None:
     """
     path, _, leaf = name.rpartition(".")
     module = _submodule(model, path)
-    own = module._parameters if isinstance(value, nn.Parameter) else module._buffers
-    before = cast("Tensor | None", own.get(leaf))
+    own: Any = module._parameters if isinstance(value, nn.Parameter) else module._buffers
+    before = own.get(leaf)
     if leaf not in own:
         raise ValueError(f"the model has no place for {name}")
     if before is not None and before.shape != value.shape:
