@@ -217,6 +217,44 @@ _QUALITY: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+# heading -> how a row fills it: of rounding weights, of processes that share cores, of starts
+_ROUNDING: dict[str, Callable[[dict[str, Any]], str]] = {
+    "weights": lambda row: str(row["name"]),
+    "perplexity": lambda row: f"{row['sparse']['ppl']:.2f}",
+    "increase": _increase,
+    "KL": lambda row: f"{row['kl']:.4f}",
+    "top-1 agreement": lambda row: f"{100 * row['top1_agreement']:.1f} %",
+    "MB per token": lambda row: f"{row['megabytes']:.0f}",
+    "rounded in": lambda row: f"{row['seconds']:.0f} s",
+}
+_PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
+    "sharing": {
+        "weights": lambda row: str(row["dtype"]),
+        "processes": lambda row: str(row["processes"]),
+        "tok/s of each (least-most)": lambda row: "{1:.0f} ({0:.0f}-{2:.0f})".format(*row["tok_s"]),
+        "of the speed alone": lambda row: f"{row['of_alone']:.2f}",
+        "of a fair share": lambda row: f"{row['of_fair_share']:.2f}",
+    },
+    "starting": {
+        "model": lambda row: str(row["model"]),
+        "packed MB": lambda row: f"{row['packed_bytes'] / 1e6:.0f}",
+        "loaded in": lambda row: f"{row['load_s']:.2f} s",
+        "wrapped in": lambda row: f"{row['wrap_s']:.2f} s",
+        "first token after": lambda row: f"{row['first_token_s']:.2f} s",
+        "resident, of packed bytes": lambda row: f"{row['of_packed']:.2f}",
+    },
+}
+
+
+def plain_table(rows: Sequence[dict[str, Any]], columns: dict[str, Callable[[dict[str, Any]], str]]) -> str:
+    """Rows by these columns, with a line that says where they come from."""
+    table = [list(columns), ["---"] * len(columns), *([fill(row) for fill in columns.values()] for row in rows)]
+    first = rows[0]
+    origin = f"{first['model']} on {first['device']}; {first['time'][:10]}, commit {first['commit'] or 'unknown'}"
+    lines = ["| " + " | ".join(line) + " |" for line in table]
+    return "\n".join([*lines, "", f"{origin}: `{first['command']}`"])
+
+
 def _origin(row: dict[str, Any]) -> str:
     """Where a run's quality comes from, and its speeds."""
     origin = (
@@ -244,6 +282,10 @@ def _table_of(folder: Path, names: str) -> str:
         return headline_table(read(paths[:1]), [line for line in lines if "kl" in line])
     if lines and "times" in lines[0]:
         return batch_table(lines)
+    if lines and lines[0].get("kind") in _PLAIN:
+        return plain_table(lines, _PLAIN[lines[0]["kind"]])
+    if lines and "kl" in lines[0] and "calibration_tokens" in lines[0]:
+        return plain_table(lines, _ROUNDING)
     if lines and "kl" in lines[0]:
         return quality_table(lines)
     if lines and "us_per_layer_p50" in lines[0]:

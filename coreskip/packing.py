@@ -36,9 +36,10 @@ def pack(
     from coreskip.predictors.calibration import read_text, tokenize
     from coreskip.predictors.plan import Plan
     from coreskip.runtime.load import load
-    from coreskip.runtime.pack import check_target, pack
+    from coreskip.runtime.pack import check_target, check_weights, pack
     from coreskip.runtime.packed_folder import describe, table
 
+    check_weights(options["weights"], text is not None)
     check_target(output)
     content = read_text(text) if text is not None else None
     plan = Plan.load(folder) if folder is not None else None

@@ -42,10 +42,12 @@ AS_LOADED, BFLOAT16, INT4 = "as-loaded", "bfloat16", "int4"
 _HALF = 0.5  # of a float32 matrix' bytes, at most, for another form of its very numbers
 
 
-def check_weights(weights: Any) -> None:
-    """Raises CoreskipError unless a model can be packed so."""
+def check_weights(weights: Any, calibrated: bool = False) -> None:
+    """Raises CoreskipError unless a model can be packed so. calibrated: whether there is a text for that."""
     if weights is not None and weights not in PACKINGS:
         raise CoreskipError(f"weights is {weights!r}; choose from {', '.join(PACKINGS)}")
+    if calibrated and (weights or INT4) != INT4:
+        raise CoreskipError(f"a text calibrates rounding to 4 bits: leave it out, or weights={weights!r}")
 
 
 def check_target(folder: str | os.PathLike[str]) -> Path:
@@ -95,11 +97,9 @@ def pack(
         CoreskipError: an argument that makes no sense, a model that cannot be packed, or no room; what was in the
             folder is unchanged.
     """
-    check_weights(weights)
+    check_weights(weights, text is not None)
     check_flag("progress", progress)
     check_model(model)
-    if text is not None and (weights or INT4) != INT4:
-        raise CoreskipError(f"a text calibrates rounding to 4 bits: leave it out, or weights={weights!r}")
     target = check_target(folder)
     make_way(model)
     anatomy = dissect(model)

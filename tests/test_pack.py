@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 import coreskip
 from coreskip import CoreskipError, Engine, Plan
+from coreskip.cli import main
 from coreskip.kernels import ops, store
 from coreskip.predictors.anatomy import rows_of
 from coreskip.runtime import pack as packing
@@ -444,3 +445,42 @@ def test_a_text_calibrates_the_rounding(tmp_path: Path) -> None:
     with pytest.raises(CoreskipError):
         coreskip.pack(model, words, tmp_path / "q", text="w5 w6 w7", progress=False)
     assert not (tmp_path / "q").exists()
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return int(caught.value.code or 0), out, err
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, folder, plan = tmp_path / "m", tmp_path / "m.packed", tmp_path / "m.plan"
+    model = tiny("llama")
+    model.save_pretrained(source)
+    tokenizer().save_pretrained(source)
+    plan_of(model, "static").save(plan)
+    code, out, _ = command(capsys, "pack", source, "-o", folder, "--weights", "int4", "--plan", plan)
+    assert (code, "plainly rounded" in out) == (0, True)
+    code, out, _ = command(capsys, "show", folder)
+    assert (code, "int8_groups" in out, "keeps" in out) == (0, True, True)
+    code, out, _ = command(capsys, "show", folder, "--json")
+    assert (code, json.loads(out)["plan"]["weights"]) == (0, "packed")
+    options = ("-p", "w7 w9 w11", "--max-new-tokens", 6)
+    code, out, err = command(capsys, "generate", folder, *options, "--stats")
+    assert (code, "50.0% of the MLP neurons skipped" in err) == (0, True)  # the folder's own plan
+    code, plain, _ = command(capsys, "generate", folder, *options, "--plain")
+    assert code == 0
+    code, exact, _ = command(capsys, "generate", folder, *options, "--exact")
+    assert (code, exact) == (0, plain)
+    for wrong in (
+        ("pack", source, "-o", folder, "--weights", "int3"),
+        ("pack", source, "-o", tmp_path),
+        ("pack", source, "-o", folder, "--plan", tmp_path / "none"),
+        ("pack", source, "-o", folder, "--weights", "int8", "--text", source / "config.json"),
+        ("generate", folder, *options, "--weights", "int8"),
+        ("show", tmp_path / "none"),
+    ):
+        code, _, err = command(capsys, *wrong)
+        assert (code, err.count("\n")) == (2, 1), err
+    assert describe(folder)["weights"] == "int4"
