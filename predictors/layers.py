@@ -202,12 +202,12 @@ def _added(anatomy: Anatomy, index: int) -> tuple[nn.Module, nn.Module]:
 _LEFT: dict[Leave, type[Run]] = {"layers": Skip, "attentions": SkipAttention, "mlps": SkipMLP}
 
 
-def left_out(keep: float, depth: int) -> int:
+def skipped_layers(keep: float, depth: int) -> int:
     """Of `depth` layers, how many are left out where a share `keep` stays: never all."""
     return min(round((1 - keep) * depth), depth - 1)
 
 
-def leaving_out(leave: Leave, layers: Sequence[int], depth: int) -> list[LayerPolicy]:
+def skip_policies(leave: Leave, layers: Sequence[int], depth: int) -> list[LayerPolicy]:
     """One policy per layer: these `layers`, or halves of them, are left out."""
     policy = _LEFT[leave]
     return [policy() if index in layers else Run() for index in range(depth)]
@@ -268,7 +268,9 @@ def layer_policies(selection: LayerSelection, influence: Sequence[Influence]) ->
     return [policy() if index in least else Run() for index in range(depth)]
 
 
-def leave_out(plan: Plan, model: Any, text: TokenText, selection: LayerSelection, *, window: int = 256) -> Plan:
+def with_skipped_layers(
+    plan: Plan, model: Any, text: TokenText, selection: LayerSelection, *, window: int = 256
+) -> Plan:
     """`plan` with the layers of `selection` left out, and what was measured on `text` to choose them in its recipe:
     ``{"measures": {"influence", "void_prompt", "void_response"}}``, one number per layer each. Its quality is not
     measured yet."""

@@ -31,7 +31,7 @@ from .token_samples import (
     sample_tokens,
 )
 
-Rule = Literal["teal", "wina", "cats"]
+ThresholdRule = Literal["teal", "wina", "cats"]
 _BY_INPUTS: dict[str, type[InputThresholds]] = {"teal": Teal, "wina": Wina}
 
 #: Shares of a layer's neurons between which "greedy" chooses.
@@ -275,7 +275,9 @@ class TokenCalibration:
 
     # ---- thresholds on magnitudes ----
 
-    def threshold(self, keep: float, rule: Rule = "teal", *, everywhere: bool = False) -> Sequence[NeuronPolicy]:
+    def threshold(
+        self, keep: float, rule: ThresholdRule = "teal", *, everywhere: bool = False
+    ) -> Sequence[NeuronPolicy]:
         """Per layer the quantiles of this layer's samples at which a `keep` share stays.
 
         everywhere: by ``teal`` and ``wina`` also in the attention's linears; else in the MLP's alone.

@@ -11,7 +11,7 @@ from ..predictors.anatomy import check_model, dissect
 from ..predictors.calibration import TokenText, text_of
 from ..predictors.checks import Allocation, Score
 from ..predictors.layer_selection import LayerSelection
-from ..predictors.layers import leave_out
+from ..predictors.layers import with_skipped_layers
 from ..predictors.plan import Plan, default_weights
 from .calibrate import Study
 from .calibration_text import model_text
@@ -132,7 +132,7 @@ def analyze(
     else:
         plan = _analyzed(model, tokenizer, seen, method, keep, budget, resume, {**options, "progress": progress})
     make_way(model)
-    plan = leave_out(plan, model, seen, selection)
+    plan = with_skipped_layers(plan, model, seen, selection)
     window = min(WINDOW, len(held_out.ids) // 2 * 2)
     return replace(
         plan,

@@ -20,7 +20,7 @@ from ..predictors.errors import CoreskipError
 from ..predictors.fingerprint import Fingerprint
 from ..predictors.importance import kept_count
 from ..predictors.layer_selection import Leave
-from ..predictors.layers import block_influence, half_losses, leaving_out, left_out
+from ..predictors.layers import block_influence, half_losses, skip_policies, skipped_layers
 from ..predictors.observe import LayerStats, down_norms, observe
 from ..predictors.plan import LayerPlan, Plan
 from ..predictors.policies import Chooser, Clusters, CoreNeurons, NeuronPolicy, Similar, Static
@@ -212,7 +212,7 @@ class Calibrator:
         depth = len(self._fingerprint.intermediate_sizes)
         worth = self._worth(options.leave)
         order = sorted(range(self._first, depth), key=worth.__getitem__)
-        policies = leaving_out(options.leave, order[: left_out(keep, depth)], depth)
+        policies = skip_policies(options.leave, order[: skipped_layers(keep, depth)], depth)
         recipe = {"method": "layers", "leave": options.leave, "keep": keep}
         recipe |= {"first_layer": self._first, "seed": self._seed}
         layers = tuple(LayerPlan(layer=policy) for policy in policies)

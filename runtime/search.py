@@ -25,7 +25,7 @@ from ..predictors.checks import check_share, path_of
 from ..predictors.errors import CoreskipError
 from ..predictors.files import append_line, check_file, read_text
 from ..predictors.layer_selection import Leave
-from ..predictors.layers import leaving_out, left_out
+from ..predictors.layers import skip_policies, skipped_layers
 from ..predictors.learned import RANK
 from ..predictors.plan import LayerPlan, Plan
 from ..predictors.policies import Cats, CoreNeurons, Learned, NeuronPolicy, Sketch, Teal, TopK, Wina
@@ -83,7 +83,7 @@ class Family:
     def keeping_more(self, keep: float, depth: int) -> float | None:
         """A share that keeps about a quarter more of what `keep` leaves out; None where that is all of it."""
         if self.method == "layers":
-            left = left_out(keep, depth)
+            left = skipped_layers(keep, depth)
             more = round(1 - (left - max(1, left // 4)) / depth, 4)
         else:
             more = round(keep + max(_FINE, 0.25 * (1 - keep)), 2)
@@ -430,7 +430,7 @@ def _outline(family: Family, keep: float, anatomy: Anatomy) -> tuple[LayerPlan, 
     """Policies that move the bytes of the family's at this keep, without its calibration."""
     depth = len(anatomy)
     if family.method == "layers":
-        policies = leaving_out(family.options["leave"], range(left_out(keep, depth)), depth)
+        policies = skip_policies(family.options["leave"], range(skipped_layers(keep, depth)), depth)
         return tuple(LayerPlan(layer=policy) for policy in policies)
     return tuple(LayerPlan(_neurons(family, keep, anatomy, index)) for index in range(depth))
 

@@ -23,10 +23,10 @@ from coreskip.predictors.layers import (
     attention_ranks,
     block_influence,
     half_losses,
-    leave_out,
     residuals,
     void,
     void_maps,
+    with_skipped_layers,
 )
 from coreskip.predictors.plan import LayerPlan, Plan
 from coreskip.predictors.policies import Adaptive, Dense, Run, Skip, SkipAttention, SkipMLP
@@ -396,7 +396,7 @@ def test_losses_of_small_halves_are_those_of_leaving_them_out(family: str) -> No
 def test_layers_of_a_plan_that_leaves_some_out_already_stay_out(llama: Any) -> None:
     plan = plan_with(llama, {0: SkipMLP(), 1: SkipAttention()})
     text = TokenText(prompt(1, 200)[0], torch.tensor([], dtype=torch.int64), "random letters")
-    every = leave_out(plan, llama, text, LayerSelection.parse("skip-attention:3"))
+    every = with_skipped_layers(plan, llama, text, LayerSelection.parse("skip-attention:3"))
     assert [type(layer.layer) for layer in every.layers] == [Skip, SkipAttention, SkipAttention]
-    adaptive = leave_out(plan_with(llama, {2: Skip()}), llama, text, LayerSelection.parse("adaptive:0.8"))
+    adaptive = with_skipped_layers(plan_with(llama, {2: Skip()}), llama, text, LayerSelection.parse("adaptive:0.8"))
     assert [type(layer.layer) for layer in adaptive.layers] == [Adaptive, Adaptive, Skip]

@@ -28,7 +28,7 @@ from coreskip.bench.processes import serve
 from coreskip.bench.runner import Job
 from coreskip.cli import main
 from coreskip.predictors.layer_selection import LayerSelection
-from coreskip.predictors.layers import left_out
+from coreskip.predictors.layers import skipped_layers
 from coreskip.runtime.options import Budget, check_options
 from coreskip.runtime.wrap import is_wrapped
 
@@ -386,7 +386,7 @@ def test_options_that_belong_together(options: dict[str, Any]) -> None:
 
 
 def test_some_layer_stays() -> None:
-    assert [left_out(keep, 3) for keep in (0.01, 0.3, 0.5, 1.0)] == [2, 2, 2, 0]
+    assert [skipped_layers(keep, 3) for keep in (0.01, 0.3, 0.5, 1.0)] == [2, 2, 2, 0]
     for text, words in (("skip:3", "all of the model's 3"), ("skip:4", "more layers"), ("every:4", "none of the")):
         with pytest.raises(CoreskipError, match=words):
             LayerSelection.parse(text).check(3)

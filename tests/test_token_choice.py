@@ -19,7 +19,7 @@ from coreskip.predictors.calibration import TokenText
 from coreskip.predictors.checks import ALLOCATIONS
 from coreskip.predictors.learned import recall, train_predictors
 from coreskip.predictors.policies import Cats, Teal, TopK, Wina
-from coreskip.predictors.token_choice import SHARES, Rule, TokenCalibration, spread_share
+from coreskip.predictors.token_choice import SHARES, ThresholdRule, TokenCalibration, spread_share
 from coreskip.predictors.token_samples import (
     cett_threshold,
     fisher_information,
@@ -230,7 +230,7 @@ def test_predicted_losses_are_those_of_one_layer_alone() -> None:
     assert bool((predicted.diff(dim=1) > 0).all())
 
 
-@pytest.mark.parametrize("rule", get_args(Rule))
+@pytest.mark.parametrize("rule", get_args(ThresholdRule))
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
 def test_thresholds_keep_the_share_asked_for(family: str, rule: Any) -> None:
     model = tiny(family)
