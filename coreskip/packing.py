@@ -22,6 +22,9 @@ from coreskip.predictors.checks import PACKINGS
     "hold them); by default the plan's, else as-loaded.",
 )
 @click.option("--text", type=PATH, help="UTF-8 text that calibrates rounding to 4 bits; without, rounding is plain.")
+@click.option(
+    "--share", type=float, help="With a text: 8 bits where 4 cost most, up to this share of the bytes in 8 bits."
+)
 def pack(
     model: str | None,
     output: Path,
@@ -36,10 +39,11 @@ def pack(
     from coreskip.predictors.calibration import read_text, tokenize
     from coreskip.predictors.plan import Plan
     from coreskip.runtime.load import load
-    from coreskip.runtime.pack import check_target, check_weights, pack
+    from coreskip.runtime.pack import check_mixed, check_target, check_weights, pack
     from coreskip.runtime.packed_folder import describe, table
 
     check_weights(options["weights"], text is not None)
+    check_mixed(options["share"], text is not None)
     check_target(output)
     content = read_text(text) if text is not None else None
     plan = Plan.load(folder) if folder is not None else None

@@ -23,7 +23,7 @@ from ..kernels.store import Writer
 from ..predictors import files
 from ..predictors.anatomy import Anatomy, check_model, dissect, rows_of
 from ..predictors.calibration import TokenText, text_of
-from ..predictors.checks import AS_PACKED, PACKINGS, WEIGHT_FORMATS, check_flag, path_of
+from ..predictors.checks import AS_PACKED, PACKINGS, WEIGHT_FORMATS, check_flag, check_share, path_of
 from ..predictors.errors import CoreskipError
 from ..predictors.fingerprint import Fingerprint
 from ..predictors.plan import Plan
@@ -32,7 +32,8 @@ from .formats import format_takers
 from .lower_cpu import HEAD_FORMAT, KERNEL_FORMATS
 from .packed_folder import DOCUMENT, FORMAT, PLAN, VERSION, WEIGHTS, is_packed_folder, seal
 from .packed_layer import PackedLayer, PackedRows
-from .rounding import compensate
+from .rounding import Widths, compensate
+from .sensitivity import mixed
 from .spec import LinearSpec, read_spec
 from .wrap import make_way
 
@@ -48,6 +49,14 @@ def check_weights(weights: Any, calibrated: bool = False) -> None:
         raise CoreskipError(f"weights is {weights!r}; choose from {', '.join(PACKINGS)}")
     if calibrated and (weights or INT4) != INT4:
         raise CoreskipError(f"a text calibrates rounding to 4 bits: leave it out, or weights={weights!r}")
+
+
+def check_mixed(share: Any, calibrated: bool) -> None:
+    """Raises CoreskipError unless widths can be mixed so."""
+    if share is not None:
+        check_share("share", share)
+        if not calibrated:
+            raise CoreskipError("which matrices get 8 bits is measured on a text: give one, or leave out the share")
 
 
 def check_target(folder: str | os.PathLike[str]) -> Path:
@@ -71,6 +80,7 @@ def pack(
     plan: Plan | str | os.PathLike[str] | None = None,
     weights: str | None = None,
     text: TokenText | str | os.PathLike[str] | None = None,
+    share: float | None = None,
     progress: bool = True,
 ) -> Path:
     """Write `model` with its tokenizer as a packed model, which `coreskip.load` maps in a moment.
@@ -89,6 +99,8 @@ def pack(
         text: calibrates 4 bits: each matrix makes up for what rounding loses (runtime/rounding.py), in minutes. A
             string, the `Path` of a UTF-8 file, or tokens. None: plain rounding, in seconds, which costs a model that
             was not made of such numbers several times as much perplexity.
+        share: with a text: mixed widths. The matrices that 4 bits cost most get 8, as far as a token's bytes stay
+            within this share of those in 8 bits (runtime/sensitivity.py); about 0.6 to 1. None: 4 bits for all.
 
     Returns:
         the folder.
@@ -98,6 +110,7 @@ def pack(
             folder is unchanged.
     """
     check_weights(weights, text is not None)
+    check_mixed(share, text is not None)
     check_flag("progress", progress)
     check_model(model)
     target = check_target(folder)
@@ -108,7 +121,7 @@ def pack(
         plan.check(model, anatomy)
     planned = plan.weights if plan is not None and plan.weights in WEIGHT_FORMATS else None
     weights = weights or planned or (AS_LOADED if text is None else INT4)
-    source = _Source(model, anatomy, weights, None if text is None else text_of(tokenizer, text))
+    source = _Source(model, anatomy, weights, None if text is None else text_of(tokenizer, text), share)
     source.check_room(target)
     try:
         with files.replaced_folder(target) as draft:
@@ -126,8 +139,9 @@ class _Source:
         CoreskipError: it cannot be.
     """
 
-    def __init__(self, model: Any, anatomy: Anatomy, weights: str, text: TokenText | None) -> None:
-        self.model, self.anatomy, self.weights, self._text = model, anatomy, weights, text
+    def __init__(self, model: Any, anatomy: Anatomy, weights: str, text: TokenText | None, share: float | None) -> None:
+        self.model, self.anatomy, self.weights = model, anatomy, weights
+        self._text, self._share = text, share
         if available("cpu") is not None:
             raise CoreskipError(f"a model is packed by the native kernels: {available('cpu')}")
         if getattr(transformers, type(model).__name__, None) is not type(model):
@@ -173,7 +187,10 @@ class _Source:
             for module in tqdm(self.takers, desc="packing", unit="matrix", disable=not progress, leave=False):
                 yield module, self.parts(module)
             return
-        for found in compensate(self.model, self._text, progress=progress):
+        widths: Widths = INT4
+        if self._share is not None:
+            widths = mixed(self.model, self._text, budget=self._share, progress=progress)
+        for found in compensate(self.model, self._text, widths=widths, progress=progress):
             rows = self.rows.get(found.module, (found.packed.out_features,))
             yield found.module, _split(found.packed, rows)
 

@@ -440,6 +440,19 @@ def test_a_text_calibrates_the_rounding(tmp_path: Path) -> None:
         expected = model(ids).logits
         off = [float((coreskip.load(tmp_path / name)[0](ids).logits - expected).square().mean()) for name in "tp"]
     assert off[0] < 0.8 * off[1]
+    coreskip.pack(model, words, tmp_path / "m", text=text, share=0.8, progress=False)
+    sizes = [describe(tmp_path / name)["formats"] for name in "tm"]
+    assert sizes[1]["int8_groups"]["tensors"] > sizes[0]["int8_groups"]["tensors"]
+    assert sizes[1]["int4"]["tensors"] > 0
+    mixed, _ = coreskip.load(tmp_path / "m")
+    with coreskip.wrap(mixed):
+        greedy(mixed, ids[:, :9], 4)
+        assert runtime_of(mixed).steps.native.refusal is None
+    for share in (0.1, 1.5, "half"):
+        with pytest.raises(CoreskipError):
+            coreskip.pack(model, words, tmp_path / "q", text=text, share=share, progress=False)
+    with pytest.raises(CoreskipError, match="give one"):
+        coreskip.pack(model, words, tmp_path / "q", share=0.8)
     with pytest.raises(CoreskipError, match="calibrates rounding to 4 bits"):
         coreskip.pack(model, words, tmp_path / "q", weights="int8", text=text)
     with pytest.raises(CoreskipError):
