@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import modeling_gguf_pytorch_utils as tables
 
 from coreskip.kernels import cpu, ops
 from coreskip.kernels.groups import OF_GGUF
@@ -356,3 +357,50 @@ def test_the_embedded_models_matrices_are_the_files(embedded: tuple[Any, Any]) -
     state = check_state(file, model.state_dict(), tied=True)
     packed = [w for w in state.values() if isinstance(w, PackedLinear)]
     assert sum(w.nbytes for w in packed) == sum(t.raw.numel() for t in file.tensors.values() if len(t.shape) == 2)
+
+
+class _Transposing(tables.TensorProcessor):
+    def process(self, weights: Any, name: str, **options: Any) -> Any:
+        return tables.GGUFTensor(weights.T if "attn_output" in name else weights, name, {})
+
+
+class _Subtracting(tables.TensorProcessor):
+    def process(self, weights: Any, name: str, **options: Any) -> Any:
+        return tables.GGUFTensor(weights - 1 if "norm" in name or "ffn_up" in name else weights, name, {})
+
+
+class _Naming(tables.TensorProcessor):
+    """As of experts and of GPT-2's head: the tensor goes by a name of its own."""
+
+    def process(self, weights: Any, name: str, **options: Any) -> Any:
+        if name != "output.weight":
+            return tables.GGUFTensor(weights, name, {})
+        options["parsed_parameters"]["tensors"]["lm_head.weight"] = torch.from_numpy(np.copy(weights))
+        return tables.GGUFTensor(weights, None, {})
+
+
+class _Choosy(tables.TensorProcessor):
+    """As Bloom's: wants whole rows."""
+
+    def process(self, weights: Any, name: str, **options: Any) -> Any:
+        if "attn_k" in name:
+            weights = weights.reshape(2, 64, 256)[::-1].reshape(128, 256)
+        return tables.GGUFTensor(weights, name, {})
+
+
+@needs_library
+@pytest.mark.parametrize("processor", [_Transposing, _Subtracting, _Naming, _Choosy])
+def test_whatever_is_done_to_weights_is_done(
+    processor: type, mixed: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(tables.TENSOR_PROCESSORS, "llama", processor)
+    file = read_gguf(mixed)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(file))
+    expected = tables.load_gguf_checkpoint(str(mixed), return_tensors=True, model_to_load=model)["tensors"]
+    with caplog.at_level(logging.WARNING, "coreskip"):
+        state = check_state(file, expected)
+    changed = {_Transposing: "o_proj", _Subtracting: "up_proj", _Naming: "lm_head", _Choosy: "k_proj"}[processor]
+    plain = {name.split(".")[-2] for name, w in state.items() if isinstance(w, Tensor) and "norm" not in name}
+    assert plain == {changed}
+    assert len(caplog.messages) == 1
