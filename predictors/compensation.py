@@ -3,8 +3,18 @@
 GPTQ (Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
 arXiv 2210.17323) rounds input by input and pushes what each rounding errs by onto the inputs that are still to come.
 Coordinate descent then goes over the numbers and the ends of the groups again, now that all others are known
-(QuantEase, arXiv 2309.01885). Inside, matrices are transposed, ``[inputs, rows]``: what is done to one input of all
-rows is then one run of memory.
+(QuantEase, arXiv 2309.01885). Inside, matrices are transposed, ``[inputs, rows]``: what is done to one input of all rows
+is then one run of memory.
+
+What was chosen by measurement: the squared error of the outputs on other text, as a share of plain rounding's, the
+geometric mean over the linears of three layers of the embedded model (rescaled, see `bench/finetune.py`), 8192 tokens
+unless said:
+
+    ends of a group: its range 0.62, searched 0.43; then coordinate descent, sweeps: 1 0.41, 3 0.40, 10 0.40
+    inputs by falling weight, ends from the original weights: 0.43; in their order, ends from the original weights: 0.45
+    damping, 3 sweeps: 0.001 0.41, 0.01 0.40, 0.05 0.39; tokens, 3 sweeps, damping 0.01: 2048 0.58, 4096 0.47
+
+On the calibration text itself it is 0.18 with 2048 tokens and 0.27 with 8192: more text helps most of all.
 """
 
 from __future__ import annotations
