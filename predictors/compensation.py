@@ -3,8 +3,8 @@
 GPTQ (Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
 arXiv 2210.17323) rounds input by input and pushes what each rounding errs by onto the inputs that are still to come.
 Coordinate descent then goes over the numbers and the ends of the groups again, now that all others are known
-(QuantEase, arXiv 2309.01885). Inside, matrices are transposed, ``[inputs, rows]``: what is done to one input of all rows
-is then one run of memory.
+(QuantEase, arXiv 2309.01885). Inside, matrices are transposed, ``[inputs, rows]``: what is done to one input of all
+rows is then one run of memory.
 
 What was chosen by measurement: the squared error of the outputs on other text, as a share of plain rounding's, the
 geometric mean over the linears of three layers of the embedded model (rescaled, see `bench/finetune.py`), 8192 tokens
