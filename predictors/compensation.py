@@ -15,6 +15,7 @@ unless said:
     damping, 3 sweeps: 0.001 0.41, 0.01 0.40, 0.05 0.39; tokens, 3 sweeps, damping 0.01: 2048 0.58, 4096 0.47
 
 On the calibration text itself it is 0.18 with 2048 tokens and 0.27 with 8192: more text helps most of all.
+The KL divergence with the first six layers rounded, 4096 tokens: plainly 0.031, damping 0.05 0.0106, 0.2 0.0093.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from ..kernels.packed import GROUP
 from .errors import CoreskipError
 
 SWEEPS = 1  # of coordinate descent
-_DAMPING = 0.05  # of the mean diagonal is added to it
+_DAMPING = 0.2  # of the mean diagonal is added to it; GPTQ adds 0.01
 _FILL = 1e-6  # of the mean diagonal is that of inputs that only fill up a group
 _BLOCK = 128  # inputs whose errors reach the inputs behind them in one matrix product
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)  # shares of a group's range that its ends are tried at

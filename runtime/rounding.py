@@ -30,7 +30,9 @@ from .lower_cpu import HEAD_FORMAT, KERNEL_FORMATS
 from .wrap import make_way
 
 TOKENS, WINDOW = 8192, 512
-SHIFT = 0.5  # share of the error of the layers before that a linear is to make up for
+# Share of the error of the layers before that a linear is to make up for. With the first six layers of the embedded
+# model rounded, rescaled off its grid: a KL divergence of 0.0110 with none, 0.0106 with half, 0.0106 with the whole.
+SHIFT = 0.5
 
 Widths = str | Mapping[str, str]
 Hook = Callable[[nn.Module, tuple[Any, ...]], None]
