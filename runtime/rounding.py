@@ -42,7 +42,8 @@ Hook = Callable[[nn.Module, tuple[Any, ...]], None]
 class Rounded:
     """One linear: its name in the model, itself with its own weights, and these in 4 or 8 bits.
 
-    error: what rounding does to each output, its mean square over the calibration tokens, float32 ``[rows]``.
+    error: what rounding does to each output, the mean square over tokens, float32 ``[rows]``: as measured on the
+        calibration tokens, times what they make it seem too small by (`Compensation.optimism`).
     """
 
     name: str
@@ -283,7 +284,7 @@ class _Layer:
                 target = compensation.shifted(target, SHIFT * cross)
             groups = compensation.round(target, fmt)
             off = groups.values(target.shape[1]) - target
-            error = ((off @ gram) * off).sum(1) / tokens
+            error = ((off @ gram) * off).sum(1) * (compensation.optimism(tokens) / tokens)
             sizes = [len(weight) for weight in weights]
             for module, part, its_error in zip(modules, groups.split(sizes), error.split(sizes), strict=True):
                 packed = _packed(part, module, fmt)

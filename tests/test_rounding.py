@@ -157,6 +157,18 @@ def test_a_matrix_has_a_smaller_output_error(inputs: int, fmt: str) -> None:
     assert (x @ (values - weight).t()).norm() < 0.5 * (x @ (plain - weight).t()).norm()
 
 
+def test_the_error_on_other_inputs_is_foretold() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(96, 96, generator=generator)
+    x, other = (torch.randn(n, 96, generator=generator) @ mixing for n in (300, 5000))
+    weight = torch.randn(200, 96, generator=generator)
+    compensation = Compensation(x.t() @ x)
+    off = compensation.round(weight, "int4").values(96) - weight
+    seen, true = ((inputs @ off.t()).square().mean() for inputs in (x, other))
+    assert true > 1.15 * seen
+    assert compensation.optimism(300) * seen == pytest.approx(float(true), rel=0.3)
+
+
 def test_a_shift_makes_up_for_changed_inputs() -> None:
     generator = torch.Generator().manual_seed(0)
     original = torch.randn(400, 8, generator=generator) @ torch.randn(8, 64, generator=generator)
