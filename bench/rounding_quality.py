@@ -68,7 +68,7 @@ class Scored:
         with replaced(found):
             for ids, dense in zip(tqdm(self._rows.split(1), desc="scoring", leave=False), self._dense, strict=True):
                 tally.add(dense.float(), self._log_p(ids), ids[0, ids.shape[1] // 2 :], 0.0)
-        return {name: figure for name, figure in tally.result().items() if name != "neuron_sparsity"} | self.about
+        return {"keep": 1.0, **tally.result(), **self.about}
 
 
 @click.command(help=__doc__)

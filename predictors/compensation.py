@@ -5,6 +5,17 @@ arXiv 2210.17323) rounds input by input and pushes what each rounding errs by on
 Coordinate descent then goes over the numbers and the ends of the groups again, now that all others are known
 (QuantEase, arXiv 2309.01885). Inside, matrices are transposed, ``[inputs, rows]``: what is done to one input of all
 rows is then one run of memory.
+
+What was chosen by measurement: the squared error of the outputs on other text, as a share of plain rounding's, the
+geometric mean over the linears of three layers of the embedded model (rescaled, see `bench/finetune.py`), 8192 tokens
+unless said:
+
+    ends of a group: its range 0.62, searched 0.43; then coordinate descent, sweeps: 1 0.41, 3 0.40, 10 0.40
+    inputs by falling weight, ends from the original weights: 0.43; in their order, ends from the original weights: 0.45
+    damping, 3 sweeps: 0.001 0.41, 0.01 0.40, 0.05 0.39; tokens, 3 sweeps, damping 0.01: 2048 0.58, 4096 0.47
+
+On the calibration text itself it is 0.18 with 2048 tokens and 0.27 with 8192: more text helps most of all.
+The KL divergence with the first six layers rounded, 4096 tokens: plainly 0.031, damping 0.05 0.0106, 0.2 0.0093.
 """
 
 from __future__ import annotations
@@ -20,7 +31,7 @@ from ..kernels.groups import GROUP
 from .errors import CoreskipError
 
 SWEEPS = 1  # of coordinate descent
-_DAMPING = 0.05  # of the mean diagonal is added to it
+_DAMPING = 0.2  # of the mean diagonal is added to it; GPTQ adds 0.01
 _FILL = 1e-6  # of the mean diagonal is that of inputs that only fill up a group
 _BLOCK = 128  # inputs whose errors reach the inputs behind them in one matrix product
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)  # shares of a group's range that its ends are tried at
@@ -75,6 +86,15 @@ class Compensation:
         hessian.diagonal().add_(floor)
         self._cholesky = torch.linalg.cholesky(hessian)
         self._hessian = hessian.float()
+        self._inverse = torch.cholesky_inverse(self._cholesky)
+        # directions that the tokens, rather than the damping, decide
+        self._freedom = self._inputs - float(damping * mean) * float(self._inverse.diagonal()[: self._inputs].sum())
+
+    def optimism(self, tokens: int) -> float:
+        """By what the squared error on the calibration tokens has to be multiplied to tell that on other text, as in
+        generalised cross-validation (Golub, Heath and Wahba 1979). Measured for 1536 inputs, damping 0.01: 1.7 with
+        8192 tokens, 2.8 with 4096; undamped, this were 1.5 and 2.6."""
+        return max(1 - self._freedom / tokens, 0.25) ** -2
 
     def shifted(self, weight: Tensor, cross: Tensor) -> Tensor:
         """The weight whose outputs on the inputs as they are come closest to the original's on the inputs as they were:
@@ -96,8 +116,7 @@ class Compensation:
         if fill:  # like the last input, so that they widen no range
             target = torch.cat([target, target[-1:].expand(fill, -1)])
         rounding = _Rounding(target, fmt)
-        inverse = torch.cholesky_inverse(self._cholesky)
-        rounding.push(torch.linalg.cholesky(inverse, upper=True).float())
+        rounding.push(torch.linalg.cholesky(self._inverse, upper=True).float())
         for _ in range(SWEEPS):
             rounding.sweep(self._hessian)
         return rounding.groups()

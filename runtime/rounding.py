@@ -32,7 +32,9 @@ from .lower_cpu import HEAD_FORMAT, KERNEL_FORMATS
 from .wrap import make_way
 
 TOKENS, WINDOW = 8192, 512
-SHIFT = 0.5  # share of the error of the layers before that a linear is to make up for
+# Share of the error of the layers before that a linear is to make up for. With the first six layers of the embedded
+# model rounded, rescaled off its grid: a KL divergence of 0.0110 with none, 0.0106 with half, 0.0106 with the whole.
+SHIFT = 0.5
 
 Widths = str | Mapping[str, str]
 Hook = Callable[[nn.Module, tuple[Any, ...]], None]
@@ -42,7 +44,8 @@ Hook = Callable[[nn.Module, tuple[Any, ...]], None]
 class Rounded:
     """One linear: its name in the model, itself with its own weights, and these in 4 or 8 bits.
 
-    error: what rounding does to each output, its mean square over the calibration tokens, float32 ``[rows]``.
+    error: what rounding does to each output, the mean square over tokens, float32 ``[rows]``: as measured on the
+        calibration tokens, times what they make it seem too small by (`Compensation.optimism`).
     """
 
     name: str
@@ -283,7 +286,7 @@ class _Layer:
                 target = compensation.shifted(target, SHIFT * cross)
             groups = compensation.round(target, fmt)
             off = groups.values(target.shape[1]) - target
-            error = ((off @ gram) * off).sum(1) / tokens
+            error = ((off @ gram) * off).sum(1) * (compensation.optimism(tokens) / tokens)
             sizes = [len(weight) for weight in weights]
             for module, part, its_error in zip(modules, groups.split(sizes), error.split(sizes), strict=True):
                 packed = _packed(part, module, fmt)

@@ -9,6 +9,9 @@ import torch
 from tiny_models import VOCABULARY, tiny
 from torch import Tensor
 
+from coreskip.bench.finetune import batches, finetune, leave_grid
+from coreskip.bench.rounding_quality import Scored, kinds
+from coreskip.bench.tables import quality_table
 from coreskip.kernels.groups import group_weights, tiles_from_groups, ungroup, untile
 from coreskip.kernels.packed import EXACT_BYTES, PackedLinear
 from coreskip.predictors.calibration import TokenText
@@ -155,6 +158,18 @@ def test_a_matrix_has_a_smaller_output_error(inputs: int, fmt: str) -> None:
     assert (x @ (values - weight).t()).norm() < 0.5 * (x @ (plain - weight).t()).norm()
 
 
+def test_the_error_on_other_inputs_is_foretold() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(96, 96, generator=generator)
+    x, other = (torch.randn(n, 96, generator=generator) @ mixing for n in (300, 5000))
+    weight = torch.randn(200, 96, generator=generator)
+    compensation = Compensation(x.t() @ x)
+    off = compensation.round(weight, "int4").values(96) - weight
+    seen, true = ((inputs @ off.t()).square().mean() for inputs in (x, other))
+    assert true > 1.15 * seen
+    assert compensation.optimism(300) * seen == pytest.approx(float(true), rel=0.3)
+
+
 def test_a_shift_makes_up_for_changed_inputs() -> None:
     generator = torch.Generator().manual_seed(0)
     original = torch.randn(400, 8, generator=generator) @ torch.randn(8, 64, generator=generator)
@@ -204,3 +219,53 @@ def test_eight_bits_go_where_four_cost_most() -> None:
     assert widths[dearest] == "int8"
     with pytest.raises(CoreskipError, match="give more"):
         mixed(model, ids(), budget=0.2, tokens=512, progress=False)
+
+
+def test_rescaling_leaves_the_grid_and_the_text() -> None:
+    model = tiny("llama")
+    with replaced(list(plainly(model))[:-1]):
+        expected = logits(model)
+        before = weights(model)
+        leave_grid(model)
+        torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
+        for name, rescaled in weights(model).items():
+            if "layers" in name:
+                assert not torch.equal(before[name], rescaled) or "q_norm" in name, name
+    model = tiny("llama")
+    with replaced(list(plainly(model))[:-1]):
+        leave_grid(model)
+        assert any(each.error.any() for each in rounded(model))
+
+
+def test_training_is_the_same_each_time_and_moves_every_matrix() -> None:
+    text = TokenText(ids(), torch.empty(0, dtype=torch.int64), "ids")
+    assert len(list(batches(text, 15, WINDOW, 0))) == 15  # more than there are windows
+    first, second = tiny("llama"), tiny("llama")
+    before = weights(first)
+    assert finetune(first, text, steps=3, length=WINDOW) == finetune(second, text, steps=3, length=WINDOW)
+    after = weights(first)
+    assert all(torch.equal(after[name], tensor) for name, tensor in weights(second).items())
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_rows_of_rounding_fill_a_table() -> None:
+    model = tiny("llama")
+    text = TokenText(ids(windows=40), torch.empty(0, dtype=torch.int64), "ids")
+    scored = Scored(model, text, 2)
+    about = {
+        "model": "tiny",
+        "dtype": "float32",
+        "device": "a CPU",
+        "time": "2026-01-01",
+        "commit": None,
+        "command": "",
+    }
+    rows = []
+    for name, make in kinds(model, text, 1024, [0.8]):
+        found = make()
+        rows.append({"name": name, "megabytes": 1, **scored.figures(found), **about})
+    assert [row["name"] for row in rows] == ["int8", "int4, plain", "int4, compensated", "mixed, 0.8 of int8's bytes"]
+    eight, plain, compensated, mixture = (row["kl"] for row in rows)
+    assert eight < compensated < plain
+    assert mixture < compensated
+    assert "int4, compensated" in quality_table(rows)
