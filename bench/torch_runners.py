@@ -20,7 +20,7 @@ from coreskip.predictors.plan import LayerPlan, Plan
 from coreskip.predictors.policies import CoreNeurons
 from coreskip.runtime.cost import bytes_per_token, loaded_bytes
 from coreskip.runtime.engine import Engine
-from coreskip.runtime.load import load
+from coreskip.runtime.load import load, packed_for
 from coreskip.runtime.quality import evaluate_all
 from coreskip.runtime.wrap import is_wrapped, runtime_of, unwrap, wrap
 
@@ -38,7 +38,8 @@ class HuggingFace(Runner):
         if self.job.shape is not None:
             self.model: Any = self.job.shape.build(dtype, device)
         else:
-            self.model, self.tokenizer = load(self.job.model, dtype=dtype, device=device, packed=self.packed)
+            packed = packed_for(self.job.model, self.job.dtype) if self.packed is None else self.packed
+            self.model, self.tokenizer = load(self.job.model, dtype=dtype, device=device, packed=packed)
         # greedy, without the checkpoint's penalties and without an end
         self.model.generation_config = cast(Any, GenerationConfig)(do_sample=False, pad_token_id=0)
 

@@ -94,7 +94,7 @@ def _engine(
 ) -> Any:
     from coreskip.predictors.plan import Plan
     from coreskip.runtime.engine import Engine
-    from coreskip.runtime.load import load
+    from coreskip.runtime.load import load, packed_for
     from coreskip.runtime.packed_folder import plan_of
 
     set_threads(threads)
@@ -102,7 +102,7 @@ def _engine(
     if folder is None and not running["plain"]:
         folder = plan_of(model)
     plan = Plan.load(folder) if folder is not None else None
-    loaded, tokenizer = load(model, dtype=dtype, device=device)
+    loaded, tokenizer = load(model, dtype=dtype, device=device, packed=packed_for(model, running["weights"]))
     # nobody needs the model afterwards: its originals may go
     keep = None if running["exact"] or running["plain"] else False
     return Engine(loaded, tokenizer, plan, keep_originals=keep, **running)

@@ -38,7 +38,7 @@ def pack(
     """Write MODEL with its matrices packed as decode steps read them: it is mapped, not read, at every start."""
     from coreskip.predictors.calibration import read_text, tokenize
     from coreskip.predictors.plan import Plan
-    from coreskip.runtime.load import load
+    from coreskip.runtime.load import load, packed_for
     from coreskip.runtime.pack import check_mixed, check_target, check_weights, pack
     from coreskip.runtime.packed_folder import describe, table
 
@@ -48,7 +48,10 @@ def pack(
     content = read_text(text) if text is not None else None
     plan = Plan.load(folder) if folder is not None else None
     set_threads(threads)
-    loaded, tokenizer = load(model, dtype=dtype, device=device or "cpu")
+    wanted = (
+        options["weights"] or (plan.weights if plan is not None else None) or ("int4" if text is not None else None)
+    )
+    loaded, tokenizer = load(model, dtype=dtype, device=device or "cpu", packed=packed_for(model, wanted))
     tokens = tokenize(tokenizer, content, Path(str(text)).name) if content is not None else None
     pack(loaded, tokenizer, output, plan=plan, text=tokens, **options)
     click.echo(table(describe(output)))

@@ -80,12 +80,13 @@ def analyze(
     from coreskip.predictors.calibration import read_text, tokenize
     from coreskip.predictors.plan_file import check_target
     from coreskip.runtime.analyze import analyze
-    from coreskip.runtime.load import load
+    from coreskip.runtime.load import load, packed_for
 
     check_target(output)
     content = read_text(text) if text is not None else None
     set_threads(threads)
-    loaded, tokenizer = load(model, dtype=dtype, device=device)
+    packed = packed_for(model, options.get("weights"))
+    loaded, tokenizer = load(model, dtype=dtype, device=device, packed=packed)
     tokens = tokenize(tokenizer, content, Path(str(text)).name) if content is not None else None
     plan = analyze(loaded, tokenizer, text=tokens, **options)
     click.echo(str(plan))
@@ -184,14 +185,14 @@ def evaluate(
     from coreskip.predictors.calibration import read_text, tokenize
     from coreskip.predictors.plan import Plan
     from coreskip.runtime.calibration_text import model_text
-    from coreskip.runtime.load import load
+    from coreskip.runtime.load import load, packed_for
     from coreskip.runtime.quality import evaluate, summary
     from coreskip.runtime.sparsing_law import ppl_sparsity as law
 
     plan = Plan.load(folder) if folder is not None else None
     content = read_text(text) if text is not None else None
     set_threads(threads)
-    loaded, tokenizer = load(model, dtype=dtype, device=device)
+    loaded, tokenizer = load(model, dtype=dtype, device=device, packed=packed_for(model, weights))
     if plan is not None:
         plan.check(loaded)
     if content is not None:

@@ -49,7 +49,7 @@ def _of_packed(weights: str | None, packed: int, linears: int) -> str | None:
     if weights == AS_PACKED:
         return None if packed else "the model is not packed"
     if packed == linears:
-        return "the model is packed, and its own numbers are the only ones"
+        return "the model is packed, in a format of its own (load it with packed=False to pack it anew)"
     return None
 
 

@@ -14,12 +14,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from ..kernels.ops import available
-from ..predictors.checks import check_flag, path_of
+from ..predictors.checks import WEIGHT_FORMATS, check_flag, path_of
 from ..predictors.errors import CoreskipError
 from .cache import load_cached
 from .gguf_state import NotAsItIs
 from .load_gguf import load_gguf
-from .packed_folder import is_packed_folder, load_packed
+from .packed_folder import is_packed_folder, load_packed, read_document
+from .skeleton import cast_parameters
 from .weights import load_whole
 
 logger = logging.getLogger("coreskip")
@@ -61,13 +62,23 @@ def load(
     else:
         name = str(path_of(model, "the model"))
         if is_packed_folder(Path(name)):
-            return load_packed(Path(name), wanted, place, packed), _tokenizer_of(name)
+            return load_packed(Path(name), wanted, place, packed)
         if name.endswith(".gguf"):
             plain = packed is False or place.type != "cpu" or available("cpu") is not None
             loaded, tokenizer = _load_gguf(Path(name), wanted) if plain else _load_as_it_is(Path(name), wanted)
         else:
             loaded, tokenizer = _load_folder_or_id(name, wanted)
     return loaded.to(place).eval(), tokenizer
+
+
+def packed_for(model: str | os.PathLike[str] | None, weights: str | None) -> bool | None:
+    """The `packed` of `load` with which decode steps can read a model in `weights`, int4, int8 or None: matrices that
+    hold a file's own numbers are made plain, to be packed in another format; those that were rounded stay."""
+    if model is None or weights not in (*WEIGHT_FORMATS, "bfloat16"):
+        return None
+    name = str(path_of(model, "the model"))
+    own = is_packed_folder(Path(name)) and read_document(Path(name)).get("weights") is None
+    return False if own or name.endswith(".gguf") else None
 
 
 def embedded_gguf() -> Path:
@@ -136,11 +147,11 @@ def _load_as_it_is(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
     """A GGUF file with its matrices packed; dequantised where transformers loads its architecture otherwise."""
     check_gguf(path)
     try:
-        model, tokenizer = load_gguf(path, lambda folder: (load_packed(folder, None, _CPU), _tokenizer_of(folder)))
+        model, tokenizer = load_gguf(path, lambda folder: load_packed(folder, None, _CPU))
     except NotAsItIs as reason:
         logger.info("%s; it is dequantised", reason)
         return _load_gguf(path, dtype)
-    return (model if dtype is None else model.to(dtype)), tokenizer
+    return (model if dtype is None else cast_parameters(model, dtype)), tokenizer
 
 
 def _load_folder_or_id(name: str, dtype: torch.dtype | None) -> tuple[Any, Any]:

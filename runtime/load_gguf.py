@@ -21,7 +21,7 @@ from .gguf_file import GgufFile, read_gguf
 from .gguf_state import State, config_of, load_state, tokenizer_of
 from .pack import pack
 from .packed_folder import is_packed_folder
-from .packed_layer import PackedLayer, PackedRows
+from .packed_layer import PackedLayer, PackedRows, refuse_resizing
 from .skeleton import hold, left_empty, put, skeleton
 from .weights import check_found, left_over_in_gguf
 
@@ -40,8 +40,8 @@ def model_of(file: GgufFile) -> Any:
     config.dtype = torch.float32
     try:
         model = skeleton(AutoModelForCausalLM._model_mapping[type(config)], config, torch.float32)
-    except (KeyError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # what a description breaks in a model's constructor surfaces as anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CoreskipError(f"cannot load {file.path}: {reason}") from error
     state = load_state(file, model)
     misfits: dict[str, str] = {}
@@ -51,7 +51,8 @@ def model_of(file: GgufFile) -> Any:
         except ValueError as error:
             misfits[name] = f"{name} ({error})"
     _tie(model)
-    missing = [name for name in left_empty(model) if name not in misfits]
+    missing = [name for name in left_empty(model, state) if name not in misfits]
+    model.resize_token_embeddings = refuse_resizing
     check_found(model, file.path, missing, misfits.values(), left_over_in_gguf(model, file))
     return model
 

@@ -26,11 +26,11 @@ from ..predictors.calibration import TokenText, text_of
 from ..predictors.checks import AS_PACKED, PACKINGS, WEIGHT_FORMATS, check_flag, check_share, path_of
 from ..predictors.errors import CoreskipError
 from ..predictors.fingerprint import Fingerprint
-from ..predictors.plan import Plan
+from ..predictors.plan import PACKED_AS, Plan
 from .calls import NotCovered
 from .formats import format_takers
 from .lower_cpu import HEAD_FORMAT, KERNEL_FORMATS
-from .packed_folder import DOCUMENT, FORMAT, PLAN, VERSION, WEIGHTS, is_packed_folder, seal
+from .packed_folder import CALIBRATION, DOCUMENT, FORMAT, PLAN, VERSION, WEIGHTS, file_sums, is_packed_folder, seal
 from .packed_layer import PackedLayer, PackedRows
 from .rounding import Widths, compensate
 from .sensitivity import mixed
@@ -142,6 +142,8 @@ class _Source:
     def __init__(self, model: Any, anatomy: Anatomy, weights: str, text: TokenText | None, share: float | None) -> None:
         self.model, self.anatomy, self.weights = model, anatomy, weights
         self._text, self._share = text, share
+        before = vars(model).get(PACKED_AS) if weights == AS_LOADED else None
+        self.rounded = weights if weights in WEIGHT_FORMATS else before
         if available("cpu") is not None:
             raise CoreskipError(f"a model is packed by the native kernels: {available('cpu')}")
         if getattr(transformers, type(model).__name__, None) is not type(model):
@@ -179,7 +181,8 @@ class _Source:
     @property
     def calibration(self) -> dict[str, Any] | None:
         """What text calibrated the rounding; None: none did."""
-        return None if self._text is None else dict(self._text.fingerprint())
+        before: dict[str, Any] | None = vars(self.model).get(CALIBRATION)
+        return before if self._text is None else dict(self._text.fingerprint())
 
     def matrices(self, progress: bool) -> Iterator[tuple[Any, list[PackedLinear] | None]]:
         """Every matrix in its packed form, or None where it is written as it is, in the order of `takers`."""
@@ -210,6 +213,10 @@ class _Source:
         head = module is self.model.get_output_embeddings()
         fmt = HEAD_FORMAT if head else KERNEL_FORMATS[self.weights]
         return [PackedLinear.pack(part, fmt=fmt) for part in rows]
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        """As it is written: as it is, but for models that are to be in bfloat16."""
+        return tensor.to(torch.bfloat16) if self.weights == BFLOAT16 and tensor.is_floating_point() else tensor
 
     def embedding(self) -> PackedLinear | None:
         """The embeddings in packed form, where that holds their very numbers."""
@@ -259,13 +266,15 @@ def _rows_of_parts(model: Any, anatomy: Anatomy) -> dict[nn.Module, tuple[int, .
 
 
 def _write(draft: Path, source: _Source, tokenizer: Any, plan: Plan | None, progress: bool) -> None:
-    model, writer = source.model, Writer(draft / WEIGHTS)
+    model = source.model
+    _save_rest(draft, source, tokenizer)
+    writer = Writer(draft / WEIGHTS)
     try:
         packed = _write_packed(writer, source, progress)
         modules = {module for module in source.names if source.names[module] in packed}
         parameters, tied = source.written(modules)
         for name, tensor in parameters.items():
-            writer.add(name, tensor.to(source.dtype) if tensor.is_floating_point() else tensor)
+            writer.add(name, source.cast(tensor))
         buffers = _buffers(model)
         for name, tensor in buffers.items():
             writer.add(name, tensor)
@@ -274,8 +283,6 @@ def _write(draft: Path, source: _Source, tokenizer: Any, plan: Plan | None, prog
     except BaseException:
         writer.abandon()
         raise
-    _save_config(model, draft, source.dtype)
-    tokenizer.save_pretrained(draft)
     if plan is not None:
         replace(plan, weights=AS_PACKED if packed else None).save(draft / PLAN)
     document = {
@@ -284,7 +291,7 @@ def _write(draft: Path, source: _Source, tokenizer: Any, plan: Plan | None, prog
         "class": type(model).__name__,
         "transformers": transformers.__version__,
         "dtype": str(source.dtype).removeprefix("torch."),
-        "weights": source.weights if source.weights in WEIGHT_FORMATS else None,
+        "weights": source.rounded,
         "calibration": source.calibration,
         "packed": packed,
         "parameters": {name: name for name in parameters},
@@ -294,6 +301,7 @@ def _write(draft: Path, source: _Source, tokenizer: Any, plan: Plan | None, prog
         "bytes": found["bytes"],
         "weights_checksum": found["checksum"],
         "fingerprint": fingerprint,
+        "files": file_sums(draft),
     }
     files.write_durably(draft / DOCUMENT, seal(document))
 
@@ -315,8 +323,9 @@ def _write_packed(writer: Writer, source: _Source, progress: bool) -> dict[str, 
         bias = None
         if module.bias is not None:
             bias = f"{name}.bias"
-            writer.add(bias, module.bias.to(source.dtype))
-        packed[name] = {"inputs": parts[0].in_features, "parts": entries, "bias": bias}
+            writer.add(bias, source.cast(module.bias))
+        dtype = str(module.weight.dtype).removeprefix("torch.")
+        packed[name] = {"inputs": parts[0].in_features, "parts": entries, "bias": bias, "dtype": dtype}
     _write_embedding(writer, source, of_head, packed)
     return packed
 
@@ -354,6 +363,18 @@ def _write_fingerprint(writer: Writer, fingerprint: Fingerprint) -> dict[str, An
     writer.add("fingerprint", fingerprint.probes)
     names = ("model_type", "vocab_size", "hidden_size", "intermediate_sizes", "activation", "dtype")
     return {**{name: getattr(fingerprint, name) for name in names}, "probes": "fingerprint"}
+
+
+def _save_rest(draft: Path, source: _Source, tokenizer: Any) -> None:
+    """Configuration and tokenizer: first, for what cannot be saved shows before matrices are rounded for minutes."""
+    try:
+        tokenizer.save_pretrained(draft)
+        _save_config(source.model, draft, source.dtype)
+    except OSError:
+        raise
+    except Exception as error:  # transformers refuses generation settings that contradict each other
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CoreskipError(f"cannot save the model's settings or its tokenizer: {reason}") from error
 
 
 def _save_config(model: Any, draft: Path, dtype: torch.dtype) -> None:

@@ -28,16 +28,17 @@ from ..kernels.store import DTYPES, Damaged, Store
 from ..predictors.errors import CoreskipError
 from ..predictors.fingerprint import KEPT, Fingerprint
 from ..predictors.plan import PACKED_AS
-from .packed_layer import packed_modules
-from .skeleton import hold, left_empty, put, skeleton, unpack_modules
+from .packed_layer import packed_modules, refuse_resizing
+from .skeleton import cast_parameters, hold, left_empty, put, skeleton, unpack_modules
 
 logger = logging.getLogger("coreskip")
 
 _HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # formats of matrices without groups
 DOCUMENT, WEIGHTS, PLAN = "packed.json", "weights.bin", "plan"
 FORMAT, VERSION = "coreskip.packed", 1
-#: where a model has the folder that it was loaded from
-FOLDER = "_coreskip_folder"
+#: where a model has what calibrated its rounding
+CALIBRATION = "_coreskip_calibration"
+_TRIES = 100  # of what a writer may undo; each takes as long as loading
 
 
 def is_packed_folder(path: Path) -> bool:
@@ -136,9 +137,11 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def load_packed(folder: Path, dtype: torch.dtype | None, device: torch.device, packed: bool | None = None) -> Any:
-    """The model in `folder`, in evaluation mode; unpacked on another device than the CPU, in processes without the
-    native kernels, and where it shall not be `packed`.
+def load_packed(
+    folder: Path, dtype: torch.dtype | None, device: torch.device, packed: bool | None = None
+) -> tuple[Any, Any]:
+    """The model in `folder`, in evaluation mode, and its tokenizer; unpacked on another device than the CPU, in
+    processes without the native kernels, and where it shall not be `packed`.
 
     dtype: of what is computed between matrices; None: as it was when the model was packed.
 
@@ -146,12 +149,35 @@ def load_packed(folder: Path, dtype: torch.dtype | None, device: torch.device, p
         CoreskipError: the folder is damaged, newer, or made by another version of transformers that this one cannot
             read.
     """
-    document = read_document(folder)
+    for _ in range(_TRIES):
+        document = read_document(folder)
+        try:
+            model, tokenizer = _read(folder, document), _tokenizer(folder)
+        except CoreskipError:
+            if _replaced(folder, document):
+                continue
+            raise
+        if not _replaced(folder, document):
+            return _prepared(model, document, dtype, device, packed), tokenizer
+    raise CoreskipError(f"{folder} is replaced all the time")
+
+
+def _replaced(folder: Path, document: Mapping[str, Any]) -> bool:
+    """Whether another model has taken the folder's place since: what was read may be of both."""
     try:
+        return bool(read_document(folder)["checksum"] != document["checksum"])
+    except CoreskipError:
+        return not is_packed_folder(folder)
+
+
+def _read(folder: Path, document: Mapping[str, Any]) -> Any:
+    try:
+        _check_files(folder, document["files"])
         store = Store(folder / WEIGHTS, document["tensors"], document["bytes"], document["weights_checksum"])
         model = _skeleton(folder, document)
         _fill(model, document, store)
         setattr(model, KEPT, _fingerprint(document["fingerprint"], store))
+        return model
     except Damaged as error:
         raise CoreskipError(f"{folder / WEIGHTS} is damaged: {error}: pack the model again") from None
     except OSError as error:
@@ -159,14 +185,42 @@ def load_packed(folder: Path, dtype: torch.dtype | None, device: torch.device, p
     # whatever a sealed but senseless document trips over means one thing to the user
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CoreskipError(f"{folder} is not a well-formed packed model ({error}): pack the model again") from None
+
+
+def file_sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of the folder's small files, by name: configuration and tokenizer."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in (DOCUMENT, WEIGHTS)]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _check_files(folder: Path, expected: Mapping[str, str]) -> None:
+    found = file_sums(folder)
+    for name, checksum in expected.items():
+        if found.get(name) != checksum:
+            what = "is missing" if name not in found else "was edited or damaged"
+            raise ValueError(f"its {name} {what}")
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # a damaged file surfaces as anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CoreskipError(f"cannot load the tokenizer of {folder}: {reason}") from error
+
+
+def _prepared(
+    model: Any, document: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device, packed: bool | None
+) -> Any:
     if dtype is not None:
-        model = model.to(dtype)
+        model = cast_parameters(model, dtype)
     if packed is False or device.type != "cpu" or available("cpu") is not None:
         unpack_modules(model)
         return model.to(device)
     if document["weights"] is not None and packed_modules(model):
         setattr(model, PACKED_AS, document["weights"])
-    setattr(model, FOLDER, str(folder))
+        setattr(model, CALIBRATION, document["calibration"])
+    model.resize_token_embeddings = refuse_resizing
     return model
 
 
@@ -195,14 +249,15 @@ def _fill(model: Any, document: Mapping[str, Any], store: Store) -> None:
     dtype = getattr(torch, document["dtype"])
     for name, entry in document["packed"].items():
         bias = store[entry["bias"]] if entry["bias"] is not None else None
-        hold(model, name, [_part(entry, store[part["tensor"]], part) for part in entry["parts"]], bias, dtype)
+        own = getattr(torch, entry["dtype"]) if "dtype" in entry else dtype
+        hold(model, name, [_part(entry, store[part["tensor"]], part) for part in entry["parts"]], bias, own)
     for name, key in document["parameters"].items():
         put(model, name, nn.Parameter(store[key], requires_grad=False))
     for name, key in document["buffers"].items():
         put(model, name, store[key])
     for name, first in document["tied"].items():
         put(model, name, model.get_parameter(first))
-    empty = left_empty(model)
+    empty = left_empty(model, [*document["parameters"], *document["tied"]])
     if empty:
         raise ValueError(f"it has no weights for {empty[0]}")
 

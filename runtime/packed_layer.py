@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import cpu
-from ..kernels.packed import PackedLinear
+from ..kernels.packed import DTYPES, PackedLinear
 from ..predictors.errors import CoreskipError
 from .unpacking import Unpacking, unpack
 
 _unpacking = Unpacking()
 _BYTES = "_coreskip_packed_bytes"
+_PLAIN_WAY = "load the model with packed=False"
 
 
 class PackedLayer(nn.Linear):
@@ -37,7 +38,7 @@ class PackedLayer(nn.Linear):
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self._packed = list(parts)
-        self._note_bytes()
+        self._note_weight()
         self._handles = _refusing(self)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -49,6 +50,7 @@ class PackedLayer(nn.Linear):
 
     def parts(self, whole: bool = True) -> list[PackedLinear]:
         """The packed matrix. whole: whether x meets its numbers in float32, or rounded to 8 bits."""
+        self._check_untouched()
         found, first = [], 0
         for part in self._packed:
             last = first + part.out_features
@@ -66,7 +68,7 @@ class PackedLayer(nn.Linear):
         self.weight = nn.Parameter(self.unpacked(), requires_grad=False)
         for handle in self._handles:
             handle.remove()
-        del self._packed, self._handles
+        del self._packed, self._handles, self._absent
         self.__class__ = nn.Linear  # type: ignore[assignment]
 
     @property
@@ -74,20 +76,32 @@ class PackedLayer(nn.Linear):
         return [part.fmt or str(part.weight.dtype).removeprefix("torch.") for part in self._packed]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Casts; a packed matrix stays as it is. It is in the CPU's format: another device gets the matrix unpacked."""
+        """Casts; a packed matrix stays as it is. It is in the CPU's format: on another device, and in a dtype that the
+        kernels do not have, the matrix is unpacked."""
         like = fn(torch.empty(0, dtype=self.weight.dtype, device="cpu"))
-        if like.device.type != "cpu":
+        if like.device.type != "cpu" or like.dtype not in DTYPES:
             self.unpack()
             return nn.Module._apply(self, fn, recurse)
         if like.dtype != self.weight.dtype:
             self.weight = nn.Parameter(self.weight.to(like.dtype), requires_grad=False)
-            self._note_bytes()
+            self._note_weight()
         if self.bias is not None:
             self.bias = nn.Parameter(fn(self.bias.detach()), requires_grad=False)
         return self
 
-    def _note_bytes(self) -> None:
+    def _note_weight(self) -> None:
         setattr(self.weight, _BYTES, sum(part.weight.nbytes for part in self._packed))
+        self._absent = [self.weight]  # in a list, or it would be a parameter
+
+    def _check_untouched(self) -> None:
+        """Raises CoreskipError where somebody gave the layer other weights, wrote to those that are not there, or wants
+        to train them: nothing of it would act."""
+        weight, absent = self.weight, self._absent[0]
+        written = not weight.is_inference() and weight._version > 0
+        if weight is not absent or written:
+            raise CoreskipError(f"a packed matrix cannot be changed: {_PLAIN_WAY}")
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise CoreskipError(f"a packed matrix cannot be trained: {_PLAIN_WAY}")
 
 
 class PackedRows(nn.Embedding):
@@ -138,7 +152,7 @@ class PackedRows(nn.Embedding):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         like = fn(torch.empty(0, dtype=self.weight.dtype, device="cpu"))
-        if like.device.type != "cpu":
+        if like.device.type != "cpu" or like.dtype not in DTYPES:
             self.unpack()
             return nn.Module._apply(self, fn, recurse)
         if like.dtype != self.weight.dtype:
@@ -171,6 +185,11 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLayer))
 
 
+def refuse_resizing(*_: Any, **__: Any) -> None:
+    """In place of a packed model's `resize_token_embeddings`, which would copy rows from where there are none."""
+    raise CoreskipError(f"a packed model's embeddings cannot be resized: {_PLAIN_WAY}")
+
+
 def _refusing(module: Any) -> list[Any]:
     """Handles of hooks by which a module's weights are neither saved nor loaded."""
     saving: Any = module.register_state_dict_pre_hook(_no_state_dict)
@@ -178,6 +197,4 @@ def _refusing(module: Any) -> list[Any]:
 
 
 def _no_state_dict(*_: Any) -> None:
-    raise CoreskipError(
-        "cannot save or load the weights of a packed model: copy its folder, or use the model that it was packed from"
-    )
+    raise CoreskipError(f"cannot save or load the weights of a packed model: copy its folder, or {_PLAIN_WAY}")

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..kernels.packed import PackedLinear
 from .packed_layer import PackedLayer, PackedRows, packed_modules
@@ -16,9 +16,31 @@ from .packed_layer import PackedLayer, PackedRows, packed_modules
 def skeleton(cls: Any, config: Any, dtype: torch.dtype) -> Any:
     """A model of a class of transformers, in evaluation mode, whose parameters are on the meta device; what it
     computes when it is made (frequencies of rotary embeddings) is there."""
-    with init_empty_weights(include_buffers=False):
+    with torch.device("cpu"), _WithoutWeights():
         model = cls._from_config(config, dtype=dtype)
     return model.eval()
+
+
+class _WithoutWeights(TorchFunctionMode):
+    """What is allocated without numbers, as the weights of modules are, is on the meta device. In this thread alone:
+    accelerate's way exchanges a method of all modules, and threads that load at once leave it exchanged."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **({**kwargs, "device": "meta"} if func is torch.empty else kwargs))
+
+
+def cast_parameters(model: Any, dtype: torch.dtype) -> Any:
+    """The model with parameters of `dtype`, as transformers loads one: buffers, the frequencies of rotary embeddings
+    among them, stay as they are."""
+    packed = {id(module.weight) for _, module in packed_modules(model)}
+    for _, module in packed_modules(model):
+        module._apply(lambda t: t.to(dtype))
+    for parameter in model.parameters():
+        if id(parameter) not in packed and parameter.is_floating_point() and not parameter.is_meta:
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
 
 
 def hold(model: Any, name: str, parts: list[PackedLinear], bias: Tensor | None, dtype: torch.dtype) -> None:
@@ -57,10 +79,12 @@ def put(model: Any, name: str, value: Tensor) -> None:
     own[leaf] = value
 
 
-def left_empty(model: Any) -> list[str]:
-    """Names of parameters that have no numbers yet."""
-    packed = {f"{name}.weight" for name, _ in packed_modules(model)}
-    return [name for name, p in model.named_parameters() if p.is_meta and name not in packed]
+def left_empty(model: Any, given: Iterable[str]) -> list[str]:
+    """Names of parameters that were not given, and of what has no numbers."""
+    packed = {f"{name}.{leaf}" for name, _ in packed_modules(model) for leaf in ("weight", "bias")}
+    known = packed | set(given)
+    found = [name for name, _ in model.named_parameters() if name not in known]
+    return found + [name for name, buffer in model.named_buffers() if buffer.is_meta]
 
 
 def unpack_modules(model: nn.Module) -> None:
