@@ -236,7 +236,8 @@ _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "of a fair share": lambda row: f"{row['of_fair_share']:.2f}",
     },
     "starting": {
-        "model": lambda row: str(row["model"]),
+        "model": lambda row: f"{row['model']}, {row['weights']}",
+        "packed in": lambda row: f"{row['pack_s']:.0f} s",
         "packed MB": lambda row: f"{row['packed_bytes'] / 1e6:.0f}",
         "loaded in": lambda row: f"{row['load_s']:.2f} s",
         "wrapped in": lambda row: f"{row['wrap_s']:.2f} s",

@@ -24,6 +24,7 @@ from .calls import Disagrees, NotCovered, NotThisCall, check_call, check_outputs
 from .kv_cache import Entries, Rooms, known_rooms, make_rooms, take_back
 from .lower_cpu import CpuModel, Packed, Packing, StepProgram, check_finite, describe
 from .native_check import Comparison
+from .release import trim
 from .rotary_tables import RotaryTables
 from .selfcheck import Checkpoints
 from .spec import ModelSpec
@@ -245,6 +246,7 @@ class NativeSteps:
                 take_back(cache, tokens.shape[1])
                 return None
             state.described = described
+            trim()  # what the comparison took, 40 MB of the embedded model
             logger.debug("decode steps of this %s run natively", self.anatomy.model_type)
             if found.judged is not None:  # else the modules have counted
                 self._count(tokens.numel(), program.skipped * tokens.numel() + left_out)
