@@ -284,7 +284,8 @@ def _write(draft: Path, source: _Source, tokenizer: Any, plan: Plan | None, prog
         writer.abandon()
         raise
     if plan is not None:
-        replace(plan, weights=AS_PACKED if packed else None).save(draft / PLAN)
+        # inputs are rounded where the plan or the packing rounds, and nowhere else
+        replace(plan, weights=AS_PACKED if packed and source.rounded is not None else None).save(draft / PLAN)
     document = {
         "format": FORMAT,
         "version": VERSION,
