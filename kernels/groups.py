@@ -135,8 +135,7 @@ def tile_shape(fmt: str, rows: int, inputs: int) -> tuple[int, int, int]:
 
 def tile_up(weight: Tensor, fmt: str) -> Tensor:
     """The tiles of floats, [rows, inputs], in one of `GROUPED`: uint8 [ceil(rows / 16), groups, bytes]."""
-    shape = (-(-weight.shape[0] // TILE), -(-weight.shape[1] // GROUP), FORMATS[fmt].tile_bytes)
-    tiles = allocate(shape, torch.uint8, weight.device)
+    tiles = allocate(tile_shape(fmt, *weight.shape), torch.uint8, weight.device)
     # a few rows at a time: rounding a whole LM head takes memory for six copies of it
     for rows, some in zip(weight.split(_AT_ONCE), tiles.split(_AT_ONCE // TILE), strict=True):
         some.copy_(_tiles_of(rows, fmt))

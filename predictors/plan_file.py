@@ -8,7 +8,6 @@ indices, centroids, means and predictor weights. What is damaged, edited, trunca
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +20,11 @@ from torch import Tensor
 from . import files
 from .checks import path_of
 from .errors import CoreskipError, PlanError
+from .sealed import seal, unseal
 
-FORMAT_VERSION = 1
+_FORMAT, FORMAT_VERSION = "coreskip.plan", 1
 _JSON, _TENSORS = "plan.json", "plan.safetensors"
-_OF_PACKED = "plan"  # where a packed model has its plan
+OF_PACKED = "plan"  # where a packed model has its plan
 
 _T = TypeVar("_T")
 
@@ -40,7 +40,7 @@ def write(path: str | os.PathLike[str], document: dict[str, Any], tensors: dict[
     # layers may share a tensor, which safetensors refuses
     data = safetensors.torch.save({name: t.cpu().contiguous().clone() for name, t in tensors.items()})
     checksum = hashlib.sha256(data).hexdigest()
-    sealed = seal({"format": "coreskip.plan", "version": FORMAT_VERSION, **document, "tensors_sha256": checksum})
+    sealed = seal({"format": _FORMAT, "version": FORMAT_VERSION, **document, "tensors_sha256": checksum})
     try:
         with files.replaced_folder(target) as draft:
             files.write_durably(draft / _TENSORS, data)
@@ -58,15 +58,18 @@ def read(path: str | os.PathLike[str], decode: Callable[[dict[str, Any], dict[st
         PlanError: not a Plan, of a newer format, truncated, edited or inconsistent.
     """
     folder = path_of(path, "a plan")
-    if not (folder / _JSON).exists() and (folder / _OF_PACKED / _JSON).exists():
-        folder = folder / _OF_PACKED
+    if not (folder / _JSON).exists() and (folder / OF_PACKED / _JSON).exists():
+        folder = folder / OF_PACKED
     try:
         text, data = files.read_together(folder, (_JSON, _TENSORS))
     except OSError as error:
         if not folder.is_dir():
             raise PlanError(f"there is no plan at {folder}: make one with `coreskip analyze -o {folder}`") from None
         raise PlanError(f"{folder} is not a plan: {Path(str(error.filename)).name}: {error.strerror}") from None
-    document = _parse(text, folder)
+    document = unseal(
+        text, folder / _JSON, kind=_FORMAT, version=FORMAT_VERSION, foreign="a coreskip plan",
+        again="make the plan again", error=PlanError,
+    )  # fmt: skip
     if hashlib.sha256(data).hexdigest() != document.get("tensors_sha256"):
         raise PlanError(f"{folder / _TENSORS} is truncated or was edited: make the plan again")
     try:
@@ -92,41 +95,3 @@ def check_target(target: Path) -> None:
     except OSError as error:
         raise CoreskipError(f"cannot write the plan {target}: {error.strerror}") from None
     files.check_folder(target)
-
-
-def seal(document: dict[str, Any]) -> bytes:
-    """The document as JSON with the checksum by which `read` knows that nobody edited it."""
-    body = {key: value for key, value in document.items() if key != "checksum"}
-    body["checksum"] = hashlib.sha256(_canonical(body)).hexdigest()
-    return (json.dumps(body, indent=1, allow_nan=False) + "\n").encode()
-
-
-def _canonical(document: dict[str, Any]) -> bytes:
-    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _parse(text: bytes, folder: Path) -> dict[str, Any]:
-    path = folder / _JSON
-    try:
-        document = json.loads(text, parse_constant=_no_constants)
-    except (ValueError, RecursionError):
-        raise PlanError(f"{path} is truncated or is not JSON: make the plan again") from None
-    if not isinstance(document, dict) or document.get("format") != "coreskip.plan":
-        raise PlanError(f"{path} is not a coreskip plan")
-    version = document.get("version")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise PlanError(f"{path} has no valid format version: make the plan again")
-    if version > FORMAT_VERSION:
-        raise PlanError(f"{path} has format version {version}, newer than {FORMAT_VERSION}: upgrade coreskip")
-    body = {key: value for key, value in document.items() if key != "checksum"}
-    try:
-        expected = hashlib.sha256(_canonical(body)).hexdigest()
-    except (ValueError, RecursionError):
-        expected = None
-    if document.get("checksum") != expected:
-        raise PlanError(f"{path} was edited or damaged: make the plan again")
-    return document
-
-
-def _no_constants(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")

@@ -23,7 +23,7 @@ from transformers import modeling_gguf_pytorch_utils as tables
 from ..kernels import cpu
 from ..kernels.groups import OF_GGUF
 from ..kernels.packed import PackedLinear
-from ..predictors.errors import CoreskipError
+from ..predictors.errors import CoreskipError, one_line
 from .gguf_file import GgufFile, GgufTensor
 
 log = logging.getLogger("coreskip")
@@ -44,14 +44,14 @@ def config_of(file: GgufFile) -> PreTrainedConfig:
     Raises:
         CoreskipError: it cannot be read, in one line.
     """
-    with _read_here(file), _one_line(f"{file.path}"):
+    with _read_here(file), one_line(f"{file.path}"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(file.path.parent), gguf_file=file.path.name)
     return config
 
 
 def tokenizer_of(file: GgufFile) -> Any:
     """The tokenizer that transformers builds from the file's metadata. Raises as `config_of`."""
-    with _read_here(file), _one_line(f"the tokenizer of {file.path}"):
+    with _read_here(file), one_line(f"the tokenizer of {file.path}"):
         return AutoTokenizer.from_pretrained(str(file.path.parent), gguf_file=file.path.name)
 
 
@@ -76,11 +76,11 @@ def load_state(file: GgufFile, model: nn.Module | PreTrainedConfig, *, whole: bo
     if _has_its_own_way(architecture):
         raise NotAsItIs(f"matrices of {architecture} are not read from GGUF files as they are")
     if isinstance(model, PreTrainedConfig):
-        with torch.device("meta"), _one_line(f"{file.path}"):
+        with torch.device("meta"), one_line(f"{file.path}"):
             skeleton: nn.Module = AutoModelForCausalLM.from_config(model)
     else:
         skeleton = model
-    with _one_line(f"{file.path}"):
+    with one_line(f"{file.path}"):
         return _Conversion.of(file, skeleton, whole).state()
 
 
@@ -222,15 +222,3 @@ def _read_here(file: GgufFile) -> Iterator[None]:
             yield
         finally:
             package.GGUFReader, package.get_tensor_name_map = slow, name_map
-
-
-@contextmanager
-def _one_line(what: str) -> Iterator[None]:
-    """Turns what transformers raises about a file into one line."""
-    try:
-        yield
-    except CoreskipError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CoreskipError(f"cannot load {what}: {reason}") from error

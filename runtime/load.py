@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from ..kernels.ops import available
 from ..predictors.checks import WEIGHT_FORMATS, check_flag, path_of
-from ..predictors.errors import CoreskipError
+from ..predictors.errors import CoreskipError, one_line
 from .cache import load_cached
 from .gguf_state import NotAsItIs
 from .load_gguf import load_gguf
@@ -130,9 +128,9 @@ def device_of(device: torch.device | str | None) -> torch.device:
 def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
     check_gguf(path)
     source, options = str(path.parent), {"gguf_file": path.name}
-    with _one_line(f"{str(path)!r}"):
+    with one_line(f"{str(path)!r}"):
         model = load_whole(source, dtype=dtype or torch.float32, **options)
-    with _one_line(f"the tokenizer of {path}"):
+    with one_line(f"the tokenizer of {path}"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     # the weights are plain floats now; these leftovers would make save_pretrained refuse
     for holder, leftover in ((model.config, "quantization_config"), (model, "hf_quantizer")):
@@ -168,7 +166,7 @@ def _load_folder_or_id(name: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
 def _from_pretrained(source: Path | str, dtype: torch.dtype | None) -> tuple[Any, Any]:
     local = Path(source).is_dir()
     hint = "" if local else " (give a local folder, a .gguf file, or a hub id that this machine can reach)"
-    with _one_line(f"{str(source)!r}", hint):
+    with one_line(f"{str(source)!r}", hint):
         config = AutoConfig.from_pretrained(source)
         heads = config.architectures or []
         if config.is_encoder_decoder or (heads and not any(h in name for h in _CAUSAL_HEADS for name in heads)):
@@ -178,7 +176,7 @@ def _from_pretrained(source: Path | str, dtype: torch.dtype | None) -> tuple[Any
 
 
 def _tokenizer_of(source: Path | str) -> Any:
-    with _one_line(f"the tokenizer of {source}"):
+    with one_line(f"the tokenizer of {source}"):
         return AutoTokenizer.from_pretrained(source)
 
 
@@ -187,15 +185,3 @@ def _auto_class(config: Any) -> Any:
     sees = type(config) in AutoModelForImageTextToText._model_mapping
     text = type(config) in AutoModelForCausalLM._model_mapping
     return AutoModelForImageTextToText if sees and not text else AutoModelForCausalLM
-
-
-@contextmanager
-def _one_line(what: str, hint: str = "") -> Iterator[None]:
-    """Turn what the loading libraries raise into one line that names what was to be loaded."""
-    try:
-        yield
-    except CoreskipError:
-        raise
-    except Exception as error:  # a damaged file surfaces as anything, struct.error included
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CoreskipError(f"cannot load {what}: {reason}{hint}") from error

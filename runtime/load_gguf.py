@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ..kernels.packed import PackedLinear
-from ..predictors.errors import CoreskipError
+from ..predictors.errors import CoreskipError, one_line
 from ..predictors.files import remove_dead
 from .cache import cache_folder
 from .gguf_file import GgufFile, read_gguf
@@ -38,11 +38,8 @@ def model_of(file: GgufFile) -> Any:
     """
     config = config_of(file)
     config.dtype = torch.float32
-    try:
+    with one_line(str(file.path)):
         model = skeleton(AutoModelForCausalLM._model_mapping[type(config)], config, torch.float32)
-    except Exception as error:  # what a description breaks in a model's constructor surfaces as anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CoreskipError(f"cannot load {file.path}: {reason}") from error
     state = load_state(file, model)
     misfits: dict[str, str] = {}
     for name, value in state.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -24,20 +23,19 @@ from ..predictors import files
 from ..predictors.anatomy import Anatomy, check_model, dissect, rows_of
 from ..predictors.calibration import TokenText, text_of
 from ..predictors.checks import AS_PACKED, PACKINGS, WEIGHT_FORMATS, check_flag, check_share, path_of
-from ..predictors.errors import CoreskipError
+from ..predictors.errors import CoreskipError, reason_of
 from ..predictors.fingerprint import Fingerprint
 from ..predictors.plan import PACKED_AS, Plan
+from ..predictors.sealed import seal
 from .calls import NotCovered
 from .formats import format_takers
 from .lower_cpu import HEAD_FORMAT, KERNEL_FORMATS
-from .packed_folder import CALIBRATION, DOCUMENT, FORMAT, PLAN, VERSION, WEIGHTS, file_sums, is_packed_folder, seal
+from .packed_folder import CALIBRATION, DOCUMENT, FORMAT, PLAN, VERSION, WEIGHTS, file_sums, is_packed_folder
 from .packed_layer import PackedLayer, PackedRows
 from .rounding import Widths, compensate
 from .sensitivity import mixed
 from .spec import LinearSpec, read_spec
 from .wrap import make_way
-
-logger = logging.getLogger("coreskip")
 
 AS_LOADED, BFLOAT16, INT4 = "as-loaded", "bfloat16", "int4"
 _HALF = 0.5  # of a float32 matrix' bytes, at most, for another form of its very numbers
@@ -374,8 +372,7 @@ def _save_rest(draft: Path, source: _Source, tokenizer: Any) -> None:
     except OSError:
         raise
     except Exception as error:  # transformers refuses generation settings that contradict each other
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CoreskipError(f"cannot save the model's settings or its tokenizer: {reason}") from error
+        raise CoreskipError(f"cannot save the model's settings or its tokenizer: {reason_of(error)}") from error
 
 
 def _save_config(model: Any, draft: Path, dtype: torch.dtype) -> None:

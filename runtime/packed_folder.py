@@ -9,8 +9,6 @@ the file is mapped, and processes that use a folder at once share its pages.
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
 import os
 from collections.abc import Mapping
 from math import prod
@@ -25,16 +23,16 @@ from ..kernels.groups import tile_shape
 from ..kernels.ops import available
 from ..kernels.packed import PackedLinear, padded
 from ..kernels.store import DTYPES, Damaged, Store
-from ..predictors.errors import CoreskipError
+from ..predictors.errors import CoreskipError, one_line, reason_of
 from ..predictors.fingerprint import KEPT, Fingerprint
 from ..predictors.plan import PACKED_AS
+from ..predictors.plan_file import OF_PACKED
+from ..predictors.sealed import unseal
 from .packed_layer import packed_modules, refuse_resizing
 from .skeleton import cast_parameters, hold, left_empty, put, skeleton, unpack_modules
 
-logger = logging.getLogger("coreskip")
-
 _HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # formats of matrices without groups
-DOCUMENT, WEIGHTS, PLAN = "packed.json", "weights.bin", "plan"
+DOCUMENT, WEIGHTS, PLAN = "packed.json", "weights.bin", OF_PACKED
 FORMAT, VERSION = "coreskip.packed", 1
 #: where a model has what calibrated its rounding
 CALIBRATION = "_coreskip_calibration"
@@ -45,41 +43,20 @@ def is_packed_folder(path: Path) -> bool:
     return (path / DOCUMENT).is_file()
 
 
-def seal(document: Mapping[str, Any]) -> bytes:
-    """The document as JSON, with the checksum by which `read_document` knows that nobody edited it."""
-    body = {key: value for key, value in document.items() if key != "checksum"}
-    body["checksum"] = hashlib.sha256(_canonical(body)).hexdigest()
-    return (json.dumps(body, indent=1, allow_nan=False) + "\n").encode()
-
-
 def read_document(folder: Path) -> dict[str, Any]:
     """``packed.json``.
 
     Raises:
         CoreskipError: it is missing, truncated, edited, or newer than this version.
     """
-    path, again = folder / DOCUMENT, "pack the model again"
+    path = folder / DOCUMENT
     try:
-        document = json.loads(path.read_bytes())
+        text = path.read_bytes()
     except OSError as error:
         raise CoreskipError(f"{folder} is not a packed model: {DOCUMENT}: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise CoreskipError(f"{path} is truncated or is not JSON: {again}") from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise CoreskipError(f"{path} is not that of a packed model")
-    version = document.get("version")
-    if type(version) is not int or version < 1:
-        raise CoreskipError(f"{path} has no valid format version: {again}")
-    if version > VERSION:
-        raise CoreskipError(f"{path} has format version {version}, newer than {VERSION}: upgrade coreskip")
-    body = {key: value for key, value in document.items() if key != "checksum"}
-    try:
-        expected = hashlib.sha256(_canonical(body)).hexdigest()
-    except (ValueError, RecursionError):
-        expected = None
-    if document.get("checksum") != expected:
-        raise CoreskipError(f"{path} was edited or damaged: {again}")
-    return document
+    return unseal(
+        text, path, kind=FORMAT, version=VERSION, foreign="that of a packed model", again="pack the model again"
+    )
 
 
 def plan_of(model: str | os.PathLike[str] | None) -> Path | None:
@@ -202,11 +179,8 @@ def _check_files(folder: Path, expected: Mapping[str, str]) -> None:
 
 
 def _tokenizer(folder: Path) -> Any:
-    try:
+    with one_line(f"the tokenizer of {folder}"):
         return transformers.AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # a damaged file surfaces as anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CoreskipError(f"cannot load the tokenizer of {folder}: {reason}") from error
 
 
 def _prepared(
@@ -224,10 +198,6 @@ def _prepared(
     return model
 
 
-def _canonical(document: Mapping[str, Any]) -> bytes:
-    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
 def _skeleton(folder: Path, document: Mapping[str, Any]) -> Any:
     """The model without its weights."""
     name = document["class"]
@@ -238,8 +208,7 @@ def _skeleton(folder: Path, document: Mapping[str, Any]) -> Any:
         config = cast(Any, cls).config_class.from_pretrained(folder)
         model = skeleton(cls, config, getattr(torch, document["dtype"]))
     except Exception as error:  # a damaged configuration surfaces as anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"its configuration: {reason}") from error
+        raise ValueError(f"its configuration: {reason_of(error)}") from error
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model

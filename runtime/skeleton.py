@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..kernels.packed import PackedLinear
 from .packed_layer import PackedLayer, PackedRows, packed_modules
+from .weights import times
 
 
 def skeleton(cls: Any, config: Any, dtype: torch.dtype) -> Any:
@@ -53,7 +54,7 @@ def hold(model: Any, name: str, parts: list[PackedLinear], bias: Tensor | None, 
     shape = sum(part.out_features for part in parts), parts[0].in_features
     weight = getattr(old, "weight", None)
     if not isinstance(weight, Tensor) or tuple(weight.shape) not in (shape, shape[::-1]):
-        raise ValueError(f"{_shape(shape)} instead of {_shape(getattr(weight, 'shape', ()))}")
+        raise ValueError(f"{times(shape)} instead of {times(getattr(weight, 'shape', ()))}")
     if isinstance(old, nn.Embedding):
         if len(parts) != 1 or tuple(weight.shape) != shape:
             raise ValueError(f"{name} is packed as embeddings are not")
@@ -75,7 +76,7 @@ def put(model: Any, name: str, value: Tensor) -> None:
     if leaf not in own:
         raise ValueError(f"the model has no place for {name}")
     if before is not None and before.shape != value.shape:
-        raise ValueError(f"{_shape(value.shape)} instead of {_shape(before.shape)}")
+        raise ValueError(f"{times(value.shape)} instead of {times(before.shape)}")
     own[leaf] = value
 
 
@@ -91,10 +92,6 @@ def unpack_modules(model: nn.Module) -> None:
     """All packed matrices become plain ones with their numbers, in the model's dtype."""
     for _, module in packed_modules(model):
         module.unpack()
-
-
-def _shape(size: Iterable[int]) -> str:
-    return " x ".join(map(str, size))
 
 
 def _submodule(model: Any, name: str) -> nn.Module:

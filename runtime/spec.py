@@ -125,11 +125,10 @@ class RotarySpec:
 class ModelSpec:
     """A decoder: embedding, layers, a last norm, and the LM head.
 
-    embedding: of the tokens; without numbers where its module, `table`, holds them packed.
+    table: the module of the tokens' embeddings.
     embedding_scale: what embeddings are multiplied by; None where that cannot be seen, on a meta device.
     """
 
-    embedding: Tensor
     table: nn.Module
     layers: tuple[LayerSpec, ...]
     norm: NormSpec
@@ -139,6 +138,11 @@ class ModelSpec:
     embedding_scale: float | None
     logit_scale: float
     logit_softcap: float
+
+    @property
+    def embedding(self) -> Tensor:
+        """Of the tokens; without numbers where `table` holds them packed."""
+        return cast(Tensor, self.table.weight).detach()
 
     @property
     def linears(self) -> Iterator[LinearSpec]:
@@ -163,17 +167,17 @@ def read_spec(model: Any, anatomy: Anatomy) -> ModelSpec:
     rotary = _rotary(anatomy.stack)
     places = enumerate(windows(model.config, len(anatomy)))
     layers = tuple(_layer(anatomy, index, window, config, rotary) for index, window in places)
-    embedding = _embedding(model.get_input_embeddings())
+    table = model.get_input_embeddings()
+    _check_table(table)
     divisor = getattr(config, "logits_scaling", None)
     return ModelSpec(
-        embedding=embedding,
-        table=model.get_input_embeddings(),
+        table=table,
         layers=layers,
         norm=read_norm(_last_norm(anatomy)),
         head=_linear(model.get_output_embeddings()),
         rotary=rotary,
-        dtype=embedding.dtype,
-        embedding_scale=_embedding_scale(anatomy, model.get_input_embeddings()),
+        dtype=table.weight.dtype,
+        embedding_scale=_embedding_scale(anatomy, table),
         logit_scale=1.0 / float(divisor) if divisor else float(getattr(config, "logit_scale", None) or 1.0),
         logit_softcap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
     )
@@ -375,13 +379,12 @@ def _kind_of_rotation(attention: Any, index: int, rotary: RotarySpec) -> str | N
     return None
 
 
-def _embedding(module: nn.Module) -> Tensor:
-    """The matrix of token embeddings."""
+def _check_table(module: nn.Module) -> None:
+    """Raises NotCovered where tokens' embeddings are not the rows of a matrix."""
     weight, own = module._parameters.get("weight"), type(module).forward.__module__.partition(".")[0]
     known = own in ("torch", "transformers") or isinstance(module, PackedRows)
     if not isinstance(module, nn.Embedding) or weight is None or not known:
         raise NotCovered(f"the token embeddings are a {type(module).__name__}")
-    return weight.detach()
 
 
 def _embedding_scale(anatomy: Anatomy, module: Any) -> float | None:

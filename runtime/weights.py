@@ -43,7 +43,7 @@ def load_whole(source: str | Path, auto: Any = AutoModelForCausalLM, **options: 
     left_over = [key for key in found["unexpected_keys"] if not _may_be_left_over(model, key)]
     if file is not None:
         left_over += left_over_in_gguf(model, read_gguf(file))
-    shapes = {f"{key} ({_shape(there)} instead of {_shape(here)})" for key, there, here in found["mismatched_keys"]}
+    shapes = {f"{key} ({times(there)} instead of {times(here)})" for key, there, here in found["mismatched_keys"]}
     check_found(model, file or source, found["missing_keys"], shapes, left_over)
     return model
 
@@ -120,5 +120,5 @@ def _in_order(key: str) -> list[tuple[int, str]]:
     return [(int(part) if part.isdigit() else -1, part) for part in key.split(".")]
 
 
-def _shape(size: Iterable[int]) -> str:
+def times(size: Iterable[int]) -> str:
     return " x ".join(map(str, size))

@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 from tiny_models import tiny
 
+from coreskip.kernels import cpu, ops
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing loads from a hub in tests
+
+
+@pytest.fixture(params=[] if ops.available("cpu") else cpu.supported())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that this machine has, in use for the length of the test."""
+    before = cpu.active()
+    cpu.use(request.param)
+    yield request.param
+    cpu.use(before)
 
 
 @pytest.fixture

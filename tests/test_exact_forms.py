@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -27,14 +26,6 @@ NO_LIBRARY = ops.available("cpu")
 pytestmark = pytest.mark.skipif(NO_LIBRARY is not None, reason=str(NO_LIBRARY))
 SHAPES = [(1, 1), (16, 32), (17, 33), (100, 70), (45, 288)]
 FORMS = ["int4 from below", "int4 from above", "int4 in few steps", "int8_groups", "bfloat16", "float16"]
-
-
-@pytest.fixture(params=[] if NO_LIBRARY else cpu.supported())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = cpu.active()
-    cpu.use(request.param)
-    yield request.param
-    cpu.use(before)
 
 
 def made_of(form: str, rows: int, width: int, seed: int = 0) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -21,14 +20,6 @@ NO_LIBRARY = ops.available("cpu")
 pytestmark = pytest.mark.skipif(NO_LIBRARY is not None, reason=str(NO_LIBRARY))
 KINDS = list(OF_GGUF)
 SHAPES = [(1, 256), (16, 256), (17, 768), (45, 512)]
-
-
-@pytest.fixture(params=[] if NO_LIBRARY else cpu.supported())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = cpu.active()
-    cpu.use(request.param)
-    yield request.param
-    cpu.use(before)
 
 
 @pytest.fixture(autouse=True)

@@ -25,8 +25,9 @@ from tiny_models import greedy, prompt, tiny
 import coreskip
 from coreskip import CoreskipError
 from coreskip.kernels import ops, store
+from coreskip.predictors.sealed import seal
 from coreskip.runtime import pack as packing
-from coreskip.runtime.packed_folder import DOCUMENT, WEIGHTS, describe, read_document, seal
+from coreskip.runtime.packed_folder import DOCUMENT, WEIGHTS, describe, read_document
 from coreskip.runtime.packed_layer import packed_layers
 
 NO_LIBRARY = ops.available("cpu")

@@ -20,7 +20,7 @@ from tiny_models import greedy, plan_of, prompt, tiny
 import coreskip
 from coreskip import CoreskipError, Plan, PlanError
 from coreskip.predictors import files
-from coreskip.predictors.plan_file import seal
+from coreskip.predictors.sealed import seal
 
 QUALITY = {
     "dense": {"ppl": 10.0},

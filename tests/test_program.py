@@ -21,8 +21,8 @@ from coreskip.kernels.sparse import SparseMLP
 from coreskip.predictors import policies as registry
 from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.plan import LayerPlan, Plan
-from coreskip.predictors.plan_file import seal
 from coreskip.predictors.policies import Cats, Chooser, NeuronPolicy, Sketch, Static, Teal, TopK, Wina, neuron_policy
+from coreskip.predictors.sealed import seal
 from coreskip.runtime import program
 from coreskip.runtime.calls import NotCovered
 from coreskip.runtime.cost import bytes_per_token

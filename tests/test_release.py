@@ -6,7 +6,6 @@ import copy
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -28,14 +27,6 @@ from coreskip.runtime.wrap import is_wrapped, runtime_of
 
 NO_LIBRARY = ops.available("cpu")
 pytestmark = pytest.mark.skipif(NO_LIBRARY is not None, reason=str(NO_LIBRARY))
-
-
-@pytest.fixture(params=[] if NO_LIBRARY else cpu.supported())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = cpu.active()
-    cpu.use(request.param)
-    yield request.param
-    cpu.use(before)
 
 
 def numbers(packed: PackedLinear) -> torch.Tensor:

@@ -20,15 +20,21 @@ static inline VU load_words(const uint8_t* w, int k, int p) {
 
 // ---- numbers in words ----
 
+#if CORESKIP_LEVEL == 512
+// From 0 to 15, less `zero`: looked up by the lowest four bits of an index.
+template <int zero>
+static inline __m512 small_numbers() {
+    return _mm512_setr_ps(-zero, 1 - zero, 2 - zero, 3 - zero, 4 - zero, 5 - zero, 6 - zero, 7 - zero, 8 - zero,
+                          9 - zero, 10 - zero, 11 - zero, 12 - zero, 13 - zero, 14 - zero, 15 - zero);
+}
+#endif
+
 // The i-th nibble of every word, less `zero`.
 template <int zero>
 static inline V nibble_of(VU words, int i) {
 #if CORESKIP_LEVEL == 512
-    // looks at four bits of each index: one operation where masking and converting takes two
-    const __m512 numbers = _mm512_setr_ps(-zero, 1 - zero, 2 - zero, 3 - zero, 4 - zero, 5 - zero, 6 - zero, 7 - zero,
-                                          8 - zero, 9 - zero, 10 - zero, 11 - zero, 12 - zero, 13 - zero, 14 - zero,
-                                          15 - zero);
-    return (V)_mm512_permutexvar_ps((__m512i)(words >> (4 * i)), numbers);
+    // one operation where masking and converting takes two
+    return (V)_mm512_permutexvar_ps((__m512i)(words >> (4 * i)), small_numbers<zero>());
 #else
     static_assert(zero == 0, "");
     return __builtin_convertvector((VI)(words >> (4 * i) & 15), V);
@@ -39,9 +45,7 @@ static inline V nibble_of(VU words, int i) {
 template <int zero>
 static inline V small_byte_of(VU words, int i) {
 #if CORESKIP_LEVEL == 512
-    const __m512 low = _mm512_setr_ps(-zero, 1 - zero, 2 - zero, 3 - zero, 4 - zero, 5 - zero, 6 - zero, 7 - zero,
-                                      8 - zero, 9 - zero, 10 - zero, 11 - zero, 12 - zero, 13 - zero, 14 - zero,
-                                      15 - zero);
+    const __m512 low = small_numbers<zero>();
     const __m512 high = _mm512_add_ps(low, _mm512_set1_ps(16));
     return (V)_mm512_permutex2var_ps(low, (__m512i)(words >> (8 * i)), high);
 #else
