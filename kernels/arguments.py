@@ -36,6 +36,15 @@ class StepLinear(ctypes.Structure):
     )
 
 
+class NeuronGroups(ctypes.Structure):
+    _fields_ = (
+        *_fields(_P, "scan rows low ends norm gate_bias up_bias mean"),
+        *_fields(_N, "neurons width row_bytes"),
+        *_fields(_F, "threshold refine"),
+        *_fields(_I, "format gated"),
+    )
+
+
 class StepMlp(ctypes.Structure):
     _fields_ = (
         *_fields(_P, "weight low scale norm gate_bias up_bias down_bias mean list selected"),
@@ -43,6 +52,7 @@ class StepMlp(ctypes.Structure):
         *_fields(_F, "threshold refine"),
         *_fields(_I, "dtype gated rule"),
         *_fields(StepLinear, "reduce expand"),
+        ("groups", NeuronGroups),
     )
 
 
@@ -82,7 +92,7 @@ class StepCall(ctypes.Structure):
 
 
 # in the order of coreskip_sizes
-_STRUCTS = (MlpArguments, StepNorm, StepLinear, StepMlp, StepLayer, StepModel, StepCache, StepCall)
+_STRUCTS = (MlpArguments, StepNorm, StepLinear, NeuronGroups, StepMlp, StepLayer, StepModel, StepCache, StepCall)
 
 
 def mismatch(library: ctypes.CDLL) -> str | None:

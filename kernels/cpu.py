@@ -108,6 +108,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.coreskip_untile_some.argtypes = [p, i, n, n, p, n, i, p, i]
     lib.coreskip_tile_up.argtypes = [p, n, n, n, i, p, i]
     lib.coreskip_repack.argtypes = [p, n, n, n, i, p, p, i]
+    lib.coreskip_neurons.argtypes = [p, i, i, n, p, i, p, p, n, p, p, p, i]
     lib.coreskip_step.argtypes = [p, p]
     lib.coreskip_generate.argtypes = [p, p, n, p, n, p, p]
     lib.coreskip_draft.argtypes = [p, p, n, ctypes.c_float, p, p, p]

@@ -64,8 +64,9 @@ FORMATS = {
     "int4_super": TileFormat(10, "Q4_K", 4, False, nested=True),
     "int5_super": TileFormat(11, "Q5_K", 5, False, nested=True),
     "int6_super": TileFormat(12, "Q6_K", 6, True, nested=True),
+    "int4_upper": TileFormat(13, "", 3, False),  # see neuron_groups.py; no matrix is stored so
 }
-OF_GGUF = {form.gguf: name for name, form in FORMATS.items()}
+OF_GGUF = {form.gguf: name for name, form in FORMATS.items() if form.gguf}
 #: by the bytes of a block in a tile, which no two formats share
 BY_BYTES = {form.tile_bytes: name for name, form in FORMATS.items()}
 GROUPED = ("int4", "int8_groups")  # what floats are packed in

@@ -44,6 +44,27 @@ struct StepLinear {
     int whole;           // tiles: they meet x as it is, not rounded to 8 bits
 };
 
+// An MLP in 4-bit groups of which neurons are left out, with the numbers of the three matrices in kInt4 tiles.
+//   Listed neurons: `rows` hold, for gate and for up, width / 2 bytes of nibbles, the groups' scales and their leasts in
+//     fp16, and then the neuron's column of the down projection in width / 2 bytes.
+//   Neurons that each token chooses: `scan` is what it reads of all of them, in kInt4 or the upper bits alone, `low` the
+//     last bits of those that may matter, `rows` the columns of the down projection of those that do.
+// Groups of the down projection are of 32 neurons: `ends` hold each one's scales, and its leasts. Of rows and columns the
+// low nibbles of 32 bytes come before the high ones, in columns in an order of their own (add_down).
+struct NeuronGroups {
+    const uint8_t* scan;     // [tiles of 16 neurons][(gate,) up][groups][bytes], or null: neurons are listed
+    const uint8_t* rows;     // [neurons][row_bytes]
+    const uint8_t* low;      // kInt4Upper: [neurons][(gate,) up][width / 8]
+    const uint16_t* ends;    // [neurons / 32][2][width]
+    const float* norm;       // scan: [neurons], what an activation left out costs
+    const float* gate_bias;  // [neurons] or null
+    const float* up_bias;
+    const float* mean;       // what each neuron counts as where it is left out, or null
+    int64_t neurons, width, row_bytes;  // width: hidden, padded to 64
+    float threshold, refine; // kInt4Upper: the least estimate that is looked at; of exact scores, the least that is kept
+    int format, gated;
+};
+
 struct StepMlp {         // neurons bundled as in MlpJob, instead of gate, up and down; weight null: those
     const void* weight;
     const void* low;
@@ -59,6 +80,7 @@ struct StepMlp {         // neurons bundled as in MlpJob, instead of gate, up an
     float threshold, refine;
     int dtype, gated, rule;
     StepLinear reduce, expand;  // kLearned: neurons are scored by expand(reduce(x))
+    NeuronGroups groups;        // instead of all above but lists and down_bias; its rows null: there are none
 };
 
 struct StepLayer {

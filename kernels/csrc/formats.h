@@ -21,6 +21,7 @@ enum Rule : int { kListed = 0, kSketch = 1, kGate = 2 };
 // Further weight formats are tiles of kTile rows by groups of kGroup inputs, group by group: one stream through memory. A
 // group's numbers q come first, in vectors of kLine bytes, four inputs a row in each 32-bit word:
 //   4 bits: 4 vectors, the four inputs from 4k on in the low nibbles, the four 16 further on in the high ones;
+//   3 bits: 3 vectors, of units of four inputs, see Thirds in vector/groups.h;
 //   5 and 6 bits: as many, then 1 or 2 vectors of the bits above, see Nibbles in vector/groups.h;
 //   8 bits: 8 vectors.
 // Then come its ends, per row:
@@ -40,6 +41,7 @@ enum TileFormat : int {
     kInt4Super = 10,   // Q4_K
     kInt5Super = 11,   // Q5_K
     kInt6Super = 12,   // Q6_K
+    kInt4Upper = 13,   // the upper three bits of kInt4, the last one counted as its middle: w = scale * (2q + 0.5) + least
 };
 constexpr int kGroup = 32;
 constexpr int kTile = 16;
@@ -60,6 +62,7 @@ static constexpr TileBlock tile_block(int format) {
         case kInt4Super: return {kSuper, 2368};
         case kInt5Super: return {kSuper, 2880};
         case kInt6Super: return {kSuper, 3360};
+        case kInt4Upper: return {1, 256};
         default: return {0, 0};
     }
 }

@@ -123,6 +123,25 @@ struct TileUpJob {
     void* to;
 };
 
+// x rounded group by group.
+struct GroupedRows {
+    int rows;
+    const int8_t* q;       // [rows][width]
+    const float* scale;    // [rows][width / kGroup]
+    const float* sum;
+};
+
+struct NeuronsJob {
+    const NeuronGroups& n;
+    GroupedRows x;
+    int act;
+    const int64_t* list;      // ascending, or null: all neurons
+    const uint8_t* selected;  // [neurons][rows], or null: all rows want what is listed
+    int64_t count;            // of the list
+    float* scales;            // scan of upper bits: room for 128 * width / kGroup floats
+    uintptr_t after;          // what is read after the last neuron; 0: not known
+};
+
 // Queries against some positions of one KV head: leaves, per query, the largest score, the sum of exponentials and
 // the weighted sum of values, for `merge`.
 struct AttendJob {
@@ -157,6 +176,9 @@ struct StepIsa {
     float (*exp_sum)(const float* x, int64_t n, float most);
     void (*untile)(const UntileJob& job, int64_t begin, int64_t end);  // rows
     bool (*tile_up)(const TileUpJob& job, int64_t begin, int64_t end);  // tiles; false: some numbers have no such form
+    // Adds to acc, [rows][width], what neurons `begin` to `end` come to, or those at these positions of the list. Returns
+    // how many of those that are scanned were left out, summed over rows.
+    int64_t (*neurons)(const NeuronsJob& job, int64_t begin, int64_t end, float* acc);
 };
 
 const Isa& generic_isa();

@@ -25,6 +25,8 @@ typedef uint16_t VH __attribute__((vector_size(kVector / 2)));
 typedef uint16_t VH2 __attribute__((vector_size(kVector)));
 typedef uint8_t VB __attribute__((vector_size(kVector)));
 
+template <int n> struct Count { static constexpr int value = n; };  // a number that a lambda can be told
+
 struct BF16 { uint16_t bits; };
 struct F16 { uint16_t bits; };
 struct U8 { uint8_t bits; };      // a weight and 128

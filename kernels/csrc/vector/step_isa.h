@@ -8,12 +8,15 @@
 #include "norms.h"
 #include "attention.h"
 #include "untile.h"
+#include "neuron_groups.h"
+#include "scanned_neurons.h"
 
 namespace coreskip {
 namespace CORESKIP_ISA {
 
 static const StepIsa step_table = {
     tiles, quantize_groups, norm, rotate, attend, merge, act, add_scaled, softcap, fetch, argmax, exp_sum, untile, tile_up,
+    neurons,
 };
 
 }  // namespace CORESKIP_ISA

@@ -1,0 +1,280 @@
+// An MLP in 4-bit groups of which neurons are left out: one neuron's numbers lie side by side, see NeuronGroups in
+// arguments.h. Included by step_isa.h, under its rules.
+
+namespace coreskip {
+namespace CORESKIP_ISA {
+
+constexpr int kRun = 64;          // inputs, or outputs, whose nibbles lie in 32 bytes
+constexpr int kRunParts = kRun / kVector;
+constexpr int kOf32 = kGroup;     // neurons that share the ends of a group of the down projection
+
+// ---- nibbles of one row ----
+
+// Part p of a run: kVector numbers of 4 bits. The low nibbles of its bytes are the first 32 numbers.
+static inline VB nibbles(const uint8_t* w, int p) {
+#if CORESKIP_LEVEL == 512
+    const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
+    return (VB)_mm512_srlv_epi64(twice, _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4)) & 15;
+#else
+    constexpr int half = 32 / kVector;
+    const VB both = load_bytes(w + p % half * kVector);
+    return p < half ? both & 15 : (VB)((VH2)both >> 4) & 15;
+#endif
+}
+
+// Bytes of part p of a run where the number's bit is set, else 0; bits: 8 bytes.
+static inline VB where_set(const uint8_t* bits, int p, VB x) {
+#if CORESKIP_LEVEL == 512
+    uint64_t mask;
+    memcpy(&mask, bits, sizeof mask);
+    return (VB)_mm512_maskz_mov_epi8(mask, (__m512i)x);
+#elif CORESKIP_LEVEL == 2
+    uint32_t mask;
+    memcpy(&mask, bits + 4 * p, sizeof mask);
+    const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(mask),
+        _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303));
+    const __m256i each = _mm256_set1_epi64x(0x8040201008040201);
+    return x & (VB)_mm256_cmpeq_epi8(_mm256_and_si256(spread, each), each);
+#else
+    VB kept;
+    for (int i = 0; i < kVector; i++) kept[i] = bits[(p * kVector + i) / 8] >> (i % 8) & 1 ? x[i] : 0;
+    return kept;
+#endif
+}
+
+// n numbers, n up to kLanes or more, the rest 0.
+static inline V load_first(const float* p, int64_t n) {
+    if (n >= kLanes) return load(p);
+#if CORESKIP_LEVEL == 512
+    return (V)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+#else
+    float some[kLanes] = {};
+    memcpy(some, p, n * sizeof(float));
+    return load(some);
+#endif
+}
+
+static inline V load_first(const F16* p, int64_t n) {
+    if (n >= kLanes) return load(p);
+#if CORESKIP_LEVEL == 512
+    return (V)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p));
+#else
+    F16 some[kLanes] = {};
+    memcpy(some, p, n * sizeof(F16));
+    return load(some);
+#endif
+}
+
+// Factors of kLanes groups, for the parts of the runs that hold them.
+struct Factors {
+#if CORESKIP_LEVEL == 512
+    V all;
+    explicit Factors(V v) : all(v) {}
+    V of(int run, int) const {
+        const __m512i first = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+        return (V)_mm512_permutexvar_ps(_mm512_add_epi32(first, _mm512_set1_epi32(2 * run)), (__m512)all);
+    }
+#else
+    float all[kLanes];
+    explicit Factors(V v) { store(all, v); }
+    V of(int run, int p) const { return splat(all[2 * run + p * kVector / 32]); }
+#endif
+};
+
+// ---- gate and up rows of listed neurons ----
+
+// y[r] += what P rows of nibbles, each followed by its groups' scales and leasts, come to with R rows of x.
+template <int P, int R>
+static inline void add_rows(const NeuronsJob& job, const uint8_t* const* w, int row, V y[P][R]) {
+    const int64_t groups = job.n.width / kGroup, at = job.n.width / 2;
+    for (int64_t g = 0; g < groups; g += kLanes) {
+        const int64_t left = groups - g, runs = left < kLanes ? left / 2 : kLanes / 2;
+        V scale[P], least[P];
+        for (int n = 0; n < P; n++) {
+            const F16* ends = reinterpret_cast<const F16*>(w[n] + at);
+            scale[n] = load_first(ends + g, left), least[n] = load_first(ends + groups + g, left);
+        }
+        for (int r = 0; r < R; r++) {
+            const V step = load_first(job.x.scale + (row + r) * groups + g, left);
+            const V sum = load_first(job.x.sum + (row + r) * groups + g, left);
+            const int8_t* x = job.x.q + ((row + r) * groups + g) * kGroup;
+            for (int n = 0; n < P; n++) {
+                y[n][r] += least[n] * sum;
+                const Factors factors(scale[n] * step);
+#pragma GCC unroll 8
+                for (int i = 0; i < kLanes / 2; i++) {
+                    if (i >= runs) break;
+                    for (int p = 0; p < kRunParts; p++) {
+                        const VI sums = multiply_add(VI{}, nibbles(w[n] + (g / 2 + i) * (kRun / 2), p),
+                                                     load_bytes(x + i * kRun + p * kVector));
+                        y[n][r] += __builtin_convertvector(sums, V) * factors.of(i, p);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// ---- down rows ----
+
+template <bool high, class T>
+static inline VB interleave(VB a, VB b) {
+#if CORESKIP_LEVEL == 512
+    const __m512i x = (__m512i)a, y = (__m512i)b;
+    if (sizeof(T) == 1) return (VB)(high ? _mm512_unpackhi_epi8(x, y) : _mm512_unpacklo_epi8(x, y));
+    return (VB)(high ? _mm512_unpackhi_epi16(x, y) : _mm512_unpacklo_epi16(x, y));
+#elif CORESKIP_LEVEL == 2
+    const __m256i x = (__m256i)a, y = (__m256i)b;
+    if (sizeof(T) == 1) return (VB)(high ? _mm256_unpackhi_epi8(x, y) : _mm256_unpacklo_epi8(x, y));
+    return (VB)(high ? _mm256_unpackhi_epi16(x, y) : _mm256_unpacklo_epi16(x, y));
+#else
+    constexpr int count = 16 / sizeof(T), first = high ? count / 2 : 0;
+    T x[count], y[count], both[count];
+    memcpy(x, &a, 16), memcpy(y, &b, 16);
+    for (int i = 0; i < count / 2; i++) both[2 * i] = x[first + i], both[2 * i + 1] = y[first + i];
+    VB result;
+    memcpy(&result, both, 16);
+    return result;
+#endif
+}
+
+// Neurons of one group of the down projection: their rows, and their activations for each row of x, rounded to 8 bits
+// together as a dense step rounds them.
+struct DownGroup {
+    const uint8_t* row[kOf32];
+    int count = 0;
+    float h[kMaxRows][kOf32] = {};
+    int8_t q[kMaxRows][kOf32];
+    float scale[kMaxRows], sum[kMaxRows];
+
+    void round(int rows) {
+        quantize_groups(h[0], rows * kOf32, q[0], scale, sum, nullptr);
+        while (count % 4) row[count] = row[count - 1], count++;  // its activations are 0
+    }
+};
+
+// A run's nibbles lie so that four neurons' bytes, interleaved twice in each 128 bits, give outputs in order.
+template <int R>
+static inline void add_down(const NeuronsJob& job, const DownGroup& group, const F16* ends, int row, float* acc) {
+    const int64_t width = job.n.width;
+    for (int64_t run = 0; run < width / kRun; run++)
+        for (int p = 0; p < kRunParts; p++) {
+            VI sum[R][4] = {};
+            for (int n = 0; n < group.count; n += 4) {
+                VB w[4], pair[4];
+                for (int i = 0; i < 4; i++) w[i] = nibbles(group.row[n + i] + run * (kRun / 2), p);
+                for (int i = 0; i < 4; i += 2) {
+                    pair[i] = interleave<false, uint8_t>(w[i], w[i + 1]);
+                    pair[i + 1] = interleave<true, uint8_t>(w[i], w[i + 1]);
+                }
+                const VB four[4] = {interleave<false, uint16_t>(pair[0], pair[2]), interleave<true, uint16_t>(pair[0], pair[2]),
+                                    interleave<false, uint16_t>(pair[1], pair[3]), interleave<true, uint16_t>(pair[1], pair[3])};
+                for (int r = 0; r < R; r++) {
+                    const VB h = (VB)as_lanes(group.q[row + r] + n);
+                    for (int k = 0; k < 4; k++) sum[r][k] = multiply_add(sum[r][k], four[k], h);
+                }
+            }
+            for (int k = 0; k < 4; k++) {
+                const int64_t at = run * kRun + 16 * k + p * kLanes;
+                const V scale = load(ends + at), least = load(ends + width + at);
+                for (int r = 0; r < R; r++) {
+                    float* to = acc + (row + r) * width + at;
+                    const V products = __builtin_convertvector(sum[r][k], V) * group.scale[row + r];
+                    store(to, load(to) + scale * products + least * group.sum[row + r]);
+                }
+            }
+        }
+}
+
+// Calls f<R>(row) for all rows, in groups of 4, 2 and 1.
+template <class F>
+static inline void for_rows(int rows, F f) {
+    int row = 0;
+    for (; row + 4 <= rows; row += 4) f(row, Count<4>{});
+    for (; row + 2 <= rows; row += 2) f(row, Count<2>{});
+    for (; row < rows; row++) f(row, Count<1>{});
+}
+
+static void add_down_group(const NeuronsJob& job, DownGroup& group, int64_t number, float* acc) {
+    if (group.count == 0) return;
+    group.round(job.x.rows);
+    const F16* ends = reinterpret_cast<const F16*>(job.n.ends) + number * 2 * job.n.width;
+    for_rows(job.x.rows, [&](int row, auto count) { add_down<decltype(count)::value>(job, group, ends, row, acc); });
+}
+
+// ---- activations ----
+
+// Of up to 32 neurons, [rows][32]: act(gate) * up, or act(up), less its mean where that is wanted; left in `up`. of(i): the
+// i-th neuron.
+template <class Of>
+static inline void apply_act(const NeuronsJob& job, int count, Of of, float (*gate)[kOf32], float (*up)[kOf32],
+                             bool less_mean) {
+    const auto add = [&](const float* bias, float (*to)[kOf32], float sign) {
+        for (int r = 0; bias && r < job.x.rows; r++)
+            for (int i = 0; i < count; i++) to[r][i] += sign * bias[of(i)];
+    };
+    add(job.n.gate_bias, gate, 1.f);
+    add(job.n.up_bias, up, 1.f);
+    for (int r = 0; r < job.x.rows; r++)
+        for (int i = 0; i < count; i += kLanes) {
+            const V u = load(up[r] + i);
+            store(up[r] + i, job.n.gated ? activate(load(gate[r] + i), job.act) * u : activate(u, job.act));
+        }
+    if (less_mean) add(job.n.mean, up, -1.f);
+}
+
+// ---- listed neurons ----
+
+static inline void fetch_rows(const uint8_t* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(from + i, 0, 2);
+}
+
+// Positions `begin` to `end` of the list. A group of the down projection belongs to who has its first neuron.
+static void listed_neurons(const NeuronsJob& job, int64_t begin, int64_t end, int64_t all, float* acc) {
+    const auto at = [&](int64_t i) { return job.list ? job.list[i] : i; };
+    const auto inside = [&](int64_t i) { return i > 0 && i < all && at(i) / kOf32 == at(i - 1) / kOf32; };
+    while (inside(begin)) begin++;
+    while (inside(end)) end++;
+    const int64_t part = job.n.width / 2 + job.n.width / kGroup * 4;  // bytes of gate, or of up
+    const int64_t lead = 32 << 10;                                    // bytes fetched ahead
+    const int64_t ahead = job.n.row_bytes < lead ? lead / job.n.row_bytes : 1;
+    for (int64_t i = begin; i < begin + ahead && i < end; i++) fetch_rows(job.n.rows + at(i) * job.n.row_bytes, job.n.row_bytes);
+    for (int64_t i = begin; i < end;) {
+        DownGroup group;
+        float gate[kMaxRows][kOf32] = {};
+        const int64_t first = i, number = at(i) / kOf32;
+        for (; i < end && at(i) / kOf32 == number; i++) {
+            if (i + ahead < end) fetch_rows(job.n.rows + at(i + ahead) * job.n.row_bytes, job.n.row_bytes);
+            const uint8_t* w = job.n.rows + at(i) * job.n.row_bytes;
+            const int n = group.count++;
+            group.row[n] = w + (job.n.gated ? 2 : 1) * part;
+            for_rows(job.x.rows, [&](int row, auto count) {
+                constexpr int R = decltype(count)::value;
+                float sum[2 * R];
+                if (job.n.gated) {
+                    const uint8_t* both[2] = {w, w + part};
+                    V y[2][R] = {};
+                    add_rows<2, R>(job, both, row, y);
+                    totals<2 * R>(y[0], sum);
+                } else {
+                    V y[1][R] = {};
+                    add_rows<1, R>(job, &w, row, y);
+                    totals<R>(y[0], sum);
+                }
+                for (int r = 0; r < R; r++) {
+                    gate[row + r][n] = sum[r];
+                    group.h[row + r][n] = sum[job.n.gated ? R + r : r];
+                }
+            });
+        }
+        fetch_rows(reinterpret_cast<const uint8_t*>(reinterpret_cast<const F16*>(job.n.ends) + (number + 1) * 2 * job.n.width), i < end ? 4 * job.n.width : 0);
+        apply_act(job, group.count, [&](int j) { return at(first + j); }, gate, group.h, true);
+        for (int r = 0; r < job.x.rows; r++)
+            for (int j = 0; j < kOf32; j++)
+                if (j >= group.count || (job.selected && !job.selected[at(first + j) * job.x.rows + r])) group.h[r][j] = 0.f;
+        add_down_group(job, group, number, acc);
+    }
+}
+
+}  // namespace CORESKIP_ISA
+}  // namespace coreskip

@@ -1,0 +1,279 @@
+"""An MLP in 4-bit groups of which neurons are left out: what is read of one neuron lies side by side.
+
+csrc/arguments.h describes the bytes. They are the numbers of the three matrices' "int4" tiles, to the bit: a step that
+computes every neuron over them computes what a dense step does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import cpu
+from .arguments import NeuronGroups as Argument
+from .groups import FORMATS, GROUP, TILE, untile
+from .memory import LINE, allocate
+from .packed import Act, PackedLinear
+
+RUN = 64  # inputs or outputs whose nibbles lie in 32 bytes; kRun in csrc/vector/neuron_groups.h
+UPPER = "int4_upper"  # the upper three bits of "int4"
+#: what is scanned for every token, by the policy's bits; None: nothing, neurons are listed
+SCANNED = {None: None, 3: UPPER, 4: "int4"}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PackedNeurons:
+    """One layer's MLP, down(act(gate(x)) * up(x)) or down(act(up(x))), in 4-bit groups by neuron. Made by `pack`.
+
+    bits None: `rows` hold gate, up and down of each neuron, for lists of neurons. 4 or 3: `scan` holds, in tiles, what
+    each token reads of all gates and ups, all four bits or the upper three, `low` the last bits where they are apart,
+    and `rows` the down projection. `ends`: float16 [groups of 32 neurons, 2, width], scales and leasts of the down
+    projection. norm: what a unit of an activation costs that is left out, float32 [neurons]; mean: what each neuron
+    counts as where it is left out, see `PackedMLP`.
+    """
+
+    rows: Tensor
+    ends: Tensor
+    hidden_size: int
+    intermediate_size: int
+    gated: bool
+    act: Act
+    bits: int | None = None
+    scan: Tensor | None = None
+    low: Tensor | None = None
+    norm: Tensor | None = None
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    mean: Tensor | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def pack(
+        cls, gate: PackedLinear | None, up: PackedLinear, down: PackedLinear, *, act: Act, bits: int | None = None
+    ) -> PackedNeurons:
+        """The numbers of "int4" tiles with their biases; gate is None for a plain MLP.
+
+        Raises ValueError for another format, or shapes that do not fit.
+        """
+        parts = [up] if gate is None else [gate, up]
+        _check(parts, down, bits)
+        width = -(-up.in_features // RUN) * RUN
+        groups = [_padded(untile(part), width // GROUP) for part in parts]
+        outputs = _padded_rows(untile(down), width)
+        columns = _columns(outputs[0], up.out_features)
+        scan = None if bits is None else _scan(groups, bits)
+        rows = [columns] if bits else [*(_row(*part) for part in groups), columns]
+        return cls(
+            rows=_side_by_side(rows, LINE if bits is None else 1),
+            ends=torch.stack([outputs[1].t(), outputs[2].t()], 1).contiguous(),
+            hidden_size=up.in_features,
+            intermediate_size=up.out_features,
+            gated=gate is not None,
+            act=act,
+            bits=bits,
+            scan=scan,
+            low=torch.cat([_last_bits(part[0]) for part in groups], 1).contiguous() if bits == 3 else None,
+            norm=None if bits is None else _ungrouped(untile(down), up.out_features).norm(dim=0),
+            gate_bias=None if gate is None else gate.bias,
+            up_bias=up.bias,
+            down_bias=down.bias,
+        )
+
+    def compensated(self, mean: Tensor) -> PackedNeurons:
+        """See `PackedMLP.compensated`."""
+        if self.mean is not None or mean.shape != (self.intermediate_size,):
+            raise ValueError(f"mean must be given once, as [{self.intermediate_size}], not {tuple(mean.shape)}")
+        mean = mean.to("cpu", torch.float32).contiguous()
+        constant = mean @ self.down_rows()
+        return replace(self, mean=mean, down_bias=constant if self.down_bias is None else self.down_bias + constant)
+
+    def down_rows(self) -> Tensor:
+        """The down projection as it is computed with, float32 [intermediate_size, hidden_size]."""
+        width = self.ends.shape[2]
+        nibbles = self.rows[:, self._before_down() :][:, : width // 2]
+        numbers = torch.empty((self.intermediate_size, width), dtype=torch.float32, device="cpu")
+        numbers[:, _order(width)] = _spread(nibbles).float()
+        scale, least = self.ends.float().repeat_interleave(GROUP, 0)[: self.intermediate_size].unbind(1)
+        return (numbers * scale + least)[:, : self.hidden_size]
+
+    def _before_down(self) -> int:
+        width = self.ends.shape[2]
+        return 0 if self.bits else (2 if self.gated else 1) * (width // 2 + width // GROUP * 4)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
+
+    def argument(self, threshold: float = 0.0, refine: float = 0.0) -> Argument:
+        """As native code reads it. threshold, refine: see `SparseMLP`."""
+        names = ("scan", "rows", "low", "ends", "norm", "gate_bias", "up_bias", "mean")
+        return Argument(
+            **{name: cpu.address(getattr(self, name)) for name in names},
+            neurons=self.intermediate_size,
+            width=self.ends.shape[2],
+            row_bytes=self.rows.stride(0),
+            threshold=threshold,
+            refine=refine,
+            format=0 if self.bits is None else FORMATS[SCANNED[self.bits] or ""].code,
+            gated=self.gated,
+        )
+
+    def __repr__(self) -> str:
+        how = "by list" if self.bits is None else f"scanned in {self.bits} bits"
+        return f"PackedNeurons({self.hidden_size}x{self.intermediate_size}, int4, {how}, act={self.act})"
+
+
+def neurons(
+    x: Tensor,
+    packed: PackedNeurons,
+    indices: Tensor | None = None,
+    selected: Tensor | None = None,
+    *,
+    threshold: float = 0.0,
+    refine: float = 0.0,
+) -> tuple[Tensor, int]:
+    """The MLP of x ``[.., hidden]`` of up to 8 rows, over listed neurons or those that the tokens choose.
+
+    indices: int64, ascending, without repeats; None: all. selected: uint8 [neurons, rows], which rows want a neuron of
+    the list; None: all do. threshold: of estimates from the upper bits, the least whose last bits are read; refine: of
+    exact scores, the least that is kept. Returns the output, and how many neurons were scanned and left out.
+    Raises ValueError for neurons that are not there, and more rows than one call takes.
+    """
+    x = x.contiguous()
+    rows = x.numel() // packed.hidden_size
+    if rows > cpu.MAX_ROWS:
+        raise ValueError(f"{rows} rows at once: at most {cpu.MAX_ROWS}")
+    count = packed.intermediate_size if indices is None else indices.numel()
+    if indices is not None:
+        _check_list(indices, packed.intermediate_size)
+    out, left, argument = torch.empty_like(x), ctypes.c_int64(0), packed.argument(threshold, refine)
+    status = cpu.library().coreskip_neurons(
+        x.data_ptr(), cpu.DTYPE[x.dtype], rows, packed.hidden_size, ctypes.byref(argument), cpu.ACT[str(packed.act)],
+        cpu.address(packed.down_bias), cpu.address(indices), count, cpu.address(selected), out.data_ptr(),
+        ctypes.byref(left), torch.get_num_threads(),
+    )  # fmt: skip
+    cpu.check(status, 0)
+    return out, left.value
+
+
+# ---- packing ----
+
+Groups = tuple[Tensor, Tensor, Tensor]  # q, scale and least of rows, as `untile` has them
+
+
+def _check(parts: list[PackedLinear], down: PackedLinear, bits: int | None) -> None:
+    if bits not in SCANNED:
+        raise ValueError(f"bits must be one of {', '.join(map(str, SCANNED))}, not {bits}")
+    for part in (*parts, down):
+        if part.fmt != "int4":
+            raise ValueError(f"neurons by 4-bit groups come from int4 tiles, not {part.fmt}")
+    shapes = {(part.out_features, part.in_features) for part in parts} | {(down.in_features, down.out_features)}
+    if len(shapes) > 1:
+        raise ValueError(f"gate and up must be [intermediate, hidden], down the reverse, not {sorted(shapes)}")
+
+
+def _check_list(indices: Tensor, neurons: int) -> None:
+    if indices.dtype != torch.int64 or not indices.is_contiguous() or indices.dim() != 1:
+        raise ValueError("neurons are listed as int64, in one row")
+    if indices.numel() and (int(indices[0]) < 0 or int(indices[-1]) >= neurons or bool((indices.diff() <= 0).any())):
+        raise ValueError(f"listed neurons must ascend within 0..{neurons - 1}")
+
+
+def _padded(part: Groups, groups: int) -> Groups:
+    """With groups of zeros up to so many."""
+    more = groups - part[0].shape[1]
+    pad = torch.nn.functional.pad
+    return pad(part[0], (0, 0, 0, more)), pad(part[1], (0, more)), pad(part[2], (0, more))
+
+
+def _padded_rows(part: Groups, rows: int) -> Groups:
+    more = rows - part[0].shape[0]
+    pad = torch.nn.functional.pad
+    return pad(part[0], (0, 0, 0, 0, 0, more)), pad(part[1], (0, 0, 0, more)), pad(part[2], (0, 0, 0, more))
+
+
+def _ungrouped(part: Groups, inputs: int) -> Tensor:
+    q, scale, least = part
+    return (q.float() * scale.float()[..., None] + least.float()[..., None]).flatten(1)[:, :inputs]
+
+
+def _row(q: Tensor, scale: Tensor, least: Tensor) -> Tensor:
+    """The bytes of each row: nibbles, scales and leasts."""
+    ends = [t.contiguous().view(torch.uint8) for t in (scale, least)]
+    return torch.cat([_nibbles(q.flatten(1)), *ends], 1)
+
+
+def _columns(q: Tensor, neurons: int) -> Tensor:
+    """The nibbles of each input's column, outputs in the order in which they are added."""
+    columns = q.flatten(1).t()[:neurons]
+    return _nibbles(columns[:, _order(columns.shape[1])])
+
+
+def _order(width: int) -> Tensor:
+    """Which output stands at each place: in runs of 64, place 16 L + 4 b + j holds output 16 b + 4 L + j, so that four
+    neurons' bytes, interleaved twice in each 128 bits, give outputs in order."""
+    run = torch.arange(RUN, device="cpu").view(4, 4, 4).transpose(0, 1).flatten()
+    return (torch.arange(0, width, RUN, device="cpu")[:, None] + run).flatten()
+
+
+def _nibbles(values: Tensor) -> Tensor:
+    """[rows, n] of 0..15 -> [rows, n / 2]: in each run of 64 the first half low, the second half high."""
+    runs = values.reshape(values.shape[0], -1, 2, RUN // 2)
+    return (runs[:, :, 0] | runs[:, :, 1] << 4).flatten(1)
+
+
+def _spread(nibbles: Tensor) -> Tensor:
+    """The inverse of `_nibbles`."""
+    runs = nibbles.reshape(nibbles.shape[0], -1, 1, RUN // 2)
+    return torch.cat([runs & 15, runs >> 4], 2).flatten(1)
+
+
+def _last_bits(q: Tensor) -> Tensor:
+    """[rows, groups, 32] -> a bit each, [rows, bytes]."""
+    bits = (q & 1).flatten(1).view(q.shape[0], -1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device="cpu")).sum(-1, dtype=torch.uint8)
+
+
+def _side_by_side(parts: list[Tensor], multiple: int) -> Tensor:
+    size = sum(part.shape[1] for part in parts)
+    rows = allocate((parts[0].shape[0], -(-size // multiple) * multiple), torch.uint8, parts[0].device)
+    rows[:, size:] = 0
+    return torch.cat(parts, 1, out=rows[:, :size]) if size == rows.shape[1] else _put(rows, parts)
+
+
+def _put(rows: Tensor, parts: list[Tensor]) -> Tensor:
+    at = 0
+    for part in parts:
+        rows[:, at : at + part.shape[1]] = part
+        at += part.shape[1]
+    return rows
+
+
+def _scan(parts: list[Groups], bits: int) -> Tensor:
+    """uint8 [tiles, parts, groups, bytes]: the tiles of gate and up side by side."""
+    tiles = torch.stack([_tiles(*part, bits=bits) for part in parts], 1)
+    return allocate(tuple(tiles.shape), torch.uint8, tiles.device).copy_(tiles)
+
+
+def _tiles(q: Tensor, scale: Tensor, least: Tensor, bits: int) -> Tensor:
+    fill, groups = -q.shape[0] % TILE, q.shape[1]
+    pad = torch.nn.functional.pad
+    q, scale, least = pad(q, (0, 0, 0, 0, 0, fill)), pad(scale, (0, 0, 0, fill)), pad(least, (0, 0, 0, fill))
+    ends = [t.view(-1, TILE, groups).transpose(1, 2).contiguous().view(torch.uint8) for t in (scale, least)]
+    # [tile, row, group, unit, input of four] -> [tile, group, unit, row, input of four]
+    units = q.view(-1, TILE, groups, 8, 4).permute(0, 2, 3, 1, 4).reshape(-1, groups, 8, TILE * 4)
+    if bits == 4:
+        numbers = units[:, :, :4] | units[:, :, 4:] << 4
+    else:
+        units = units >> 1
+        numbers = units[:, :, 0:6:2] | units[:, :, 1:6:2] << 3
+        numbers[:, :, 0] |= (units[:, :, 6] & 3) << 6
+        numbers[:, :, 1] |= (units[:, :, 7] & 3) << 6
+        numbers[:, :, 2] |= units[:, :, 6] >> 2 << 6 | units[:, :, 7] >> 2 << 7
+    return torch.cat([numbers.flatten(2), *ends], -1)
+
+
