@@ -7,6 +7,7 @@ computes every neuron over them computes what a dense step does.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +20,7 @@ from .memory import LINE, allocate
 from .packed import Act, PackedLinear
 
 RUN = 64  # inputs or outputs whose nibbles lie in 32 bytes; kRun in csrc/vector/neuron_groups.h
+_BLOCK = 16  # groups; kBlock there
 UPPER = "int4_upper"  # the upper three bits of "int4"
 #: what is scanned for every token, by the policy's bits; None: nothing, neurons are listed
 SCANNED = {None: None, 3: UPPER, 4: "int4"}
@@ -204,7 +206,7 @@ def _ungrouped(part: Groups, inputs: int) -> Tensor:
 def _row(q: Tensor, scale: Tensor, least: Tensor) -> Tensor:
     """The bytes of each row: nibbles, scales and leasts."""
     ends = [t.contiguous().view(torch.uint8) for t in (scale, least)]
-    return torch.cat([_nibbles(q.flatten(1)), *ends], 1)
+    return torch.cat([_in_blocks(q, _block_nibbles, _nibbles), *ends], 1)
 
 
 def _columns(q: Tensor, neurons: int) -> Tensor:
@@ -232,9 +234,27 @@ def _spread(nibbles: Tensor) -> Tensor:
     return torch.cat([runs & 15, runs >> 4], 2).flatten(1)
 
 
+def _in_blocks(q: Tensor, of_block: Callable[[Tensor], Tensor], of_runs: Callable[[Tensor], Tensor]) -> Tensor:
+    """[rows, groups, 32] -> the bytes of blocks of 16 groups, whose numbers come as [.., step, group, four], and of the
+    groups that are left, as they are."""
+    rows, groups, _ = q.shape
+    inside = groups // _BLOCK * _BLOCK
+    blocks = q[:, :inside].reshape(rows, -1, _BLOCK, GROUP // 4, 4).transpose(2, 3)
+    return torch.cat([of_block(blocks).flatten(1), of_runs(q[:, inside:].flatten(1))], 1)
+
+
+def _block_nibbles(steps: Tensor) -> Tensor:
+    return steps[:, :, : GROUP // 8] | steps[:, :, GROUP // 8 :] << 4
+
+
 def _last_bits(q: Tensor) -> Tensor:
     """[rows, groups, 32] -> a bit each, [rows, bytes]."""
-    bits = (q & 1).flatten(1).view(q.shape[0], -1, 8)
+    return _in_blocks(q & 1, _bits, _bits)
+
+
+def _bits(values: Tensor) -> Tensor:
+    """[rows, ..] of 0 and 1 -> [rows, bytes]."""
+    bits = values.flatten(1).reshape(values.shape[0], -1, 8)
     return (bits << torch.arange(8, dtype=torch.uint8, device="cpu")).sum(-1, dtype=torch.uint8)
 
 

@@ -13,28 +13,29 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .neuron_groups import PackedNeurons, neurons
 from .ops import MAX_ROWS, column_linear, gate_mlp, gate_select, linear, mlp, sketch_mlp, sketch_select
 from .packed import ACTS, Act, PackedColumns, PackedLinear, PackedMLP
 
 Scorer = Callable[[Tensor], Tensor]
 
 #: How the neurons of a step are found. ``listed``: all that are packed, or each row's own list of them. ``sketch``,
-#: ``gate``: as `ops.sketch_mlp` and `ops.gate_mlp`. ``learned``: by a low-rank predictor. ``scored``: by a function in
+#: ``gate``: as `ops.sketch_mlp` and `ops.gate_mlp`. ``exact``: by exact scores, over `PackedNeurons`. ``learned``: by a low-rank predictor. ``scored``: by a function in
 #: Python, which native steps do not call.
-Rule = Literal["listed", "sketch", "gate", "learned", "scored"]
+Rule = Literal["listed", "sketch", "exact", "gate", "learned", "scored"]
 
 
 @dataclass(frozen=True, eq=False)
 class RowLists:
     """Which neurons each row of a batch computes.
 
-    lists: int64 [rows, k]. listed: int64 [n], those that any row wants, ascending; wanted: uint8 [neurons, rows], 1 for
-    who wants what.
+    lists: int64 [rows, k], or [1, k] for all rows. listed: int64 [n], those that any row wants, ascending; wanted: uint8
+    [neurons, rows], 1 for who wants what; None: all rows want all that are listed.
     """
 
     lists: Tensor
     listed: Tensor
-    wanted: Tensor
+    wanted: Tensor | None
 
     @classmethod
     def of(cls, lists: Tensor, neurons: int) -> RowLists:
@@ -43,9 +44,16 @@ class RowLists:
         wanted.scatter_(0, lists.t(), 1)
         return cls(lists, wanted.any(1).nonzero()[:, 0], wanted)
 
+    @classmethod
+    def shared(cls, indices: Tensor) -> RowLists:
+        """indices: int64 [k], ascending, for every row."""
+        indices = indices.contiguous()
+        return cls(indices[None], indices, None)
+
     @property
-    def rows(self) -> int:
-        return self.wanted.shape[1]
+    def rows(self) -> int | None:
+        """How many rows there must be; None: any number."""
+        return None if self.wanted is None else self.wanted.shape[1]
 
     @property
     def kept(self) -> int:
@@ -54,6 +62,8 @@ class RowLists:
 
     def part(self, first: int, last: int) -> RowLists:
         """Of rows `first` to `last` alone."""
+        if self.wanted is None:
+            return self
         wanted = self.wanted[:, first:last].contiguous()
         return RowLists(self.lists[first:last], wanted.any(1).nonzero()[:, 0], wanted)
 
@@ -71,10 +81,10 @@ class SparseMLP:
         smooth: float32 ``[hidden]``, what the inputs are multiplied by before they are rounded; `packed` has the
             inverse in its columns. A native step has it in the norm before the MLP.
         refine: of the neurons that a sketch chooses, those with an exact score below this are dropped; 0: none.
-        lists: of ``listed``: each row's own neurons.
+        lists: of ``listed``: which of the packed neurons; None: all.
     """
 
-    packed: PackedMLP
+    packed: PackedMLP | PackedNeurons
     rule: Rule = "listed"
     keep: int | None = None
     threshold: float | None = None
@@ -100,8 +110,10 @@ class SparseMLP:
 
     def _compute(self, x: Tensor, counting: bool) -> tuple[Tensor, int | None]:
         tokens = x.numel() // x.shape[-1]
+        if isinstance(self.packed, PackedNeurons):
+            return self._in_groups(x, self.packed)
         if self.rule == "listed":
-            y = mlp(x, self.packed) if self.lists is None else self._by_row(x, self.lists)
+            y = mlp(x, self.packed) if self.lists is None else self._by_row(x, self.packed, self.lists)
             return y, self.listed_neurons * tokens
         kept = None if self.keep is None else self.keep * tokens
         if self.rule in ("learned", "scored"):
@@ -110,23 +122,49 @@ class SparseMLP:
                 kept = int((indices >= 0).sum())
             return mlp(x, self.packed, indices), kept
         if counting and kept is None:
-            kept = int((self._chosen(x) >= 0).sum())
+            kept = int((self._chosen(x, self.packed) >= 0).sum())
         if self.rule == "gate":
             return gate_mlp(x, self.packed, keep=self.keep, threshold=self.threshold), kept
         return sketch_mlp(x, self.packed, keep=self.keep, threshold=self.threshold, refine=self.refine), kept
 
-    def _by_row(self, x: Tensor, lists: RowLists) -> Tensor:
-        """Every token by its row's list; the rows of x are as many tokens each."""
-        by_token = x.view(-1, x.shape[-1])
-        every = lists.lists.repeat_interleave(by_token.shape[0] // lists.rows, 0)
-        parts = zip(by_token.split(MAX_ROWS), every.split(MAX_ROWS), strict=True)
-        return torch.cat([mlp(some, self.packed, wanted) for some, wanted in parts]).view_as(x)
+    def _in_groups(self, x: Tensor, packed: PackedNeurons) -> tuple[Tensor, int]:
+        """Neurons in 4-bit groups, as many rows at once as the kernel takes."""
+        by_token, lists = x.reshape(-1, x.shape[-1]), self.lists
+        if lists is not None and lists.wanted is not None:  # as many tokens of each row
+            wanted = lists.wanted.repeat_interleave(by_token.shape[0] // lists.wanted.shape[1], 1)
+        else:
+            wanted = None
+        found, left = [], 0
+        for at in range(0, by_token.shape[0], MAX_ROWS):
+            some = None if wanted is None else wanted[:, at : at + MAX_ROWS].contiguous()
+            y, out = neurons(
+                by_token[at : at + MAX_ROWS], packed, None if lists is None else lists.listed, some,
+                threshold=self.threshold or 0.0, refine=self.least_kept,
+            )  # fmt: skip
+            found.append(y)
+            left += out
+        kept = self.listed_neurons if self.rule == "listed" else packed.intermediate_size
+        return torch.cat(found).view_as(x), kept * by_token.shape[0] - left
 
-    def _chosen(self, x: Tensor) -> Tensor:
+    @property
+    def least_kept(self) -> float:
+        """The least exact score that is kept of what a token has looked at."""
+        return self.threshold or 0.0 if self.rule == "exact" else self.refine
+
+    def _by_row(self, x: Tensor, packed: PackedMLP, lists: RowLists) -> Tensor:
+        """Every token by its row's list; the rows of x are as many tokens each."""
+        if lists.wanted is None:
+            return mlp(x, packed, lists.listed)
+        by_token = x.view(-1, x.shape[-1])
+        every = lists.lists.repeat_interleave(by_token.shape[0] // lists.lists.shape[0], 0)
+        parts = zip(by_token.split(MAX_ROWS), every.split(MAX_ROWS), strict=True)
+        return torch.cat([mlp(some, packed, wanted) for some, wanted in parts]).view_as(x)
+
+    def _chosen(self, x: Tensor, packed: PackedMLP) -> Tensor:
         """The neurons that a kernel's rule computes, int64 ``[rows, k]`` with -1 for none."""
         select = sketch_select if self.rule == "sketch" else gate_select
-        chosen = select(x, self.packed, keep=self.keep, threshold=self.threshold)
-        return reference.refined(x, self.packed, chosen, self.refine) if self.refine > 0 else chosen
+        chosen = select(x, packed, keep=self.keep, threshold=self.threshold)
+        return reference.refined(x, packed, chosen, self.refine) if self.refine > 0 else chosen
 
     def _scores(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])

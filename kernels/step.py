@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from . import arguments, cpu
+from .neuron_groups import PackedNeurons
 from .packed import PackedLinear
-from .sparse import SparseLinear, SparseMLP
+from .sparse import RowLists, SparseLinear, SparseMLP
 
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -135,7 +136,7 @@ class Step:
         self._entries = [(model.dtype, a.k.out_features // a.head_dim, a.head_dim) for a in attentions]
         self._windows = [a.window for a in attentions]
         lists = (layer.mlp.lists for layer in model.layers if isinstance(layer.mlp, SparseMLP))
-        self.rows = next((found.rows for found in lists if found is not None), None)
+        self.rows = next((found.rows for found in lists if found is not None and found.rows is not None), None)
 
     def rotate_by(self, rotations: Sequence[tuple[Tensor, Tensor] | None]) -> None:
         """Uses other rotation tables, one pair a layer, from now on."""
@@ -388,14 +389,18 @@ def _linear(linear: Linear | None) -> arguments.StepLinear:
 
 def _bundled(mlp: SparseMLP) -> arguments.StepMlp:
     packed, lists = mlp.packed, mlp.lists
+    if isinstance(packed, PackedNeurons):
+        return arguments.StepMlp(
+            **_lists(lists),
+            down_bias=cpu.address(packed.down_bias),
+            groups=packed.argument(mlp.threshold or 0.0, mlp.least_kept),
+        )
     names = ("weight", "low", "scale", "norm", "gate_bias", "up_bias", "down_bias", "mean")
     sliced = packed.low is not None
     reduce, expand = mlp.predictor or (None, None)
     return arguments.StepMlp(
         **{name: cpu.address(getattr(packed, name)) for name in names},
-        list=None if lists is None else lists.listed.data_ptr(),
-        selected=None if lists is None else lists.wanted.data_ptr(),
-        listed=0 if lists is None else lists.listed.numel(),
+        **_lists(lists),
         neurons=packed.intermediate_size,
         stride=packed.weight.shape[2] * (2 if sliced else 1),
         keep=-1 if mlp.keep is None else mlp.keep,
@@ -407,6 +412,16 @@ def _bundled(mlp: SparseMLP) -> arguments.StepMlp:
         reduce=_linear(reduce),
         expand=_linear(expand),
     )
+
+
+def _lists(lists: RowLists | None) -> dict[str, int | None]:
+    if lists is None:
+        return {}
+    return {
+        "list": lists.listed.data_ptr(),
+        "selected": cpu.address(lists.wanted),
+        "listed": lists.listed.numel(),
+    }
 
 
 def _least(mlp: SparseMLP) -> float:

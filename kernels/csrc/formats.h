@@ -72,6 +72,9 @@ static constexpr int64_t tile_bytes(int format, int64_t groups) {
     return groups / tile_block(format).groups * tile_block(format).bytes;
 }
 
+// Bytes that a scan of neurons fetches ahead, of what lies in a row.
+constexpr int64_t kScanLead = 64 << 10;
+
 constexpr int kChunk = 128;     // positions of the KV cache that one attention task reads; see attend()
 constexpr int kMaxHeadDim = 512;
 

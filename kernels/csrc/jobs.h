@@ -138,7 +138,8 @@ struct NeuronsJob {
     const int64_t* list;      // ascending, or null: all neurons
     const uint8_t* selected;  // [neurons][rows], or null: all rows want what is listed
     int64_t count;            // of the list
-    float* scales;            // scan of upper bits: room for 128 * width / kGroup floats
+    float* scales;            // room for scales_room() floats
+    int8_t* turned;           // room for x in another order, [rows][width]
     uintptr_t after;          // what is read after the last neuron; 0: not known
 };
 

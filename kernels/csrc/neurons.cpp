@@ -23,7 +23,8 @@ CORESKIP_API int coreskip_neurons(const void* x, int x_dtype, int rows, int64_t 
     const int64_t width = n.width, of_x = width / kGroup, size = rows * width, scratch = scales_room(n);
     if (!workspace.reserve(2 * Workspace::room<float>(rows * of_x) + Workspace::room<float>(size) +
                            Workspace::room<int8_t>(size) + Workspace::room<float>(size * threads) +
-                           Workspace::room<float>(scratch * threads) + Workspace::room<int64_t>(threads)))
+                           Workspace::room<float>(scratch * threads) + Workspace::room<int8_t>(size * threads) +
+                           Workspace::room<int64_t>(threads)))
         return kNoMemory;
     float* values = workspace.take<float>(size);
     int8_t* q = workspace.take<int8_t>(size);
@@ -31,6 +32,7 @@ CORESKIP_API int coreskip_neurons(const void* x, int x_dtype, int rows, int64_t 
     float* sum = workspace.take<float>(rows * of_x);
     float* acc = workspace.take<float>(size * threads);
     float* scales = workspace.take<float>(scratch * threads);
+    int8_t* turned = workspace.take<int8_t>(size * threads);
     int64_t* left = workspace.take<int64_t>(threads);
     for (int r = 0; r < rows; r++) {
         float* row = values + r * width;
@@ -41,7 +43,8 @@ CORESKIP_API int coreskip_neurons(const void* x, int x_dtype, int rows, int64_t 
     each_beside_torch(threads, threads, [&](int64_t part) {
         float* mine = acc + part * size;
         memset(mine, 0, size * sizeof(float));
-        const NeuronsJob job = {n, {rows, q, scale, sum}, act, list, selected, count, scales + part * scratch, 0};
+        const NeuronsJob job = {n, {rows, q, scale, sum}, act, list, selected, count,
+                                scales + part * scratch, turned + part * size, 0};
         const Range here = neuron_share(n, count, part, threads);
         left[part] = step.neurons(job, here.begin, here.end, mine);
     });

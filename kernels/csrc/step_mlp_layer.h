@@ -8,6 +8,7 @@
 #include <numeric>
 
 #include "choice.h"
+#include "neuron_shares.h"
 #include "step_projections.h"
 
 namespace coreskip {
@@ -22,10 +23,8 @@ class StepMlpLayer {
 
     void run(const StepLayer& l) {
         const float* x = projections.normed(l.mlp_in, own.x);
-        if (l.mlp.weight) {
-            bundled(l, x);
-            return;
-        }
+        if (l.mlp.groups.rows) return grouped(l, x);
+        if (l.mlp.weight) return bundled(l, x);
         projections.read_from(x, m.hidden);
         projections.project_all(thread.widening(l));
         projections.meet();
@@ -93,7 +92,7 @@ class StepMlpLayer {
         if (b.list) {
             count = b.listed;
             job.list = b.list;
-            job.selected = c.length == 1 ? b.selected : selected_by_token(b);
+            job.selected = !b.selected || c.length == 1 ? b.selected : selected_by_token(b, thread.in_sums(b.listed));
         }
         if (b.dtype == kSliced || b.rule == kGate) {
             const Range here = thread.in_sums(count);
@@ -103,6 +102,42 @@ class StepMlpLayer {
             projections.meet();
             choose_some();
         }
+        const auto range = [&](int64_t i) { return share(count, i, c.threads); };
+        const float* all = sums_of(l, b.stride, range, [&](Range here, int64_t i, uintptr_t after, float* sum) {
+            job.after = after;
+            return thread.isa.mlp[b.dtype](job, here.begin, here.end, sum);
+        });
+        add_sums(l, all, b.stride, b.dtype);
+    }
+
+    // Neurons in 4-bit groups, listed or chosen by each token.
+    void grouped(const StepLayer& l, const float* x) {
+        const StepMlp& b = l.mlp;
+        const NeuronGroups& n = b.groups;
+        projections.read_from(x, m.hidden);
+        projections.prepare(kInt4, n.width);
+        const int64_t count = b.list ? b.listed : n.neurons;
+        const auto range = [&](int64_t i) { return neuron_share(n, count, i, c.threads); };
+        const Range mine = thread.sums();
+        uint8_t* selected = nullptr;
+        if (b.list && b.selected)
+            selected = c.length == 1 ? b.selected
+                                     : selected_by_token(b, {range(mine.begin).begin, range(mine.end - 1).end});
+        const NeuronsJob job = {n, {thread.tokens, own.q, own.group_scale, own.group_sum}, l.act, b.list, selected,
+                                count, own.group_scales, own.turned, 0};
+        ahead.passed += ahead.bundles_of(b).bytes;
+        const float* all = sums_of(l, n.width, range, [&](Range here, int64_t, uintptr_t after, float* sum) {
+            NeuronsJob part = job;
+            part.after = after;
+            return thread.step.neurons(part, here.begin, here.end, sum);
+        });
+        add_sums(l, all, n.width, kFloat32);
+    }
+
+    // The partial sums of all threads, once they have met. range(i): what goes into the i-th; work(range, i, what is read
+    // after it or 0, sum): adds it up, and returns how many neurons it has left out.
+    template <class RangeOf, class Work>
+    const float* sums_of(const StepLayer& l, int64_t stride, RangeOf range, Work work) {
         // Two halves in turn: a slow thread may still add up this layer's sums when a fast one begins the next.
         const int64_t size = thread.tokens * thread.s.width;  // of one sum
         float* all = w.acc + (second_ ? c.threads * size : 0);
@@ -110,27 +145,30 @@ class StepMlpLayer {
         second_ = !second_;
         const Range mine = thread.sums();
         for (int64_t i = mine.begin; i < mine.end; i++) {
-            memset(all + i * size, 0, thread.tokens * b.stride * sizeof(float));
-            job.after = i + 1 < mine.end ? 0 : ahead.first_after(l);
-            const Range here = share(count, i, c.threads);
-            dropped[i] = thread.isa.mlp[b.dtype](job, here.begin, here.end, all + i * size);
+            memset(all + i * size, 0, thread.tokens * stride * sizeof(float));
+            dropped[i] = work(range(i), i, i + 1 < mine.end ? 0 : ahead.first_after(l), all + i * size);
         }
         ahead.finished = thread.stage(l, StepThread::kStages);  // what follows may be fetched
         projections.meet();
         thread.skipped = std::accumulate(dropped, dropped + c.threads, thread.skipped);
+        return all;
+    }
+
+    // Adds all threads' sums, in the order of `dtype`, to the residual stream.
+    void add_sums(const StepLayer& l, const float* all, int64_t stride, int dtype) {
+        const int64_t size = thread.tokens * thread.s.width;
         for (int t = 0; t < thread.tokens; t++) {
             float* sum = own.rows + t * m.hidden;
-            memcpy(sum, all + t * b.stride, b.stride * sizeof(float));
-            for (int i = 1; i < c.threads; i++) thread.isa.add(sum, all + i * size + t * b.stride, b.stride);
-            thread.isa.restore(sum, b.stride, b.dtype);
-            if (b.down_bias) thread.isa.add(sum, b.down_bias, m.hidden);
+            memcpy(sum, all + t * stride, stride * sizeof(float));
+            for (int i = 1; i < c.threads; i++) thread.isa.add(sum, all + i * size + t * stride, stride);
+            thread.isa.restore(sum, stride, dtype);
+            if (l.mlp.down_bias) thread.isa.add(sum, l.mlp.down_bias, m.hidden);
         }
         finish(l, own.rows);
     }
 
     // Of rows that have several tokens each, for the neurons of this thread's share.
-    uint8_t* selected_by_token(const StepMlp& b) {
-        const Range here = thread.in_sums(b.listed);
+    uint8_t* selected_by_token(const StepMlp& b, Range here) {
         for (int64_t i = here.begin; i < here.end; i++)
             for (int t = 0; t < thread.tokens; t++)
                 own.selected[b.list[i] * thread.tokens + t] = b.selected[b.list[i] * c.rows + t / c.length];

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "neuron_shares.h"
 #include "step_thread.h"
 
 namespace coreskip {
@@ -67,6 +68,7 @@ class Prefetch {
     // The first bundles of this thread's share, or of the plane that it scans. The rest an MLP over bundles fetches for
     // itself; it may be chosen first.
     Memory bundles_of(const StepMlp& b) const {
+        if (b.groups.rows) return groups_of(b);
         if (b.rule == kLearned || (b.rule != kListed && b.dtype != kSliced)) return {0, 0};
         Range range = thread.in_sums(b.list ? b.listed : b.neurons);
         if (range.begin >= range.end) return {0, 0};
@@ -75,6 +77,20 @@ class Prefetch {
         const int64_t row = b.dtype == kSliced ? projections * b.stride / 2 : numbers * size_of(b.dtype);
         const auto base = reinterpret_cast<uintptr_t>(b.weight);
         return {base + range.begin * row, std::min((range.end - range.begin) * row, kLead)};
+    }
+
+    // The same of neurons in 4-bit groups.
+    Memory groups_of(const StepMlp& b) const {
+        const NeuronGroups& n = b.groups;
+        const int64_t count = b.list ? b.listed : n.neurons;
+        const Range sums = thread.sums();
+        Range range = {neuron_share(n, count, sums.begin, c.threads).begin,
+                       neuron_share(n, count, sums.end - 1, c.threads).end};
+        if (range.begin >= range.end) return {0, 0};
+        if (b.list) range = {b.list[range.begin], b.list[range.end - 1] + 1};
+        const int64_t row = n.scan ? scanned_bytes(n) / kTile : n.row_bytes;
+        const auto base = reinterpret_cast<uintptr_t>(n.scan ? n.scan : n.rows);
+        return {base + range.begin * row, std::min((range.end - range.begin) * row, n.scan ? kScanLead : kLead)};
     }
 
     // What this thread reads first after a layer.
@@ -112,7 +128,7 @@ class Prefetch {
     bool scattered(const StepLayer& l, int n) const {
         if (n < 4) return n != 3 && thread.inputs(l).columns.count();
         if (n == 4) return l.run_attention && l.o.columns;
-        if (!l.run_mlp || l.mlp.weight) return l.run_mlp && n == 7;
+        if (!l.run_mlp || l.mlp.weight || l.mlp.groups.rows) return l.run_mlp && n == 7;
         return n == 7 ? l.down.columns : thread.widening(l).columns.count();
     }
 
@@ -126,7 +142,7 @@ class Prefetch {
             return true;
         }
         const StepLayer& l = m.layers[layer_];
-        const bool dense = l.run_mlp && !l.mlp.weight;
+        const bool dense = l.run_mlp && !l.mlp.weight && !l.mlp.groups.rows;
         if (scattered(l, stage_) && thread.stage(l, stage_) >= finished) return false;
         next = {0, 0};
         if (stage_ < 3) {

@@ -9,6 +9,7 @@
 #include "division.h"
 #include "formats.h"
 #include "logits.h"
+#include "neuron_shares.h"
 #include "workspace.h"
 
 namespace coreskip {
@@ -16,6 +17,7 @@ namespace coreskip {
 // The largest sizes of all layers.
 struct Sizes {
     int64_t tokens, hidden, width = 0, attention = 0, queries = 0, kv = 0, neurons = 0, parts = 0, listed = 0;
+    int64_t scales = 0, grouped = 0;         // of neurons in groups: room for scales, and their width
     int64_t rank = 0, inputs = 0, sums = 0;  // of learned scores; of column-sparse linears, and their outputs
 
     Sizes(const StepModel& model, const StepCall& call, int64_t ahead)
@@ -25,15 +27,17 @@ struct Sizes {
             attention = std::max(attention, l.heads * l.head_dim);
             kv = std::max(kv, l.kv_heads * l.head_dim);
             queries = std::max(queries, l.heads);
-            neurons = std::max({neurons, l.gate.out, l.up.out, l.mlp.neurons});
-            listed = std::max(listed, l.mlp.neurons);
+            neurons = std::max({neurons, l.gate.out, l.up.out, l.mlp.neurons, l.mlp.groups.neurons});
+            listed = std::max({listed, l.mlp.neurons, l.mlp.groups.neurons});
+            scales = std::max(scales, scales_room(l.mlp.groups));
+            grouped = std::max(grouped, l.mlp.groups.width);
             rank = std::max(rank, l.mlp.reduce.out);
             for (const StepLinear* w : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down, &l.mlp.reduce, &l.mlp.expand}) {
                 width = std::max(width, w->columns ? 0 : w->stride);
                 inputs = std::max(inputs, w->columns ? w->in : 0);
                 sums = std::max(sums, w->columns ? w->out + kPad : 0);
             }
-            width = std::max(width, l.mlp.stride);
+            width = std::max({width, l.mlp.stride, l.mlp.groups.width});
         }
         width = std::max({width, model.head.stride, hidden});
         parts = (call.past + call.length + ahead - 1) / kChunk + 1;
@@ -59,13 +63,13 @@ struct Shared {
 // What one thread has to itself.
 struct Own {
     float *x, *h, *pending, *rows, *attended, *queries, *scratch;
-    int8_t* q;
+    int8_t *q, *turned;
     float *scale, *group_scale, *group_sum;
     int32_t *sum, *group_half;
     int64_t *from, *to, *chosen, *list;
     uint8_t* selected;
     uint32_t* keys;
-    float *slice, *exact, *sums;
+    float *slice, *exact, *sums, *group_scales;
 };
 
 template <class Take>
@@ -120,6 +124,8 @@ Own own_share(const Sizes& s, Take take) {
     w.slice = take(float(), kSlice);
     w.exact = take(float(), s.listed * t);
     w.sums = take(float(), s.sums * t);
+    w.group_scales = take(float(), s.scales);
+    w.turned = take(int8_t(), s.grouped * t);
     return w;
 }
 

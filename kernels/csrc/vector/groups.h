@@ -213,10 +213,14 @@ struct Thirds {
             }
             for (int v = 0; v < 2; v++)
                 unit[6 + v] = ((VB)((VH2)some[v] >> 6) & 3) | ((VB)((VH2)some[2] >> (4 + v)) & 4);
-            Partial all[R] = {};  // 32 products of at most 7 * 127: two of them a lane, and eight units, fit 16 bits
-            for (int k = 0; k < 8; k++)
-                for (int r = 0; r < R; r++) add(all[r], unit[k], (VB)as_lanes(x[r] + 4 * k));
-            for (int r = 0; r < R; r++) sum[0][r][p] += wide(all[r]);
+            // Two sums, for one would wait for itself. Products of at most 7 * 127, two a lane: eight units fit 16 bits.
+            Partial even[R] = {}, odd[R] = {};
+            for (int k = 0; k < 8; k += 2)
+                for (int r = 0; r < R; r++) {
+                    add(even[r], unit[k], (VB)as_lanes(x[r] + 4 * k));
+                    add(odd[r], unit[k + 1], (VB)as_lanes(x[r] + 4 * k + 4));
+                }
+            for (int r = 0; r < R; r++) sum[0][r][p] += wide(even[r] + odd[r]);
         }
     }
 };

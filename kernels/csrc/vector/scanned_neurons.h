@@ -6,69 +6,86 @@ namespace CORESKIP_ISA {
 
 // ---- scales by neuron ----
 
-// Turns a square of kLanes vectors around its diagonal.
-static inline void transpose(V* m) {
+// Lanes of two vectors, `step` rows apart, that make the first (or the second) of both where a square of kLanes vectors is
+// turned around its diagonal. A table: computed at run time, indices cost more than the turning.
+struct Turns {
+    int32_t lane[4][2][kLanes];
+
+    constexpr Turns() : lane() {
+        for (int k = 0; k < 4; k++)
+            for (int i = 0, step = 1 << k; i < kLanes; i++) {
+                lane[k][0][i] = i & step ? kLanes + i - step : i;
+                lane[k][1][i] = i & step ? kLanes + i : i + step;
+            }
+    }
+};
+alignas(kVector) static constexpr Turns turns;
+
+static inline VI lanes_of(const int32_t* p) {
+    VI v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+__attribute__((always_inline)) static inline void transpose(V* m) {
 #pragma GCC unroll 4
-    for (int step = 1; step < kLanes; step *= 2) {
-        VI low, high;  // lanes of a pair of rows that make the first and the second of them
+    for (int k = 0; 1 << k < kLanes; k++) {
+        const VI low = lanes_of(turns.lane[k][0]), high = lanes_of(turns.lane[k][1]);
+#pragma GCC unroll 16
         for (int i = 0; i < kLanes; i++) {
-            low[i] = i & step ? kLanes + i - step : i;
-            high[i] = i & step ? kLanes + i : i + step;
-        }
-        for (int i = 0; i < kLanes; i++) {
-            if (i & step) continue;
-            const V a = m[i], b = m[i + step];
-            m[i] = __builtin_shuffle(a, b, low), m[i + step] = __builtin_shuffle(a, b, high);
+            if (i >> k & 1) continue;
+            const V a = m[i], b = m[i + (1 << k)];
+            m[i] = __builtin_shuffle(a, b, low), m[i + (1 << k)] = __builtin_shuffle(a, b, high);
         }
     }
 }
 
 // The scales of a tile's rows, one row after the other: to[row * stride + group].
 static inline void scales_by_row(const uint8_t* tile, int64_t groups, float* to, int64_t stride) {
-    for (int64_t g = 0; g < groups; g += kLanes)
-        for (int part = 0; part < kParts; part++) {
+    const auto scales_of = [&](int64_t g, int part) {
+        return half_of(tile + g * Int4Upper::bytes + Thirds::bytes, part * kLanes);
+    };
+    for (int part = 0; part < kParts; part++, to += kLanes * stride) {
+        int64_t g = 0;
+        for (; g + kLanes <= groups; g += kLanes) {
             V m[kLanes];
-            for (int i = 0; i < kLanes; i++) {
-                const int64_t group = g + i < groups ? g + i : groups - 1;
-                m[i] = half_of(tile + group * Int4Upper::bytes + Thirds::bytes, part * kLanes);
-            }
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; i++) m[i] = scales_of(g + i, part);
             transpose(m);
-            for (int row = 0; row < kLanes; row++) {
-                float* at = to + (part * kLanes + row) * stride + g;
-                if (g + kLanes <= groups) store(at, m[row]);
-                else memcpy(at, &m[row], (groups - g) * sizeof(float));
-            }
+            for (int row = 0; row < kLanes; row++) store(to + row * stride + g, m[row]);
         }
+        for (; g < groups; g++) {
+            const V m = scales_of(g, part);
+            for (int row = 0; row < kLanes; row++) to[row * stride + g] = m[row];
+        }
+    }
 }
 
 // ---- the last bits ----
 
-// y[p][r] += what the last bits of P rows add to the products with R rows of x, for which they counted as a half.
+// What the last bits of P rows add to the products with R rows of x, for which they counted as a half.
 template <int P, int R>
-static inline void add_last_bits(const NeuronsJob& job, const uint8_t* bits, const float* scales, int row, V y[P][R]) {
+__attribute__((always_inline)) static inline void last_bits_with(const NeuronsJob& job, const uint8_t* bits,
+                                                                 const float* scales, int row, float* out) {
     const int64_t groups = job.n.width / kGroup, bytes = job.n.width / 8;
-    for (int64_t g = 0; g < groups; g += kLanes) {
-        const int64_t left = groups - g, runs = left < kLanes ? left / 2 : kLanes / 2;
-        for (int n = 0; n < P; n++) {
-            const V scale = load_first(scales + n * groups + g, left);
-            for (int r = 0; r < R; r++) {
-                const int64_t at = (row + r) * groups + g;
-                y[n][r] -= 0.5f * scale * load_first(job.x.sum + at, left);
-                const Factors factors(scale * load_first(job.x.scale + at, left));
-                const int8_t* x = job.x.q + at * kGroup;
+    const auto ends = [&](int n, int64_t g, int64_t left, V& scale, V& least) __attribute__((always_inline)) {
+        scale = load_first(scales + n * groups + g, left);
+        least = scale * -0.5f;
+    };
+    const auto block = [&](int n, int64_t b, int p, const int8_t* const* x, VI* sum, VI* more)
+                           __attribute__((always_inline)) {
+        const uint8_t* from = bits + n * bytes + b * (kBlockInputs / 8);
 #pragma GCC unroll 8
-                for (int i = 0; i < kLanes / 2; i++) {
-                    if (i >= runs) break;
-                    for (int p = 0; p < kRunParts; p++) {
-                        const VB some = where_set(bits + n * bytes + (g / 2 + i) * (kRun / 8), p,
-                                                  load_bytes(x + i * kRun + p * kVector));
-                        const VI sums = multiply_add(VI{}, VB{} + 1, some);
-                        y[n][r] += __builtin_convertvector(sums, V) * factors.of(i, p);
-                    }
-                }
+        for (int step = 0; step < kGroup / 4; step++)
+            for (int r = 0; r < R; r++) {
+                VI& to = step % 2 ? more[r] : sum[r];
+                to = multiply_add(to, VB{} + 1, where_set(from + step * (kLine / 8), p, load_bytes(x[r] + step * kLine)));
             }
-        }
-    }
+    };
+    const auto run = [&](int n, int64_t i, int p, VB x) __attribute__((always_inline)) {
+        return multiply_add(VI{}, VB{} + 1, where_set(bits + n * bytes + i * (kRun / 8), p, x));
+    };
+    add_groups<P, R>(job, row, ends, block, run, out);
 }
 
 // ---- groups of 32 neurons, three at a time under way ----
@@ -95,6 +112,7 @@ class Scan {
 
     // Returns how many neurons were left out.
     int64_t run(int64_t begin, float* acc) {
+        if (upper_) turn_inputs(job_.x, job_.n.width, job_.turned);
         Scanned ring[3];
         int64_t left_out = 0;
         const int64_t blocks = (end_ - begin + kOf32 - 1) / kOf32;
@@ -110,8 +128,6 @@ class Scan {
     }
 
   private:
-    static constexpr int64_t kScanLead = 64 << 10;
-
     const NeuronsJob& job_;
     const int64_t end_, projections_;
     bool upper_;
@@ -186,15 +202,8 @@ class Scan {
                 for_rows(job_.x.rows, [&](int row, auto count) {
                     constexpr int R = decltype(count)::value;
                     float sum[2 * R];
-                    if (job_.n.gated) {
-                        V y[2][R] = {};
-                        add_last_bits<2, R>(job_, bits, scale, row, y);
-                        totals<2 * R>(y[0], sum);
-                    } else {
-                        V y[1][R] = {};
-                        add_last_bits<1, R>(job_, bits, scale, row, y);
-                        totals<R>(y[0], sum);
-                    }
+                    if (job_.n.gated) last_bits_with<2, R>(job_, bits, scale, row, sum);
+                    else last_bits_with<1, R>(job_, bits, scale, row, sum);
                     for (int r = 0; r < R; r++) {
                         if (job_.n.gated) s.gate[row + r][i] += sum[r];
                         s.up[row + r][i] += sum[job_.n.gated ? R + r : r];

@@ -1,0 +1,230 @@
+"""Times MLPs in 4-bit groups of which neurons are left out, against the same MLPs computed whole from their tiles.
+
+python -m coreskip.bench.neuron_groups [--rows FILE]
+
+A decoder of MLPs alone, so many that their weights do not fit in the last cache, is one native step, as decoding runs it.
+All ways of one shape run in turn, round after round. Each is verified before it is timed: what it computes is compared
+with the numbers of the tiles in torch. Weights are random: shares of neurons are what is timed, not what they cost.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from coreskip.bench.kernels import SHAPES, cache_bytes
+from coreskip.bench.provenance import provenance, write_rows
+from coreskip.kernels import cpu
+from coreskip.kernels.groups import ungroup, untile
+from coreskip.kernels.neuron_groups import PackedNeurons
+from coreskip.kernels.packed import PackedLinear, quantize
+from coreskip.kernels.sparse import RowLists, SparseMLP
+from coreskip.kernels.step import DenseMLP, KeyValues, Norm, Step, StepLayer, StepModel
+
+_HEAD = 16  # values of the hidden state that come out as logits: enough to verify
+_LAYERS = 4  # of different weights; the others are copies, or making them takes minutes
+_TOKEN = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One MLP in tiles, and the float32 numbers they stand for."""
+
+    tiles: tuple[PackedLinear, PackedLinear, PackedLinear]
+    numbers: tuple[Tensor, Tensor, Tensor]
+
+    @classmethod
+    def random(cls, hidden: int, neurons: int) -> Layer:
+        shapes = (neurons, hidden), (neurons, hidden), (hidden, neurons)
+        tiles = [PackedLinear.pack(torch.randn(shape) / shape[1] ** 0.5, fmt="int4") for shape in shapes]
+        numbers = [ungroup(*untile(tile)).flatten(1)[:, : tile.in_features] for tile in tiles]
+        return cls((tiles[0], tiles[1], tiles[2]), (numbers[0], numbers[1], numbers[2]))
+
+    def activations(self, x: Tensor) -> Tensor:
+        gate, up, _ = self.numbers
+        rounded = _rounded(x)
+        return F.silu(rounded @ gate.t()) * (rounded @ up.t())
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """In groups of 32, as kernels round it."""
+    padded = F.pad(x, (0, -x.shape[1] % 32))
+    integers, step = quantize(padded.reshape(-1, 32))
+    return (integers * step[:, None]).view_as(padded)[:, : x.shape[1]]
+
+
+Way = Callable[[Layer, Tensor, Tensor], "tuple[DenseMLP | SparseMLP, Tensor]"]
+
+
+def _dense(layer: Layer, x: Tensor, a: Tensor) -> tuple[DenseMLP | SparseMLP, Tensor]:
+    return DenseMLP(*layer.tiles), torch.ones_like(a)
+
+
+def _listed(keep: float, prefix: bool) -> Way:
+    def way(layer: Layer, x: Tensor, a: Tensor) -> tuple[DenseMLP | SparseMLP, Tensor]:
+        packed, count = PackedNeurons.pack(*layer.tiles, act="silu"), round(keep * a.shape[1])
+        order = torch.arange(a.shape[1]) if prefix else torch.randperm(a.shape[1])
+        chosen = order[:count].sort().values
+        kept = torch.zeros_like(a)
+        kept[:, chosen] = 1
+        return SparseMLP(packed, lists=RowLists.shared(chosen)), kept
+
+    return way
+
+
+def _scanned(bits: int, keep: float, candidates: float) -> Way:
+    def way(layer: Layer, x: Tensor, a: Tensor) -> tuple[DenseMLP | SparseMLP, Tensor]:
+        packed = PackedNeurons.pack(*layer.tiles, act="silu", bits=bits)
+        assert packed.norm is not None
+        score = a.abs() * packed.norm
+        least = float(score.quantile(1 - keep))
+        if bits == 4:
+            return SparseMLP(packed, "exact", threshold=least), (score >= least).float()
+        # estimates lie about exact scores: a share of the one is a share of the other
+        some = float(score.quantile(1 - candidates))
+        mlp = SparseMLP(packed, "sketch", threshold=some, refine=least)
+        return mlp, (score >= least).float()
+
+    return way
+
+
+def ways(keeps: tuple[float, ...]) -> dict[str, Way]:
+    """What is timed, by its name."""
+    found: dict[str, Way] = {"dense": _dense, "all listed": _listed(1.0, True)}
+    for keep in keeps:
+        found[f"prefix {keep:g}"] = _listed(keep, True)
+        found[f"list {keep:g}"] = _listed(keep, False)
+    for keep in (0.6, 0.5, 0.1):
+        found[f"exact scores {keep:g}"] = _scanned(4, keep, 1.0)
+    for candidates, keep in ((0.7, 0.6), (0.6, 0.5), (0.15, 0.1)):
+        found[f"3 + 1 bits {candidates:g} {keep:g}"] = _scanned(3, keep, candidates)
+    return found
+
+
+class Decoder:
+    """A native step of MLPs alone."""
+
+    def __init__(self, way: Way, layers: list[Layer], count: int, x: Tensor) -> None:
+        torch.manual_seed(1)
+        hidden = x.shape[1]
+        norm = Norm(torch.ones(hidden), None, 1e-6, "rms")
+        made, stack, self.expected = {}, [], x
+        for index in range(count):
+            layer = layers[index % len(layers)]
+            normed = F.rms_norm(self.expected, (hidden,), eps=1e-6)
+            a = layer.activations(normed)
+            if index < len(layers):
+                made[index] = way(layer, normed, a)
+            mlp, kept = made[index % len(layers)]
+            # every layer has memory of its own, or the cache would serve it
+            stack.append(StepLayer(None, _copied(mlp) if index >= len(layers) else mlp, "silu", mlp_in=norm,
+                                   residual_scale=1e-3))  # fmt: skip
+            if index < len(layers):
+                self.expected = self.expected + 1e-3 * _rounded(a * kept) @ layer.numbers[2].t()
+        head = PackedLinear.pack(torch.eye(_HEAD, hidden))
+        build = lambda some: Step(StepModel(x, some, norm, head, torch.float32))  # noqa: E731
+        self.step, self.few = build(stack), build(stack[: len(layers)])
+        self.neurons = layers[0].tiles[0].out_features * count
+
+    def verify(self) -> None:
+        """Raises RuntimeError where the first layers compute something else than torch does with the same numbers."""
+        hidden = self.expected.shape[1]
+        found = self.few.run(*_TOKEN, KeyValues([], [], []), 0, 1)[0][0]
+        expected = F.rms_norm(self.expected, (hidden,), eps=1e-6)[:, :_HEAD]
+        error = float((found - expected).abs().max() / expected.abs().max())
+        if not error < 2e-3:  # a neuron whose score is that of the threshold may go either way
+            raise RuntimeError(f"off by {error:.1e} of the largest output; nothing was timed")
+
+    def run(self) -> float:
+        """The share of neurons left out."""
+        return self.step.run(*_TOKEN, KeyValues([], [], []), 0, 1)[1] / self.neurons
+
+
+def _copied(mlp: DenseMLP | SparseMLP) -> DenseMLP | SparseMLP:
+    from copy import copy
+
+    def own(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.nbytes > 1 << 16:
+            from coreskip.kernels.memory import allocate
+
+            return allocate(tuple(value.shape), value.dtype, value.device).copy_(value)
+        if isinstance(value, (PackedLinear, PackedNeurons)):
+            twin = copy(value)
+            for name, part in vars(value).items():
+                object.__setattr__(twin, name, own(part))
+            return twin
+        return value
+
+    twin = copy(mlp)
+    for name, part in vars(mlp).items():
+        object.__setattr__(twin, name, own(part))
+    return twin
+
+
+def measure(shape: str, keeps: tuple[float, ...], rounds: int, memory: float) -> list[dict[str, Any]]:
+    """One row a way: microseconds a layer, and as a share of the dense one's in the same rounds."""
+    torch.manual_seed(0)
+    hidden, neurons = (int(n) for n in shape.split("x"))
+    layers = [Layer.random(hidden, neurons) for _ in range(_LAYERS)]
+    dense_bytes = sum(tile.nbytes for tile in layers[0].tiles)
+    count = max(2 * _LAYERS, -(-int(memory) // dense_bytes))
+    x = torch.randn(1, hidden)
+    decoders = {}
+    for name, way in tqdm(ways(keeps).items(), desc=f"packing {shape}", leave=False):
+        decoders[name] = Decoder(way, layers, count, x)
+        decoders[name].verify()
+    times: dict[str, list[float]] = {name: [] for name in decoders}
+    left: dict[str, float] = {}
+    for _ in tqdm(range(rounds + 1), desc=shape, leave=False):
+        for name, decoder in decoders.items():
+            start = time.perf_counter()
+            left[name] = decoder.run()
+            times[name].append((time.perf_counter() - start) / count)
+    rows = []
+    for name, seconds in times.items():
+        ratios = [one / other for one, other in zip(seconds[1:], times["dense"][1:], strict=True)]
+        rows.append(
+            {
+                "shape": shape,
+                "way": name,
+                "us_per_layer": round(1e6 * statistics.median(seconds[1:]), 1),
+                "of_dense": round(statistics.median(ratios), 3),
+                "left_out": round(left[name], 4),
+                "dense_bytes": dense_bytes,
+                "layers": count,
+                "isa": cpu.active(),
+            }
+        )
+    return rows
+
+
+@click.command(help=__doc__)
+@click.option("--shapes", default=",".join(SHAPES), show_default=True)
+@click.option("--rounds", default=21, show_default=True)
+@click.option("--memory", default=0, help="Megabytes of weights at least; 0: one and a half times the last cache.")
+@click.option("--rows", type=click.Path(path_type=Path), help="Where the rows go.")
+def main(shapes: str, rounds: int, memory: int, rows: Path | None) -> None:
+    found = []
+    for shape in shapes.split(","):
+        made = measure(shape, (0.5, 0.1), rounds, memory * 1e6 or 1.5 * min(cache_bytes(), 64 << 20))
+        for row in made:
+            click.echo(f"{shape} {row['way']:20} {row['us_per_layer']:8.1f} us {row['of_dense']:6.3f} "
+                       f"left out {row['left_out']:.3f}")  # fmt: skip
+        found += [row | provenance("python -m coreskip.bench.neuron_groups " + " ".join(sys.argv[1:])) for row in made]
+    if rows is not None:
+        write_rows(rows, found)
+
+
+if __name__ == "__main__":
+    main()
