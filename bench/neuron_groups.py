@@ -74,6 +74,7 @@ def _dense(layer: Layer, x: Tensor, a: Tensor) -> tuple[DenseMLP | SparseMLP, Te
 def _listed(keep: float, prefix: bool) -> Way:
     def way(layer: Layer, x: Tensor, a: Tensor) -> tuple[DenseMLP | SparseMLP, Tensor]:
         packed, count = PackedNeurons.pack(*layer.tiles, act="silu"), round(keep * a.shape[1])
+        count = max(count, 1)
         order = torch.arange(a.shape[1]) if prefix else torch.randperm(a.shape[1])
         chosen = order[:count].sort().values
         kept = torch.zeros_like(a)

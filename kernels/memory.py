@@ -20,11 +20,11 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     nbytes = prod(shape) * dtype.itemsize
     if device.type != "cpu" or nbytes == 0:
         return torch.empty(shape, dtype=dtype, device=device)
-    if not hasattr(mmap, "MADV_HUGEPAGE") or nbytes < HUGE_PAGE:
+    if not hasattr(mmap, "MADV_HUGEPAGE") or nbytes < HUGE_PAGE // 2:
         memory = torch.empty(nbytes + LINE, dtype=torch.uint8, device="cpu")
         start = -memory.data_ptr() % LINE
     else:
-        region = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        region = mmap.mmap(-1, (1 - (-nbytes // HUGE_PAGE)) * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         region.madvise(mmap.MADV_HUGEPAGE)
         memory = torch.frombuffer(region, dtype=torch.uint8)
         start = -memory.data_ptr() % HUGE_PAGE

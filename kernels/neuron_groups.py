@@ -260,7 +260,10 @@ def _bits(values: Tensor) -> Tensor:
 
 def _side_by_side(parts: list[Tensor], multiple: int) -> Tensor:
     size = sum(part.shape[1] for part in parts)
-    rows = allocate((parts[0].shape[0], -(-size // multiple) * multiple), torch.uint8, parts[0].device)
+    stride = -(-size // multiple) * multiple
+    if multiple > 1 and stride // multiple % 2 == 0:
+        stride += multiple
+    rows = allocate((parts[0].shape[0], stride), torch.uint8, parts[0].device)
     rows[:, size:] = 0
     return torch.cat(parts, 1, out=rows[:, :size]) if size == rows.shape[1] else _put(rows, parts)
 

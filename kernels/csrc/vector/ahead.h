@@ -16,5 +16,9 @@ static inline void fetch(Ahead& ahead, int64_t bytes) {
     for (int64_t i = 0; from && i < bytes; i += kLine) __builtin_prefetch(from + i, 0, 2);
 }
 
+static inline void fetch_all(const void* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
+}
+
 }  // namespace CORESKIP_ISA
 }  // namespace coreskip

@@ -102,83 +102,85 @@ static inline void turn_inputs(const GroupedRows& x, int64_t width, int8_t* to) 
                            x.q + r * width + b * kBlockInputs + g * kGroup + step * 4, 4);
 }
 
-// y[n][r] += over all groups, what products make of a row's numbers and x, times the scales of both, and least[n] times
-// the sum of x. ends(n, g, left): scale and least from group g on. block(n, b, part, x, sum): adds a block's products;
-// run(n, i, part, x): those of a run.
-template <int P, int R, class EndsOf, class BlockOf, class RunOf>
-__attribute__((always_inline)) static inline void add_groups(const NeuronsJob& job, int row, const EndsOf& ends,
-                                                             const BlockOf& block, const RunOf& run, float* out) {
-    const int64_t width = job.n.width, groups = width / kGroup, blocks = blocks_of(groups);
-    const float* steps = job.x.scale + row * groups;
-    const float* sums = job.x.sum + row * groups;
-    const int8_t* turned = job.turned + row * width;
-    const int8_t* q = job.x.q + row * width;
-    V y[P][R] = {};
-    const auto add_ends = [&](int n, int64_t g, int64_t left, V* factor) __attribute__((always_inline)) {
-        V scale, least;
-        ends(n, g, left, scale, least);
-        for (int r = 0; r < R; r++) {
-            factor[r] = scale * load_first(steps + r * groups + g, left);
-            y[n][r] += least * load_first(sums + r * groups + g, left);
-        }
-    };
-    for (int64_t b = 0; b < blocks; b++)
-        for (int n = 0; n < P; n++)
-            for (int p = 0; p < kParts; p++) {
-                V factor[R];
-                add_ends(n, b * kBlock + p * kLanes, kLanes, factor);
-                const int8_t* x[R];
-                for (int r = 0; r < R; r++) x[r] = turned + r * width + b * kBlockInputs + p * kVector;
-                VI sum[R] = {}, more[R] = {};  // one alone would wait for itself
-                block(n, b, p, x, sum, more);
-                for (int r = 0; r < R; r++) y[n][r] += __builtin_convertvector(sum[r] + more[r], V) * factor[r];
-            }
-    for (int64_t g = blocks * kBlock; g < groups; g += kLanes) {
-        const int64_t left = groups - g;
-        const int runs = static_cast<int>(left < kLanes ? left / 2 : kLanes / 2);
-        for (int n = 0; n < P; n++) {
-            V factor[R];
-            add_ends(n, g, left, factor);
+// x as rows of weights meet it: in blocks, and what is left in runs.
+struct Inputs {
+    const int8_t *turned, *tail;
+    const float *scale, *sum;
+    int64_t width, groups, blocks;
+    int left;  // groups behind the last block
+
+    Inputs(const NeuronsJob& job, int row)
+        : turned(job.turned + row * job.n.width), scale(job.x.scale + row * (job.n.width / kGroup)),
+          sum(job.x.sum + row * (job.n.width / kGroup)), width(job.n.width), groups(width / kGroup),
+          blocks(blocks_of(groups)), left(static_cast<int>(groups - blocks * kBlock)) {
+        tail = job.x.q + row * width + blocks * kBlockInputs;
+    }
+};
+
+// y[r] += over all groups, what a row's numbers come to with x, times the scales of both, and its leasts times the sums of
+// x. ends(g, left, scale, least): from group g on. block(b, part, x, sum, more): adds a block's products to either of two
+// sums, for one would wait for itself. run(i, part, x): those of a run.
+template <int R, class EndsOf, class BlockOf, class RunOf>
+__attribute__((always_inline)) static inline void add_row(const Inputs& in, const EndsOf& ends, const BlockOf& block,
+                                                          const RunOf& run, V* y) {
+    for (int64_t b = 0; b < in.blocks; b++)
+        for (int p = 0; p < kParts; p++) {
+            const int64_t g = b * kBlock + p * kLanes;
+            V scale, least;
+            ends(g, kLanes, scale, least);
+            VI sum[R] = {}, more[R] = {};
+            block(b, p, in.turned + b * kBlockInputs + p * kVector, sum, more);
             for (int r = 0; r < R; r++) {
-                const Factors factors(factor[r]);
-                for (int i = 0; i < runs; i++)
-                    for (int p = 0; p < kRunParts; p++) {
-                        const VB x = load_bytes(q + r * width + g * kGroup + i * kRun + p * kVector);
-                        y[n][r] += __builtin_convertvector(run(n, g / 2 + i, p, x), V) * factors.of(i, p);
-                    }
+                y[r] += least * load(in.sum + r * in.groups + g);
+                y[r] += __builtin_convertvector(sum[r] + more[r], V) * (scale * load(in.scale + r * in.groups + g));
             }
+        }
+    for (int at = 0; at < in.left; at += kLanes) {
+        const int64_t g = in.blocks * kBlock + at, left = in.left - at;
+        V scale, least;
+        ends(g, left, scale, least);
+        for (int r = 0; r < R; r++) {
+            y[r] += least * load_first(in.sum + r * in.groups + g, left);
+            const Factors factors(scale * load_first(in.scale + r * in.groups + g, left));
+            for (int i = 0; i < kLanes / 2 && 2 * i < left; i++)
+                for (int p = 0; p < kRunParts; p++) {
+                    const VB x = load_bytes(in.tail + r * in.width + at * kGroup + i * kRun + p * kVector);
+                    y[r] += __builtin_convertvector(run(g / 2 + i, p, x), V) * factors.of(i, p);
+                }
         }
     }
-    totals<P * R>(y[0], out);
 }
 
 // ---- gate and up rows of listed neurons ----
 
-// What P rows of nibbles, each followed by its groups' scales and leasts, come to with R rows of x.
-template <int P, int R>
-__attribute__((always_inline)) static inline void rows_with(const NeuronsJob& job, const uint8_t* const* w, int row,
-                                                            float* out) {
-    const int64_t groups = job.n.width / kGroup, at = job.n.width / 2;
-    const auto ends = [&](int n, int64_t g, int64_t left, V& scale, V& least) __attribute__((always_inline)) {
-        const F16* from = reinterpret_cast<const F16*>(w[n] + at) + g;
-        scale = load_first(from, left), least = load_first(from + groups, left);
+// y[r] += what a row of nibbles, followed by its groups' scales and leasts, comes to with R rows of x. next: what lies where
+// it will be read some rows later: it is fetched line by line as this is read. So many requests in one go that the core
+// must wait for room for them cost more than they save.
+template <int R>
+__attribute__((always_inline)) static inline void add_nibbles(const Inputs& in, const uint8_t* w, const uint8_t* next, V* y) {
+    const F16* scales = reinterpret_cast<const F16*>(w + in.width / 2);
+    const auto ends = [&](int64_t g, int64_t left, V& scale, V& least) __attribute__((always_inline)) {
+        scale = load_first(scales + g, left), least = load_first(scales + in.groups + g, left);
     };
-    const auto block = [&](int n, int64_t b, int p, const int8_t* const* x, VI* sum, VI* more)
-                           __attribute__((always_inline)) {
+    const auto block = [&](int64_t b, int p, const int8_t* x, VI* sum, VI* more) __attribute__((always_inline)) {
 #pragma GCC unroll 4
         for (int v = 0; v < 4; v++) {
-            const VB both = load_bytes(w[n] + b * (kBlockInputs / 2) + v * kLine + p * kVector);
+            const int64_t from = b * (kBlockInputs / 2) + v * kLine;
+            const VB both = load_bytes(w + from + p * kVector);
+            if (p == 0) __builtin_prefetch(next + from, 0, 2);
             const VB low = both & 15, high = (VB)((VH2)both >> 4) & 15;
             for (int r = 0; r < R; r++) {
-                sum[r] = multiply_add(sum[r], low, load_bytes(x[r] + v * kLine));
-                more[r] = multiply_add(more[r], high, load_bytes(x[r] + (v + 4) * kLine));
+                sum[r] = multiply_add(sum[r], low, load_bytes(x + r * in.width + v * kLine));
+                more[r] = multiply_add(more[r], high, load_bytes(x + r * in.width + (v + 4) * kLine));
             }
         }
     };
-    const auto run = [&](int n, int64_t i, int p, VB x) __attribute__((always_inline)) {
-        return multiply_add(VI{}, nibbles(w[n] + i * (kRun / 2), p), x);
+    const auto run = [&](int64_t i, int p, VB x) __attribute__((always_inline)) {
+        return multiply_add(VI{}, nibbles(w + i * (kRun / 2), p), x);
     };
-    add_groups<P, R>(job, row, ends, block, run, out);
+    add_row<R>(in, ends, block, run, y);
+    const int64_t first = in.blocks * (kBlockInputs / 2);
+    fetch_all(next + first, in.width / 2 + 4 * in.groups - first);
 }
 
 // ---- down rows ----
@@ -208,14 +210,16 @@ static inline VB interleave(VB a, VB b) {
 // together as a dense step rounds them.
 struct DownGroup {
     const uint8_t* row[kOf32];
+    const uint8_t* next[kOf32];  // a row of the group that comes after it, which is fetched meanwhile, or this one
+    const uint16_t* next_ends;
     int count = 0;
-    float h[kMaxRows][kOf32] = {};
+    float h[kMaxRows][kOf32];
     int8_t q[kMaxRows][kOf32];
     float scale[kMaxRows], sum[kMaxRows];
 
     void round(int rows) {
         quantize_groups(h[0], rows * kOf32, q[0], scale, sum, nullptr);
-        while (count % 4) row[count] = row[count - 1], count++;  // its activations are 0
+        while (count % 4) row[count] = row[count - 1], next[count] = next[count - 1], count++;  // its activations are 0
     }
 };
 
@@ -226,7 +230,13 @@ static inline void add_down(const NeuronsJob& job, const DownGroup& group, const
     for (int64_t run = 0; run < width / kRun; run++)
         for (int p = 0; p < kRunParts; p++) {
             VI sum[R][4] = {};
+            if (row == 0 && p == 0) {
+                fetch_all(group.next_ends + run * kRun, 2 * kRun);
+                fetch_all(group.next_ends + width + run * kRun, 2 * kRun);
+            }
             for (int n = 0; n < group.count; n += 4) {
+                for (int i = 0; row == 0 && p == 0 && run % 2 == 0 && i < 4; i++)
+                    __builtin_prefetch(group.next[n + i] + run * (kRun / 2), 0, 2);
                 VB w[4], pair[4];
                 for (int i = 0; i < 4; i++) w[i] = nibbles(group.row[n + i] + run * (kRun / 2), p);
                 for (int i = 0; i < 4; i += 2) {
@@ -291,50 +301,83 @@ static inline void apply_act(const NeuronsJob& job, int count, Of of, float (*ga
 
 // ---- listed neurons ----
 
-static inline void fetch_rows(const uint8_t* from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(from + i, 0, 2);
-}
-
 // Positions `begin` to `end` of the list. A group of the down projection belongs to who has its first neuron.
-static void listed_neurons(const NeuronsJob& job, int64_t begin, int64_t end, int64_t all, float* acc) {
-    turn_inputs(job.x, job.n.width, job.turned);
-    const auto at = [&](int64_t i) { return job.list ? job.list[i] : i; };
-    const auto inside = [&](int64_t i) { return i > 0 && i < all && at(i) / kOf32 == at(i - 1) / kOf32; };
-    while (inside(begin)) begin++;
-    while (inside(end)) end++;
-    const int64_t part = job.n.width / 2 + job.n.width / kGroup * 4;  // bytes of gate, or of up
-    const int64_t lead = 32 << 10;                                    // bytes fetched ahead
-    const int64_t ahead = job.n.row_bytes < lead ? lead / job.n.row_bytes : 1;
-    for (int64_t i = begin; i < begin + ahead && i < end; i++) fetch_rows(job.n.rows + at(i) * job.n.row_bytes, job.n.row_bytes);
-    for (int64_t i = begin; i < end;) {
-        DownGroup group;
-        float gate[kMaxRows][kOf32] = {};
-        const int64_t first = i, number = at(i) / kOf32;
-        for (; i < end && at(i) / kOf32 == number; i++) {
-            if (i + ahead < end) fetch_rows(job.n.rows + at(i + ahead) * job.n.row_bytes, job.n.row_bytes);
-            const uint8_t* w = job.n.rows + at(i) * job.n.row_bytes;
-            const int n = group.count++;
-            group.row[n] = w + (job.n.gated ? 2 : 1) * part;
-            for_rows(job.x.rows, [&](int row, auto count) {
-                constexpr int R = decltype(count)::value;
-                float sum[2 * R];
-                const uint8_t* both[2] = {w, w + part};
-                if (job.n.gated) rows_with<2, R>(job, both, row, sum);
-                else rows_with<1, R>(job, both, row, sum);
-                for (int r = 0; r < R; r++) {
-                    gate[row + r][n] = sum[r];
-                    group.h[row + r][n] = sum[job.n.gated ? R + r : r];
-                }
-            });
-        }
-        fetch_rows(reinterpret_cast<const uint8_t*>(reinterpret_cast<const F16*>(job.n.ends) + (number + 1) * 2 * job.n.width), i < end ? 4 * job.n.width : 0);
-        apply_act(job, group.count, [&](int j) { return at(first + j); }, gate, group.h, true);
-        for (int r = 0; r < job.x.rows; r++)
-            for (int j = 0; j < kOf32; j++)
-                if (j >= group.count || (job.selected && !job.selected[at(first + j) * job.x.rows + r])) group.h[r][j] = 0.f;
-        add_down_group(job, group, number, acc);
+class Listed {
+  public:
+    Listed(const NeuronsJob& job, int64_t begin, int64_t end) : job_(job), begin_(begin), end_(end) {
+        while (inside(begin_)) begin_++;
+        while (inside(end_)) end_++;
+        part_ = job.n.width / 2 + job.n.width / kGroup * 4;
+        before_ = (job.n.gated ? 2 : 1) * part_;
     }
-}
+
+    void run(float* acc) {
+        turn_inputs(job_.x, job_.n.width, job_.turned);
+        for (int64_t i = begin_; i < end_ && i < begin_ + kAhead; i++) fetch_all(row_of(i), job_.n.row_bytes);
+        for (int64_t i = begin_; i < end_;) i = add_group(i, acc);
+    }
+
+  private:
+    // Neurons between fetching and reading: so many that down rows are never of the same group. With the next group's, of 3
+    // neurons where one in ten is listed, each neuron took as long as memory takes to answer.
+    static constexpr int64_t kAhead = kOf32;
+
+    const NeuronsJob& job_;
+    int64_t begin_, end_, part_, before_;  // bytes of gate, or of up, and of all before down
+
+    int64_t at(int64_t i) const { return job_.list ? job_.list[i] : i; }
+    int64_t group_of(int64_t i) const { return at(i) / kOf32; }
+    const uint8_t* row_of(int64_t i) const { return job_.n.rows + at(i) * job_.n.row_bytes; }
+    bool inside(int64_t i) const { return i > 0 && i < job_.count && group_of(i) == group_of(i - 1); }
+
+    // Returns where the next group begins.
+    int64_t add_group(int64_t first, float* acc) {
+        DownGroup group;
+        float gate[kMaxRows][kOf32];
+        int64_t end = first + 1;
+        while (end < end_ && group_of(end) == group_of(first)) end++;
+        group.count = static_cast<int>(end - first);
+        for_rows(job_.x.rows, [&](int row, auto count) {
+            constexpr int R = decltype(count)::value;
+            const Inputs in(job_, row);
+            int64_t i = first;
+            for (; i + 2 <= end; i += 2) project<2, R>(in, row, i, static_cast<int>(i - first), gate, group.h);
+            if (i < end) project<1, R>(in, row, i, static_cast<int>(i - first), gate, group.h);
+        });
+        apply_act(job_, group.count, [&](int j) { return at(first + j); }, gate, group.h, true);
+        for (int r = 0; r < job_.x.rows; r++)
+            for (int j = 0; j < kOf32; j++)
+                if (j >= group.count || (job_.selected && !job_.selected[at(first + j) * job_.x.rows + r])) group.h[r][j] = 0.f;
+        const auto later = [&](int64_t i) { return i + kAhead < end_ ? i + kAhead : i; };
+        group.next_ends = job_.n.ends + group_of(later(first)) * 2 * job_.n.width;
+        for (int n = 0; n < group.count; n++) {
+            group.row[n] = row_of(first + n) + before_;
+            group.next[n] = row_of(later(first + n)) + before_;
+        }
+        add_down_group(job_, group, group_of(first), acc);
+        return end;
+    }
+
+    // The projections of N neurons from position i on.
+    template <int N, int R>
+    __attribute__((noinline)) void project(const Inputs& in, int row, int64_t i, int to, float (*gate)[kOf32], float (*up)[kOf32]) {
+        V y[2 * N * R] = {};
+        float sum[2 * N * R];
+#pragma GCC unroll 2
+        for (int n = 0; n < N; n++) {
+            const uint8_t* w = row_of(i + n);
+            const uint8_t* next = row == 0 && i + n + kAhead < end_ ? row_of(i + n + kAhead) : w;
+            add_nibbles<R>(in, w, next, y + 2 * n * R);
+            if (job_.n.gated) add_nibbles<R>(in, w + part_, next + part_, y + (2 * n + 1) * R);
+        }
+        totals<2 * N * R>(y, sum);
+        for (int n = 0; n < N; n++)
+            for (int r = 0; r < R; r++) {
+                gate[row + r][to + n] = sum[2 * n * R + r];
+                up[row + r][to + n] = sum[(2 * n + (job_.n.gated ? 1 : 0)) * R + r];
+            }
+    }
+};
 
 }  // namespace CORESKIP_ISA
 }  // namespace coreskip

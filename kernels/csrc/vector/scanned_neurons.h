@@ -63,29 +63,27 @@ static inline void scales_by_row(const uint8_t* tile, int64_t groups, float* to,
 
 // ---- the last bits ----
 
-// What the last bits of P rows add to the products with R rows of x, for which they counted as a half.
-template <int P, int R>
-__attribute__((always_inline)) static inline void last_bits_with(const NeuronsJob& job, const uint8_t* bits,
-                                                                 const float* scales, int row, float* out) {
-    const int64_t groups = job.n.width / kGroup, bytes = job.n.width / 8;
-    const auto ends = [&](int n, int64_t g, int64_t left, V& scale, V& least) __attribute__((always_inline)) {
-        scale = load_first(scales + n * groups + g, left);
+// y[r] += what a row's last bits add to the products with R rows of x, for which they counted as a half.
+template <int R>
+__attribute__((always_inline)) static inline void add_last_bits(const Inputs& in, const uint8_t* bits, const float* scales, V* y) {
+    const auto ends = [&](int64_t g, int64_t left, V& scale, V& least) __attribute__((always_inline)) {
+        scale = load_first(scales + g, left);
         least = scale * -0.5f;
     };
-    const auto block = [&](int n, int64_t b, int p, const int8_t* const* x, VI* sum, VI* more)
-                           __attribute__((always_inline)) {
-        const uint8_t* from = bits + n * bytes + b * (kBlockInputs / 8);
+    const auto block = [&](int64_t b, int p, const int8_t* x, VI* sum, VI* more) __attribute__((always_inline)) {
+        const uint8_t* from = bits + b * (kBlockInputs / 8);
 #pragma GCC unroll 8
         for (int step = 0; step < kGroup / 4; step++)
             for (int r = 0; r < R; r++) {
-                VI& to = step % 2 ? more[r] : sum[r];
-                to = multiply_add(to, VB{} + 1, where_set(from + step * (kLine / 8), p, load_bytes(x[r] + step * kLine)));
+                const VB some = where_set(from + step * (kLine / 8), p, load_bytes(x + r * in.width + step * kLine));
+                if (step % 2) more[r] = multiply_add(more[r], VB{} + 1, some);
+                else sum[r] = multiply_add(sum[r], VB{} + 1, some);
             }
     };
-    const auto run = [&](int n, int64_t i, int p, VB x) __attribute__((always_inline)) {
-        return multiply_add(VI{}, VB{} + 1, where_set(bits + n * bytes + i * (kRun / 8), p, x));
+    const auto run = [&](int64_t i, int p, VB x) __attribute__((always_inline)) {
+        return multiply_add(VI{}, VB{} + 1, where_set(bits + i * (kRun / 8), p, x));
     };
-    add_groups<P, R>(job, row, ends, block, run, out);
+    add_row<R>(in, ends, block, run, y);
 }
 
 // ---- groups of 32 neurons, three at a time under way ----
@@ -120,9 +118,12 @@ class Scan {
         const int64_t row = projections_ * tile_ / kTile;  // bytes of one neuron
         ahead_ = {base + begin * row + kScanLead, base + (end_ + kTile - 1) / kTile * kTile * row, job_.after, job_.after + (job_.after ? kScanLead : 0)};
         for (int64_t b = 0; b < blocks + 2; b++) {
-            if (b < blocks) look(ring[b % 3], begin + b * kOf32, b % 2);
-            if (b >= 1 && b - 1 < blocks) left_out += complete(ring[(b - 1) % 3], (b - 1) % 2);
-            if (b >= 2) add(ring[(b - 2) % 3], acc);
+            Scanned &first = ring[b % 3], &second = ring[(b + 2) % 3], &third = ring[(b + 1) % 3];
+            if (b < blocks) look(first, begin + b * kOf32, b % 2);
+            else first.any = 0;
+            if (b >= 1 && b - 1 < blocks) left_out += complete(second, (b - 1) % 2, first);
+            else second.any = 0;
+            if (b >= 2) add(third, second, acc);
         }
         return left_out;
     }
@@ -169,8 +170,6 @@ class Scan {
         memcpy(gate, s.gate, sizeof gate), memcpy(up, s.up, sizeof up);
         apply_act(job_, s.count, [&](int i) { return first + i; }, gate, up, false);
         mark(s, up, job_.n.threshold, false);
-        for (uint32_t rest = s.any; rest; rest &= rest - 1)
-            fetch_rows(job_.n.low + (first + __builtin_ctz(rest)) * low_, low_);
     }
 
     // Which neurons have scores of at least `least`, or NaN.
@@ -188,28 +187,30 @@ class Scan {
     void choose(Scanned& s, float (*up)[kOf32], float least, bool exact) {
         apply_act(job_, s.count, [&](int i) { return s.first + i; }, s.gate, up, true);
         mark(s, up, least, !exact);
-        for (uint32_t rest = s.any; rest; rest &= rest - 1)
-            fetch_rows(job_.n.rows + (s.first + __builtin_ctz(rest)) * job_.n.row_bytes, job_.n.row_bytes);
     }
 
-    // Gives candidates their last bits, and drops those that are too small. Returns how many neurons are left out.
-    int64_t complete(Scanned& s, int parity) {
+    // Gives candidates their last bits, and drops those that are too small, while it fetches the last bits of `next`. Returns
+    // how many neurons are left out.
+    int64_t complete(Scanned& s, int parity, const Scanned& next) {
         if (upper_) {
-            for (uint32_t rest = s.any; rest; rest &= rest - 1) {
-                const int i = __builtin_ctz(rest);
-                const uint8_t* bits = job_.n.low + (s.first + i) * low_;
-                const float* scale = scales(parity) + i * scales_;
-                for_rows(job_.x.rows, [&](int row, auto count) {
-                    constexpr int R = decltype(count)::value;
-                    float sum[2 * R];
-                    if (job_.n.gated) last_bits_with<2, R>(job_, bits, scale, row, sum);
-                    else last_bits_with<1, R>(job_, bits, scale, row, sum);
-                    for (int r = 0; r < R; r++) {
-                        if (job_.n.gated) s.gate[row + r][i] += sum[r];
-                        s.up[row + r][i] += sum[job_.n.gated ? R + r : r];
-                    }
-                });
-            }
+            uint32_t later = next.any;
+            const auto fetch_one = [&] {
+                if (later) fetch_all(job_.n.low + (next.first + __builtin_ctz(later)) * low_, low_);
+                later &= later - 1;
+            };
+            for_rows(job_.x.rows, [&](int row, auto count) {
+                constexpr int R = decltype(count)::value;
+                const Inputs in(job_, row);
+                for (uint32_t rest = s.any; rest;) {
+                    const int i = __builtin_ctz(rest);
+                    rest &= rest - 1;
+                    const int j = rest ? __builtin_ctz(rest) : i;  // the last one, where it is alone, counts twice
+                    rest &= rest - 1;
+                    fetch_one(), fetch_one();
+                    complete_two<R>(s, in, scales(parity), row, i, j);
+                }
+            });
+            while (later) fetch_one();
             choose(s, s.up, job_.n.refine, false);
         }
         int64_t left_out = 0;
@@ -217,20 +218,48 @@ class Scan {
         return left_out;
     }
 
-    void add(Scanned& s, float* acc) {
+    template <int R>
+    __attribute__((noinline)) void complete_two(Scanned& s, const Inputs& in, const float* scales, int row, int i, int j) {
+        V y[4 * R] = {};
+        float sum[4 * R];
+        const int both[2] = {i, j};
+#pragma GCC unroll 2
+        for (int n = 0; n < 2; n++) {
+            const uint8_t* bits = job_.n.low + (s.first + both[n]) * low_;
+            const float* scale = scales + both[n] * scales_;
+            add_last_bits<R>(in, bits, scale, y + 2 * n * R);
+            if (job_.n.gated) add_last_bits<R>(in, bits + in.width / 8, scale + in.groups, y + (2 * n + 1) * R);
+        }
+        totals<4 * R>(y, sum);
+        for (int n = 0; n < (i == j ? 1 : 2); n++)
+            for (int r = 0; r < R; r++) {
+                if (job_.n.gated) s.gate[row + r][both[n]] += sum[2 * n * R + r];
+                s.up[row + r][both[n]] += sum[(2 * n + (job_.n.gated ? 1 : 0)) * R + r];
+            }
+    }
+
+    // Adds what is kept to acc, while it fetches the down rows of `next`.
+    void add(const Scanned& s, const Scanned& next, float* acc) {
         DownGroup group;
+        for (int r = 0; r < job_.x.rows; r++) memset(group.h[r], 0, sizeof group.h[r]);
+        const auto row_of = [&](int64_t i) { return job_.n.rows + i * job_.n.row_bytes; };
+        uint32_t later = next.any;
         for (uint32_t rest = s.any; rest; rest &= rest - 1) {
             const int i = __builtin_ctz(rest), n = group.count++;
-            group.row[n] = job_.n.rows + (s.first + i) * job_.n.row_bytes;
+            group.row[n] = row_of(s.first + i);
+            group.next[n] = later ? row_of(next.first + __builtin_ctz(later)) : group.row[n];
+            later &= later - 1;
             for (int r = 0; r < job_.x.rows; r++) group.h[r][n] = s.wanted[r] >> i & 1 ? s.up[r][i] : 0.f;
         }
+        for (; later; later &= later - 1) fetch_all(row_of(next.first + __builtin_ctz(later)), job_.n.row_bytes);
+        group.next_ends = job_.n.ends + (next.any ? next.first : s.first) / kOf32 * 2 * job_.n.width;
         add_down_group(job_, group, s.first / kOf32, acc);
     }
 };
 
 static int64_t neurons(const NeuronsJob& job, int64_t begin, int64_t end, float* acc) {
     if (job.n.scan) return Scan(job, end).run(begin, acc);
-    listed_neurons(job, begin, end, job.count, acc);
+    Listed(job, begin, end).run(acc);
     return 0;
 }
 
