@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import torch
@@ -27,7 +27,7 @@ from coreskip.bench.kernels import SHAPES, cache_bytes
 from coreskip.bench.provenance import provenance, write_rows
 from coreskip.kernels import cpu
 from coreskip.kernels.groups import ungroup, untile
-from coreskip.kernels.neuron_groups import PackedNeurons
+from coreskip.kernels.neuron_groups import Form, PackedNeurons
 from coreskip.kernels.packed import PackedLinear, quantize
 from coreskip.kernels.sparse import RowLists, SparseMLP
 from coreskip.kernels.step import DenseMLP, KeyValues, Norm, Step, StepLayer, StepModel
@@ -84,18 +84,23 @@ def _listed(keep: float, prefix: bool) -> Way:
     return way
 
 
-def _scanned(bits: int, keep: float, candidates: float) -> Way:
+def _scanned(form: Form, keep: float, candidates: float) -> Way:
     def way(layer: Layer, x: Tensor, a: Tensor) -> tuple[DenseMLP | SparseMLP, Tensor]:
-        packed = PackedNeurons.pack(*layer.tiles, act="silu", bits=bits)
+        packed = PackedNeurons.pack(*layer.tiles, act="silu", form=form)
         assert packed.norm is not None
-        score = a.abs() * packed.norm
+        score, some = a.abs() * packed.norm, 0.0
         least = float(score.quantile(1 - keep))
-        if bits == 4:
-            return SparseMLP(packed, "exact", threshold=least), (score >= least).float()
-        # estimates lie about exact scores: a share of the one is a share of the other
-        some = float(score.quantile(1 - candidates))
-        mlp = SparseMLP(packed, "sketch", threshold=some, refine=least)
-        return mlp, (score >= least).float()
+        if form == "gates":  # thresholds that let these shares through, of scores that are independent here
+            reach = packed.norm
+            gates = F.silu(_rounded(x) @ layer.numbers[0].t()).abs() * reach
+            some = float(gates.quantile(1 - candidates))
+            left = score[gates >= some]
+            least = float(left.quantile(1 - keep / candidates))
+            kept = (gates >= some) & (score >= least)
+            return SparseMLP(packed.scored(None, reach), "exact", threshold=some, refine=least), kept.float()
+        if form == "planes":  # estimates lie about exact scores: a share of the one is a share of the other
+            some = float(score.quantile(1 - candidates))
+        return SparseMLP(packed, "exact", threshold=some, refine=least), (score >= least).float()
 
     return way
 
@@ -106,10 +111,11 @@ def ways(keeps: tuple[float, ...]) -> dict[str, Way]:
     for keep in keeps:
         found[f"prefix {keep:g}"] = _listed(keep, True)
         found[f"list {keep:g}"] = _listed(keep, False)
-    for keep in (0.6, 0.5, 0.1):
-        found[f"exact scores {keep:g}"] = _scanned(4, keep, 1.0)
-    for candidates, keep in ((0.7, 0.6), (0.6, 0.5), (0.15, 0.1)):
-        found[f"3 + 1 bits {candidates:g} {keep:g}"] = _scanned(3, keep, candidates)
+    for keep in (0.6, 0.1):
+        found[f"rows, {keep:g} kept"] = _scanned("rows", keep, 1.0)
+    for form in ("gates", "planes"):
+        for candidates, keep in ((0.7, 0.6), (0.6, 0.45), (0.15, 0.1)):
+            found[f"{form}, {candidates:g} looked at, {keep:g} kept"] = _scanned(cast(Form, form), keep, candidates)
     return found
 
 

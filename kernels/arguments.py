@@ -38,8 +38,8 @@ class StepLinear(ctypes.Structure):
 
 class NeuronGroups(ctypes.Structure):
     _fields_ = (
-        *_fields(_P, "scan rows low ends norm gate_bias up_bias mean"),
-        *_fields(_N, "neurons width row_bytes"),
+        *_fields(_P, "scan rows rest ends norm reach gate_bias up_bias mean"),
+        *_fields(_N, "neurons width row_bytes rest_bytes"),
         *_fields(_F, "threshold refine"),
         *_fields(_I, "format gated"),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,20 +22,22 @@ from .packed import Act, PackedLinear
 
 RUN = 64  # inputs or outputs whose nibbles lie in 32 bytes; kRun in csrc/vector/neuron_groups.h
 _BLOCK = 16  # groups; kBlock there
+_LONG = 512  # bytes of a row that is worth padding
 UPPER = "int4_upper"  # the upper three bits of "int4"
-#: what is scanned for every token, by the policy's bits; None: nothing, neurons are listed
-SCANNED = {None: None, 3: UPPER, 4: "int4"}
+#: How neurons are found. ``listed``; or by what each token reads of all of them: ``rows``, gate and up whole, ``planes``,
+#: their upper three bits, ``gates``, the gates whole.
+Form = Literal["listed", "rows", "planes", "gates"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PackedNeurons:
     """One layer's MLP, down(act(gate(x)) * up(x)) or down(act(up(x))), in 4-bit groups by neuron. Made by `pack`.
 
-    bits None: `rows` hold gate, up and down of each neuron, for lists of neurons. 4 or 3: `scan` holds, in tiles, what
-    each token reads of all gates and ups, all four bits or the upper three, `low` the last bits where they are apart,
-    and `rows` the down projection. `ends`: float16 [groups of 32 neurons, 2, width], scales and leasts of the down
-    projection. norm: what a unit of an activation costs that is left out, float32 [neurons]; mean: what each neuron
-    counts as where it is left out, see `PackedMLP`.
+    Listed, `rows` hold gate, up and down of each neuron. In other forms `scan` holds, in tiles, what each token reads of
+    all neurons, `rest` what it then reads of candidates, last bits or up rows, and `rows` the down projection. `ends`:
+    float16 [groups of 32 neurons, 2, width], scales and leasts of the down projection. norm: what a unit of an
+    activation costs that is left out, float32 [neurons]; reach: what a unit of act(gate) may come to, times that; mean:
+    what each neuron counts as where it is left out, see `PackedMLP`.
     """
 
     rows: Tensor
@@ -43,10 +46,11 @@ class PackedNeurons:
     intermediate_size: int
     gated: bool
     act: Act
-    bits: int | None = None
+    form: Form = "listed"
     scan: Tensor | None = None
-    low: Tensor | None = None
+    rest: Tensor | None = None
     norm: Tensor | None = None
+    reach: Tensor | None = None
     gate_bias: Tensor | None = None
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
@@ -55,35 +59,42 @@ class PackedNeurons:
     @classmethod
     @torch.no_grad()
     def pack(
-        cls, gate: PackedLinear | None, up: PackedLinear, down: PackedLinear, *, act: Act, bits: int | None = None
+        cls, gate: PackedLinear | None, up: PackedLinear, down: PackedLinear, *, act: Act, form: Form = "listed"
     ) -> PackedNeurons:
-        """The numbers of "int4" tiles with their biases; gate is None for a plain MLP.
+        """The numbers of "int4" tiles with their biases; gate is None for a plain MLP. `reach` is to be added to gates.
 
         Raises ValueError for another format, or shapes that do not fit.
         """
         parts = [up] if gate is None else [gate, up]
-        _check(parts, down, bits)
+        _check(parts, down, form)
         width = -(-up.in_features // RUN) * RUN
         groups = [_padded(untile(part), width // GROUP) for part in parts]
         outputs = _padded_rows(untile(down), width)
         columns = _columns(outputs[0], up.out_features)
-        scan = None if bits is None else _scan(groups, bits)
-        rows = [columns] if bits else [*(_row(*part) for part in groups), columns]
+        scanned = {"listed": [], "gates": groups[:1]}.get(form, groups)
+        rest = {"planes": [_last_bits(part[0]) for part in groups], "gates": [_row(*groups[-1])]}.get(form, [])
+        rows = [*(_row(*part) for part in groups), columns] if form == "listed" else [columns]
         return cls(
-            rows=_side_by_side(rows, LINE if bits is None else 1),
+            rows=_side_by_side(rows),
             ends=torch.stack([outputs[1].t(), outputs[2].t()], 1).contiguous(),
             hidden_size=up.in_features,
             intermediate_size=up.out_features,
             gated=gate is not None,
             act=act,
-            bits=bits,
-            scan=scan,
-            low=torch.cat([_last_bits(part[0]) for part in groups], 1).contiguous() if bits == 3 else None,
-            norm=None if bits is None else _ungrouped(untile(down), up.out_features).norm(dim=0),
+            form=form,
+            scan=_scan(scanned, upper=form == "planes") if scanned else None,
+            rest=_side_by_side(rest) if rest else None,
+            norm=_ungrouped(untile(down), up.out_features).norm(dim=0) if scanned else None,
             gate_bias=None if gate is None else gate.bias,
             up_bias=up.bias,
             down_bias=down.bias,
         )
+
+    def scored(self, norm: Tensor | None, reach: Tensor | None = None) -> PackedNeurons:
+        """With other norms than those of down rows, where there are any, and with reaches."""
+        given = {"norm": self.norm if norm is None else norm, "reach": reach}
+        floats = {name: None if t is None else t.to("cpu", torch.float32).contiguous() for name, t in given.items()}
+        return replace(self, norm=floats["norm"], reach=floats["reach"])
 
     def compensated(self, mean: Tensor) -> PackedNeurons:
         """See `PackedMLP.compensated`."""
@@ -104,7 +115,7 @@ class PackedNeurons:
 
     def _before_down(self) -> int:
         width = self.ends.shape[2]
-        return 0 if self.bits else (2 if self.gated else 1) * (width // 2 + width // GROUP * 4)
+        return 0 if self.form != "listed" else (2 if self.gated else 1) * (width // 2 + width // GROUP * 4)
 
     @property
     def nbytes(self) -> int:
@@ -112,21 +123,21 @@ class PackedNeurons:
 
     def argument(self, threshold: float = 0.0, refine: float = 0.0) -> Argument:
         """As native code reads it. threshold, refine: see `SparseMLP`."""
-        names = ("scan", "rows", "low", "ends", "norm", "gate_bias", "up_bias", "mean")
+        names = ("scan", "rows", "rest", "ends", "norm", "reach", "gate_bias", "up_bias", "mean")
         return Argument(
             **{name: cpu.address(getattr(self, name)) for name in names},
             neurons=self.intermediate_size,
             width=self.ends.shape[2],
             row_bytes=self.rows.stride(0),
+            rest_bytes=0 if self.rest is None else self.rest.stride(0),
             threshold=threshold,
             refine=refine,
-            format=0 if self.bits is None else FORMATS[SCANNED[self.bits] or ""].code,
+            format=FORMATS[UPPER if self.form == "planes" else "int4"].code,
             gated=self.gated,
         )
 
     def __repr__(self) -> str:
-        how = "by list" if self.bits is None else f"scanned in {self.bits} bits"
-        return f"PackedNeurons({self.hidden_size}x{self.intermediate_size}, int4, {how}, act={self.act})"
+        return f"PackedNeurons({self.hidden_size}x{self.intermediate_size}, int4, {self.form}, act={self.act})"
 
 
 def neurons(
@@ -167,9 +178,11 @@ def neurons(
 Groups = tuple[Tensor, Tensor, Tensor]  # q, scale and least of rows, as `untile` has them
 
 
-def _check(parts: list[PackedLinear], down: PackedLinear, bits: int | None) -> None:
-    if bits not in SCANNED:
-        raise ValueError(f"bits must be one of {', '.join(map(str, SCANNED))}, not {bits}")
+def _check(parts: list[PackedLinear], down: PackedLinear, form: Form) -> None:
+    if form not in get_args(Form):
+        raise ValueError(f"form must be one of {', '.join(get_args(Form))}, not {form!r}")
+    if form == "gates" and len(parts) == 1:
+        raise ValueError("a plain MLP has no gates to choose by")
     for part in (*parts, down):
         if part.fmt != "int4":
             raise ValueError(f"neurons by 4-bit groups come from int4 tiles, not {part.fmt}")
@@ -258,17 +271,14 @@ def _bits(values: Tensor) -> Tensor:
     return (bits << torch.arange(8, dtype=torch.uint8, device="cpu")).sum(-1, dtype=torch.uint8)
 
 
-def _side_by_side(parts: list[Tensor], multiple: int) -> Tensor:
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    """Rows of bytes, one after the other. Long ones begin on a cache line, at an odd number of lines from the next: where
+    all rows lie 1 KB apart, what is fetched of them falls into the same places of the cache, and a layer of 576 x 1536
+    takes up to twice as long."""
     size = sum(part.shape[1] for part in parts)
-    stride = -(-size // multiple) * multiple
-    if multiple > 1 and stride // multiple % 2 == 0:
-        stride += multiple
+    stride = size if size < _LONG else (-(-size // LINE) | 1) * LINE
     rows = allocate((parts[0].shape[0], stride), torch.uint8, parts[0].device)
     rows[:, size:] = 0
-    return torch.cat(parts, 1, out=rows[:, :size]) if size == rows.shape[1] else _put(rows, parts)
-
-
-def _put(rows: Tensor, parts: list[Tensor]) -> Tensor:
     at = 0
     for part in parts:
         rows[:, at : at + part.shape[1]] = part
@@ -276,20 +286,20 @@ def _put(rows: Tensor, parts: list[Tensor]) -> Tensor:
     return rows
 
 
-def _scan(parts: list[Groups], bits: int) -> Tensor:
+def _scan(parts: list[Groups], upper: bool) -> Tensor:
     """uint8 [tiles, parts, groups, bytes]: the tiles of gate and up side by side."""
-    tiles = torch.stack([_tiles(*part, bits=bits) for part in parts], 1)
+    tiles = torch.stack([_tiles(*part, upper=upper) for part in parts], 1)
     return allocate(tuple(tiles.shape), torch.uint8, tiles.device).copy_(tiles)
 
 
-def _tiles(q: Tensor, scale: Tensor, least: Tensor, bits: int) -> Tensor:
+def _tiles(q: Tensor, scale: Tensor, least: Tensor, upper: bool) -> Tensor:
     fill, groups = -q.shape[0] % TILE, q.shape[1]
     pad = torch.nn.functional.pad
     q, scale, least = pad(q, (0, 0, 0, 0, 0, fill)), pad(scale, (0, 0, 0, fill)), pad(least, (0, 0, 0, fill))
     ends = [t.view(-1, TILE, groups).transpose(1, 2).contiguous().view(torch.uint8) for t in (scale, least)]
     # [tile, row, group, unit, input of four] -> [tile, group, unit, row, input of four]
     units = q.view(-1, TILE, groups, 8, 4).permute(0, 2, 3, 1, 4).reshape(-1, groups, 8, TILE * 4)
-    if bits == 4:
+    if not upper:
         numbers = units[:, :, :4] | units[:, :, 4:] << 4
     else:
         units = units >> 1

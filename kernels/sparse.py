@@ -20,7 +20,7 @@ from .packed import ACTS, Act, PackedColumns, PackedLinear, PackedMLP
 Scorer = Callable[[Tensor], Tensor]
 
 #: How the neurons of a step are found. ``listed``: all that are packed, or each row's own list of them. ``sketch``,
-#: ``gate``: as `ops.sketch_mlp` and `ops.gate_mlp`. ``exact``: by exact scores, over `PackedNeurons`. ``learned``: by a low-rank predictor. ``scored``: by a function in
+#: ``gate``: as `ops.sketch_mlp` and `ops.gate_mlp`. ``exact``: by exact scores of candidates, over `PackedNeurons`. ``learned``: by a low-rank predictor. ``scored``: by a function in
 #: Python, which native steps do not call.
 Rule = Literal["listed", "sketch", "exact", "gate", "learned", "scored"]
 
@@ -80,7 +80,8 @@ class SparseMLP:
         predictor: of ``learned``, whose scores are the sigmoid of the second matrix times the first times x.
         smooth: float32 ``[hidden]``, what the inputs are multiplied by before they are rounded; `packed` has the
             inverse in its columns. A native step has it in the norm before the MLP.
-        refine: of the neurons that a sketch chooses, those with an exact score below this are dropped; 0: none.
+        refine: of the neurons that a sketch chooses, or of candidates, those with an exact score below this are dropped;
+            0: none.
         lists: of ``listed``: which of the packed neurons; None: all.
     """
 
@@ -139,17 +140,12 @@ class SparseMLP:
             some = None if wanted is None else wanted[:, at : at + MAX_ROWS].contiguous()
             y, out = neurons(
                 by_token[at : at + MAX_ROWS], packed, None if lists is None else lists.listed, some,
-                threshold=self.threshold or 0.0, refine=self.least_kept,
+                threshold=self.threshold or 0.0, refine=self.refine,
             )  # fmt: skip
             found.append(y)
             left += out
         kept = self.listed_neurons if self.rule == "listed" else packed.intermediate_size
         return torch.cat(found).view_as(x), kept * by_token.shape[0] - left
-
-    @property
-    def least_kept(self) -> float:
-        """The least exact score that is kept of what a token has looked at."""
-        return self.threshold or 0.0 if self.rule == "exact" else self.refine
 
     def _by_row(self, x: Tensor, packed: PackedMLP, lists: RowLists) -> Tensor:
         """Every token by its row's list; the rows of x are as many tokens each."""

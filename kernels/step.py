@@ -393,7 +393,7 @@ def _bundled(mlp: SparseMLP) -> arguments.StepMlp:
         return arguments.StepMlp(
             **_lists(lists),
             down_bias=cpu.address(packed.down_bias),
-            groups=packed.argument(mlp.threshold or 0.0, mlp.least_kept),
+            groups=packed.argument(mlp.threshold or 0.0, mlp.refine),
         )
     names = ("weight", "low", "scale", "norm", "gate_bias", "up_bias", "down_bias", "mean")
     sliced = packed.low is not None

@@ -47,21 +47,24 @@ struct StepLinear {
 // An MLP in 4-bit groups of which neurons are left out, with the numbers of the three matrices in kInt4 tiles.
 //   Listed neurons: `rows` hold, for gate and for up, width / 2 bytes of nibbles, the groups' scales and their leasts in
 //     fp16, and then the neuron's column of the down projection in width / 2 bytes.
-//   Neurons that each token chooses: `scan` is what it reads of all of them, in kInt4 or the upper bits alone, `low` the
-//     last bits of those that may matter, `rows` the columns of the down projection of those that do.
+//   Neurons that each token chooses: `scan` is what it reads of all of them, `rest` what it then reads of candidates, and
+//     `rows` the columns of the down projection of those that it keeps. Scanned are gate and up in kInt4, and all are
+//     candidates; or their upper bits, and the last ones are the rest; or, where there is a `reach`, the gates, and the
+//     rest is the up row, nibbles, scales and leasts.
 // Groups of the down projection are of 32 neurons: `ends` hold each one's scales, and its leasts. Of rows and columns the
 // low nibbles of 32 bytes come before the high ones, in columns in an order of their own (add_down).
 struct NeuronGroups {
     const uint8_t* scan;     // [tiles of 16 neurons][(gate,) up][groups][bytes], or null: neurons are listed
     const uint8_t* rows;     // [neurons][row_bytes]
-    const uint8_t* low;      // kInt4Upper: [neurons][(gate,) up][width / 8]
+    const uint8_t* rest;     // kInt4Upper: [neurons][(gate,) up][width / 8]; reach: [neurons][rest_bytes]; or null
     const uint16_t* ends;    // [neurons / 32][2][width]
     const float* norm;       // scan: [neurons], what an activation left out costs
+    const float* reach;      // [neurons], what act(gate) can come to, or null: it is not looked at alone
     const float* gate_bias;  // [neurons] or null
     const float* up_bias;
     const float* mean;       // what each neuron counts as where it is left out, or null
-    int64_t neurons, width, row_bytes;  // width: hidden, padded to 64
-    float threshold, refine; // kInt4Upper: the least estimate that is looked at; of exact scores, the least that is kept
+    int64_t neurons, width, row_bytes, rest_bytes;  // width: hidden, padded to 64
+    float threshold, refine; // the least estimate of a candidate; of exact scores, the least that is kept
     int format, gated;
 };
 

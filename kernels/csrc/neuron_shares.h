@@ -19,7 +19,7 @@ inline Range neuron_share(const NeuronGroups& n, int64_t count, int64_t part, in
 
 // Bytes of the tiles of 16 neurons that are scanned.
 inline int64_t scanned_bytes(const NeuronGroups& n) {
-    return (n.gated ? 2 : 1) * tile_bytes(n.format, n.width / kGroup);
+    return (n.gated && !n.reach ? 2 : 1) * tile_bytes(n.format, n.width / kGroup);
 }
 
 // Floats that a thread needs for the scales of groups that are under way, see Scan.

@@ -280,23 +280,42 @@ static void add_down_group(const NeuronsJob& job, DownGroup& group, int64_t numb
 
 // ---- activations ----
 
-// Of up to 32 neurons, [rows][32]: act(gate) * up, or act(up), less its mean where that is wanted; left in `up`. of(i): the
-// i-th neuron.
+// Adds sign * bias, where there is one, to values [rows][32] of up to 32 neurons. of(i): the i-th neuron.
+template <class Of>
+static inline void add_each(const NeuronsJob& job, const float* bias, float sign, int count, Of of, float (*to)[kOf32]) {
+    for (int r = 0; bias && r < job.x.rows; r++)
+        for (int i = 0; i < count; i++) to[r][i] += sign * bias[of(i)];
+}
+
+// Leaves act(gate) in `gate`.
+template <class Of>
+static inline void apply_act_alone(const NeuronsJob& job, int count, Of of, float (*gate)[kOf32]) {
+    add_each(job, job.n.gate_bias, 1.f, count, of, gate);
+    for (int r = 0; r < job.x.rows; r++)
+        for (int i = 0; i < count; i += kLanes) store(gate[r] + i, activate(load(gate[r] + i), job.act));
+}
+
+// Leaves act * up, less its mean, in `up`.
+template <class Of>
+static inline void multiply_by_act(const NeuronsJob& job, int count, Of of, const float (*act)[kOf32], float (*up)[kOf32]) {
+    add_each(job, job.n.up_bias, 1.f, count, of, up);
+    for (int r = 0; r < job.x.rows; r++)
+        for (int i = 0; i < count; i += kLanes) store(up[r] + i, load(act[r] + i) * load(up[r] + i));
+    add_each(job, job.n.mean, -1.f, count, of, up);
+}
+
+// Leaves act(gate) * up, or act(up), in `up`, less its mean where that is wanted.
 template <class Of>
 static inline void apply_act(const NeuronsJob& job, int count, Of of, float (*gate)[kOf32], float (*up)[kOf32],
                              bool less_mean) {
-    const auto add = [&](const float* bias, float (*to)[kOf32], float sign) {
-        for (int r = 0; bias && r < job.x.rows; r++)
-            for (int i = 0; i < count; i++) to[r][i] += sign * bias[of(i)];
-    };
-    add(job.n.gate_bias, gate, 1.f);
-    add(job.n.up_bias, up, 1.f);
+    add_each(job, job.n.gate_bias, 1.f, count, of, gate);
+    add_each(job, job.n.up_bias, 1.f, count, of, up);
     for (int r = 0; r < job.x.rows; r++)
         for (int i = 0; i < count; i += kLanes) {
             const V u = load(up[r] + i);
             store(up[r] + i, job.n.gated ? activate(load(gate[r] + i), job.act) * u : activate(u, job.act));
         }
-    if (less_mean) add(job.n.mean, up, -1.f);
+    if (less_mean) add_each(job, job.n.mean, -1.f, count, of, up);
 }
 
 // ---- listed neurons ----

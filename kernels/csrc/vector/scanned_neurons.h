@@ -100,28 +100,28 @@ struct Scanned {
 
 class Scan {
   public:
-    Scan(const NeuronsJob& job, int64_t end) : job_(job), end_(end), projections_(job.n.gated ? 2 : 1) {
-        const int64_t groups = job.n.width / kGroup;
-        upper_ = job.n.format == kInt4Upper;
-        tile_ = groups * (upper_ ? Int4Upper::bytes : Int4::bytes);
-        scales_ = job.n.gated ? 2 * groups : groups;
-        low_ = projections_ * job.n.width / 8;
+    Scan(const NeuronsJob& job, int64_t end)
+        : job_(job), end_(end), groups_(job.n.width / kGroup), upper_(job.n.format == kInt4Upper), gates_(job.n.reach),
+          tile_(groups_ * (upper_ ? Int4Upper::bytes : Int4::bytes)), scales_(job.n.gated ? 2 * groups_ : groups_) {
+        first_ = job.n.gated ? 0 : 1;
+        last_ = gates_ ? 1 : 2;
     }
 
     // Returns how many neurons were left out.
     int64_t run(int64_t begin, float* acc) {
-        if (upper_) turn_inputs(job_.x, job_.n.width, job_.turned);
+        if (job_.n.rest) turn_inputs(job_.x, job_.n.width, job_.turned);
         Scanned ring[3];
         int64_t left_out = 0;
         const int64_t blocks = (end_ - begin + kOf32 - 1) / kOf32;
         const auto base = reinterpret_cast<uintptr_t>(job_.n.scan);
-        const int64_t row = projections_ * tile_ / kTile;  // bytes of one neuron
-        ahead_ = {base + begin * row + kScanLead, base + (end_ + kTile - 1) / kTile * kTile * row, job_.after, job_.after + (job_.after ? kScanLead : 0)};
+        const int64_t row = (last_ - first_) * tile_ / kTile;  // bytes of one neuron
+        ahead_ = {base + begin * row + kScanLead, base + (end_ + kTile - 1) / kTile * kTile * row, job_.after,
+                  job_.after + (job_.after ? kScanLead : 0)};
         for (int64_t b = 0; b < blocks + 2; b++) {
             Scanned &first = ring[b % 3], &second = ring[(b + 2) % 3], &third = ring[(b + 1) % 3];
-            if (b < blocks) look(first, begin + b * kOf32, b % 2);
-            else first.any = 0;
-            if (b >= 1 && b - 1 < blocks) left_out += complete(second, (b - 1) % 2, first);
+            first.any = 0;
+            if (b < blocks) look(first, begin + b * kOf32, scales(b));
+            if (b >= 1 && b - 1 < blocks) left_out += choose(second, scales(b - 1), first);
             else second.any = 0;
             if (b >= 2) add(third, second, acc);
         }
@@ -130,17 +130,18 @@ class Scan {
 
   private:
     const NeuronsJob& job_;
-    const int64_t end_, projections_;
-    bool upper_;
-    int64_t tile_, scales_, low_;  // bytes of a tile of one projection, scales and last bits' bytes of a neuron
+    const int64_t end_, groups_;
+    const bool upper_, gates_;
+    const int64_t tile_, scales_;  // bytes of a tile of one projection; scales of a neuron
+    int first_, last_;             // of the projections that are scanned: gate is 0, up is 1
     Ahead ahead_{};
 
-    float* scales(int parity) const { return job_.scales + parity * kOf32 * scales_; }
+    float* scales(int64_t block) const { return job_.scales + block % 2 * kOf32 * scales_; }
 
     template <class G>
     void multiply(const uint8_t* w, float (*to)[kOf32], int first) {
         TileJob job{};
-        job.groups = job_.n.width / kGroup, job.q = job_.x.q, job.scale = job_.x.scale, job.sum = job_.x.sum;
+        job.groups = groups_, job.q = job_.x.q, job.scale = job_.x.scale, job.sum = job_.x.sum;
         Ahead none{};
         for_rows(job_.x.rows, [&](int row, auto count) {
             constexpr int R = decltype(count)::value;
@@ -150,91 +151,116 @@ class Scan {
         });
     }
 
-    void look(Scanned& s, int64_t first, int parity) {
+    // Scans a group, and marks its candidates.
+    void look(Scanned& s, int64_t first, float* scales) {
         s.first = first;
         s.count = static_cast<int>(end_ - first < kOf32 ? end_ - first : kOf32);
         for (int t = 0; t < s.count; t += kTile) {
-            const uint8_t* w = job_.n.scan + (first + t) / kTile * projections_ * tile_;
-            for (int p = 0; p < projections_; p++, w += tile_) {
-                float (*to)[kOf32] = p + 1 == projections_ ? s.up : s.gate;
+            const uint8_t* w = job_.n.scan + (first + t) / kTile * (last_ - first_) * tile_;
+            for (int p = first_; p < last_; p++, w += tile_) {
+                float (*to)[kOf32] = p ? s.up : s.gate;
                 if (upper_) multiply<Int4Upper>(w, to, t);
                 else multiply<Int4>(w, to, t);
-                if (upper_) {
-                    const int64_t groups = job_.n.width / kGroup;
-                    scales_by_row(w, groups, scales(parity) + t * scales_ + p * groups, scales_);
-                }
+                if (upper_) scales_by_row(w, groups_, scales + t * scales_ + (p - first_) * groups_, scales_);
             }
         }
-        if (!upper_) return choose(s, s.up, job_.n.refine, true);
+        const auto neuron = [&](int i) { return first + i; };
+        for (int r = 0; r < job_.x.rows; r++) s.wanted[r] = ~0u >> (kOf32 - s.count);
+        if (gates_) {
+            apply_act_alone(job_, s.count, neuron, s.gate);
+            return mark(s, s.gate, job_.n.reach, job_.n.threshold);
+        }
+        if (!upper_) return apply_act(job_, s.count, neuron, s.gate, s.up, true);
         float gate[kMaxRows][kOf32], up[kMaxRows][kOf32];
-        memcpy(gate, s.gate, sizeof gate), memcpy(up, s.up, sizeof up);
-        apply_act(job_, s.count, [&](int i) { return first + i; }, gate, up, false);
-        mark(s, up, job_.n.threshold, false);
+        memcpy(gate, s.gate, job_.x.rows * sizeof gate[0]), memcpy(up, s.up, job_.x.rows * sizeof up[0]);
+        apply_act(job_, s.count, neuron, gate, up, false);
+        mark(s, up, job_.n.norm, job_.n.threshold);
     }
 
-    // Which neurons have scores of at least `least`, or NaN.
-    void mark(Scanned& s, float (*a)[kOf32], float least, bool again) {
+    // Leaves those whose |a| times `norm` is at least `least`, or NaN.
+    void mark(Scanned& s, float (*a)[kOf32], const float* norm, float least) {
         s.any = 0;
         for (int r = 0; r < job_.x.rows; r++) {
             uint32_t wanted = 0;
             for (int i = 0; i < s.count; i++)
-                wanted |= static_cast<uint32_t>(!(fabsf(a[r][i]) * job_.n.norm[s.first + i] < least)) << i;
-            s.wanted[r] = again ? s.wanted[r] & wanted : wanted;
+                wanted |= static_cast<uint32_t>(!(fabsf(a[r][i]) * norm[s.first + i] < least)) << i;
+            s.wanted[r] &= wanted;
             s.any |= s.wanted[r];
         }
     }
 
-    void choose(Scanned& s, float (*up)[kOf32], float least, bool exact) {
-        apply_act(job_, s.count, [&](int i) { return s.first + i; }, s.gate, up, true);
-        mark(s, up, least, !exact);
-    }
-
-    // Gives candidates their last bits, and drops those that are too small, while it fetches the last bits of `next`. Returns
+    // Reads the rest of the candidates, while it fetches that of `next`, and leaves those whose exact scores suffice. Returns
     // how many neurons are left out.
-    int64_t complete(Scanned& s, int parity, const Scanned& next) {
-        if (upper_) {
+    int64_t choose(Scanned& s, const float* scales, const Scanned& next) {
+        if (job_.n.rest) {
             uint32_t later = next.any;
-            const auto fetch_one = [&] {
-                if (later) fetch_all(job_.n.low + (next.first + __builtin_ctz(later)) * low_, low_);
+            const auto take_later = [&]() -> const uint8_t* {
+                if (!later) return nullptr;
+                const int i = __builtin_ctz(later);
                 later &= later - 1;
+                return job_.n.rest + (next.first + i) * job_.n.rest_bytes;
             };
             for_rows(job_.x.rows, [&](int row, auto count) {
                 constexpr int R = decltype(count)::value;
                 const Inputs in(job_, row);
                 for (uint32_t rest = s.any; rest;) {
-                    const int i = __builtin_ctz(rest);
+                    int two[2];
+                    two[0] = two[1] = __builtin_ctz(rest);  // the last one, where it is alone, counts twice
                     rest &= rest - 1;
-                    const int j = rest ? __builtin_ctz(rest) : i;  // the last one, where it is alone, counts twice
+                    if (rest) two[1] = __builtin_ctz(rest);
                     rest &= rest - 1;
-                    fetch_one(), fetch_one();
-                    complete_two<R>(s, in, scales(parity), row, i, j);
+                    const uint8_t* fetched[2] = {take_later(), take_later()};
+                    if (gates_) complete_ups<R>(s, in, row, two, fetched);
+                    else complete_bits<R>(s, in, scales, row, two, fetched);
                 }
             });
-            while (later) fetch_one();
-            choose(s, s.up, job_.n.refine, false);
+            while (later) fetch_all(take_later(), job_.n.rest_bytes);
+            const auto neuron = [&](int i) { return s.first + i; };
+            if (gates_) multiply_by_act(job_, s.count, neuron, s.gate, s.up);
+            else apply_act(job_, s.count, neuron, s.gate, s.up, true);
         }
+        mark(s, s.up, job_.n.norm, job_.n.refine);
         int64_t left_out = 0;
         for (int r = 0; r < job_.x.rows; r++) left_out += s.count - __builtin_popcount(s.wanted[r]);
         return left_out;
     }
 
+    const uint8_t* rest_of(const Scanned& s, int i) const { return job_.n.rest + (s.first + i) * job_.n.rest_bytes; }
+
+    // Two neurons' up rows.
     template <int R>
-    __attribute__((noinline)) void complete_two(Scanned& s, const Inputs& in, const float* scales, int row, int i, int j) {
-        V y[4 * R] = {};
-        float sum[4 * R];
-        const int both[2] = {i, j};
+    __attribute__((noinline)) void complete_ups(Scanned& s, const Inputs& in, int row, const int* two, const uint8_t* const* fetched) {
+        V y[2 * R] = {};
+        float sum[2 * R];
 #pragma GCC unroll 2
         for (int n = 0; n < 2; n++) {
-            const uint8_t* bits = job_.n.low + (s.first + both[n]) * low_;
-            const float* scale = scales + both[n] * scales_;
+            const uint8_t* w = rest_of(s, two[n]);
+            add_nibbles<R>(in, w, fetched[n] ? fetched[n] : w, y + n * R);
+        }
+        totals<2 * R>(y, sum);
+        for (int n = 0; n < 2; n++)
+            for (int r = 0; r < R; r++) s.up[row + r][two[n]] = sum[n * R + r];
+    }
+
+    // Two neurons' last bits.
+    template <int R>
+    __attribute__((noinline)) void complete_bits(Scanned& s, const Inputs& in, const float* scales, int row, const int* two,
+                                                 const uint8_t* const* fetched) {
+        V y[4 * R] = {};
+        float sum[4 * R];
+#pragma GCC unroll 2
+        for (int n = 0; n < 2; n++) {
+            if (fetched[n]) fetch_all(fetched[n], job_.n.rest_bytes);
+            const uint8_t* bits = rest_of(s, two[n]);
+            const float* scale = scales + two[n] * scales_;
             add_last_bits<R>(in, bits, scale, y + 2 * n * R);
             if (job_.n.gated) add_last_bits<R>(in, bits + in.width / 8, scale + in.groups, y + (2 * n + 1) * R);
         }
         totals<4 * R>(y, sum);
-        for (int n = 0; n < (i == j ? 1 : 2); n++)
+        for (int n = 0; n < (two[0] == two[1] ? 1 : 2); n++)
             for (int r = 0; r < R; r++) {
-                if (job_.n.gated) s.gate[row + r][both[n]] += sum[2 * n * R + r];
-                s.up[row + r][both[n]] += sum[(2 * n + (job_.n.gated ? 1 : 0)) * R + r];
+                if (job_.n.gated) s.gate[row + r][two[n]] += sum[2 * n * R + r];
+                s.up[row + r][two[n]] += sum[(2 * n + (job_.n.gated ? 1 : 0)) * R + r];
             }
     }
 
