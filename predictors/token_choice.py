@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..kernels.packed import PackedMLP
 from ..kernels.reference import sketch_scores
@@ -20,7 +21,8 @@ from .errors import CoreskipError
 from .importance import kept_count
 from .learned import best, train_predictors
 from .observe import down_norms
-from .policies import Cats, InputThresholds, Learned, NeuronPolicy, Sketch, Teal, TopK, Wina
+from .planes import EXACT, RATIO, RATIOS, FourBitMLP, Point, curve, policy_of, spread_bytes
+from .policies import Cats, Dense, InputThresholds, Learned, NeuronPolicy, Sketch, Teal, TopK, Wina
 from .token_samples import (
     TokenSamples,
     cett_threshold,
@@ -56,6 +58,7 @@ class TokenCalibration:
         self._seed, self._progress = seed, progress
         self._anatomy: Anatomy = dissect(model)
         self._known_losses: dict[int, Tensor] = {}
+        self._known_curves: dict[tuple[tuple[float, ...], bool], list[list[Point]]] = {}
 
     @cached_property
     def samples(self) -> TokenSamples:
@@ -159,6 +162,61 @@ class TokenCalibration:
     def topk(self, keep: float, allocation: Allocation = "equal", *, mean: bool = False) -> list[TopK]:
         """Per layer the oracle with the same amounts."""
         return [TopK(**amount) for amount in self._amounts(keep, allocation, mean, self.exact)]
+
+    # ---- the same in 4-bit weights ----
+
+    def planes(self, keep: float, allocation: Allocation = "greedy", *, mean: bool = True) -> list[NeuronPolicy]:
+        """Per layer a `Sketch` of 3 bits, or `Dense` where nothing is left out."""
+        return self._of_four_bits(keep, allocation, RATIOS, mean)
+
+    def exact_rows(self, keep: float, allocation: Allocation = "greedy", *, mean: bool = True) -> list[NeuronPolicy]:
+        """Per layer a `TopK` by what leaving a neuron out costs, or `Dense` where nothing is left out."""
+        return self._of_four_bits(keep, allocation, EXACT, mean)
+
+    def _of_four_bits(
+        self, keep: float, allocation: Allocation, ratios: tuple[float, ...], mean: bool
+    ) -> list[NeuronPolicy]:
+        """One layer's numbers are held at a time: twice its matrices and its samples, in fp32."""
+        check_allocation(allocation)
+        if keep >= 1:
+            return [Dense() for _ in self._down]
+        norms, policies = self._score_norms(allocation), list[NeuronPolicy]()
+        for layer, (share, ratio) in enumerate(self._shares(keep, allocation, ratios, mean)):
+            if share >= 1:
+                policies.append(Dense())
+                continue
+            a, seen = FourBitMLP.of(self._anatomy.mlps[layer]).activations(self.samples.hidden[layer])
+            policies.append(policy_of(a, seen, norms[layer], share, ratio, mean=mean))
+        return policies
+
+    def _shares(
+        self, keep: float, allocation: Allocation, ratios: tuple[float, ...], mean: bool
+    ) -> list[tuple[float, float]]:
+        """By layer, what is kept and the ratio of its thresholds."""
+        if allocation == "greedy":
+            widths = [mlp.intermediate_size for mlp in self._anatomy.mlps]
+            points = spread_bytes(self._curves(ratios, mean), widths, keep)
+            return [(point.kept, point.ratio or 0.0) for point in points]
+        ratio, norms = (0.0 if ratios is EXACT else RATIO), self._score_norms(allocation)
+        thresholds = self._thresholds(keep, allocation, norms, self.exact)
+        triples = zip(self.exact, norms, thresholds, strict=True)
+        return [
+            (keep if least is None else float((a.float() * norm >= least).float().mean()), ratio)
+            for a, norm, least in triples
+        ]
+
+    def _curves(self, ratios: tuple[float, ...], mean: bool) -> list[list[Point]]:
+        """See `planes.curve`."""
+        key = ratios, mean
+        if key not in self._known_curves:
+            parts = zip(self._anatomy.mlps, self.samples.hidden, self.fisher, self.information, strict=True)
+            bar = tqdm(parts, total=len(self._down), desc="shares", unit="layer", disable=not self._progress, leave=False)
+            self._known_curves[key] = [
+                curve(FourBitMLP.of(mlp), x, norm, information, ratios, mean=mean) for mlp, x, norm, information in bar
+            ]
+        return self._known_curves[key]
+
+    # ---- neurons by other scores ----
 
     def signs(self, keep: float) -> list[Sketch]:
         return [Sketch(keep=keep, bits=1) for _ in self._down]
