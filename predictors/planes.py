@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..kernels.groups import GROUP, group_weights, ungroup
 from ..kernels.packed import quantize
 from .anatomy import Activation, FeedForward
-from .policies import Dense, NeuronPolicy, Sketch, TopK
+from .policies import NeuronPolicy, Sketch, TopK
 from .token_samples import means_when_left_out, quantile
 
 #: Shares of a layer's neurons between which an allocation by bytes chooses what is left out.
@@ -29,7 +29,7 @@ RATIOS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 EXACT = (0.0,)
 RATIO = 0.5  # where the allocation does not choose one
 _LOSS_TOKENS = 700  # over which a predicted loss is averaged
-_ROUNDS = 3  # candidates, means and threshold depend on one another, and settle at once
+_ROUNDS = 3  # means and threshold depend on one another, and settle at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,40 +94,56 @@ class Choice:
 
     Attributes:
         least: the exact score that is kept.
-        candidates: the share whose upper bits say `threshold` or more; 1 where exact scores choose alone.
-        wanted: bool ``[tokens, neurons]``.
+        candidates, wanted: bool ``[tokens, neurons]``.
         means: what a neuron counts as where it is left out, ``[neurons]``.
     """
 
-    threshold: float
     least: float
-    candidates: float
+    candidates: Tensor
     wanted: Tensor
     means: Tensor
 
-    @property
-    def kept(self) -> float:
-        return float(self.wanted.float().mean())
 
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What chooses in a layer, at the tokens of a sample.
 
-def choose(a: Tensor, seen: Tensor, norm: Tensor, share: float, ratio: float, *, mean: bool = True) -> Choice:
-    """The choice that keeps this share.
-
-    Args:
-        a: activations. seen: what the upper bits say of them. Both ``[tokens, neurons]``.
+    Attributes:
+        a: activations, and `seen` what the upper bits say of them, times `norm`; both ``[tokens, neurons]``.
         norm: what a unit of each activation is worth.
-        ratio: see `RATIOS`.
+        compensated: whether a neuron counts as its mean where it is left out.
     """
-    means, scores = torch.zeros_like(norm), seen.abs() * norm
-    least = quantile(a.abs() * norm, 1 - share)
-    for _ in range(_ROUNDS if mean or ratio else 1):
-        candidates = scores >= ratio * least
-        exact = torch.where(candidates, (a - means).abs() * norm, 0)
-        least = quantile(exact, 1 - share)
-        candidates = scores >= ratio * least
-        wanted = candidates & (exact >= least)
-        means = means_when_left_out(a, wanted) if mean else means
-    return Choice(ratio * least, least, float(candidates.float().mean()), wanted, means)
+
+    a: Tensor
+    seen: Tensor
+    norm: Tensor
+    compensated: bool
+
+    @classmethod
+    def of(cls, mlp: FourBitMLP, x: Tensor, norm: Tensor, *, mean: bool) -> Scores:
+        a, seen = mlp.activations(x)
+        return cls(a, seen.abs_().mul_(norm), norm, mean)
+
+    def from_threshold(self, least: float, ratio: float, means: Tensor) -> Choice:
+        """What scores of `least` and more keep, given means; and the means then."""
+        candidates = self.seen >= ratio * least
+        wanted = (self._exact(means) >= least) & candidates
+        means = means_when_left_out(self.a, wanted) if self.compensated else means
+        return Choice(least, candidates, wanted, means)
+
+    def from_share(self, share: float, ratio: float) -> Choice:
+        """What keeps this share."""
+        means = torch.zeros_like(self.norm)
+        for _ in range(_ROUNDS):
+            score = self._exact(means)
+            # what both thresholds let through, one being a share of the other
+            score = torch.minimum(score, self.seen / ratio) if ratio else score
+            found = self.from_threshold(quantile(score, 1 - share), ratio, means)
+            means = found.means
+        return found
+
+    def _exact(self, means: Tensor) -> Tensor:
+        return (self.a - means).abs_().mul_(self.norm)
 
 
 @dataclass(frozen=True)
@@ -162,33 +178,43 @@ def curve(
 
     information: what an error at the MLP's output costs, see `fisher_information`.
     """
-    a, seen = mlp.activations(x[:: max(1, x.shape[0] // _LOSS_TOKENS)])
+    scores = Scores.of(mlp, x[:: max(1, x.shape[0] // _LOSS_TOKENS)], norm, mean=mean)
     points = [Point(1.0, None, 0.625 * mlp.down.numel() * (len(mlp.whole) + 1), 0.0)]
+    ordered = (scores.a.abs() * norm).flatten().sort().values
     for ratio in ratios:
+        means = torch.zeros_like(norm)
         for left_out in LEFT_OUT:
-            chosen = choose(a, seen, norm, 1 - left_out, ratio, mean=mean)
-            error = torch.where(chosen.wanted, 0, a - chosen.means) @ mlp.down
+            least = max(float(ordered[int(left_out * ordered.numel())]), torch.finfo(torch.float32).tiny)
+            means = scores.from_threshold(least, ratio, means).means
+            found = scores.from_threshold(least, ratio, means)
+            means = found.means
+            error = torch.where(found.wanted, 0, scores.a - means) @ mlp.down
             loss = float(((error @ information) * error).sum(1).mean()) / 2
-            points.append(Point(chosen.kept, ratio, bytes_read(mlp, chosen.kept, chosen.candidates), loss))
+            kept, candidates = _share(found.wanted), _share(found.candidates)
+            points.append(Point(kept, ratio, bytes_read(mlp, kept, candidates), loss))
     return points
+
+
+def _share(wanted: Tensor) -> float:
+    return float(wanted.float().mean())
 
 
 def spread_bytes(curves: Sequence[Sequence[Point]], widths: Sequence[int], keep: float) -> list[Point]:
     """One point per layer, together about the share `keep` of all neurons, at the least sum of losses for the bytes.
 
     Bytes are saved where the next ones cost least: along the lower convex hulls of the layers' curves, whose first
-    points are dense.
+    points are dense. What costs nothing, the zeros of a ReLU, is left out of every layer.
     """
     steps = []
     for layer, points in enumerate(curves):
         for before, after in pairwise(_hull(points)):
             steps.append(((after.loss - before.loss) / (before.nbytes - after.nbytes), layer, before, after))
     chosen = [points[0] for points in curves]
-    spare = (1 - keep) * sum(widths)  # neurons that are still to be left out
+    spare = (1 - keep) * sum(widths)  # neurons that are still to be left out; below 0 after more zeros than that
     for price, layer, before, after in sorted(steps, key=lambda step: step[0]):
         neurons = (before.kept - after.kept) * widths[layer]
-        if neurons > spare:
-            wanted = before.kept - spare / widths[layer]
+        if neurons > spare and price > 0:
+            wanted = before.kept - max(spare, 0) / widths[layer]
             chosen[layer] = min(
                 curves[layer], key=lambda p: (round(abs(p.kept - wanted) / 0.05), p.loss + price * p.nbytes)
             )
@@ -208,17 +234,14 @@ def _hull(points: Sequence[Point]) -> list[Point]:
         corners.append(min(below, key=lambda p: ((p.loss - last.loss) / (last.nbytes - p.nbytes), p.nbytes)))
 
 
-def policy_of(a: Tensor, seen: Tensor, norm: Tensor, share: float, ratio: float, *, mean: bool = True) -> NeuronPolicy:
+def policy_of(scores: Scores, share: float, ratio: float) -> NeuronPolicy:
     """What keeps this share of a layer's neurons, by planes or, where `ratio` is 0, by exact scores."""
-    if share >= 1:
-        return Dense()
-    found = choose(a, seen, norm, share, ratio, mean=mean)
-    least = 1 / norm.numel()
-    means = found.means.cpu() if mean else None
-    keep, norm = max(found.kept, least), norm.cpu()
+    found, least = scores.from_share(share, ratio), 1 / scores.norm.numel()
+    means = found.means.cpu() if scores.compensated else None
+    keep, norm = max(_share(found.wanted), least), scores.norm.cpu()
     if ratio == 0:
         return TopK(keep=keep, threshold=found.least, norm=norm, mean=means)
     return Sketch(
-        bits=3, keep=keep, norm=norm, mean=means,
-        threshold=found.threshold, candidates=max(found.candidates, least), refine=found.least,
+        bits=3, keep=keep, norm=norm, mean=means, threshold=ratio * found.least, refine=found.least,
+        candidates=max(_share(found.candidates), least),
     )  # fmt: skip

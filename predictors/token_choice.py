@@ -21,7 +21,7 @@ from .errors import CoreskipError
 from .importance import kept_count
 from .learned import best, train_predictors
 from .observe import down_norms
-from .planes import EXACT, RATIO, RATIOS, FourBitMLP, Point, curve, policy_of, spread_bytes
+from .planes import EXACT, RATIO, RATIOS, FourBitMLP, Point, Scores, curve, policy_of, spread_bytes
 from .policies import Cats, Dense, InputThresholds, Learned, NeuronPolicy, Sketch, Teal, TopK, Wina
 from .token_samples import (
     TokenSamples,
@@ -185,8 +185,8 @@ class TokenCalibration:
             if share >= 1:
                 policies.append(Dense())
                 continue
-            a, seen = FourBitMLP.of(self._anatomy.mlps[layer]).activations(self.samples.hidden[layer])
-            policies.append(policy_of(a, seen, norms[layer], share, ratio, mean=mean))
+            mlp, x = FourBitMLP.of(self._anatomy.mlps[layer]), self.samples.hidden[layer]
+            policies.append(policy_of(Scores.of(mlp, x, norms[layer], mean=mean), share, ratio))
         return policies
 
     def _shares(
