@@ -54,10 +54,8 @@ class FourBitMLP:
         w = mlp.matrices()
         rows, biases = ((w.up,), (w.up_bias,)) if w.gate is None else ((w.gate, w.up), (w.gate_bias, w.up_bias))
         pairs = [_numbers(matrix) for matrix in rows]
-        down, _ = _numbers(w.down.t())
-        return cls(
-            tuple(whole for whole, _ in pairs), tuple(upper for _, upper in pairs), biases, down.t().contiguous(), mlp.act
-        )
+        whole, upper = zip(*pairs, strict=True)
+        return cls(whole, upper, biases, _numbers(w.down.t())[0].t().contiguous(), mlp.act)
 
     def activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What each neuron gives, fp32 ``[tokens, intermediate]``: exactly, and by the upper bits. x: ``[tokens,
@@ -170,7 +168,7 @@ def bytes_read(mlp: FourBitMLP, kept: float, candidates: float) -> float:
     return each * mlp.down.numel()
 
 
-def curve(
+def loss_curve(
     mlp: FourBitMLP, x: Tensor, norm: Tensor, information: Tensor, ratios: Sequence[float], *, mean: bool = True
 ) -> list[Point]:
     """What leaving out each of `LEFT_OUT` by each of `ratios` reads and loses: the errors of the neurons are summed as

@@ -21,7 +21,7 @@ from .errors import CoreskipError
 from .importance import kept_count
 from .learned import best, train_predictors
 from .observe import down_norms
-from .planes import EXACT, RATIO, RATIOS, FourBitMLP, Point, Scores, curve, policy_of, spread_bytes
+from .planes import EXACT, RATIO, RATIOS, FourBitMLP, Point, Scores, loss_curve, policy_of, spread_bytes
 from .policies import Cats, Dense, InputThresholds, Learned, NeuronPolicy, Sketch, Teal, TopK, Wina
 from .token_samples import (
     TokenSamples,
@@ -206,13 +206,13 @@ class TokenCalibration:
         ]
 
     def _curves(self, ratios: tuple[float, ...], mean: bool) -> list[list[Point]]:
-        """See `planes.curve`."""
+        """See `planes.loss_curve`."""
         key = ratios, mean
         if key not in self._known_curves:
             parts = zip(self._anatomy.mlps, self.samples.hidden, self.fisher, self.information, strict=True)
-            bar = tqdm(parts, total=len(self._down), desc="shares", unit="layer", disable=not self._progress, leave=False)
+            bar = tqdm(parts, desc="shares", total=len(self._down), disable=not self._progress, leave=False)
             self._known_curves[key] = [
-                curve(FourBitMLP.of(mlp), x, norm, information, ratios, mean=mean) for mlp, x, norm, information in bar
+                loss_curve(FourBitMLP.of(mlp), x, norm, matrix, ratios, mean=mean) for mlp, x, norm, matrix in bar
             ]
         return self._known_curves[key]
 

@@ -61,11 +61,11 @@ def analyze(
     Args:
         model, tokenizer: from `load`, or any causal LM and its tokenizer; the model must not be wrapped.
         method: by prompt: ``core`` (stability-guided core neurons), ``similar`` (similarity-guided: the set of the
-            nearest cluster of calibration sentences); by token: ``sketch`` (the high nibbles of the weights choose, in
+            nearest cluster of calibration sentences); by token: ``sketch`` (the high nibbles of the weights choose, of
             int4 their upper three bits), ``threshold`` (TEAL, WINA, CATS), ``learned`` (low-rank predictors), ``topk``
-            (the exact oracle, which saves little time); ``static`` (one fixed set); ``layers`` (whole layers are left out; with a budget also
-            attentions or MLPs alone); or ``auto``: with a budget the search looks at all that save time, else it is
-            ``sketch``.
+            (exact scores: the oracle, which saves down rows alone); ``static`` (one fixed set); ``layers`` (whole
+            layers are left out; with a budget also attentions or MLPs alone); or ``auto``: with a budget the search
+            looks at all that save time, else it is ``sketch``.
         keep: share of the MLP neurons to keep, of ``layers`` that of the layers, in (0, 1]; where neither it nor a
             budget is given 0.6, of ``layers`` 0.9.
         budget: ``ppl+1%``, ``kl<0.05`` or ``agreement>0.95`` (or 95%): the fastest plan found that holds it on text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from coreskip.kernels.reference import linear
 from coreskip.predictors.anatomy import dissect, rows_of
 from coreskip.predictors.calibration import TokenText
 from coreskip.predictors.checks import ALLOCATIONS
-from coreskip.predictors.planes import EXACT, RATIOS, FourBitMLP, Point, bytes_read, curve, spread_bytes
+from coreskip.predictors.planes import EXACT, RATIOS, FourBitMLP, Point, bytes_read, loss_curve, spread_bytes
 from coreskip.predictors.policies import Dense, Sketch, TopK
 from coreskip.predictors.token_choice import TokenCalibration
 from coreskip.predictors.token_samples import means_when_left_out
@@ -55,7 +55,7 @@ def kept_by(policy: Any, a: Tensor, seen: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("family", ["llama", "llama_bias", "phi3", "opt", "gpt2"])
 def test_activations_are_those_of_4_bit_weights(family: str) -> None:
-    """Against the product of packed matrices, which rounds x as the kernels do; and the upper bits by the definition."""
+    """Against products with packed matrices, which round x as the kernels do; the upper bits by their definition."""
     mlp = dissect(tiny(family)).mlps[1]
     x = torch.randn(7, mlp.hidden_size)
     four, w = FourBitMLP.of(mlp), mlp.matrices()
@@ -89,7 +89,7 @@ def test_allocations_keep_the_share_asked_for(family: str, form: str, allocation
     found = calibration(model)
     for keep in (0.8, 0.4):
         policies = made(found, form, keep, allocation)
-        # half of a tiny OPT's activations are zero, and never kept where nothing else is left out
+        # half of a tiny OPT's activations are zero: leaving them out costs nothing
         least = keep if family == "llama" else min(keep, 0.5)
         assert least - 0.04 < plan_with(model, *policies).keep < keep + 0.04
     assert all(isinstance(policy, Dense) for policy in made(found, form, 1.0, allocation))
@@ -121,12 +121,12 @@ def test_predicted_losses_and_bytes(llama: Any) -> None:
     mlp = FourBitMLP.of(dissect(llama).mlps[0])
     matrix = PackedLinear.pack(mlp.down, fmt="int4").weight.nbytes
     for ratios in (EXACT, RATIOS):
-        points = curve(mlp, found.samples.hidden[0], found.fisher[0], found.information[0], ratios)
+        points = loss_curve(mlp, found.samples.hidden[0], found.fisher[0], found.information[0], ratios)
         assert points[0] == Point(1.0, None, 3 * matrix, 0.0)
         assert bytes_read(mlp, 1.0, 1.0) == points[0].nbytes
         for ratio in ratios:
             losses = [p.loss for p in points if p.ratio == ratio]
-            assert all(after > before for before, after in zip(losses, losses[1:], strict=False))
+            assert all(after > before for before, after in pairwise(losses))
         assert all(0.6 * points[0].nbytes < p.nbytes < points[0].nbytes for p in points[1:])
 
 
