@@ -298,11 +298,26 @@ class TopK(ScoredNeurons):
 
     `norm`: fp32 ``[width]``; None: the norms of the down projection's columns.
     With weights in 4 bits the score is what leaving the neuron out costs, |a_i - mean_i| * norm_i, as in a refined
-    `Sketch`; natively where there is a threshold.
+    `Sketch`; natively where there is a threshold. There may be a first one on the gate alone, `gate`: where
+    |act(gate_i)| * reach_i is below it the neuron is left out, its up row unread, too. On the calibration text that
+    lets the share `candidates` through.
     """
 
     norm: Tensor | None = None
+    gate: float | None = None
+    reach: Tensor | None = None
+    candidates: float | None = None
     name: ClassVar[str] = "topk"
+
+    def check(self, width: int, hidden: int) -> None:
+        super().check(width, hidden)
+        if self.gate is None and self.reach is None and self.candidates is None:
+            return
+        if self.gate is None or self.reach is None or self.candidates is None or self.threshold is None:
+            raise PlanError("scores that begin with the gate have two thresholds, reaches and a share of candidates")
+        _check_threshold(self.gate)
+        _check_floats("reach", self.reach, (width,))
+        _check_candidates(self.candidates, self.keep)
 
 
 @neuron_policy
@@ -351,9 +366,7 @@ class Sketch(ScoredNeurons):
         if self.refine is None or self.candidates is None or self.threshold is None or self.bits == 1:
             raise PlanError("a refined sketch has 3 or 4 bits, two thresholds and a share of candidates")
         _check_threshold(self.refine)
-        check_share("candidates", self.candidates)
-        if self.candidates < self.keep:
-            raise PlanError(f"a refined sketch keeps {self.keep} of {self.candidates} candidates")
+        _check_candidates(self.candidates, self.keep)
 
 
 @neuron_policy
@@ -476,6 +489,12 @@ def _check_indices(indices: Tensor, width: int, ndim: int) -> None:
 def _check_threshold(value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
         raise PlanError(f"a threshold is {value}; it must be a number of at least 0")
+
+
+def _check_candidates(candidates: float, keep: float) -> None:
+    check_share("candidates", candidates)
+    if candidates < keep:
+        raise PlanError(f"of {candidates} candidates {keep} cannot be kept")
 
 
 def _check_floats(name: str, values: Tensor | None, shape: tuple[int, ...]) -> None:

@@ -215,6 +215,8 @@ class Calibrator:
         """
         four = weights == "int4" or (weights == AS_PACKED and vars(self._model).get(PACKED_AS) == "int4")
         if method == "topk":
+            if options.gated and not four:
+                raise CoreskipError("gates choose up rows of weights in 4 bits: add weights int4")
             return "exact_rows" if four else "topk"
         if method == "sketch":
             check_bits(options.bits, in_four_bits=four)
@@ -297,8 +299,9 @@ class Calibrator:
         return self._by_token("sketch", keep, policies, bits=3, allocation=options.allocation)
 
     def _exact_rows(self, keep: float, options: TopKOptions) -> Plan:
-        policies = self.tokens.exact_rows(keep, options.allocation)
-        return self._by_token("topk", keep, policies, allocation=options.allocation)
+        make = self.tokens.gates if options.gated else self.tokens.exact_rows
+        gated = {"gated": True} if options.gated else {}
+        return self._by_token("topk", keep, make(keep, options.allocation), allocation=options.allocation, **gated)
 
     def _learned(self, keep: float, options: LearnedOptions) -> Plan:
         policies = self.tokens.learned(keep, options.rank)

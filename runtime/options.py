@@ -81,8 +81,8 @@ class ThresholdOptions(MethodOptions):
 
 
 @dataclass(frozen=True)
-class TopKOptions(MethodOptions):
-    """Of ``topk``.
+class AllocatedOptions(MethodOptions):
+    """Of ``topk`` and ``sketch``.
 
     Attributes:
         allocation: how the share is spread over the layers.
@@ -95,7 +95,22 @@ class TopKOptions(MethodOptions):
 
 
 @dataclass(frozen=True)
-class SketchOptions(TopKOptions):
+class TopKOptions(AllocatedOptions):
+    """Of ``topk``.
+
+    Attributes:
+        gated: with weights in int4, whether gates choose of which neurons up rows are read. The search's own.
+    """
+
+    gated: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_flag("gated", self.gated)
+
+
+@dataclass(frozen=True)
+class SketchOptions(AllocatedOptions):
     """Of ``sketch``.
 
     Attributes:
@@ -154,7 +169,7 @@ OPTIONS_OF: Mapping[str, type[MethodOptions]] = {
     "layers": LayersOptions,
     "dense": MethodOptions,
 }
-_OF_THE_SEARCH = ("leave",)  # what a user cannot give
+_OF_THE_SEARCH = ("leave", "gated")  # what a user cannot give
 
 
 def _methods_of(name: str) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ import torch
 from test_policies import plan_with
 from tiny_models import prompt, tiny
 from torch import Tensor
-from torch.nn import functional as F
 
 from coreskip import CoreskipError, Plan, PlanError
 from coreskip.kernels.groups import group_weights, ungroup
@@ -20,14 +19,14 @@ from coreskip.kernels.reference import linear
 from coreskip.predictors.anatomy import dissect, rows_of
 from coreskip.predictors.calibration import TokenText
 from coreskip.predictors.checks import ALLOCATIONS
-from coreskip.predictors.planes import EXACT, RATIOS, FourBitMLP, Point, bytes_read, loss_curve, spread_bytes
+from coreskip.predictors.planes import Form, FourBitMLP, Point, loss_curve, spread_bytes
 from coreskip.predictors.policies import Dense, Sketch, TopK
 from coreskip.predictors.token_choice import TokenCalibration
 from coreskip.predictors.token_samples import means_when_left_out
 from coreskip.runtime.calibrate import Calibrator
 from coreskip.runtime.options import SketchOptions, check_options
 
-FORMS = ("planes", "exact_rows")
+FORMS = {"planes": Form.PLANES, "gates": Form.GATES, "exact_rows": Form.ROWS}
 
 
 def calibration(model: Any) -> TokenCalibration:
@@ -43,14 +42,18 @@ def made(found: TokenCalibration, form: str, keep: float, allocation: Any = "gre
     return getattr(found, form)(keep, allocation, mean=mean)
 
 
-def kept_by(policy: Any, a: Tensor, seen: Tensor) -> Tensor:
-    """As issue 17 defines it."""
-    mean = 0 if policy.mean is None else policy.mean
-    exact = (a - mean).abs() * policy.norm
-    if isinstance(policy, TopK):
-        return exact >= policy.threshold
-    assert policy.refine is not None
-    return (seen.abs() * policy.norm >= policy.threshold) & (exact >= policy.refine)
+def kept_by(policy: Any, mlp: FourBitMLP, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Candidates, and which of them are kept, by the policies' definitions."""
+    a = mlp.activations(x)
+    exact = (a - (0 if policy.mean is None else policy.mean)).abs() * policy.norm
+    if isinstance(policy, Sketch):
+        assert policy.refine is not None
+        candidates = mlp.estimates(x).abs() * policy.norm >= policy.threshold
+        return candidates, candidates & (exact >= policy.refine)
+    candidates = torch.ones_like(a, dtype=torch.bool)
+    if policy.gate is not None:
+        candidates = mlp.parts(x, mlp.whole)[0].abs() * policy.reach >= policy.gate
+    return candidates, candidates & (exact >= policy.threshold)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_bias", "phi3", "opt", "gpt2"])
@@ -59,7 +62,7 @@ def test_activations_are_those_of_4_bit_weights(family: str) -> None:
     mlp = dissect(tiny(family)).mlps[1]
     x = torch.randn(7, mlp.hidden_size)
     four, w = FourBitMLP.of(mlp), mlp.matrices()
-    a, seen = four.activations(x)
+    a, seen = four.activations(x), four.estimates(x)
     up = linear(x, PackedLinear.pack(w.up, w.up_bias, fmt="int4"))
     expected = mlp.act(up)
     if w.gate is not None:
@@ -77,7 +80,7 @@ def test_a_width_that_fills_no_group() -> None:
     model = tiny("llama", hidden_size=72, intermediate_size=150)
     four = FourBitMLP.of(dissect(model).mlps[0])
     assert four.whole[0].shape == four.upper[1].shape == four.down.shape == (150, 72)
-    assert four.activations(torch.randn(3, 72))[1].shape == (3, 150)
+    assert four.activations(torch.randn(3, 72)).shape == (3, 150)
     assert plan_with(model, *calibration(model).planes(0.6)).keep == pytest.approx(0.6, abs=0.03)
 
 
@@ -87,6 +90,10 @@ def test_a_width_that_fills_no_group() -> None:
 def test_allocations_keep_the_share_asked_for(family: str, form: str, allocation: Any) -> None:
     model = tiny(family)
     found = calibration(model)
+    if form == "gates" and family == "opt":
+        with pytest.raises(CoreskipError, match="have no gate"):
+            made(found, form, 0.8, allocation)
+        return
     for keep in (0.8, 0.4):
         policies = made(found, form, keep, allocation)
         # half of a tiny OPT's activations are zero: leaving them out costs nothing
@@ -100,17 +107,18 @@ def test_allocations_keep_the_share_asked_for(family: str, form: str, allocation
 def test_thresholds_give_the_shares_that_the_policy_states(form: str, mean: bool, llama: Any) -> None:
     found = calibration(llama)
     for layer, policy in enumerate(made(found, form, 0.5, "equal", mean)):
-        a, seen = FourBitMLP.of(dissect(llama).mlps[layer]).activations(found.samples.hidden[layer])
-        wanted = kept_by(policy, a, seen)
+        mlp, x = FourBitMLP.of(dissect(llama).mlps[layer]), found.samples.hidden[layer]
+        candidates, wanted = kept_by(policy, mlp, x)
         assert float(wanted.float().mean()) == pytest.approx(policy.keep, abs=0.01)
         assert policy.keep == pytest.approx(0.5, abs=0.01)
-        if isinstance(policy, Sketch):
-            assert policy.candidates is not None
-            candidates = seen.abs() * policy.norm >= policy.threshold
+        if form == "exact_rows":
+            assert policy.gate is policy.candidates is None
+        else:
             assert float(candidates.float().mean()) == pytest.approx(policy.candidates, abs=1e-6)
             assert policy.keep < policy.candidates < 0.95
         assert (policy.mean is not None) == mean
         if mean:
+            a = mlp.activations(x)
             off = policy.mean - means_when_left_out(a, wanted)
             assert float(off.abs().mean()) < 0.02 * float(a.abs().mean())
 
@@ -120,14 +128,14 @@ def test_predicted_losses_and_bytes(llama: Any) -> None:
     found = calibration(llama)
     mlp = FourBitMLP.of(dissect(llama).mlps[0])
     matrix = PackedLinear.pack(mlp.down, fmt="int4").weight.nbytes
-    for ratios in (EXACT, RATIOS):
-        points = loss_curve(mlp, found.samples.hidden[0], found.fisher[0], found.information[0], ratios)
-        assert points[0] == Point(1.0, None, 3 * matrix, 0.0)
-        assert bytes_read(mlp, 1.0, 1.0) == points[0].nbytes
-        for ratio in ratios:
+    for form in Form:
+        points = loss_curve(form, mlp, found.samples.hidden[0], found.fisher[0], found.information[0])
+        assert points[0] == Point(1.0, None, mlp.nbytes, 0.0)
+        assert form.bytes_read(mlp, 1.0, 1.0) == mlp.nbytes == 3 * matrix
+        for ratio in form.ratios:
             losses = [p.loss for p in points if p.ratio == ratio]
             assert all(after > before for before, after in pairwise(losses))
-        assert all(0.6 * points[0].nbytes < p.nbytes < points[0].nbytes for p in points[1:])
+        assert all(0.35 * points[0].nbytes < p.nbytes < points[0].nbytes for p in points[1:])
 
 
 def test_bytes_are_spread_at_the_least_loss() -> None:
@@ -149,18 +157,16 @@ def test_bytes_are_spread_at_the_least_loss() -> None:
     assert spread_bytes(curves, [100, 100, 100], 1.0) == [points[0] for points in curves]
 
 
-def test_plans_of_planes_save_and_load(llama: Any, tmp_path: Path) -> None:
-    plan = plan_with(llama, *calibration(llama).planes(0.5, "equal"))
-    plan.save(tmp_path / "planes.plan")
-    again = Plan.load(tmp_path / "planes.plan")
+@pytest.mark.parametrize("form", FORMS)
+def test_plans_save_and_load(form: str, llama: Any, tmp_path: Path) -> None:
+    plan = plan_with(llama, *made(calibration(llama), form, 0.5, "equal"))
+    plan.save(tmp_path / "some.plan")
+    again = Plan.load(tmp_path / "some.plan")
     for before, after in zip(plan.layers, again.layers, strict=True):
-        assert isinstance(before.neurons, Sketch)
-        assert isinstance(after.neurons, Sketch)
-        assert after.neurons.bits == 3
-        for name in ("keep", "threshold", "refine", "candidates", "smooth"):
-            assert getattr(after.neurons, name) == getattr(before.neurons, name)
-        for name in ("mean", "norm"):
-            assert torch.equal(getattr(after.neurons, name), getattr(before.neurons, name))
+        assert type(after.neurons) is type(before.neurons) is (Sketch if form == "planes" else TopK)
+        for name, value in vars(before.neurons).items():
+            found = getattr(after.neurons, name)
+            assert torch.equal(found, value) if isinstance(value, Tensor) else found == value
 
 
 def test_the_weights_say_what_a_method_makes(llama: Any) -> None:
@@ -176,8 +182,11 @@ def test_the_weights_say_what_a_method_makes(llama: Any) -> None:
     assert {layer.neurons.bits for layer in without.make("sketch", 0.5).layers} == {4}  # type: ignore[attr-defined]
     assert {getattr(p.neurons, "bits", 3) for p in without.make("sketch", 0.5, weights="int4").layers} == {3}
     assert all(layer.neurons.threshold is None for layer in without.make("topk", 0.5, allocation="equal").layers)  # type: ignore[attr-defined]
+    assert isinstance(found.make("topk", 0.5, allocation="equal", gated=True).layers[0].neurons.gate, float)  # type: ignore[attr-defined]
     with pytest.raises(CoreskipError, match="of weights in 4 bits: add weights int4"):
         without.make("sketch", 0.5, bits=3)
+    with pytest.raises(CoreskipError, match="of weights in 4 bits: add weights int4"):
+        without.make("topk", 0.5, gated=True)
 
 
 def test_mistakes() -> None:
@@ -187,11 +196,18 @@ def test_mistakes() -> None:
         ({**good, "threshold": None}, "3 bits has a threshold"),
         ({**good, "smooth": torch.ones(2)}, "no smoothed inputs"),
         ({**good, "refine": 0.2}, "a refined sketch has 3 or 4 bits"),
-        ({**good, "refine": 0.2, "candidates": 0.4}, "keeps 0.5 of 0.4 candidates"),
+        ({**good, "refine": 0.2, "candidates": 0.4}, "of 0.4 candidates 0.5 cannot be kept"),
         ({**good, "bits": 2}, "a sketch of 2 bits"),
     ):
         with pytest.raises(PlanError, match=words):
             Sketch(**wrong).check(4, 2)
+    gated = {"keep": 0.5, "threshold": 0.1, "gate": 0.1, "reach": zeros, "candidates": 0.7}
+    TopK(**gated).check(4, 2)
+    for name in ("threshold", "gate", "reach", "candidates"):
+        with pytest.raises(PlanError, match="scores that begin with the gate have two thresholds"):
+            TopK(**{**gated, name: None}).check(4, 2)
+    with pytest.raises(PlanError, match="reach is not fp32 of shape"):
+        TopK(**gated).check(5, 2)
     with pytest.raises(CoreskipError, match="bits is 2: a sketch has 4 bits, 3"):
         SketchOptions(bits=2)
     with pytest.raises(CoreskipError, match="a sketch of 3 bits is of weights in 4 bits: add weights int4"):
@@ -199,22 +215,21 @@ def test_mistakes() -> None:
     check_options(method="sketch", bits=3, weights="int4", keep=0.5)
 
 
-def test_more_is_left_out_at_the_same_loss_by_bytes(llama: Any) -> None:
-    """The allocation by bytes predicts no more loss than equal shares that read as much."""
+@pytest.mark.parametrize("form", FORMS)
+def test_bytes_are_spread_better_than_equally(form: str, llama: Any) -> None:
+    """Of two plans of half of the neurons, as much less is lost as more is read, or better."""
     found = calibration(llama)
     mlps = [FourBitMLP.of(mlp) for mlp in dissect(llama).mlps]
 
-    def lost(policies: Any) -> tuple[float, float]:
+    def loss_by_bytes(policies: Any) -> float:
         loss, read = 0.0, 0.0
         for layer, (mlp, policy) in enumerate(zip(mlps, policies, strict=True)):
-            a, seen = mlp.activations(found.samples.hidden[layer])
-            if isinstance(policy, Dense):
-                read += 1.875 * mlp.down.numel()
-                continue
-            error = F.linear(torch.where(kept_by(policy, a, seen), 0, a - policy.mean), mlp.down.t())
+            x = found.samples.hidden[layer]
+            _, wanted = kept_by(policy, mlp, x)
+            error = torch.where(wanted, 0, mlp.activations(x) - policy.mean) @ mlp.down
             loss += float(((error @ found.information[layer]) * error).sum(1).mean()) / 2
-            read += bytes_read(mlp, policy.keep, policy.candidates or 1.0)
-        return loss, read
+            read += FORMS[form].bytes_read(mlp, policy.keep, policy.candidates or 1.0)
+        return loss * read
 
-    equal, greedy = lost(found.planes(0.5, "equal")), lost(found.planes(0.5, "greedy"))
-    assert greedy[0] * greedy[1] < equal[0] * equal[1]
+    greedy, equal = (loss_by_bytes(made(found, form, 0.5, allocation)) for allocation in ("greedy", "equal"))
+    assert greedy < equal
