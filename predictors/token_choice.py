@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..kernels.packed import PackedMLP
 from ..kernels.reference import sketch_scores
@@ -18,10 +17,10 @@ from ..kernels.sparse import signs
 from .anatomy import Anatomy, canonical_activation, dissect, rows_of
 from .checks import Allocation, check_allocation
 from .errors import CoreskipError
+from .four_bits import Form, FourBits
 from .importance import kept_count
 from .learned import best, train_predictors
 from .observe import down_norms
-from .planes import Form, FourBitMLP, Point, Scores, loss_curve, policy_of, spread_bytes
 from .policies import Cats, Dense, InputThresholds, Learned, NeuronPolicy, Sketch, Teal, TopK, Wina
 from .token_samples import (
     TokenSamples,
@@ -39,7 +38,6 @@ _BY_INPUTS: dict[str, type[InputThresholds]] = {"teal": Teal, "wina": Wina}
 #: Shares of a layer's neurons between which "greedy" chooses.
 SHARES = tuple(round(0.05 * step, 2) for step in range(20))
 _LOSS_TOKENS = 700  # over which a predicted loss is averaged
-_FOUR_BIT_TOKENS = 2048  # of which activations are computed anew for each plan in 4 bits
 #: What a sketch must say of a neuron, as a share of the exact score that it then needs. On the embedded model's
 #: calibration text, 40 % left out, the predicted loss is 38 % less than without a second look, for 23 % more of the
 #: neurons completed; at 0.7 28 % for 11 %, at 0.5 33 % for 16 %, at 0 45 % for 40 %.
@@ -59,7 +57,6 @@ class TokenCalibration:
         self._seed, self._progress = seed, progress
         self._anatomy: Anatomy = dissect(model)
         self._known_losses: dict[int, Tensor] = {}
-        self._known_curves: dict[tuple[Form, bool], list[list[Point]]] = {}
 
     @cached_property
     def samples(self) -> TokenSamples:
@@ -166,64 +163,24 @@ class TokenCalibration:
 
     # ---- the same in 4-bit weights ----
 
-    def planes(self, keep: float, allocation: Allocation = "greedy", *, mean: bool = True) -> list[NeuronPolicy]:
-        """Per layer a `Sketch` of 3 bits, or `Dense` where nothing is left out."""
-        return self._in_four_bits(Form.PLANES, keep, allocation, mean)
+    @cached_property
+    def _four_bits(self) -> FourBits:
+        return FourBits(self._anatomy.mlps, self.samples.hidden, self.fisher, self.information, progress=self._progress)
 
-    def gates(self, keep: float, allocation: Allocation = "greedy", *, mean: bool = True) -> list[NeuronPolicy]:
-        """Per layer a `TopK` whose gate says of which neurons up rows are read, or `Dense`."""
-        if not all(mlp.gated for mlp in self._anatomy.mlps):
-            raise CoreskipError("this model's MLPs have no gate that could choose before up rows are read")
-        return self._in_four_bits(Form.GATES, keep, allocation, mean)
-
-    def exact_rows(self, keep: float, allocation: Allocation = "greedy", *, mean: bool = True) -> list[NeuronPolicy]:
-        """Per layer a `TopK` by what leaving a neuron out costs, or `Dense`."""
-        return self._in_four_bits(Form.ROWS, keep, allocation, mean)
-
-    def _in_four_bits(self, form: Form, keep: float, allocation: Allocation, mean: bool) -> list[NeuronPolicy]:
-        """One layer's numbers are held at a time: twice its matrices and its samples, in fp32.
-
-        Within a layer neurons are always ranked by what they cost: with equal shares of half, a KL divergence of 0.0186
-        on the embedded model, 0.0194 by the norms of down rows.
-        """
+    def in_four_bits(
+        self, form: Form, keep: float, allocation: Allocation = "greedy", *, mean: bool = True
+    ) -> list[NeuronPolicy]:
+        """Per layer what leaves neurons out by `form`, or `Dense` where nothing is left out."""
         check_allocation(allocation)
         if keep >= 1:
             return [Dense() for _ in self._down]
-        policies = list[NeuronPolicy]()
-        for layer, (share, ratio) in enumerate(self._shares(form, keep, allocation, mean)):
-            if share >= 1:
-                policies.append(Dense())
-                continue
-            x = self.samples.hidden[layer]
-            x = x[:: -(-x.shape[0] // _FOUR_BIT_TOKENS)]
-            scores = Scores.of(form, FourBitMLP.of(self._anatomy.mlps[layer]), x, self.fisher[layer], mean=mean)
-            policies.append(policy_of(scores, share, ratio))
-        return policies
-
-    def _shares(self, form: Form, keep: float, allocation: Allocation, mean: bool) -> list[tuple[float, float]]:
-        """By layer, what is kept and the ratio of its thresholds."""
         if allocation == "greedy":
-            widths = [mlp.intermediate_size for mlp in self._anatomy.mlps]
-            points = spread_bytes(self._curves(form, mean), widths, keep)
-            return [(point.kept, point.ratio or 0.0) for point in points]
-        norms = self._score_norms(allocation)
-        thresholds = self._thresholds(keep, allocation, norms, self.exact)
-        triples = zip(self.exact, norms, thresholds, strict=True)
-        return [
-            (keep if least is None else float((a.float() * norm >= least).float().mean()), form.usual_ratio)
-            for a, norm, least in triples
-        ]
-
-    def _curves(self, form: Form, mean: bool) -> list[list[Point]]:
-        """See `planes.loss_curve`."""
-        key = form, mean
-        if key not in self._known_curves:
-            parts = zip(self._anatomy.mlps, self.samples.hidden, self.fisher, self.information, strict=True)
-            bar = tqdm(parts, desc="shares", total=len(self._down), disable=not self._progress, leave=False)
-            self._known_curves[key] = [
-                loss_curve(form, FourBitMLP.of(mlp), x, norm, matrix, mean=mean) for mlp, x, norm, matrix in bar
-            ]
-        return self._known_curves[key]
+            return self._four_bits.spread(form, keep, mean=mean)
+        norms, shares = self._score_norms(allocation), [keep] * len(self._down)
+        if allocation != "equal":
+            triples = zip(self.exact, norms, self._thresholds(keep, allocation, norms, self.exact), strict=True)
+            shares = [float((a.float() * norm >= least).float().mean()) for a, norm, least in triples]
+        return self._four_bits.policies(form, [(share, form.usual_ratio) for share in shares], mean=mean)
 
     # ---- neurons by other scores ----
 

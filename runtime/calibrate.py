@@ -18,6 +18,7 @@ from ..predictors.checks import AS_PACKED, Score
 from ..predictors.core_neurons import SentenceCounter, cluster_sentences, static_set
 from ..predictors.errors import CoreskipError
 from ..predictors.fingerprint import Fingerprint
+from ..predictors.four_bits import Form
 from ..predictors.importance import kept_count
 from ..predictors.layer_selection import Leave
 from ..predictors.layers import block_influence, half_losses, skip_policies, skipped_layers
@@ -295,13 +296,13 @@ class Calibrator:
         return self._by_token("topk", keep, policies, allocation=options.allocation)
 
     def _planes(self, keep: float, options: SketchOptions) -> Plan:
-        policies = self.tokens.planes(keep, options.allocation)
+        policies = self.tokens.in_four_bits(Form.PLANES, keep, options.allocation)
         return self._by_token("sketch", keep, policies, bits=3, allocation=options.allocation)
 
     def _exact_rows(self, keep: float, options: TopKOptions) -> Plan:
-        make = self.tokens.gates if options.gated else self.tokens.exact_rows
+        policies = self.tokens.in_four_bits(Form.GATES if options.gated else Form.ROWS, keep, options.allocation)
         gated = {"gated": True} if options.gated else {}
-        return self._by_token("topk", keep, make(keep, options.allocation), allocation=options.allocation, **gated)
+        return self._by_token("topk", keep, policies, allocation=options.allocation, **gated)
 
     def _learned(self, keep: float, options: LearnedOptions) -> Plan:
         policies = self.tokens.learned(keep, options.rank)

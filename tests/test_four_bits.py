@@ -19,14 +19,12 @@ from coreskip.kernels.reference import linear
 from coreskip.predictors.anatomy import dissect, rows_of
 from coreskip.predictors.calibration import TokenText
 from coreskip.predictors.checks import ALLOCATIONS
-from coreskip.predictors.planes import Form, FourBitMLP, Point, loss_curve, spread_bytes
+from coreskip.predictors.four_bits import Form, FourBitMLP, Point, loss_curve, spread_bytes
 from coreskip.predictors.policies import Dense, Sketch, TopK
 from coreskip.predictors.token_choice import TokenCalibration
 from coreskip.predictors.token_samples import means_when_left_out
 from coreskip.runtime.calibrate import Calibrator
 from coreskip.runtime.options import SketchOptions, check_options
-
-FORMS = {"planes": Form.PLANES, "gates": Form.GATES, "exact_rows": Form.ROWS}
 
 
 def calibration(model: Any) -> TokenCalibration:
@@ -36,10 +34,6 @@ def calibration(model: Any) -> TokenCalibration:
 def calibrator(model: Any, **options: Any) -> Calibrator:
     text = TokenText(prompt(6, 40).flatten(), torch.tensor([], dtype=torch.int64), "letters")
     return Calibrator(model, text, progress=False, **options)
-
-
-def made(found: TokenCalibration, form: str, keep: float, allocation: Any = "greedy", mean: bool = True) -> Any:
-    return getattr(found, form)(keep, allocation, mean=mean)
 
 
 def kept_by(policy: Any, mlp: FourBitMLP, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,37 +75,37 @@ def test_a_width_that_fills_no_group() -> None:
     four = FourBitMLP.of(dissect(model).mlps[0])
     assert four.whole[0].shape == four.upper[1].shape == four.down.shape == (150, 72)
     assert four.activations(torch.randn(3, 72)).shape == (3, 150)
-    assert plan_with(model, *calibration(model).planes(0.6)).keep == pytest.approx(0.6, abs=0.03)
+    assert plan_with(model, *calibration(model).in_four_bits(Form.PLANES, 0.6)).keep == pytest.approx(0.6, abs=0.03)
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", Form)
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_allocations_keep_the_share_asked_for(family: str, form: str, allocation: Any) -> None:
+def test_allocations_keep_the_share_asked_for(family: str, form: Form, allocation: Any) -> None:
     model = tiny(family)
     found = calibration(model)
-    if form == "gates" and family == "opt":
+    if form is Form.GATES and family == "opt":
         with pytest.raises(CoreskipError, match="have no gate"):
-            made(found, form, 0.8, allocation)
+            found.in_four_bits(form, 0.8, allocation)
         return
     for keep in (0.8, 0.4):
-        policies = made(found, form, keep, allocation)
+        policies = found.in_four_bits(form, keep, allocation)
         # half of a tiny OPT's activations are zero: leaving them out costs nothing
         least = keep if family == "llama" else min(keep, 0.5)
         assert least - 0.04 < plan_with(model, *policies).keep < keep + 0.04
-    assert all(isinstance(policy, Dense) for policy in made(found, form, 1.0, allocation))
+    assert all(isinstance(policy, Dense) for policy in found.in_four_bits(form, 1.0, allocation))
 
 
 @pytest.mark.parametrize("mean", [True, False])
-@pytest.mark.parametrize("form", FORMS)
-def test_thresholds_give_the_shares_that_the_policy_states(form: str, mean: bool, llama: Any) -> None:
+@pytest.mark.parametrize("form", Form)
+def test_thresholds_give_the_shares_that_the_policy_states(form: Form, mean: bool, llama: Any) -> None:
     found = calibration(llama)
-    for layer, policy in enumerate(made(found, form, 0.5, "equal", mean)):
+    for layer, policy in enumerate(found.in_four_bits(form, 0.5, "equal", mean=mean)):
         mlp, x = FourBitMLP.of(dissect(llama).mlps[layer]), found.samples.hidden[layer]
         candidates, wanted = kept_by(policy, mlp, x)
         assert float(wanted.float().mean()) == pytest.approx(policy.keep, abs=0.01)
         assert policy.keep == pytest.approx(0.5, abs=0.01)
-        if form == "exact_rows":
+        if form is Form.ROWS:
             assert policy.gate is policy.candidates is None
         else:
             assert float(candidates.float().mean()) == pytest.approx(policy.candidates, abs=1e-6)
@@ -157,13 +151,13 @@ def test_bytes_are_spread_at_the_least_loss() -> None:
     assert spread_bytes(curves, [100, 100, 100], 1.0) == [points[0] for points in curves]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_plans_save_and_load(form: str, llama: Any, tmp_path: Path) -> None:
-    plan = plan_with(llama, *made(calibration(llama), form, 0.5, "equal"))
+@pytest.mark.parametrize("form", Form)
+def test_plans_save_and_load(form: Form, llama: Any, tmp_path: Path) -> None:
+    plan = plan_with(llama, *calibration(llama).in_four_bits(form, 0.5, "equal"))
     plan.save(tmp_path / "some.plan")
     again = Plan.load(tmp_path / "some.plan")
     for before, after in zip(plan.layers, again.layers, strict=True):
-        assert type(after.neurons) is type(before.neurons) is (Sketch if form == "planes" else TopK)
+        assert type(after.neurons) is type(before.neurons) is (Sketch if form is Form.PLANES else TopK)
         for name, value in vars(before.neurons).items():
             found = getattr(after.neurons, name)
             assert torch.equal(found, value) if isinstance(value, Tensor) else found == value
@@ -215,8 +209,8 @@ def test_mistakes() -> None:
     check_options(method="sketch", bits=3, weights="int4", keep=0.5)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_bytes_are_spread_better_than_equally(form: str, llama: Any) -> None:
+@pytest.mark.parametrize("form", Form)
+def test_bytes_are_spread_better_than_equally(form: Form, llama: Any) -> None:
     """Of two plans of half of the neurons, as much less is lost as more is read, or better."""
     found = calibration(llama)
     mlps = [FourBitMLP.of(mlp) for mlp in dissect(llama).mlps]
@@ -228,8 +222,8 @@ def test_bytes_are_spread_better_than_equally(form: str, llama: Any) -> None:
             _, wanted = kept_by(policy, mlp, x)
             error = torch.where(wanted, 0, mlp.activations(x) - policy.mean) @ mlp.down
             loss += float(((error @ found.information[layer]) * error).sum(1).mean()) / 2
-            read += FORMS[form].bytes_read(mlp, policy.keep, policy.candidates or 1.0)
+            read += form.bytes_read(mlp, policy.keep, policy.candidates or 1.0)
         return loss * read
 
-    greedy, equal = (loss_by_bytes(made(found, form, 0.5, allocation)) for allocation in ("greedy", "equal"))
+    greedy, equal = (loss_by_bytes(found.in_four_bits(form, 0.5, allocation)) for allocation in ("greedy", "equal"))
     assert greedy < equal
