@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -178,7 +178,8 @@ class TokenCalibration:
             return self._four_bits.spread(form, keep, mean=mean)
         norms, shares = self._score_norms(allocation), [keep] * len(self._down)
         if allocation != "equal":
-            triples = zip(self.exact, norms, self._thresholds(keep, allocation, norms, self.exact), strict=True)
+            thresholds = cast("list[float]", self._thresholds(keep, allocation, norms, self.exact))
+            triples = zip(self.exact, norms, thresholds, strict=True)
             shares = [float((a.float() * norm >= least).float().mean()) for a, norm, least in triples]
         return self._four_bits.policies(form, [(share, form.usual_ratio) for share in shares], mean=mean)
 
