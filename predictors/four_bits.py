@@ -29,7 +29,7 @@ from .policies import Dense, NeuronPolicy, Sketch, TopK
 from .token_samples import means_when_left_out, quantile
 
 #: Shares of a layer's neurons between which an allocation by bytes chooses what is left out.
-LEFT_OUT = tuple(round(0.05 * step, 2) for step in range(1, 19))
+LEFT_OUT = tuple(round(0.05 * step, 2) for step in range(2, 19))
 _TOKENS = 2048  # of which activations are computed anew for each plan
 _LOSS_TOKENS = 512  # over which a predicted loss is averaged
 _ROUNDS = 3  # means and threshold depend on one another, and settle at once
@@ -49,7 +49,7 @@ class Form(Enum):
         """What that must say of a neuron, as shares of the exact score that it then needs, between which an allocation
         by bytes chooses; 0 lets everything through. |act(gate)| counts with the size that its up usually has, so that
         most candidates have less than it says."""
-        return {Form.PLANES: (0.35, 0.5, 0.7, 1.0), Form.GATES: (0.0, 0.6, 1.0, 1.4, 1.8), Form.ROWS: (0.0,)}[self]
+        return {Form.PLANES: (0.35, 0.5, 0.7, 1.0), Form.GATES: (0.0, 1.0, 1.4, 1.8), Form.ROWS: (0.0,)}[self]
 
     @property
     def usual_ratio(self) -> float:
