@@ -29,7 +29,7 @@ method_options = together(
     click.option("--rule", show_default="teal", help="Of threshold: teal, wina or cats."),
     click.option("--all-linears", is_flag=True, help="Of threshold: the attention's linears, too."),
     click.option("--allocation", show_default="greedy", help="Of sketch, topk: equal, cett, residual, fisher, greedy."),
-    click.option("--bits", type=int, show_default="4", help="Of sketch: 4, or 1 for ReLU models."),
+    click.option("--bits", type=int, help="Of sketch: 3 in int4 and else 4 by default, or 1 for ReLU models."),
     click.option("--refine", is_flag=True, help="Of sketch: exact scores drop some of what it chose."),
     click.option("--rank", type=int, show_default="64", help="Of learned; at most the model's hidden size."),
 )

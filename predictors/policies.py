@@ -297,25 +297,45 @@ class TopK(ScoredNeurons):
     2210.06313): the oracle that predictors are held against. Saves the down projection alone.
 
     `norm`: fp32 ``[width]``; None: the norms of the down projection's columns.
+    With weights in 4 bits the score is what leaving the neuron out costs, |a_i - mean_i| * norm_i, as in a refined
+    `Sketch`; natively where there is a threshold. There may be a first one on the gate alone, `gate`: where
+    |act(gate_i)| * reach_i is below it the neuron is left out, its up row unread, too. On the calibration text that
+    lets the share `candidates` through.
     """
 
     norm: Tensor | None = None
+    gate: float | None = None
+    reach: Tensor | None = None
+    candidates: float | None = None
     name: ClassVar[str] = "topk"
+
+    def check(self, width: int, hidden: int) -> None:
+        super().check(width, hidden)
+        if self.gate is None and self.reach is None and self.candidates is None:
+            return
+        if self.gate is None or self.reach is None or self.candidates is None or self.threshold is None:
+            raise PlanError("scores that begin with the gate have two thresholds, reaches and a share of candidates")
+        _check_threshold(self.gate)
+        _check_floats("reach", self.reach, (width,))
+        _check_candidates(self.candidates, self.keep)
 
 
 @neuron_policy
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Sketch(ScoredNeurons):
-    """The score of `TopK`, estimated from the first `bits` of each int8 weight.
+    """The score of `TopK`, estimated from the first `bits` of each weight.
 
-    `bits`: 4: the high nibbles of gate and up, which are part of the weights anyway. 1: the signs of the gate's (in a
+    `bits`: 4: of int8 weights, the high nibbles of gate and up, which are part of the weights anyway. 3: of int4
+    weights, the upper three bits of gate and up, the last one counted as its middle. 1: the signs of the gate's (in a
     plain MLP the up's) weights and of the inputs, the score being the share of them that agree: SparseInfer (arXiv
     2411.12692) for ReLU models, whose parameter alpha is the threshold 1 / (1 + alpha).
     `norm`: as in `TopK`; unused by signs. `smooth`: fp32 ``[hidden]`` or None: the MLP's inputs are divided by it and
     the columns of gate and up multiplied, before either is rounded to 8 bits (SmoothQuant, arXiv 2211.10438).
-    `refine`: None or a second threshold: what the first has let through is computed in all 8 bits and then left out
+    `refine`: None or a second threshold: what the first has let through is computed in all bits and then left out
     after all, its down row unread, where |a_i - mean_i| * norm_i is below this one. On the calibration text the first
     lets the share `candidates` through, the second `keep`.
+    Of 3 bits there is always a threshold, and no `smooth`: inputs are rounded in groups, where a large channel takes
+    the range of 31 others alone.
     """
 
     bits: int = 4
@@ -327,10 +347,12 @@ class Sketch(ScoredNeurons):
 
     def check(self, width: int, hidden: int) -> None:
         super().check(width, hidden)
-        if self.bits not in (1, 4) or isinstance(self.bits, bool):
-            raise PlanError(f"a sketch of {self.bits} bits: there are 1 (signs) and 4 (high nibbles)")
+        if self.bits not in (1, 3, 4) or isinstance(self.bits, bool):
+            raise PlanError(f"a sketch of {self.bits} bits: there are 1 (signs), 3 (of int4) and 4 (high nibbles)")
         if self.bits == 1 and not (self.norm is self.smooth is None):
             raise PlanError("a sketch of signs has neither norms nor smoothed inputs")
+        if self.bits == 3 and (self.threshold is None or self.smooth is not None):
+            raise PlanError("a sketch of 3 bits has a threshold and no smoothed inputs")
         if self.smooth is not None:
             _check_floats("smooth", self.smooth, tuple(self.smooth.shape))
             _check_inputs(self.smooth.numel(), hidden)
@@ -341,12 +363,10 @@ class Sketch(ScoredNeurons):
     def _check_refine(self) -> None:
         if self.refine is None and self.candidates is None:
             return
-        if self.refine is None or self.candidates is None or self.threshold is None or self.bits != 4:
-            raise PlanError("a refined sketch has 4 bits, two thresholds and a share of candidates")
+        if self.refine is None or self.candidates is None or self.threshold is None or self.bits == 1:
+            raise PlanError("a refined sketch has 3 or 4 bits, two thresholds and a share of candidates")
         _check_threshold(self.refine)
-        check_share("candidates", self.candidates)
-        if self.candidates < self.keep:
-            raise PlanError(f"a refined sketch keeps {self.keep} of {self.candidates} candidates")
+        _check_candidates(self.candidates, self.keep)
 
 
 @neuron_policy
@@ -469,6 +489,12 @@ def _check_indices(indices: Tensor, width: int, ndim: int) -> None:
 def _check_threshold(value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
         raise PlanError(f"a threshold is {value}; it must be a number of at least 0")
+
+
+def _check_candidates(candidates: float, keep: float) -> None:
+    check_share("candidates", candidates)
+    if candidates < keep:
+        raise PlanError(f"of {candidates} candidates {keep} cannot be kept")
 
 
 def _check_floats(name: str, values: Tensor | None, shape: tuple[int, ...]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -17,10 +17,11 @@ from ..kernels.sparse import signs
 from .anatomy import Anatomy, canonical_activation, dissect, rows_of
 from .checks import Allocation, check_allocation
 from .errors import CoreskipError
+from .four_bits import Form, FourBits
 from .importance import kept_count
 from .learned import best, train_predictors
 from .observe import down_norms
-from .policies import Cats, InputThresholds, Learned, NeuronPolicy, Sketch, Teal, TopK, Wina
+from .policies import Cats, Dense, InputThresholds, Learned, NeuronPolicy, Sketch, Teal, TopK, Wina
 from .token_samples import (
     TokenSamples,
     cett_threshold,
@@ -159,6 +160,30 @@ class TokenCalibration:
     def topk(self, keep: float, allocation: Allocation = "equal", *, mean: bool = False) -> list[TopK]:
         """Per layer the oracle with the same amounts."""
         return [TopK(**amount) for amount in self._amounts(keep, allocation, mean, self.exact)]
+
+    # ---- the same in 4-bit weights ----
+
+    @cached_property
+    def _four_bits(self) -> FourBits:
+        return FourBits(self._anatomy.mlps, self.samples.hidden, self.fisher, self.information, progress=self._progress)
+
+    def in_four_bits(
+        self, form: Form, keep: float, allocation: Allocation = "greedy", *, mean: bool = True
+    ) -> list[NeuronPolicy]:
+        """Per layer what leaves neurons out by `form`, or `Dense` where nothing is left out."""
+        check_allocation(allocation)
+        if keep >= 1:
+            return [Dense() for _ in self._down]
+        if allocation == "greedy":
+            return self._four_bits.spread(form, keep, mean=mean)
+        norms, shares = self._score_norms(allocation), [keep] * len(self._down)
+        if allocation != "equal":
+            thresholds = cast("list[float]", self._thresholds(keep, allocation, norms, self.exact))
+            triples = zip(self.exact, norms, thresholds, strict=True)
+            shares = [float((a.float() * norm >= least).float().mean()) for a, norm, least in triples]
+        return self._four_bits.policies(form, [(share, form.usual_ratio) for share in shares], mean=mean)
+
+    # ---- neurons by other scores ----
 
     def signs(self, keep: float) -> list[Sketch]:
         return [Sketch(keep=keep, bits=1) for _ in self._down]

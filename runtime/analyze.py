@@ -61,11 +61,11 @@ def analyze(
     Args:
         model, tokenizer: from `load`, or any causal LM and its tokenizer; the model must not be wrapped.
         method: by prompt: ``core`` (stability-guided core neurons), ``similar`` (similarity-guided: the set of the
-            nearest cluster of calibration sentences); by token: ``sketch`` (the high nibbles of the weights choose),
-            ``threshold`` (TEAL, WINA, CATS), ``learned`` (low-rank predictors), ``topk`` (the exact oracle, which
-            saves little time); ``static`` (one fixed set); ``layers`` (whole layers are left out; with a budget also
-            attentions or MLPs alone); or ``auto``: with a budget the search looks at all that save time, else it is
-            ``sketch``.
+            nearest cluster of calibration sentences); by token: ``sketch`` (the high nibbles of the weights choose, of
+            int4 their upper three bits), ``threshold`` (TEAL, WINA, CATS), ``learned`` (low-rank predictors), ``topk``
+            (exact scores: the oracle, which saves down rows alone); ``static`` (one fixed set); ``layers`` (whole
+            layers are left out; with a budget also attentions or MLPs alone); or ``auto``: with a budget the search
+            looks at all that save time, else it is ``sketch``.
         keep: share of the MLP neurons to keep, of ``layers`` that of the layers, in (0, 1]; where neither it nor a
             budget is given 0.6, of ``layers`` 0.9.
         budget: ``ppl+1%``, ``kl<0.05`` or ``agreement>0.95`` (or 95%): the fastest plan found that holds it on text
@@ -83,7 +83,7 @@ def analyze(
             leave out small inputs, too.
         allocation: of ``sketch`` and ``topk``: how the share is spread over the layers, see `TokenCalibration`; by
             default ``greedy``.
-        bits: of ``sketch``: 4 (default), or 1 for the signs (ReLU models).
+        bits: of ``sketch``: by default 3 with weights in int4, else 4; 1 for the signs (ReLU models).
         refine: of ``sketch``: whether a second threshold, on exact scores, drops some of what the sketch chose: more is
             left out at the same loss of quality, in more time.
         rank: of ``learned``, 64 by default; at most the model's hidden size.

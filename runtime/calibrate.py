@@ -14,15 +14,16 @@ from torch import Tensor
 
 from ..predictors.anatomy import dissect
 from ..predictors.calibration import TokenText, most_positions, text_of
-from ..predictors.checks import Score
+from ..predictors.checks import AS_PACKED, Score
 from ..predictors.core_neurons import SentenceCounter, cluster_sentences, static_set
 from ..predictors.errors import CoreskipError
 from ..predictors.fingerprint import Fingerprint
+from ..predictors.four_bits import Form
 from ..predictors.importance import kept_count
 from ..predictors.layer_selection import Leave
 from ..predictors.layers import block_influence, half_losses, skip_policies, skipped_layers
 from ..predictors.observe import LayerStats, down_norms, observe
-from ..predictors.plan import LayerPlan, Plan
+from ..predictors.plan import PACKED_AS, LayerPlan, Plan
 from ..predictors.policies import Chooser, Clusters, CoreNeurons, NeuronPolicy, Similar, Static
 from ..predictors.token_choice import TokenCalibration
 from .calibration_text import model_text
@@ -41,6 +42,7 @@ from .options import (
     StaticOptions,
     ThresholdOptions,
     TopKOptions,
+    check_bits,
     options_of,
 )
 from .quality import WINDOW, evaluate_all
@@ -94,6 +96,7 @@ class Study:
         self.calibrator = Calibrator(
             model,
             observed,
+            weights=weights,
             first_layer=first_layer,
             max_tokens=tokens,
             seed=seed,
@@ -157,6 +160,7 @@ class Calibrator:
 
     Args:
         text: what is observed; at most `max_tokens` of it.
+        weights: what plans are made for where `make` is not told.
         options: of the methods, see `OPTIONS_OF`; each method takes those that it has.
         the others: as in `analyze`.
 
@@ -169,6 +173,7 @@ class Calibrator:
         model: Any,
         text: TokenText,
         *,
+        weights: str | None = None,
         first_layer: int = 0,
         max_tokens: int = 16384,
         seed: int = 0,
@@ -178,6 +183,7 @@ class Calibrator:
         for name, value in options.items():
             options_of(next(iter(OF_METHODS.get(name, ("layers",)))), {name: value})
         self._model, self._text, self._progress, self._options = model, text, progress, options
+        self._weights = weights
         self._first, self._seed, self._max_tokens = first_layer, seed, max_tokens
         self.observed = 0
         self._fingerprint = Fingerprint.of(model)
@@ -186,9 +192,9 @@ class Calibrator:
         self._sentences: dict[tuple[Score, float], list[Tensor]] = {}
         self._made: dict[tuple[Any, ...], Plan] = {}
 
-    def make(self, method: str, keep: float, **options: Any) -> Plan:
-        """A plan of this method that keeps this share of the neurons, or layers. `options` replace those given to the
-        calibrator.
+    def make(self, method: str, keep: float, *, weights: str | None = None, **options: Any) -> Plan:
+        """A plan of this method that keeps this share of the neurons, or layers. `weights` and `options` replace those
+        given to the calibrator: in 4-bit weights ``sketch`` and ``topk`` choose by what the weights' own bits say.
 
         Deterministic; observes the text when a method first needs it. A plan is made once: searches ask for it again
         on more windows, in other formats and for other budgets.
@@ -196,10 +202,27 @@ class Calibrator:
         known = {each.name for each in fields(OPTIONS_OF[method])}
         own = {name: value for name, value in self._options.items() if name in known}
         chosen = options_of(method, {**own, **options})
-        key = (method, keep, chosen)
+        form = self._form(method, chosen, weights or self._weights)
+        key = (form, keep, chosen)
         if key not in self._made:
-            self._made[key] = getattr(self, f"_{method}")(keep, chosen)
+            self._made[key] = getattr(self, f"_{form}")(keep, chosen)
         return self._made[key]
+
+    def _form(self, method: str, options: Any, weights: str | None) -> str:
+        """Which way of making a method's plans goes with the weights.
+
+        Raises:
+            CoreskipError: the options are of other weights.
+        """
+        four = weights == "int4" or (weights == AS_PACKED and vars(self._model).get(PACKED_AS) == "int4")
+        if method == "topk":
+            if options.gated and not four:
+                raise CoreskipError("gates choose up rows of weights in 4 bits: add weights int4")
+            return "exact_rows" if four else "topk"
+        if method == "sketch":
+            check_bits(options.bits, in_four_bits=four)
+            return "planes" if four and options.bits in (None, 3) else "sketch"
+        return method
 
     def _windows(self, length: int) -> Tensor:
         """Token ids ``[rows, length]`` of the text, or of as much as may be observed."""
@@ -271,6 +294,15 @@ class Calibrator:
     def _topk(self, keep: float, options: TopKOptions) -> Plan:
         policies = self.tokens.topk(keep, options.allocation)
         return self._by_token("topk", keep, policies, allocation=options.allocation)
+
+    def _planes(self, keep: float, options: SketchOptions) -> Plan:
+        policies = self.tokens.in_four_bits(Form.PLANES, keep, options.allocation)
+        return self._by_token("sketch", keep, policies, bits=3, allocation=options.allocation)
+
+    def _exact_rows(self, keep: float, options: TopKOptions) -> Plan:
+        policies = self.tokens.in_four_bits(Form.GATES if options.gated else Form.ROWS, keep, options.allocation)
+        gated = {"gated": True} if options.gated else {}
+        return self._by_token("topk", keep, policies, allocation=options.allocation, **gated)
 
     def _learned(self, keep: float, options: LearnedOptions) -> Plan:
         policies = self.tokens.learned(keep, options.rank)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 from ..predictors.checks import (
+    AS_PACKED,
     Allocation,
     Score,
     check_allocation,
@@ -80,8 +81,8 @@ class ThresholdOptions(MethodOptions):
 
 
 @dataclass(frozen=True)
-class TopKOptions(MethodOptions):
-    """Of ``topk``.
+class AllocatedOptions(MethodOptions):
+    """Of ``topk`` and ``sketch``.
 
     Attributes:
         allocation: how the share is spread over the layers.
@@ -94,21 +95,36 @@ class TopKOptions(MethodOptions):
 
 
 @dataclass(frozen=True)
-class SketchOptions(TopKOptions):
+class TopKOptions(AllocatedOptions):
+    """Of ``topk``.
+
+    Attributes:
+        gated: with weights in int4, whether gates choose of which neurons up rows are read. The search's own.
+    """
+
+    gated: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_flag("gated", self.gated)
+
+
+@dataclass(frozen=True)
+class SketchOptions(AllocatedOptions):
     """Of ``sketch``.
 
     Attributes:
-        bits: of the weights that choose: 4, or 1 for their signs.
-        refine: whether exact scores drop some of what the sketch chose.
+        bits: of the weights that choose: 3 of weights in int4, 4 of others, or 1 for their signs; None: 3 or 4.
+        refine: whether exact scores drop some of what the sketch chose; one of 3 bits always is.
     """
 
-    bits: int = 4
+    bits: int | None = None
     refine: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bits not in (1, 4) or isinstance(self.bits, bool):
-            raise CoreskipError(f"bits is {self.bits!r}: a sketch has 4 bits, or 1 (signs)")
+        if self.bits not in (None, 1, 3, 4) or isinstance(self.bits, bool):
+            raise CoreskipError(f"bits is {self.bits!r}: a sketch has 4 bits, 3 (of weights in int4) or 1 (signs)")
         check_flag("refine", self.refine)
 
 
@@ -153,7 +169,7 @@ OPTIONS_OF: Mapping[str, type[MethodOptions]] = {
     "layers": LayersOptions,
     "dense": MethodOptions,
 }
-_OF_THE_SEARCH = ("leave",)  # what a user cannot give
+_OF_THE_SEARCH = ("leave", "gated")  # what a user cannot give
 
 
 def _methods_of(name: str) -> tuple[str, ...]:
@@ -302,6 +318,7 @@ def check_options(
         _refuse_any([*named, *(["first_layer"] if first_layer is not None else [])])
     _check_places(named, method, searching=budget is not None, fast=fast)
     _check_pairs(named)
+    check_bits(named.get("bits"), in_four_bits=weights in ("int4", AS_PACKED))
 
 
 def chooses_layers_alone(method: str, keep: float | None, budget: str | None) -> bool:
@@ -322,6 +339,12 @@ def _check_places(named: Mapping[str, Any], method: str, *, searching: bool, fas
             raise CoreskipError(f"{name} is of the method {methods}, and the method is {shown}: leave it out")
         if searching and method in ("auto", *_SEARCHED.get(name, ())) and name in _SEARCHED:
             raise CoreskipError(f"a search for a budget tries every {name} itself: leave it out, or give a keep")
+
+
+def check_bits(bits: int | None, *, in_four_bits: bool) -> None:
+    """Raise where a sketch of 3 bits has no 4-bit weights to be of."""
+    if bits == 3 and not in_four_bits:
+        raise CoreskipError("a sketch of 3 bits is of weights in 4 bits: add weights int4, or give bits 4")
 
 
 def _check_pairs(named: Mapping[str, Any]) -> None:
