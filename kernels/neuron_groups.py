@@ -118,6 +118,10 @@ class PackedNeurons:
         return 0 if self.form != "listed" else (2 if self.gated else 1) * (width // 2 + width // GROUP * 4)
 
     @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    @property
     def nbytes(self) -> int:
         return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
 
@@ -308,5 +312,3 @@ def _tiles(q: Tensor, scale: Tensor, least: Tensor, upper: bool) -> Tensor:
         numbers[:, :, 1] |= (units[:, :, 7] & 3) << 6
         numbers[:, :, 2] |= units[:, :, 6] >> 2 << 6 | units[:, :, 7] >> 2 << 7
     return torch.cat([numbers.flatten(2), *ends], -1)
-
-

@@ -150,6 +150,10 @@ class PackedMLP:
         return self.weight.shape[0]
 
     @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
     def fmt(self) -> str | None:
         """None, "int8" or "int8_sliced"."""
         return None if self.scale is None else "int8" if self.low is None else "int8_sliced"

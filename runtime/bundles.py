@@ -8,9 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..kernels.packed import Act, PackedColumns, PackedLinear, PackedMLP
-from ..kernels.sparse import SparseLinear, SparseMLP
-from ..predictors.anatomy import Anatomy, Matrices, canonical_activation, rows_of
+from ..kernels.groups import TILE
+from ..kernels.neuron_groups import Form, PackedNeurons
+from ..kernels.ops import available
+from ..kernels.packed import ACTS, Act, PackedColumns, PackedLinear, PackedMLP
+from ..kernels.sparse import RowLists, SparseLinear, SparseMLP
+from ..predictors.anatomy import Anatomy, FeedForward, Matrices, canonical_activation, rows_of
+from .packed_layer import PackedLayer
 
 #: what was packed, by the matrix that it is of
 PackedBefore = dict[tuple[Any, ...], tuple[Tensor, PackedLinear]]
@@ -26,12 +30,14 @@ class Weights:
         self.anatomy = anatomy
         self.acts = [canonical_activation(layer.act) for layer in anatomy.mlps]
         self._mlps: dict[tuple[int, str | None], tuple[PackedMLP, Tensor | None]] = {}
+        self._groups: dict[tuple[int, Form], PackedNeurons] = {}
         self._columns: dict[nn.Module, PackedColumns] = {}
         self.linears: PackedBefore = {}
 
     def clear(self) -> None:
         """Forget everything: the model's own weights were moved, cast or loaded anew."""
         self._mlps.clear()
+        self._groups.clear()
         self._columns.clear()
         self.linears.clear()
 
@@ -41,6 +47,8 @@ class Weights:
         self.linears.clear()
         for key in [key for key in self._mlps if key[0] in layers]:
             del self._mlps[key]
+        for layer, form in [key for key in self._groups if key[0] in layers]:
+            del self._groups[layer, form]
         for module in modules:
             self._columns.pop(module, None)
 
@@ -54,6 +62,27 @@ class Weights:
         if found is None or found[1] is not smooth:
             found = self._mlps[layer, fmt] = self.pack(layer, fmt=fmt, smooth=smooth), smooth
         return found[0]
+
+    def groups(self, layer: int, form: Form) -> PackedNeurons:
+        """A layer's MLP in 4-bit groups by neuron: the numbers of its matrices as native steps read them in int4."""
+        found = self._groups.get((layer, form))
+        if found is None:
+            parts = _int4_parts(self.anatomy.mlps[layer])
+            found = self._groups[layer, form] = PackedNeurons.pack(*parts, act=self.acts[layer], form=form)
+        return found
+
+    def listable(self, layer: int, fmt: str | None) -> PackedMLP | PackedNeurons:
+        """A layer's MLP as listed neurons are read from it; "int4" where it can be had so, else 8 bits."""
+        if fmt == "int4":
+            return self.groups(layer, "listed") if self.in_groups(layer) else self.mlp(layer, "int8")
+        return self.mlp(layer, fmt)
+
+    def in_groups(self, layer: int) -> bool:
+        """Whether a layer's MLP can be had in 4-bit groups by neuron here."""
+        mlp = self.anatomy.mlps[layer]
+        weight: Any = mlp.down.weight
+        on_cpu = isinstance(mlp.down, PackedLayer) or weight.device.type == "cpu"
+        return on_cpu and available("cpu") is None and self.acts[layer] in ACTS and _fits_int4(mlp)
 
     def pack(
         self,
@@ -103,7 +132,8 @@ class Weights:
 
 @dataclass(frozen=True)
 class Bundles:
-    """One layer's neurons as a policy's builder packs them. fmt: of neurons that are packed for themselves."""
+    """One layer's neurons as a policy's builder packs them. fmt: of listed neurons: None, as loaded; "int8"; or "int4"
+    groups."""
 
     weights: Weights
     layer: int
@@ -131,14 +161,50 @@ class Bundles:
         """All neurons, packed once for all who want them so."""
         return self.weights.mlp(self.layer, fmt, smooth)
 
-    def some(self, indices: Tensor) -> PackedMLP:
-        """These neurons."""
-        return self.weights.pack(self.layer, fmt=self.fmt, indices=indices)
+    def listed(self, indices: Tensor) -> SparseMLP:
+        """These neurons, int64 ascending: a list over all that are packed, which are not copied."""
+        return SparseMLP(self.weights.listable(self.layer, self.fmt), lists=RowLists.shared(indices))
+
+    def groups(self, form: Form) -> PackedNeurons:
+        """All neurons in 4-bit groups."""
+        return self.weights.groups(self.layer, form)
 
     @staticmethod
     def normed(packed: PackedMLP, norm: Tensor | None) -> PackedMLP:
         """With other norms than those of the down projection, where there are any."""
         return packed if norm is None else replace(packed, norm=norm.to(packed.weight.device))
+
+
+def _matrices_of(mlp: FeedForward) -> tuple[list[nn.Module], int]:
+    """The modules of gate and up, in one where they are stacked, and of down; and the rows of each projection."""
+    gates = [] if mlp.gate_name is None else [getattr(mlp.owner, mlp.gate_name)]
+    return [*gates, mlp.up, mlp.down], mlp.intermediate_size
+
+
+def _fits_int4(mlp: FeedForward) -> bool:
+    """Whether matrices that exist in packed form alone are int4 tiles; others can be rounded to them."""
+    modules, rows = _matrices_of(mlp)
+    packed = [module for module in modules if isinstance(module, PackedLayer)]
+    if mlp.stacked and any(module is mlp.up for module in packed) and rows % TILE:
+        return False
+    return all(module.formats == ["int4"] * len(module.formats) for module in packed)
+
+
+def _int4_parts(mlp: FeedForward) -> tuple[PackedLinear | None, PackedLinear, PackedLinear]:
+    """Gate, up and down in int4 tiles: as they are, or rounded as native steps round them."""
+    if not isinstance(mlp.up, PackedLayer):
+        w = mlp.matrices()
+        gate = None if w.gate is None else PackedLinear.pack(w.gate, w.gate_bias, fmt="int4")
+        return (
+            gate,
+            PackedLinear.pack(w.up, w.up_bias, fmt="int4"),
+            PackedLinear.pack(w.down.t(), w.down_bias, fmt="int4"),
+        )
+    modules, rows = _matrices_of(mlp)
+    parts = [part for module in modules if isinstance(module, PackedLayer) for part in module.parts(whole=False)]
+    if mlp.stacked and len(parts) == 2:
+        parts = [replace(parts[0].part(0, rows) or parts[0]), replace(parts[0].part(rows, rows) or parts[0]), parts[1]]
+    return (parts[0], parts[1], parts[2]) if mlp.gated else (None, parts[0], parts[1])
 
 
 def neuron_weights(hidden: int, gated: bool) -> float:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
-from weakref import WeakKeyDictionary, finalize
+from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..kernels.ops import PackedLinear, PackedMLP
+from ..kernels.ops import PackedLinear
 from ..kernels.sparse import SparseLinear, SparseMLP
 from ..predictors.anatomy import Anatomy, rows_of
+from ..predictors.checks import AS_PACKED
 from ..predictors.policies import Chooser
 from .bundles import Weights, neuron_weights
 from .layer_skips import LayerSkips
@@ -28,13 +28,14 @@ class Prepared:
         self._inputs = program.chosen_by(Chooser.INPUTS)
         self._mlps: dict[int, SparseMLP] = {}
         self._linears: dict[nn.Module, PackedLinear] = {}
-        self._spare: dict[int, deque[Tensor]] = {}  # memory of sequences that are over, by layer
         self._alike: StepProgram | None = None  # where sequences have nothing of their own
         self._own: WeakKeyDictionary[Selections, tuple[SelectedNeurons, StepProgram]] = WeakKeyDictionary()
 
     @property
     def _bundle_format(self) -> str | None:
-        return None if self._program.weights is None else "int8"
+        """Of listed neurons."""
+        weights = self._program.weights
+        return "int4" if weights == AS_PACKED else weights
 
     def mlp(self, layer: int) -> SparseMLP:
         """A brick that all sequences share."""
@@ -65,19 +66,7 @@ class Prepared:
         if selections.packed_of is not self:
             selections.forget_packed()
             selections.packed_of = self
-        return selections.selected(self._pack, lambda layer: self._weights.mlp(layer, self._bundle_format))
-
-    def _pack(self, layer: int, indices: Tensor) -> PackedMLP:
-        """The neurons that a sequence chose, in the memory of one that is over, where there is one."""
-        spare = self._spare.setdefault(layer, deque())
-        try:
-            memory = spare.pop()
-        except IndexError:
-            memory = None
-        packed = self._weights.pack(layer, indices=indices, fmt=self._bundle_format, memory=memory)
-        if self._program.weights is None:
-            finalize(packed, spare.append, packed.weight).atexit = False
-        return packed
+        return selections.selected(lambda layer: self._weights.listable(layer, self._bundle_format))
 
     def step_program(self, selections: Selections | None) -> StepProgram:
         """What a native step computes for sequences with these selections; None: with none of their own."""

@@ -18,9 +18,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..kernels.neuron_groups import Form, PackedNeurons
 from ..kernels.packed import EXACT_BYTES, PackedLinear, PackedMLP
 from ..kernels.sparse import ExactScores, SignScores, SparseMLP
 from ..predictors.anatomy import Anatomy, FeedForward, shape_of
+from ..predictors.checks import AS_PACKED
 from ..predictors.errors import PlanError
 from ..predictors.importance import kept_count
 from ..predictors.plan import LayerPlan, Plan
@@ -76,9 +78,21 @@ class Brick:
         return self.hidden * self.loaded
 
     @property
-    def bundle_row(self) -> float:
-        """Bytes of one row of neurons that are packed for themselves: in 8 bits under either of the plan's formats."""
-        return self.row if self.weights is None else self.hidden
+    def in_groups(self) -> bool:
+        """Whether neurons are read in 4-bit groups."""
+        return self.weights in ("int4", AS_PACKED)
+
+    def listed(self, kept: int) -> float:
+        """Bytes that so many listed neurons read: of 4-bit groups, the ends of all of the down projection's come with
+        them."""
+        if self.in_groups:
+            return self.grouped(self.scoring * kept, kept)
+        return kept * (self.scoring + 1) * (self.row if self.weights is None else self.hidden)
+
+    def grouped(self, rows: float, kept: float) -> float:
+        """Bytes of so many rows of gate and up in 4-bit groups, and of the down rows of those kept."""
+        whole = FORMAT_BYTES["int4"]
+        return self.hidden * (whole * rows + 0.5 * kept + (whole - 0.5) * self.width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,15 +233,17 @@ def _bundled(policy: NeuronPolicy, brick: Brick) -> BrickProgram:
     kept = policy.kept(brick.width)
     if kept == brick.width:  # which the dense MLP computes to the last bit
         return _dense(policy, brick)
-    read = kept * (brick.scoring + 1) * brick.bundle_row
+    read = brick.listed(kept)
     indices: Tensor | None = getattr(policy, "indices", None)
-    pack = None if indices is None else lambda bundles: SparseMLP(bundles.some(indices))
+    pack = None if indices is None else lambda bundles: bundles.listed(indices)
     return BrickProgram(policy, policy.chooser, kept, brick.width, read, pack=pack)
 
 
 @builds(Sketch)
 def _sketch(policy: Sketch, brick: Brick) -> BrickProgram:
     kept = policy.kept(brick.width)
+    if policy.bits == 3:
+        return _planes(policy, brick, kept)
     if policy.bits == 1:
         read = brick.width * brick.hidden + kept * (brick.scoring + 1) * brick.row
         pack = lambda bundles: _scored(policy, bundles, SignScores.of(bundles.scoring_weights()))  # noqa: E731
@@ -235,6 +251,38 @@ def _sketch(policy: Sketch, brick: Brick) -> BrickProgram:
     completed = kept if policy.candidates is None else kept_count(brick.width, policy.candidates)
     read = (brick.width + completed) * brick.scoring * brick.hidden / 2 + kept * brick.hidden
     return BrickProgram(policy, policy.chooser, kept, brick.width, read, pack=lambda bundles: _nibbles(policy, bundles))
+
+
+def _planes(policy: Sketch, brick: Brick, kept: int) -> BrickProgram:
+    """Three of the four bits of gate and up, the last ones of candidates, and the down rows of those that are kept."""
+    if not brick.in_groups:
+        raise PlanError("a sketch of 3 bits is of weights in 4 bits: the plan's weights must be int4")
+    bits = 3 * brick.width + kept_count(brick.width, policy.keep if policy.candidates is None else policy.candidates)
+    read = brick.grouped(brick.scoring * brick.width, kept)
+    read -= brick.hidden * brick.scoring * (4 * brick.width - bits) / 8
+
+    def pack(bundles: Bundles) -> SparseMLP:
+        packed = _in_groups(policy, bundles, "planes", None)
+        return SparseMLP(packed, "exact", threshold=policy.threshold, refine=policy.refine or 0.0)
+
+    return BrickProgram(policy, policy.chooser, kept, brick.width, read, pack=pack)
+
+
+def _by_gates(policy: TopK, brick: Brick, kept: int) -> BrickProgram:
+    """Gates, the up rows of candidates, or of all, and the down rows of those that are kept."""
+    candidates = brick.width if policy.candidates is None else kept_count(brick.width, policy.candidates)
+    read = brick.grouped(brick.width + (brick.scoring - 1) * candidates, kept)
+
+    def pack(bundles: Bundles) -> SparseMLP:
+        packed = _in_groups(policy, bundles, "rows" if policy.gate is None else "gates", policy.reach)
+        return SparseMLP(packed, "exact", threshold=policy.gate or 0.0, refine=policy.threshold or 0.0)
+
+    return BrickProgram(policy, policy.chooser, kept, brick.width, read, pack=pack)
+
+
+def _in_groups(policy: TopK | Sketch, bundles: Bundles, form: Form, reach: Tensor | None) -> PackedNeurons:
+    packed = bundles.groups(form).scored(policy.norm, reach)
+    return packed if policy.mean is None else packed.compensated(policy.mean)
 
 
 def _nibbles(policy: Sketch, bundles: Bundles) -> SparseMLP:
@@ -249,6 +297,10 @@ def _nibbles(policy: Sketch, bundles: Bundles) -> SparseMLP:
 @builds(TopK)
 def _topk(policy: TopK, brick: Brick) -> BrickProgram:
     kept = policy.kept(brick.width)
+    if brick.in_groups and policy.threshold is not None:
+        return _by_gates(policy, brick, kept)
+    if policy.gate is not None:
+        raise PlanError("scores that begin with the gate are of weights in 4 bits: the plan's weights must be int4")
     read = (brick.width * brick.scoring + kept) * brick.row
     return BrickProgram(
         policy, policy.chooser, kept, brick.width, read, native=False, pack=lambda bundles: _exactly(policy, bundles)

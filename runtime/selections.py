@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ..kernels.neuron_groups import PackedNeurons
 from ..kernels.ops import PackedMLP
 from ..kernels.sparse import RowLists, SparseMLP
 from ..predictors.importance import token_contributions
@@ -31,29 +32,28 @@ class Observed:
     down_norm: Tensor
 
 
-#: of a layer, some neurons, packed
-Packer = Callable[[int, Tensor], PackedMLP]
+#: all neurons of a layer, packed so that they can be listed
+Packer = Callable[[int], "PackedMLP | PackedNeurons"]
 
 
 @dataclass(frozen=True, eq=False)
 class SelectedNeurons:
-    """What the sequences of a cache decode with, by layer: the neurons that all of them chose or, where they chose
-    differently, the whole layer with a list for each."""
+    """What the sequences of a cache decode with, by layer: a list for all of them or, where they chose differently, one
+    for each."""
 
     mlps: Mapping[int, SparseMLP]
 
     @property
     def differ(self) -> bool:
         """Whether some sequences chose other neurons than others."""
-        return any(mlp.lists is not None for mlp in self.mlps.values())
+        return any(mlp.lists is not None and mlp.lists.rows is not None for mlp in self.mlps.values())
 
 
 class Selections:
     """The neurons that the sequences of one KV cache decode with.
 
-    During prefill, `observe` adds up each prompt's scores; the first decode step settles them into indices. Sequences
-    that agree, as one alone does, get a slice of the weights. Others get lists over whole layers, packed once for all
-    caches: a batch of 8 would copy four times the weights at half the neurons, and read all of that at every step. A
+    During prefill, `observe` adds up each prompt's scores; the first decode step settles them into lists over whole layers,
+    which are packed once for all caches: to copy the chosen half of a 1B model's neurons takes as long as several steps. A
     later prefill (the next turn) adds to the same scores and settles anew.
     """
 
@@ -123,15 +123,12 @@ class Selections:
             self._void_rows[layer] = found
         return found
 
-    def selected(self, some: Packer, every: Callable[[int], PackedMLP]) -> SelectedNeurons:
-        """What the rows decode with now: one and the same object until that changes.
-
-        some: of a layer, these neurons, packed; every: all of them.
-        """
+    def selected(self, packed: Packer) -> SelectedNeurons:
+        """What the rows decode with now: one and the same object until that changes."""
         if self._group_of_row is None:
             self._settle()
         if self._selected is None:
-            self._selected = self._pack(cast(Tensor, self._group_of_row), some, every)
+            self._selected = self._pack(cast(Tensor, self._group_of_row), packed)
         return self._selected
 
     def forget_packed(self) -> None:
@@ -153,14 +150,15 @@ class Selections:
         lists = distinct.split([indices.shape[1] for indices in chosen.values()], dim=1)
         self._distinct = dict(zip(chosen, lists, strict=True))
 
-    def _pack(self, group_of_row: Tensor, some: Packer, every: Callable[[int], PackedMLP]) -> SelectedNeurons:
-        if bool((group_of_row == group_of_row[0]).all()):
-            own = {layer: lists[group_of_row[0]] for layer, lists in self._distinct.items()}
-            return SelectedNeurons({layer: SparseMLP(some(layer, indices)) for layer, indices in own.items()})
-        mlps = {}
+    def _pack(self, group_of_row: Tensor, packed: Packer) -> SelectedNeurons:
+        alike, mlps = bool((group_of_row == group_of_row[0]).all()), {}
         for layer, distinct in self._distinct.items():
-            packed = every(layer)
-            mlps[layer] = SparseMLP(packed, lists=RowLists.of(distinct[group_of_row], packed.intermediate_size))
+            mlp = packed(layer)
+            if alike:
+                lists = RowLists.shared(distinct[group_of_row[0]].to(mlp.device))
+            else:
+                lists = RowLists.of(distinct[group_of_row].to(mlp.device), mlp.intermediate_size)
+            mlps[layer] = SparseMLP(mlp, lists=lists)
         return SelectedNeurons(mlps)
 
     def _anchor(self, layer: int, policy: PromptNeurons) -> int:
