@@ -1,7 +1,8 @@
 """The budget search: the fastest plan that keeps within the quality a user will give up.
 
 Weights in fewer bits come first: where the native step runs the model, they cost no neurons, and what they leave to win
-is often nothing. Then every *family* (a method with its options and a weight format) is a line of plans by the share of
+is often nothing. Where plain 4 bits lose too much, weights are rounded with the text, in mixtures of widths
+(rounding_search.py). Then every *family* (a method with its options and a weight format) is a line of plans by the share of
 neurons, or of layers, that they keep. The most promising family is bisected; each other one has one chance, at the keep
 where it would be faster than the best plan so far, and is bisected only if it holds the budget there. What cannot be
 faster is not even calibrated. What is fast is predicted from the bytes that a decode step reads (`cost`) and the
@@ -34,6 +35,7 @@ from .calibrate import Study
 from .cost import Cost, cost, read_bandwidth
 from .lower_cpu import refusal
 from .options import Budget, CoreOptions, check_options, given
+from .rounding_search import Roundings
 
 logger = logging.getLogger("coreskip")
 
@@ -113,6 +115,7 @@ _FAST = tuple(
     if f.method == "layers" or f.label in ("sketch greedy", "threshold cats", "threshold teal", "static")
 )
 _DENSE = Family("dense", {})
+_ROUNDED = Family("rounded", {})  # its "keep" is the share of the bytes that all linears take in 8 bits
 #: By method, the family that is cheapest to calibrate: where it is far off the budget, so are the method's others.
 _PROXIES = {"sketch": Family("sketch", {"allocation": "equal"})}
 
@@ -127,7 +130,12 @@ def search(study: Study, budget: Budget, method: str, *, journal: Journal | str 
     state = _Search(study, budget, journal if isinstance(journal, Journal) else Journal(journal))
     families = [f for f in state.families() if method in ("auto", f.method)]
     families = families or [f for f in FAMILIES if f.method == method] or [Family(method, {})]
-    for family in ([_DENSE] if method == "auto" else []) + families:
+    if method == "auto":
+        for weights in state.formats(_DENSE):
+            state.bisect(replace(_DENSE, weights=weights))
+        if state.may_round:
+            state.bisect(_ROUNDED)
+    for family in families:
         for weights in state.formats(family):
             state.bisect(replace(family, weights=weights))
     return state.winner()
@@ -214,11 +222,15 @@ class _Candidate:
     quality: dict[str, Any]
     cost: Cost
 
+    @property
+    def name(self) -> str:
+        return self.family.label + (f" to {self.keep:g} of int8" if self.family.method == "rounded" else "")
+
     def row(self, bandwidth: float) -> dict[str, Any]:
         """As the plan's frontier keeps it."""
         return {
-            "name": self.family.label,
-            "keep": self.keep,
+            "name": self.name,
+            "keep": self.plan.keep if self.family.method == "rounded" else self.keep,
             "megabytes": round(self.cost.moved / 1e6, 2),
             "milliseconds": round(1e3 * self.cost.weighed / bandwidth, 3),
             **{name: self.quality[name] for name in _FIGURES},
@@ -243,6 +255,7 @@ class _Search:
         self._failed_formats: set[str | None] = set()  # formats that break the budget without a neuron left out
         self._about = study.identity()[:16]
         self._refusal = refusal(study.model, self._anatomy)
+        self._roundings = Roundings(study, journal, self._about)
         self._many = _MORE * study.windows
 
     def _cost(self, plan: Plan) -> Cost:
@@ -258,6 +271,12 @@ class _Search:
         if self._study.weights is not None:  # a packed model's own format, too
             return (self._study.weights,)
         return family.formats if self._refusal is None else (None,)
+
+    @property
+    def may_round(self) -> bool:
+        """Whether rounding with the text is worth its minutes, and a plan that the model has to be packed for: where
+        plain 4 bits break the budget."""
+        return self._refusal is None and self._study.weights is None and "int4" in self._failed_formats
 
     @property
     def _best(self) -> _Candidate | None:
@@ -287,13 +306,16 @@ class _Search:
     def _make(self, family: Family, keep: float) -> Plan:
         if family.method == "dense":
             return replace(self._dense, weights=family.weights)
+        if family.method == "rounded":
+            return self._roundings.plan(keep)
         return replace(self._study.calibrator.make(family.method, keep, **family.options), weights=family.weights)
 
     def _quality(self, name: str, plan: Plan, part: str, windows: int | None = None) -> dict[str, Any]:
         key = f"{self._about} {part} {name}" + ("" if windows is None else f" in {windows} windows")
         known = self._journal.get(key)
         if known is None:
-            known = self._study.measure(plan, part, windows)
+            measure = self._study.measure if plan.rounding is None else self._roundings.measure
+            known = measure(plan, part, windows)
             self._journal.add(key, known)
         return known
 
@@ -305,7 +327,7 @@ class _Search:
             if self._budget.exceeds(screened.quality, _FAR_OFF):
                 return False
         found = self.measure(family, keep)
-        if family.method == "dense" and self._budget.undecided(found.quality):
+        if family.method in ("dense", "rounded") and self._budget.undecided(found.quality):
             found = self.measure(family, keep, self._many)
         held = self._budget.holds(found.quality)
         if held:
@@ -314,7 +336,8 @@ class _Search:
 
     def bisect(self, family: Family) -> None:
         """Find the fewest neurons with which this family holds the budget, if that can win."""
-        keeps = [keep for keep in family.keeps(len(self._anatomy)) if self._can_win(family, keep)]
+        shares = self._roundings.shares if family.method == "rounded" else family.keeps(len(self._anatomy))
+        keeps = [keep for keep in shares if self._can_win(family, keep)]
         if not keeps or family.weights in self._failed_formats:
             return
         if family.method == "dense":
@@ -332,6 +355,8 @@ class _Search:
 
     def _can_win(self, family: Family, keep: float) -> bool:
         """Whether the family would be faster than the best so far, at this keep."""
+        if family.method == "rounded":
+            return self._roundings.nbytes(keep) < 0.99 * self._weight_to_beat
         if family.method == "dense":
             plan = self._make(family, keep)
         else:
