@@ -14,7 +14,9 @@ from coreskip.predictors.checks import PACKINGS
 @click.command()
 @model_options
 @click.option("-o", "--output", required=True, type=PATH, help="Folder to write the packed model to.")
-@click.option("--plan", "folder", type=PATH, help="Goes with it, and is used where no other is named.")
+@click.option(
+    "--plan", "folder", type=PATH, help="Goes with it, and is used where no other is named; may say how to round."
+)
 @click.option(
     "--weights",
     type=click.Choice(PACKINGS),
@@ -48,9 +50,9 @@ def pack(
     content = read_text(text) if text is not None else None
     plan = Plan.load(folder) if folder is not None else None
     set_threads(threads)
-    wanted = (
-        options["weights"] or (plan.weights if plan is not None else None) or ("int4" if text is not None else None)
-    )
+    rounds = text is not None or (plan is not None and plan.rounding is not None)
+    planned = None if plan is None or rounds else plan.weights
+    wanted = options["weights"] or planned or ("int4" if rounds else None)
     loaded, tokenizer = load(model, dtype=dtype, device=device or "cpu", packed=packed_for(model, wanted))
     tokens = tokenize(tokenizer, content, Path(str(text)).name) if content is not None else None
     pack(loaded, tokenizer, output, plan=plan, text=tokens, **options)

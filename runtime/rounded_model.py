@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
 
 from ..kernels.packed import PackedLinear
 from ..predictors.anatomy import Anatomy, dissect, rows_of
+from ..predictors.checks import AS_PACKED
 from ..predictors.fingerprint import KEPT, Fingerprint
-from ..predictors.plan import PACKED_AS
+from ..predictors.plan import PACKED_AS, Plan
+from .bundles import Weights
 from .calls import NotCovered
 from .packed_layer import PackedLayer
 from .rounding import Rounded
 from .spec import LinearSpec, read_spec
+from .wrap import wrapped
 
 
 @contextmanager
@@ -33,7 +36,7 @@ def rounded_in_place(model: Any, found: Iterable[Rounded], packed_as: str = "int
         for each in found:
             _, bias = rows_of(each.module)
             parts = split(each.packed, rows.get(each.module, (each.packed.out_features,)))
-            dtype = each.module.weight.dtype  # type: ignore[union-attr]
+            dtype = each.module.weight.dtype
             layer = PackedLayer(parts, None if bias is None else bias.detach(), dtype)  # type: ignore[arg-type]
             exchanged[each.name] = each.module
             model.set_submodule(each.name, layer)
@@ -47,6 +50,17 @@ def rounded_in_place(model: Any, found: Iterable[Rounded], packed_as: str = "int
             vars(model).pop(name, None)
             if old is not None:
                 setattr(model, name, old)
+
+
+@contextmanager
+def decoding_rounded(model: Any, found: Iterable[Rounded]) -> Iterator[None]:
+    """Inside, the model is in place of that packed one and wrapped: decode steps have inputs in 8 bits, too."""
+    with rounded_in_place(model, found), _wrapped(model):
+        yield
+
+
+def _wrapped(model: Any) -> AbstractContextManager[Any]:
+    return wrapped(model, Plan.dense(model, AS_PACKED), Weights(dissect(model)))
 
 
 def split(packed: PackedLinear, rows: tuple[int, ...]) -> list[PackedLinear]:

@@ -2,8 +2,9 @@
 loses: see `predictors/compensation.py` for what is done to a matrix.
 
 Only the hidden states of the calibration tokens pass from layer to layer: as the rounded layers before have left them,
-and where their error is made up for, as the original ones would have. A layer's linears are rounded in the order in which it calls them, on inputs
-as its rounded ones before give them; linears with the same input are rounded together. The LM head comes last.
+and where their error is made up for, as the original ones would have. A layer's linears are rounded in the order in
+which it calls them, on inputs as its rounded ones before give them; linears with the same input are rounded together.
+The LM head comes last.
 
 Mixed widths take every matrix as it is rounded behind matrices of 4 bits, whatever these become: a model is gone
 through once for all mixtures (`alternatives`), and once more for the one that is packed (`round_by`).
@@ -49,7 +50,7 @@ Hook = Callable[[nn.Module, tuple[Any, ...]], None]
 #: of a linear, what it became in each of the formats asked for, with its errors
 Found = dict[str, tuple[PackedLinear, Tensor]]
 #: which formats are asked for; hidden states are those of the first
-Formats = dict[nn.Module, tuple[str, ...]]
+Formats = Mapping[nn.Module, tuple[str, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,13 +123,15 @@ def round_by(model: Any, recipe: RoundingRecipe, *, progress: bool = True) -> It
         CoreskipError: the recipe is of another model.
     """
     make_way(model)
-    anatomy = dissect(model)
+    anatomy, vocabulary = dissect(model), model.get_input_embeddings().weight.shape[0]
+    if int(recipe.ids.max()) >= vocabulary:
+        raise CoreskipError(f"the plan's rounding has the token {int(recipe.ids.max())}, beyond the model's vocabulary")
     head = model.get_output_embeddings()
     name_of_head = _names(model)[head]
     widths = {name: width for name, width in recipe.widths.items() if name != name_of_head}
     chosen = _formats(model, anatomy, widths, recipe.widths.get(name_of_head, "int8"))
     formats = {module: tuple(dict.fromkeys((FORMAT_OF["int4"], fmt))) for module, fmt in chosen.items()}
-    formats[head] = (chosen[head],)  # nothing comes after it
+    formats[head] = (chosen[head],)  # nothing comes behind it
     rows = recipe.ids.to(model.device, torch.int64)
     return (found[-1] for found in _rounded(model, anatomy, rows, formats, progress, 0.0))
 
@@ -398,7 +401,7 @@ class _Layer:
 
 @dataclass(frozen=True, eq=False)
 class _Moments:
-    """X'X of inputs X, and X'(Y - X) for the share of the way to original inputs Y that is to be made up for; the number
+    """X'X of inputs X; X'(Y - X) times `SHIFT`, Y being the original inputs, where that is made up for; and the number
     of tokens."""
 
     gram: Tensor

@@ -20,15 +20,13 @@ from ..predictors.checks import AS_PACKED
 from ..predictors.observe import inference
 from ..predictors.plan import Plan
 from ..predictors.rounding_recipe import RoundingRecipe
-from .bundles import Weights
 from .calibrate import Study
 from .cost import loaded_bytes
 from .formats import format_takers
 from .quality import decode_logits
-from .rounded_model import rounded_in_place
+from .rounded_model import decoding_rounded
 from .rounding import TOKENS, WINDOW, Rounded, windows_of
 from .sensitivity import Costs, Mixtures, costs_of_widths
-from .wrap import wrapped
 
 _STEP = 0.02  # between the shares of the bytes in 8 bits that are tried
 
@@ -62,7 +60,7 @@ class Roundings:
 
     def nbytes(self, share: float) -> float:
         """Bytes of a token at most."""
-        return self._others + share * self._sizes.widest
+        return float(self._others + share * self._sizes.widest)
 
     def plan(self, share: float) -> Plan:
         """A plan that leaves nothing out, to be packed with."""
@@ -77,7 +75,7 @@ class Roundings:
         if not self._found:
             self._round()
         found = [self._found[name][width] for name, width in plan.rounding.widths.items()]
-        with rounded_in_place(model, found), inference(model), wrapped(model, plan, Weights(dissect(model))):
+        with inference(model), decoding_rounded(model, found):
             return judge.judged(partial(decode_logits, model, at_once=MAX_ROWS), windows or self._study.windows)
 
     @cached_property

@@ -2,12 +2,12 @@
 
 Weights in fewer bits come first: where the native step runs the model, they cost no neurons, and what they leave to win
 is often nothing. Where plain 4 bits lose too much, weights are rounded with the text, in mixtures of widths
-(rounding_search.py). Then every *family* (a method with its options and a weight format) is a line of plans by the share of
-neurons, or of layers, that they keep. The most promising family is bisected; each other one has one chance, at the keep
-where it would be faster than the best plan so far, and is bisected only if it holds the budget there. What cannot be
-faster is not even calibrated. What is fast is predicted from the bytes that a decode step reads (`cost`) and the
-measured bandwidth of the memory. The winner must hold the budget, with a margin, on text that the search did not see;
-else it gives way.
+(rounding_search.py). Then every *family* (a method with its options and a weight format) is a line of plans by the
+share of neurons, or of layers, that they keep. The most promising family is bisected; each other one has one chance, at
+the keep where it would be faster than the best plan so far, and is bisected only if it holds the budget there. What
+cannot be faster is not even calibrated. What is fast is predicted from the bytes that a decode step reads (`cost`) and
+the measured bandwidth of the memory. The winner must hold the budget, with a margin, on text that the search did not
+see; else it gives way.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, get_args
 
 import torch
 
-from ..predictors.anatomy import Anatomy, dissect
+from ..predictors.anatomy import Anatomy, dissect, is_packed
 from ..predictors.checks import check_share, path_of
 from ..predictors.errors import CoreskipError
 from ..predictors.files import append_line, check_file, read_text
@@ -255,6 +255,7 @@ class _Search:
         self._failed_formats: set[str | None] = set()  # formats that break the budget without a neuron left out
         self._about = study.identity()[:16]
         self._refusal = refusal(study.model, self._anatomy)
+        self._packed = any(map(is_packed, study.model.modules()))
         self._roundings = Roundings(study, journal, self._about)
         self._many = _MORE * study.windows
 
@@ -268,7 +269,7 @@ class _Search:
 
     def formats(self, family: Family) -> tuple[str | None, ...]:
         """The weight formats in which the family can run here."""
-        if self._study.weights is not None:  # a packed model's own format, too
+        if self._study.weights is not None or self._packed:  # a packed model's own format
             return (self._study.weights,)
         return family.formats if self._refusal is None else (None,)
 
@@ -276,7 +277,8 @@ class _Search:
     def may_round(self) -> bool:
         """Whether rounding with the text is worth its minutes, and a plan that the model has to be packed for: where
         plain 4 bits break the budget."""
-        return self._refusal is None and self._study.weights is None and "int4" in self._failed_formats
+        can = self._refusal is None and self._study.weights is None and not self._packed
+        return can and "int4" in self._failed_formats
 
     @property
     def _best(self) -> _Candidate | None:

@@ -25,35 +25,6 @@ OF_GRADIENTS = 4096  # tokens
 Costs = dict[str, dict[str, float]]
 
 
-def sensitivities(
-    model: Any,
-    text: TokenText | Tensor,
-    found: Sequence[Rounded],
-    *,
-    tokens: int = OF_GRADIENTS,
-    window: int = WINDOW,
-    seed: int = 0,
-    progress: bool = True,
-) -> dict[str, float]:
-    """What rounding each linear is predicted to cost, KL divergence in nats per token, by its name.
-
-    Half the sum over outputs of the squared error, as `compensate` has measured it, times the Fisher information, which
-    is the mean square of the gradient that log p(y) has there, y drawn from the model's own predictions.
-
-    Args:
-        found: linears of the layers, as `compensate` yields them.
-        text, tokens, window: what the gradients are measured on, one forward and one backward pass per window.
-        seed: of drawing y.
-    """
-    rows = windows_of(model, text, tokens, window)
-    information = _information(model, rows, [each.module for each in found], seed, progress)
-    return {each.name: _cost(each, what) for each, what in zip(found, information, strict=True)}
-
-
-def _cost(rounded: Rounded, information: Tensor) -> float:
-    return float((information * rounded.error).sum()) / 2
-
-
 def _information(model: Any, rows: Tensor, modules: Sequence[nn.Module], seed: int, progress: bool) -> list[Tensor]:
     """Of each output of each module the Fisher information, float32 ``[outputs]``."""
     check_seed(seed)
@@ -74,9 +45,15 @@ def costs_of_widths(
     progress: bool = True,
     keep: Callable[[dict[str, Rounded]], None] = lambda found: None,
 ) -> Costs:
-    """What every linear, the LM head included, costs in every width, as `sensitivities` predicts it.
+    """What rounding each linear, the LM head included, to each width is predicted to cost, KL divergence in nats per
+    token: half the sum over outputs of the squared error, as the rounding has measured it, times the Fisher
+    information, which is the mean square of the gradient that log p(y) has there, y drawn from the model's own
+    predictions.
 
-    rows: what calibrates, as `windows_of` gives it; keep: is given every linear in all widths.
+    Args:
+        rows: what calibrates, as `windows_of` gives it; `OF_GRADIENTS` tokens of it have a backward pass, too.
+        seed: of drawing y.
+        keep: is given every linear in all widths.
     """
     few = max(1, OF_GRADIENTS // rows.shape[1])
     gradients = rows[:: max(1, len(rows) // few)][:few]
@@ -86,7 +63,8 @@ def costs_of_widths(
     for found in alternatives(model, rows, progress=progress):
         keep(found)
         for width, rounded in found.items():
-            costs.setdefault(rounded.name, {})[width] = _cost(rounded, information[rounded.module])
+            cost = float((information[rounded.module] * rounded.error).sum()) / 2
+            costs.setdefault(rounded.name, {})[width] = cost
     return costs
 
 
@@ -149,7 +127,7 @@ class Mixtures:
         steps = []
         while best:
             name = max(best, key=lambda name: best[name][0])
-            gain, width = best.pop(name)
+            _, width = best.pop(name)
             steps.append((name, width))
             if width != WIDTHS[-1]:
                 best[name] = self._next(name, width)

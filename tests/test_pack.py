@@ -186,7 +186,7 @@ def test_a_text_calibrates_the_rounding(tmp_path: Path) -> None:
     coreskip.pack(model, words, tmp_path / "m", text=text, share=0.8, progress=False)
     sizes = [describe(tmp_path / name)["formats"] for name in "tm"]
     assert sizes[1]["int8_groups"]["tensors"] > sizes[0]["int8_groups"]["tensors"]
-    assert sizes[1]["int4"]["tensors"] > 0
+    assert sizes[1]["int5"]["tensors"] > 0
     mixed, _ = coreskip.load(tmp_path / "m")
     with coreskip.wrap(mixed):
         greedy(mixed, ids[:, :9], 4)
