@@ -109,6 +109,10 @@ def show(plan: Path, as_json: bool) -> None:
     if (plan / "packed.json").is_file():
         _show_packed(plan, as_json)
         return
+    if (plan.is_file() and plan.suffix.lower() == ".gguf") or (plan / "config.json").is_file():
+        raise CoreskipError(
+            f"{plan} is a model, and neither a plan nor a packed one: `coreskip info {plan}` tells of it"
+        )
     from coreskip.predictors.drawing import plan_document, plan_table
     from coreskip.predictors.plan import Plan
 
