@@ -224,9 +224,9 @@ class _Source:
         if recipe is None:
             assert self._text is not None
             if self._share is None:
-                return compensate(self.model, self._text, progress=progress)
+                return compensate(self.model, self._text, resume=True, progress=progress)
             recipe = recipe_within(self.model, self._text, self._share, progress=progress)
-        return round_by(self.model, recipe, progress=progress)
+        return round_by(self.model, recipe, resume=True, progress=progress)
 
     def parts(self, module: Any) -> list[PackedLinear] | None:
         """The module's matrix in packed form; None where it is written as it is."""

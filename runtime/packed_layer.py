@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -198,15 +198,19 @@ class PackedRows(nn.Embedding):
         return self
 
 
-@cache
+_classes_of_rows: dict[type[nn.Module], type[PackedRows]] = {nn.Embedding: PackedRows}
+
+
 def _class_of_rows(plain: type[nn.Embedding]) -> type[PackedRows]:
     """The class of packed embeddings that do else what those of `plain` do."""
-    return PackedRows if plain is nn.Embedding else type(plain.__name__, (plain, PackedRows), {})
+    if plain not in _classes_of_rows:
+        _classes_of_rows[plain] = type(plain.__name__, (plain, PackedRows), {})
+    return _classes_of_rows[plain]
 
 
 def _blank_rows(plain: type[nn.Embedding]) -> PackedRows:
     cls = _class_of_rows(plain)
-    return cast(PackedRows, cls.__new__(cls))
+    return cls.__new__(cls)
 
 
 def packed_bytes_of(weight: Tensor) -> int | None:

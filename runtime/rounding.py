@@ -12,6 +12,7 @@ through once for all mixtures (`alternatives`), and once more for the one that i
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from ..predictors.errors import CoreskipError
 from ..predictors.observe import inference
 from ..predictors.rounding_recipe import RoundingRecipe
 from .formats import FORMAT_OF, takes_format
+from .rounding_kept import Kept
 from .wrap import make_way
 
 TOKENS, WINDOW = 8192, 512
@@ -80,6 +82,7 @@ def compensate(
     head: str = "int8",
     tokens: int = TOKENS,
     window: int = WINDOW,
+    resume: bool = False,
     progress: bool = True,
 ) -> Iterator[Rounded]:
     """Every linear of the decoder layers in few bits, in the order in which the model calls them; then the LM head.
@@ -94,6 +97,7 @@ def compensate(
         widths: "int4", "int5" or "int8", or one of them by the name of the linear; linears without one get "int4".
         head: of the LM head; 8 bits are rounded plainly, for there is nothing to compensate.
         tokens, window: so many tokens at most, in windows of so many.
+        resume: keep each layer in the cache folder until all are done: a rounding that is killed goes on there.
 
     Raises:
         CoreskipError: less than one window of text, unknown names or widths, a wrapped model.
@@ -102,22 +106,27 @@ def compensate(
     anatomy = dissect(model)
     formats = {module: (fmt,) for module, fmt in _formats(model, anatomy, widths, head).items()}
     rows = windows_of(model, text, tokens, window)
-    return (only for (only,) in _rounded(model, anatomy, rows, formats, progress, SHIFT))
+    kept = _kept(model, rows, formats, SHIFT) if resume else None
+    return (only for (only,) in _rounded(model, anatomy, rows, formats, progress, SHIFT, kept))
 
 
-def alternatives(model: Any, rows: Tensor, *, progress: bool = True) -> Iterator[dict[str, Rounded]]:
+def alternatives(
+    model: Any, rows: Tensor, *, resume: bool = False, progress: bool = True
+) -> Iterator[dict[str, Rounded]]:
     """Every linear of the layers, and then the LM head, in each of `WIDTHS`, by the width: one pass for all of what may
-    be mixed of them. Hidden states are those of 4 bits. rows: as `windows_of` gives them."""
+    be mixed of them. Hidden states are those of 4 bits. rows: as `windows_of` gives them; resume: see `compensate`."""
     make_way(model)
     anatomy = dissect(model)
     each = tuple(FORMAT_OF[width] for width in WIDTHS)
     formats = dict.fromkeys(_formats(model, anatomy, "int4", "int4"), each)
-    for found in _rounded(model, anatomy, rows, formats, progress, 0.0):
+    kept = _kept(model, rows, formats, 0.0) if resume else None
+    for found in _rounded(model, anatomy, rows, formats, progress, 0.0, kept):
         yield dict(zip(WIDTHS, found, strict=True))
 
 
-def round_by(model: Any, recipe: RoundingRecipe, *, progress: bool = True) -> Iterator[Rounded]:
-    """The linears as a recipe has them, and as `alternatives` gave them: the same numbers again.
+def round_by(model: Any, recipe: RoundingRecipe, *, resume: bool = False, progress: bool = True) -> Iterator[Rounded]:
+    """The linears as a recipe has them, and as `alternatives` gave them: the same numbers again. resume: see
+    `compensate`.
 
     Raises:
         CoreskipError: the recipe is of another model.
@@ -133,7 +142,8 @@ def round_by(model: Any, recipe: RoundingRecipe, *, progress: bool = True) -> It
     formats = {module: tuple(dict.fromkeys((FORMAT_OF["int4"], fmt))) for module, fmt in chosen.items()}
     formats[head] = (chosen[head],)  # nothing comes behind it
     rows = recipe.ids.to(model.device, torch.int64)
-    return (found[-1] for found in _rounded(model, anatomy, rows, formats, progress, 0.0))
+    kept = _kept(model, rows, formats, 0.0) if resume else None
+    return (found[-1] for found in _rounded(model, anatomy, rows, formats, progress, 0.0, kept))
 
 
 def windows_of(model: Any, text: TokenText | Tensor, tokens: int, window: int) -> Tensor:
@@ -184,27 +194,44 @@ def _names(model: nn.Module) -> dict[nn.Module, str]:
     return {module: name for name, module in model.named_modules()}
 
 
+def _kept(model: Any, rows: Tensor, formats: Formats, shift: float) -> Kept | None:
+    if model.device.type != "cpu":
+        return None
+    names = _names(model)
+    text = hashlib.sha256(rows.cpu().numpy().tobytes()).hexdigest()
+    return Kept(model, [text, list(rows.shape), {names[m]: fmts for m, fmts in formats.items()}, shift])
+
+
 def _rounded(
-    model: Any, anatomy: Anatomy, rows: Tensor, formats: Formats, progress: bool, shift: float
+    model: Any, anatomy: Anatomy, rows: Tensor, formats: Formats, progress: bool, shift: float, kept: Kept | None
 ) -> Iterator[list[Rounded]]:
     """Of every linear what it became, in the order of its formats. shift: see `SHIFT`."""
     names, head = _names(model), model.get_output_embeddings()
     with inference(model):
         states, calls = _entered(anatomy, rows)
     original = list(states)
+    reached = None if kept is None else kept.reached()
     bar = tqdm(anatomy.layers, desc="rounding", unit="layer", disable=not progress, leave=False)
-    for layer, call in zip(bar, calls, strict=True):
-        # not around the yield: the caller would run without gradients
-        with inference(model):
-            work = _Layer(layer, call, formats, shift)
-            found, states, original = work.round(states, original)
+    for index, (layer, call) in enumerate(zip(bar, calls, strict=True)):
         # the order of the module tree, whatever the order of calls
-        for module in (m for m in layer.modules() if m in formats):
+        modules = [m for m in layer.modules() if m in formats]
+        if kept is not None and reached is not None and index < reached.layers:
+            found = kept.layer(index, modules, formats)
+            call.bare, states, original = reached.bare[index], reached.states, reached.original
+        else:
+            # not around the yield: the caller would run without gradients
+            with inference(model):
+                found, states, original = _Layer(layer, call, formats, shift).round(states, original)
+            if kept is not None:
+                kept.add({module: found[module] for module in modules}, call.bare, states, original)
+        for module in modules:
             yield _named(names[module], module, found[module])
     with inference(model):
         inputs = partial(_head_inputs, model, anatomy, calls)
         were = map(inputs, original) if shift else None
         of_head = _round_head(head, formats[head], map(inputs, states), were, shift)
+    if kept is not None:
+        kept.remove()
     yield _named(names[head], head, of_head)
 
 

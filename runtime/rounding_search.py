@@ -98,7 +98,7 @@ class Roundings:
             self._found[next(iter(found.values())).name] = found
 
         costs = costs_of_widths(
-            self._study.model, self._rows, seed=self._study.seed, progress=self._study.progress, keep=keep
+            self._study.model, self._rows, seed=self._study.seed, resume=True, progress=self._study.progress, keep=keep
         )
         if self._journal.get(self._key) is None:
             self._journal.add(self._key, costs)

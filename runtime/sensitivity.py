@@ -42,6 +42,7 @@ def costs_of_widths(
     rows: Tensor,
     *,
     seed: int = 0,
+    resume: bool = False,
     progress: bool = True,
     keep: Callable[[dict[str, Rounded]], None] = lambda found: None,
 ) -> Costs:
@@ -53,6 +54,7 @@ def costs_of_widths(
     Args:
         rows: what calibrates, as `windows_of` gives it; `OF_GRADIENTS` tokens of it have a backward pass, too.
         seed: of drawing y.
+        resume: see `compensate`.
         keep: is given every linear in all widths.
     """
     few = max(1, OF_GRADIENTS // rows.shape[1])
@@ -60,7 +62,7 @@ def costs_of_widths(
     modules = list(dict.fromkeys(format_takers(model, dissect(model))))
     information = dict(zip(modules, _information(model, gradients, modules, seed, progress), strict=True))
     costs: Costs = {}
-    for found in alternatives(model, rows, progress=progress):
+    for found in alternatives(model, rows, resume=resume, progress=progress):
         keep(found)
         for width, rounded in found.items():
             cost = float((information[rounded.module] * rounded.error).sum()) / 2
@@ -160,5 +162,5 @@ def recipe_within(
     nothing = Mixtures.of(model, {})
     if share < nothing.least:
         nothing.within(share)
-    widths = Mixtures.of(model, costs_of_widths(model, rows, seed=seed, progress=progress)).within(share)
+    widths = Mixtures.of(model, costs_of_widths(model, rows, seed=seed, resume=True, progress=progress)).within(share)
     return RoundingRecipe(widths, rows.cpu().int(), text.fingerprint())

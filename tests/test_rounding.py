@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -242,6 +243,56 @@ def test_a_recipe_gives_the_same_numbers_again(family: str) -> None:
         assert torch.equal(found[recipe.widths[one.name]].packed.weight, one.packed.weight), one.name
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(model).items())
     assert hooks == [m for m in model.modules() if "forward" in vars(m)]
+
+
+@pytest.mark.parametrize("damage", [None, "states", "layer"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_rounding_goes_on_where_it_was_stopped(
+    family: str, damage: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CORESKIP_CACHE", str(tmp_path))
+    model, true_round, rounds = tiny(family), Compensation.round, []
+
+    def counted(self: Compensation, weight: Tensor, fmt: str) -> Any:
+        rounds.append(fmt)
+        return true_round(self, weight, fmt)
+
+    monkeypatch.setattr(Compensation, "round", counted)
+    whole = rounded(model, head="int5", resume=True)
+    needed, seen = len(rounds), []
+    assert not list((tmp_path / "rounding").glob("*")), "nothing stays of what is finished"
+    for each in compensate(model, ids(), head="int5", window=WINDOW, resume=True, progress=False):
+        seen.append(each)
+        if each.name.split(".")[2:3] == ["1"]:
+            break  # as if it were killed: the second layer is done
+    (folder,) = (tmp_path / "rounding").glob("*")
+    if damage is not None:
+        (file,) = folder.glob("states*" if damage == "states" else "layer-0001*")
+        data = bytearray(file.read_bytes())
+        data[-3] ^= 1
+        file.write_bytes(data)
+    rounds.clear()
+    other = ids(seed=9)  # another text is another rounding
+    assert next(compensate(model, other, window=WINDOW, resume=True, progress=False)).error.any()
+    rounds.clear()
+    again = rounded(model, head="int5", resume=True)
+    assert len(rounds) < needed if damage is None else len(rounds) == needed
+    for before, after in zip(whole, again, strict=True):
+        assert before.name == after.name
+        assert torch.equal(before.packed.weight, after.packed.weight)
+        assert torch.equal(before.error, after.error)
+        assert (before.packed.bias is None) == (after.packed.bias is None)
+    assert not folder.exists()
+
+
+def test_where_nothing_can_be_kept_it_is_rounded_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("CORESKIP_CACHE", str(tmp_path / "file"))
+    found = rounded(tiny("llama"), resume=True)
+    assert torch.equal(found[3].packed.weight, rounded(tiny("llama"))[3].packed.weight)
+    assert caplog.text.count("killed, it would begin anew") == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
