@@ -23,9 +23,9 @@ from coreskip.predictors.checks import PACKINGS
     help="Of the matrices: int4 or int8 in groups, bfloat16, or as-loaded (their very numbers, in groups where these "
     "hold them); by default the plan's, else as-loaded.",
 )
-@click.option("--text", type=PATH, help="UTF-8 text that calibrates rounding to 4 bits; without, rounding is plain.")
+@click.option("--text", type=PATH, help="UTF-8 text that calibrates rounding to 4 bits; without, it is plain.")
 @click.option(
-    "--share", type=float, help="With a text: 8 bits where 4 cost most, up to this share of the bytes in 8 bits."
+    "--share", type=float, help="With a text: 5 or 8 bits where 4 cost most, up to this share of the bytes in 8 bits."
 )
 def pack(
     model: str | None,
