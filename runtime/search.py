@@ -16,6 +16,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -256,7 +257,6 @@ class _Search:
         self._about = study.identity()[:16]
         self._refusal = refusal(study.model, self._anatomy)
         self._packed = any(map(is_packed, study.model.modules()))
-        self._roundings = Roundings(study, journal, self._about)
         self._many = _MORE * study.windows
 
     def _cost(self, plan: Plan) -> Cost:
@@ -272,6 +272,10 @@ class _Search:
         if self._study.weights is not None or self._packed:  # a packed model's own format
             return (self._study.weights,)
         return family.formats if self._refusal is None else (None,)
+
+    @cached_property
+    def _roundings(self) -> Roundings:
+        return Roundings(self._study, self._journal, self._about)
 
     @property
     def may_round(self) -> bool:
