@@ -80,7 +80,9 @@ class Roundings:
 
     @cached_property
     def _rows(self) -> torch.Tensor:
-        return windows_of(self._study.model, self._study.seen, min(TOKENS, self._study.tokens), WINDOW)
+        seen = self._study.seen
+        window = min(WINDOW, len(seen.ids) + len(seen.prefix))  # a short text is one window
+        return windows_of(self._study.model, seen, min(TOKENS, self._study.tokens), window)
 
     @property
     def _costs(self) -> Costs:

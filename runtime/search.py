@@ -125,12 +125,20 @@ _ROUNDED = Family("rounded", {})  # its "keep" is the share of the bytes that al
 _PROXIES = {"sketch": Family("sketch", {"allocation": "equal"})}
 
 
-def search(study: Study, budget: Budget, method: str, *, journal: Journal | str | Path | None = None) -> Plan:
+def search(
+    study: Study,
+    budget: Budget,
+    method: str,
+    *,
+    journal: Journal | str | Path | None = None,
+    rounds: bool = True,
+) -> Plan:
     """The fastest plan of `method`'s families, or under ``auto`` of all, that holds `budget`; a fast study looks at the
     most promising ones alone.
 
     Args:
         journal: a file of what was measured, made if it is not there; a search of the same study goes on from it.
+        rounds: whether the plan may be one that the model has to be packed for first.
     """
     state = _Search(study, budget, journal if isinstance(journal, Journal) else Journal(journal))
     families = [f for f in state.families() if method in ("auto", f.method)]
@@ -138,7 +146,7 @@ def search(study: Study, budget: Budget, method: str, *, journal: Journal | str 
     if method == "auto":
         for weights in state.formats(_DENSE):
             state.bisect(replace(_DENSE, weights=weights))
-        if state.may_round:
+        if rounds and state.may_round:
             state.bisect(_ROUNDED)
     for family in families:
         for weights in state.formats(family):

@@ -114,6 +114,18 @@ def test_a_packed_model_is_searched_in_its_own_format(tmp_path: Path) -> None:
     assert plan.rounding is None
 
 
+def test_layers_left_out_besides_are_of_the_model_as_it_is() -> None:
+    plan = found(tiny("llama"), layers="skip:1", fast=True)
+    assert plan.rounding is None
+    assert plan.quality is not None
+
+
+def test_a_short_text_will_do() -> None:
+    plan = found(tiny("llama"), text=text(400), fast=True)
+    assert plan.frontier
+    assert any(row["name"].startswith("rounded to") for row in plan.frontier)
+
+
 def test_weights_that_are_named_are_not_mixed() -> None:
     assert found(tiny("llama"), weights="int8", fast=True).rounding is None
 
