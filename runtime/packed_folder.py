@@ -127,24 +127,27 @@ def load_packed(
             read.
     """
     for _ in range(_TRIES):
+        found = _stamp(folder)
         document = read_document(folder)
         try:
             model, tokenizer = _read(folder, document), _tokenizer(folder)
         except CoreskipError:
-            if _replaced(folder, document):
+            if _stamp(folder) != found:
                 continue
             raise
-        if not _replaced(folder, document):
+        if _stamp(folder) == found:
             return _prepared(model, document, dtype, device, packed), tokenizer
     raise CoreskipError(f"{folder} is replaced all the time")
 
 
-def _replaced(folder: Path, document: Mapping[str, Any]) -> bool:
-    """Whether another model has taken the folder's place since: what was read may be of both."""
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    """What changes where another model takes the folder's place, one that was there before, too: what was read may be
+    of both."""
     try:
-        return bool(read_document(folder)["checksum"] != document["checksum"])
-    except CoreskipError:
-        return not is_packed_folder(folder)
+        found = (folder / DOCUMENT).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _read(folder: Path, document: Mapping[str, Any]) -> Any:
