@@ -72,7 +72,8 @@ def main(
     scored = Scores(Emulation(model, unseen, windows=windows))
     for budget, method in missing:
         start = time.perf_counter()
-        plan = search(study, Budget.parse(budget), method, journal=measured)
+        # plans found are scored on the model as it is, not packed
+        plan = search(study, Budget.parse(budget), method, journal=measured, rounds=False)
         name = _name(budget, method)
         row = {"name": name, "model": "SmolLM2-135M-Instruct", "dtype": "float32", "keep": 1.0}
         # a search profits from what those before it measured and calibrated

@@ -202,6 +202,7 @@ def _increase(row: dict[str, Any]) -> str:
     return f"{100 * row['ppl_increase']:+.{digits}f} ± {100 * row['ppl_increase_stderr']:.{digits}f} %"
 
 
+_SPEED = "tok/s (p20-p80)"
 # heading -> how a row of quality fills it
 _QUALITY: dict[str, Callable[[dict[str, Any]], str]] = {
     "method": lambda row: str(row["name"]),
@@ -212,7 +213,7 @@ _QUALITY: dict[str, Callable[[dict[str, Any]], str]] = {
     "KL": lambda row: f"{row['kl']:.3f}",
     "top-1 agreement": lambda row: f"{100 * row['top1_agreement']:.0f} %",
     "MB per token": lambda row: f"{row['megabytes']:.0f}" if "megabytes" in row else "",
-    "tok/s (p20-p80)": lambda row: "{p50:.0f} ({p20:.0f}-{p80:.0f})".format(**row["tok_s"]) if "tok_s" in row else "",
+    _SPEED: lambda row: "{p50:.0f} ({p20:.0f}-{p80:.0f})".format(**row["tok_s"]) if "tok_s" in row else "",
     "x dense fp32": lambda row: f"{row['speedup']:.2f}" if "speedup" in row else "",
 }
 
@@ -286,7 +287,8 @@ def _table_of(folder: Path, names: str) -> str:
     if lines and lines[0].get("kind") in _PLAIN:
         return plain_table(lines, _PLAIN[lines[0]["kind"]])
     if lines and "kl" in lines[0] and "calibration_tokens" in lines[0]:
-        return plain_table(lines, _ROUNDING)
+        speed = {_SPEED: _QUALITY[_SPEED]} if any("tok_s" in line for line in lines) else {}
+        return plain_table(lines, {**_ROUNDING, **speed})
     if lines and "kl" in lines[0]:
         return quality_table(lines)
     if lines and "us_per_layer_p50" in lines[0]:

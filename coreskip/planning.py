@@ -47,7 +47,7 @@ method_options = together(
 @click.option("--keep", type=float, help="Share of neurons (0.6 by default) or layers (0.9) to keep, in (0, 1].")
 @click.option("--budget", help="ppl+1%, kl<0.05 or agreement>0.95: the fastest plan found that holds it.")
 @click.option("--layers", help="Leave layers out: skip:6, skip-attention:6, skip-mlp:6, every:2 or adaptive:0.8.")
-@weights_option("Decode with weights in 4 or 8 bits; a search for a budget tries both by itself.")
+@weights_option("Decode with weights in 4 or 8 bits; a search for a budget tries them, and mixtures, by itself.")
 @lookup_option
 @text_option
 @method_options
@@ -92,6 +92,11 @@ def analyze(
     click.echo(str(plan))
     keep(plan.save, output)
     click.echo(f"\nwritten to {output}")
+    if plan.rounding is not None:
+        name = "" if model is None else f"{model} "
+        click.echo(
+            f"its weights are rounded with the text: `coreskip pack {name}--plan {output} -o FOLDER` makes the model"
+        )
     if lookup:
         click.echo("lookup drafts while text is generated: give --lookup to `coreskip generate`, too", err=True)
 
@@ -104,6 +109,10 @@ def show(plan: Path, as_json: bool) -> None:
     if (plan / "packed.json").is_file():
         _show_packed(plan, as_json)
         return
+    if (plan.is_file() and plan.suffix.lower() == ".gguf") or (plan / "config.json").is_file():
+        raise CoreskipError(
+            f"{plan} is a model, and neither a plan nor a packed one: `coreskip info {plan}` tells of it"
+        )
     from coreskip.predictors.drawing import plan_document, plan_table
     from coreskip.predictors.plan import Plan
 

@@ -1,7 +1,7 @@
 """Matrices in groups of 32 inputs, each with a scale of its own, in tiles of 16 rows: the formats, packing, and back.
 
 csrc/formats.h describes the bytes. All formats of a GGUF file's matrices are among them, number for number; floats are
-rounded to two of them, "int4" and "int8_groups".
+rounded to three of them, "int4", "int5" and "int8_groups".
 """
 
 from __future__ import annotations
@@ -70,13 +70,14 @@ OF_GGUF = {form.gguf: name for name, form in FORMATS.items() if form.gguf}
 #: by the bytes of a block in a tile, which no two formats share
 BY_BYTES = {form.tile_bytes: name for name, form in FORMATS.items()}
 GROUPED = ("int4", "int8_groups")  # what floats are packed in
+_STEPS = {"int4": 15, "int5": 31}  # of groups with two ends that floats are rounded to
 
 
 # ---- rounding ----
 
 
-def group_weights(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rounds each group of 32 inputs to 16 steps: w is about scale * q + least.
+def group_weights(weight: Tensor, steps: int = 15) -> tuple[Tensor, Tensor, Tensor]:
+    """Rounds each group of 32 inputs to numbers from 0 to `steps`: w is about scale * q + least.
 
     weight: [rows, inputs] of any float dtype. Returns q [rows, groups, 32] of uint8, scale and least [rows, groups] of
     float16. The ends of a group are the first guess, which is exact for numbers that were made that way; elsewhere
@@ -89,14 +90,14 @@ def group_weights(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         w[:, width:] = w[:, width - 1 : width]  # a group's padding must not widen its range
     w = w.view(rows, groups, GROUP)
     low, high = w.amin(-1), w.amax(-1)
-    best = _rounded(w, (high - low) / 15, low)
+    best = _rounded(w, (high - low) / steps, low, steps)
     error = (w - ungroup(*best)).square().sum(-1)
     for _ in range(2):
         q = best[0].float()
         mean_q, mean_w = q.mean(-1), w.mean(-1)
         spread = (q - mean_q[..., None]).square().sum(-1)
         slope = ((q - mean_q[..., None]) * (w - mean_w[..., None])).sum(-1) / spread.clamp_min(1e-12)
-        fit = _rounded(w, slope, mean_w - slope * mean_q)
+        fit = _rounded(w, slope, mean_w - slope * mean_q, steps)
         fit_error = (w - ungroup(*fit)).square().sum(-1)
         better = fit_error < error
         chosen = torch.where(better[..., None], fit[0], best[0])
@@ -105,10 +106,10 @@ def group_weights(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return best
 
 
-def _rounded(w: Tensor, scale: Tensor, least: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _rounded(w: Tensor, scale: Tensor, least: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     scale, least = scale.half(), least.half()
-    steps = (w - least.float()[..., None]) / torch.where(scale == 0, 1.0, scale.float())[..., None]
-    return steps.round().clamp(0, 15).to(torch.uint8), scale, least
+    q = (w - least.float()[..., None]) / torch.where(scale == 0, 1.0, scale.float())[..., None]
+    return q.round().clamp(0, steps).to(torch.uint8), scale, least
 
 
 def _group_bytes(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +136,7 @@ def tile_shape(fmt: str, rows: int, inputs: int) -> tuple[int, int, int]:
 
 
 def tile_up(weight: Tensor, fmt: str) -> Tensor:
-    """The tiles of floats, [rows, inputs], in one of `GROUPED`: uint8 [ceil(rows / 16), groups, bytes]."""
+    """The tiles of floats, [rows, inputs], in one of `GROUPED` or "int5": uint8 [ceil(rows / 16), groups, bytes]."""
     tiles = allocate(tile_shape(fmt, *weight.shape), torch.uint8, weight.device)
     # a few rows at a time: rounding a whole LM head takes memory for six copies of it
     for rows, some in zip(weight.split(_AT_ONCE), tiles.split(_AT_ONCE // TILE), strict=True):
@@ -144,25 +145,30 @@ def tile_up(weight: Tensor, fmt: str) -> Tensor:
 
 
 def _tiles_of(weight: Tensor, fmt: str) -> Tensor:
-    return tiles_from_groups(*(group_weights(weight) if fmt == "int4" else _group_bytes(weight)), fmt)
+    return tiles_from_groups(*(group_weights(weight, _STEPS[fmt]) if fmt in _STEPS else _group_bytes(weight)), fmt)
 
 
 def tiles_from_groups(q: Tensor, scale: Tensor, least: Tensor, fmt: str) -> Tensor:
-    """The bytes of rounded groups in one of `GROUPED`, uint8 ``[ceil(rows / 16), groups, bytes of a tile]``.
+    """The bytes of rounded groups in one of `GROUPED` or "int5", uint8 ``[ceil(rows / 16), groups, bytes of a tile]``.
 
     q: uint8 [rows, groups, 32]; scale and least: float16 [rows, groups]. Of "int8_groups", whose least is -128 scales,
     least is not looked at.
     """
-    ends = [scale, least] if fmt == "int4" else [scale]
+    ends = [scale, least] if fmt in _STEPS else [scale]
     fill = -q.shape[0] % TILE
     if fill:
         q, *ends = (torch.nn.functional.pad(t, (0, 0) * (t.dim() - 1) + (0, fill)) for t in (q, *ends))
     groups = q.shape[1]
     ends = [t.view(-1, TILE, groups).transpose(1, 2).contiguous().view(torch.uint8) for t in ends]
-    if fmt == "int4":
+    if fmt in _STEPS:
         # [tile, row, group, half, four, input of four] -> [tile, group, four, row, input of four] for each half
         low, high = q.view(-1, TILE, groups, 2, 4, 4).permute(3, 0, 2, 4, 1, 5)
-        numbers = (low | high << 4).reshape(-1, groups, TILE * GROUP // 2)
+        words = (low & 15) | (high & 15) << 4
+        if fmt == "int5":  # a plane of the fifth bits: four of each half's a byte
+            places = torch.arange(4, dtype=torch.uint8, device=q.device)[:, None, None]
+            plane = (low >> 4 << places | high >> 4 << places + 4).sum(2, keepdim=True, dtype=torch.uint8)
+            words = torch.cat([words, plane], 2)
+        numbers = words.reshape(-1, groups, FORMATS[fmt].numbers)
     else:
         numbers = q.view(-1, TILE, groups, 8, 4).permute(0, 2, 3, 1, 4).reshape(-1, groups, TILE * GROUP)
     return torch.cat([numbers, *ends], -1)

@@ -141,4 +141,7 @@ def _view(memory: Tensor, name: str, entry: Any) -> Tensor:
     size = prod(shape) * dtype.itemsize
     if at + size > memory.numel():
         raise Damaged(f"{name} would lie beyond its end")
-    return memory[at : at + size].view(dtype).view(shape)
+    if not size:
+        return torch.empty(shape, dtype=dtype)
+    # in a storage of its own: a tensor that is pickled takes all of its storage along
+    return torch.frombuffer(memory.numpy(), dtype=torch.uint8, offset=at, count=size).view(dtype).view(shape)

@@ -16,6 +16,7 @@ SCORES: tuple[Score, ...] = get_args(Score)
 Allocation = Literal["equal", "cett", "residual", "fisher", "greedy"]
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 WEIGHT_FORMATS = ("int4", "int8")
+WIDTHS = ("int4", "int5", "int8")  # of matrices that are rounded with a text, the fewest bytes first
 AS_PACKED = "packed"  # a packed model's own format
 PACKINGS = (*WEIGHT_FORMATS, "bfloat16", "as-loaded")  # of the matrices that `pack` writes
 

@@ -1,4 +1,4 @@
-"""Rounding one matrix to groups of 4 or 8 bits so that its outputs, not its numbers, stay close.
+"""Rounding one matrix to groups of 4, 5 or 8 bits so that its outputs, not its numbers, stay close.
 
 GPTQ (Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
 arXiv 2210.17323) rounds input by input and pushes what each rounding errs by onto the inputs that are still to come.
@@ -36,7 +36,8 @@ _FILL = 1e-6  # of the mean diagonal is that of inputs that only fill up a group
 _BLOCK = 128  # inputs whose errors reach the inputs behind them in one matrix product
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)  # shares of a group's range that its ends are tried at
 _FITS = 2  # least squares for the ends, after each of which the numbers are rounded anew
-_LEVELS = {"int4": (0, 15), "int8_groups": (1, 255)}
+_LEVELS = {"int4": (0, 15), "int5": (0, 31), "int8_groups": (1, 255)}
+_CENTRED = "int8_groups"  # has one end, the others two
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,11 @@ class Groups:
         """Matrices that were rounded one below the other."""
         parts = (self.q.split(list(rows)), self.scale.split(list(rows)), self.least.split(list(rows)))
         return [Groups(*some) for some in zip(*parts, strict=True)]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Groups]) -> Groups:
+        """Matrices one below the other."""
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("q", "scale", "least")))
 
     def values(self, inputs: int) -> Tensor:
         """The rounded numbers, float32 ``[rows, inputs]``."""
@@ -110,7 +116,7 @@ class Compensation:
         return weight + weight @ by.t().float()
 
     def round(self, weight: Tensor, fmt: str) -> Groups:
-        """weight: ``[rows, inputs]`` of float32; fmt: "int4" or "int8_groups"."""
+        """weight: ``[rows, inputs]`` of float32; fmt: "int4", "int5" or "int8_groups"."""
         target = weight.t().contiguous()
         fill = self._hessian.shape[0] - self._inputs
         if fill:  # like the last input, so that they widen no range
@@ -151,8 +157,8 @@ class _Rounding:
             w[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
 
     def _fit(self, group: int, w: Tensor, weights: Tensor) -> None:
-        if self._fmt == "int4":
-            self.scale[group], self.least[group] = fitted_ends(w, weights)
+        if self._fmt != _CENTRED:
+            self.scale[group], self.least[group] = fitted_ends(w, weights, self._levels)
         else:
             self.scale[group] = _half(w.abs().amax(0) / 127)
             self.least[group] = -128 * self.scale[group]
@@ -180,7 +186,7 @@ class _Rounding:
         """What the values of a group change by."""
         q = self.q[group * GROUP : (group + 1) * GROUP]
         new, gradient = old.clone(), gradient.clone()
-        if self._fmt == "int4":
+        if self._fmt != _CENTRED:
             ends = self.scale[group], self.least[group]
             self.scale[group], self.least[group] = _refitted(hessian, gradient + hessian @ old, q, *ends)
             new = q * self.scale[group] + self.least[group]
@@ -203,8 +209,16 @@ class _Rounding:
         return Groups(q, self.scale.t().contiguous(), self.least.t().contiguous())
 
 
-def fitted_ends(w: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """scale and least ``[rows]`` of 4-bit groups w ``[32, rows]`` that minimise the squared error under `weights`
+def nearest_bytes(weight: Tensor) -> Groups:
+    """weight, ``[rows, inputs]``, in "int8_groups", each number for itself."""
+    w = F.pad(weight.float(), (0, -weight.shape[1] % GROUP)).view(len(weight), -1, GROUP)
+    scale = _half(w.abs().amax(-1) / 127)
+    least = -128 * scale
+    return Groups(_steps(w, scale[..., None], least[..., None], _LEVELS[_CENTRED]).to(torch.uint8), scale, least)
+
+
+def fitted_ends(w: Tensor, weights: Tensor, levels: tuple[int, int] = _LEVELS["int4"]) -> tuple[Tensor, Tensor]:
+    """scale and least ``[rows]`` of groups w ``[32, rows]`` that minimise the squared error under `weights`
     ``[32]``: from several shares of the range, each improved by least squares, given the numbers.
 
     The whole range is the first guess, which is exact for numbers that were made that way.
@@ -215,9 +229,9 @@ def fitted_ends(w: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     best = torch.full_like(low, torch.inf)
     scale = least = low
     for shrink in _SHRINK:
-        guess = _half(half * (2 * shrink / 15)), _half(low if shrink == 1 else middle - shrink * half)
+        guess = _half(half * (2 * shrink / levels[1])), _half(low if shrink == 1 else middle - shrink * half)
         for fit in range(_FITS + 1):
-            q = _steps(w, *guess, _LEVELS["int4"])
+            q = _steps(w, *guess, levels)
             error = (weights * (w - (q * guess[0] + guess[1])).square()).sum(0)
             better = error < best
             best = torch.where(better, error, best)

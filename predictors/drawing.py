@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from .checks import WIDTHS
+
 # The types of what is drawn are in the module that draws by this one: a Plan, and a LayerPlan for each of its layers.
 Plan = Any
 LayerPlan = Any
@@ -23,7 +25,7 @@ def plan_table(plan: Plan) -> str:
         "calibration  " + (_pairs(plan.calibration) or "none"),
         "quality      " + _quality(plan.quality),
         f"keeps        {plan.keep:.1%} of all MLP neurons at each decode step",
-        "weights      " + (plan.weights or "as loaded"),
+        "weights      " + (plan.weights or "as loaded") + _rounding(plan.rounding),
         "",
     ]
     policies = [_policy(layer) for layer in plan.layers]
@@ -36,6 +38,14 @@ def plan_table(plan: Plan) -> str:
     lines += [f"{where:>6}  {row}" for where, row in _folded(rows)]
     lines += _measures(plan.recipe.get("measures"), len(plan.layers))
     return "\n".join([*lines, *_frontier(plan.frontier)])
+
+
+def _rounding(recipe: Any) -> str:
+    """How a plan's weights are rounded, by the names of their widths."""
+    if recipe is None:
+        return ""
+    counts = [f"{recipe.count(width)} in {width}" for width in WIDTHS if recipe.count(width)]
+    return f", rounded with {recipe.ids.numel()} tokens of {recipe.text['source']}: {', '.join(counts)}"
 
 
 def _folded(rows: list[str]) -> list[tuple[str, str]]:
@@ -69,6 +79,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "quality": None if plan.quality is None else dict(plan.quality),
         "keep": plan.keep,
         "weights": plan.weights,
+        "rounding": None if plan.rounding is None else {**_plain(plan.rounding), "tokens": plan.rounding.ids.numel()},
         "layers": layers,
         "frontier": [dict(row) for row in plan.frontier],
     }

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .anatomy import Anatomy, canonical_activation, dissect
 from .errors import PlanError
@@ -14,6 +15,7 @@ from .errors import PlanError
 _PROBES_PER_LAYER = 32
 #: where a packed model has the fingerprint of the one that it was made from: plans are for both
 KEPT = "_coreskip_fingerprint"
+_MARK = "_coreskip_as_packed"  # of the linears that came with it; of the model, how many these are
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +43,7 @@ class Fingerprint:
     @classmethod
     def of(cls, model: nn.Module, anatomy: Anatomy | None = None) -> Fingerprint:
         kept = getattr(model, "__dict__", {}).get(KEPT)
-        if kept is not None:
+        if kept is not None and vars(model).get(_MARK) in (None, _marked(model)):
             return cast(Fingerprint, kept)
         anatomy = anatomy or dissect(model)
         act = canonical_activation(anatomy.mlps[0].act)
@@ -72,6 +74,19 @@ class Fingerprint:
             raise PlanError(
                 "the plan was made for a model of this shape with other weights: run `coreskip analyze` on this model"
             )
+
+
+def keep(model: nn.Module, fingerprint: Fingerprint) -> None:
+    """Lets a model have the fingerprint of the one that it was made from, as long as it has the linears it has now."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            setattr(module, _MARK, True)
+    setattr(model, KEPT, fingerprint)
+    setattr(model, _MARK, _marked(model))
+
+
+def _marked(model: nn.Module) -> int:
+    return sum(_MARK in vars(module) for module in model.modules() if module is not model)
 
 
 def _probe(down: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from .drawing import plan_table
 from .errors import CoreskipError, PlanError
 from .fingerprint import Fingerprint
 from .policies import LAYER_POLICIES, NEURON_POLICIES, Clusters, Dense, LayerPolicy, NeuronPolicy, Run
+from .rounding_recipe import RoundingRecipe
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Plan:
         weights: in which format the native decode step holds weights: None: as loaded; "int8": one byte each, in
             groups of 32 inputs; "int4": 4-bit groups, and bytes for the LM head; "packed": as a packed model has
             them, with inputs rounded to 8 bits, as for the other two.
+        rounding: of weights "packed", how the model is rounded when it is packed for this plan; None: as it may be.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -70,10 +72,13 @@ class Plan:
     clusters: Clusters | None = None
     frontier: tuple[Mapping[str, Any], ...] = ()
     weights: str | None = None
+    rounding: RoundingRecipe | None = None
 
     def __post_init__(self) -> None:
         if self.weights not in WEIGHTS:
             raise PlanError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, not {self.weights!r}")
+        if self.rounding is not None and self.weights != AS_PACKED:
+            raise PlanError(f"a plan that has its model rounded has weights {AS_PACKED!r}, not {self.weights!r}")
         widths = self.model.intermediate_sizes
         if len(self.layers) != len(widths):
             raise PlanError(f"the plan has {len(self.layers)} layers, its model {len(widths)}")
@@ -185,6 +190,9 @@ def _encode(plan: Plan) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "frontier": [dict(row) for row in plan.frontier],
         "weights": plan.weights,
     }
+    if plan.rounding is not None:
+        document["rounding"], arrays = _split(plan.rounding)
+        tensors |= {f"rounding.{name}": tensor for name, tensor in arrays.items()}
     if plan.clusters is not None:
         document["clusters"], arrays = _split(plan.clusters)
         tensors |= {f"clusters.{name}": tensor for name, tensor in arrays.items()}
@@ -227,7 +235,16 @@ def _decode(document: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
         clusters=clusters,
         frontier=_frontier(document.get("frontier", [])),
         weights=document.get("weights"),  # the first plans of coreskip 0.1 have none
+        rounding=_rounding(document.get("rounding"), tensors),
     )
+
+
+def _rounding(values: Any, tensors: dict[str, Tensor]) -> RoundingRecipe | None:
+    if values is None:
+        return None
+    if not all(isinstance(values[name], dict) for name in ("widths", "text")):
+        raise PlanError("the plan's rounding is not a table")
+    return RoundingRecipe(**values, ids=tensors["rounding.ids"])
 
 
 def _neuron_policy(values: dict[str, Any], arrays: dict[str, Tensor]) -> NeuronPolicy:

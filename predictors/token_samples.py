@@ -157,7 +157,17 @@ def output_gradients(
             logits = logits if few else logits[places]
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
             logits.log_softmax(-1).gather(1, drawn).sum().backward()
-            yield [(_settled(output, skipped), _STRIDE**0.5 * _settled(zero.grad, skipped)) for output, zero in probes]
+            yield [_at_positions(output, zero.grad, places, length, skipped) for output, zero in probes]
+
+
+def _at_positions(
+    output: Tensor, gradient: Tensor | None, places: Tensor, length: int, skipped: int
+) -> tuple[Tensor, Tensor]:
+    if output.dim() > 2 and output.shape[-2] == len(places) != length:  # an LM head that was asked for these alone
+        skipped, scale = int((places < skipped).sum()), 1.0
+    else:
+        scale = _STRIDE**0.5
+    return _settled(output, skipped), scale * _settled(gradient, skipped)
 
 
 def _settled(values: Tensor | None, skipped: int) -> Tensor:

@@ -72,7 +72,9 @@ def analyze(
             that the search did not see, with a margin; see `search`. A plan that skips nothing where none does.
         layers: layers that are left out besides: ``skip:6``, ``skip-attention:6``, ``skip-mlp:6``, ``every:2`` or
             ``adaptive:0.8``, see `LayerSelection`. Without method, keep and budget no neurons are.
-        weights: ``int4`` or ``int8``, in which decode steps read their weights; a search tries both where it is None.
+        weights: ``int4`` or ``int8``, in which decode steps read their weights; a search tries both where it is None,
+            and where int4 loses too much, mixtures rounded with the text: the plan is then for the model that `pack`
+            makes with it.
         text: calibration text, or the `Path` of a UTF-8 file; None samples some from the model itself. The last part
             is held out to measure on.
         score: how ``core``, ``similar`` and ``static`` rank neurons, see `token_contributions`; by default
@@ -130,7 +132,9 @@ def analyze(
     if chooses_layers_alone(method, keep, budget):
         plan = replace(Plan.dense(model, weights), calibration=seen.fingerprint())
     else:
-        plan = _analyzed(model, tokenizer, seen, method, keep, budget, resume, {**options, "progress": progress})
+        # layers that are left out besides are measured on the model as it is, not packed
+        every = {**options, "progress": progress}
+        plan = _analyzed(model, tokenizer, seen, method, keep, budget, resume, every, rounds=False)
     make_way(model)
     plan = with_skipped_layers(plan, model, seen, selection)
     window = min(WINDOW, len(held_out.ids) // 2 * 2)
@@ -151,11 +155,12 @@ def _analyzed(
     budget: str | None,
     resume: str | Path | None,
     options: dict[str, Any],
+    rounds: bool = True,
 ) -> Plan:
     journal = Journal(resume)  # whether it can be read and written shows before any work
     study = Study(model, tokenizer, text=text, **options)
     if budget is not None:
-        return search(study, Budget.parse(budget), method, journal=journal)
+        return search(study, Budget.parse(budget), method, journal=journal, rounds=rounds)
     default = DEFAULT_KEEP_OF_LAYERS if method == "layers" else DEFAULT_KEEP
     return study.measured(study.calibrator.make("sketch" if method == "auto" else method, keep or default))
 

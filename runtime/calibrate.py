@@ -85,8 +85,9 @@ class Study:
             check_format(model, self._anatomy, Plan.dense(model, weights))
         tokens, windows = (-(-tokens // 2), -(-windows // 2)) if fast else (tokens, windows)
         self.model, self.windows, self.fast, self.progress, self.weights = model, windows, fast, progress, weights
+        self.tokens, self.seed = tokens, seed
         self.calibration = _calibration_text(model, tokenizer, text, tokens, seed, progress)
-        observed, self.searched, self.checked = self.calibration.split(0.6, 0.2, 0.2)
+        self.seen, self.searched, self.checked = self.calibration.split(0.6, 0.2, 0.2)
         self.window = min(WINDOW, _longest(model), len(self.searched.ids), len(self.checked.ids)) // 2 * 2
         if self.window < 16:
             raise CoreskipError(
@@ -95,7 +96,7 @@ class Study:
             )
         self.calibrator = Calibrator(
             model,
-            observed,
+            self.seen,
             weights=weights,
             first_layer=first_layer,
             max_tokens=tokens,
@@ -122,15 +123,21 @@ class Study:
         options: dict[str, Any] = {"window": self.window, "progress": self.progress}
         if any(layer.neurons.chooser is Chooser.PROMPT for layer in plan.layers):
             return evaluate_all(self.model, [plan], text, windows=windows or self.windows, **options)[0]
-        prefilled = max(windows or 0, self.windows)
-        emulation = self._emulations.get((part, prefilled))
-        if emulation is None:
-            weights = next((each.weights for each in self._emulations.values()), None)
-            emulation = Emulation(self.model, text, windows=prefilled, weights=weights, **options)
-            self._emulations[part, prefilled] = emulation
+        emulation = self.windows_of(part, windows)
         # on the modules a token takes several times as long as in one pass, natively half as long
         real = part == "checked" or (runs_natively(self._anatomy, plan) and self._covered)
         return emulation.score(plan, windows, token_by_token=real)
+
+    def windows_of(self, part: str, windows: int | None = None) -> Emulation:
+        """The windows of a part, so many at least, prefilled and scored densely once."""
+        prefilled = max(windows or 0, self.windows)
+        if (part, prefilled) not in self._emulations:
+            text = self.checked if part == "checked" else self.searched
+            weights = next((each.weights for each in self._emulations.values()), None)
+            self._emulations[part, prefilled] = Emulation(
+                self.model, text, windows=prefilled, window=self.window, weights=weights, progress=self.progress
+            )
+        return self._emulations[part, prefilled]
 
     def measured(self, plan: Plan) -> Plan:
         """The plan in the study's weights, with its quality on the part held out from everything."""

@@ -14,10 +14,11 @@ from torch import nn
 from ..kernels import cpu
 from ..kernels.ops import available
 from ..kernels.packed import EXACT_BYTES
-from ..predictors.anatomy import Anatomy, FeedForward, dissect
+from ..predictors.anatomy import Anatomy, FeedForward, dissect, is_packed
 from ..predictors.plan import Plan
 from ..predictors.policies import Chooser
-from .formats import takes_format
+from ..predictors.rounding_recipe import RoundingRecipe
+from .formats import bytes_in, format_takers, takes_format
 from .lower_cpu import refusal
 from .packed_layer import packed_bytes_of
 from .program import FORMAT_BYTES, BrickProgram, LayerProgram, Program, linear_of
@@ -56,6 +57,9 @@ def cost(model: Any, plan: Plan, anatomy: Anatomy | None = None, *, native: bool
     left out: no plan changes it, for skipped attentions write their entries, too.
     """
     anatomy = anatomy or dissect(model)
+    if plan.rounding is not None and not any(map(is_packed, model.modules())):
+        moved = _bytes_rounded(model, plan.rounding, anatomy)
+        return Cost(moved, moved)
     if native is None:
         native = Program.of(anatomy, plan).native and _covered(model, anatomy)
     runs_in_place = native
@@ -74,6 +78,14 @@ def cost(model: Any, plan: Plan, anatomy: Anatomy | None = None, *, native: bool
             total += sum(step.brick(brick, mlp.up.weight) for brick in layer.bricks)
     extra = step.extra + (0.0 if native else _MODULES * len(anatomy))
     return Cost(total, total + extra)
+
+
+def _bytes_rounded(model: Any, recipe: RoundingRecipe, anatomy: Anatomy) -> float:
+    """Bytes of a token once the model is packed by a recipe."""
+    names = {module: name for name, module in model.named_modules()}
+    linears = dict.fromkeys(format_takers(model, anatomy))
+    rounded = sum(bytes_in(module, recipe.widths[names[module]]) for module in linears)
+    return float(loaded_bytes(model) - sum(module.weight.nbytes for module in linears) + rounded)
 
 
 class _Reading:

@@ -41,6 +41,7 @@ _FLOAT_BYTES = 4 << 30  # of dequantised weights are kept at most; beyond it eac
 class _Window:
     """A window after its prompt: the filled cache, the ids that follow, and what the dense model says of them."""
 
+    ids: Tensor  # all of it, [1, window]
     cache: Cache
     first: Tensor  # logits of the first scored token, which come from prefill
     rest: Tensor
@@ -89,7 +90,7 @@ class Emulation:
         cache, first = out.past_key_values, out.logits[0, -1:].float()
         log_p = self._continue(cache, first, rest[:, :-1]).log_softmax(-1)
         loss = -float(log_p.gather(1, rest[0].unsqueeze(1)).mean())
-        return _Window(cache, first, rest[:, :-1], rest[0], log_p.half(), loss)
+        return _Window(ids, cache, first, rest[:, :-1], rest[0], log_p.half(), loss)
 
     def _continue(self, cache: Cache, first: Tensor, ids: Tensor) -> Tensor:
         out = self._model(input_ids=ids, past_key_values=copy.deepcopy(cache), use_cache=True)
@@ -120,6 +121,16 @@ class Emulation:
             bar.close()
         about = {"windows": len(scored), "window": self._window, "text": self._source}
         return {**tally.result(), **about, **({} if real else {"estimated": True})}
+
+    def judged(self, logits_of: Callable[[Tensor], Tensor], windows: int | None = None) -> dict[str, Any]:
+        """`evaluate_all`'s figures of logits that come from elsewhere, another form of the model: `logits_of` gives
+        those of the second half of ids ``[1, window]``, fp32 ``[tokens, vocabulary]``."""
+        tally, scored = Tally(), self._windows[:windows]
+        with inference(self._model):
+            for window in tqdm(scored, desc="scoring", unit="window", disable=not self._progress, leave=False):
+                log_q = logits_of(window.ids).log_softmax(-1)
+                tally.add(window.dense.float(), log_q, window.targets, 0.0, window.loss)
+        return {**tally.result(), "windows": len(scored), "window": self._window, "text": self._source}
 
     def _masked(self, window: _Window) -> Tensor:
         return self._continue(window.cache, window.first, window.rest)[None]

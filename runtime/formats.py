@@ -8,15 +8,17 @@ here, so that a plan has one text. Prefill, verification and passes with gradien
 from __future__ import annotations
 
 import logging
+from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..kernels.groups import tile_shape
 from ..kernels.ops import PackedLinear, available
 from ..kernels.packed import DTYPES
-from ..predictors.anatomy import Anatomy, rows_of
+from ..predictors.anatomy import Anatomy, rows_of, shape_of
 from ..predictors.checks import AS_PACKED
 from ..predictors.errors import CoreskipError
 from ..predictors.plan import Plan
@@ -26,6 +28,14 @@ from .packed_layer import PackedLayer
 from .phases import Phase, mode
 
 logger = logging.getLogger("coreskip")
+
+#: the kernels' names of the widths that matrices are rounded to with a text
+FORMAT_OF = {"int4": "int4", "int5": "int5", "int8": str(KERNEL_FORMATS["int8"])}
+
+
+def bytes_in(module: nn.Module, width: str) -> int:
+    """Bytes of a linear's matrix in one of these widths."""
+    return prod(tile_shape(FORMAT_OF[width], *shape_of(module)))
 
 
 def check_format(model: Any, anatomy: Anatomy, plan: Plan) -> None:
@@ -41,6 +51,8 @@ def check_format(model: Any, anatomy: Anatomy, plan: Plan) -> None:
         reason = f"they are made from float32, bfloat16 or float16, not from {model.dtype}".replace("torch.", "")
     if reason is not None:
         way = "leave them out" if plan.weights != AS_PACKED else "pack it first"
+        if plan.rounding is not None:
+            way = "pack it with this plan (`coreskip pack --plan`, or coreskip.pack) and use what that writes"
         raise CoreskipError(f"weights in {plan.weights} cannot be used: {reason}; {way}")
 
 

@@ -21,7 +21,7 @@ from .gguf_file import GgufFile, read_gguf
 from .gguf_state import State, config_of, load_state, tokenizer_of
 from .pack import pack
 from .packed_folder import is_packed_folder
-from .packed_layer import PackedLayer, PackedRows, refuse_resizing
+from .packed_layer import PackedLayer, PackedRows, prepare
 from .skeleton import hold, left_empty, put, skeleton
 from .weights import check_found, left_over_in_gguf
 
@@ -49,7 +49,7 @@ def model_of(file: GgufFile) -> Any:
             misfits[name] = f"{name} ({error})"
     _tie(model)
     missing = [name for name in left_empty(model, state) if name not in misfits]
-    model.resize_token_embeddings = refuse_resizing
+    prepare(model)
     check_found(model, file.path, missing, misfits.values(), left_over_in_gguf(model, file))
     return model
 

@@ -26,15 +26,15 @@ from ..predictors.checks import AS_PACKED, PACKINGS, WEIGHT_FORMATS, check_flag,
 from ..predictors.errors import CoreskipError, reason_of
 from ..predictors.fingerprint import Fingerprint
 from ..predictors.plan import PACKED_AS, Plan
+from ..predictors.rounding_recipe import RoundingRecipe
 from ..predictors.sealed import seal
-from .calls import NotCovered
 from .formats import format_takers
 from .lower_cpu import HEAD_FORMAT, KERNEL_FORMATS
 from .packed_folder import CALIBRATION, DOCUMENT, FORMAT, PLAN, VERSION, WEIGHTS, file_sums, is_packed_folder
 from .packed_layer import PackedLayer, PackedRows
-from .rounding import Widths, compensate
-from .sensitivity import mixed
-from .spec import LinearSpec, read_spec
+from .rounded_model import rows_of_parts, split
+from .rounding import Rounded, compensate, round_by
+from .sensitivity import recipe_within
 from .wrap import make_way
 
 AS_LOADED, BFLOAT16, INT4 = "as-loaded", "bfloat16", "int4"
@@ -87,6 +87,7 @@ def pack(
         model: a causal LM on the CPU, not wrapped; it stays as it is.
         folder: to write; a packed model there is replaced, in one step, by the finished one.
         plan: goes with it, and is used by the commands where no other is named; a Plan or the path of one. None: dense.
+            One that a search for a budget found to need rounding with a text says itself how, with what text.
         weights: of the matrices of decoder layers and LM head:
 
             - ``"int4"``: 4-bit groups of 32 inputs; bytes for the head;
@@ -97,8 +98,9 @@ def pack(
         text: calibrates 4 bits: each matrix makes up for what rounding loses (runtime/rounding.py), in minutes. A
             string, the `Path` of a UTF-8 file, or tokens. None: plain rounding, in seconds, which costs a model that
             was not made of such numbers several times as much perplexity.
-        share: with a text: mixed widths. The matrices that 4 bits cost most get 8, as far as a token's bytes stay
-            within this share of those in 8 bits (runtime/sensitivity.py); about 0.6 to 1. None: 4 bits for all.
+        share: with a text: mixed widths. The matrices that 4 bits cost most get 5 or 8, the LM head's among them, as
+            far as a token's bytes stay within this share of those in 8 bits (runtime/sensitivity.py); about 0.6 to 1.
+            None: 4 bits for all, 8 for the LM head.
 
     Returns:
         the folder.
@@ -117,9 +119,10 @@ def pack(
     plan = None if plan is None else Plan.of(plan, model)
     if plan is not None:
         plan.check(model, anatomy)
+    recipe = _recipe_of(plan, model, weights=weights, text=text, share=share)
     planned = plan.weights if plan is not None and plan.weights in WEIGHT_FORMATS else None
-    weights = weights or planned or (AS_LOADED if text is None else INT4)
-    source = _Source(model, anatomy, weights, None if text is None else text_of(tokenizer, text), share)
+    weights = weights or planned or (AS_LOADED if text is None and recipe is None else INT4)
+    source = _Source(model, anatomy, weights, None if text is None else text_of(tokenizer, text), share, recipe)
     source.check_room(target)
     try:
         with files.replaced_folder(target) as draft:
@@ -130,6 +133,20 @@ def pack(
     return target
 
 
+def _recipe_of(plan: Plan | None, model: Any, **others: Any) -> RoundingRecipe | None:
+    """How a plan has the weights rounded, where the model's are not yet.
+
+    Raises:
+        CoreskipError: something else is asked for, too.
+    """
+    if plan is None or plan.rounding is None or any(isinstance(m, PackedLayer) for m in model.modules()):
+        return None
+    for name, value in others.items():
+        if value is not None:
+            raise CoreskipError(f"the plan says itself how its weights are rounded: leave out {name}")
+    return plan.rounding
+
+
 class _Source:
     """A model that is to be packed.
 
@@ -137,9 +154,17 @@ class _Source:
         CoreskipError: it cannot be.
     """
 
-    def __init__(self, model: Any, anatomy: Anatomy, weights: str, text: TokenText | None, share: float | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        anatomy: Anatomy,
+        weights: str,
+        text: TokenText | None,
+        share: float | None,
+        recipe: RoundingRecipe | None,
+    ) -> None:
         self.model, self.anatomy, self.weights = model, anatomy, weights
-        self._text, self._share = text, share
+        self._text, self._share, self._recipe = text, share, recipe
         before = vars(model).get(PACKED_AS) if weights == AS_LOADED else None
         self.rounded = weights if weights in WEIGHT_FORMATS else before
         if available("cpu") is not None:
@@ -155,7 +180,7 @@ class _Source:
         if weights in WEIGHT_FORMATS and not all(finite(module.weight.detach()) for module in takers):
             raise CoreskipError("weights with infinities or NaNs have no form of 4 or 8 bits")
         self.names = {module: name for name, module in model.named_modules()}
-        self.takers, self.rows = list(dict.fromkeys(takers)), _rows_of_parts(model, anatomy)
+        self.takers, self.rows = list(dict.fromkeys(takers)), rows_of_parts(model, anatomy)
         self.dtype = torch.bfloat16 if weights == BFLOAT16 else model.dtype
 
     def _loose(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -180,20 +205,28 @@ class _Source:
     def calibration(self) -> dict[str, Any] | None:
         """What text calibrated the rounding; None: none did."""
         before: dict[str, Any] | None = vars(self.model).get(CALIBRATION)
+        if self._recipe is not None:
+            return dict(self._recipe.text)
         return before if self._text is None else dict(self._text.fingerprint())
 
     def matrices(self, progress: bool) -> Iterator[tuple[Any, list[PackedLinear] | None]]:
         """Every matrix in its packed form, or None where it is written as it is, in the order of `takers`."""
-        if self._text is None:
+        if self._text is None and self._recipe is None:
             for module in tqdm(self.takers, desc="packing", unit="matrix", disable=not progress, leave=False):
                 yield module, self.parts(module)
             return
-        widths: Widths = INT4
-        if self._share is not None:
-            widths = mixed(self.model, self._text, budget=self._share, progress=progress)
-        for found in compensate(self.model, self._text, widths=widths, progress=progress):
+        for found in self._rounded(progress):
             rows = self.rows.get(found.module, (found.packed.out_features,))
-            yield found.module, _split(found.packed, rows)
+            yield found.module, split(found.packed, rows)
+
+    def _rounded(self, progress: bool) -> Iterator[Rounded]:
+        recipe = self._recipe
+        if recipe is None:
+            assert self._text is not None
+            if self._share is None:
+                return compensate(self.model, self._text, resume=True, progress=progress)
+            recipe = recipe_within(self.model, self._text, self._share, progress=progress)
+        return round_by(self.model, recipe, resume=True, progress=progress)
 
     def parts(self, module: Any) -> list[PackedLinear] | None:
         """The module's matrix in packed form; None where it is written as it is."""
@@ -240,27 +273,6 @@ class _Source:
                     first[id(parameter)] = name
                     tensors[name] = parameter
         return tensors, tied
-
-
-def _split(packed: PackedLinear, rows: tuple[int, ...]) -> list[PackedLinear]:
-    """A matrix in parts of so many rows; whole where a tile has rows of two of them."""
-    parts, first = [], 0
-    for count in rows:
-        part = packed.part(first, count)
-        if part is None:
-            return [packed]
-        parts.append(part)
-        first += count
-    return parts
-
-
-def _rows_of_parts(model: Any, anatomy: Anatomy) -> dict[nn.Module, tuple[int, ...]]:
-    """Of linears that hold several projections, how many rows each has, as the native step takes them apart."""
-    try:
-        linears: Iterable[LinearSpec] = read_spec(model, anatomy).linears
-        return {linear.module: linear.rows for linear in linears if linear.rows is not None}
-    except NotCovered:
-        return {}
 
 
 def _write(draft: Path, source: _Source, tokenizer: Any, plan: Plan | None, progress: bool) -> None:

@@ -24,11 +24,11 @@ from ..kernels.ops import available
 from ..kernels.packed import PackedLinear, padded
 from ..kernels.store import DTYPES, Damaged, Store
 from ..predictors.errors import CoreskipError, one_line, reason_of
-from ..predictors.fingerprint import KEPT, Fingerprint
+from ..predictors.fingerprint import Fingerprint, keep
 from ..predictors.plan import PACKED_AS
 from ..predictors.plan_file import OF_PACKED
 from ..predictors.sealed import unseal
-from .packed_layer import packed_modules, refuse_resizing
+from .packed_layer import packed_modules, prepare
 from .skeleton import cast_parameters, hold, left_empty, put, skeleton, unpack_modules
 
 _HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # formats of matrices without groups
@@ -127,24 +127,27 @@ def load_packed(
             read.
     """
     for _ in range(_TRIES):
+        found = _stamp(folder)
         document = read_document(folder)
         try:
             model, tokenizer = _read(folder, document), _tokenizer(folder)
         except CoreskipError:
-            if _replaced(folder, document):
+            if _stamp(folder) != found:
                 continue
             raise
-        if not _replaced(folder, document):
+        if _stamp(folder) == found:
             return _prepared(model, document, dtype, device, packed), tokenizer
     raise CoreskipError(f"{folder} is replaced all the time")
 
 
-def _replaced(folder: Path, document: Mapping[str, Any]) -> bool:
-    """Whether another model has taken the folder's place since: what was read may be of both."""
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    """What changes where another model takes the folder's place, one that was there before, too: what was read may be
+    of both."""
     try:
-        return bool(read_document(folder)["checksum"] != document["checksum"])
-    except CoreskipError:
-        return not is_packed_folder(folder)
+        found = (folder / DOCUMENT).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _read(folder: Path, document: Mapping[str, Any]) -> Any:
@@ -153,7 +156,7 @@ def _read(folder: Path, document: Mapping[str, Any]) -> Any:
         store = Store(folder / WEIGHTS, document["tensors"], document["bytes"], document["weights_checksum"])
         model = _skeleton(folder, document)
         _fill(model, document, store)
-        setattr(model, KEPT, _fingerprint(document["fingerprint"], store))
+        keep(model, _fingerprint(document["fingerprint"], store))
         return model
     except Damaged as error:
         raise CoreskipError(f"{folder / WEIGHTS} is damaged: {error}: pack the model again") from None
@@ -194,7 +197,7 @@ def _prepared(
     if document["weights"] is not None and packed_modules(model):
         setattr(model, PACKED_AS, document["weights"])
         setattr(model, CALIBRATION, document["calibration"])
-    model.resize_token_embeddings = refuse_resizing
+    prepare(model)
     return model
 
 

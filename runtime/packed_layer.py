@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,8 +16,40 @@ from ..predictors.errors import CoreskipError
 from .unpacking import Unpacking, unpack
 
 _unpacking = Unpacking()
-_BYTES = "_coreskip_packed_bytes"
 _PLAIN_WAY = "load the model with packed=False"
+
+
+class StandIn(nn.Parameter):
+    """In place of a matrix that exists in packed form alone: its shape and dtype, and no numbers. Copies of it, pickled
+    ones, too, take no more memory than it does.
+
+    Attributes:
+        packed_bytes: bytes that a product of a few rows with the packed matrix reads.
+    """
+
+    packed_bytes: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dtype: torch.dtype, packed_bytes: int, device: str) -> StandIn:
+        """device: "meta", or "cpu", where it is one number that is none."""
+        if device == "meta":
+            data = torch.empty(shape, dtype=dtype, device="meta")
+        else:
+            data = torch.full((1, 1), torch.nan, dtype=dtype, device="cpu").expand(shape)
+        made = cls(data, requires_grad=False)
+        made.packed_bytes = packed_bytes
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StandIn:
+        if id(self) not in memo:
+            memo[id(self)] = self._again().requires_grad_(self.requires_grad)
+        return cast(StandIn, memo[id(self)])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return StandIn.of, (tuple(self.shape), self.dtype, self.packed_bytes, self.device.type)
+
+    def _again(self) -> StandIn:
+        return StandIn.of(tuple(self.shape), self.dtype, self.packed_bytes, self.device.type)
 
 
 class PackedLayer(nn.Linear):
@@ -34,11 +67,9 @@ class PackedLayer(nn.Linear):
     def __init__(self, parts: Sequence[PackedLinear], bias: Tensor | None, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = parts[0].in_features, sum(part.out_features for part in parts)
-        shape = self.out_features, self.in_features
-        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self._packed = list(parts)
-        self._note_weight()
+        self._stand_in(dtype)
         self._handles = _refusing(self)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -83,14 +114,14 @@ class PackedLayer(nn.Linear):
             self.unpack()
             return nn.Module._apply(self, fn, recurse)
         if like.dtype != self.weight.dtype:
-            self.weight = nn.Parameter(self.weight.to(like.dtype), requires_grad=False)
-            self._note_weight()
+            self._stand_in(like.dtype)
         if self.bias is not None:
             self.bias = nn.Parameter(fn(self.bias.detach()), requires_grad=False)
         return self
 
-    def _note_weight(self) -> None:
-        setattr(self.weight, _BYTES, sum(part.weight.nbytes for part in self._packed))
+    def _stand_in(self, dtype: torch.dtype) -> None:
+        nbytes = sum(part.weight.nbytes for part in self._packed)
+        self.weight = StandIn.of((self.out_features, self.in_features), dtype, nbytes, "meta")
         self._absent = [self.weight]  # in a list, or it would be a parameter
 
     def _check_untouched(self) -> None:
@@ -113,8 +144,7 @@ class PackedRows(nn.Embedding):
     @staticmethod
     def hold(module: nn.Embedding, packed: PackedLinear, dtype: torch.dtype) -> None:
         """Lets `module` look its rows up in a packed matrix; what its class does with them, as to scale them, stays."""
-        cls = type(module)
-        module.__class__ = PackedRows if cls is nn.Embedding else type(cls.__name__, (cls, PackedRows), {})
+        module.__class__ = _class_of_rows(type(module))
         held = cast(PackedRows, module)
         held._packed = packed
         held._stand_in(dtype)
@@ -130,12 +160,9 @@ class PackedRows(nn.Embedding):
         return self._packed.weight[ids, : self._packed.in_features].to(self.weight.dtype)
 
     def _stand_in(self, dtype: torch.dtype) -> None:
-        """Gives `weight` shape and dtype, and one number that is none: on the CPU, since the first parameter's device
-        is taken for the model's."""
-        nothing = torch.full((1, 1), torch.nan, dtype=dtype, device="cpu")
+        """On the CPU, since the first parameter's device is taken for the model's."""
         shape = self._packed.out_features, self._packed.in_features
-        self.weight = nn.Parameter(nothing.expand(shape), requires_grad=False)
-        setattr(self.weight, _BYTES, self._packed.weight.nbytes)
+        self.weight = StandIn.of(shape, dtype, self._packed.weight.nbytes, "cpu")
 
     def part(self, whole: bool = True) -> PackedLinear:
         """The packed matrix."""
@@ -148,7 +175,16 @@ class PackedRows(nn.Embedding):
         for handle in self._handles:
             handle.remove()
         del self._packed, self._handles
-        self.__class__ = cast(Any, nn.Embedding if type(self) is PackedRows else type(self).__bases__[0])
+        self.__class__ = cast(Any, self._plain_class)
+
+    @property
+    def _plain_class(self) -> type[nn.Embedding]:
+        return nn.Embedding if type(self) is PackedRows else cast(Any, type(self).__bases__[0])
+
+    def __reduce_ex__(
+        self, protocol: Any
+    ) -> Any:  # the class itself may have been made here, where pickle looks for none
+        return _blank_rows, (self._plain_class,), self.__dict__
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         like = fn(torch.empty(0, dtype=self.weight.dtype, device="cpu"))
@@ -162,9 +198,24 @@ class PackedRows(nn.Embedding):
         return self
 
 
+_classes_of_rows: dict[type[nn.Module], type[PackedRows]] = {nn.Embedding: PackedRows}
+
+
+def _class_of_rows(plain: type[nn.Embedding]) -> type[PackedRows]:
+    """The class of packed embeddings that do else what those of `plain` do."""
+    if plain not in _classes_of_rows:
+        _classes_of_rows[plain] = type(plain.__name__, (plain, PackedRows), {})
+    return _classes_of_rows[plain]
+
+
+def _blank_rows(plain: type[nn.Embedding]) -> PackedRows:
+    cls = _class_of_rows(plain)
+    return cls.__new__(cls)
+
+
 def packed_bytes_of(weight: Tensor) -> int | None:
     """Bytes that a product of a few rows with a `PackedLayer` reads, by its `weight`; None of other weights."""
-    return getattr(weight, _BYTES, None)
+    return weight.packed_bytes if isinstance(weight, StandIn) else None
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -183,6 +234,17 @@ def packed_modules(model: nn.Module) -> list[tuple[str, PackedLayer | PackedRows
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
     """A model's layers that have packed matrices alone, and their names."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLayer))
+
+
+def prepare(model: Any) -> None:
+    """What a packed model does otherwise than one of transformers."""
+    model.resize_token_embeddings = refuse_resizing
+    model.get_memory_footprint = partial(_footprint, model)
+
+
+def _footprint(model: nn.Module, return_buffers: bool = True) -> int:
+    """In place of `get_memory_footprint`, which would count the numbers that matrices stand for."""
+    return weight_bytes(model) + (sum(buffer.nbytes for buffer in model.buffers()) if return_buffers else 0)
 
 
 def refuse_resizing(*_: Any, **__: Any) -> None:

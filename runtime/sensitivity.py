@@ -1,95 +1,166 @@
-"""Which linears need 8 bits most, where not all can have them."""
+"""Which linears need more than 4 bits most, and what all mixtures of widths take and cost."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..kernels.packed import EXACT_BYTES
+from ..predictors.anatomy import dissect, shape_of
 from ..predictors.calibration import TokenText
-from ..predictors.checks import check_count, check_seed, check_share
+from ..predictors.checks import WIDTHS, check_count, check_seed, check_share
 from ..predictors.errors import CoreskipError
+from ..predictors.rounding_recipe import RoundingRecipe
 from ..predictors.token_samples import output_gradients
-from .lower_cpu import HEAD_FORMAT, KERNEL_FORMATS
-from .rounding import WINDOW, Rounded, compensate, windows_of
+from .formats import bytes_in, format_takers
+from .rounding import TOKENS, WINDOW, Rounded, alternatives, windows_of
 
-TOKENS = 4096
+OF_GRADIENTS = 4096  # tokens
+
+#: by the name of each linear, by width
+Costs = dict[str, dict[str, float]]
 
 
-def sensitivities(
+def _information(model: Any, rows: Tensor, modules: Sequence[nn.Module], seed: int, progress: bool) -> list[Tensor]:
+    """Of each output of each module the Fisher information, float32 ``[outputs]``."""
+    check_seed(seed)
+    sums = [torch.zeros(shape_of(module)[0], dtype=torch.float32, device=rows.device) for module in modules]
+    counts = [0] * len(modules)
+    for pairs in output_gradients(model, rows, modules, seed=seed, progress=progress):
+        for index, (_, gradient) in enumerate(pairs):
+            sums[index] += gradient.square().sum(0)
+            counts[index] += len(gradient)
+    return [total / max(1, count) for total, count in zip(sums, counts, strict=True)]
+
+
+def costs_of_widths(
     model: Any,
-    text: TokenText | Tensor,
-    found: Sequence[Rounded],
+    rows: Tensor,
+    *,
+    seed: int = 0,
+    resume: bool = False,
+    progress: bool = True,
+    keep: Callable[[dict[str, Rounded]], None] = lambda found: None,
+) -> Costs:
+    """What rounding each linear, the LM head included, to each width is predicted to cost, KL divergence in nats per
+    token: half the sum over outputs of the squared error, as the rounding has measured it, times the Fisher
+    information, which is the mean square of the gradient that log p(y) has there, y drawn from the model's own
+    predictions.
+
+    Args:
+        rows: what calibrates, as `windows_of` gives it; `OF_GRADIENTS` tokens of it have a backward pass, too.
+        seed: of drawing y.
+        resume: see `compensate`.
+        keep: is given every linear in all widths.
+    """
+    few = max(1, OF_GRADIENTS // rows.shape[1])
+    gradients = rows[:: max(1, len(rows) // few)][:few]
+    modules = list(dict.fromkeys(format_takers(model, dissect(model))))
+    information = dict(zip(modules, _information(model, gradients, modules, seed, progress), strict=True))
+    costs: Costs = {}
+    for found in alternatives(model, rows, resume=resume, progress=progress):
+        keep(found)
+        for width, rounded in found.items():
+            cost = float((information[rounded.module] * rounded.error).sum()) / 2
+            costs.setdefault(rounded.name, {})[width] = cost
+    return costs
+
+
+@dataclass(frozen=True)
+class Mixtures:
+    """The mixtures of widths to choose from: all linears in 4 bits, and from there on whatever saves most divergence
+    per byte is widened next.
+
+    Attributes:
+        sizes: bytes of each linear in each width.
+        costs: see `costs_of_widths`.
+    """
+
+    sizes: Mapping[str, Mapping[str, int]]
+    costs: Mapping[str, Mapping[str, float]]
+
+    @classmethod
+    def of(cls, model: Any, costs: Costs) -> Mixtures:
+        names = {module: name for name, module in model.named_modules()}
+        takers = dict.fromkeys(format_takers(model, dissect(model)))
+        return cls({names[m]: {width: bytes_in(m, width) for width in WIDTHS} for m in takers}, costs)
+
+    def bytes_of(self, widths: Mapping[str, str]) -> int:
+        return sum(of_linear[widths[name]] for name, of_linear in self.sizes.items())
+
+    @property
+    def widest(self) -> int:
+        """Bytes of all linears in 8 bits."""
+        return self.bytes_of(dict.fromkeys(self.sizes, WIDTHS[-1]))
+
+    @property
+    def least(self) -> float:
+        """Share of these that 4 bits take."""
+        return self.bytes_of(dict.fromkeys(self.sizes, WIDTHS[0])) / self.widest
+
+    def within(self, share: float) -> dict[str, str]:
+        """Widths that take at most this share of the bytes in 8 bits.
+
+        Raises:
+            CoreskipError: not even 4 bits do.
+        """
+        check_share("share", share)
+        widths = dict.fromkeys(self.sizes, WIDTHS[0])
+        left = share * self.widest * (1 + 1e-9) - self.bytes_of(widths)
+        if left < 0:
+            raise CoreskipError(
+                f"share is {share:g}; 4 bits everywhere are {self.least:.2f} of the bytes of 8: give more"
+            )
+        for name, width in self._steps:
+            more = self.sizes[name][width] - self.sizes[name][widths[name]]
+            if more <= left:
+                widths[name] = width
+                left -= more
+        return widths
+
+    @cached_property
+    def _steps(self) -> list[tuple[str, str]]:
+        """What is widened, and to what, in order."""
+        best = {name: self._next(name, WIDTHS[0]) for name in self.sizes}
+        steps = []
+        while best:
+            name = max(best, key=lambda name: best[name][0])
+            _, width = best.pop(name)
+            steps.append((name, width))
+            if width != WIDTHS[-1]:
+                best[name] = self._next(name, width)
+        return steps
+
+    def _next(self, name: str, width: str) -> tuple[float, str]:
+        """What widening a linear saves per byte, at best, and to what width."""
+        sizes, costs = self.sizes[name], self.costs[name]
+        wider = WIDTHS[WIDTHS.index(width) + 1 :]
+        return max(((costs[width] - costs[to]) / (sizes[to] - sizes[width]), to) for to in wider)
+
+
+def recipe_within(
+    model: Any,
+    text: TokenText,
+    share: float,
     *,
     tokens: int = TOKENS,
     window: int = WINDOW,
     seed: int = 0,
     progress: bool = True,
-) -> dict[str, float]:
-    """What rounding each linear is predicted to cost, KL divergence in nats per token, by its name.
-
-    Half the sum over outputs of the squared error, as `compensate` has measured it, times the Fisher information, which
-    is the mean square of the gradient that log p(y) has there, y drawn from the model's own predictions.
-
-    Args:
-        found: linears of the layers, as `compensate` yields them.
-        text, tokens, window: what the gradients are measured on, one forward and one backward pass per window.
-        seed: of drawing y.
-    """
-    check_seed(seed)
-    rows = windows_of(model, text, tokens, window)
-    modules = [each.module for each in found]
-    sums = [torch.zeros_like(each.error) for each in found]
-    count = 0
-    for pairs in output_gradients(model, rows, modules, seed=seed, progress=progress):
-        for total, (_, gradient) in zip(sums, pairs, strict=True):
-            total += gradient.square().sum(0)
-        count += len(pairs[0][1])
-    return {each.name: float((total * each.error).sum()) / (2 * count) for each, total in zip(found, sums, strict=True)}
-
-
-def mixed(
-    model: Any,
-    text: TokenText | Tensor,
-    *,
-    budget: float,
-    tokens: int = TOKENS,
-    seed: int = 0,
-    progress: bool = True,
-) -> dict[str, str]:
-    """ "int8" for the linears to which 4 bits cost most per byte, "int4" for the others: `widths` of `compensate`.
-
-    Args:
-        budget: bytes per token as a share of those with all linears in 8 bits, the LM head included.
-        text, tokens: what 4 bits cost is measured on, by `compensate`, and gradients by `sensitivities`.
+) -> RoundingRecipe:
+    """Mixed widths whose bytes per token are at most this share of those in 8 bits, the LM head included.
 
     Raises:
-        CoreskipError: 4 bits everywhere are more than the budget.
+        CoreskipError: 4 bits everywhere are more.
     """
-    check_share("budget", budget)
     check_count("tokens", tokens)
-    linears = list(compensate(model, text, tokens=tokens, progress=progress))[:-1]
-    costs = sensitivities(model, text, linears, tokens=tokens, seed=seed, progress=progress)
-    return widths_within(model, linears, costs, budget)
-
-
-def widths_within(model: Any, linears: Sequence[Rounded], costs: dict[str, float], budget: float) -> dict[str, str]:
-    """The widths of linears within a budget, by what 4 bits cost each: see `mixed`."""
-    sizes = {each.name: each.packed.out_features * each.packed.in_features for each in linears}
-    per_weight = {width: EXACT_BYTES[str(KERNEL_FORMATS[width])] for width in ("int4", "int8")}
-    head = model.get_output_embeddings().weight.numel() * EXACT_BYTES[HEAD_FORMAT]
-    total = sum(sizes.values())
-    left = budget * (head + total * per_weight["int8"]) - head - total * per_weight["int4"]
-    if left < 0:
-        least = (head + total * per_weight["int4"]) / (head + total * per_weight["int8"])
-        raise CoreskipError(f"budget is {budget:g}; 4 bits everywhere are {least:.2f} of the bytes of 8: give more")
-    widths = dict.fromkeys(sizes, "int4")
-    for name in sorted(sizes, key=lambda name: costs[name] / sizes[name], reverse=True):
-        extra = sizes[name] * (per_weight["int8"] - per_weight["int4"])
-        if extra <= left:
-            widths[name] = "int8"
-            left -= extra
-    return widths
+    rows = windows_of(model, text, tokens, window)
+    nothing = Mixtures.of(model, {})
+    if share < nothing.least:
+        nothing.within(share)
+    widths = Mixtures.of(model, costs_of_widths(model, rows, seed=seed, resume=True, progress=progress)).within(share)
+    return RoundingRecipe(widths, rows.cpu().int(), text.fingerprint())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from packed_models import on_grid, packed, tokenizer
 from tiny_models import FAMILIES, greedy, plan_of, prompt, tiny
 
 import coreskip
-from coreskip import CoreskipError, Engine, Plan
+from coreskip import CoreskipError, Engine, Plan, PlanError
 from coreskip.cli import main
 from coreskip.kernels import ops, store
 from coreskip.predictors.anatomy import rows_of
+from coreskip.runtime.cost import bytes_per_token
 from coreskip.runtime.packed_folder import WEIGHTS, describe
-from coreskip.runtime.packed_layer import PackedLayer, packed_layers
+from coreskip.runtime.packed_layer import PackedLayer, PackedRows, packed_layers, weight_bytes
 from coreskip.runtime.wrap import runtime_of
 
 NO_LIBRARY = ops.available("cpu")
@@ -186,7 +188,7 @@ def test_a_text_calibrates_the_rounding(tmp_path: Path) -> None:
     coreskip.pack(model, words, tmp_path / "m", text=text, share=0.8, progress=False)
     sizes = [describe(tmp_path / name)["formats"] for name in "tm"]
     assert sizes[1]["int8_groups"]["tensors"] > sizes[0]["int8_groups"]["tensors"]
-    assert sizes[1]["int4"]["tensors"] > 0
+    assert sizes[1]["int5"]["tensors"] > 0
     mixed, _ = coreskip.load(tmp_path / "m")
     with coreskip.wrap(mixed):
         greedy(mixed, ids[:, :9], 4)
@@ -301,3 +303,51 @@ def test_as_loaded_in_mixed_dtypes_and_rotary_frequencies(tmp_path: Path) -> Non
     half, _ = coreskip.load(tmp_path / "p", dtype="bfloat16")
     assert half.model.rotary_emb.inv_freq.dtype == torch.float32
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_copies_are_as_small_and_count_the_same(family: str, tmp_path: Path) -> None:
+    """gemma2: its class of embeddings, which scale, was made when it was loaded."""
+    with torch.no_grad():
+        model = on_grid(tiny(family))
+        model.get_input_embeddings().weight.mul_(0.0).add_(torch.randint(-7, 8, (1, 64)) / 4)
+    found, ids = packed(model, tmp_path / "p", weights="int4"), prompt(1, 6)
+    text, plan = greedy(found, ids, 8), Plan.dense(found, "packed")
+    torch.save(found, tmp_path / "p.pt")
+    copies = [copy.deepcopy(found), torch.load(tmp_path / "p.pt", weights_only=False)]
+    copies += [pickle.loads(pickle.dumps(found)), copy.deepcopy(copies[1])]
+    expected = weight_bytes(found)
+    assert found.get_memory_footprint() == expected + sum(b.nbytes for b in found.buffers())
+    plain, _ = coreskip.load(tmp_path / "p", packed=False)
+    assert found.get_memory_footprint() < 0.6 * plain.get_memory_footprint()
+    for other in copies:
+        table = other.get_input_embeddings()
+        assert isinstance(table, PackedRows)
+        assert type(table) is type(found.get_input_embeddings())
+        assert table.weight.untyped_storage().nbytes() <= 4
+        assert weight_bytes(other) == expected
+        assert other.get_memory_footprint() == found.get_memory_footprint()
+        assert bytes_per_token(other, plan) == bytes_per_token(found, plan)
+        assert torch.equal(greedy(other, ids, 8), text)
+        assert other.to(torch.bfloat16).get_input_embeddings().weight.untyped_storage().nbytes() <= 2
+        table.unpack()
+        assert type(table) is type(plain.get_input_embeddings())
+
+
+def test_a_plan_is_not_for_a_packed_model_with_other_linears(tmp_path: Path) -> None:
+    model = tiny("llama")
+    plan, found = Plan.dense(model), packed(model, tmp_path / "p", weights="int4")
+    plan.check(found)
+    plan.check(copy.deepcopy(found))
+    plan.check(coreskip.load(tmp_path / "p", packed=False)[0])
+    found.model.layers[1].mlp.down_proj = torch.nn.Linear(160, 64, bias=False)
+    with pytest.raises(PlanError, match="other weights"):
+        plan.check(found)
+
+
+def test_a_model_is_not_shown_as_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny("llama").save_pretrained(tmp_path / "m")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    for path in (tmp_path / "m", tmp_path / "m.gguf"):
+        code, _, err = command(capsys, "show", path)
+        assert (code, f"coreskip info {path}" in err.splitlines()[-1]) == (2, True)

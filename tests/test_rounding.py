@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +14,13 @@ from coreskip.bench.finetune import batches, finetune, leave_grid
 from coreskip.bench.rounding_quality import Scored, kinds
 from coreskip.bench.tables import quality_table
 from coreskip.kernels.groups import group_weights, tiles_from_groups, ungroup, untile
-from coreskip.kernels.packed import EXACT_BYTES, PackedLinear
+from coreskip.kernels.packed import PackedLinear
 from coreskip.predictors.calibration import TokenText
 from coreskip.predictors.compensation import Compensation, fitted_ends
 from coreskip.predictors.errors import CoreskipError
-from coreskip.runtime.rounding import Rounded, compensate, plainly, replaced
-from coreskip.runtime.sensitivity import mixed, sensitivities, widths_within
+from coreskip.runtime.rounded_model import rounded_in_place
+from coreskip.runtime.rounding import Rounded, alternatives, compensate, plainly, replaced, round_by, windows_of
+from coreskip.runtime.sensitivity import Mixtures, costs_of_widths, recipe_within
 
 # gated and plain MLPs, one stacked, fused projections, Conv1D, MLP and attention side by side, two kinds of layers
 FAMILIES = ["llama", "phi3", "gemma3_text", "opt", "gpt2", "falcon", "phi"]
@@ -202,23 +204,107 @@ def test_tiles_from_groups_are_those_of_packing(rows: int) -> None:
     assert torch.equal(tiles_from_groups((q + 128).to(torch.uint8), scale, least, "int8_groups"), packed.weight)
 
 
-def test_eight_bits_go_where_four_cost_most() -> None:
-    model = tiny("llama")
-    linears = rounded(model)[:-1]
-    costs = sensitivities(model, ids(), linears, tokens=256, window=WINDOW, progress=False)
-    assert costs.keys() == {each.name for each in linears}
-    assert all(cost > 0 for cost in costs.values())
-    sizes = {each.name: each.module.weight.numel() for each in linears}
-    all_wide = sum(sizes.values()) * EXACT_BYTES["int8_groups"]
-    head = model.lm_head.weight.numel() * EXACT_BYTES["int8_groups"]
-    widths = widths_within(model, linears, costs, 0.8)
-    used = sum(size * EXACT_BYTES[{"int4": "int4", "int8": "int8_groups"}[widths[n]]] for n, size in sizes.items())
-    assert 0.7 * (all_wide + head) < used + head <= 0.8 * (all_wide + head)
-    assert set(widths_within(model, linears, costs, 1.0).values()) == {"int8"}
-    dearest = max(costs, key=lambda name: costs[name] / sizes[name])
-    assert widths[dearest] == "int8"
+def test_wider_goes_where_four_bits_cost_most() -> None:
+    model, kept = tiny("llama"), []
+    rows = windows_of(model, ids(), 512, WINDOW)
+    costs = costs_of_widths(model, rows, progress=False, keep=kept.append)
+    mixtures = Mixtures.of(model, costs)
+    assert costs.keys() == mixtures.sizes.keys() == {next(iter(each.values())).name for each in kept}
+    assert "lm_head" in costs
+    for name, of_linear in costs.items():
+        assert of_linear["int4"] > of_linear["int5"] > of_linear["int8"] > 0 or name == "lm_head", name
+    for each in kept:
+        for width, found in each.items():
+            assert found.packed.nbytes == mixtures.sizes[found.name][width]
+    taken, lost = [], []
+    for share in (mixtures.least, 0.7, 0.8, 0.9, 1.0):
+        widths = mixtures.within(share)
+        taken.append(mixtures.bytes_of(widths) / mixtures.widest)
+        lost.append(sum(costs[name][width] for name, width in widths.items()))
+        assert share - 0.06 < taken[-1] <= share + 1e-6
+    assert lost == sorted(lost, reverse=True)
+    assert set(mixtures.within(mixtures.least).values()) == {"int4"}
+    assert set(mixtures.within(1.0).values()) == {"int8"}
     with pytest.raises(CoreskipError, match="give more"):
-        mixed(model, ids(), budget=0.2, tokens=512, progress=False)
+        recipe_within(model, TokenText(ids(), torch.empty(0, dtype=torch.int64), "ids"), 0.2, progress=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_recipe_gives_the_same_numbers_again(family: str) -> None:
+    model = tiny(family, tie_word_embeddings=True) if family == "llama" else tiny(family)
+    text = TokenText(ids(), torch.empty(0, dtype=torch.int64), "ids")
+    recipe = recipe_within(model, text, 0.75, tokens=512, window=WINDOW, progress=False)
+    assert len(set(recipe.widths.values())) > 1
+    before, hooks = weights(model), [m for m in model.modules() if "forward" in vars(m)]
+    each = list(alternatives(model, recipe.ids.long(), progress=False))
+    again = list(round_by(model, recipe, progress=False))
+    assert [found["int4"].name for found in each] == [found.name for found in again] == list(recipe.widths)
+    for found, one in zip(each, again, strict=True):
+        assert torch.equal(found[recipe.widths[one.name]].packed.weight, one.packed.weight), one.name
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(model).items())
+    assert hooks == [m for m in model.modules() if "forward" in vars(m)]
+
+
+@pytest.mark.parametrize("damage", [None, "states", "layer"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_rounding_goes_on_where_it_was_stopped(
+    family: str, damage: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CORESKIP_CACHE", str(tmp_path))
+    model, true_round, rounds = tiny(family), Compensation.round, []
+
+    def counted(self: Compensation, weight: Tensor, fmt: str) -> Any:
+        rounds.append(fmt)
+        return true_round(self, weight, fmt)
+
+    monkeypatch.setattr(Compensation, "round", counted)
+    whole = rounded(model, head="int5", resume=True)
+    needed, seen = len(rounds), []
+    assert not list((tmp_path / "rounding").glob("*")), "nothing stays of what is finished"
+    for each in compensate(model, ids(), head="int5", window=WINDOW, resume=True, progress=False):
+        seen.append(each)
+        if each.name.split(".")[2:3] == ["1"]:
+            break  # as if it were killed: the second layer is done
+    (folder,) = (tmp_path / "rounding").glob("*")
+    if damage is not None:
+        (file,) = folder.glob("states*" if damage == "states" else "layer-0001*")
+        data = bytearray(file.read_bytes())
+        data[-3] ^= 1
+        file.write_bytes(data)
+    rounds.clear()
+    other = ids(seed=9)  # another text is another rounding
+    assert next(compensate(model, other, window=WINDOW, resume=True, progress=False)).error.any()
+    rounds.clear()
+    again = rounded(model, head="int5", resume=True)
+    assert len(rounds) < needed if damage is None else len(rounds) == needed
+    for before, after in zip(whole, again, strict=True):
+        assert before.name == after.name
+        assert torch.equal(before.packed.weight, after.packed.weight)
+        assert torch.equal(before.error, after.error)
+        assert (before.packed.bias is None) == (after.packed.bias is None)
+    assert not folder.exists()
+
+
+def test_where_nothing_can_be_kept_it_is_rounded_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("CORESKIP_CACHE", str(tmp_path / "file"))
+    found = rounded(tiny("llama"), resume=True)
+    assert torch.equal(found[3].packed.weight, rounded(tiny("llama"))[3].packed.weight)
+    assert caplog.text.count("killed, it would begin anew") == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("width", ["int4", "int5"])
+def test_a_head_in_few_bits_is_closer_than_a_plainly_rounded_one(family: str, width: str) -> None:
+    model = tiny(family)
+    expected, errors = logits(model), []
+    for found in (rounded(model, widths="int8", head=width), list(plainly(model, widths="int8", head=width))):
+        assert found[-1].packed.fmt == width
+        with rounded_in_place(model, found):  # a tied embedding stays
+            errors.append(float((logits(model) - expected).norm()))
+    assert 0 < errors[0] < errors[1]
 
 
 def test_rescaling_leaves_the_grid_and_the_text() -> None:
@@ -261,8 +347,7 @@ def test_rows_of_rounding_fill_a_table() -> None:
         "command": "",
     }
     rows = []
-    for name, make in kinds(model, text, 1024, [0.8]):
-        found = make()
+    for name, found, _ in kinds(model, text, 1024, [0.8]):
         rows.append({"name": name, "megabytes": 1, **scored.figures(found), **about})
     assert [row["name"] for row in rows] == ["int8", "int4, plain", "int4, compensated", "mixed, 0.8 of int8's bytes"]
     eight, plain, compensated, mixture = (row["kl"] for row in rows)

@@ -336,7 +336,7 @@ def test_a_search_for_layers_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @needs_kernels
 def test_weights_in_fewer_bits_win_where_they_hold(llama: Any) -> None:
     """Random weights lose much by int4 and little by int8: nothing that leaves neurons out is as close, and as fast."""
-    plan = budgeted(llama, "kl<0.01", fast=True)
+    plan = budgeted(llama, "kl<0.007", fast=True)
     assert plan.weights == "int8"
     assert plan.recipe["method"] == "dense"
     assert plan.frontier[0]["name"] == "dense int4"
