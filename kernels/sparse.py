@@ -100,6 +100,11 @@ class SparseMLP:
         """Of ``listed``: how many neurons a token takes."""
         return self.packed.intermediate_size if self.lists is None else self.lists.kept
 
+    @property
+    def rounds(self) -> bool:
+        """Whether x is rounded to 8 bits: of two x that differ in their last bits, some values may then differ by a step."""
+        return isinstance(self.packed, PackedNeurons) or self.packed.scale is not None
+
     def run(self, x: Tensor, counting: bool = False) -> tuple[Tensor, int | None]:
         """The output for x ``[..., hidden]`` and how many neurons it took, over all rows; None where that was not
         counted: the kernels that choose by threshold do not tell, choosing twice takes time, and a GPU would be waited

@@ -61,8 +61,10 @@ class StepProgram:
 
     @property
     def by_rule(self) -> bool:
-        """Whether each token chooses neurons or inputs of its own."""
-        return bool(self.columns) or any(mlp is not None and mlp.rule != "listed" for mlp in self.mlps)
+        """Whether rounding may change more than the last bits: each token chooses neurons or inputs of its own, or MLPs
+        round what they meet."""
+        rough = (mlp.rule != "listed" or mlp.rounds for mlp in self.mlps if mlp is not None)
+        return bool(self.columns) or any(rough)
 
 
 @dataclass(frozen=True, eq=False)

@@ -42,28 +42,30 @@ static inline VB where_set(const uint8_t* bits, int p, VB x) {
 #endif
 }
 
-// n numbers, n up to kLanes or more, the rest 0.
-static inline V load_first(const float* p, int64_t n) {
-    if (n >= kLanes) return load(p);
+// Which of kLanes numbers are there: the first n, or all.
+struct First {
 #if CORESKIP_LEVEL == 512
-    return (V)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+    __mmask16 mask;
+    explicit First(int64_t n) : mask(static_cast<__mmask16>(n < kLanes ? (1u << n) - 1 : 0xffff)) {}
+    V of(const float* p) const { return (V)_mm512_maskz_loadu_ps(mask, p); }
+    V of(const F16* p) const { return (V)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p)); }
 #else
-    float some[kLanes] = {};
-    memcpy(some, p, n * sizeof(float));
-    return load(some);
+    int64_t n;
+    explicit First(int64_t count) : n(count) {}
+    V of(const float* p) const {
+        if (n >= kLanes) return load(p);
+        float some[kLanes] = {};
+        memcpy(some, p, n * sizeof(float));
+        return load(some);
+    }
+    V of(const F16* p) const {
+        if (n >= kLanes) return load(p);
+        F16 some[kLanes] = {};
+        memcpy(some, p, n * sizeof(F16));
+        return load(some);
+    }
 #endif
-}
-
-static inline V load_first(const F16* p, int64_t n) {
-    if (n >= kLanes) return load(p);
-#if CORESKIP_LEVEL == 512
-    return (V)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p));
-#else
-    F16 some[kLanes] = {};
-    memcpy(some, p, n * sizeof(F16));
-    return load(some);
-#endif
-}
+};
 
 // Factors of kLanes groups, for the parts of the runs that hold them.
 struct Factors {
@@ -117,57 +119,77 @@ struct Inputs {
     }
 };
 
-// y[r] += over all groups, what a row's numbers come to with x, times the scales of both, and its leasts times the sums of
-// x. ends(g, left, scale, least): from group g on. block(b, part, x, sum, more): adds a block's products to either of two
-// sums, for one would wait for itself. run(i, part, x): those of a run.
-template <int R, class EndsOf, class BlockOf, class RunOf>
-__attribute__((always_inline)) static inline void add_row(const Inputs& in, const EndsOf& ends, const BlockOf& block,
-                                                          const RunOf& run, V* y) {
+// y[n][r] += over all groups, what P rows' numbers come to with R rows of x, times the scales of both, and their leasts
+// times the sums of x. Rows together share the loads of x. ends(n, g, first, scale, least): from group g on. block(n, b,
+// part, x, sum, more): adds a block's products to either of two sums, for one would wait for itself. run(n, i, part, x):
+// those of a run.
+template <int P, int R, class EndsOf, class BlockOf, class RunOf>
+__attribute__((always_inline)) static inline void add_rows(const Inputs& in, const EndsOf& ends, const BlockOf& block,
+                                                           const RunOf& run, V y[P][R]) {
+    const First all(kLanes);
     for (int64_t b = 0; b < in.blocks; b++)
         for (int p = 0; p < kParts; p++) {
             const int64_t g = b * kBlock + p * kLanes;
-            V scale, least;
-            ends(g, kLanes, scale, least);
-            VI sum[R] = {}, more[R] = {};
-            block(b, p, in.turned + b * kBlockInputs + p * kVector, sum, more);
-            for (int r = 0; r < R; r++) {
-                y[r] += least * load(in.sum + r * in.groups + g);
-                y[r] += __builtin_convertvector(sum[r] + more[r], V) * (scale * load(in.scale + r * in.groups + g));
+            V step[R], total[R];
+            for (int r = 0; r < R; r++) step[r] = load(in.scale + r * in.groups + g), total[r] = load(in.sum + r * in.groups + g);
+#pragma GCC unroll 4
+            for (int n = 0; n < P; n++) {
+                VI sum[R] = {}, more[R] = {};
+                block(n, b, p, in.turned + b * kBlockInputs + p * kVector, sum, more);
+                V scale, least;
+                ends(n, g, all, scale, least);
+                for (int r = 0; r < R; r++) {
+                    y[n][r] += least * total[r];
+                    y[n][r] += __builtin_convertvector(sum[r] + more[r], V) * (scale * step[r]);
+                }
             }
         }
     for (int at = 0; at < in.left; at += kLanes) {
-        const int64_t g = in.blocks * kBlock + at, left = in.left - at;
-        V scale, least;
-        ends(g, left, scale, least);
+        const int64_t g = in.blocks * kBlock + at;
+        const int left = in.left - at;
+        const First first(left);
+        V step[R], total[R];
         for (int r = 0; r < R; r++) {
-            y[r] += least * load_first(in.sum + r * in.groups + g, left);
-            const Factors factors(scale * load_first(in.scale + r * in.groups + g, left));
-            for (int i = 0; i < kLanes / 2 && 2 * i < left; i++)
-                for (int p = 0; p < kRunParts; p++) {
-                    const VB x = load_bytes(in.tail + r * in.width + at * kGroup + i * kRun + p * kVector);
-                    y[r] += __builtin_convertvector(run(g / 2 + i, p, x), V) * factors.of(i, p);
-                }
+            step[r] = first.of(in.scale + r * in.groups + g), total[r] = first.of(in.sum + r * in.groups + g);
+        }
+#pragma GCC unroll 4
+        for (int n = 0; n < P; n++) {
+            V scale, least;
+            ends(n, g, first, scale, least);
+            for (int r = 0; r < R; r++) {
+                y[n][r] += least * total[r];
+                const Factors factors(scale * step[r]);
+                for (int i = 0; i < kLanes / 2 && 2 * i < left; i++)
+                    for (int p = 0; p < kRunParts; p++) {
+                        const VB x = load_bytes(in.tail + r * in.width + at * kGroup + i * kRun + p * kVector);
+                        y[n][r] += __builtin_convertvector(run(n, g / 2 + i, p, x), V) * factors.of(i, p);
+                    }
+            }
         }
     }
 }
 
 // ---- gate and up rows of listed neurons ----
 
-// y[r] += what a row of nibbles, followed by its groups' scales and leasts, comes to with R rows of x. next: what lies where
-// it will be read some rows later: it is fetched line by line as this is read. So many requests in one go that the core
-// must wait for room for them cost more than they save.
-template <int R>
-__attribute__((always_inline)) static inline void add_nibbles(const Inputs& in, const uint8_t* w, const uint8_t* next, V* y) {
-    const F16* scales = reinterpret_cast<const F16*>(w + in.width / 2);
-    const auto ends = [&](int64_t g, int64_t left, V& scale, V& least) __attribute__((always_inline)) {
-        scale = load_first(scales + g, left), least = load_first(scales + in.groups + g, left);
+// y[n][r] += what P rows of nibbles, followed by their groups' scales and leasts, come to with R rows of x. next: what lies
+// where it will be read some rows later: it is fetched line by line as this is read. So many requests in one go that the
+// core must wait for room for them cost more than they save.
+template <int P, int R>
+__attribute__((always_inline)) static inline void add_nibbles(const Inputs& in, const uint8_t* const* w,
+                                                              const uint8_t* const* next, V y[P][R]) {
+    const int64_t scales_at = in.width / 2, leasts_at = scales_at + 2 * in.groups;
+    const int64_t in_blocks = in.blocks * (kBlockInputs / 2);
+    const auto ends = [&](int n, int64_t g, const First& first, V& scale, V& least) __attribute__((always_inline)) {
+        scale = first.of(reinterpret_cast<const F16*>(w[n] + scales_at) + g);
+        least = first.of(reinterpret_cast<const F16*>(w[n] + leasts_at) + g);
     };
-    const auto block = [&](int64_t b, int p, const int8_t* x, VI* sum, VI* more) __attribute__((always_inline)) {
+    const auto block = [&](int n, int64_t b, int p, const int8_t* x, VI* sum, VI* more) __attribute__((always_inline)) {
+        const uint8_t* from = w[n] + b * (kBlockInputs / 2) + p * kVector;
+        const uint8_t* later = next[n] + b * (kBlockInputs / 2);
 #pragma GCC unroll 4
         for (int v = 0; v < 4; v++) {
-            const int64_t from = b * (kBlockInputs / 2) + v * kLine;
-            const VB both = load_bytes(w + from + p * kVector);
-            if (p == 0) __builtin_prefetch(next + from, 0, 2);
+            const VB both = load_bytes(from + v * kLine);
+            if (p == 0) __builtin_prefetch(later + v * kLine, 0, 2);
             const VB low = both & 15, high = (VB)((VH2)both >> 4) & 15;
             for (int r = 0; r < R; r++) {
                 sum[r] = multiply_add(sum[r], low, load_bytes(x + r * in.width + v * kLine));
@@ -175,12 +197,11 @@ __attribute__((always_inline)) static inline void add_nibbles(const Inputs& in, 
             }
         }
     };
-    const auto run = [&](int64_t i, int p, VB x) __attribute__((always_inline)) {
-        return multiply_add(VI{}, nibbles(w + i * (kRun / 2), p), x);
+    const auto run = [&](int n, int64_t i, int p, VB x) __attribute__((always_inline)) {
+        return multiply_add(VI{}, nibbles(w[n] + i * (kRun / 2), p), x);
     };
-    add_row<R>(in, ends, block, run, y);
-    const int64_t first = in.blocks * (kBlockInputs / 2);
-    fetch_all(next + first, in.width / 2 + 4 * in.groups - first);
+    add_rows<P, R>(in, ends, block, run, y);
+    for (int n = 0; n < P; n++) fetch_all(next[n] + in_blocks, leasts_at + 2 * in.groups - in_blocks);
 }
 
 // ---- down rows ----
@@ -364,9 +385,11 @@ class Listed {
             if (i < end) project<1, R>(in, row, i, static_cast<int>(i - first), gate, group.h);
         });
         apply_act(job_, group.count, [&](int j) { return at(first + j); }, gate, group.h, true);
-        for (int r = 0; r < job_.x.rows; r++)
-            for (int j = 0; j < kOf32; j++)
-                if (j >= group.count || (job_.selected && !job_.selected[at(first + j) * job_.x.rows + r])) group.h[r][j] = 0.f;
+        for (int r = 0; r < job_.x.rows; r++) {
+            memset(group.h[r] + group.count, 0, (kOf32 - group.count) * sizeof(float));
+            for (int j = 0; job_.selected && j < group.count; j++)
+                if (!job_.selected[at(first + j) * job_.x.rows + r]) group.h[r][j] = 0.f;
+        }
         const auto later = [&](int64_t i) { return i + kAhead < end_ ? i + kAhead : i; };
         group.next_ends = job_.n.ends + group_of(later(first)) * 2 * job_.n.width;
         for (int n = 0; n < group.count; n++) {
@@ -379,21 +402,28 @@ class Listed {
 
     // The projections of N neurons from position i on.
     template <int N, int R>
-    __attribute__((noinline)) void project(const Inputs& in, int row, int64_t i, int to, float (*gate)[kOf32], float (*up)[kOf32]) {
-        V y[2 * N * R] = {};
-        float sum[2 * N * R];
-#pragma GCC unroll 2
+    void project(const Inputs& in, int row, int64_t i, int to, float (*gate)[kOf32], float (*up)[kOf32]) {
+        if (job_.n.gated) project_parts<N, 2, R>(in, row, i, to, gate, up);
+        else project_parts<N, 1, R>(in, row, i, to, gate, up);
+    }
+
+    template <int N, int P, int R>
+    __attribute__((noinline)) void project_parts(const Inputs& in, int row, int64_t i, int to, float (*gate)[kOf32],
+                                                 float (*up)[kOf32]) {
+        V y[N * P][R] = {};
+        float sum[N * P][R];
+        const uint8_t *w[N * P], *next[N * P];
         for (int n = 0; n < N; n++) {
-            const uint8_t* w = row_of(i + n);
-            const uint8_t* next = row == 0 && i + n + kAhead < end_ ? row_of(i + n + kAhead) : w;
-            add_nibbles<R>(in, w, next, y + 2 * n * R);
-            if (job_.n.gated) add_nibbles<R>(in, w + part_, next + part_, y + (2 * n + 1) * R);
+            const uint8_t* from = row_of(i + n);
+            const uint8_t* later = row == 0 && i + n + kAhead < end_ ? row_of(i + n + kAhead) : from;
+            for (int p = 0; p < P; p++) w[n * P + p] = from + p * part_, next[n * P + p] = later + p * part_;
         }
-        totals<2 * N * R>(y, sum);
+        add_nibbles<N * P, R>(in, w, next, y);
+        totals<N * P * R>(y[0], sum[0]);
         for (int n = 0; n < N; n++)
             for (int r = 0; r < R; r++) {
-                gate[row + r][to + n] = sum[2 * n * R + r];
-                up[row + r][to + n] = sum[(2 * n + (job_.n.gated ? 1 : 0)) * R + r];
+                gate[row + r][to + n] = sum[n * P][r];
+                up[row + r][to + n] = sum[n * P + P - 1][r];
             }
     }
 };

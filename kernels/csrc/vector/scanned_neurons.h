@@ -63,15 +63,16 @@ static inline void scales_by_row(const uint8_t* tile, int64_t groups, float* to,
 
 // ---- the last bits ----
 
-// y[r] += what a row's last bits add to the products with R rows of x, for which they counted as a half.
-template <int R>
-__attribute__((always_inline)) static inline void add_last_bits(const Inputs& in, const uint8_t* bits, const float* scales, V* y) {
-    const auto ends = [&](int64_t g, int64_t left, V& scale, V& least) __attribute__((always_inline)) {
-        scale = load_first(scales + g, left);
+// y[n][r] += what P rows' last bits add to the products with R rows of x, for which they counted as a half.
+template <int P, int R>
+__attribute__((always_inline)) static inline void add_last_bits(const Inputs& in, const uint8_t* const* bits,
+                                                                const float* const* scales, V y[P][R]) {
+    const auto ends = [&](int n, int64_t g, const First& first, V& scale, V& least) __attribute__((always_inline)) {
+        scale = first.of(scales[n] + g);
         least = scale * -0.5f;
     };
-    const auto block = [&](int64_t b, int p, const int8_t* x, VI* sum, VI* more) __attribute__((always_inline)) {
-        const uint8_t* from = bits + b * (kBlockInputs / 8);
+    const auto block = [&](int n, int64_t b, int p, const int8_t* x, VI* sum, VI* more) __attribute__((always_inline)) {
+        const uint8_t* from = bits[n] + b * (kBlockInputs / 8);
 #pragma GCC unroll 8
         for (int step = 0; step < kGroup / 4; step++)
             for (int r = 0; r < R; r++) {
@@ -80,10 +81,10 @@ __attribute__((always_inline)) static inline void add_last_bits(const Inputs& in
                 else sum[r] = multiply_add(sum[r], VB{} + 1, some);
             }
     };
-    const auto run = [&](int64_t i, int p, VB x) __attribute__((always_inline)) {
-        return multiply_add(VI{}, VB{} + 1, where_set(bits + i * (kRun / 8), p, x));
+    const auto run = [&](int n, int64_t i, int p, VB x) __attribute__((always_inline)) {
+        return multiply_add(VI{}, VB{} + 1, where_set(bits[n] + i * (kRun / 8), p, x));
     };
-    add_row<R>(in, ends, block, run, y);
+    add_rows<P, R>(in, ends, block, run, y);
 }
 
 // ---- groups of 32 neurons, three at a time under way ----
@@ -230,37 +231,44 @@ class Scan {
     // Two neurons' up rows.
     template <int R>
     __attribute__((noinline)) void complete_ups(Scanned& s, const Inputs& in, int row, const int* two, const uint8_t* const* fetched) {
-        V y[2 * R] = {};
-        float sum[2 * R];
-#pragma GCC unroll 2
-        for (int n = 0; n < 2; n++) {
-            const uint8_t* w = rest_of(s, two[n]);
-            add_nibbles<R>(in, w, fetched[n] ? fetched[n] : w, y + n * R);
-        }
-        totals<2 * R>(y, sum);
+        V y[2][R] = {};
+        float sum[2][R];
+        const uint8_t* const w[2] = {rest_of(s, two[0]), rest_of(s, two[1])};
+        const uint8_t* const next[2] = {fetched[0] ? fetched[0] : w[0], fetched[1] ? fetched[1] : w[1]};
+        add_nibbles<2, R>(in, w, next, y);
+        totals<2 * R>(y[0], sum[0]);
         for (int n = 0; n < 2; n++)
-            for (int r = 0; r < R; r++) s.up[row + r][two[n]] = sum[n * R + r];
+            for (int r = 0; r < R; r++) s.up[row + r][two[n]] = sum[n][r];
     }
 
     // Two neurons' last bits.
     template <int R>
-    __attribute__((noinline)) void complete_bits(Scanned& s, const Inputs& in, const float* scales, int row, const int* two,
-                                                 const uint8_t* const* fetched) {
-        V y[4 * R] = {};
-        float sum[4 * R];
-#pragma GCC unroll 2
+    void complete_bits(Scanned& s, const Inputs& in, const float* scales, int row, const int* two,
+                       const uint8_t* const* fetched) {
+        if (job_.n.gated) complete_parts<2, R>(s, in, scales, row, two, fetched);
+        else complete_parts<1, R>(s, in, scales, row, two, fetched);
+    }
+
+    template <int P, int R>
+    __attribute__((noinline)) void complete_parts(Scanned& s, const Inputs& in, const float* scales, int row, const int* two,
+                                                  const uint8_t* const* fetched) {
+        V y[2 * P][R] = {};
+        float sum[2 * P][R];
+        const uint8_t* bits[2 * P];
+        const float* scale[2 * P];
         for (int n = 0; n < 2; n++) {
             if (fetched[n]) fetch_all(fetched[n], job_.n.rest_bytes);
-            const uint8_t* bits = rest_of(s, two[n]);
-            const float* scale = scales + two[n] * scales_;
-            add_last_bits<R>(in, bits, scale, y + 2 * n * R);
-            if (job_.n.gated) add_last_bits<R>(in, bits + in.width / 8, scale + in.groups, y + (2 * n + 1) * R);
+            for (int p = 0; p < P; p++) {
+                bits[n * P + p] = rest_of(s, two[n]) + p * (in.width / 8);
+                scale[n * P + p] = scales + two[n] * scales_ + p * groups_;
+            }
         }
-        totals<4 * R>(y, sum);
+        add_last_bits<2 * P, R>(in, bits, scale, y);
+        totals<2 * P * R>(y[0], sum[0]);
         for (int n = 0; n < (two[0] == two[1] ? 1 : 2); n++)
             for (int r = 0; r < R; r++) {
-                if (job_.n.gated) s.gate[row + r][two[n]] += sum[2 * n * R + r];
-                s.up[row + r][two[n]] += sum[(2 * n + (job_.n.gated ? 1 : 0)) * R + r];
+                if (P == 2) s.gate[row + r][two[n]] += sum[n * P][r];
+                s.up[row + r][two[n]] += sum[n * P + P - 1][r];
             }
     }
 
