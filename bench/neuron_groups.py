@@ -2,9 +2,10 @@
 
 python -m coreskip.bench.neuron_groups [--rows FILE]
 
-A decoder of MLPs alone, so many that their weights do not fit in the last cache, is one native step, as decoding runs it.
-All ways of one shape run in turn, round after round. Each is verified before it is timed: what it computes is compared
-with the numbers of the tiles in torch. Weights are random: shares of neurons are what is timed, not what they cost.
+A decoder of MLPs alone, so many that their weights do not fit in the last cache, is one native step, as decoding runs
+it. All ways of one shape run in turn, round after round. Each is verified before it is timed: what it computes is
+compared with the numbers of the tiles in torch. Weights are random: shares of neurons are what is timed, not what they
+cost.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import click
 import torch
@@ -27,6 +28,7 @@ from coreskip.bench.kernels import SHAPES, cache_bytes
 from coreskip.bench.provenance import provenance, write_rows
 from coreskip.kernels import cpu
 from coreskip.kernels.groups import ungroup, untile
+from coreskip.kernels.memory import allocate
 from coreskip.kernels.neuron_groups import Form, PackedNeurons
 from coreskip.kernels.packed import PackedLinear, quantize
 from coreskip.kernels.sparse import RowLists, SparseMLP
@@ -115,7 +117,7 @@ def ways(keeps: tuple[float, ...]) -> dict[str, Way]:
         found[f"rows, {keep:g} kept"] = _scanned("rows", keep, 1.0)
     for form in ("gates", "planes"):
         for candidates, keep in ((0.7, 0.6), (0.6, 0.45), (0.15, 0.1)):
-            found[f"{form}, {candidates:g} looked at, {keep:g} kept"] = _scanned(cast(Form, form), keep, candidates)
+            found[f"{form}, {candidates:g} looked at, {keep:g} kept"] = _scanned(form, keep, candidates)
     return found
 
 
@@ -140,8 +142,8 @@ class Decoder:
             if index < len(layers):
                 self.expected = self.expected + 1e-3 * _rounded(a * kept) @ layer.numbers[2].t()
         head = PackedLinear.pack(torch.eye(_HEAD, hidden))
-        build = lambda some: Step(StepModel(x, some, norm, head, torch.float32))  # noqa: E731
-        self.step, self.few = build(stack), build(stack[: len(layers)])
+        stacks = stack, stack[: len(layers)]
+        self.step, self.few = (Step(StepModel(x, some, norm, head, torch.float32)) for some in stacks)
         self.neurons = layers[0].tiles[0].out_features * count
 
     def verify(self) -> None:
@@ -159,24 +161,16 @@ class Decoder:
 
 
 def _copied(mlp: DenseMLP | SparseMLP) -> DenseMLP | SparseMLP:
-    from copy import copy
+    return replace(mlp, **{name: _own(part) for name, part in vars(mlp).items()})
 
-    def own(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.nbytes > 1 << 16:
-            from coreskip.kernels.memory import allocate
 
-            return allocate(tuple(value.shape), value.dtype, value.device).copy_(value)
-        if isinstance(value, (PackedLinear, PackedNeurons)):
-            twin = copy(value)
-            for name, part in vars(value).items():
-                object.__setattr__(twin, name, own(part))
-            return twin
-        return value
-
-    twin = copy(mlp)
-    for name, part in vars(mlp).items():
-        object.__setattr__(twin, name, own(part))
-    return twin
+def _own(value: Any) -> Any:
+    """The same in memory of its own."""
+    if isinstance(value, Tensor) and value.nbytes > 1 << 16:
+        return allocate(tuple(value.shape), value.dtype, value.device).copy_(value)
+    if isinstance(value, (PackedLinear, PackedNeurons)):
+        return replace(value, **{name: _own(part) for name, part in vars(value).items()})
+    return value
 
 
 def measure(shape: str, keeps: tuple[float, ...], rounds: int, memory: float) -> list[dict[str, Any]]:

@@ -24,8 +24,8 @@ RUN = 64  # inputs or outputs whose nibbles lie in 32 bytes; kRun in csrc/vector
 _BLOCK = 16  # groups; kBlock there
 _LONG = 512  # bytes of a row that is worth padding
 UPPER = "int4_upper"  # the upper three bits of "int4"
-#: How neurons are found. ``listed``; or by what each token reads of all of them: ``rows``, gate and up whole, ``planes``,
-#: their upper three bits, ``gates``, the gates whole.
+#: How neurons are found. ``listed``; or by what each token reads of all of them: ``rows``, gate and up whole,
+#: ``planes``, their upper three bits, ``gates``, the gates whole.
 Form = Literal["listed", "rows", "planes", "gates"]
 
 
@@ -33,9 +33,9 @@ Form = Literal["listed", "rows", "planes", "gates"]
 class PackedNeurons:
     """One layer's MLP, down(act(gate(x)) * up(x)) or down(act(up(x))), in 4-bit groups by neuron. Made by `pack`.
 
-    Listed, `rows` hold gate, up and down of each neuron. In other forms `scan` holds, in tiles, what each token reads of
-    all neurons, `rest` what it then reads of candidates, last bits or up rows, and `rows` the down projection. `ends`:
-    float16 [groups of 32 neurons, 2, width], scales and leasts of the down projection. norm: what a unit of an
+    Listed, `rows` hold gate, up and down of each neuron. In other forms `scan` holds, in tiles, what each token reads
+    of all neurons, `rest` what it then reads of candidates, last bits or up rows, and `rows` the down projection.
+    `ends`: float16 [groups of 32 neurons, 2, width], scales and leasts of the down projection. norm: what a unit of an
     activation costs that is left out, float32 [neurons]; reach: what a unit of act(gate) may come to, times that; mean:
     what each neuron counts as where it is left out, see `PackedMLP`.
     """
@@ -276,9 +276,9 @@ def _bits(values: Tensor) -> Tensor:
 
 
 def _side_by_side(parts: list[Tensor]) -> Tensor:
-    """Rows of bytes, one after the other. Long ones begin on a cache line, at an odd number of lines from the next: where
-    all rows lie 1 KB apart, what is fetched of them falls into the same places of the cache, and a layer of 576 x 1536
-    takes up to twice as long."""
+    """Rows of bytes, one after the other. Long ones begin on a cache line, at an odd number of lines from the next:
+    where all rows lie 1 KB apart, what is fetched of them falls into the same places of the cache, and a layer of
+    576 x 1536 takes up to twice as long."""
     size = sum(part.shape[1] for part in parts)
     stride = size if size < _LONG else (-(-size // LINE) | 1) * LINE
     rows = allocate((parts[0].shape[0], stride), torch.uint8, parts[0].device)

@@ -19,9 +19,9 @@ from .packed import ACTS, Act, PackedColumns, PackedLinear, PackedMLP
 
 Scorer = Callable[[Tensor], Tensor]
 
-#: How the neurons of a step are found. ``listed``: all that are packed, or each row's own list of them. ``sketch``,
-#: ``gate``: as `ops.sketch_mlp` and `ops.gate_mlp`. ``exact``: by exact scores of candidates, over `PackedNeurons`. ``learned``: by a low-rank predictor. ``scored``: by a function in
-#: Python, which native steps do not call.
+#: How the neurons of a step are found. ``listed``: all that are packed, or those of lists. ``sketch``, ``gate``: as
+#: `ops.sketch_mlp` and `ops.gate_mlp`. ``exact``: by exact scores of candidates, over `PackedNeurons`. ``learned``: by
+#: a low-rank predictor. ``scored``: by a function in Python, which native steps do not call.
 Rule = Literal["listed", "sketch", "exact", "gate", "learned", "scored"]
 
 
@@ -29,8 +29,8 @@ Rule = Literal["listed", "sketch", "exact", "gate", "learned", "scored"]
 class RowLists:
     """Which neurons each row of a batch computes.
 
-    lists: int64 [rows, k], or [1, k] for all rows. listed: int64 [n], those that any row wants, ascending; wanted: uint8
-    [neurons, rows], 1 for who wants what; None: all rows want all that are listed.
+    lists: int64 [rows, k], or [1, k] for all rows. listed: int64 [n], those that any row wants, ascending; wanted:
+    uint8 [neurons, rows], 1 for who wants what; None: all rows want all that are listed.
     """
 
     lists: Tensor
@@ -80,8 +80,8 @@ class SparseMLP:
         predictor: of ``learned``, whose scores are the sigmoid of the second matrix times the first times x.
         smooth: float32 ``[hidden]``, what the inputs are multiplied by before they are rounded; `packed` has the
             inverse in its columns. A native step has it in the norm before the MLP.
-        refine: of the neurons that a sketch chooses, or of candidates, those with an exact score below this are dropped;
-            0: none.
+        refine: of the neurons that a sketch chooses, or of candidates, those with an exact score below this are
+            dropped; 0: none.
         lists: of ``listed``: which of the packed neurons; None: all.
     """
 
@@ -102,7 +102,8 @@ class SparseMLP:
 
     @property
     def rounds(self) -> bool:
-        """Whether x is rounded to 8 bits: of two x that differ in their last bits, some values may then differ by a step."""
+        """Whether x is rounded to 8 bits: of two x that differ in their last bits some values may then differ by a
+        step."""
         return isinstance(self.packed, PackedNeurons) or self.packed.scale is not None
 
     def run(self, x: Tensor, counting: bool = False) -> tuple[Tensor, int | None]:

@@ -107,7 +107,7 @@ class _Reading:
         if brick.chooser is Chooser.NOTHING and self._weights is None and in_fewer_bytes:
             self.extra += (_WHOLE - 1) * brick.nbytes
         if brick.chooser in (Chooser.TOKEN, Chooser.INPUTS):
-            self.extra += (_CHOSEN - 1) * brick.nbytes
+            self.extra += ((_CHOSEN if brick.rate is None else brick.rate) - 1) * brick.nbytes
         return brick.nbytes
 
     def unread_attention(self, anatomy: Anatomy, index: int, layer: LayerProgram) -> float:

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers.cache_utils import Cache
 
 from ..kernels import reference
+from ..kernels.neuron_groups import PackedNeurons
 from ..kernels.ops import MAX_ROWS, PackedMLP
 from ..kernels.packed import ACTS, quantize, spread
 from ..kernels.sparse import SparseMLP
@@ -176,11 +177,12 @@ class _FloatWeights(Weights):
 
     def sparse(self, layer: int, pack: Callable[[Bundles], SparseMLP], fmt: str | None = None) -> SparseMLP:
         sparse = super().sparse(layer, pack, fmt)
-        if sparse.rule != "sketch":
+        packed = sparse.packed
+        if sparse.rule != "sketch" or isinstance(packed, PackedNeurons):
             return sparse
         found = self._floats.get(layer)
-        if found is None or found[1] is not sparse.packed.weight:
-            found = _floats(sparse.packed), sparse.packed.weight
+        if found is None or found[1] is not packed.weight:
+            found = _floats(packed), packed.weight
             if found[0].high.nbytes * 3 * len(self.anatomy.mlps) <= _FLOAT_BYTES:
                 self._floats[layer] = found
         return _ManyRows(**vars(sparse), floats=found[0])
@@ -208,7 +210,7 @@ class _ManyRows(SparseMLP):
         if x.numel() <= MAX_ROWS * x.shape[-1]:
             return super()._compute(x, counting)
         assert self.floats is not None
-        packed, floats = self.packed, self.floats
+        packed, floats = self._bundles, self.floats
         assert packed.scale is not None
         assert packed.norm is not None
         rows, factor = quantize(x.reshape(-1, x.shape[-1]).float())
@@ -224,6 +226,10 @@ class _ManyRows(SparseMLP):
             y += packed.down_bias
         return y.to(x.dtype).view_as(x), int(wanted.sum())
 
+    @property
+    def _bundles(self) -> PackedMLP:
+        return cast(PackedMLP, self.packed)
+
     def _wanted(self, score: Tensor) -> Tensor:
         """Which neurons each row keeps, bool ``[rows, neurons]``; a sort is ten times slower than topk, which breaks
         ties (ReLU's zeros) in no order."""
@@ -237,7 +243,7 @@ class _ManyRows(SparseMLP):
         return torch.zeros_like(wanted).scatter_(1, listed, True)
 
     def _activations(self, rows: Tensor, integers: Tensor, factor: Tensor) -> Tensor:
-        packed = self.packed
+        packed = self._bundles
         assert packed.scale is not None
         act = ACTS[packed.act] if isinstance(packed.act, str) else packed.act
         products = F.linear(rows, integers).view(rows.shape[0], -1, packed.intermediate_size)

@@ -43,6 +43,9 @@ from ..predictors.policies import (
 )
 from .bundles import Bundles
 
+# Of neurons chosen in 4-bit groups: by bytes alone. How long they take differs from machine to machine, 1.0 to 1.4
+# times that, and the search times them where it is to choose them.
+_TIMED = 1.0
 FORMAT_BYTES = {"int8": EXACT_BYTES["int8_groups"], "int4": EXACT_BYTES["int4"]}
 
 
@@ -108,6 +111,7 @@ class BrickProgram:
         native: whether native steps make the choice.
         pack: what the brick becomes once its weights are packed; None where they are read as matrices, or are packed
             for each sequence.
+        rate: how long a byte takes, in bytes that are read in a row; None: what its chooser usually takes.
         thresholds: of linears that leave out small inputs, by name. by_norm: see `InputThresholds`. share: of the
             inputs that stays on the calibration text.
     """
@@ -119,6 +123,7 @@ class BrickProgram:
     nbytes: float
     native: bool = True
     pack: Callable[[Bundles], SparseMLP] | None = None
+    rate: float | None = None
     thresholds: Mapping[str, float] = field(default_factory=dict)
     by_norm: bool = False
     share: float = 1.0
@@ -265,7 +270,7 @@ def _planes(policy: Sketch, brick: Brick, kept: int) -> BrickProgram:
         packed = _in_groups(policy, bundles, "planes", None)
         return SparseMLP(packed, "exact", threshold=policy.threshold, refine=policy.refine or 0.0)
 
-    return BrickProgram(policy, policy.chooser, kept, brick.width, read, pack=pack)
+    return BrickProgram(policy, policy.chooser, kept, brick.width, read, pack=pack, rate=_TIMED)
 
 
 def _by_gates(policy: TopK, brick: Brick, kept: int) -> BrickProgram:
@@ -277,7 +282,7 @@ def _by_gates(policy: TopK, brick: Brick, kept: int) -> BrickProgram:
         packed = _in_groups(policy, bundles, "rows" if policy.gate is None else "gates", policy.reach)
         return SparseMLP(packed, "exact", threshold=policy.gate or 0.0, refine=policy.threshold or 0.0)
 
-    return BrickProgram(policy, policy.chooser, kept, brick.width, read, pack=pack)
+    return BrickProgram(policy, policy.chooser, kept, brick.width, read, pack=pack, rate=_TIMED)
 
 
 def _in_groups(policy: TopK | Sketch, bundles: Bundles, form: Form, reach: Tensor | None) -> PackedNeurons:

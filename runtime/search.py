@@ -14,34 +14,29 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import torch
-
-from ..predictors.anatomy import Anatomy, dissect, is_packed
-from ..predictors.checks import check_share, path_of
+from ..predictors.anatomy import dissect, is_packed
+from ..predictors.checks import AS_PACKED, check_share, path_of
 from ..predictors.errors import CoreskipError
 from ..predictors.files import append_line, check_file, read_text
-from ..predictors.layer_selection import Leave
-from ..predictors.layers import skip_policies, skipped_layers
-from ..predictors.learned import RANK
-from ..predictors.plan import LayerPlan, Plan
-from ..predictors.policies import Cats, CoreNeurons, Learned, NeuronPolicy, Sketch, Teal, TopK, Wina
+from ..predictors.four_bits import Form
+from ..predictors.plan import Plan
 from .attention import can_redirect
 from .calibrate import Study
 from .cost import Cost, cost, read_bandwidth
+from .families import DENSE, FAMILIES, FAST, PROXIES, ROUNDED, Family, outline
 from .lower_cpu import refusal
-from .options import Budget, CoreOptions, check_options, given
+from .options import Budget, check_options, given
 from .rounding_search import Roundings
+from .step_timing import StepClock, trial
 
 logger = logging.getLogger("coreskip")
 
-_KEEPS = tuple(round(0.05 * i, 2) for i in range(19, 1, -1))  # 0.95 ... 0.1
-_FINE = 0.02
 _CHECKS = 4  # plans that are measured on the held-out text at most
 _SCREEN = 3  # windows on which a plan that is far off shows
 _MORE = 3  # times the study's windows, where only the margin of error stands between a plan and the budget
@@ -51,78 +46,10 @@ _IN_ANY_WEIGHTS = 2  # times the budget, of which the weights' format, where it 
 # than those, other ways keep less than a third in 8 bits. Of the fine-tuned model that cost 300 to 900 % of perplexity,
 # and eight of a search's twenty minutes.
 _KEPT_BESIDE_ROUNDING = 0.5
+_CLOSE = 1.25  # times the least bytes: what reads no more is timed
+_FASTER = 0.98  # of the time of all neurons that a form must take where it leaves out most
 _PRUNE = 4  # times the budget: no allocation of the same method mends that
 _FIGURES = ("ppl_increase", "ppl_increase_stderr", "kl", "top1_agreement", "neuron_sparsity", "tokens")
-
-
-@dataclass(frozen=True)
-class Family:
-    """One way of choosing neurons or layers, with the weights as loaded or in a format of their own."""
-
-    method: str
-    options: Mapping[str, Any]
-    weights: str | None = None
-
-    @property
-    def label(self) -> str:
-        method = "skip" if self.method == "layers" else self.method
-        words = [method, *(str(v) for k, v in self.options.items() if v and k != "all_linears")]
-        words += ["all linears"] if self.options.get("all_linears") else []
-        return " ".join(words + ([self.weights] if self.weights else []))
-
-    @property
-    def group(self) -> tuple[Any, ...]:
-        """What families have in common that differ in weights or allocation alone: they are pruned together."""
-        return self.method, self.options.get("rule"), self.options.get("all_linears"), self.options.get("leave")
-
-    @property
-    def formats(self) -> tuple[str | None, ...]:
-        """In which weights the native step runs it, the fewest bytes first; as loaded alone where it does not."""
-        native = self.method in ("dense", "sketch", "static", "core", "similar", "layers")
-        return ("int4", "int8", None) if native or self.options.get("rule") == "cats" else (None,)
-
-    def keeps(self, depth: int) -> tuple[float, ...]:
-        """The shares that are tried in a model of so many layers, the most first."""
-        if self.method == "layers":
-            return tuple(round(1 - left / depth, 4) for left in range(1, -(-9 * depth // 10)))
-        return (1.0,) if self.method == "dense" else _KEEPS
-
-    def keeping_more(self, keep: float, depth: int) -> float | None:
-        """A share that keeps about a quarter more of what `keep` leaves out; None where that is all of it."""
-        if self.method == "layers":
-            left = skipped_layers(keep, depth)
-            more = round(1 - (left - max(1, left // 4)) / depth, 4)
-        else:
-            more = round(keep + max(_FINE, 0.25 * (1 - keep)), 2)
-        return more if more < 1 else None
-
-
-#: Most promising first, as measured on the embedded model.
-FAMILIES = (
-    Family("sketch", {"allocation": "greedy"}),
-    Family("sketch", {"allocation": "fisher"}),
-    Family("sketch", {"allocation": "residual"}),
-    Family("sketch", {"allocation": "equal"}),
-    Family("threshold", {"rule": "cats", "all_linears": False}),
-    Family("threshold", {"rule": "wina", "all_linears": False}),
-    Family("threshold", {"rule": "teal", "all_linears": False}),
-    Family("threshold", {"rule": "teal", "all_linears": True}),
-    Family("sketch", {"allocation": "cett"}),
-    Family("learned", {}),
-    Family("static", {}),
-    Family("core", {}),
-    Family("similar", {}),
-    *(Family("layers", {"leave": leave}) for leave in get_args(Leave)),
-)
-_FAST = tuple(
-    f
-    for f in FAMILIES
-    if f.method == "layers" or f.label in ("sketch greedy", "threshold cats", "threshold teal", "static")
-)
-_DENSE = Family("dense", {})
-_ROUNDED = Family("rounded", {})  # its "keep" is the share of the bytes that all linears take in 8 bits
-#: By method, the family that is cheapest to calibrate: where it is far off the budget, so are the method's others.
-_PROXIES = {"sketch": Family("sketch", {"allocation": "equal"})}
 
 
 def search(
@@ -144,10 +71,10 @@ def search(
     families = [f for f in state.families() if method in ("auto", f.method)]
     families = families or [f for f in FAMILIES if f.method == method] or [Family(method, {})]
     if method == "auto":
-        for weights in state.formats(_DENSE):
-            state.bisect(replace(_DENSE, weights=weights))
+        for weights in state.formats(DENSE):
+            state.bisect(replace(DENSE, weights=weights))
         if rounds and state.may_round:
-            state.bisect(_ROUNDED)
+            state.bisect(ROUNDED)
     for family in families:
         for weights in state.formats(family):
             state.bisect(replace(family, weights=weights))
@@ -181,8 +108,8 @@ def pareto(
     journal = Journal(options.pop("resume", None))
     study = Study(model, tokenizer, **own, **given(options))
     state = _Search(study, None, journal)
-    for weights in state.formats(_DENSE):
-        state.measure(replace(_DENSE, weights=weights), 1.0)
+    for weights in state.formats(DENSE):
+        state.measure(replace(DENSE, weights=weights), 1.0)
     for family in state.families():
         for keep in keeps:
             state.measure(replace(family, weights=state.formats(family)[0]), keep)
@@ -270,6 +197,7 @@ class _Search:
         self._refusal = refusal(study.model, self._anatomy)
         self._packed = any(map(is_packed, study.model.modules()))
         self._many = _MORE * study.windows
+        self._paying: dict[Form, bool] = {}
 
     def _cost(self, plan: Plan) -> Cost:
         return cost(self._study.model, plan, self._anatomy)
@@ -277,13 +205,17 @@ class _Search:
     def families(self) -> list[Family]:
         """Those to look at here."""
         layers = can_redirect(self._anatomy)  # else attentions cannot be left out
-        return [f for f in (_FAST if self._study.fast else FAMILIES) if layers or f.method != "layers"]
+        gated = all(mlp.gated for mlp in self._anatomy.mlps)
+        every = FAST if self._study.fast else FAMILIES
+        return [f for f in every if (layers or f.method != "layers") and (gated or f.form is not Form.GATES)]
 
     def formats(self, family: Family) -> tuple[str | None, ...]:
         """The weight formats in which the family can run here."""
         if self._study.weights is not None or self._packed:  # a packed model's own format
-            return (self._study.weights,)
-        return family.formats if self._refusal is None else (None,)
+            return tuple(w for w in (self._study.weights,) if w in ("int4", AS_PACKED) or family.form is not Form.GATES)
+        if self._refusal is not None:
+            return () if family.form is Form.GATES else (None,)
+        return family.formats
 
     @cached_property
     def _roundings(self) -> Roundings:
@@ -326,7 +258,8 @@ class _Search:
             return replace(self._dense, weights=family.weights)
         if family.method == "rounded":
             return self._roundings.plan(keep)
-        return replace(self._study.calibrator.make(family.method, keep, **family.options), weights=family.weights)
+        made = self._study.calibrator.make(family.method, keep, weights=family.weights, **family.options)
+        return replace(made, weights=family.weights)
 
     def _quality(self, name: str, plan: Plan, part: str, windows: int | None = None) -> dict[str, Any]:
         key = f"{self._about} {part} {name}" + ("" if windows is None else f" in {windows} windows")
@@ -355,13 +288,15 @@ class _Search:
     def bisect(self, family: Family) -> None:
         """Find the fewest neurons with which this family holds the budget, if that can win."""
         shares = self._roundings.shares if family.method == "rounded" else family.keeps(len(self._anatomy))
-        least = _KEPT_BESIDE_ROUNDING if self._best is not None and self._best.family == _ROUNDED else 0.0
+        least = _KEPT_BESIDE_ROUNDING if self._best is not None and self._best.family == ROUNDED else 0.0
         keeps = [keep for keep in shares if keep >= least and self._can_win(family, keep)]
         if not keeps or family.weights in self._failed_formats:
             return
         if family.method == "dense":
             if not self._within_budget(family, 1.0):
                 self._failed_formats.add(family.weights)
+            return
+        if family.form is not None and not self._pays(family.form):
             return
         tried = self._best is not None
         if tried and (self._is_pruned(family, keeps[0]) or not self._within_budget(family, keeps[0])):
@@ -379,12 +314,36 @@ class _Search:
         if family.method == "dense":
             plan = self._make(family, keep)
         else:
-            plan = replace(self._dense, layers=_outline(family, keep, self._anatomy), weights=family.weights)
+            plan = replace(self._dense, layers=outline(family, keep, self._anatomy), weights=family.weights)
         return self._cost(plan).weighed < 0.99 * self._weight_to_beat
+
+    @cached_property
+    def _clock(self) -> StepClock:
+        return StepClock(self._study.model, self._study.searched.windows(min(64, self._study.window), 1))
+
+    def _pays(self, form: Form) -> bool:
+        """Whether leaving neurons out of 4-bit weights by this form can be faster here at all, which bytes do not tell:
+        where memory is fast, to look at neurons takes longer than to read them."""
+        if form not in self._paying:
+            key = f"{self._about} seconds {form.value}"
+            known = self._journal.get(key)
+            if known is None:
+                dense = replace(self._dense, weights="int4")
+                tried = trial(dense, self._anatomy.mlps, self._study.calibrator.tokens.samples.hidden, form)
+                seconds = self._clock.seconds([dense, tried])
+                known = {"dense": seconds[0], form.value: seconds[1]}
+                self._journal.add(key, known)
+            self._paying[form] = known[form.value] < _FASTER * known["dense"]
+            if not self._paying[form]:
+                logger.info(
+                    "leaving neurons out by %s is not faster here: %.2f ms a token, with all of them %.2f",
+                    *(form.value, 1e3 * known[form.value], 1e3 * known["dense"]),
+                )
+        return self._paying[form]
 
     def _is_pruned(self, family: Family, keep: float) -> bool:
         """Whether the family's group is far off the budget where it would be fast enough to win."""
-        proxy = _PROXIES.get(family.method)
+        proxy = PROXIES.get(family.method)
         if proxy is not None and (family.group, family.weights) not in self._screened:
             self._screened.add((family.group, family.weights))
             self.measure(replace(proxy, weights=family.weights), keep, _SCREEN)
@@ -410,7 +369,7 @@ class _Search:
         for _ in range(_CHECKS):
             if not candidates:
                 break
-            best = min(candidates, key=lambda found: found.cost.weighed)
+            best = self._fastest(candidates)
             candidates.remove(best)
             name = f"{best.family.label} at {best.keep:g}"
             quality = self._quality(name, best.plan, "checked")
@@ -423,6 +382,23 @@ class _Search:
         logger.warning("no plan found within %s is faster than dense: this plan skips nothing", budget.text)
         quality = self._quality("dense", self._dense, "checked")
         return self._finished(self._dense, quality, {"method": "dense", "budget": budget.text})
+
+    def _fastest(self, candidates: Sequence[_Candidate]) -> _Candidate:
+        """The one that reads least; of those that read little more, the one that was faster, timed here."""
+        least = min(found.cost.weighed for found in candidates)
+        close = [found for found in candidates if found.cost.weighed <= _CLOSE * least]
+        rounded = any(found.plan.rounding is not None for found in close)  # whose numbers have to be packed first
+        if len(close) == 1 or rounded or self._refusal is not None:
+            return min(candidates, key=lambda found: found.cost.weighed)
+        names = [f"{found.family.label} at {found.keep:g}" for found in close]
+        key = f"{self._about} seconds {', '.join(names)}"
+        known = self._journal.get(key)
+        if known is None:
+            known = dict(zip(names, self._clock.seconds([found.plan for found in close]), strict=True))
+            self._journal.add(key, known)
+        for name in names:
+            logger.info("%s: %.2f ms a token", name, 1e3 * known[name])
+        return min(close, key=lambda found: known[f"{found.family.label} at {found.keep:g}"])
 
     def _keeping_more(self, best: _Candidate, quality: dict[str, Any]) -> list[_Candidate]:
         """The same with a little more kept, where that is still faster than dense."""
@@ -468,32 +444,3 @@ class _Search:
 
 def _loss(quality: dict[str, Any]) -> float:
     return float(quality["kl"])  # less noisy than perplexity, and grows with it
-
-
-def _outline(family: Family, keep: float, anatomy: Anatomy) -> tuple[LayerPlan, ...]:
-    """Policies that move the bytes of the family's at this keep, without its calibration."""
-    depth = len(anatomy)
-    if family.method == "layers":
-        policies = skip_policies(family.options["leave"], range(skipped_layers(keep, depth)), depth)
-        return tuple(LayerPlan(layer=policy) for policy in policies)
-    return tuple(LayerPlan(_neurons(family, keep, anatomy, index)) for index in range(depth))
-
-
-def _neurons(family: Family, keep: float, anatomy: Anatomy, layer: int) -> NeuronPolicy:
-    mlp, attention = anatomy.mlps[layer], anatomy.attentions[layer]
-    if family.method == "sketch":
-        return Sketch(keep=keep, bits=family.options.get("bits", 4))
-    if family.method == "topk":
-        return TopK(keep=keep)
-    if family.method == "learned":
-        width, zeros = mlp.intermediate_size, torch.zeros
-        return Learned(keep=keep, reduce=zeros(RANK, mlp.hidden_size), expand=zeros(width, RANK), bias=zeros(width))
-    if family.method != "threshold":
-        return CoreNeurons(CoreOptions().alpha, keep, "griffin")
-    rule = family.options["rule"]
-    if rule == "cats":
-        return Cats(keep, 0.0)
-    thresholds = {f"mlp.{mlp.down_name}": 0.0}
-    if family.options.get("all_linears") and attention is not None:
-        thresholds |= {f"attention.{name}": 0.0 for name in (*attention.inputs, attention.output)}
-    return (Teal if rule == "teal" else Wina)(keep, thresholds)

@@ -52,9 +52,9 @@ class SelectedNeurons:
 class Selections:
     """The neurons that the sequences of one KV cache decode with.
 
-    During prefill, `observe` adds up each prompt's scores; the first decode step settles them into lists over whole layers,
-    which are packed once for all caches: to copy the chosen half of a 1B model's neurons takes as long as several steps. A
-    later prefill (the next turn) adds to the same scores and settles anew.
+    During prefill, `observe` adds up each prompt's scores; the first decode step settles them into lists over whole
+    layers, which are packed once for all caches: to copy the chosen half of a 1B model's neurons takes as long as
+    several steps. A later prefill (the next turn) adds to the same scores and settles anew.
     """
 
     def __init__(
