@@ -512,7 +512,7 @@ def test_plans_keep_them(llama: Any, tmp_path: Path, name: str) -> None:
         (Sketch(keep=0.5, refine=0.2, candidates=0.6), "a refined sketch has"),
         (Sketch(keep=0.5, threshold=0.1, refine=float("inf"), candidates=0.6), "a threshold is inf"),
         (Sketch(keep=0.5, threshold=0.1, refine=0.2, candidates=1.1), "candidates is 1.1"),
-        (Sketch(keep=0.5, threshold=0.1, refine=0.2, candidates=0.4), "keeps 0.5 of 0.4 candidates"),
+        (Sketch(keep=0.5, threshold=0.1, refine=0.2, candidates=0.4), "of 0.4 candidates 0.5 cannot be kept"),
         (Sketch(keep=0.5, smooth=torch.ones(63)), "reads 63 inputs"),
         (Sketch(keep=0.5, smooth=torch.zeros(64)), "not above 0"),
         (Sketch(keep=0.5, norm=torch.ones(160).double()), "norm is not fp32"),

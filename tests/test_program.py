@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -16,8 +16,7 @@ from torch import nn
 
 import coreskip
 from coreskip import PlanError
-from coreskip.kernels.ops import available
-from coreskip.kernels.sparse import SparseMLP
+from coreskip.kernels.ops import PackedMLP, available
 from coreskip.predictors import policies as registry
 from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.plan import LayerPlan, Plan
@@ -65,9 +64,9 @@ def every_other() -> Iterator[type[NeuronPolicy]]:
     @builds(EveryOther)
     def _every_other(policy: EveryOther, brick: program.Brick) -> BrickProgram:
         indices, kept = torch.arange(0, brick.width, policy.step), policy.kept(brick.width)
-        read = kept * (brick.scoring + 1) * brick.bundle_row
+        read = kept * (brick.scoring + 1) * brick.row
         return BrickProgram(
-            policy, policy.chooser, kept, brick.width, read, pack=lambda bundles: SparseMLP(bundles.some(indices))
+            policy, policy.chooser, kept, brick.width, read, pack=lambda bundles: bundles.listed(indices)
         )
 
     yield EveryOther
@@ -273,8 +272,10 @@ def test_a_cost_is_that_of_what_runs() -> None:
         plan = with_policies(model, policy)
         with coreskip.wrap(model, plan):
             greedy(model, prompt(1), 3)
-            packed = runtime_of(model).prepared.mlp(0).packed
+            mlp = runtime_of(model).prepared.mlp(0)
+            packed = cast(PackedMLP, mlp.packed)
             sizes[name] = packed.weight.nbytes + (0 if packed.low is None else packed.low.nbytes)
+            sizes[name] *= mlp.listed_neurons / packed.intermediate_size
         counted = build(policy, program.brick_of(dissect(model), 0)).nbytes
         assert counted == pytest.approx(sizes[name], rel=0.02)
 

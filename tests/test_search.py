@@ -25,9 +25,18 @@ from coreskip.predictors.policies import Adaptive, Run, Sketch, Skip, SkipAttent
 from coreskip.runtime.calibrate import Study
 from coreskip.runtime.cost import bytes_per_token, cost, predicted_seconds, read_bandwidth
 from coreskip.runtime.search import FAMILIES, Family, Journal, pareto
-from coreskip.runtime.wrap import runtime_of
+from coreskip.runtime.step_timing import StepClock
+from coreskip.runtime.wrap import is_wrapped, runtime_of
 
 needs_kernels = pytest.mark.skipif(available("cpu") is not None, reason="the native step is not built")
+
+
+@pytest.fixture(autouse=True)
+def _time_as_bytes_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of timings, which differ from run to run."""
+    monkeypatch.setattr(
+        StepClock, "seconds", lambda self, plans: [cost(self._model, plan).weighed / 1e9 for plan in plans]
+    )
 
 
 def budgeted(model: Any, budget: str, **options: Any) -> Plan:
@@ -90,7 +99,7 @@ def test_a_search_goes_on_where_it_was_stopped(llama: Any, tmp_path: Path, monke
     monkeypatch.setattr(Study, "measure", counted)
     with pytest.raises(KeyboardInterrupt):
         budgeted(llama, "kl<0.5", fast=True, resume=file)
-    assert len(file.read_text().splitlines()) == 2
+    assert sum(" seconds " not in line for line in file.read_text().splitlines()) == 2
     with file.open("a") as handle:
         handle.write('{"key": "cut of')  # the line that was being written
     measured.clear()
@@ -413,3 +422,29 @@ def test_the_benchmark_goes_on_from_its_rows(tmp_path: Path, monkeypatch: pytest
     result = CliRunner().invoke(benchmark.main, [*words[:-1], "3"])
     assert isinstance(result.exception, CoreskipError)
     assert "rows of another command" in str(result.exception)
+
+
+def test_what_reads_little_less_is_timed(llama: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A plan that reads less than another, and takes longer, is not chosen."""
+    asked: list[list[Plan]] = []
+
+    def seconds(self: StepClock, plans: list[Plan]) -> list[float]:
+        asked.append(list(plans))
+        return [1.0 if plan.keep == 1 else 2.0 for plan in plans]
+
+    monkeypatch.setattr(StepClock, "seconds", seconds)
+    file = tmp_path / "search.jsonl"
+    plan = budgeted(llama, "kl<0.5", fast=True, resume=file)
+    assert asked
+    assert plan.keep == 1
+    count = len(asked)
+    assert str(budgeted(llama, "kl<0.5", fast=True, resume=file)) == str(plan)
+    assert len(asked) == count
+
+
+def test_a_clock_times_plans_in_turn(llama: Any) -> None:
+    plans = [Plan.dense(llama), Plan.dense(llama, "int4"), plan_of(llama, "static")]
+    found = StepClock(llama, prompt(1, 9)).seconds(plans)
+    assert len(found) == 3
+    assert all(0 < one < 1 for one in found)
+    assert not is_wrapped(llama)
