@@ -61,10 +61,15 @@ class StepProgram:
 
     @property
     def by_rule(self) -> bool:
-        """Whether rounding may change more than the last bits: each token chooses neurons or inputs of its own, or MLPs
-        round what they meet."""
-        rough = (mlp.rule != "listed" or mlp.rounds for mlp in self.mlps if mlp is not None)
-        return bool(self.columns) or any(rough)
+        """Whether each token chooses neurons or inputs of its own."""
+        return bool(self.columns) or any(mlp is not None and mlp.rule != "listed" for mlp in self.mlps)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether MLPs round what they meet to 8 bits. Two ways to the same x then differ by steps where they differed
+        by last bits, and by more where that decides which neurons are kept: on the embedded model by 0.02 to 0.1
+        standard deviations of the logits."""
+        return any(mlp is not None and mlp.rounds for mlp in self.mlps)
 
 
 @dataclass(frozen=True, eq=False)

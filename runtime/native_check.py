@@ -42,7 +42,7 @@ class FirstStep:
     """The logits of a first native step, before the modules have computed theirs.
 
     twin: a copy of the cache as it was. judged: what is compared in place of `logits` where a rule chooses in half
-    precision: those of a step that chooses nothing.
+    precision, or MLPs round what they meet: those of a step that leaves nothing out.
     """
 
     logits: Tensor
@@ -63,7 +63,7 @@ class Comparison:
     def begin(self, loaded: CpuModel, program: StepProgram, named: dict[str, Any]) -> FirstStep:
         """Runs the step, whose keys and values the cache has from now on."""
         twin, step = twin_of(named["past_key_values"]), loaded.step(program)
-        without = program.by_rule and loaded.base.dtype != torch.float32
+        without = program.rounds or (program.by_rule and loaded.base.dtype != torch.float32)
         judged = self._without_plan(named, loaded) if without else None
         logits, _ = self._steps.run(step, named, loaded, self.entries)
         return FirstStep(logits, twin, program.by_rule, judged)

@@ -63,12 +63,18 @@ def _few(options: GenerationConfig) -> GenerationConfig:
     return GenerationConfig(**{**options.to_diff_dict(), "max_new_tokens": 2})
 
 
-def trial(dense: Plan, mlps: Sequence[Any], hidden: Sequence[Tensor], form: Form) -> Plan:
+def trial(
+    dense: Plan,
+    mlps: Sequence[Any],
+    hidden: Sequence[Tensor],
+    form: Form,
+    shares: tuple[float, float] | None = None,
+) -> Plan:
     """A plan that leaves out more than a useful one would, by thresholds of a few tokens: good for being timed alone.
 
-    hidden: per layer, inputs of the MLP ``[tokens, hidden]``.
+    hidden: per layer, inputs of the MLP ``[tokens, hidden]``. shares: of candidates and of neurons kept.
     """
-    candidates, kept = _TRIAL[form]
+    candidates, kept = shares or _TRIAL[form]
     pairs = zip(mlps, hidden, strict=True)
     policies = [_tried(FourBitMLP.of(mlp), x[:_SAMPLE], form, candidates, kept) for mlp, x in pairs]
     return replace(dense, layers=tuple(map(LayerPlan, policies)), weights="int4")
