@@ -4,12 +4,13 @@ python -m coreskip.bench.leaving_out [--shape llama-3.2-1b] [--weights int4|bflo
 
 Without a shape it is the embedded model. Shapes have random weights, and plans here are not calibrated: thresholds are
 those of a few tokens that let given shares through, and static sets are drawn. What the shares lose is measured
-elsewhere. Whole generations of a prompt are timed in turn, round after round: tokens per second after the first one, and
-the seconds from the prompt to the last of 64 tokens, in which a choice by the prompt is settled.
+elsewhere. Whole generations of a prompt are timed in turn, round after round: tokens per second after the first one,
+and the seconds from the prompt to the last of 64 tokens, in which a choice by the prompt is settled.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import time
@@ -88,6 +89,7 @@ def measure(model: Any, ids: Tensor, weights: str, rounds: int) -> list[dict[str
                 whole[name].append(taken)
     return [
         {
+            "kind": "leaving_out",
             "plan": name,
             "weights": weights,
             "tok_s": round(statistics.median(speed[name]), 2),
@@ -125,7 +127,9 @@ def main(shape: str | None, weights: str, rounds: int, rows: Path | None) -> Non
         figures = f"{row['tok_s']:8.1f} tok/s {row['of_dense']:6.3f} {row['of_dense_with_prompt']:6.3f} with prompt"
         click.echo(f"{name}, {weights}: {row['plan']:26} {figures}, {row['megabytes']} MB, {row['of_dense_each']}")
     if rows is not None:
-        write_rows(rows, [{"model": name, **row, **about} for row in found])
+        before = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+        others = [row for row in before if (row["model"], row["weights"]) != (name, weights)]
+        write_rows(rows, [*others, *({"model": name, **row, **about} for row in found)])
 
 
 if __name__ == "__main__":

@@ -197,6 +197,8 @@ def measure(shape: str, keeps: tuple[float, ...], rounds: int, memory: float) ->
         ratios = [one / other for one, other in zip(seconds[1:], times["dense"][1:], strict=True)]
         rows.append(
             {
+                "kind": "neuron_groups",
+                "model": "MLPs alone",
                 "shape": shape,
                 "way": name,
                 "us_per_layer": round(1e6 * statistics.median(seconds[1:]), 1),

@@ -236,6 +236,22 @@ _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "of the speed alone": lambda row: f"{row['of_alone']:.2f}",
         "of a fair share": lambda row: f"{row['of_fair_share']:.2f}",
     },
+    "leaving_out": {
+        "model": lambda row: f"{row['model']}, {row['weights']}",
+        "plan": lambda row: str(row["plan"]),
+        "neurons left out": lambda row: f"{100 * row['left_out']:.0f} %",
+        "MB per token": lambda row: f"{row['megabytes']:.0f}",
+        "tok/s": lambda row: f"{row['tok_s']:.1f}",
+        "x dense": lambda row: f"{row['of_dense']:.2f}",
+        "x dense, with the prompt": lambda row: f"{row['of_dense_with_prompt']:.2f}",
+    },
+    "neuron_groups": {
+        "shape": lambda row: str(row["shape"]),
+        "way": lambda row: str(row["way"]),
+        "neurons left out": lambda row: f"{100 * row['left_out']:.0f} %",
+        "us per layer": lambda row: f"{row['us_per_layer']:.1f}",
+        "of dense": lambda row: f"{row['of_dense']:.2f}",
+    },
     "starting": {
         "model": lambda row: f"{row['model']}, {row['weights']}",
         "packed in": lambda row: f"{row['pack_s']:.0f} s",
