@@ -23,7 +23,6 @@ import click
 import torch
 from torch import Tensor
 
-import coreskip
 from coreskip.bench.clock import greedy
 from coreskip.bench.provenance import provenance, write_rows
 from coreskip.bench.workloads import Shape
@@ -35,6 +34,7 @@ from coreskip.predictors.policies import CoreNeurons, NeuronPolicy, Static
 from coreskip.predictors.token_samples import sample_tokens
 from coreskip.runtime.bundles import Weights
 from coreskip.runtime.cost import bytes_per_token
+from coreskip.runtime.load import load
 from coreskip.runtime.step_timing import trial
 from coreskip.runtime.wrap import runtime_of, wrapped
 
@@ -115,7 +115,7 @@ def _ratio(some: list[float], others: list[float]) -> float:
 def main(shape: str | None, weights: str, rounds: int, rows: Path | None) -> None:
     torch.manual_seed(0)
     if shape is None:
-        model, _ = coreskip.load()
+        model, _ = load()
         model = model.to(torch.bfloat16) if weights == "bfloat16" else model
     else:
         model = Shape(shape).build(torch.bfloat16, torch.device("cpu"))
