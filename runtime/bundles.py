@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -79,10 +79,7 @@ class Weights:
 
     def in_groups(self, layer: int) -> bool:
         """Whether a layer's MLP can be had in 4-bit groups by neuron here."""
-        mlp = self.anatomy.mlps[layer]
-        weight: Any = mlp.down.weight
-        on_cpu = isinstance(mlp.down, PackedLayer) or weight.device.type == "cpu"
-        return on_cpu and available("cpu") is None and self.acts[layer] in ACTS and _fits_int4(mlp)
+        return known_in_groups(self.anatomy.mlps[layer], self.acts[layer])
 
     def pack(
         self,
@@ -175,19 +172,32 @@ class Bundles:
         return packed if norm is None else replace(packed, norm=norm.to(packed.weight.device))
 
 
-def _matrices_of(mlp: FeedForward) -> tuple[list[nn.Module], int]:
-    """The modules of gate and up, in one where they are stacked, and of down; and the rows of each projection."""
+# ---- MLPs in 4-bit groups ----
+
+
+def known_in_groups(mlp: FeedForward, act: Act) -> bool:
+    """Whether kernels can read an MLP with this activation in 4-bit groups by neuron, here and from its matrices."""
+    weight: Any = mlp.down.weight
+    on_cpu = isinstance(mlp.down, PackedLayer) or weight.device.type == "cpu"
+    return on_cpu and available("cpu") is None and act in ACTS and _fits_int4(mlp)
+
+
+def packed_in_four_bits(mlp: FeedForward) -> bool:
+    """Whether all matrices of an MLP exist in int4 tiles alone."""
+    return all(isinstance(module, PackedLayer) for module in _linears(mlp)) and _fits_int4(mlp)
+
+
+def _linears(mlp: FeedForward) -> list[nn.Module]:
     gates = [] if mlp.gate_name is None else [getattr(mlp.owner, mlp.gate_name)]
-    return [*gates, mlp.up, mlp.down], mlp.intermediate_size
+    return [*gates, mlp.up, mlp.down]
 
 
 def _fits_int4(mlp: FeedForward) -> bool:
     """Whether matrices that exist in packed form alone are int4 tiles; others can be rounded to them."""
-    modules, rows = _matrices_of(mlp)
-    packed = [module for module in modules if isinstance(module, PackedLayer)]
-    if mlp.stacked and any(module is mlp.up for module in packed) and rows % TILE:
-        return False
-    return all(module.formats == ["int4"] * len(module.formats) for module in packed)
+    if isinstance(mlp.up, PackedLayer) and mlp.stacked and len(mlp.up.formats) == 1 and mlp.intermediate_size % TILE:
+        return False  # a tile belongs to two projections
+    packed = [module for module in _linears(mlp) if isinstance(module, PackedLayer)]
+    return all(form == "int4" for module in packed for form in module.formats)
 
 
 def _int4_parts(mlp: FeedForward) -> tuple[PackedLinear | None, PackedLinear, PackedLinear]:
@@ -195,15 +205,13 @@ def _int4_parts(mlp: FeedForward) -> tuple[PackedLinear | None, PackedLinear, Pa
     if not isinstance(mlp.up, PackedLayer):
         w = mlp.matrices()
         gate = None if w.gate is None else PackedLinear.pack(w.gate, w.gate_bias, fmt="int4")
-        return (
-            gate,
-            PackedLinear.pack(w.up, w.up_bias, fmt="int4"),
-            PackedLinear.pack(w.down.t(), w.down_bias, fmt="int4"),
-        )
-    modules, rows = _matrices_of(mlp)
-    parts = [part for module in modules if isinstance(module, PackedLayer) for part in module.parts(whole=False)]
+        up = PackedLinear.pack(w.up, w.up_bias, fmt="int4")
+        return gate, up, PackedLinear.pack(w.down.t(), w.down_bias, fmt="int4")
+    parts = [part for module in _linears(mlp) for part in cast(PackedLayer, module).parts(whole=False)]
     if mlp.stacked and len(parts) == 2:
-        parts = [replace(parts[0].part(0, rows) or parts[0]), replace(parts[0].part(rows, rows) or parts[0]), parts[1]]
+        rows, down = mlp.intermediate_size, parts[1]
+        halves = parts[0].part(0, rows), parts[0].part(rows, rows)
+        parts = [*(half for half in halves if half is not None), down]
     return (parts[0], parts[1], parts[2]) if mlp.gated else (None, parts[0], parts[1])
 
 

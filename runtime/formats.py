@@ -18,14 +18,15 @@ from transformers.pytorch_utils import Conv1D
 from ..kernels.groups import tile_shape
 from ..kernels.ops import PackedLinear, available
 from ..kernels.packed import DTYPES
-from ..predictors.anatomy import Anatomy, rows_of, shape_of
+from ..predictors.anatomy import Anatomy, canonical_activation, rows_of, shape_of
 from ..predictors.checks import AS_PACKED
 from ..predictors.errors import CoreskipError
 from ..predictors.plan import Plan
-from .bundles import PackedBefore
+from .bundles import PackedBefore, known_in_groups
 from .lower_cpu import HEAD_FORMAT, KERNEL_FORMATS
 from .packed_layer import PackedLayer
 from .phases import Phase, mode
+from .program import Program
 
 logger = logging.getLogger("coreskip")
 
@@ -49,11 +50,20 @@ def check_format(model: Any, anatomy: Anatomy, plan: Plan) -> None:
         reason = f"the model is on {model.device.type}, and only the CPU's kernels read them"
     if reason is None and any(weight.dtype not in DTYPES for weight in matrices):
         reason = f"they are made from float32, bfloat16 or float16, not from {model.dtype}".replace("torch.", "")
+    if reason is None and not _all_known(anatomy, plan):
+        reason = "neurons are chosen in 4-bit groups, and the kernels do not know the activation, or the packed format"
     if reason is not None:
         way = "leave them out" if plan.weights != AS_PACKED else "pack it first"
         if plan.rounding is not None:
             way = "pack it with this plan (`coreskip pack --plan`, or coreskip.pack) and use what that writes"
         raise CoreskipError(f"weights in {plan.weights} cannot be used: {reason}; {way}")
+
+
+def _all_known(anatomy: Anatomy, plan: Plan) -> bool:
+    """Whether every MLP whose neurons the plan chooses in 4-bit groups can be read so."""
+    layers = zip(Program.of(anatomy, plan).layers, anatomy.mlps, strict=True)
+    chosen = [mlp for layer, mlp in layers if any(brick.in_groups for brick in layer.bricks)]
+    return all(known_in_groups(mlp, canonical_activation(mlp.act)) for mlp in chosen)
 
 
 def _of_packed(weights: str | None, packed: int, linears: int) -> str | None:

@@ -41,7 +41,7 @@ from ..predictors.policies import (
     TopK,
     Wina,
 )
-from .bundles import Bundles
+from .bundles import Bundles, packed_in_four_bits
 
 # Of neurons chosen in 4-bit groups: by bytes alone. How long they take differs from machine to machine, 1.0 to 1.4
 # times that, and the search times them where it is to choose them.
@@ -59,6 +59,7 @@ class Brick:
         loaded: bytes of one weight as it was loaded.
         dense: bytes of one weight as a step reads it that computes every neuron.
         weights: the plan's format; None: as loaded.
+        in_groups: whether neurons are read in 4-bit groups.
         linears: names of the layer's linears of which a native step can leave inputs out.
     """
 
@@ -68,6 +69,7 @@ class Brick:
     loaded: float
     dense: float
     weights: str | None = None
+    in_groups: bool = False
     linears: frozenset[str] = frozenset()
 
     @property
@@ -79,11 +81,6 @@ class Brick:
     def row(self) -> float:
         """Bytes of one row of a matrix as it was loaded."""
         return self.hidden * self.loaded
-
-    @property
-    def in_groups(self) -> bool:
-        """Whether neurons are read in 4-bit groups."""
-        return self.weights in ("int4", AS_PACKED)
 
     def listed(self, kept: int) -> float:
         """Bytes that so many listed neurons read: of 4-bit groups, the ends of all of the down projection's come with
@@ -109,6 +106,7 @@ class BrickProgram:
         width: all of them.
         nbytes: bytes of weights that a step of one token reads.
         native: whether native steps make the choice.
+        in_groups: whether nothing but kernels over 4-bit groups carries it out.
         pack: what the brick becomes once its weights are packed; None where they are read as matrices, or are packed
             for each sequence.
         rate: how long a byte takes, in bytes that are read in a row; None: what its chooser usually takes.
@@ -124,6 +122,7 @@ class BrickProgram:
     native: bool = True
     pack: Callable[[Bundles], SparseMLP] | None = None
     rate: float | None = None
+    in_groups: bool = False
     thresholds: Mapping[str, float] = field(default_factory=dict)
     by_norm: bool = False
     share: float = 1.0
@@ -220,6 +219,7 @@ def brick_of(
         loaded=loaded,
         dense=loaded if dense is None else dense(up),
         weights=weights,
+        in_groups=weights == "int4" or (weights == AS_PACKED and packed_in_four_bits(mlp)),
         linears=frozenset(native_names(anatomy, layer)),
     )
 
@@ -270,7 +270,7 @@ def _planes(policy: Sketch, brick: Brick, kept: int) -> BrickProgram:
         packed = _in_groups(policy, bundles, "planes", None)
         return SparseMLP(packed, "exact", threshold=policy.threshold, refine=policy.refine or 0.0)
 
-    return BrickProgram(policy, policy.chooser, kept, brick.width, read, pack=pack, rate=_TIMED)
+    return BrickProgram(policy, policy.chooser, kept, brick.width, read, pack=pack, rate=_TIMED, in_groups=True)
 
 
 def _by_gates(policy: TopK, brick: Brick, kept: int) -> BrickProgram:
@@ -282,7 +282,7 @@ def _by_gates(policy: TopK, brick: Brick, kept: int) -> BrickProgram:
         packed = _in_groups(policy, bundles, "rows" if policy.gate is None else "gates", policy.reach)
         return SparseMLP(packed, "exact", threshold=policy.gate or 0.0, refine=policy.threshold or 0.0)
 
-    return BrickProgram(policy, policy.chooser, kept, brick.width, read, pack=pack, rate=_TIMED)
+    return BrickProgram(policy, policy.chooser, kept, brick.width, read, pack=pack, rate=_TIMED, in_groups=True)
 
 
 def _in_groups(policy: TopK | Sketch, bundles: Bundles, form: Form, reach: Tensor | None) -> PackedNeurons:

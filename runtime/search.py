@@ -20,13 +20,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..predictors.anatomy import dissect, is_packed
+from ..predictors.anatomy import canonical_activation, dissect, is_packed
 from ..predictors.checks import AS_PACKED, check_share, path_of
 from ..predictors.errors import CoreskipError
 from ..predictors.files import append_line, check_file, read_text
 from ..predictors.four_bits import Form
 from ..predictors.plan import Plan
 from .attention import can_redirect
+from .bundles import known_in_groups
 from .calibrate import Study
 from .cost import Cost, cost, read_bandwidth
 from .families import DENSE, FAMILIES, FAST, PROXIES, ROUNDED, Family, outline
@@ -198,6 +199,8 @@ class _Search:
         self._packed = any(map(is_packed, study.model.modules()))
         self._many = _MORE * study.windows
         self._paying: dict[Form, bool] = {}
+        # whether kernels can choose neurons in 4-bit groups
+        self._known = all(known_in_groups(mlp, canonical_activation(mlp.act)) for mlp in self._anatomy.mlps)
 
     def _cost(self, plan: Plan) -> Cost:
         return cost(self._study.model, plan, self._anatomy)
@@ -215,7 +218,7 @@ class _Search:
             return tuple(w for w in (self._study.weights,) if w in ("int4", AS_PACKED) or family.form is not Form.GATES)
         if self._refusal is not None:
             return () if family.form is Form.GATES else (None,)
-        return family.formats
+        return tuple(w for w in family.formats if self._known or replace(family, weights=w).form is None)
 
     @cached_property
     def _roundings(self) -> Roundings:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import rounding
 import torch
+from packed_models import tokenizer
 from test_decode import COVERED
 from tiny_models import prompt, tiny
 from torch import Tensor
 
 import coreskip
+from coreskip import CoreskipError, PlanError
 from coreskip.kernels import ops
 from coreskip.kernels.groups import GROUP, ungroup, untile
 from coreskip.kernels.neuron_groups import Form, PackedNeurons, neurons
@@ -257,3 +260,44 @@ def test_native_steps_compute_what_the_modules_do(family: str, kind: str) -> Non
     assert share == pytest.approx(expected, abs=0.01)
     assert share > 0.3
     assert cost(model, plan).moved < cost(model, Plan.dense(model, "int4")).moved
+
+
+def runtime_of_groups(model: Any, plan: Plan) -> PackedNeurons:
+    """What the first layer's neurons are read from."""
+    with coreskip.wrap(model, plan):
+        packed = runtime_of(model).prepared.mlp(0).packed
+        assert isinstance(packed, PackedNeurons)
+        return packed
+
+
+@pytest.mark.parametrize("kind", ["gates", "rows", "planes"])
+def test_what_kernels_cannot_choose_is_refused_at_once(kind: str) -> None:
+    model = tiny("llama")
+    odd = torch.nn.Hardswish()
+    for layer in model.model.layers:
+        layer.mlp.act_fn = odd
+    plan = plan_in_groups(model, kind)
+    with pytest.raises(CoreskipError, match="do not know the activation"):
+        coreskip.wrap(model, plan)
+    with coreskip.wrap(model, replace(plan_in_groups(model, "static"), weights="int4")):
+        model.generate(prompt(1), max_new_tokens=4)  # listed neurons are read in 8 bits there
+    if kind != "rows":  # which other weights have, too
+        with pytest.raises(PlanError, match="weights must be int4"):
+            coreskip.wrap(model, replace(plan, weights=None))
+
+
+def test_a_packed_models_own_groups(tmp_path: Path) -> None:
+    """Neurons of a packed model are read from its tiles, and not rounded again."""
+    model = tiny("llama")
+    coreskip.pack(model, tokenizer(), tmp_path / "packed", weights="int4", progress=False)
+    packed, _ = coreskip.load(tmp_path / "packed")
+    for kind in ("static", "gates", "planes"):
+        plan = plan_in_groups(model, kind)
+        own = replace(plan, weights="packed", model=Plan.dense(packed).model)
+        (natively, share), (on_modules, _) = (texts(packed, own, 2, how) for how in (True, False))
+        error = (natively - on_modules).square().mean().sqrt() / on_modules.std()
+        assert float(error) < 0.02, kind
+        assert share > 0.3
+        groups = runtime_of_groups(packed, own)
+        difference = groups.down_rows() - packed.model.layers[0].mlp.down_proj.unpacked().t()
+        assert float(difference.abs().max()) == 0, kind
