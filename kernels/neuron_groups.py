@@ -72,7 +72,8 @@ class PackedNeurons:
         outputs = _padded_rows(untile(down), width)
         columns = _columns(outputs[0], up.out_features)
         scanned = {"listed": [], "gates": groups[:1]}.get(form, groups)
-        rest = {"planes": [_last_bits(part[0]) for part in groups], "gates": [_row(*groups[-1])]}.get(form, [])
+        rest = [_last_bits(part[0]) for part in groups] if form == "planes" else []
+        rest += [_row(*groups[1])] if form == "gates" else []
         rows = [*(_row(*part) for part in groups), columns] if form == "listed" else [columns]
         return cls(
             rows=_side_by_side(rows),

@@ -345,8 +345,8 @@ class Runtime:
         selected = self.prepared.selected(selections)
         if selected.differ or self.skips.disputed(selections):
             return "its sequences chose differently"
-        packed = [mlp.packed for mlp in selected.mlps.values()]
-        return self.skips.skipped(selections), [t for p in packed for t in vars(p).values() if isinstance(t, Tensor)]
+        parts = [part for mlp in selected.mlps.values() for part in (mlp.packed, mlp.lists) if part is not None]
+        return self.skips.skipped(selections), [t for p in parts for t in vars(p).values() if isinstance(t, Tensor)]
 
     def _own_selections(self, cache: Cache) -> Selections | None:
         """Of a cache whose sequences decide something."""

@@ -458,5 +458,8 @@ def test_sequences_list_neurons_of_one_packing(llama: Any) -> None:
             assert len({mlps[layer].packed.weight.data_ptr() for mlps in chosen}) == 1
             lists = [mlps[layer].lists.listed for mlps in chosen]
             assert not torch.equal(lists[0], lists[1])
+        # a captured step of one sequence is not replayed for another
+        fixed = [{id(t) for t in runtime_of(llama).settled(output.past_key_values)[1]} for output in outputs]
+        assert fixed[0] != fixed[1]
         for output, text in zip(outputs, expected, strict=True):
             assert torch.equal(output.sequences, text)
