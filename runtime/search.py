@@ -27,7 +27,7 @@ from ..predictors.files import append_line, check_file, read_text
 from ..predictors.four_bits import Form
 from ..predictors.plan import Plan
 from .attention import can_redirect
-from .bundles import known_in_groups
+from .bundles import known_in_groups, packed_in_four_bits
 from .calibrate import Study
 from .cost import Cost, cost, read_bandwidth
 from .families import DENSE, FAMILIES, FAST, PROXIES, ROUNDED, Family, outline
@@ -199,8 +199,6 @@ class _Search:
         self._packed = any(map(is_packed, study.model.modules()))
         self._many = _MORE * study.windows
         self._paying: dict[Form, bool] = {}
-        # whether kernels can choose neurons in 4-bit groups
-        self._known = all(known_in_groups(mlp, canonical_activation(mlp.act)) for mlp in self._anatomy.mlps)
 
     def _cost(self, plan: Plan) -> Cost:
         return cost(self._study.model, plan, self._anatomy)
@@ -208,17 +206,25 @@ class _Search:
     def families(self) -> list[Family]:
         """Those to look at here."""
         layers = can_redirect(self._anatomy)  # else attentions cannot be left out
-        gated = all(mlp.gated for mlp in self._anatomy.mlps)
         every = FAST if self._study.fast else FAMILIES
-        return [f for f in every if (layers or f.method != "layers") and (gated or f.form is not Form.GATES)]
+        return [f for f in every if (layers or f.method != "layers") and self.formats(f)]
 
     def formats(self, family: Family) -> tuple[str | None, ...]:
         """The weight formats in which the family can run here."""
         if self._study.weights is not None or self._packed:  # a packed model's own format
-            return tuple(w for w in (self._study.weights,) if w in ("int4", AS_PACKED) or family.form is not Form.GATES)
-        if self._refusal is not None:
-            return () if family.form is Form.GATES else (None,)
-        return tuple(w for w in family.formats if self._known or replace(family, weights=w).form is None)
+            found: tuple[str | None, ...] = (self._study.weights,)
+        else:
+            found = family.formats if self._refusal is None else (None,)
+        return tuple(w for w in found if replace(family, weights=w).form is None or self._can_choose(family, w))
+
+    def _can_choose(self, family: Family, weights: str | None) -> bool:
+        """Whether neurons can be chosen in 4-bit groups by this family."""
+        mlps = self._anatomy.mlps
+        if family.form is Form.GATES and not all(mlp.gated for mlp in mlps):
+            return False
+        if weights != "int4" and not (weights == AS_PACKED and all(map(packed_in_four_bits, mlps))):
+            return False
+        return all(known_in_groups(mlp, canonical_activation(mlp.act)) for mlp in mlps)
 
     @cached_property
     def _roundings(self) -> Roundings:
@@ -299,7 +305,7 @@ class _Search:
             if not self._within_budget(family, 1.0):
                 self._failed_formats.add(family.weights)
             return
-        if family.form is not None and not self._pays(family.form):
+        if family.form is not None and not self._pays(family.form, family.weights):
             return
         tried = self._best is not None
         if tried and (self._is_pruned(family, keeps[0]) or not self._within_budget(family, keeps[0])):
@@ -324,14 +330,14 @@ class _Search:
     def _clock(self) -> StepClock:
         return StepClock(self._study.model, self._study.searched.windows(min(64, self._study.window), 1))
 
-    def _pays(self, form: Form) -> bool:
+    def _pays(self, form: Form, weights: str | None) -> bool:
         """Whether leaving neurons out of 4-bit weights by this form can be faster here at all, which bytes do not tell:
         where memory is fast, to look at neurons takes longer than to read them."""
         if form not in self._paying:
             key = f"{self._about} seconds {form.value}"
             known = self._journal.get(key)
             if known is None:
-                dense = replace(self._dense, weights="int4")
+                dense = replace(self._dense, weights=weights)
                 tried = trial(dense, self._anatomy.mlps, self._study.calibrator.tokens.samples.hidden, form)
                 seconds = self._clock.seconds([dense, tried])
                 known = {"dense": seconds[0], form.value: seconds[1]}

@@ -72,12 +72,13 @@ def trial(
 ) -> Plan:
     """A plan that leaves out more than a useful one would, by thresholds of a few tokens: good for being timed alone.
 
-    hidden: per layer, inputs of the MLP ``[tokens, hidden]``. shares: of candidates and of neurons kept.
+    dense: the plan in 4-bit weights. hidden: per layer, inputs of the MLP ``[tokens, hidden]``. shares: of candidates
+    and of neurons kept.
     """
     candidates, kept = shares or _TRIAL[form]
     pairs = zip(mlps, hidden, strict=True)
     policies = [_tried(FourBitMLP.of(mlp), x[:_SAMPLE], form, candidates, kept) for mlp, x in pairs]
-    return replace(dense, layers=tuple(map(LayerPlan, policies)), weights="int4")
+    return replace(dense, layers=tuple(map(LayerPlan, policies)))
 
 
 def _tried(mlp: FourBitMLP, x: Tensor, form: Form, candidates: float, kept: float) -> NeuronPolicy:

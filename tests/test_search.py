@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from packed_models import tokenizer
 from test_analyze import run, text
 from test_policies import plan_with, some_policy
 from tiny_models import NoTokenizer, greedy, plan_of, prompt, tiny
@@ -448,3 +449,21 @@ def test_a_clock_times_plans_in_turn(llama: Any) -> None:
     assert len(found) == 3
     assert all(0 < one < 1 for one in found)
     assert not is_wrapped(llama)
+
+
+@needs_kernels
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_every_family_has_weights_to_run_in(llama: Any, weights: str) -> None:
+    """Gates need 4 bits: in others they are no family."""
+    plans = pareto(llama, NoTokenizer(), keeps=[0.5], weights=weights, text=text(), tokens=400, windows=1, fast=True)
+    names = {row["name"] for row in plans[0].frontier}
+    assert all(weights in name for name in names)
+    assert all(plan.weights == weights for plan in plans)
+
+
+@needs_kernels
+def test_a_packed_model_is_searched_in_its_own_format(tmp_path: Path) -> None:
+    coreskip.pack(tiny("llama"), tokenizer(), tmp_path / "packed", weights="int4", progress=False)
+    model, _ = coreskip.load(tmp_path / "packed")
+    plan = budgeted(model, "kl<2", fast=True)
+    assert plan.weights in (None, "packed")
