@@ -285,6 +285,7 @@ class ScoredNeurons(NeuronPolicy):
             _check_threshold(self.threshold)
         for name in ("mean", "norm"):
             _check_floats(name, getattr(self, name, None), (width,))
+        _check_sizes("norm", getattr(self, "norm", None))
 
     def kept(self, width: int) -> int:
         return kept_count(width, self.keep)
@@ -317,6 +318,7 @@ class TopK(ScoredNeurons):
             raise PlanError("scores that begin with the gate have two thresholds, reaches and a share of candidates")
         _check_threshold(self.gate)
         _check_floats("reach", self.reach, (width,))
+        _check_sizes("reach", self.reach)
         _check_candidates(self.candidates, self.keep)
 
 
@@ -347,7 +349,7 @@ class Sketch(ScoredNeurons):
 
     def check(self, width: int, hidden: int) -> None:
         super().check(width, hidden)
-        if self.bits not in (1, 3, 4) or isinstance(self.bits, bool):
+        if self.bits not in (1, 3, 4) or type(self.bits) is not int:
             raise PlanError(f"a sketch of {self.bits} bits: there are 1 (signs), 3 (of int4) and 4 (high nibbles)")
         if self.bits == 1 and not (self.norm is self.smooth is None):
             raise PlanError("a sketch of signs has neither norms nor smoothed inputs")
@@ -504,6 +506,11 @@ def _check_floats(name: str, values: Tensor | None, shape: tuple[int, ...]) -> N
         raise PlanError(f"{name} is not fp32 of shape {shape}")
     if not bool(torch.isfinite(values).all()):
         raise PlanError(f"{name} holds something that is not a finite number")
+
+
+def _check_sizes(name: str, values: Tensor | None) -> None:
+    if values is not None and bool((values < 0).any()):
+        raise PlanError(f"{name} holds a number below 0: such a neuron would never be kept")
 
 
 def _check_inputs(found: int, hidden: int) -> None:

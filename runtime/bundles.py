@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -14,7 +15,10 @@ from ..kernels.ops import available
 from ..kernels.packed import ACTS, Act, PackedColumns, PackedLinear, PackedMLP
 from ..kernels.sparse import RowLists, SparseLinear, SparseMLP
 from ..predictors.anatomy import Anatomy, FeedForward, Matrices, canonical_activation, rows_of
+from ..predictors.errors import CoreskipError
 from .packed_layer import PackedLayer
+
+logger = logging.getLogger("coreskip")
 
 #: what was packed, by the matrix that it is of
 PackedBefore = dict[tuple[Any, ...], tuple[Tensor, PackedLinear]]
@@ -67,15 +71,22 @@ class Weights:
         """A layer's MLP in 4-bit groups by neuron: the numbers of its matrices as native steps read them in int4."""
         found = self._groups.get((layer, form))
         if found is None:
-            parts = _int4_parts(self.anatomy.mlps[layer])
+            try:
+                parts = _int4_parts(self.anatomy.mlps[layer])
+            except ValueError as error:
+                raise CoreskipError(f"the MLP of layer {layer} has no 4-bit groups: {error}") from None
             found = self._groups[layer, form] = PackedNeurons.pack(*parts, act=self.acts[layer], form=form)
         return found
 
     def listable(self, layer: int, fmt: str | None) -> PackedMLP | PackedNeurons:
         """A layer's MLP as listed neurons are read from it; "int4" where it can be had so, else 8 bits."""
-        if fmt == "int4":
+        if fmt != "int4":
+            return self.mlp(layer, fmt)
+        try:
             return self.groups(layer, "listed") if self.in_groups(layer) else self.mlp(layer, "int8")
-        return self.mlp(layer, fmt)
+        except CoreskipError as error:  # a NaN was written to it
+            logger.warning("%s; its listed neurons are read in 8 bits", error)
+            return self.mlp(layer, "int8")
 
     def in_groups(self, layer: int) -> bool:
         """Whether a layer's MLP can be had in 4-bit groups by neuron here."""

@@ -22,8 +22,11 @@ class Prepared:
     """Packed bricks and linears by what needs them, and the step programs made of them. Dropped whole when the model is
     changed."""
 
-    def __init__(self, anatomy: Anatomy, program: Program, weights: Weights, skips: LayerSkips) -> None:
+    def __init__(
+        self, anatomy: Anatomy, program: Program, weights: Weights, skips: LayerSkips, altered: frozenset[int]
+    ) -> None:
         self._anatomy, self._program, self._weights, self._skips = anatomy, program, weights, skips
+        self._altered = altered  # layers whose MLP runs dense, as parts of it were replaced by others
         self._packs = program.chosen_by(Chooser.CALIBRATION, Chooser.TOKEN)
         self._inputs = program.chosen_by(Chooser.INPUTS)
         self._mlps: dict[int, SparseMLP] = {}
@@ -66,7 +69,7 @@ class Prepared:
         if selections.packed_of is not self:
             selections.forget_packed()
             selections.packed_of = self
-        return selections.selected(lambda layer: self._weights.listable(layer, self._bundle_format))
+        return selections.selected(lambda layer: self._weights.listable(layer, self._bundle_format), self._altered)
 
     def step_program(self, selections: Selections | None) -> StepProgram:
         """What a native step computes for sequences with these selections; None: with none of their own."""

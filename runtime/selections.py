@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -123,12 +123,12 @@ class Selections:
             self._void_rows[layer] = found
         return found
 
-    def selected(self, packed: Packer) -> SelectedNeurons:
-        """What the rows decode with now: one and the same object until that changes."""
+    def selected(self, packed: Packer, without: Collection[int] = ()) -> SelectedNeurons:
+        """What the rows decode with now: one and the same object until that changes. without: layers that run dense."""
         if self._group_of_row is None:
             self._settle()
         if self._selected is None:
-            self._selected = self._pack(cast(Tensor, self._group_of_row), packed)
+            self._selected = self._pack(cast(Tensor, self._group_of_row), packed, without)
         return self._selected
 
     def forget_packed(self) -> None:
@@ -150,9 +150,11 @@ class Selections:
         lists = distinct.split([indices.shape[1] for indices in chosen.values()], dim=1)
         self._distinct = dict(zip(chosen, lists, strict=True))
 
-    def _pack(self, group_of_row: Tensor, packed: Packer) -> SelectedNeurons:
+    def _pack(self, group_of_row: Tensor, packed: Packer, without: Collection[int]) -> SelectedNeurons:
         alike, mlps = bool((group_of_row == group_of_row[0]).all()), {}
         for layer, distinct in self._distinct.items():
+            if layer in without:
+                continue
             mlp = packed(layer)
             if alike:
                 lists = RowLists.shared(distinct[group_of_row[0]].to(mlp.device))

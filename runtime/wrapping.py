@@ -115,7 +115,7 @@ class Runtime:
         )
         native = NativeSteps(model, self.anatomy, packing, self.usage.count, lambda: me.notice())
         dense = StepProgram.dense(len(self.anatomy), as_loaded=True)
-        self.prepared = Prepared(self.anatomy, self.program, self._weights, self.skips)
+        self.prepared = Prepared(self.anatomy, self.program, self._weights, self.skips, self.altered)
         self.steps = Steps(self, native, CapturedSteps(self), dense)
         self._demanded = options.keep_originals is False
         keeps = keeps or not (weights or self._demanded)
@@ -296,7 +296,7 @@ class Runtime:
         self.formats.clear()
         for module in changed:
             self.packed_alone(module)  # a bias may be another
-        self.prepared = Prepared(self.anatomy, self.program, self._weights, self.skips)
+        self.prepared = Prepared(self.anatomy, self.program, self._weights, self.skips, self.altered)
         self.steps.forget()
         if self.observed and not self.altered:
             self.observed = self._observations()

@@ -11,7 +11,7 @@ import rounding
 import torch
 from packed_models import tokenizer
 from test_decode import COVERED
-from tiny_models import prompt, tiny
+from tiny_models import greedy, prompt, tiny
 from torch import Tensor
 
 import coreskip
@@ -301,3 +301,52 @@ def test_a_packed_models_own_groups(tmp_path: Path) -> None:
         groups = runtime_of_groups(packed, own)
         difference = groups.down_rows() - packed.model.layers[0].mlp.down_proj.unpacked().t()
         assert float(difference.abs().max()) == 0, kind
+
+
+class Inside(torch.nn.Module):
+    """A module without a weight of its own, as adapters made at home are."""
+
+    def __init__(self, linear: torch.nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y
+
+
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+@pytest.mark.parametrize("part", ["gate_proj", "up_proj", "down_proj"])
+def test_a_layer_with_a_part_of_another_kind_runs_dense(weights: str | None, part: str) -> None:
+    model = tiny("llama")
+    plan = replace(plan_in_groups(model, "core"), weights=weights)
+    with coreskip.wrap(model, plan, keep_originals=True):
+        mlp = model.model.layers[1].mlp
+        setattr(mlp, part, Inside(getattr(mlp, part)))
+        usage = runtime_of(model).usage
+        usage.counting = True
+        usage.reset()
+        greedy(model, prompt(1), 6)
+        assert usage.neuron_sparsity() == pytest.approx(1 / 3, abs=0.02)
+
+
+@pytest.mark.parametrize("kind", ["static", "core", "gates"])
+def test_a_nan_written_later(kind: str) -> None:
+    model = tiny("llama")
+    with coreskip.wrap(model, plan_in_groups(model, kind), keep_originals=True), torch.no_grad():
+        greedy(model, prompt(1), 4)
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = torch.nan
+        if kind == "gates":
+            with pytest.raises(CoreskipError, match="layer 1 has no 4-bit groups"):
+                greedy(model, prompt(1), 4)
+        else:
+            greedy(model, prompt(1), 4)
+
+
+def test_scores_below_zero_are_refused() -> None:
+    model = tiny("llama")
+    for kind, name in (("gates", "reach"), ("planes", "norm")):
+        plan = plan_in_groups(model, kind)
+        policy = replace(plan.layers[0].neurons, **{name: -torch.ones(160)})
+        with pytest.raises(PlanError, match="below 0"):
+            coreskip.wrap(model, replace(plan, layers=(LayerPlan(policy), *plan.layers[1:])))
