@@ -63,7 +63,8 @@ class Comparison:
     def begin(self, loaded: CpuModel, program: StepProgram, named: dict[str, Any]) -> FirstStep:
         """Runs the step, whose keys and values the cache has from now on."""
         twin, step = twin_of(named["past_key_values"]), loaded.step(program)
-        without = program.rounds or (program.by_rule and loaded.base.dtype != torch.float32)
+        whole = not (program.no_attention or program.no_mlp)  # modules that compute densely leave no layer out
+        without = (program.rounds and whole) or (program.by_rule and loaded.base.dtype != torch.float32)
         judged = self._without_plan(named, loaded) if without else None
         logits, _ = self._steps.run(step, named, loaded, self.entries)
         return FirstStep(logits, twin, program.by_rule, judged)
