@@ -30,9 +30,10 @@ from coreskip.kernels import cpu
 from coreskip.kernels.groups import ungroup, untile
 from coreskip.kernels.memory import allocate
 from coreskip.kernels.neuron_groups import Form, PackedNeurons
-from coreskip.kernels.packed import PackedLinear, quantize
+from coreskip.kernels.packed import PackedLinear
 from coreskip.kernels.sparse import RowLists, SparseMLP
 from coreskip.kernels.step import DenseMLP, KeyValues, Norm, Step, StepLayer, StepModel
+from coreskip.predictors.four_bits import rounded
 
 _HEAD = 16  # values of the hidden state that come out as logits: enough to verify
 _LAYERS = 4  # of different weights; the others are copies, or making them takes minutes
@@ -55,15 +56,8 @@ class Layer:
 
     def activations(self, x: Tensor) -> Tensor:
         gate, up, _ = self.numbers
-        rounded = _rounded(x)
-        return F.silu(rounded @ gate.t()) * (rounded @ up.t())
-
-
-def _rounded(x: Tensor) -> Tensor:
-    """In groups of 32, as kernels round it."""
-    padded = F.pad(x, (0, -x.shape[1] % 32))
-    integers, step = quantize(padded.reshape(-1, 32))
-    return (integers * step[:, None]).view_as(padded)[:, : x.shape[1]]
+        x = rounded(x)
+        return F.silu(x @ gate.t()) * (x @ up.t())
 
 
 Way = Callable[[Layer, Tensor, Tensor], "tuple[DenseMLP | SparseMLP, Tensor]"]
@@ -94,7 +88,7 @@ def _scanned(form: Form, keep: float, candidates: float) -> Way:
         least = float(score.quantile(1 - keep))
         if form == "gates":  # thresholds that let these shares through, of scores that are independent here
             reach = packed.norm
-            gates = F.silu(_rounded(x) @ layer.numbers[0].t()).abs() * reach
+            gates = F.silu(rounded(x) @ layer.numbers[0].t()).abs() * reach
             some = float(gates.quantile(1 - candidates))
             left = score[gates >= some]
             least = float(left.quantile(1 - keep / candidates))
@@ -140,7 +134,7 @@ class Decoder:
             stack.append(StepLayer(None, _copied(mlp) if index >= len(layers) else mlp, "silu", mlp_in=norm,
                                    residual_scale=1e-3))  # fmt: skip
             if index < len(layers):
-                self.expected = self.expected + 1e-3 * _rounded(a * kept) @ layer.numbers[2].t()
+                self.expected = self.expected + 1e-3 * rounded(a * kept) @ layer.numbers[2].t()
         head = PackedLinear.pack(torch.eye(_HEAD, hidden))
         stacks = stack, stack[: len(layers)]
         self.step, self.few = (Step(StepModel(x, some, norm, head, torch.float32)) for some in stacks)

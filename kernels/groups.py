@@ -149,12 +149,13 @@ def _tiles_of(weight: Tensor, fmt: str) -> Tensor:
 
 
 def tiles_from_groups(q: Tensor, scale: Tensor, least: Tensor, fmt: str) -> Tensor:
-    """The bytes of rounded groups in one of `GROUPED` or "int5", uint8 ``[ceil(rows / 16), groups, bytes of a tile]``.
+    """The bytes of rounded groups, uint8 ``[ceil(rows / 16), groups, bytes of a tile]``, in one of `GROUPED`, "int5" or
+    "int4_upper", of whose 4-bit numbers the upper three bits are kept.
 
     q: uint8 [rows, groups, 32]; scale and least: float16 [rows, groups]. Of "int8_groups", whose least is -128 scales,
     least is not looked at.
     """
-    ends = [scale, least] if fmt in _STEPS else [scale]
+    ends = [scale] if FORMATS[fmt].centred else [scale, least]
     fill = -q.shape[0] % TILE
     if fill:
         q, *ends = (torch.nn.functional.pad(t, (0, 0) * (t.dim() - 1) + (0, fill)) for t in (q, *ends))
@@ -169,6 +170,14 @@ def tiles_from_groups(q: Tensor, scale: Tensor, least: Tensor, fmt: str) -> Tens
             plane = (low >> 4 << places | high >> 4 << places + 4).sum(2, keepdim=True, dtype=torch.uint8)
             words = torch.cat([words, plane], 2)
         numbers = words.reshape(-1, groups, FORMATS[fmt].numbers)
+    elif fmt == "int4_upper":
+        # [tile, row, group, unit, input of four] -> [tile, group, unit, row, input of four]
+        units = q.view(-1, TILE, groups, 8, 4).permute(0, 2, 3, 1, 4).reshape(-1, groups, 8, TILE * 4) >> 1
+        words = units[:, :, 0:6:2] | units[:, :, 1:6:2] << 3
+        words[:, :, 0] |= (units[:, :, 6] & 3) << 6
+        words[:, :, 1] |= (units[:, :, 7] & 3) << 6
+        words[:, :, 2] |= units[:, :, 6] >> 2 << 6 | units[:, :, 7] >> 2 << 7
+        numbers = words.flatten(2)
     else:
         numbers = q.view(-1, TILE, groups, 8, 4).permute(0, 2, 3, 1, 4).reshape(-1, groups, TILE * GROUP)
     return torch.cat([numbers, *ends], -1)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from . import cpu
 from .arguments import NeuronGroups as Argument
-from .groups import FORMATS, GROUP, TILE, untile
+from .groups import FORMATS, GROUP, tiles_from_groups, ungroup, untile
 from .memory import LINE, allocate
-from .packed import Act, PackedLinear
+from .packed import Act, PackedLinear, means_of, nibbles_of, spread
 
 RUN = 64  # inputs or outputs whose nibbles lie in 32 bytes; kRun in csrc/vector/neuron_groups.h
 _BLOCK = 16  # groups; kBlock there
@@ -69,7 +69,8 @@ class PackedNeurons:
         _check(parts, down, form)
         width = -(-up.in_features // RUN) * RUN
         groups = [_padded(untile(part), width // GROUP) for part in parts]
-        outputs = _padded_rows(untile(down), width)
+        outputs_of = untile(down)
+        outputs = _padded_rows(outputs_of, width)
         columns = _columns(outputs[0], up.out_features)
         scanned = {"listed": [], "gates": groups[:1]}.get(form, groups)
         rest = [_last_bits(part[0]) for part in groups] if form == "planes" else []
@@ -83,9 +84,9 @@ class PackedNeurons:
             gated=gate is not None,
             act=act,
             form=form,
-            scan=_scan(scanned, upper=form == "planes") if scanned else None,
+            scan=_scan(scanned, _scanned_in(form)) if scanned else None,
             rest=_side_by_side(rest) if rest else None,
-            norm=_ungrouped(untile(down), up.out_features).norm(dim=0) if scanned else None,
+            norm=ungroup(*outputs_of).flatten(1)[:, : up.out_features].norm(dim=0) if scanned else None,
             gate_bias=None if gate is None else gate.bias,
             up_bias=up.bias,
             down_bias=down.bias,
@@ -99,18 +100,14 @@ class PackedNeurons:
 
     def compensated(self, mean: Tensor) -> PackedNeurons:
         """See `PackedMLP.compensated`."""
-        if self.mean is not None or mean.shape != (self.intermediate_size,):
-            raise ValueError(f"mean must be given once, as [{self.intermediate_size}], not {tuple(mean.shape)}")
-        mean = mean.to("cpu", torch.float32).contiguous()
-        constant = mean @ self.down_rows()
-        return replace(self, mean=mean, down_bias=constant if self.down_bias is None else self.down_bias + constant)
+        return replace(self, **means_of(self, mean))
 
     def down_rows(self) -> Tensor:
         """The down projection as it is computed with, float32 [intermediate_size, hidden_size]."""
         width = self.ends.shape[2]
         nibbles = self.rows[:, self._before_down() :][:, : width // 2]
         numbers = torch.empty((self.intermediate_size, width), dtype=torch.float32, device="cpu")
-        numbers[:, _order(width)] = _spread(nibbles).float()
+        numbers[:, _order(width)] = spread(nibbles, RUN).float()
         scale, least = self.ends.float().repeat_interleave(GROUP, 0)[: self.intermediate_size].unbind(1)
         return (numbers * scale + least)[:, : self.hidden_size]
 
@@ -137,7 +134,7 @@ class PackedNeurons:
             rest_bytes=0 if self.rest is None else self.rest.stride(0),
             threshold=threshold,
             refine=refine,
-            format=FORMATS[UPPER if self.form == "planes" else "int4"].code,
+            format=FORMATS[_scanned_in(self.form)].code,
             gated=self.gated,
         )
 
@@ -183,6 +180,11 @@ def neurons(
 Groups = tuple[Tensor, Tensor, Tensor]  # q, scale and least of rows, as `untile` has them
 
 
+def _scanned_in(form: Form) -> str:
+    """The format of the tiles that each token reads of all neurons."""
+    return UPPER if form == "planes" else "int4"
+
+
 def _check(parts: list[PackedLinear], down: PackedLinear, form: Form) -> None:
     if form not in get_args(Form):
         raise ValueError(f"form must be one of {', '.join(get_args(Form))}, not {form!r}")
@@ -216,11 +218,6 @@ def _padded_rows(part: Groups, rows: int) -> Groups:
     return pad(part[0], (0, 0, 0, 0, 0, more)), pad(part[1], (0, 0, 0, more)), pad(part[2], (0, 0, 0, more))
 
 
-def _ungrouped(part: Groups, inputs: int) -> Tensor:
-    q, scale, least = part
-    return (q.float() * scale.float()[..., None] + least.float()[..., None]).flatten(1)[:, :inputs]
-
-
 def _row(q: Tensor, scale: Tensor, least: Tensor) -> Tensor:
     """The bytes of each row: nibbles, scales and leasts."""
     ends = [t.contiguous().view(torch.uint8) for t in (scale, least)]
@@ -241,15 +238,7 @@ def _order(width: int) -> Tensor:
 
 
 def _nibbles(values: Tensor) -> Tensor:
-    """[rows, n] of 0..15 -> [rows, n / 2]: in each run of 64 the first half low, the second half high."""
-    runs = values.reshape(values.shape[0], -1, 2, RUN // 2)
-    return (runs[:, :, 0] | runs[:, :, 1] << 4).flatten(1)
-
-
-def _spread(nibbles: Tensor) -> Tensor:
-    """The inverse of `_nibbles`."""
-    runs = nibbles.reshape(nibbles.shape[0], -1, 1, RUN // 2)
-    return torch.cat([runs & 15, runs >> 4], 2).flatten(1)
+    return nibbles_of(values, RUN)
 
 
 def _in_blocks(q: Tensor, of_block: Callable[[Tensor], Tensor], of_runs: Callable[[Tensor], Tensor]) -> Tensor:
@@ -291,25 +280,7 @@ def _side_by_side(parts: list[Tensor]) -> Tensor:
     return rows
 
 
-def _scan(parts: list[Groups], upper: bool) -> Tensor:
+def _scan(parts: list[Groups], fmt: str) -> Tensor:
     """uint8 [tiles, parts, groups, bytes]: the tiles of gate and up side by side."""
-    tiles = torch.stack([_tiles(*part, upper=upper) for part in parts], 1)
+    tiles = torch.stack([tiles_from_groups(*part, fmt) for part in parts], 1)
     return allocate(tuple(tiles.shape), torch.uint8, tiles.device).copy_(tiles)
-
-
-def _tiles(q: Tensor, scale: Tensor, least: Tensor, upper: bool) -> Tensor:
-    fill, groups = -q.shape[0] % TILE, q.shape[1]
-    pad = torch.nn.functional.pad
-    q, scale, least = pad(q, (0, 0, 0, 0, 0, fill)), pad(scale, (0, 0, 0, fill)), pad(least, (0, 0, 0, fill))
-    ends = [t.view(-1, TILE, groups).transpose(1, 2).contiguous().view(torch.uint8) for t in (scale, least)]
-    # [tile, row, group, unit, input of four] -> [tile, group, unit, row, input of four]
-    units = q.view(-1, TILE, groups, 8, 4).permute(0, 2, 3, 1, 4).reshape(-1, groups, 8, TILE * 4)
-    if not upper:
-        numbers = units[:, :, :4] | units[:, :, 4:] << 4
-    else:
-        units = units >> 1
-        numbers = units[:, :, 0:6:2] | units[:, :, 1:6:2] << 3
-        numbers[:, :, 0] |= (units[:, :, 6] & 3) << 6
-        numbers[:, :, 1] |= (units[:, :, 7] & 3) << 6
-        numbers[:, :, 2] |= units[:, :, 6] >> 2 << 6 | units[:, :, 7] >> 2 << 7
-    return torch.cat([numbers.flatten(2), *ends], -1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -76,7 +77,6 @@ class PackedMLP:
         down_bias: Tensor | None = None,
         indices: Tensor | None = None,
         fmt: str | None = None,
-        memory: Tensor | None = None,
     ) -> PackedMLP:
         """Copies the weights, or those of the neurons in `indices` alone, into the packed layout.
 
@@ -84,8 +84,6 @@ class PackedMLP:
         strides, all of one dtype: float32, bfloat16 or float16. gate is None for a plain MLP.
         act: "silu", "gelu", "gelu_tanh", "relu", "relu2", or a callable, which only the torch backend runs.
         gate_bias, up_bias: [I]; down_bias: [d]. indices: [k] of int64, distinct.
-        memory: the `weight` of a packed MLP that is no longer used, written over where it fits (fmt None): fresh memory
-        is most of the time that packing takes.
         fmt: None keeps the dtype; "int8" and "int8_sliced" round every row to 255 steps: the originals cannot be had
         back from them, who needs them keeps them.
         Raises ValueError where shapes or names do not fit, TypeError for another dtype.
@@ -95,7 +93,7 @@ class PackedMLP:
         _check_biases(up, gate is not None, gate_bias, up_bias, down_bias)
         rows = [part.detach() if indices is None else _rows(part.detach(), indices) for part in parts]
         sliced = fmt == "int8_sliced"
-        weight, low, scale = _pack_floats(rows, memory) if fmt is None else _pack_bytes(rows, sliced=sliced)
+        weight, low, scale = _pack_floats(rows) if fmt is None else _pack_bytes(rows, sliced=sliced)
         return cls(
             weight=weight,
             hidden_size=up.shape[1],
@@ -116,11 +114,7 @@ class PackedMLP:
         Nothing but the down projection's bias and the means is new; the weights are shared.
         Raises ValueError for means of another shape, or where there are means already.
         """
-        if self.mean is not None or mean.shape != (self.intermediate_size,):
-            raise ValueError(f"mean must be given once, as [{self.intermediate_size}], not {tuple(mean.shape)}")
-        mean = mean.to(self.weight.device, torch.float32).contiguous()
-        constant = mean @ self.down_rows()
-        return replace(self, mean=mean, down_bias=constant if self.down_bias is None else self.down_bias + constant)
+        return replace(self, **means_of(self, mean))
 
     def down_rows(self) -> Tensor:
         """The down projection as it is computed with, float32 [intermediate_size, hidden_size]."""
@@ -313,15 +307,40 @@ class PackedColumns:
         return f"PackedColumns({self.in_features} -> {self.out_features}, {dtype}, bias={self.bias is not None})"
 
 
+class LeavesOut(Protocol):
+    """What `means_of` reads of an MLP that leaves neurons out."""
+
+    @property
+    def intermediate_size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def mean(self) -> Tensor | None: ...
+
+    @property
+    def down_bias(self) -> Tensor | None: ...
+
+    def down_rows(self) -> Tensor: ...
+
+
+def means_of(packed: LeavesOut, mean: Tensor) -> dict[str, Any]:
+    """What is new where every neuron that is left out counts as its `mean`: see `PackedMLP.compensated`."""
+    if packed.mean is not None or mean.shape != (packed.intermediate_size,):
+        raise ValueError(f"mean must be given once, as [{packed.intermediate_size}], not {tuple(mean.shape)}")
+    mean = mean.to(packed.device, torch.float32).contiguous()
+    constant = mean @ packed.down_rows()
+    return {"mean": mean, "down_bias": constant if packed.down_bias is None else packed.down_bias + constant}
+
+
 # ---- packing ----
 
 
-def _pack_floats(parts: list[Tensor], memory: Tensor | None = None) -> tuple[Tensor, None, None]:
+def _pack_floats(parts: list[Tensor]) -> tuple[Tensor, None, None]:
     neurons, width = parts[0].shape
     dtype, device = parts[0].dtype, parts[0].device
-    shape = (neurons, len(parts), padded(width, dtype))
-    fits = memory is not None and (memory.shape, memory.dtype, memory.device) == (shape, dtype, device)
-    weight = memory if memory is not None and fits else allocate(shape, dtype, device)
+    weight = allocate((neurons, len(parts), padded(width, dtype)), dtype, device)
     for part, rows in enumerate(parts):
         weight[:, part, :width] = rows
     weight[:, :, width:] = 0
@@ -339,9 +358,9 @@ def _pack_bytes(parts: list[Tensor], *, sliced: bool) -> tuple[Tensor, Tensor | 
     if not sliced:
         return allocate(tuple(rows.shape), torch.uint8, device).copy_(rows), None, scale
     low = allocate((neurons, (len(parts) + 1) * stride // 2), torch.uint8, device)
-    low[:, :-stride] = _nibbles(rows[:, :-1] & 15).flatten(1)
+    low[:, :-stride] = nibbles_of(rows[:, :-1] & 15).flatten(1)
     low[:, -stride:] = rows[:, -1]
-    high = _nibbles(rows[:, :-1] >> 4)
+    high = nibbles_of(rows[:, :-1] >> 4)
     return allocate(tuple(high.shape), torch.uint8, device).copy_(high), low, scale
 
 
@@ -356,15 +375,15 @@ def _tiles(weight: Tensor, fmt: str) -> Tensor:
     return tile_up(weight, fmt)
 
 
-def _nibbles(values: Tensor) -> Tensor:
-    """[..., n] of 0..15 -> [..., n / 2]: in each run of PAD the first half low, the second half high."""
-    runs = values.reshape(*values.shape[:-1], -1, 2, PAD // 2)
+def nibbles_of(values: Tensor, run: int = PAD) -> Tensor:
+    """[..., n] of 0..15 -> [..., n / 2]: in each run of so many the first half low, the second half high."""
+    runs = values.reshape(*values.shape[:-1], -1, 2, run // 2)
     return (runs[..., 0, :] | runs[..., 1, :] << 4).flatten(-2)
 
 
-def spread(nibbles: Tensor) -> Tensor:
-    """The inverse of packing nibbles: [..., n / 2] of uint8 -> [..., n] of 0..15."""
-    runs = nibbles.reshape(*nibbles.shape[:-1], -1, 1, PAD // 2)
+def spread(nibbles: Tensor, run: int = PAD) -> Tensor:
+    """The inverse of `nibbles_of`: [..., n / 2] of uint8 -> [..., n] of 0..15."""
+    runs = nibbles.reshape(*nibbles.shape[:-1], -1, 1, run // 2)
     return torch.cat([runs & 15, runs >> 4], -2).flatten(-3)
 
 

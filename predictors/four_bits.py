@@ -113,14 +113,15 @@ class FourBitMLP:
 
     def activations(self, x: Tensor) -> Tensor:
         """fp32 ``[tokens, intermediate]``, as all four bits give them."""
-        return _product(self.parts(x, self.whole))
+        return product(self.parts(x, self.whole))
 
     def estimates(self, x: Tensor) -> Tensor:
         """As the upper three bits do."""
-        return _product(self.parts(x, self.upper))
+        return product(self.parts(x, self.upper))
 
 
-def _product(parts: Sequence[Tensor]) -> Tensor:
+def product(parts: Sequence[Tensor]) -> Tensor:
+    """Activations, of what `FourBitMLP.parts` gives."""
     return parts[0] if len(parts) == 1 else parts[0] * parts[1]
 
 
@@ -176,7 +177,7 @@ class Scores:
     def of(cls, form: Form, mlp: FourBitMLP, x: Tensor, norm: Tensor, *, mean: bool) -> Scores:
         parts = mlp.parts(x, mlp.whole)
         reach = norm * (parts[1].square().mean(0).sqrt() if len(parts) == 2 else 1)
-        a = _product(parts)
+        a = product(parts)
         seen = parts[0].abs() * reach if form is Form.GATES else a
         seen = mlp.estimates(x).abs_().mul_(norm) if form is Form.PLANES else seen
         return cls(form, a, seen, norm, reach, mean)

@@ -64,7 +64,7 @@ class Weights:
         """A layer's MLP, for inputs that are divided by `smooth` where it is given."""
         found = self._mlps.get((layer, fmt))
         if found is None or found[1] is not smooth:
-            found = self._mlps[layer, fmt] = self.pack(layer, fmt=fmt, smooth=smooth), smooth
+            found = self._mlps[layer, fmt] = self._pack(layer, fmt, smooth), smooth
         return found[0]
 
     def groups(self, layer: int, form: Form) -> PackedNeurons:
@@ -92,16 +92,7 @@ class Weights:
         """Whether a layer's MLP can be had in 4-bit groups by neuron here."""
         return known_in_groups(self.anatomy.mlps[layer], self.acts[layer])
 
-    def pack(
-        self,
-        layer: int,
-        *,
-        fmt: str | None = None,
-        indices: Tensor | None = None,
-        smooth: Tensor | None = None,
-        memory: Tensor | None = None,
-    ) -> PackedMLP:
-        """A layer's MLP, or some of its neurons, packed anew; memory: see `PackedMLP.pack`."""
+    def _pack(self, layer: int, fmt: str | None, smooth: Tensor | None) -> PackedMLP:
         w = self.anatomy.mlps[layer].matrices()
         columns = 1 if smooth is None else smooth.to(w.up)
         return PackedMLP.pack(
@@ -112,9 +103,7 @@ class Weights:
             gate_bias=w.gate_bias,
             up_bias=w.up_bias,
             down_bias=w.down_bias,
-            indices=None if indices is None else indices.to(w.up.device),
             fmt=fmt,
-            memory=memory,
         )
 
     def columns(self, module: nn.Module) -> PackedColumns:

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ..predictors.anatomy import dissect
-from ..predictors.four_bits import Form, FourBitMLP
+from ..predictors.four_bits import Form, FourBitMLP, product
 from ..predictors.plan import LayerPlan, Plan
 from ..predictors.policies import NeuronPolicy, Sketch, TopK
+from ..predictors.token_samples import quantile
 from .bundles import Weights
 from .wrap import wrapped
 
@@ -83,19 +84,14 @@ def trial(
 
 def _tried(mlp: FourBitMLP, x: Tensor, form: Form, candidates: float, kept: float) -> NeuronPolicy:
     parts = mlp.parts(x, mlp.whole)
-    a = mlp.activations(x).abs()
+    a = product(parts).abs()
     ones = torch.ones(a.shape[1], dtype=torch.float32, device="cpu")
     if form is Form.PLANES:
-        first, refine = _quantile(mlp.estimates(x).abs(), 1 - candidates), _quantile(a, 1 - kept)
+        first, refine = quantile(mlp.estimates(x).abs(), 1 - candidates), quantile(a, 1 - kept)
         return Sketch(bits=3, keep=kept, threshold=first, candidates=candidates, refine=refine, norm=ones)
     if form is Form.ROWS:
-        return TopK(keep=kept, threshold=_quantile(a, 1 - kept), norm=ones)
+        return TopK(keep=kept, threshold=quantile(a, 1 - kept), norm=ones)
     gates = parts[0].abs()
-    first = _quantile(gates, 1 - candidates)
-    least = _quantile(a[gates >= first], 1 - kept / candidates)
+    first = quantile(gates, 1 - candidates)
+    least = quantile(a[gates >= first], 1 - kept / candidates)
     return TopK(keep=kept, threshold=least, norm=ones, gate=first, reach=ones, candidates=candidates)
-
-
-def _quantile(values: Tensor, share: float) -> float:
-    flat = values.flatten().float()
-    return float(flat.kthvalue(max(1, round(share * flat.numel()))).values)
