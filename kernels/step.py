@@ -138,6 +138,11 @@ class Step:
         lists = (layer.mlp.lists for layer in model.layers if isinstance(layer.mlp, SparseMLP))
         self.rows = next((found.rows for found in lists if found is not None and found.rows is not None), None)
 
+    @property
+    def address(self) -> int:
+        """Of the description that native code reads."""
+        return ctypes.addressof(self._model)
+
     def rotate_by(self, rotations: Sequence[tuple[Tensor, Tensor] | None]) -> None:
         """Uses other rotation tables, one pair a layer, from now on."""
         for layer, rotation in zip(self._layers, rotations, strict=True):
@@ -159,7 +164,7 @@ class Step:
         this model's or too small.
         """
         rows, length = tokens.shape
-        self._check(caches, rows, past, past + length)
+        self.check_caches(caches, rows, past, past + length)
         if self.rows not in (None, rows):
             raise ValueError(f"{self.rows} rows have lists of neurons, not {rows}")
         if rows * length <= cpu.MAX_ROWS:
@@ -219,7 +224,7 @@ class Step:
         Makes `count` tokens, for which the caches have room, or fewer where one of `ends` comes, the last then.
         Returns the tokens and the number of neurons that rules left out. The entries of all but the last are written.
         """
-        self._check(caches, 1, past, past + count)
+        self.check_caches(caches, 1, past, past + count)
         stops, made, done = (_N * len(ends))(*ends), (_N * count)(), _N(0)
         with self._of_one_token(token, position, start, caches, past) as (call, skipped):
             call_with = (
@@ -239,14 +244,14 @@ class Step:
     ) -> tuple[list[int], list[float], float]:
         """Greedy decoding as `generate` does it, up to the first token whose probability is below `least`, the last
         then. Returns the tokens, their probabilities, and the number of neurons that rules left out."""
-        self._check(caches, 1, past, past + count)
+        self.check_caches(caches, 1, past, past + count)
         made, chances, done = (_N * count)(), (_F * count)(), _N(0)
         with self._of_one_token(token, position, start, caches, past) as (call, skipped):
             call_with = (ctypes.byref(self._model), ctypes.byref(call), count, least, made, chances, ctypes.byref(done))
             cpu.check(self.library.coreskip_draft(*call_with), 0)
         return list(made[: done.value]), list(chances[: done.value]), skipped.value
 
-    def _check(self, caches: KeyValues, rows: int, past: int, end: int) -> None:
+    def check_caches(self, caches: KeyValues, rows: int, past: int, end: int) -> None:
         """Raises ValueError where native code would read or write beside the caches."""
         if not self._entries:
             return

@@ -109,7 +109,9 @@ static void tiles_of(const TileJob& job, int64_t begin, int64_t end) {
             write_tile<G, whole, 1>, write_tile<G, whole, 2>, write_tile<G, whole, 3>, write_tile<G, whole, 4>,
             write_tile<G, whole, 5>, write_tile<G, whole, 6>, write_tile<G, whole, 7>, write_tile<G, whole, 8>,
         };
-        for (int64_t t = begin; t < end; t++) write[job.rows - 1](job, t, 0, ahead);
+        for (int64_t t = begin; t < end; t++)
+            for (int row = 0; row < job.rows; row += kMaxRows)
+                write[(job.rows - row < kMaxRows ? job.rows - row : kMaxRows) - 1](job, t, row, ahead);
         *job.ahead = ahead;
         return;
     }
