@@ -92,7 +92,7 @@ class StepCall(ctypes.Structure):
 
 
 class PrefillCall(ctypes.Structure):
-    _fields_ = (*_fields(_P, "x positions cache activations"), *_fields(_N, "length past"), ("threads", _I))
+    _fields_ = (*_fields(_P, "x positions cache activations"), *_fields(_N, "length past start"), ("threads", _I))
 
 
 # in the order of coreskip_sizes

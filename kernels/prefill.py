@@ -7,7 +7,7 @@ every 128 of them. Each token's numbers are those of a decode step, to the bit.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from . import arguments, cpu
 from .packed import PackedLinear
 from .step import DenseMLP, KeyValues, Step, StepModel
 
-#: told of a layer's activations [tokens, neurons], in float32, good until it returns
+#: told of a layer, and of its activations [rows, length, neurons] in float32, zero at padding
 Observer = Callable[[int, Tensor], None]
 
 
@@ -33,55 +33,75 @@ def uncovered(model: StepModel) -> str | None:
 
 
 class Prefill:
-    """Prompts through the decoder of a `step`, which `uncovered` has nothing against.
+    """Prompts through the decoder of a `step`, which `uncovered` has nothing against."""
 
-    observed: layers whose activations are wanted, in prompts that have an observer.
-    """
-
-    def __init__(self, step: Step, observed: frozenset[int] = frozenset()) -> None:
-        self.step, self._observed = step, observed
+    def __init__(self, step: Step) -> None:
+        self.step = step
 
     def run(
-        self, tokens: Tensor, positions: Tensor, caches: KeyValues, past: int, wanted: int, observe: Observer | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        start: Tensor,
+        caches: KeyValues,
+        past: int,
+        wanted: int,
+        observed: Collection[int] = (),
+        observe: Observer | None = None,
     ) -> Tensor:
-        """Logits ``[wanted, vocabulary]`` of the last tokens, of the model's dtype; keys and values of all are written.
+        """Logits ``[rows, wanted, vocabulary]`` of the last tokens, of the model's dtype; all keys and values are written.
 
-        tokens, positions: int64 ``[length]``. past: positions already in the caches of one row, which have room.
-        Raises ValueError for caches that are not this model's or too small.
+        tokens, positions: int64 ``[rows, length]``. start: int64 ``[rows]``, the first cache position that counts: a
+        token before it is padding, whose logits, keys and values mean nothing. past: positions already in the caches,
+        which have room. observed: the layers whose activations `observe` is told of.
+        Raises ValueError for caches that are not this model's or too small, IndexError for ids of no token.
         """
-        length, model = tokens.shape[0], self.step.model
-        self.step.check_caches(caches, 1, past, past + length)
-        x, positions = self._embedded(tokens), positions.contiguous()
-        for index, layer in enumerate(model.layers):
-            observed = observe if index in self._observed else None
+        rows, length = tokens.shape
+        self.step.check_caches(caches, rows, past, past + length)
+        padding = [max(0, first - past) for first in start.tolist()]
+        x, positions, starts = self._embedded(tokens), positions.contiguous(), start.tolist()
+        for index, layer in enumerate(self.step.model.layers):
             assert isinstance(layer.mlp, DenseMLP)
-            seen = None if observed is None else x.new_empty((length, layer.mlp.up.out_features))
-            self._through(index, x, positions, caches, past, seen)
-            if observed is not None and seen is not None:
-                observed(index, seen)
-        return self._logits(x[length - wanted :])
+            wide = (rows, length, layer.mlp.up.out_features)
+            seen = x.new_zeros(wide) if index in observed else None
+            for row, skipped in enumerate(padding):
+                some = None if seen is None else seen[row, skipped:]
+                kept = x[row, skipped:], positions[row, skipped:], some
+                self._through(index, *kept, caches.of(row, index), past + skipped, starts[row])
+            if observe is not None and seen is not None:
+                observe(index, seen)
+        return self._logits(x[:, length - wanted :].contiguous())
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         model, tokens = self.step.model, tokens.contiguous()
-        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < model.vocabulary:
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < model.vocabulary:
             raise IndexError(f"token ids must be in [0, {model.vocabulary})")
-        x = torch.empty((tokens.shape[0], model.norm.weight.shape[0]), dtype=torch.float32, device="cpu")
-        call = self.step.address, tokens.data_ptr(), tokens.shape[0], x.data_ptr(), torch.get_num_threads()
+        x = torch.empty((*tokens.shape, model.norm.weight.shape[0]), dtype=torch.float32, device="cpu")
+        call = self.step.address, tokens.data_ptr(), tokens.numel(), x.data_ptr(), torch.get_num_threads()
         cpu.check(cpu.library().coreskip_embed(*call), 0)
         return x
 
     def _through(
-        self, index: int, x: Tensor, positions: Tensor, caches: KeyValues, past: int, activations: Tensor | None
+        self,
+        index: int,
+        x: Tensor,
+        positions: Tensor,
+        activations: Tensor | None,
+        entries: arguments.StepCache,
+        past: int,
+        start: int,
     ) -> None:
-        entry = ctypes.addressof(caches.table) + index * ctypes.sizeof(arguments.StepCache)
+        """One row's tokens through a layer."""
         call = arguments.PrefillCall(
-            x.data_ptr(), positions.data_ptr(), entry, cpu.address(activations), x.shape[0], past, torch.get_num_threads()
-        )
+            x.data_ptr(), positions.data_ptr(), ctypes.addressof(entries), cpu.address(activations), x.shape[0], past, start,
+            torch.get_num_threads(),
+        )  # fmt: skip
         cpu.check(cpu.library().coreskip_prefill(self.step.address, index, ctypes.byref(call)), 0)
 
     def _logits(self, x: Tensor) -> Tensor:
         model = self.step.model
-        logits = torch.empty((x.shape[0], model.head.out_features), dtype=model.dtype, device="cpu")
-        call = self.step.address, x.data_ptr(), x.shape[0], logits.data_ptr(), torch.get_num_threads()
+        rows, wanted, _ = x.shape
+        logits = torch.empty((rows, wanted, model.head.out_features), dtype=model.dtype, device="cpu")
+        call = self.step.address, x.data_ptr(), rows * wanted, logits.data_ptr(), torch.get_num_threads()
         cpu.check(cpu.library().coreskip_head(*call), 0)
         return logits

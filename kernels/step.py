@@ -321,6 +321,11 @@ class KeyValues:
         self.begins_late = max(self.first, default=0) > 0
         self.table = _table(self.keys, self.values, self.first)
 
+    def of(self, row: int, layer: int) -> arguments.StepCache:
+        """One row's keys and values at one layer."""
+        found: arguments.StepCache = self.part(row, row + 1).table[layer]
+        return found
+
     def part(self, first: int, last: int) -> KeyValues:
         """Of rows `first` to `last`, which lies in these tensors. Made once; by addresses, for views would count as
         somebody's who looks at the cache."""

@@ -76,7 +76,7 @@ class ModulePatches:
             step = None
             if not host.model.training:
                 # positional arguments are rare (a caller of the bare decoder stack) and cost a binding
-                step = self._begin(signature.bind_partial(*args, **kwargs).arguments if args else kwargs)
+                step = self.begin(signature.bind_partial(*args, **kwargs).arguments if args else kwargs)
             with passing(step):
                 output = original(*args, **kwargs)
             host.noticed_in_pass()
@@ -260,7 +260,7 @@ class ModulePatches:
 
     # --- passes
 
-    def _begin(self, named: dict[str, Any]) -> Pass:
+    def begin(self, named: dict[str, Any]) -> Pass:
         """Tell prefill from decode, and find or make the sequences' selections."""
         host = self._host
         cache = named.get("past_key_values")

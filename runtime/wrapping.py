@@ -35,8 +35,9 @@ from .lower_cpu import Packing, StepProgram, refusal
 from .lower_gpu import CapturedSteps, Settled
 from .modules import ModulePatches
 from .native import NativeSteps
+from .native_prompts import NativePrompts
 from .patches import Patches, Usage
-from .phases import calling, current_prompt
+from .phases import Pass, calling, current_prompt
 from .prepared import Prepared
 from .program import Program, linear_of
 from .release import Replaced, trim
@@ -91,6 +92,7 @@ class Runtime:
         self.exact = SpeculativeDecoder(has_draft=self.decodes_otherwise) if options.exact else None
         self.lookup = SpeculativeDecoder(has_draft=False) if options.lookup and not options.exact else None
         self.gives_way = False  # to whoever wraps or reads the model: see `make_way`
+        self._modules: ModulePatches | None = None
         self._class, self._outer = type(model), cast("tuple[nn.Module, type] | None", None)
 
     def _prepare(self, options: Options, searching: bool) -> None:
@@ -116,7 +118,8 @@ class Runtime:
         native = NativeSteps(model, self.anatomy, packing, self.usage.count, lambda: me.notice())
         dense = StepProgram.dense(len(self.anatomy), as_loaded=True)
         self.prepared = Prepared(self.anatomy, self.program, self._weights, self.skips, self.altered)
-        self.steps = Steps(self, native, CapturedSteps(self), dense)
+        prompts = NativePrompts(me, native, self.anatomy, narrow=packing.narrow > 0)
+        self.steps = Steps(self, native, prompts, CapturedSteps(self), dense)
         self._demanded = options.keep_originals is False
         keeps = keeps or not (weights or self._demanded)
         # neurons that prompts choose are packed again and again
@@ -144,6 +147,11 @@ class Runtime:
         return bool(self.program.chosen_by(Chooser.TOKEN, Chooser.INPUTS))
 
     @property
+    def skips_by_prompt(self) -> bool:
+        """Whether prompts decide which layers to leave out."""
+        return bool(self.skips.adaptive)
+
+    @property
     def exits_early(self) -> bool:
         return self.steps.native.exits_early
 
@@ -156,6 +164,7 @@ class Runtime:
     def install(self, cls: type) -> None:
         """Everything was checked; from here on nothing can fail but for lack of memory. cls: the model's afterwards."""
         modules = ModulePatches(self)
+        self._modules = modules
         try:
             self._patch_model()
             everything = modules.patch_linears()
@@ -190,8 +199,9 @@ class Runtime:
             cache = named.get("past_key_values")
             decodes = isinstance(cache, Cache) and int(cache.get_seq_length()) > 0
             reason = self.notice(every_setting=not decodes)
-            if decodes and not (self.model.training or torch.compiler.is_compiling() or current_prompt() is not None):
-                output = self.steps.forward(original_in_call, named, reason)
+            if not (self.model.training or torch.compiler.is_compiling()):
+                carry_out = self.steps.forward if decodes and current_prompt() is None else self.steps.prompt
+                output = carry_out(original_in_call, named, reason)
                 if output is not None:
                     return output
             return original_in_call(*args, **kwargs)
@@ -236,6 +246,7 @@ class Runtime:
         """
         self.check_removable()
         self.changes.stop()
+        self._modules = None  # which holds the runtime
         self.model.__class__ = self._class
         if self._outer is not None:
             outer, cls = self._outer
@@ -319,6 +330,11 @@ class Runtime:
         return self.patches.undone(module, attributes)
 
     # --- what steps compute
+
+    def begin(self, named: dict[str, Any]) -> Pass:
+        """The pass that a call of the decoder stack with these arguments is."""
+        assert self._modules is not None
+        return self._modules.begin(named)
 
     def new_selections(self, rows: int) -> Selections | None:
         """For sequences that begin; None where their prompts decide nothing."""

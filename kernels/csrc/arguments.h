@@ -131,6 +131,7 @@ struct PrefillCall {           // tokens of one sequence, on their way through t
     const StepCache* cache;    // of the layer
     float* activations;        // [length][neurons]: what the down projection meets; null: not wanted
     int64_t length, past;
+    int64_t start;             // the first cache position that counts (left padding before it)
     int threads;
 };
 

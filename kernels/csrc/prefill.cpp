@@ -235,7 +235,9 @@ class LayerPass {
         });
     }
 
-    int64_t first_seen(int64_t position) const { return l.window ? std::max<int64_t>(0, position + 1 - l.window) : 0; }
+    int64_t first_seen(int64_t position) const {
+        return std::max(c.start, l.window ? position + 1 - l.window : int64_t(0));
+    }
 
     // One KV head for tokens `begin` to `end`: in chunks at fixed positions, as a step adds them up.
     void attend(int64_t group, int64_t begin, int64_t end) {
