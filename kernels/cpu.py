@@ -264,7 +264,9 @@ def exact_form(weight: Tensor) -> str | None:
     matrices to be read where they lie."""
     if os.environ.get("CORESKIP_NARROW") == "0":
         return None
-    if weight.dtype != torch.float32 or weight.dim() != 2 or weight.numel() == 0 or weight.stride(1) != 1:
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.dim() != 2:
+        return None
+    if weight.numel() == 0 or weight.stride(1) != 1:
         return None
     some = weight.detach()[:1, : 8 * GROUP]
     for form in EXACT_BYTES:

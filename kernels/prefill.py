@@ -49,7 +49,7 @@ class Prefill:
         observed: Collection[int] = (),
         observe: Observer | None = None,
     ) -> Tensor:
-        """Logits ``[rows, wanted, vocabulary]`` of the last tokens, of the model's dtype; all keys and values are written.
+        """Logits ``[rows, wanted, vocabulary]`` of the last tokens, in the model's dtype; all entries are written.
 
         tokens, positions: int64 ``[rows, length]``. start: int64 ``[rows]``, the first cache position that counts: a
         token before it is padding, whose logits, keys and values mean nothing. past: positions already in the caches,
@@ -93,8 +93,8 @@ class Prefill:
     ) -> None:
         """One row's tokens through a layer."""
         call = arguments.PrefillCall(
-            x.data_ptr(), positions.data_ptr(), ctypes.addressof(entries), cpu.address(activations), x.shape[0], past, start,
-            torch.get_num_threads(),
+            x.data_ptr(), positions.data_ptr(), ctypes.addressof(entries), cpu.address(activations),
+            x.shape[0], past, start, torch.get_num_threads(),
         )  # fmt: skip
         cpu.check(cpu.library().coreskip_prefill(self.step.address, index, ctypes.byref(call)), 0)
 

@@ -106,7 +106,7 @@ def _spread(logits: Tensor, expected: Tensor) -> float:
 
 
 def positions_of(named: dict[str, Any], past: int) -> Tensor:
-    """int64 [rows, length]: the positions of a call's tokens behind `past` others, as `check_call` has let them pass."""
+    """int64 [rows, length]: the positions of a call's tokens behind `past` others. `check_call` has accepted it."""
     (rows, length), positions = named["input_ids"].shape, named.get("position_ids")
     if positions is None:
         return torch.arange(past, past + length, device="cpu").expand(rows, length)

@@ -360,7 +360,7 @@ def _lower(spec: ModelSpec, rotary: RotaryTables, packing: Packing) -> CpuModel:
 
 
 def check_ranges(step: kernel.Step, model: CpuModel, ids: Tensor, positions: Tensor) -> None:
-    """Raises IndexError for ids of no token, NotThisCall for positions that are none; sees to tables that reach so far."""
+    """Raises IndexError for ids of no token, NotThisCall for positions that are none. Tables will reach so far."""
     tokens, places = ids.flatten().tolist(), positions.flatten().tolist()
     vocabulary = step.model.vocabulary
     if min(tokens) < 0 or max(tokens) >= vocabulary:

@@ -8,7 +8,7 @@ to torch, which multiplies many rows with these in less time.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -17,33 +17,31 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..kernels import prefill
 from ..kernels.cpu import exact_form
 from ..kernels.groups import GROUPED
-from ..predictors.anatomy import Anatomy
+from ..predictors.anatomy import Anatomy, is_packed
 from ..predictors.observe import inference
 from .calls import NotCovered, NotThisCall, check_call, check_outputs, positions_of, row_starts
 from .kv_cache import Rooms, first_rooms, take_back
+from .layer_skips import LayerSkips
 from .lower_cpu import StepProgram
+from .modules import ModulePatches
 from .native import Described, NativeSteps, check_ranges
 from .patches import Usage
-from .phases import Pass, mode
-from .selections import attach
+from .phases import Pass, mode, unprompted
+from .selections import Observed, attach
 
 
 class Host(Protocol):
     """A wrapped model, as prompts need it."""
 
+    skips: LayerSkips
+    usage: Usage
+    observed: Mapping[int, Observed]
+
     @property
     def verifies(self) -> bool: ...
 
     @property
-    def skips_by_prompt(self) -> bool: ...
-
-    @property
-    def usage(self) -> Usage: ...
-
-    @property
-    def observed(self) -> Collection[int]: ...
-
-    def begin(self, named: dict[str, Any]) -> Pass: ...
+    def modules(self) -> ModulePatches: ...
 
     def program_for(self, cache: Cache) -> StepProgram | str: ...
 
@@ -76,7 +74,7 @@ class NativePrompts:
 
     def _check(self, named: dict[str, Any]) -> None:
         """Raises NotCovered where a prompt is for the modules."""
-        if self._host.verifies or self._host.skips_by_prompt or mode().as_loaded:
+        if self._host.verifies or self._host.skips.adaptive or mode().as_loaded or mode().densely:
             raise NotThisCall("the prompt is the dense model's own, or its residual stream is looked at")
         if not isinstance(named.get("past_key_values"), Cache):
             raise NotThisCall("there is no KV cache")
@@ -103,9 +101,10 @@ class NativePrompts:
 
     def _in_groups(self) -> bool:
         """Whether native steps will read matrices in groups, as far as can be told before these are packed."""
-        if self._steps.weights is not None:
+        up = self._anatomy.mlps[0].up
+        if self._steps.weights is not None or is_packed(up):
             return True
-        return self._narrow and exact_form(self._anatomy.mlps[0].up.weight) in GROUPED
+        return self._narrow and exact_form(up.weight) in GROUPED
 
     def _describe(self, original: Callable[..., Any]) -> None:
         """Has a step compared with the model's modules, behind a few tokens of its own."""
@@ -117,7 +116,7 @@ class NativePrompts:
             model = self._steps.model
             ids = torch.arange(1, 10, device="cpu")[None] % model.get_input_embeddings().weight.shape[0]
             cache = DynamicCache(config=model.config)
-            with inference(model), self._host.usage.paused():
+            with inference(model), unprompted(), self._host.usage.paused():
                 original(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
                 named = {"input_ids": ids[:, -1:], "past_key_values": cache}
                 self._steps.forward(original, self._host.program_for(cache), named)
@@ -131,7 +130,7 @@ class NativePrompts:
         step = self._steps.step_of(described, self._program)
         check_ranges(step, described.model, ids, positions)
         rooms = self._rooms(described, cache, rows, past, length)
-        begun = self._host.begin(named)
+        begun = self._host.modules.begin(named)
         logits = prefill.Prefill(step).run(
             ids, positions, start, rooms.table, past, named.get("logits_to_keep") or length, *self._observer(begun)
         )
@@ -159,8 +158,10 @@ class NativePrompts:
             return
         more = {} if mask is None else {"attention_mask": torch.cat([mask, mask[:, -1:]], -1)}
         next_one = positions_of(named, past)[:, -1:] + 1
+        call = {"input_ids": ids[:, -1:], "position_ids": next_one, "past_key_values": cache, **more}
         try:
-            self._steps.compare({"input_ids": ids[:, -1:], "position_ids": next_one, "past_key_values": cache, **more})
+            with unprompted():
+                self._steps.compare(call)
         except NotCovered:
             if past:
                 take_back(cache, ids.shape[1])

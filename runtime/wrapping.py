@@ -37,7 +37,7 @@ from .modules import ModulePatches
 from .native import NativeSteps
 from .native_prompts import NativePrompts
 from .patches import Patches, Usage
-from .phases import Pass, calling, current_prompt
+from .phases import as_loaded, calling, current_prompt
 from .prepared import Prepared
 from .program import Program, linear_of
 from .release import Replaced, trim
@@ -92,7 +92,6 @@ class Runtime:
         self.exact = SpeculativeDecoder(has_draft=self.decodes_otherwise) if options.exact else None
         self.lookup = SpeculativeDecoder(has_draft=False) if options.lookup and not options.exact else None
         self.gives_way = False  # to whoever wraps or reads the model: see `make_way`
-        self._modules: ModulePatches | None = None
         self._class, self._outer = type(model), cast("tuple[nn.Module, type] | None", None)
 
     def _prepare(self, options: Options, searching: bool) -> None:
@@ -146,15 +145,6 @@ class Runtime:
     def chooses_by_token(self) -> bool:
         return bool(self.program.chosen_by(Chooser.TOKEN, Chooser.INPUTS))
 
-    @property
-    def skips_by_prompt(self) -> bool:
-        """Whether prompts decide which layers to leave out."""
-        return bool(self.skips.adaptive)
-
-    @property
-    def exits_early(self) -> bool:
-        return self.steps.native.exits_early
-
     def check_modules(self) -> None:
         """Raises NotCovered where something wants to see what happens inside the model's modules."""
         self.steps.native.check_modules()
@@ -163,8 +153,7 @@ class Runtime:
 
     def install(self, cls: type) -> None:
         """Everything was checked; from here on nothing can fail but for lack of memory. cls: the model's afterwards."""
-        modules = ModulePatches(self)
-        self._modules = modules
+        modules = self.modules = ModulePatches(self)
         try:
             self._patch_model()
             everything = modules.patch_linears()
@@ -225,7 +214,8 @@ class Runtime:
             ids = torch.randint(0, vocabulary, (1, 9), generator=generator, device="cpu")
             cache = DynamicCache(config=model.config)
             with inference(model):
-                model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
+                with as_loaded():  # a native prompt would have the model described before its matrices may go
+                    model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
                 named = {"input_ids": ids[:, -1:], "past_key_values": cache}
                 reason = native.replace(self._forward, self.program_for(cache), named, self._replace)
             self.usage.reset()
@@ -246,7 +236,7 @@ class Runtime:
         """
         self.check_removable()
         self.changes.stop()
-        self._modules = None  # which holds the runtime
+        del self.modules  # which hold the runtime
         self.model.__class__ = self._class
         if self._outer is not None:
             outer, cls = self._outer
@@ -262,7 +252,7 @@ class Runtime:
 
     @property
     def removable(self) -> bool:
-        """Whether the model's own weights are there, or can be had back bit for bit."""
+        """Whether the model's own weights can be had back bit for bit."""
         return self.replaced is None or self.replaced.reversible
 
     def refuse(self, what: str) -> None:
@@ -330,11 +320,6 @@ class Runtime:
         return self.patches.undone(module, attributes)
 
     # --- what steps compute
-
-    def begin(self, named: dict[str, Any]) -> Pass:
-        """The pass that a call of the decoder stack with these arguments is."""
-        assert self._modules is not None
-        return self._modules.begin(named)
 
     def new_selections(self, rows: int) -> Selections | None:
         """For sequences that begin; None where their prompts decide nothing."""
