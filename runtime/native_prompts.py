@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..kernels import prefill
@@ -35,7 +36,9 @@ class Host(Protocol):
 
     skips: LayerSkips
     usage: Usage
-    observed: Mapping[int, Observed]
+
+    @property
+    def observed(self) -> Mapping[int, Observed]: ...
 
     @property
     def verifies(self) -> bool: ...
@@ -104,7 +107,8 @@ class NativePrompts:
         up = self._anatomy.mlps[0].up
         if self._steps.weights is not None or is_packed(up):
             return True
-        return self._narrow and exact_form(up.weight) in GROUPED
+        form = exact_form(cast(Tensor, up.weight)) if self._narrow else None
+        return form is not None and form in GROUPED
 
     def _describe(self, original: Callable[..., Any]) -> None:
         """Has a step compared with the model's modules, behind a few tokens of its own."""

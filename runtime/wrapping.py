@@ -145,6 +145,10 @@ class Runtime:
     def chooses_by_token(self) -> bool:
         return bool(self.program.chosen_by(Chooser.TOKEN, Chooser.INPUTS))
 
+    @property
+    def exits_early(self) -> bool:
+        return self.steps.native.exits_early
+
     def check_modules(self) -> None:
         """Raises NotCovered where something wants to see what happens inside the model's modules."""
         self.steps.native.check_modules()
@@ -352,11 +356,6 @@ class Runtime:
     def _own_selections(self, cache: Cache) -> Selections | None:
         """Of a cache whose sequences decide something."""
         return selections_of(cache, self) if self._by_prompt or self.skips.adaptive else None
-
-    def packed_bytes(self) -> tuple[int, int] | None:
-        """Bytes of all matrices that a native decode step reads, and of the MLPs' share of them; None where steps are
-        not native, or read the model's own."""
-        return self.steps.native.packed_bytes()
 
 
 def runtime_of(model: nn.Module) -> Runtime:

@@ -204,7 +204,7 @@ def test_bytes_of_weight_formats_are_those_that_are_packed(embedded: tuple[Any, 
     with coreskip.wrap(model, plan):
         ids = torch.tensor([[5, 6, 7]])
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
-        packed, _ = runtime_of(model).packed_bytes()
+        packed, _ = runtime_of(model).steps.native.packed_bytes()
     assert bytes_per_token(model, plan) == pytest.approx(packed, rel=0.002)
 
 
