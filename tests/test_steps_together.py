@@ -42,7 +42,7 @@ def plan(model: Any, kind: str) -> Plan:
         return Plan.dense(model, kind)
     if kind == "teal":
         names = ("mlp.up_proj", "mlp.gate_proj", "mlp.down_proj", "attention.q_proj", "attention.o_proj")
-        policy: Any = Teal(keep=0.5, thresholds={name: 0.3 for name in names})
+        policy: Any = Teal(keep=0.5, thresholds=dict.fromkeys(names, 0.3))
         return Plan(tuple(LayerPlan(policy) for _ in dense.layers), dense.model, {"method": kind})
     return dense if kind == "dense" else plan_of(model, kind)
 
