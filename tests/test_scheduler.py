@@ -151,9 +151,9 @@ def test_native_steps_are_shared(engine: Engine) -> None:
     for ticket in tickets:
         ticket.collect()
     assert 4 in seen
+    _settles(lambda: engine.load().decode_tokens == 3 + 4 * 29)  # a step is counted when its tokens are out
     load = engine.load()
     assert load.batch_sizes[4] > 5
-    assert load.decode_tokens == 3 + 4 * 29
     assert load.prefill_tokens == 5 + 5 + 6 + 7 + 8
     assert (load.running, load.waiting, load.kv_bytes) == (0, 0, 0)
 
@@ -250,7 +250,7 @@ def test_keys_and_values_of_all_that_run_fit_the_memory() -> None:
             assert load.kv_bytes <= load.kv_limit == 3 * 128 * each
         assert most == 3
         assert {ticket.collect().finish for ticket in tickets} == {"length"}
-        with pytest.raises(CoreskipError, match="more than the .* MB that there are"):
+        with pytest.raises(CoreskipError, match="MB that there are for all"):
             made.submit(Request(ids(10, 0), 500))
 
 
