@@ -67,7 +67,7 @@ class Prefill:
             for row, skipped in enumerate(padding):
                 some = None if seen is None else seen[row, skipped:]
                 kept = x[row, skipped:], positions[row, skipped:], some
-                self._through(index, *kept, caches.of(row, index), past + skipped, starts[row])
+                self._through(index, *kept, caches.entry(row, index), past + skipped, starts[row])
             if observe is not None and seen is not None:
                 observe(index, seen)
         return self._logits(x[:, length - wanted :].contiguous())
@@ -87,13 +87,13 @@ class Prefill:
         x: Tensor,
         positions: Tensor,
         activations: Tensor | None,
-        entries: arguments.StepCache,
+        entries: int,
         past: int,
         start: int,
     ) -> None:
         """One row's tokens through a layer."""
         call = arguments.PrefillCall(
-            x.data_ptr(), positions.data_ptr(), ctypes.addressof(entries), cpu.address(activations),
+            x.data_ptr(), positions.data_ptr(), entries, cpu.address(activations),
             x.shape[0], past, start, torch.get_num_threads(),
         )  # fmt: skip
         cpu.check(cpu.library().coreskip_prefill(self.step.address, index, ctypes.byref(call)), 0)

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import threading
-import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from ..predictors.anatomy import check_model
 from ..predictors.calibration import check_tokenizer
-from ..predictors.checks import check_flag, check_weights, kind_of
+from ..predictors.checks import check_count, check_flag, check_weights, kind_of
 from ..predictors.errors import CoreskipError
 from ..predictors.plan import Plan
+from .alone import Alone, Latest
+from .batching import (
+    Batching,
+    Call,
+    acollected,
+    atexts_of,
+    check_batches,
+    collected,
+    figures_of,
+    finished,
+    in_threads,
+    texts_of,
+)
 from .drafting import Statistics
 from .figures import Figures
-from .generation_options import check_length, learned_positions, own_options, samples
+from .generation_options import check_length, learned_positions, own_options
 from .prompts import Message, Prompt, as_batch, render
+from .scheduler import Limits
+from .sequence import Event, Load, Request, Ticket
 from .shared_wrapping import Settings, SharedWrapping
-from .stop_strings import StopStrings, cut, stop_before
+from .stop_strings import cut, stop_before
 from .unknown import refuses_unknown
 from .wrap import is_wrapped, make_way, runtime_of
 
@@ -53,6 +67,13 @@ class Engine:
         weights: ``"int4"`` or ``"int8"``: the format in which decode steps read their weights, in place of the plan's
             own; None leaves the plan's.
         plain: plain transformers, without anything of coreskip's.
+        max_batch: how many sequences decode together. Calls from threads and from asyncio tasks then share steps, each
+            with its own random numbers; greedy texts are those that each call gets alone. Where native steps cover the
+            model, a step of several sequences reads the weights once; elsewhere sequences take turns. None: every call
+            decodes by itself, in its own thread.
+        max_waiting: of max_batch: how many requests may wait for a place; one more raises `Busy`. None: any number.
+        kv_bytes: of max_batch: memory for the keys and values of all that run; None: half of what is free.
+        prefill_chunk: of max_batch: how many tokens of a prompt are read between two steps.
 
     Raises:
         CoreskipError: a plan of another model, weights that no kernel reads here, a model that is wrapped with other
@@ -71,6 +92,10 @@ class Engine:
         lookup: bool = False,
         weights: str | None = None,
         plain: bool = False,
+        max_batch: int | None = None,
+        max_waiting: int | None = None,
+        kv_bytes: int | None = None,
+        prefill_chunk: int = 256,
     ) -> None:
         check_model(model)
         _check_tokenizer(tokenizer)
@@ -78,6 +103,9 @@ class Engine:
             check_flag(name, flag)
         check_flag("keep_originals", keep_originals, none=True)
         check_weights(weights)
+        limits = _limits(max_batch, max_waiting, kv_bytes, prefill_chunk)
+        if limits is not None:
+            check_batches(model)
         settings = Settings(plan, exact, keep_originals, lookup, weights)
         self._wrapping: SharedWrapping | None = None
         if plain and settings.given:
@@ -90,13 +118,20 @@ class Engine:
             self._release.atexit = False
         self.model, self.tokenizer = model, tokenizer
         self._positions = learned_positions(model)
-        self._sampling = threading.Lock()
         self._tokenizing = threading.Lock()  # fast tokenizers keep padding and truncation as shared state
-        self.figures: Figures | None = None  # of the generation that ended last
+        acquire = (lambda: None) if self._wrapping is None else self._wrapping.acquire
+        self._latest = Latest()
+        self._alone = Alone(model, tokenizer, acquire, self._latest)
+        self._batching: Batching | None = None
+        if limits is not None:
+            self._batching = Batching(model, tokenizer, limits, acquire)
+            self._stop = weakref.finalize(self, self._batching.close)
 
     def close(self) -> None:
         """Unwrap the model, if this engine wrapped it, no other engine shares that, and the model's own weights are not
-        gone (``keep_originals=False``)."""
+        gone (``keep_originals=False``). Sequences of ``max_batch`` that are under way end first, cancelled."""
+        if self._batching is not None:
+            self._stop()
         if self._wrapping is not None:
             self._release()
             self._wrapping = None
@@ -105,6 +140,11 @@ class Engine:
         """Have the model wrapped as this engine uses it: without a plan somebody may have unwrapped it meanwhile."""
         if self._wrapping is not None:
             self._wrapping.acquire()
+
+    @property
+    def figures(self) -> Figures | None:
+        """Of the generation that ended last; None before the first."""
+        return self._latest.figures
 
     @property
     def statistics(self) -> Statistics | None:
@@ -132,14 +172,68 @@ class Engine:
         """
         prompts, single = as_batch(prompt)
         seed, stops, options = own_options(self.model, options)
+        tickets = self._start(prompts, options, seed, stops)
+        if tickets is None:
+            texts = self._generated(prompts, options, seed, stops)
+        else:
+            texts = self._texts(tickets, collected(tickets), stops)
+        return _arranged(texts, len(prompts), single)
+
+    async def agenerate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Any:
+        """`generate` for an asyncio task. Where that is cancelled, an engine with ``max_batch`` stops generating."""
+        prompts, single = as_batch(prompt)
+        seed, stops, options = own_options(self.model, options)
+        tickets = await asyncio.to_thread(self._start, prompts, options, seed, stops)
+        if tickets is None:
+            texts = await asyncio.to_thread(self._generated, prompts, options, seed, stops)
+        else:
+            texts = self._texts(tickets, await acollected(tickets), stops)
+        return _arranged(texts, len(prompts), single)
+
+    def _start(
+        self, prompts: list[str | list[Message]], options: dict[str, Any], seed: int | None, stops: list[str]
+    ) -> list[Ticket] | None:
+        """Every prompt's sequences under way in the scheduler; None where there is none, or it does not cover the call.
+        Sequences of one seed have random numbers of their own: the seeds that follow it."""
+        if self._batching is None:
+            return None
+        each = options.get("num_return_sequences") or 1
+        options = {name: value for name, value in options.items() if name != "num_return_sequences"}
+        inputs = [self.encode([prompt], options) for prompt in prompts for _ in range(each)]
+        seeds = [None if seed is None else (seed + i) % 2**64 for i in range(len(inputs))]
+        return self._batching.start_all([Call(i, options, s, stops) for i, s in zip(inputs, seeds, strict=True)])
+
+    def _texts(self, tickets: list[Ticket], events: list[Event], stops: list[str]) -> list[str]:
+        self._note(tickets)
+        found = [finished(ticket, event) for ticket, event in zip(tickets, events, strict=True)]
+        return [cut(text, stops) for event in found for text in self._decode([event.tokens])]
+
+    def _generated(
+        self, prompts: list[str | list[Message]], options: dict[str, Any], seed: int | None, stops: list[str]
+    ) -> list[str]:
+        """The texts of one call of ``model.generate``."""
         inputs = self.encode(prompts, options)
-        output = self._run(inputs, options, seed, stops)
-        texts = [cut(text, stops) for text in self._decode(output[:, inputs["input_ids"].shape[1] :])]
-        each = len(texts) // len(prompts)
-        if each > 1:
-            grouped = [texts[i : i + each] for i in range(0, len(texts), each)]
-            return grouped[0] if single else grouped
-        return texts[0] if single else texts
+        output = self._alone.run(inputs, options, seed, stops)
+        return [cut(text, stops) for text in self._decode(output[:, inputs["input_ids"].shape[1] :])]
+
+    def submit(self, request: Request) -> Ticket:
+        """Queue a request on tokens; its ticket is iterated, in a thread or an asyncio task, as it goes on. Needs
+        ``max_batch``.
+
+        Raises:
+            CoreskipError: a field that makes no sense, more tokens than the model has positions or the engine memory
+                for, an engine without ``max_batch``. Busy: the queue is full. Nothing was queued.
+        """
+        return self._batched().submit(request)
+
+    def load(self) -> Load:
+        """What an engine with ``max_batch`` does now, and has done so far."""
+        return self._batched().load()
+
+    def _batched(self) -> Batching:
+        if self._batching is None:
+            raise CoreskipError("this engine has no scheduler: make it with max_batch=N")
+        return self._batching
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """The continuation of one prompt, piece by piece as it is generated; closing the iterator stops generation.
@@ -150,7 +244,39 @@ class Engine:
         if not single:
             raise CoreskipError("stream takes one prompt; use generate for several")
         seed, stops, options = self.stream_options(options)
-        return self.pieces(self.encode(prompts, options), options, seed, stops)
+        self.encode(prompts, options)  # mistakes show now
+        return self._streamed(prompts, options, seed, stops)
+
+    async def astream(self, prompt: Prompt, **options: Any) -> AsyncIterator[str]:
+        """`stream` for an asyncio task. Where that is cancelled, or the iterator closed, generation stops."""
+        prompts, single = as_batch(prompt)
+        if not single:
+            raise CoreskipError("stream takes one prompt; use agenerate for several")
+        seed, stops, options = self.stream_options(options)
+        tickets = await asyncio.to_thread(self._start, prompts, options, seed, stops)
+        if tickets is None:
+            inputs = self.encode(prompts, options)
+            texts = in_threads(self.pieces(inputs, options, seed, stops))
+        else:
+            texts = atexts_of(tickets[0])
+        async with contextlib.aclosing(texts):
+            async for text in texts:
+                yield text
+        self._note(tickets)
+
+    def _streamed(
+        self, prompts: list[str | list[Message]], options: dict[str, Any], seed: int | None, stops: list[str]
+    ) -> Iterator[str]:
+        tickets = self._start(prompts, options, seed, stops)
+        if tickets is None:
+            yield from self.pieces(self.encode(prompts, options), options, seed, stops)
+        else:
+            yield from texts_of(tickets[0])
+        self._note(tickets)
+
+    def _note(self, tickets: list[Ticket] | None) -> None:
+        if tickets is not None:
+            self._latest.figures = figures_of(tickets)
 
     def stream_options(self, options: dict[str, Any]) -> tuple[int | None, list[str], dict[str, Any]]:
         """As `own_options`, for what is streamed."""
@@ -168,7 +294,7 @@ class Engine:
         seed: int | None,
         stops: list[str],
         made: list[int] | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """The continuation of one row of token ids, as text piece by piece up to a stop string.
 
         Args:
@@ -176,70 +302,7 @@ class Engine:
             options, seed, stops: from `stream_options`.
             made: gets the ids of the new tokens, as far as they were made before the consumer went away.
         """
-        return stop_before(self._pieces(inputs, options, seed, stops, [] if made is None else made), stops)
-
-    def _pieces(
-        self, inputs: dict[str, Any], options: dict[str, Any], seed: int | None, stops: list[str], made: list[int]
-    ) -> Iterator[str]:
-        streamer = _Pieces(self.tokenizer, made)
-        failure: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                self._run(inputs, {**options, "streamer": streamer}, seed, stops)
-            except _Abandoned:
-                pass
-            except BaseException as error:  # handed to the consumer's thread, which raises it
-                failure.append(error)
-                streamer.end()  # type: ignore[no-untyped-call]
-
-        thread = threading.Thread(target=work, name="coreskip-stream", daemon=True)
-        thread.start()
-        try:
-            yield from streamer
-        finally:
-            streamer.abandoned.set()
-            thread.join()
-        if failure:
-            raise failure[0]
-
-    def _run(self, inputs: dict[str, Any], options: dict[str, Any], seed: int | None, stops: list[str]) -> torch.Tensor:
-        self.acquire()
-        ids = inputs["input_ids"]
-        if stops:
-            criteria = [*(options.get("stopping_criteria") or ()), StopStrings(self.tokenizer, stops, ids.shape[1])]
-            options = {**options, "stopping_criteria": StoppingCriteriaList(criteria)}
-        streamer = options.get("streamer")
-        new, start = 0, 0.0
-        try:
-            with self._randomness(options, seed):
-                start = time.perf_counter()
-                output = self.model.generate(**inputs, **options)
-            output = cast(torch.Tensor, getattr(output, "sequences", output))
-            new = (output.shape[1] - ids.shape[1]) * output.shape[0]
-        except _Abandoned:
-            new = len(cast(Any, streamer).made)
-            raise
-        finally:
-            if new:
-                end, first = time.perf_counter(), getattr(streamer, "first_at", None)
-                self.figures = Figures(ids.numel(), new, end - start, None if first is None else first - start)
-        return output
-
-    @contextlib.contextmanager
-    def _randomness(self, options: dict[str, Any], seed: int | None) -> Iterator[None]:
-        """One sampling call at a time, from its own seed if it has one; the caller's random state is untouched."""
-        if not samples(self.model, options):
-            yield
-            return
-        with self._sampling:
-            if seed is None:
-                yield
-                return
-            devices = [self.model.device] if self.model.device.type == "cuda" else []
-            with torch.random.fork_rng(devices=devices):
-                torch.manual_seed(seed)
-                yield
+        return stop_before(self._alone.pieces(inputs, options, seed, stops, [] if made is None else made), stops)
 
     def tokenize(self, texts: list[str], *, special: bool) -> list[list[int]]:
         """Token ids of each text; `special`: with what the tokenizer puts around every text, such as BOS."""
@@ -266,8 +329,29 @@ class Engine:
         """Raise `CoreskipError` where a prompt of so many tokens and its continuation have no learned positions."""
         check_length(self.model, self._positions, tokens, options)
 
-    def _decode(self, ids: torch.Tensor) -> list[str]:
+    def _decode(self, ids: torch.Tensor | list[list[int]]) -> list[str]:
         return cast("list[str]", self.tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+
+def _arranged(texts: list[str], prompts: int, single: bool) -> Any:
+    """One text for one prompt, a list for several; lists of texts where each prompt has several."""
+    each = len(texts) // prompts
+    if each > 1:
+        grouped = [texts[i : i + each] for i in range(0, len(texts), each)]
+        return grouped[0] if single else grouped
+    return texts[0] if single else texts
+
+
+def _limits(batch: int | None, waiting: int | None, kv_bytes: int | None, chunk: int) -> Limits | None:
+    if batch is None:
+        if waiting is not None or kv_bytes is not None:
+            raise CoreskipError("max_waiting and kv_bytes are of an engine with max_batch: add it, or leave them out")
+        return None
+    check_count("max_batch", batch)
+    for name, value, least in (("max_waiting", waiting, 0), ("kv_bytes", kv_bytes, 1), ("prefill_chunk", chunk, 1)):
+        if value is not None:
+            check_count(name, value, least)
+    return Limits(batch, waiting, kv_bytes, chunk)
 
 
 def _check_tokenizer(tokenizer: Any) -> None:
@@ -276,30 +360,3 @@ def _check_tokenizer(tokenizer: Any) -> None:
         raise CoreskipError(f"{type(tokenizer).__name__} holds the tokenizer: pass its .tokenizer")
     if not hasattr(tokenizer, "batch_decode"):
         raise CoreskipError(f"the tokenizer is {kind_of(tokenizer)}: give the one that coreskip.load() returned")
-
-
-class _Abandoned(Exception):
-    """Ends a generation whose consumer went away."""
-
-
-class _Pieces(TextIteratorStreamer):
-    """A stream that ends its generation from within: a stopping criterion, which has to be asked about every token,
-    would keep greedy text from being made several tokens a call (255 against 311 tok/s in int4).
-
-    made: gets the ids of new tokens.
-    """
-
-    def __init__(self, tokenizer: Any, made: list[int]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.abandoned = threading.Event()
-        self.made = made
-        self.first_at: float | None = None  # by time.perf_counter
-
-    def put(self, value: torch.Tensor) -> None:
-        if self.abandoned.is_set():
-            raise _Abandoned
-        if not self.next_tokens_are_prompt:
-            if self.first_at is None:
-                self.first_at = time.perf_counter()
-            self.made.extend(value.flatten().tolist())
-        super().put(value)  # type: ignore[no-untyped-call]

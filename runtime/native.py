@@ -309,8 +309,9 @@ class NativeSteps:
                 described.steps[program] = (step, version)
         return step
 
-    def admit(self, cache: Any, more: int, entries: Entries | None = None) -> Rooms:
-        """The cache's rooms. What takes longer to check is checked once a cache, not once a step."""
+    def admit(self, cache: Any, more: int, entries: Entries | None = None, snug: bool = False) -> Rooms:
+        """The cache's rooms. What takes longer to check is checked once a cache, not once a step. snug: new ones get
+        place for `more` positions and hardly any beyond these."""
         if entries is None:
             described = self._state.described
             if described is None:
@@ -321,7 +322,7 @@ class NativeSteps:
         rooms = known_rooms(cache, more, entries)
         if rooms is not None:
             return rooms
-        found = make_rooms(cache, more, entries)
+        found = make_rooms(cache, more, entries, snug)
         if isinstance(found, str):
             raise NotThisCall(found)
         return found
@@ -373,15 +374,18 @@ def check_ranges(step: kernel.Step, model: CpuModel, ids: Tensor, positions: Ten
 
 
 class NativeSequence:
-    """One sequence that nobody else touches while it decodes: steps without a look at the caller's arguments."""
+    """One sequence that nobody else touches while it decodes: steps without a look at the caller's arguments.
 
-    def __init__(self, steps: NativeSteps, cache: Any) -> None:
+    most: how many tokens it may come to have beyond those in the cache, where that is known: it gets room for these.
+    """
+
+    def __init__(self, steps: NativeSteps, cache: Any, most: int | None = None) -> None:
         steps.check_modules()
         described = steps.described
         if described is None or not steps.ready:
             raise NotThisCall("the model was changed: it has to be described anew first")
-        self._steps, self._cache, self._described = steps, cache, described
-        self._rooms = steps.admit(cache, 1)
+        self.steps, self._cache, self._described = steps, cache, described
+        self._rooms = steps.admit(cache, most or 1, snug=most is not None)
         self._start = torch.zeros(1, dtype=torch.int64, device="cpu")
 
     @property
@@ -391,8 +395,13 @@ class NativeSequence:
 
     def _ready(self, program: StepProgram, more: int, at_once: int) -> kernel.Step:
         """For `more` tokens, the first `at_once` of them in one step."""
-        steps = self._steps
-        steps.check_modules()
+        self.steps.check_modules()
+        self._reach(program, more, at_once)
+        return self.steps.step_of(self._described, program)
+
+    def _reach(self, program: StepProgram, more: int, at_once: int) -> None:
+        """Makes sure that the sequence, and nothing but what the model is now, can go on by `more` tokens."""
+        steps = self.steps
         if steps.described is not self._described:
             raise NotThisCall("the model was changed meanwhile")
         if steps.refusal is not None:
@@ -403,7 +412,6 @@ class NativeSequence:
         if not self._rooms.fits(more):
             self._rooms = steps.admit(self._cache, more)
         self._described.of(program).rotary.reach(self.length + more)
-        return steps.step_of(self._described, program)
 
     def step(self, tokens: Sequence[int], program: StepProgram) -> Tensor:
         """Logits ``[tokens, vocabulary]`` of 1 to 8 tokens that are appended."""
@@ -416,7 +424,7 @@ class NativeSequence:
 
     def greedy(self, token: int, count: int, ends: Sequence[int], program: StepProgram) -> list[int]:
         """Appends `token` and returns the likeliest tokens after it: `count`, or fewer up to one of `ends`."""
-        count = min(count, self._steps.checkpoints.room(self.length))
+        count = min(count, self.steps.checkpoints.room(self.length))
         step, past = self._ready(program, count, 1), self.length
         made, left_out = step.generate(token, past, 0, self._rooms.table, past, count, ends)
         self._advance(len(made), program, left_out)
@@ -425,7 +433,7 @@ class NativeSequence:
     def draft(self, token: int, count: int, least: float, program: StepProgram) -> tuple[list[int], list[float]]:
         """Appends `token` and returns the likeliest tokens after it with their probabilities: `count`, or fewer up to
         one whose probability is below `least`."""
-        count = min(count, self._steps.checkpoints.room(self.length))
+        count = min(count, self.steps.checkpoints.room(self.length))
         step, past = self._ready(program, count, 1), self.length
         made, chances, left_out = step.draft(token, past, 0, self._rooms.table, past, count, least)
         self._advance(len(made), program, left_out)
@@ -433,7 +441,26 @@ class NativeSequence:
 
     def _advance(self, tokens: int, program: StepProgram, left_out: float) -> None:
         self._rooms.advance(tokens)
-        self._steps.count(tokens, program.skipped * tokens + left_out)
+        self.steps.count(tokens, program.skipped * tokens + left_out)
 
     def rollback(self, length: int) -> None:
         self._rooms.advance(length - self.length)
+
+    @classmethod
+    def step_together(cls, sequences: Sequence[NativeSequence], tokens: Sequence[int], program: StepProgram) -> Tensor:
+        """Appends a token to each of several sequences of one model; logits ``[sequences, vocabulary]``.
+
+        Raises:
+            NotCovered: one of them has to be described, or to run on the modules, first. Nothing has been appended.
+        """
+        first = sequences[0]
+        first.steps.check_modules()
+        for sequence in sequences:
+            sequence._reach(program, 1, 1)
+        step, lengths = first.steps.step_of(first._described, program), [sequence.length for sequence in sequences]
+        ids, places = (torch.tensor(values, device="cpu")[:, None] for values in (tokens, lengths))
+        logits, left_out = step.run_each(ids, places, [s._rooms.table for s in sequences], lengths, 1)
+        for sequence in sequences:
+            sequence._rooms.advance(1)
+        first.steps.count(len(tokens), program.skipped * len(tokens) + left_out)
+        return logits[:, 0]
