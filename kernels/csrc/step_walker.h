@@ -8,6 +8,7 @@
 
 #include "logits.h"
 #include "step_attention.h"
+#include "step_experts.h"
 #include "step_mlp_layer.h"
 
 namespace coreskip {
@@ -38,7 +39,8 @@ class Walker {
             const StepLayer& layer = m.layers[i];
             if (layer.run_attention) attention_.run(layer, c.caches[i]);
             else if (layer.k.weight) attention_.write_entries(layer, c.caches[i]);
-            if (layer.run_mlp) mlp_.run(layer);
+            if (layer.run_mlp && layer.experts.matrices) experts_.run(layer);
+            else if (layer.run_mlp) mlp_.run(layer);
         }
         logits();
     }
@@ -78,6 +80,7 @@ class Walker {
     Projections projections_{thread, ahead_};
     StepAttention attention_{thread, ahead_, projections_};
     StepMlpLayer mlp_{thread, ahead_, projections_};
+    StepExpertsLayer experts_{thread, ahead_, projections_};
     const StepModel& m = thread.m;
     const StepCall& c = thread.c;
     const Shared& w = thread.w;
