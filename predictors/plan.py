@@ -16,7 +16,7 @@ from .checks import AS_PACKED, kind_of
 from .drawing import plan_table
 from .errors import CoreskipError, PlanError
 from .fingerprint import Fingerprint
-from .policies import LAYER_POLICIES, NEURON_POLICIES, Clusters, Dense, LayerPolicy, NeuronPolicy, Run
+from .policies import LAYER_POLICIES, NEURON_POLICIES, Chooser, Clusters, Dense, LayerPolicy, NeuronPolicy, Run
 from .rounding_recipe import RoundingRecipe
 
 
@@ -84,6 +84,8 @@ class Plan:
             raise PlanError(f"the plan has {len(self.layers)} layers, its model {len(widths)}")
         for index, (layer, width) in enumerate(zip(self.layers, widths, strict=True)):
             try:
+                if width == 0 and layer.neurons.chooser is not Chooser.NOTHING:
+                    raise PlanError("it has no MLP to choose neurons of")
                 layer.neurons.check(width, self.model.hidden_size)
                 layer.layer.check()
                 self._check_clusters(layer.neurons)
@@ -136,7 +138,7 @@ class Plan:
         """Planned share of all MLP neurons that a decode step computes."""
         widths = self.model.intermediate_sizes
         kept = sum(layer.kept(width) for layer, width in zip(self.layers, widths, strict=True))
-        return kept / sum(widths)
+        return kept / sum(widths) if any(widths) else 1.0
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the folder `path`. Atomic: an older Plan there survives any failure whole.
@@ -211,6 +213,7 @@ def _split(value: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _decode(document: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
     model = dict(document["model"])
     model["intermediate_sizes"] = tuple(_integers(model["intermediate_sizes"]))
+    model["experts"] = tuple(_integers(model.get("experts", [])))  # plans of dense models have none
     fingerprint = Fingerprint(**model, probes=tensors["model.probes"])
     layers = []
     for index, entry in enumerate(document["layers"]):
@@ -282,6 +285,6 @@ def _frontier(rows: Any) -> tuple[dict[str, Any], ...]:
 
 
 def _integers(values: object) -> list[int]:
-    if not isinstance(values, list) or not all(type(v) is int and v > 0 for v in values):
-        raise PlanError("intermediate_sizes is not a list of positive numbers")
+    if not isinstance(values, list) or not all(type(v) is int and v >= 0 for v in values):
+        raise PlanError("intermediate_sizes, or experts, is not a list of numbers of at least 0")
     return values

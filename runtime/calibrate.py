@@ -80,7 +80,7 @@ class Study:
         depth = len(self._anatomy)
         if first_layer >= depth:
             raise CoreskipError(f"first_layer is {first_layer}; the model has layers 0..{depth - 1}")
-        _check_rank(options.get("rank"), self._anatomy.mlps[0].hidden_size)
+        _check_rank(options.get("rank"), self._anatomy.mlp(0).hidden_size)
         if weights is not None:
             check_format(model, self._anatomy, Plan.dense(model, weights))
         tokens, windows = (-(-tokens // 2), -(-windows // 2)) if fast else (tokens, windows)

@@ -68,14 +68,15 @@ def cost(model: Any, plan: Plan, anatomy: Anatomy | None = None, *, native: bool
     head = model.get_output_embeddings().weight
     total = loaded_bytes(model) - head.nbytes + step.matrix(head, "int8" if plan.weights in FORMAT_BYTES else None)
     for index, (layer, module) in enumerate(zip(program.layers, anatomy.layers, strict=True)):
-        mlp = anatomy.mlps[index]
-        in_mlp = {id(matrix.weight) for matrix in _matrices(mlp.owner) if _is_of(mlp, matrix)}
+        mlp = anatomy.feed_forwards[index]
+        inner = [] if mlp is None else [m.weight for m in _matrices(mlp.owner) if _is_of(mlp, m)]
+        in_mlp = set(map(id, inner))
         matrices = [m.weight for m in _matrices(module)]
         total -= sum(w.nbytes for w in matrices)
         total += sum(step.matrix(w, plan.weights) for w in matrices if id(w) not in in_mlp)
         total -= step.unread_attention(anatomy, index, layer)
         if layer.skips.mlp:
-            total += sum(step.brick(brick, mlp.up.weight) for brick in layer.bricks)
+            total += sum(step.brick(brick, inner[0]) for brick in layer.bricks)
     extra = step.extra + (0.0 if native else _MODULES * len(anatomy))
     return Cost(total, total + extra)
 

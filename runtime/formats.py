@@ -61,8 +61,8 @@ def check_format(model: Any, anatomy: Anatomy, plan: Plan) -> None:
 
 def _all_known(anatomy: Anatomy, plan: Plan) -> bool:
     """Whether every MLP whose neurons the plan chooses in 4-bit groups can be read so."""
-    layers = zip(Program.of(anatomy, plan).layers, anatomy.mlps, strict=True)
-    chosen = [mlp for layer, mlp in layers if any(brick.in_groups for brick in layer.bricks)]
+    layers = Program.of(anatomy, plan).layers
+    chosen = [mlp for index, mlp in anatomy.present if any(brick.in_groups for brick in layers[index].bricks)]
     return all(known_in_groups(mlp, canonical_activation(mlp.act)) for mlp in chosen)
 
 

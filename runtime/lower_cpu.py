@@ -216,6 +216,8 @@ def describe(model: Any, anatomy: Anatomy, packing: Packing | None = None) -> Cp
     packing = packing or Packing()
     _check(model, packing.packed_alone)
     spec = read_spec(model, anatomy)
+    if any(layer.experts is not None for layer in spec.layers):
+        raise NotCovered("mixtures of experts run on modules")
     return CpuModel(spec, RotaryTables(spec), Packing(packed_alone=packing.packed_alone))
 
 

@@ -112,7 +112,7 @@ class ModulePatches:
     def patch_mlps(self) -> None:
         """Decode steps compute the MLPs' neurons that the plan or the prompt chose; prefill observes them."""
         for index in sorted({*self._sparse, *self._host.observed}):
-            layer = self._host.anatomy.mlps[index]
+            layer = self._host.anatomy.mlp(index)
             if index in self._host.observed:
                 self._patch_observer(index, layer.down)
             if index in self._sparse:
@@ -164,7 +164,7 @@ class ModulePatches:
         """Decode steps leave out this linear's small inputs."""
         host, original = self._host, cast(Any, module).forward
         outputs, inputs = shape_of(module)
-        layer = host.anatomy.mlps[index]
+        layer = host.anatomy.mlp(index)
         # a neuron's worth of weights: what an unread column adds to the neurons skipped
         column = outputs / ((3 if layer.gated else 2) * layer.hidden_size) if in_mlp else 0.0
 

@@ -372,7 +372,7 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def _write_fingerprint(writer: Writer, fingerprint: Fingerprint) -> dict[str, Any]:
     writer.add("fingerprint", fingerprint.probes)
-    names = ("model_type", "vocab_size", "hidden_size", "intermediate_sizes", "activation", "dtype")
+    names = ("model_type", "vocab_size", "hidden_size", "intermediate_sizes", "activation", "dtype", "experts")
     return {**{name: getattr(fingerprint, name) for name in names}, "probes": "fingerprint"}
 
 

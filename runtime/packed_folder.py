@@ -251,5 +251,5 @@ def _part(entry: Mapping[str, Any], weight: Tensor, part: Mapping[str, Any]) -> 
 def _fingerprint(saved: Mapping[str, Any], store: Store) -> Fingerprint:
     return Fingerprint(
         saved["model_type"], saved["vocab_size"], saved["hidden_size"], tuple(saved["intermediate_sizes"]),
-        saved["activation"], saved["dtype"], store[saved["probes"]],
+        saved["activation"], saved["dtype"], store[saved["probes"]], tuple(saved.get("experts", ())),
     )  # fmt: skip

@@ -98,7 +98,7 @@ class Prepared:
 
     def _columns(self, layer: int) -> dict[str, SparseLinear]:
         """The linears of a layer that leave out small inputs, as a native step names them."""
-        brick, mlp, found = self._inputs[layer], self._anatomy.mlps[layer], dict[str, SparseLinear]()
+        brick, mlp, found = self._inputs[layer], self._anatomy.mlp(layer), dict[str, SparseLinear]()
         names, neuron = native_names(self._anatomy, layer), neuron_weights(mlp.hidden_size, mlp.gated)
         for name, threshold in brick.thresholds.items():
             module, in_mlp = linear_of(self._anatomy, layer, name)

@@ -202,6 +202,8 @@ class Program:
 def _layer(
     anatomy: Anatomy, index: int, layer: LayerPlan, weights: str | None, dense: Callable[[Tensor], float]
 ) -> LayerProgram:
+    if anatomy.feed_forwards[index] is None:  # the plan chooses no neurons there
+        return LayerProgram((), layer.layer)
     return LayerProgram((build(layer.neurons, brick_of(anatomy, index, weights, dense)),), layer.layer)
 
 
@@ -209,7 +211,7 @@ def brick_of(
     anatomy: Anatomy, layer: int, weights: str | None = None, dense: Callable[[Tensor], float] | None = None
 ) -> Brick:
     """A layer's MLP; weights, dense: as for `Program.of`."""
-    mlp = anatomy.mlps[layer]
+    mlp = anatomy.mlp(layer)
     up = cast(Tensor, mlp.up.weight)
     loaded = float(up.element_size())
     return Brick(
@@ -384,8 +386,8 @@ def native_names(anatomy: Anatomy, layer: int) -> dict[str, dict[str, int]]:
 
     One that is fused is several.
     """
-    mlp, attention = anatomy.mlps[layer], anatomy.attentions[layer]
-    names = _names_of_mlp(mlp)
+    mlp, attention = anatomy.feed_forwards[layer], anatomy.attentions[layer]
+    names = {} if mlp is None else _names_of_mlp(mlp)
     if attention is None or len(attention.inputs) not in (1, 3):
         return names
     outputs, queries = shape_of(getattr(attention.module, attention.output))
@@ -417,8 +419,11 @@ def linear_of(anatomy: Anatomy, layer: int, name: str) -> tuple[torch.nn.Module,
     Raises:
         PlanError: the layer has no such linear.
     """
-    attention = anatomy.attentions[layer]
-    owners = {"mlp": anatomy.mlps[layer].owner, "attention": None if attention is None else attention.module}
+    mlp, attention = anatomy.feed_forwards[layer], anatomy.attentions[layer]
+    owners = {
+        "mlp": None if mlp is None else mlp.owner,
+        "attention": None if attention is None else attention.module,
+    }
     part, _, attribute = name.partition(".")
     module = getattr(owners[part], attribute, None)
     if not isinstance(module, torch.nn.Module):

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..kernels.ops import PackedLinear
 from ..predictors.anatomy import Anatomy
 from ..predictors.errors import CoreskipError
-from ..predictors.observe import down_norms, inference
+from ..predictors.observe import down_norm, inference
 from ..predictors.plan import Plan
 from ..predictors.policies import Chooser, PromptNeurons
 from .attention import can_redirect, redirect_attention
@@ -78,7 +78,7 @@ class Runtime:
                 linear_of(anatomy, layer, name)  # raises where the plan names a linear that is not there
         self.skips = LayerSkips(anatomy, plan)
         self.patches = Patches()
-        self.usage = Usage(sum(mlp.intermediate_size for mlp in anatomy.mlps))
+        self.usage = Usage(sum(mlp.intermediate_size for _, mlp in anatomy.present))
         by_prompt = self.program.chosen_by(Chooser.PROMPT)
         self._by_prompt = {layer: cast(PromptNeurons, brick.policy) for layer, brick in by_prompt.items()}
         self.observed = self._observations()
@@ -120,14 +120,13 @@ class Runtime:
         self._demanded = options.keep_originals is False
         keeps = keeps or not (weights or self._demanded)
         # neurons that prompts choose are packed again and again
-        kept = [module for index in self._by_prompt for module in self.anatomy.mlps[index].owner.modules()]
+        kept = [module for index in self._by_prompt for module in self.anatomy.mlp(index).owner.modules()]
         self.replaced = None if keeps else Replaced(model, lossy=self._demanded and bool(weights), kept=kept)
 
     def _observations(self) -> dict[int, Observed]:
         """What prefill adds up, by layer."""
         found = [policy.observes(layer, self.plan.clusters) for layer, policy in self._by_prompt.items()]
-        norms = down_norms(self.anatomy) if found else []
-        return {what.layer: Observed(what, norms[what.layer]) for what in found}
+        return {what.layer: Observed(what, down_norm(self.anatomy.mlp(what.layer))) for what in found}
 
     @property
     def verifies(self) -> bool:
@@ -290,7 +289,7 @@ class Runtime:
 
     def _forget(self, changed: frozenset[nn.Module]) -> None:
         layers = self._places.layers_of(changed)
-        gone = {i for i in layers if any(m in (self.replaced or ()) for m in self.anatomy.mlps[i].owner.modules())}
+        gone = {i for i in layers if any(m in (self.replaced or ()) for m in self.anatomy.mlp(i).owner.modules())}
         self.altered = self._places.altered() | (self.altered & gone) | (gone & self._packed_apart)
         self._weights.forget(changed, layers)
         self.formats.clear()
