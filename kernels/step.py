@@ -53,6 +53,11 @@ class DenseMLP:
     up: Linear
     down: Linear
 
+    @property
+    def nbytes(self) -> int:
+        linears = (self.gate, self.up, self.down)
+        return sum((m.packed if isinstance(m, SparseLinear) else m).nbytes for m in linears if m is not None)
+
 
 @dataclass(frozen=True, eq=False)
 class Attention:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,16 +11,18 @@ from torch import Tensor, nn
 
 from ..kernels import cpu
 from ..kernels import step as native
+from ..kernels.experts import Expert, PackedExperts
 from ..kernels.ops import PackedLinear, available
 from ..kernels.packed import DTYPES, finite
 from ..kernels.sparse import SparseLinear, SparseMLP
-from ..predictors.anatomy import Anatomy, rows_of
+from ..predictors.anatomy import Anatomy, Experts, rows_of
 from ..predictors.checks import AS_PACKED
 from .bundles import PackedBefore
 from .calls import NotCovered
+from .lower_experts import lower_experts
 from .packed_layer import PackedLayer, PackedRows
 from .rotary_tables import RotaryTables
-from .spec import AttentionSpec, BrickSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec, read_spec
+from .spec import AttentionSpec, BrickSpec, ExpertsSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec, read_spec
 
 #: told of a linear as soon as all rows of its matrix are packed
 Packed = Callable[[nn.Module, list[PackedLinear]], None]
@@ -128,9 +130,9 @@ class CpuModel:
         return native.Step(replace(self.base, layers=layers))
 
     def nbytes(self) -> tuple[int, int]:
-        """Of all matrices, and of the dense MLPs'."""
+        """Of all matrices, and of the dense MLPs' and the experts'."""
         mlps: list[Any] = [layer.mlp for layer in self.base.layers]
-        of_mlps = sum(m.nbytes for mlp in mlps for m in (mlp.gate, mlp.up, mlp.down) if m is not None)
+        of_mlps = sum(mlp.nbytes for mlp in mlps)
         attentions: list[Any] = [layer.attention for layer in self.base.layers]
         of_attention = sum(m.nbytes for a in attentions for m in (a.q, a.k, a.v, a.o))
         return of_mlps + of_attention + self.base.head.nbytes, of_mlps
@@ -138,11 +140,16 @@ class CpuModel:
     # --- layers
 
     def _layer(self, layer: LayerSpec, bundled: bool, rotation: tuple[Tensor, Tensor] | None) -> native.StepLayer:
-        (brick,) = layer.bricks
+        mlp: native.DenseMLP | PackedExperts
+        if layer.experts is not None:
+            mlp, act = self._experts(layer.experts), layer.experts.act
+        else:
+            (brick,) = layer.bricks
+            mlp, act = _where_it_lies(brick) if bundled else self._mlp(brick), brick.act
         return native.StepLayer(
             attention=self._attention(layer.attention, rotation),
-            mlp=_where_it_lies(brick) if bundled else self._mlp(brick),
-            act=brick.act,
+            mlp=mlp,
+            act=act,
             attention_in=_norm(layer.attention_in),
             attention_out=_norm(layer.attention_out),
             mlp_in=_norm(layer.mlp_in),
@@ -167,6 +174,20 @@ class CpuModel:
     def _mlp(self, brick: BrickSpec) -> native.DenseMLP:
         parts = [part for linear in brick.linears for part in self._parts(linear, self._format)]
         return native.DenseMLP(*parts) if len(parts) == 3 else native.DenseMLP(None, *parts)
+
+    def _experts(self, spec: ExpertsSpec) -> PackedExperts:
+        shared = None
+        if spec.shared is not None:
+            mlp: Any = self._mlp(spec.shared)
+            shared = Expert(mlp.gate, mlp.up, mlp.down)
+        gate = None if spec.shared_gate is None else self._pack(*rows_of(spec.shared_gate.module), None)
+        return lower_experts(
+            spec,
+            lambda weight, bias: self._pack(weight, bias, self._format),
+            lambda weight, bias: self._pack(weight, bias, None),
+            shared,
+            gate,
+        )
 
     # --- matrices
 
@@ -214,10 +235,8 @@ def describe(model: Any, anatomy: Anatomy, packing: Packing | None = None) -> Cp
         NotCovered: the native step does not describe the model, or cannot run here.
     """
     packing = packing or Packing()
-    _check(model, packing.packed_alone)
+    _check(model, anatomy, packing.packed_alone)
     spec = read_spec(model, anatomy)
-    if any(layer.experts is not None for layer in spec.layers):
-        raise NotCovered("mixtures of experts run on modules")
     return CpuModel(spec, RotaryTables(spec), Packing(packed_alone=packing.packed_alone))
 
 
@@ -237,17 +256,26 @@ def check_finite(model: nn.Module) -> None:
         raise NotCovered("weights with infinities or NaNs have no form of 4 or 8 bits")
 
 
-def _check(model: Any, packed_alone: PackedAlone) -> None:
+def _check(model: Any, anatomy: Anatomy, packed_alone: PackedAlone) -> None:
     if available("cpu") is not None:
         raise NotCovered(str(available("cpu")))
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     gone = {id(m.weight) for m in linears if isinstance(m, PackedLayer) or packed_alone(m) is not None}
     gone |= {id(m.weight) for m in model.modules() if isinstance(m, PackedRows)}
-    parameters = [p for p in model.parameters() if id(p) not in gone]
+    of_routers = {id(p) for experts in anatomy.experts if experts for p in _of_router(experts)}
+    parameters = [p for p in model.parameters() if id(p) not in gone | of_routers]
     if any(p.device.type != "cpu" for p in parameters):
         raise NotCovered("the model is not on the CPU")
     if len({p.dtype for p in parameters}) > 1 or parameters[0].dtype not in DTYPES:
         raise NotCovered("its parameters are not all float32, all bfloat16 or all float16")
+
+
+def _of_router(experts: Experts) -> Iterator[Tensor]:
+    """A router's own parameters, which may have another dtype than the model."""
+    if experts.router is not None:
+        places = (experts.router.weight_at, experts.router.bias_at, experts.router.correction_at)
+        for path, name in (place for place in places if place is not None):
+            yield getattr(experts.block.get_submodule(path), name)
 
 
 def _in_parts(packed: list[PackedLinear], rows: tuple[int, ...] | None) -> list[PackedLinear]:
