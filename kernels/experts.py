@@ -65,7 +65,10 @@ class Router:
             raise ValueError(f"a token cannot have {self.chosen} of {count} experts")
         if not (1 <= self.groups_kept <= self.groups <= MOST_GROUPS and count % self.groups == 0):
             raise ValueError(f"{count} experts have no {self.groups} groups of which {self.groups_kept} are kept")
-        for name, per_expert, dtype in (("correction", self.correction, torch.float32), ("kept", self.kept, torch.uint8)):
+        for name, per_expert, dtype in (
+            ("correction", self.correction, torch.float32),
+            ("kept", self.kept, torch.uint8),
+        ):
             if per_expert is not None and (per_expert.shape != (count,) or per_expert.dtype != dtype):
                 raise ValueError(f"{name} must be {dtype} [{count}], not {per_expert.dtype} {tuple(per_expert.shape)}")
 
@@ -190,11 +193,18 @@ class PackedExperts:
         return sum(linear.nbytes for linear in (*self.linears, *extra))
 
     @property
+    def routed_bytes(self) -> int:
+        """Of the experts that one token gets."""
+        return self._own_bytes * self.router.chosen // len(self.experts)
+
+    @property
     def active_bytes(self) -> int:
-        """That one token reads."""
-        own = sum(linear.nbytes for expert in self.experts for linear in expert.linears)
-        every = self.nbytes - own
-        return every + own * self.router.chosen // len(self.experts)
+        """Of all that one token reads."""
+        return self.nbytes - self._own_bytes + self.routed_bytes
+
+    @property
+    def _own_bytes(self) -> int:
+        return sum(linear.nbytes for expert in self.experts for linear in expert.linears)
 
     def compute(self, x: Tensor, multiply: Multiply = reference.linear) -> Tensor:
         """The mixture's output for x ``[.., hidden]`` of a float dtype, of the same shape and dtype, expert by expert.
@@ -256,7 +266,9 @@ def experts_of(
     neurons, experts = down.shape[2], []
     halves = (slice(0, None, 2), slice(1, None, 2)) if interleaved else (slice(0, neurons), slice(neurons, None))
     for e in range(up.shape[0]):
-        parts = [pack(up.detach()[e, rows], bias_of(up_bias, e, rows)) for rows in (halves if gated else (slice(None),))]
+        parts = [
+            pack(up.detach()[e, rows], bias_of(up_bias, e, rows)) for rows in (halves if gated else (slice(None),))
+        ]
         gate = parts[0] if gated else None
         experts.append(Expert(gate, parts[-1], pack(down.detach()[e], bias_of(down_bias, e, slice(None)))))
     return experts

@@ -55,8 +55,7 @@ def _experts(spec: ExpertsSpec, pack: Pack) -> list[Expert]:
     gates = spec.gate.transpose(1, 2) if layout.transposed else spec.gate
     biases = [None] * len(ups) if spec.gate_bias is None else spec.gate_bias
     return [
-        Expert(pack(gate, bias), expert.up, expert.down)
-        for gate, bias, expert in zip(gates, biases, ups, strict=True)
+        Expert(pack(gate, bias), expert.up, expert.down) for gate, bias, expert in zip(gates, biases, ups, strict=True)
     ]
 
 
