@@ -5,20 +5,22 @@ The definitions here are in plain torch; a native step (step.py) carries them ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from math import inf
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .memory import allocate
 from .packed import ACTS, PackedLinear
 
 #: How a router scores experts: by the softmax of all logits, by their sigmoids, by the logits themselves, of which the
 #: chosen ones' softmax weighs them, or as PhiMoE's sparse mixer does. In the order of the enum in csrc/formats.h.
 SCORINGS = ("softmax", "sigmoid", "softmax_of_chosen", "sparse_mixer")
 MOST_GROUPS = 256  # kMaxGroups in csrc/step_routing.h
+_TOGETHER = 32 << 20  # bytes of matrices that share their memory
 
 Multiply = Callable[[Tensor, PackedLinear], Tensor]
 
@@ -116,11 +118,16 @@ class Router:
         return weights, torch.where(there, best.indices, -1)
 
     def _in_groups(self, choice: Tensor) -> Tensor:
-        """Scores, those of experts in other groups than the best ones -inf."""
-        groups = choice.view(*choice.shape[:-1], self.groups, -1)
-        best = groups.topk(min(2 if self.by_pairs else 1, groups.shape[-1]), -1).values.sum(-1)
-        kept = best.topk(self.groups_kept, -1).indices
-        left_out = torch.ones_like(best, dtype=torch.bool).scatter(-1, kept, False)
+        """Scores, those of experts in other groups than the best ones -inf. Of a group's, those that are not kept count
+        0, unless there is no other."""
+        groups = choice.unflatten(-1, (self.groups, -1))
+        kept = None if self.kept is None else self.kept.bool().view(self.groups, -1)
+        counted = groups if kept is None else groups.masked_fill(~kept, 0.0)
+        best = counted.topk(min(2 if self.by_pairs else 1, counted.shape[-1]), -1).values.sum(-1)
+        if kept is not None:
+            best = best.masked_fill(~kept.any(-1), -inf)
+        left_out = torch.ones_like(best, dtype=torch.bool)
+        left_out.scatter_(-1, best.topk(self.groups_kept, -1).indices, False)
         return groups.masked_fill(left_out[..., None], -inf).flatten(-2)
 
     def _mix(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,36 +246,65 @@ class PackedExperts:
         return multiply(h * (up + self.offset), expert.down)
 
 
+#: packs matrices ``[outputs, inputs]``, each with its bias or None
+PackAll = Callable[[Sequence[tuple[Tensor, "Tensor | None"]]], Sequence[PackedLinear]]
+
+
+def where_they_lie(matrices: Sequence[tuple[Tensor, Tensor | None]]) -> list[PackedLinear]:
+    """A `PackAll` of matrices as they were loaded: those that need no padding stay in place."""
+    return side_by_side((PackedLinear.pack(weight, bias), weight) for weight, bias in matrices)
+
+
+def side_by_side(parts: Iterable[tuple[PackedLinear, Tensor]]) -> list[PackedLinear]:
+    """Packed matrices in memory that they share: each alone would take up a whole number of huge pages.
+
+    parts: one after the other, with what each was packed from; those that still lie there stay.
+    """
+    found: list[PackedLinear] = []
+    rooms: list[Tensor] = []
+    for packed, source in parts:
+        weight = packed.weight
+        if weight.untyped_storage().data_ptr() != source.untyped_storage().data_ptr():
+            if not rooms or (rooms[0].shape, rooms[0].dtype) != (weight.shape, weight.dtype):
+                count = max(1, _TOGETHER // weight.nbytes)
+                rooms = list(allocate((count, *weight.shape), weight.dtype, weight.device))
+            packed = replace(packed, weight=rooms.pop(0).copy_(weight))
+        found.append(packed)
+    return found
+
+
 def experts_of(
     up: Tensor,
     down: Tensor,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     *,
-    gated: bool = True,
+    gate: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    stacked: bool = False,
     interleaved: bool = False,
     transposed: bool = False,
-    pack: Callable[[Tensor, Tensor | None], PackedLinear] = PackedLinear.pack,
+    pack: PackAll = where_they_lie,
 ) -> list[Expert]:
-    """Packs experts whose matrices lie in one parameter for all, each by `pack`, from a matrix and its bias.
+    """Packs experts whose matrices lie in one parameter for all.
 
-    up: ``[experts, neurons, hidden]``, or with the gates ``[experts, 2 * neurons, hidden]``, these first or, where
-    `interleaved`, each before its neuron's row; down: ``[experts, hidden, neurons]``. transposed: the last two
-    dimensions of both are the other way round. Biases: ``[experts, outputs]`` or None. With the default `pack` matrices
-    that need neither padding nor another order of rows stay where they lie.
+    up: ``[experts, neurons, hidden]``, or with the gates ``[experts, 2 * neurons, hidden]``, these first where
+    `stacked`, each before its neuron's row where `interleaved`; gate: as up, where gates lie apart; down: ``[experts,
+    hidden, neurons]``. transposed: the last two dimensions of all are the other way round. Biases: ``[experts,
+    outputs]`` or None, in the same order.
     """
-    if transposed:
-        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    neurons = down.shape[1 if transposed else 2]
 
-    def bias_of(biases: Tensor | None, expert: int, rows: slice) -> Tensor | None:
-        return None if biases is None else biases.detach()[expert, rows]
+    def packed(weight: Tensor, bias: Tensor | None, rows: slice = slice(None)) -> Sequence[PackedLinear]:
+        weight = (weight.transpose(1, 2) if transposed else weight).detach()[:, rows]
+        biases = [None] * len(weight) if bias is None else bias.detach()[:, rows]
+        return pack(list(zip(weight, biases, strict=True)))
 
-    neurons, experts = down.shape[2], []
-    halves = (slice(0, None, 2), slice(1, None, 2)) if interleaved else (slice(0, neurons), slice(neurons, None))
-    for e in range(up.shape[0]):
-        parts = [
-            pack(up.detach()[e, rows], bias_of(up_bias, e, rows)) for rows in (halves if gated else (slice(None),))
-        ]
-        gate = parts[0] if gated else None
-        experts.append(Expert(gate, parts[-1], pack(down.detach()[e], bias_of(down_bias, e, slice(None)))))
-    return experts
+    of_gates = slice(0, None, 2) if interleaved else slice(0, neurons)
+    of_ups = slice(1, None, 2) if interleaved else slice(neurons if stacked else 0, None)
+    gates: Sequence[PackedLinear | None] = [None] * len(up)
+    if stacked or interleaved:
+        gates = packed(up, up_bias, of_gates)
+    elif gate is not None:
+        gates = packed(gate, gate_bias)
+    return list(map(Expert, gates, packed(up, up_bias, of_ups), packed(down, down_bias)))

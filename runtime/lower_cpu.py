@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels import cpu
 from ..kernels import step as native
-from ..kernels.experts import Expert, PackedExperts
+from ..kernels.experts import Expert, PackedExperts, side_by_side
 from ..kernels.ops import PackedLinear, available
 from ..kernels.packed import DTYPES, finite
 from ..kernels.sparse import SparseLinear, SparseMLP
@@ -181,13 +181,8 @@ class CpuModel:
             mlp: Any = self._mlp(spec.shared)
             shared = Expert(mlp.gate, mlp.up, mlp.down)
         gate = None if spec.shared_gate is None else self._pack(*rows_of(spec.shared_gate.module), None)
-        return lower_experts(
-            spec,
-            lambda weight, bias: self._pack(weight, bias, self._format),
-            lambda weight, bias: self._pack(weight, bias, None),
-            shared,
-            gate,
-        )
+        logits = self._pack(spec.router.weight, spec.router.bias, None)
+        return lower_experts(spec, self._pack_experts, logits, shared, gate)
 
     # --- matrices
 
@@ -212,19 +207,33 @@ class CpuModel:
         return parts
 
     def _pack(self, weight: Tensor, bias: Tensor | None, fmt: str | None) -> PackedLinear:
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
-        if fmt is None and not self._packing.narrow:  # read where it lies
-            return PackedLinear.pack(weight, bias)
+        return self._pack_all([(weight, bias)], fmt, lambda parts: [packed for packed, _ in parts])[0]
+
+    def _pack_experts(self, matrices: Sequence[tuple[Tensor, Tensor | None]]) -> list[PackedLinear]:
+        return self._pack_all(matrices, self._format, side_by_side)
+
+    def _pack_all(
+        self,
+        matrices: Sequence[tuple[Tensor, Tensor | None]],
+        fmt: str | None,
+        put: Callable[[Iterator[tuple[PackedLinear, Tensor]]], list[PackedLinear]],
+    ) -> list[PackedLinear]:
+        """Packs matrices with their biases. put: where packed ones go, with what they were packed from."""
+        given = [(weight.detach(), None if bias is None else bias.detach()) for weight, bias in matrices]
         before = self._packing.before
-        if before is None:
-            return self._packed_anew(weight, bias, fmt)
-        key = (weight.data_ptr(), weight.shape, weight.stride(), fmt or self._packing.narrow)
-        if key not in before:  # with the weight: while it is alive, its address is no other's
-            before[key] = weight, self._packed_anew(weight, bias, fmt)
-        return before[key][1]
+        if before is None or (fmt is None and not self._packing.narrow):  # read where they lie
+            return put((self._packed_anew(weight, bias, fmt), weight) for weight, bias in given)
+        keys = [(w.data_ptr(), w.shape, w.stride(), fmt or self._packing.narrow) for w, _ in given]
+        if not all(key in before for key in keys):
+            found = put((self._packed_anew(weight, bias, fmt), weight) for weight, bias in given)
+            # with the weight: while it is alive, its address is no other's
+            weights = [weight for weight, _ in given]
+            before.update(zip(keys, zip(weights, found, strict=True), strict=True))
+        return [before[key][1] for key in keys]
 
     def _packed_anew(self, weight: Tensor, bias: Tensor | None, fmt: str | None) -> PackedLinear:
-        exact = cpu.pack_exactly(weight, bias, most=self._packing.narrow) if fmt is None else None
+        narrow = self._packing.narrow if fmt is None else 0.0
+        exact = cpu.pack_exactly(weight, bias, most=narrow) if narrow else None
         return exact or PackedLinear.pack(weight, bias, fmt=fmt)
 
 

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
 
-from ..kernels.experts import Expert, PackedExperts, Router, experts_of
+from ..kernels.experts import Expert, PackAll, PackedExperts, Router, experts_of
 from ..kernels.packed import PackedLinear
 from .calls import NotCovered
 from .spec import ExpertsSpec, RouterSpec
 
-#: a matrix ``[outputs, inputs]`` and its bias, packed
-Pack = Callable[[Tensor, "Tensor | None"], PackedLinear]
-
 
 def lower_experts(
-    spec: ExpertsSpec, pack: Pack, pack_router: Pack, shared: Expert | None, shared_gate: PackedLinear | None
+    spec: ExpertsSpec, pack: PackAll, logits: PackedLinear, shared: Expert | None, shared_gate: PackedLinear | None
 ) -> PackedExperts:
-    """pack, pack_router: of one expert's matrix, and of the router's. shared: the expert that all tokens go through.
+    """pack: of the experts' matrices. logits: the router's. shared: the expert that all tokens go through.
 
     Raises:
         NotCovered: the native step does not compute this.
@@ -30,7 +24,7 @@ def lower_experts(
         raise NotCovered("its shared experts have another activation")
     try:
         return PackedExperts(
-            _router(spec.router, pack_router),
+            _router(spec.router, logits),
             _experts(spec, pack),
             spec.act,
             shared,
@@ -43,26 +37,18 @@ def lower_experts(
         raise NotCovered(str(reason)) from None
 
 
-def _experts(spec: ExpertsSpec, pack: Pack) -> list[Expert]:
-    layout = spec.layout
-    gated = layout.stacked or layout.interleaved
-    ups = experts_of(
-        spec.up, spec.down, spec.up_bias, spec.down_bias,
-        gated=gated, interleaved=layout.interleaved, transposed=layout.transposed, pack=pack,
+def _experts(spec: ExpertsSpec, pack: PackAll) -> list[Expert]:
+    at = spec.layout
+    return experts_of(
+        spec.up, spec.down, spec.up_bias, spec.down_bias, gate=spec.gate, gate_bias=spec.gate_bias,
+        stacked=at.stacked, interleaved=at.interleaved, transposed=at.transposed, pack=pack,
     )  # fmt: skip
-    if spec.gate is None:
-        return ups
-    gates = spec.gate.transpose(1, 2) if layout.transposed else spec.gate
-    biases = [None] * len(ups) if spec.gate_bias is None else spec.gate_bias
-    return [
-        Expert(pack(gate, bias), expert.up, expert.down) for gate, bias, expert in zip(gates, biases, ups, strict=True)
-    ]
 
 
-def _router(spec: RouterSpec, pack: Pack) -> Router:
+def _router(spec: RouterSpec, logits: PackedLinear) -> Router:
     choice = spec.choice
     return Router(
-        pack(spec.weight, spec.bias),
+        logits,
         choice.top_k,
         choice.scoring,
         None if spec.correction is None else spec.correction.to(torch.float32).contiguous(),

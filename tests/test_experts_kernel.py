@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from coreskip.kernels.experts import SCORINGS, Expert, PackedExperts, Router, experts_of
+from coreskip.kernels.experts import SCORINGS, Expert, PackedExperts, Router, experts_of, side_by_side
 from coreskip.kernels.ops import MAX_ROWS, PackedLinear, available
 from coreskip.kernels.step import KeyValues, Norm, Step, StepLayer, StepModel
 
@@ -33,6 +33,10 @@ def packing(fmt: str) -> Any:
     return pack
 
 
+def pack_all(pack: Any) -> Any:
+    return lambda matrices: side_by_side((pack(weight, bias), weight) for weight, bias in matrices)
+
+
 def mixture(
     experts: int = 8,
     chosen: int = 2,
@@ -51,7 +55,7 @@ def mixture(
     up = drawn(experts, neurons * (1 + gated), hidden, seed=seed + 1, scale=hidden**-0.5)
     down = drawn(experts, hidden, neurons, seed=seed + 2, scale=neurons**-0.5)
     biases = drawn(experts, up.shape[1], seed=seed + 3), drawn(experts, hidden, seed=seed + 4)
-    packed = experts_of(up, down, *(biases if biased else ()), gated=gated, pack=pack)
+    packed = experts_of(up, down, *(biases if biased else ()), stacked=gated, pack=pack_all(pack))
     extra = None
     if shared:
         parts = (drawn(shared, hidden, seed=seed + 5, scale=hidden**-0.5) for _ in range(2))
@@ -134,10 +138,13 @@ def test_numbers_of_experts(isa: str, experts: int, chosen: int, scoring: str, n
 
 
 @pytest.mark.parametrize("by_pairs", [True, False])
-@pytest.mark.parametrize(("groups", "groups_kept"), [(2, 1), (4, 2), (8, 3), (16, 16)])
+@pytest.mark.parametrize(("groups", "groups_kept"), [(2, 1), (4, 2), (8, 3), (16, 16), (16, 4)])
 def test_groups_of_experts(isa: str, groups: int, groups_kept: int, by_pairs: bool) -> None:
-    mixed = mixture(16, 2, groups=groups, groups_kept=groups_kept, by_pairs=by_pairs, scoring="sigmoid")
+    extra = {"groups": groups, "groups_kept": groups_kept, "by_pairs": by_pairs, "scoring": "sigmoid"}
+    mixed = mixture(16, 2, correction=drawn(16, seed=12, scale=0.5), **extra)
     check(mixed, rows=MAX_ROWS)
+    kept = torch.tensor([1, 0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 1, 0, 0, 0, 1], dtype=torch.uint8)
+    check(replace(mixed, router=replace(mixed.router, kept=kept)), rows=MAX_ROWS)
 
 
 def test_several_layers_of_other_sizes_and_formats(isa: str) -> None:
@@ -165,11 +172,22 @@ def test_clamped_gates_and_interleaved_transposed_parameters(isa: str) -> None:
 
 def test_plain_parameters_stay_where_they_lie() -> None:
     up, down = drawn(3, 64, 64), drawn(3, 64, 32)
-    packed = experts_of(up, down)
+    packed = experts_of(up, down, stacked=True)
     assert packed[1].gate is not None
     assert packed[1].gate.weight.data_ptr() == up[1].data_ptr()
     assert packed[1].up.weight.data_ptr() == up[1, 32:].data_ptr()
     assert packed[2].down.weight.data_ptr() == down[2].data_ptr()
+
+
+def test_packed_matrices_lie_side_by_side_and_gates_may_lie_apart() -> None:
+    gate, up, down = drawn(3, 32, 64, seed=1), drawn(3, 32, 64, seed=2), drawn(3, 64, 32, seed=3)
+    whole = experts_of(torch.cat([gate, up], 1), down, stacked=True, pack=pack_all(packing("int4")))
+    apart = experts_of(up, down, gate=gate, pack=pack_all(packing("int4")))
+    for one, other in zip(whole, apart, strict=True):
+        for a, b in zip(one.linears, other.linears, strict=True):
+            assert torch.equal(a.weight, b.weight)
+    first, second = (expert.up.weight for expert in apart[:2])
+    assert second.data_ptr() - first.data_ptr() == first.nbytes
 
 
 @pytest.mark.parametrize("scoring", SCORINGS)

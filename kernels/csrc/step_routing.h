@@ -120,14 +120,16 @@ class Router {
         Scored groups[kMaxGroups];
         const int64_t size = r.count / r.groups;
         for (int64_t g = 0; g < r.groups; g++) {
-            // of the two greatest
+            // The two greatest. Experts that are not kept count 0, unless there is no other.
             float first = kNever, second = kNever;
+            bool any = false;
             for (int64_t i = g * size; i < (g + 1) * size; i++) {
-                const float s = scored[i].score;
+                const float s = is_kept(i) ? scored[i].score : 0.f;
+                any |= is_kept(i);
                 if (!(s <= first)) second = first, first = s;
                 else if (!(s <= second)) second = s;
             }
-            groups[g] = {r.by_pairs ? first + second : first, g};
+            groups[g] = {!any ? kNever : r.by_pairs && size > 1 ? first + second : first, g};
         }
         best_first(groups, r.groups, r.groups_kept);
         for (int64_t k = r.groups_kept; k < r.groups; k++)
