@@ -162,7 +162,7 @@ def main(shape: str, layers: int | None, rounds: int, rows: Path | None) -> None
     for row in found:
         click.echo(
             f"{row['way']:36} {row['tok_s']:8.2f} tok/s {row['of_transformers']:6.2f} x, {row['megabytes']:7.1f} MB "
-            f"({row['experts_megabytes']:.1f} of experts), {row['bandwidth_share']:.2f} of {row['machine_gb_s']:.1f} GB/s"
+            f"({row['experts_megabytes']:.1f} of experts), {row['bandwidth_share']:.2f} of {row['machine_gb_s']} GB/s"
         )
     if rows is not None:
         before = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
