@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from ..kernels import reference
 from ..kernels.neuron_groups import PackedNeurons
@@ -111,6 +111,8 @@ class Emulation:
             usage.counting = True
             bar = tqdm(total=len(scored), desc="scoring", unit="window", disable=not self._progress, leave=False)
             together = max(1, min(MAX_ROWS, _LOGITS // scored[0].dense.numel())) if real else 1
+            if not all(isinstance(layer, DynamicLayer) for layer in scored[0].cache.layers):
+                together = 1  # what recurrent layers remember has a form of its own
             for at in range(0, len(scored), together):
                 group = scored[at : at + together]
                 usage.reset()
@@ -147,9 +149,10 @@ class Emulation:
 
 
 def _side_by_side(caches: Sequence[Any]) -> Cache:
-    """One cache of a batch, from caches of one sequence each that are equally full."""
+    """One cache of a batch, from caches of one sequence each that are equally full, of keys and values alone where
+    there are several."""
     together = copy.deepcopy(caches[0])
-    for index, layer in enumerate(together.layers):
+    for index, layer in enumerate(together.layers if len(caches) > 1 else ()):
         for name in ("keys", "values"):
             setattr(layer, name, torch.cat([getattr(cache.layers[index], name) for cache in caches]))
     return cast(Cache, together)
@@ -183,7 +186,7 @@ class _FloatWeights(Weights):
         found = self._floats.get(layer)
         if found is None or found[1] is not packed.weight:
             found = _floats(packed), packed.weight
-            if found[0].high.nbytes * 3 * len(self.anatomy.mlps) <= _FLOAT_BYTES:
+            if found[0].high.nbytes * 3 * len(self.anatomy) <= _FLOAT_BYTES:
                 self._floats[layer] = found
         return _ManyRows(**vars(sparse), floats=found[0])
 
