@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from ..kernels import reference
 from ..kernels.neuron_groups import PackedNeurons
@@ -31,7 +31,7 @@ from ..predictors.plan import Plan
 from ..predictors.policies import Chooser
 from .bundles import Bundles, Weights
 from .generation import runtime_of
-from .quality import WINDOW, Tally
+from .quality import WINDOW, Tally, takes_several
 from .wrap import wrapped
 
 _LOGITS = 1 << 28  # of windows side by side are kept at most, 4 bytes each
@@ -94,8 +94,10 @@ class Emulation:
         return _Window(ids, cache, first, rest[:, :-1], rest[0], log_p.half(), loss)
 
     def _continue(self, cache: Cache, first: Tensor, ids: Tensor) -> Tensor:
-        out = self._model(input_ids=ids, past_key_values=copy.deepcopy(cache), use_cache=True)
-        return torch.cat([first, out.logits[0].float()])
+        cache, logits = copy.deepcopy(cache), [first]
+        for piece in ids.split(ids.shape[1] if takes_several(cache) else 1, dim=1):
+            logits.append(self._model(input_ids=piece, past_key_values=cache, use_cache=True).logits[0].float())
+        return torch.cat(logits)
 
     def score(self, plan: Plan, windows: int | None = None, *, token_by_token: bool = False) -> dict[str, Any]:
         """`evaluate_all`'s figures for one plan, on the first `windows` windows or on all.
@@ -111,7 +113,7 @@ class Emulation:
             usage.counting = True
             bar = tqdm(total=len(scored), desc="scoring", unit="window", disable=not self._progress, leave=False)
             together = max(1, min(MAX_ROWS, _LOGITS // scored[0].dense.numel())) if real else 1
-            if not all(isinstance(layer, DynamicLayer) for layer in scored[0].cache.layers):
+            if not takes_several(scored[0].cache):
                 together = 1  # what recurrent layers remember has a form of its own
             for at in range(0, len(scored), together):
                 group = scored[at : at + together]

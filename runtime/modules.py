@@ -24,7 +24,7 @@ from ..predictors.routing import Router
 from .formats import Formats, routing_modules, takes_format
 from .packed_layer import PackedLayer
 from .patches import Patches, Usage
-from .phases import Pass, Phase, current_pass, current_prompt, last_phase, mode, passing
+from .phases import Pass, Phase, current_pass, current_prompt, last_phase, mode, passing, tokens_in
 from .prepared import Prepared
 from .program import BrickProgram, ExpertsProgram, Program, linear_of
 from .release import Replaced
@@ -302,12 +302,12 @@ class ModulePatches:
         if selections is not None and selections.rows != rows:
             logger.warning("the KV cache was cut to %d rows by hand: its neuron selections are dropped", rows)
             selections = None
-        if prompt is None and cache is not None and (selections is not None or int(cache.get_seq_length()) > 0):
+        if prompt is None and cache is not None and (selections is not None or tokens_in(cache) > 0):
             if selections is None and host.observed:
                 logger.debug("nothing was selected for this KV cache: layers that choose from the prompt run dense")
             verifying = mode().densely or (host.verifies and not mode().drafting)
             return Pass(Phase.VERIFY if verifying else Phase.DECODE, rows, length, None, selections)
-        past = 0 if cache is None else int(cache.get_seq_length())
+        past = 0 if cache is None else tokens_in(cache)
         if selections is None or past == 0:
             selections = host.new_selections(rows)
             if past and selections is not None:

@@ -36,7 +36,7 @@ from .lower_gpu import CapturedSteps, Settled
 from .modules import ModulePatches
 from .native import NativeSteps
 from .patches import Patches, Usage
-from .phases import calling, current_prompt
+from .phases import calling, current_prompt, tokens_in
 from .prepared import Prepared
 from .program import Program, linear_of
 from .release import Replaced, trim
@@ -188,7 +188,7 @@ class Runtime:
         def forward(*args: Any, **kwargs: Any) -> Any:
             named = {**signature.bind_partial(*args).arguments, **kwargs} if args else kwargs
             cache = named.get("past_key_values")
-            decodes = isinstance(cache, Cache) and int(cache.get_seq_length()) > 0
+            decodes = isinstance(cache, Cache) and tokens_in(cache) > 0
             reason = self.notice(every_setting=not decodes)
             if decodes and not (self.model.training or torch.compiler.is_compiling() or current_prompt() is not None):
                 output = self.steps.forward(original_in_call, named, reason)
