@@ -250,7 +250,7 @@ def _bias(module: nn.Module, name: str) -> str | None:
 
 
 def _gatings(module: nn.Module, layout: Layout) -> Iterator[Gating | None]:
-    own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    own = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "forward"}
     own |= {name: child for name, child in module.named_children() if not list(child.parameters())}
     acts: list[Activation] = [cast(Activation, value) for value in own.values() if callable(value)]
     numbers = {name: float(v) for name, v in own.items() if type(v) in (int, float)}
@@ -269,13 +269,9 @@ def _gatings(module: nn.Module, layout: Layout) -> Iterator[Gating | None]:
     gate, up = (sample[..., ::2], sample[..., 1::2]) if layout.interleaved else sample.chunk(2, -1)
     try:
         wanted = combine(sample)
-    except (RuntimeError, TypeError, ValueError):
-        return
-    for gating in candidates:
-        if torch.allclose(gating(gate, up), wanted, rtol=1e-5, atol=1e-6):
-            yield gating
-            return
-    yield None  # gate and up are the module's own affair
+        yield next((g for g in candidates if torch.allclose(g(gate, up), wanted, rtol=1e-5, atol=1e-6)), None)
+    except (RuntimeError, TypeError, ValueError):  # an activation of something else than one tensor, say
+        yield None  # gate and up are the module's own affair
 
 
 def _reproduces(experts: Experts) -> bool:

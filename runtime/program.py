@@ -488,6 +488,8 @@ def _all_experts(policy: ExpertPolicy, experts: Experts) -> ExpertsProgram:
 
 @builds_experts(SkipExperts)
 def _skip_experts(policy: SkipExperts, experts: Experts) -> ExpertsProgram:
+    if policy.beta == 0:
+        return _all_experts(policy, experts)
     if experts.scaled_inputs:
         raise PlanError("every expert is given every token, multiplied by the router's weights: none can be left out")
     normalised = experts.router is not None and experts.router.choice.normalised
