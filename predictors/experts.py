@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -79,6 +79,7 @@ class Experts:
             whose sigmoid that is multiplied first.
         scaled_inputs: whether a router's weight multiplies the expert's input, not its output (Llama 4).
         whole: whether router, experts and shared expert are all that the block computes.
+        top_k: experts of a token; 0: not known.
         outputs: how many things the block returns, the mixture's output first; 0: not known.
     """
 
@@ -91,6 +92,7 @@ class Experts:
     shared_gate: nn.Module | None = None
     scaled_inputs: bool = False
     whole: bool = False
+    top_k: int = 0
     outputs: int = 0
 
     @property
@@ -113,6 +115,23 @@ class Experts:
     @property
     def gated(self) -> bool:
         return self.layout.stacked or self.layout.interleaved or self.layout.gate is not None
+
+    @property
+    def entrance(self) -> nn.Module:
+        """The module whose call tells what the experts are given; see `routed`."""
+        return self.block if self.scaled_inputs else self.module
+
+    def routed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """From the arguments of a call of `entrance`: inputs ``[tokens, hidden]``, chosen experts and their weights,
+        ``[tokens, top_k]``."""
+        if self.scaled_inputs:
+            assert self.router is not None  # its weights cannot be seen otherwise, and such experts are not read
+            x = cast(Tensor, args[0]).reshape(-1, self.hidden_size)
+            return x, *self.router.route(x)
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        index = next(value for value in given if not value.is_floating_point())
+        x, weights = (value for value in given if value.is_floating_point())
+        return x, index, weights
 
     def parameter(self, name: str) -> Tensor:
         return cast(Tensor, getattr(self.module, name)).detach()
@@ -231,7 +250,7 @@ def _bias(module: nn.Module, name: str) -> str | None:
 
 
 def _gatings(module: nn.Module, layout: Layout) -> Iterator[Gating | None]:
-    own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    own = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "forward"}
     own |= {name: child for name, child in module.named_children() if not list(child.parameters())}
     acts: list[Activation] = [cast(Activation, value) for value in own.values() if callable(value)]
     numbers = {name: float(v) for name, v in own.items() if type(v) in (int, float)}
@@ -250,13 +269,9 @@ def _gatings(module: nn.Module, layout: Layout) -> Iterator[Gating | None]:
     gate, up = (sample[..., ::2], sample[..., 1::2]) if layout.interleaved else sample.chunk(2, -1)
     try:
         wanted = combine(sample)
-    except (RuntimeError, TypeError, ValueError):
-        return
-    for gating in candidates:
-        if torch.allclose(gating(gate, up), wanted, rtol=1e-5, atol=1e-6):
-            yield gating
-            return
-    yield None  # gate and up are the module's own affair
+        yield next((g for g in candidates if torch.allclose(g(gate, up), wanted, rtol=1e-5, atol=1e-6)), None)
+    except (RuntimeError, TypeError, ValueError):  # an activation of something else than one tensor, say
+        yield None  # gate and up are the module's own affair
 
 
 def _reproduces(experts: Experts) -> bool:
@@ -286,21 +301,23 @@ def _reproduces(experts: Experts) -> bool:
 # ---- the block around them ----
 
 
-def _in_block(block: nn.Module, found: Experts, shared: FeedForward | None) -> Experts:
-    """The experts with what their block does besides: router, shared expert, or that it is not understood."""
-    opaque = Experts(**{**vars(found), "block": block, "shared": shared})
+def _in_block(block: nn.Module, found: Experts, shared: FeedForward | None) -> Experts | None:
+    """The experts with what their block does besides: router, shared expert, or that it is not understood. None where
+    experts are given their inputs by a router that is not."""
+    read: dict[str, Any] = {"block": block, "shared": shared}
     try:
         probe = Probe.of(block, found.module, None if shared is None else shared.owner, found.count, found.hidden_size)
         output = probe.run(probe.samples)
+        read |= {"top_k": probe.seen.top_k, "outputs": probe.returned[0]}
         gate = _shared_gate(block, probe, output, shared)
-        router = read_router(block, probe, found.down.dtype)
+        if gate is not None and probe.seen.is_given(probe.samples):
+            router = read_router(block, probe, found.down.dtype)
+            read |= {"router": router, "shared_gate": gate.module, "whole": True}
     except (TypeError, RuntimeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError):
-        return opaque
-    if gate is None:
-        return opaque
-    return Experts(
-        **{**vars(opaque), "router": router, "shared_gate": gate.module, "whole": True, "outputs": probe.returned[0]}
-    )
+        pass  # a block that wants more than hidden states, or does not hand its experts what others do
+    if found.scaled_inputs and read.get("router") is None:
+        return None
+    return Experts(**{**vars(found), **read})
 
 
 @dataclass(frozen=True, eq=False)

@@ -125,7 +125,7 @@ def readings(layer: nn.Module) -> Iterator[FeedForward]:
     for owner in layer.modules():
         linears = {n: m for n, m in owner.named_children() if is_linear(m)}
         acts = [n for n, m in owner.named_children() if n not in linears and not list(m.parameters())]
-        acts += [n for n, v in vars(owner).items() if callable(v) and not n.startswith("_")]
+        acts += [n for n, v in vars(owner).items() if callable(v) and not n.startswith("_") and n != "forward"]
         acts += FUNCTIONS
         for down in linears:
             width, hidden = _shape(linears[down])

@@ -53,6 +53,8 @@ class Fingerprint:
             return cast(Fingerprint, kept)
         anatomy = anatomy or dissect(model)
         acts = [canonical_activation(mlp.act) for _, mlp in anatomy.present]
+        gatings = [experts.gating for experts in anatomy.experts if experts is not None]
+        acts += [canonical_activation(gating.act) for gating in gatings if gating is not None]
         weights = [_down(anatomy, layer) for layer in range(len(anatomy))]
         mixtures = [0 if found is None else found.count for found in anatomy.experts]
         return cls(

@@ -158,6 +158,15 @@ class Seen(nn.Module):
         self.output = copies.flip(-1) + 1.0
         return self.output.flatten(0, 1)
 
+    @property
+    def top_k(self) -> int:
+        """Experts of a token."""
+        return int((self.x.abs().sum(-1) > 0).sum(0).max()) if self.scaled_inputs else int(self.index.shape[1])
+
+    def is_given(self, x: Tensor) -> bool:
+        """Whether the experts' inputs are x, or multiples of it."""
+        return self.scaled_inputs or torch.equal(self.x.reshape(x.shape), x)
+
     def dense(self, x: Tensor) -> Tensor:
         """The weights of all experts, fp32 ``[tokens, experts]``, for the inputs x of the block."""
         if self.scaled_inputs:

@@ -76,9 +76,19 @@ def _of_packed(weights: str | None, packed: int, linears: int) -> str | None:
 
 
 def format_takers(model: Any, anatomy: Anatomy) -> list[Any]:
-    """The modules whose matrices a plan's format is for: all linears of the decoder layers, and the LM head."""
-    inner = [module for layer in anatomy.layers for module in layer.modules()]
+    """The modules whose matrices a plan's format is for: all linears of the decoder layers, but for those of routers,
+    and the LM head."""
+    choose = routing_modules(anatomy)
+    inner = [module for layer in anatomy.layers for module in layer.modules() if module not in choose]
     return [m for m in (*inner, model.get_output_embeddings()) if takes_format(m)]
+
+
+def routing_modules(anatomy: Anatomy) -> set[nn.Module]:
+    """What decides about experts: small, and read as it was loaded, for a rounded choice is another expert."""
+    found = set[nn.Module]()
+    for experts in filter(None, anatomy.experts):
+        found |= {*experts.block.modules()} - ({*experts.shared.owner.modules()} if experts.shared else set())
+    return found
 
 
 def takes_format(module: nn.Module) -> bool:

@@ -139,12 +139,13 @@ class LayerSkips:
 
     def _patch_experts(self, index: int, experts: Experts, replace: Replace) -> None:
         original, shared = experts.block.forward, experts.shared
+        neurons = experts.top_k * experts.intermediate_size + (0 if shared is None else shared.intermediate_size)
 
         @functools.wraps(original)
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             step, skipping = self._skipping(index)
             if step is not None and skipping is True:
-                step.skipped += 0 if shared is None else shared.intermediate_size * step.rows * step.length
+                step.skipped += neurons * step.rows * step.length
                 nothing = x.new_zeros(x.shape)
                 return nothing if experts.outputs == 1 else (nothing, *[None] * (experts.outputs - 1))
             output = original(x, *args, **kwargs)

@@ -17,15 +17,16 @@ from transformers.cache_utils import Cache
 
 from ..kernels.ops import MAX_ROWS, PackedLinear, available, linear
 from ..kernels.packed import DTYPES
-from ..predictors.anatomy import Activation, Anatomy, FeedForward, shape_of
+from ..predictors.anatomy import Activation, Anatomy, Experts, FeedForward, shape_of
 from ..predictors.errors import CoreskipError
 from ..predictors.policies import Chooser
-from .formats import Formats, takes_format
+from ..predictors.routing import Router
+from .formats import Formats, routing_modules, takes_format
 from .packed_layer import PackedLayer
 from .patches import Patches, Usage
-from .phases import Pass, Phase, current_pass, current_prompt, last_phase, mode, passing
+from .phases import Pass, Phase, current_pass, current_prompt, last_phase, mode, passing, tokens_in
 from .prepared import Prepared
-from .program import BrickProgram, Program, linear_of
+from .program import BrickProgram, ExpertsProgram, Program, linear_of
 from .release import Replaced
 from .selections import Observed, Selections, attach, selections_of
 from .spec import is_plain_linear
@@ -93,14 +94,15 @@ class ModulePatches:
         host.patches.set(stack, "forward", forward)
 
     def patch_linears(self) -> bool:
-        """Decode steps run every linear of the decoder layers, and the LM head, on the decode kernel. Returns whether
-        that is all of their matrices."""
+        """Decode steps run every linear of the decoder layers, but for routers, and the LM head, on the decode kernel.
+        Returns whether that is all of their matrices."""
         if available("cpu") is not None:
             return False
         host = self._host
-        inner = [module for layer in host.anatomy.layers for module in layer.modules() if _has_matrix(module)]
+        choose = routing_modules(host.anatomy)
+        inner = [m for layer in host.anatomy.layers for m in layer.modules() if _has_matrix(m) and m not in choose]
         patched = [self._patch_linear(module) for module in inner]
-        return self._patch_linear(cast(Any, host.model).get_output_embeddings()) and all(patched)
+        return self._patch_linear(cast(Any, host.model).get_output_embeddings()) and all(patched) and not choose
 
     def patch_inputs(self) -> None:
         """Decode steps leave small inputs of linears out, where the plan says so."""
@@ -258,6 +260,32 @@ class ModulePatches:
             patches.set(layer.owner, layer.act_name, activation)
         patches.set(down, "forward", down_forward)
 
+    # --- experts
+
+    def patch_experts(self) -> None:
+        """Decode steps compute the experts that the plan leaves of those that the router chose."""
+        for index, program in self._host.program.chosen_experts.items():
+            self._patch_experts(cast(Experts, self._host.anatomy.experts[index]), program)
+
+    def _patch_experts(self, experts: Experts, program: ExpertsProgram) -> None:
+        module = experts.module
+        original = module.forward
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            step = current_pass()
+            if step is None or step.phase is not Phase.DECODE or torch.is_grad_enabled():
+                return original(*args, **kwargs)
+            x, index, given = experts.routed(args, kwargs)
+            if program.allowed is not None:
+                router = cast(Router, experts.router)
+                index, given = router.route(x, program.allowed.to(x.device))
+            weights = program.weights(given)
+            step.skipped += program.width * int((weights == 0).sum())
+            return experts.mixture(x, index, weights)
+
+        self._host.patches.set(module, "forward", forward)
+
     # --- passes
 
     def _begin(self, named: dict[str, Any]) -> Pass:
@@ -274,12 +302,12 @@ class ModulePatches:
         if selections is not None and selections.rows != rows:
             logger.warning("the KV cache was cut to %d rows by hand: its neuron selections are dropped", rows)
             selections = None
-        if prompt is None and cache is not None and (selections is not None or int(cache.get_seq_length()) > 0):
+        if prompt is None and cache is not None and (selections is not None or tokens_in(cache) > 0):
             if selections is None and host.observed:
                 logger.debug("nothing was selected for this KV cache: layers that choose from the prompt run dense")
             verifying = mode().densely or (host.verifies and not mode().drafting)
             return Pass(Phase.VERIFY if verifying else Phase.DECODE, rows, length, None, selections)
-        past = 0 if cache is None else int(cache.get_seq_length())
+        past = 0 if cache is None else tokens_in(cache)
         if selections is None or past == 0:
             selections = host.new_selections(rows)
             if past and selections is not None:

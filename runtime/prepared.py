@@ -87,11 +87,11 @@ class Prepared:
     def _made(self, own: dict[int, SparseMLP], selections: Selections | None) -> StepProgram:
         attention, no_mlp = self._skips.skipped(selections)
         mlps = {**{layer: self.mlp(layer) for layer in self._packs}, **own}
-        width = [sum(brick.width for brick in layer.bricks) for layer in self._program.layers]
+        width = [layer.width for layer in self._program.layers]
         skipped = sum(width[layer] for layer in no_mlp)
         # what a rule leaves out the native step counts itself
         listed = {layer: mlp for layer, mlp in mlps.items() if mlp.rule == "listed" and layer not in no_mlp}
-        skipped += sum(width[layer] - mlp.listed_neurons for layer, mlp in listed.items())
+        skipped += sum(self._program.layers[i].bricks[0].width - mlp.listed_neurons for i, mlp in listed.items())
         columns = {layer: self._columns(layer) for layer in self._inputs}
         every = [mlps.get(layer) for layer in range(len(self._anatomy))]
         return StepProgram(every, skipped, attention, no_mlp, columns=columns)

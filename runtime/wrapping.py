@@ -36,7 +36,7 @@ from .lower_gpu import CapturedSteps, Settled
 from .modules import ModulePatches
 from .native import NativeSteps
 from .patches import Patches, Usage
-from .phases import calling, current_prompt
+from .phases import calling, current_prompt, tokens_in
 from .prepared import Prepared
 from .program import Program, linear_of
 from .release import Replaced, trim
@@ -78,7 +78,7 @@ class Runtime:
                 linear_of(anatomy, layer, name)  # raises where the plan names a linear that is not there
         self.skips = LayerSkips(anatomy, plan)
         self.patches = Patches()
-        self.usage = Usage(sum(mlp.intermediate_size for _, mlp in anatomy.present))
+        self.usage = Usage(sum(layer.width for layer in self.program.layers))
         by_prompt = self.program.chosen_by(Chooser.PROMPT)
         self._by_prompt = {layer: cast(PromptNeurons, brick.policy) for layer, brick in by_prompt.items()}
         self.observed = self._observations()
@@ -140,7 +140,7 @@ class Runtime:
 
     @property
     def chooses_by_token(self) -> bool:
-        return bool(self.program.chosen_by(Chooser.TOKEN, Chooser.INPUTS))
+        return bool(self.program.chosen_by(Chooser.TOKEN, Chooser.INPUTS) or self.program.chosen_experts)
 
     @property
     def exits_early(self) -> bool:
@@ -166,6 +166,7 @@ class Runtime:
             modules.patch_stack(self.anatomy.stack)
             modules.patch_inputs()
             modules.patch_mlps()
+            modules.patch_experts()
             self.skips.install(self.patches.set, modules.patch_passthrough)
             self.patches.set(self.model, ATTRIBUTE, self)
         except BaseException:
@@ -187,7 +188,7 @@ class Runtime:
         def forward(*args: Any, **kwargs: Any) -> Any:
             named = {**signature.bind_partial(*args).arguments, **kwargs} if args else kwargs
             cache = named.get("past_key_values")
-            decodes = isinstance(cache, Cache) and int(cache.get_seq_length()) > 0
+            decodes = isinstance(cache, Cache) and tokens_in(cache) > 0
             reason = self.notice(every_setting=not decodes)
             if decodes and not (self.model.training or torch.compiler.is_compiling() or current_prompt() is not None):
                 output = self.steps.forward(original_in_call, named, reason)
@@ -338,6 +339,8 @@ class Runtime:
 
     def settled(self, cache: Cache) -> Settled | str:
         """What a captured step for the sequences of a cache has fixed, or why there can be none."""
+        if self.program.chosen_experts:
+            return "its tokens leave experts out, each its own"
         selections = self._own_selections(cache)
         if selections is None:
             return self.skips.skipped(None), []
