@@ -188,6 +188,10 @@ class PackedExperts:
         if self.shared_gate is not None and self.shared is None:
             raise ValueError("shared_gate given without a shared expert")
 
+    def limited(self, kept: Tensor | None, least: float) -> PackedExperts:
+        """The same mixture under a router with another `kept` and `least`."""
+        return replace(self, router=replace(self.router, kept=kept, least=least))
+
     @property
     def linears(self) -> list[PackedLinear]:
         """All matrices but the router's."""

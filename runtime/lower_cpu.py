@@ -31,6 +31,7 @@ PackedAlone = Callable[[nn.Module], "list[PackedLinear] | None"]
 
 #: the kernels' names of a plan's formats
 KERNEL_FORMATS = {None: None, "int8": "int8_groups", "int4": "int4", AS_PACKED: None}
+_OF_ATTENTION = frozenset("qkvo")  # linears by their names in `kernels.step`
 HEAD_FORMAT = "int8_groups"  # 4 bits there cost +4.6 % perplexity on the embedded model
 
 
@@ -47,6 +48,8 @@ class StepProgram:
         no_attention, no_mlp: layers that skip these halves; their attention still writes its keys and values.
         as_loaded: read the weights as they were loaded, whatever the plan's format.
         columns: by layer, the linears that leave out small inputs, by their names in `kernels.step`.
+        experts: by layer, which experts are kept, uint8 ``[experts]`` or None, and the least weight, as a share of a
+            token's greatest, at which one of its experts is computed.
     """
 
     mlps: Sequence[SparseMLP | None]
@@ -55,6 +58,7 @@ class StepProgram:
     no_mlp: frozenset[int] = frozenset()
     as_loaded: bool = False
     columns: Mapping[int, Mapping[str, SparseLinear]] = field(default_factory=dict)
+    experts: Mapping[int, tuple[Tensor | None, float]] = field(default_factory=dict)
 
     @classmethod
     def dense(cls, layers: int, *, as_loaded: bool = False) -> StepProgram:
@@ -63,8 +67,8 @@ class StepProgram:
 
     @property
     def by_rule(self) -> bool:
-        """Whether each token chooses neurons or inputs of its own."""
-        return bool(self.columns) or any(mlp is not None and mlp.rule != "listed" for mlp in self.mlps)
+        """Whether each token chooses neurons, inputs or experts of its own, beyond what a router chooses."""
+        return bool(self.columns or self.experts) or any(mlp is not None and mlp.rule != "listed" for mlp in self.mlps)
 
     @property
     def rounds(self) -> bool:
@@ -123,6 +127,11 @@ class CpuModel:
     def step(self, program: StepProgram) -> native.Step:
         layers = []
         for index, (layer, mlp) in enumerate(zip(self.base.layers, program.mlps, strict=True)):
+            if isinstance(layer.mlp, PackedExperts):
+                if mlp is not None or program.columns.get(index, {}).keys() - _OF_ATTENTION:
+                    raise NotCovered("neurons or inputs of a shared expert are left out")
+                if index in program.experts:
+                    layer = replace(layer, mlp=layer.mlp.limited(*program.experts[index]))
             kept = None if index in program.no_mlp else layer.mlp if mlp is None else mlp
             norm = layer.mlp_in if mlp is None else _scaled(layer.mlp_in, mlp.smooth)
             layer = replace(layer, mlp=kept, mlp_in=norm, entries_only=index in program.no_attention)
@@ -348,7 +357,7 @@ def _scaled(norm: native.Norm | None, factors: Tensor | None) -> native.Norm | N
 
 def _by_columns(layer: native.StepLayer, columns: Mapping[str, SparseLinear]) -> native.StepLayer:
     """A layer some of whose linears leave out small inputs."""
-    attention: dict[str, Any] = {name: linear for name, linear in columns.items() if name in ("q", "k", "v", "o")}
+    attention: dict[str, Any] = {name: linear for name, linear in columns.items() if name in _OF_ATTENTION}
     mlp: dict[str, Any] = {name: linear for name, linear in columns.items() if name not in attention}
     if attention and layer.attention is not None:
         layer = replace(layer, attention=replace(layer.attention, **attention))

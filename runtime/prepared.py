@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from ..kernels.ops import PackedLinear
@@ -94,7 +95,9 @@ class Prepared:
         skipped += sum(self._program.layers[i].bricks[0].width - mlp.listed_neurons for i, mlp in listed.items())
         columns = {layer: self._columns(layer) for layer in self._inputs}
         every = [mlps.get(layer) for layer in range(len(self._anatomy))]
-        return StepProgram(every, skipped, attention, no_mlp, columns=columns)
+        chosen = self._program.chosen_experts.items()
+        experts = {i: (None if e.allowed is None else e.allowed.to(torch.uint8), e.beta) for i, e in chosen}
+        return StepProgram(every, skipped, attention, no_mlp, columns=columns, experts=experts)
 
     def _columns(self, layer: int) -> dict[str, SparseLinear]:
         """The linears of a layer that leave out small inputs, as a native step names them."""

@@ -494,7 +494,8 @@ def _skip_experts(policy: SkipExperts, experts: Experts) -> ExpertsProgram:
         raise PlanError("every expert is given every token, multiplied by the router's weights: none can be left out")
     normalised = experts.router is not None and experts.router.choice.normalised
     active = max(1.0, policy.share * experts.top_k)
-    return _routed(policy, experts, active, beta=float(policy.beta), normalised=normalised)
+    known = experts.router is not None
+    return _routed(policy, experts, active, beta=float(policy.beta), normalised=normalised, native=known)
 
 
 @builds_experts(KeptExperts)
@@ -508,7 +509,7 @@ def _kept_experts(policy: KeptExperts, experts: Experts) -> ExpertsProgram:
         raise PlanError("what its router computes is not known: --method skip-experts can leave experts out")
     allowed = torch.zeros(experts.count, dtype=torch.bool, device="cpu")
     allowed[policy.indices] = True
-    return _routed(policy, experts, min(kept, experts.top_k), allowed=allowed)
+    return _routed(policy, experts, min(kept, experts.top_k), allowed=allowed, native=True)
 
 
 # ---- the linears of a layer, as plans and native steps name them ----
