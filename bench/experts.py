@@ -27,6 +27,7 @@ from coreskip.bench.machine import Machine
 from coreskip.bench.provenance import provenance, write_rows
 from coreskip.bench.workloads import Shape, threads_available
 from coreskip.kernels.experts import PackedExperts
+from coreskip.kernels.step import DenseMLP
 from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.observe import inference
 from coreskip.predictors.plan import Plan
@@ -107,7 +108,7 @@ def _packed_bytes(native: NativeSteps) -> tuple[float, float]:
         if isinstance(mlp, PackedExperts):
             active += mlp.routed_bytes
             every += mlp.active_bytes
-        elif mlp is not None:
+        elif isinstance(mlp, DenseMLP):
             every += mlp.nbytes
     return active, every
 

@@ -128,7 +128,8 @@ class Router:
             best = best.masked_fill(~kept.any(-1), -inf)
         left_out = torch.ones_like(best, dtype=torch.bool)
         left_out.scatter_(-1, best.topk(self.groups_kept, -1).indices, False)
-        return groups.masked_fill(left_out[..., None], -inf).flatten(-2)
+        of_best: Tensor = groups.masked_fill(left_out[..., None], -inf).flatten(-2)
+        return of_best
 
     def _mix(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         weights, experts, others = [], [], logits

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .feed_forward import Activation, FeedForward
+from .feed_forward import Activation, FeedForward, is_packed
 from .routing import Probe, Router, read_router
 
 _TOKENS = 4  # that every reading of the experts is tried with
@@ -165,7 +165,8 @@ class Experts:
         return total.to(x.dtype)
 
     def _linear(self, x: Tensor, name: str, bias: str | None, expert: int) -> Tensor:
-        weight = self.parameter(name)[expert]
+        packed = is_packed(self.module)
+        weight = cast(Any, self.module).unpacked(name, expert) if packed else self.parameter(name)[expert]
         offset = None if bias is None else self.parameter(bias)[expert]
         return F.linear(x, weight.t() if self.layout.transposed else weight, offset)
 
@@ -180,7 +181,8 @@ def find_experts(layer: nn.Module, shared: Callable[[nn.Module], FeedForward | N
         for module in parent.children():
             if not _matrices(module):
                 continue
-            found = next((e for e in _readings(module) if (empty and e.down.is_meta) or _reproduces(e)), None)
+            said = empty or is_packed(module)  # where there are no numbers, what the module says of itself counts
+            found = next((e for e in _readings(module) if (said and e.down.is_meta) or _reproduces(e)), None)
             if found is not None:
                 return found if parent is layer else _in_block(parent, found, shared(parent))
     return None

@@ -19,8 +19,9 @@ from ..predictors.anatomy import Anatomy, Experts, rows_of
 from ..predictors.checks import AS_PACKED
 from .bundles import PackedBefore
 from .calls import NotCovered
-from .lower_experts import lower_experts
-from .packed_layer import PackedLayer, PackedRows
+from .lower_experts import lower_experts, packed_experts
+from .packed_experts import HeldExperts
+from .packed_layer import PackedLayer, PackedRows, StandIn
 from .rotary_tables import RotaryTables
 from .spec import AttentionSpec, BrickSpec, ExpertsSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec, read_spec
 
@@ -191,7 +192,12 @@ class CpuModel:
             shared = Expert(mlp.gate, mlp.up, mlp.down)
         gate = None if spec.shared_gate is None else self._pack(*rows_of(spec.shared_gate.module), None)
         logits = self._pack(spec.router.weight, spec.router.bias, None)
-        return lower_experts(spec, self._pack_experts, logits, shared, gate)
+        held = spec.experts.module
+        if isinstance(held, HeldExperts):
+            experts = held.experts(whole=self._packing.weights is None)
+        else:
+            experts = packed_experts(spec, self._pack_experts)
+        return lower_experts(spec, experts, logits, shared, gate)
 
     # --- matrices
 
@@ -280,6 +286,7 @@ def _check(model: Any, anatomy: Anatomy, packed_alone: PackedAlone) -> None:
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     gone = {id(m.weight) for m in linears if isinstance(m, PackedLayer) or packed_alone(m) is not None}
     gone |= {id(m.weight) for m in model.modules() if isinstance(m, PackedRows)}
+    gone |= {id(p) for p in model.parameters() if isinstance(p, StandIn)}
     of_routers = {id(p) for experts in anatomy.experts if experts for p in _of_router(experts)}
     parameters = [p for p in model.parameters() if id(p) not in gone | of_routers]
     if any(p.device.type != "cpu" for p in parameters):

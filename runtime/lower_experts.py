@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..kernels.experts import Expert, PackAll, PackedExperts, Router, experts_of
@@ -11,9 +13,13 @@ from .spec import ExpertsSpec, RouterSpec
 
 
 def lower_experts(
-    spec: ExpertsSpec, pack: PackAll, logits: PackedLinear, shared: Expert | None, shared_gate: PackedLinear | None
+    spec: ExpertsSpec,
+    experts: Sequence[Expert],
+    logits: PackedLinear,
+    shared: Expert | None,
+    shared_gate: PackedLinear | None,
 ) -> PackedExperts:
-    """pack: of the experts' matrices. logits: the router's. shared: the expert that all tokens go through.
+    """experts: their matrices. logits: the router's. shared: the expert that all tokens go through.
 
     Raises:
         NotCovered: the native step does not compute this.
@@ -25,7 +31,7 @@ def lower_experts(
     try:
         return PackedExperts(
             _router(spec.router, logits),
-            _experts(spec, pack),
+            experts,
             spec.act,
             shared,
             shared_gate,
@@ -37,7 +43,8 @@ def lower_experts(
         raise NotCovered(str(reason)) from None
 
 
-def _experts(spec: ExpertsSpec, pack: PackAll) -> list[Expert]:
+def packed_experts(spec: ExpertsSpec, pack: PackAll) -> list[Expert]:
+    """The experts' matrices, by `pack`."""
     at = spec.layout
     return experts_of(
         spec.up, spec.down, spec.up_bias, spec.down_bias, gate=spec.gate, gate_bias=spec.gate_bias,
