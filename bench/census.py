@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
+import multiprocessing
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import torch
@@ -36,6 +35,7 @@ from coreskip.runtime.wrap import runtime_of, unwrap, wrap
 Row = dict[str, Any]
 
 _SECONDS = 240  # for one type
+_FORKS = multiprocessing.get_context("fork")
 _VOCABULARY, _HIDDEN, _WIDTH, _LAYERS, _HEADS = 128, 64, 96, 4, 4
 #: What configurations call their sizes; each is given those that it has.
 _SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
@@ -66,7 +66,10 @@ _SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
         "qk_rope_head_dim", "sliding_window", "mamba_d_state", "ssm_state_size", "mamba_n_heads",
         "moe_num_primary_experts",
     )),
-    (1, ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "topk_group", "first_k_dense_replace", "attn_layer_offset", "expert_layer_offset")),
+    (1, (
+        "n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "topk_group", "first_k_dense_replace",
+        "attn_layer_offset", "expert_layer_offset",
+    )),
     (256, ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")),
 )  # fmt: skip
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "is_decoder": True, "use_cache": True}
@@ -253,17 +256,28 @@ def _rows(types: list[str], done: dict[str, Row]) -> Iterator[Row]:
         if name in done:
             yield done[name]
             continue
-        command = [sys.executable, "-m", "coreskip.bench.census", "--examine", name]
         start = time.perf_counter()
-        try:
-            found = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
-            row = json.loads(found.stdout.splitlines()[-1])
-        except subprocess.TimeoutExpired:
-            row = {"type": name, "built": False, "error": f"took more than {_SECONDS} s"}
-        except (IndexError, ValueError):  # the process died
-            last = found.stderr.strip().splitlines()[-1:] or [f"exit status {found.returncode}"]
-            row = {"type": name, "built": False, "error": last[0][:200]}
+        row = _apart(name)
         yield {"kind": "census", "model": "tiny random models", **row, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def _apart(model_type: str) -> Row:
+    """`examine` in a process of its own, which may hang or die. It is forked: to import everything takes longer."""
+    receive, send = _FORKS.Pipe(duplex=False)
+    process = _FORKS.Process(target=lambda: send.send(examine(model_type)))
+    process.start()
+    send.close()
+    failed: Row = {"type": model_type, "built": False, "refused": None}
+    try:
+        if not receive.poll(_SECONDS):
+            return {**failed, "error": f"took more than {_SECONDS} s"}
+        return cast(Row, receive.recv())
+    except EOFError:
+        process.join()
+        return {**failed, "error": f"its process ended with {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
 
 
 @click.command()
@@ -272,8 +286,8 @@ def _rows(types: list[str], done: dict[str, Row]) -> Iterator[Row]:
 @click.option("--types", help="Only these, separated by commas; they are examined anew.")
 def main(output: Path | None, one: str | None, types: str | None) -> None:
     """A census of all causal LMs of transformers."""
+    torch.set_num_threads(1)  # forks have no others
     if one is not None:
-        torch.set_num_threads(1)
         click.echo(json.dumps(examine(one)))
         return
     every = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
