@@ -8,7 +8,7 @@ found must reproduce what the model's own MLP module returns.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,6 +28,7 @@ from .feed_forward import (
     readings,
     rows_of,
     shape_of,
+    written_out,
 )
 
 __all__ = [
@@ -193,7 +194,10 @@ def dissect(model: nn.Module, *, empty: bool = False) -> Anatomy:
     if family is not None and family.layers in dict(base.named_modules()):
         anatomy = _by_table(base, config.model_type, family)
     else:
-        anatomy = _by_structure(cast(Any, model).get_decoder(), config, empty)
+        decoder = cast(Any, model).get_decoder()
+        if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
+            decoder = base  # a class may call its LM head so (ModernBERT)
+        anatomy = _by_structure(decoder, config, empty)
     for index, mlp in anatomy.present:
         _check_linears(index, mlp, empty)
         if mlp.whole and not proved(mlp, empty):
@@ -251,7 +255,9 @@ def _by_structure(base: nn.Module, config: Any, empty: bool) -> Anatomy:
     ]
     for stack, layers in stacks:
         parts = [_parts_of(layer, empty) for layer in layers]
-        if all(any(part) for part in parts):
+        if not any(any(part) for part in parts):
+            parts = [(mlp, None) for mlp in written_out(base, layers)]
+        if _complete(layers, parts):
             attentions = tuple(_attention_of(layer) for layer in layers)
             mlps, experts = zip(*parts, strict=True)
             return Anatomy(config.model_type, stack, layers, mlps, attentions, experts)
@@ -268,7 +274,19 @@ def _by_structure(base: nn.Module, config: Any, empty: bool) -> Anatomy:
     )
 
 
-def _parts_of(layer: nn.Module, empty: bool) -> tuple[FeedForward | None, Experts | None]:
+Parts = tuple[FeedForward | None, Experts | None]
+
+
+def _complete(layers: Sequence[nn.Module], parts: Sequence[Parts]) -> bool:
+    """Whether these are a decoder's layers, with all of their MLPs and experts: layers of a hybrid may have neither,
+    but not a module like those of others that computes something else."""
+    owners = {type(mlp.owner) for mlp, _ in parts if mlp is not None and mlp.whole}
+    owners |= {type(experts.module) for _, experts in parts if experts is not None}
+    others = [layer for layer, part in zip(layers, parts, strict=True) if not any(part)]
+    return len(others) < len(layers) and not any(type(m) in owners for layer in others for m in layer.modules())
+
+
+def _parts_of(layer: nn.Module, empty: bool) -> Parts:
     """A decoder layer's MLP and its mixture of experts; where it has both, all tokens go through the MLP."""
 
     def mlp_in(module: nn.Module) -> FeedForward | None:

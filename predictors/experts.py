@@ -312,9 +312,9 @@ def _in_block(block: nn.Module, found: Experts, shared: FeedForward | None) -> E
         output = probe.run(probe.samples)
         read |= {"top_k": probe.seen.top_k, "outputs": probe.returned[0]}
         gate = _shared_gate(block, probe, output, shared)
-        if gate is not None and probe.seen.is_given(probe.samples):
-            router = read_router(block, probe, found.down.dtype)
-            read |= {"router": router, "shared_gate": gate.module, "whole": True}
+        if probe.seen.is_given(probe.samples):
+            read |= {"router": read_router(block, probe, found.down.dtype)}
+            read |= {} if gate is None else {"shared_gate": gate.module, "whole": True}
     except (TypeError, RuntimeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError):
         pass  # a block that wants more than hidden states, or does not hand its experts what others do
     if found.scaled_inputs and read.get("router") is None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -34,7 +35,10 @@ class Matrices:
 
 @dataclass(frozen=True, eq=False)
 class FeedForward:
-    """One decoder layer's MLP, by the names under which its owner keeps it."""
+    """One decoder layer's MLP, by the names under which its owner keeps it.
+
+    norm_name: of a norm over all activations, before the down projection: such an MLP needs every neuron.
+    """
 
     owner: nn.Module
     gate_name: str | None
@@ -43,6 +47,7 @@ class FeedForward:
     act_name: str
     stacked: bool
     whole: bool
+    norm_name: str | None = None
 
     @property
     def up(self) -> nn.Module:
@@ -90,17 +95,20 @@ class FeedForward:
         w = self.matrices()
         h = F.linear(x, w.up, w.up_bias)
         h = self.act(h) if w.gate is None else self.act(F.linear(x, w.gate, w.gate_bias)) * h
-        return F.linear(h, w.down.t(), w.down_bias)
+        return F.linear(self._normed(h), w.down.t(), w.down_bias)
 
     def _of_modules(self, x: Tensor) -> Tensor:
         """The formula by the linears themselves, which hold their matrices packed."""
         h = self.up(x)
         if self.gate_name is not None:
-            return cast(Tensor, self.down(self.act(getattr(self.owner, self.gate_name)(x)) * h))
+            return cast(Tensor, self.down(self._normed(self.act(getattr(self.owner, self.gate_name)(x)) * h)))
         if self.stacked:
             gate, h = h.chunk(2, -1)
-            return cast(Tensor, self.down(self.act(gate) * h))
-        return cast(Tensor, self.down(self.act(h)))
+            return cast(Tensor, self.down(self._normed(self.act(gate) * h)))
+        return cast(Tensor, self.down(self._normed(self.act(h))))
+
+    def _normed(self, h: Tensor) -> Tensor:
+        return h if self.norm_name is None else cast(Tensor, getattr(self.owner, self.norm_name)(h))
 
 
 def canonical_activation(act: Activation) -> str | Activation:
@@ -124,23 +132,73 @@ def readings(layer: nn.Module) -> Iterator[FeedForward]:
     """Every reading of the layer's submodules as an MLP: the caller keeps the one that reproduces the module."""
     for owner in layer.modules():
         linears = {n: m for n, m in owner.named_children() if is_linear(m)}
-        acts = [n for n, m in owner.named_children() if n not in linears and not list(m.parameters())]
+        acts = _acts(owner)
         acts += [n for n, v in vars(owner).items() if callable(v) and not n.startswith("_") and n != "forward"]
         acts += FUNCTIONS
         for down in linears:
             width, hidden = _shape(linears[down])
             ups = [n for n in linears if n != down and _shape(linears[n])[0] == hidden]
-            for act in acts:
+            for act, norm in itertools.product(acts, (None, *_norms(owner, width))):
                 if len(linears) == 3:
                     for gate in ups:
                         for up in ups:
                             if gate != up and _shape(linears[up])[1] == width == _shape(linears[gate])[1]:
-                                yield FeedForward(owner, gate, up, down, act, False, True)
+                                yield FeedForward(owner, gate, up, down, act, False, True, norm)
                 elif len(linears) == 2:
                     for up in ups:
                         if _shape(linears[up])[1] in (width, 2 * width):
                             stacked = _shape(linears[up])[1] == 2 * width
-                            yield FeedForward(owner, None, up, down, act, stacked, True)
+                            yield FeedForward(owner, None, up, down, act, stacked, True, norm)
+
+
+def _acts(owner: nn.Module) -> list[str]:
+    """The children that may be activations: with a learned number or two at most (xIELU)."""
+    children = ((name, child) for name, child in owner.named_children() if not is_linear(child))
+    return [name for name, child in children if all(p.numel() == 1 for p in child.parameters())]
+
+
+def _norms(owner: nn.Module, width: int) -> list[str]:
+    return [n for n, m in owner.named_children() if [tuple(p.shape) for p in m.parameters()] == [(width,)]]
+
+
+def written_out(stack: nn.Module, layers: Sequence[nn.Module]) -> list[FeedForward | None]:
+    """By layer, a plain MLP that has no module of its own (BioGPT), or one that does more (MPT): two linears between
+    which a pass of the whole stack has nothing but an activation."""
+    found = [list(_plain_readings(layer)) for layer in layers]
+    parts = {part for mlps in found for mlp in mlps for part in (mlp.up, mlp.down, cast(nn.Module, mlp.act))}
+    given, gave = dict[nn.Module, Any](), dict[nn.Module, Any]()
+
+    def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        given[module], gave[module] = args[0] if args else None, output
+
+    was_training = stack.training
+    handles = [part.register_forward_hook(see) for part in parts]
+    try:
+        stack.eval()
+        with torch.no_grad():
+            stack(input_ids=torch.arange(4, device=next(stack.parameters()).device)[None], use_cache=False)
+    except (TypeError, RuntimeError, ValueError, NotImplementedError):
+        return [None] * len(layers)
+    finally:
+        stack.train(was_training)
+        for handle in handles:
+            handle.remove()
+
+    def follows(mlp: FeedForward) -> bool:
+        act = cast(nn.Module, mlp.act)
+        if not all(isinstance(x, Tensor) for x in (gave.get(mlp.up), given.get(act), given.get(mlp.down))):
+            return False
+        return torch.equal(gave[mlp.up], given[act]) and torch.equal(gave[act], given[mlp.down])
+
+    return [next(filter(follows, mlps), None) for mlps in found]
+
+
+def _plain_readings(layer: nn.Module) -> Iterator[FeedForward]:
+    for owner in layer.modules():
+        linears = {n: m for n, m in owner.named_children() if is_linear(m)}
+        for up, down, act in itertools.product(linears, linears, _acts(owner)):
+            if _shape(linears[up]) == _shape(linears[down])[::-1] and up != down:
+                yield FeedForward(owner, None, up, down, act, False, False)
 
 
 def proved(mlp: FeedForward, empty: bool) -> bool:

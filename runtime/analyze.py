@@ -12,6 +12,7 @@ import torch
 from ..predictors.anatomy import check_model, dissect
 from ..predictors.calibration import TokenText, text_of
 from ..predictors.checks import Allocation, ExpertScore, Score
+from ..predictors.errors import CoreskipError
 from ..predictors.expert_policies import KeptExperts, SkipExperts
 from ..predictors.expert_scores import check_experts
 from ..predictors.layer_selection import LayerSelection
@@ -20,7 +21,7 @@ from ..predictors.plan import Plan, default_weights
 from .calibrate import Study
 from .calibration_text import model_text
 from .options import OF_EXPERTS, Budget, check_options, chooses_layers_alone, given
-from .program import build_experts
+from .program import build_experts, normed
 from .quality import WINDOW, evaluate_all
 from .search import Journal, search
 from .unknown import refuses_unknown
@@ -187,7 +188,9 @@ def _check_bricks(model: Any, method: str, layers_alone: bool) -> None:
         for experts in filter(None, anatomy.experts):
             build_experts(policy, experts)
     elif method != "layers" and not layers_alone:
-        _ = anatomy.mlps
+        norms = [mlp.norm_name for mlp in anatomy.mlps if mlp.norm_name is not None]
+        if norms and method != "threshold":
+            raise CoreskipError(normed(anatomy))
 
 
 def _text_of(model: Any, tokenizer: Any, text: Any, seed: int, progress: bool) -> TokenText:

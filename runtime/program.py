@@ -264,13 +264,23 @@ def _layer(
     anatomy: Anatomy, index: int, layer: LayerPlan, weights: str | None, dense: Callable[[Tensor], float]
 ) -> LayerProgram:
     found, bricks = anatomy.experts[index], tuple[BrickProgram, ...]()
-    if anatomy.feed_forwards[index] is not None:  # else the plan chooses no neurons there
+    mlp = anatomy.feed_forwards[index]
+    if mlp is not None:  # else the plan chooses no neurons there
+        if mlp.norm_name is not None and layer.neurons.chooser not in (Chooser.NOTHING, Chooser.INPUTS):
+            raise PlanError(f"layer {index}: {normed(anatomy)}")
         bricks = (build(layer.neurons, brick_of(anatomy, index, weights, dense)),)
     try:
         experts = None if found is None else build_experts(layer.experts, found)
     except PlanError as error:
         raise PlanError(f"layer {index}: {error}") from None
     return LayerProgram(bricks, layer.layer, experts)
+
+
+def normed(anatomy: Anatomy) -> str:
+    return (
+        f"the MLPs of {anatomy.model_type!r} models norm all activations before the down projection: none can be left "
+        "out; leave out inputs (--method threshold), or layers (--method layers)"
+    )
 
 
 def brick_of(

@@ -289,6 +289,8 @@ def _layer(anatomy: Anatomy, index: int, window: int, config: Any, rotary: Rotar
 
 def _brick(mlp: FeedForward) -> BrickSpec:
     act = canonical_activation(mlp.act)
+    if mlp.norm_name is not None:
+        raise NotCovered("a norm stands before the down projection of its MLPs")
     if not isinstance(act, str):
         raise NotCovered("its activation is not one of the kernels'")
     linears = [mlp.up, mlp.down] if mlp.gate_name is None else [getattr(mlp.owner, mlp.gate_name), mlp.up, mlp.down]

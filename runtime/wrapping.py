@@ -355,8 +355,7 @@ class Runtime:
         return selections_of(cache, self) if self._by_prompt or self.skips.adaptive else None
 
     def packed_bytes(self) -> tuple[int, int] | None:
-        """Bytes of all matrices that a native decode step reads, and of the MLPs' share of them; None where steps are
-        not native, or read the model's own."""
+        """Bytes of the matrices that native steps read, and of the MLPs' among them; None where none is packed."""
         return self.steps.native.packed_bytes()
 
 

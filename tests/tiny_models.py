@@ -138,10 +138,30 @@ EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoeshared": ("GraniteMoeSharedConfig", {**_MIXTURE, "shared_intermediate_size": 64}),
 }
 
+# dense families that differ in where their MLPs are, in what stands inside them, or in what other layers are
+ODD: dict[str, tuple[str, dict[str, Any]]] = {
+    "apertus": ("ApertusConfig", _ROPE),  # a learned activation
+    "biogpt": ("BioGptConfig", _PLAIN),  # the MLP is written out in the layer
+    "xglm": ("XGLMConfig", {**_PLAIN, "d_model": 64, "num_layers": 3, "attention_heads": 4, "ffn_dim": 160}),
+    "mpt": ("MptConfig", {**_PLAIN, "d_model": 64, "n_layers": 3, "n_heads": 4, "use_cache": True}),  # adds a residual
+    "bitnet": ("BitNetConfig", _ROPE),  # a norm before the down projection
+    "doge": ("DogeConfig", {**_ROPE, "is_moe": False}),
+    "lfm2": (  # convolutions among the attentions
+        "Lfm2Config",
+        {**_ROPE, "layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    ),
+    "modernbert_decoder": ("ModernBertDecoderConfig", _PLAIN),  # what it calls its decoder is the LM head
+    "nemotron_h": (  # layers without any MLP
+        "NemotronHConfig",
+        {**_HEAD, "layers_block_type": ["mamba", "mlp", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 32}
+        | {"ssm_state_size": 8, "n_groups": 2, "mlp_hidden_act": "relu2"},
+    ),
+}
+
 
 def tiny(family: str, seed: int = 0, **overrides: Any) -> Any:
     """A random model of `family`, scaled so that its logits are far from ties."""
-    class_name, settings = (FAMILIES | EXPERTS)[family]
+    class_name, settings = (FAMILIES | EXPERTS | ODD)[family]
     torch.manual_seed(seed)
     config = getattr(transformers, class_name)(**{**settings, **overrides})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
