@@ -8,22 +8,25 @@ here, so that a plan has one text. Prefill, verification and passes with gradien
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..kernels.experts import Expert, side_by_side
 from ..kernels.groups import tile_shape
 from ..kernels.ops import PackedLinear, available
 from ..kernels.packed import DTYPES
-from ..predictors.anatomy import Anatomy, canonical_activation, rows_of, shape_of
+from ..predictors.anatomy import Anatomy, Experts, canonical_activation, rows_of, shape_of
 from ..predictors.checks import AS_PACKED
 from ..predictors.errors import CoreskipError
 from ..predictors.plan import Plan
 from .bundles import PackedBefore, known_in_groups
 from .lower_cpu import HEAD_FORMAT, KERNEL_FORMATS
+from .packed_experts import HeldExperts, packed_of
 from .packed_layer import PackedLayer
 from .phases import Phase, mode
 from .program import Program
@@ -107,10 +110,12 @@ class Formats:
         self._format = KERNEL_FORMATS[weights]
         self._head, self._before = head, before
         self._parts: dict[nn.Module, list[PackedLinear]] = {}
+        self._experts: dict[nn.Module, list[Expert]] = {}
 
     def clear(self) -> None:
         """Forget everything: the model's own weights were moved, cast or loaded anew."""
         self._parts.clear()
+        self._experts.clear()
 
     def take(self, module: nn.Module, parts: list[PackedLinear]) -> None:
         """The native step has packed the module's matrix: `parts` are its rows."""
@@ -128,6 +133,30 @@ class Formats:
             parts = module.parts(whole=False) if isinstance(module, PackedLayer) else self._pack(module)
             self._parts[module] = parts
         return parts
+
+    def experts(self, mixture: Experts) -> list[Expert]:
+        """A mixture's experts in the plan's format; none where they have no such form."""
+        module = mixture.module
+        if module not in self._experts:
+            if isinstance(module, HeldExperts):
+                self._experts[module] = module.experts(whole=False)
+            else:
+                self._experts[module] = self._packed_experts(mixture)
+        return self._experts[module]
+
+    def _packed_experts(self, mixture: Experts) -> list[Expert]:
+        def pack(matrices: Sequence[tuple[Tensor, Tensor | None]]) -> list[PackedLinear]:
+            before = self._before or {}
+            keys = [(w.data_ptr(), w.shape, w.stride(), self._format) for w, _ in matrices]
+            if all(key in before for key in keys):
+                return [before[key][1] for key in keys]
+            return side_by_side((PackedLinear.pack(w, bias, fmt=self._format), w) for w, bias in matrices)
+
+        try:
+            return [] if self._format is None else packed_of(mixture, pack)
+        except (TypeError, ValueError) as reason:
+            logger.warning("the experts of a %s stay as they were loaded: %s", type(mixture.block).__name__, reason)
+            return []
 
     def _pack(self, module: nn.Module) -> list[PackedLinear]:
         if self._format is None:  # of a packed model, the linears that are not

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from ..kernels.experts import Expert
 from ..kernels.ops import MAX_ROWS, PackedLinear, available, linear
 from ..kernels.packed import DTYPES
 from ..predictors.anatomy import Activation, Anatomy, Experts, FeedForward, shape_of
@@ -22,6 +23,7 @@ from ..predictors.errors import CoreskipError
 from ..predictors.policies import Chooser
 from ..predictors.routing import Router
 from .formats import Formats, routing_modules, takes_format
+from .packed_experts import HeldExperts, can_be_held, few_tokens
 from .packed_layer import PackedLayer
 from .patches import Patches, Usage
 from .phases import Pass, Phase, current_pass, current_prompt, last_phase, mode, passing, tokens_in
@@ -263,28 +265,53 @@ class ModulePatches:
     # --- experts
 
     def patch_experts(self) -> None:
-        """Decode steps compute the experts that the plan leaves of those that the router chose."""
-        for index, program in self._host.program.chosen_experts.items():
-            self._patch_experts(cast(Experts, self._host.anatomy.experts[index]), program)
+        """Decode steps compute the experts that the plan leaves of those that the router chose, and with the numbers of
+        packed matrices where there are any."""
+        host = self._host
+        for index, experts in enumerate(host.anatomy.experts):
+            program = host.program.chosen_experts.get(index)
+            packed = experts is not None and (host.program.weights or isinstance(experts.module, HeldExperts))
+            if experts is not None and (program is not None or (packed and can_be_held(experts))):
+                self._patch_experts(experts, program)
 
-    def _patch_experts(self, experts: Experts, program: ExpertsProgram) -> None:
+    def _patch_experts(self, experts: Experts, program: ExpertsProgram | None) -> None:
         module = experts.module
-        original = module.forward
+        original, packs = module.forward, available("cpu") is None and can_be_held(experts)
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             step = current_pass()
-            if step is None or step.phase is not Phase.DECODE or torch.is_grad_enabled():
+            if step is None or step.phase is Phase.PREFILL or torch.is_grad_enabled():
                 return original(*args, **kwargs)
-            x, index, given = experts.routed(args, kwargs)
-            if program.allowed is not None:
-                router = cast(Router, experts.router)
-                index, given = router.route(x, program.allowed.to(x.device))
-            weights = program.weights(given)
-            step.skipped += program.width * int((weights == 0).sum())
-            return experts.mixture(x, index, weights)
+            decides = program is not None and step.phase is Phase.DECODE
+            packed = self._experts_as_packed(experts, step.phase) if packs else []
+            if not (decides or packed):
+                return original(*args, **kwargs)
+            x, index, weights = experts.routed(args, kwargs)
+            if decides:
+                index, weights = self._left_experts(experts, cast(ExpertsProgram, program), x, index, weights, step)
+            return few_tokens(experts, packed, x, index, weights) if packed else experts.mixture(x, index, weights)
 
         self._host.patches.set(module, "forward", forward)
+
+    @staticmethod
+    def _left_experts(
+        experts: Experts, program: ExpertsProgram, x: Tensor, index: Tensor, given: Tensor, step: Pass
+    ) -> tuple[Tensor, Tensor]:
+        """What a plan leaves of a router's choice."""
+        if program.allowed is not None:
+            router = cast(Router, experts.router)
+            index, given = router.route(x, program.allowed.to(x.device))
+        weights = program.weights(given)
+        step.skipped += program.width * int((weights == 0).sum())
+        return index, weights
+
+    def _experts_as_packed(self, experts: Experts, phase: Phase) -> list[Expert]:
+        """A mixture's matrices as a pass that is no prefill reads them; none where these are the module's own."""
+        formats, module = self._host.formats, experts.module
+        if self._host.program.weights is not None and formats.apply(phase):
+            return formats.experts(experts)
+        return module.experts() if isinstance(module, HeldExperts) else []
 
     # --- passes
 

@@ -16,6 +16,7 @@ from ..predictors.errors import CoreskipError
 from ..predictors.experts import Layout
 from .packed_layer import StandIn, refusing
 from .unpacking import Unpacking, unpack
+from .width import product
 
 _unpacking = Unpacking()
 
@@ -137,6 +138,20 @@ class HeldExperts(nn.Module):
         return _blank_experts, (type(self).__bases__[0],), self.__dict__
 
 
+def few_tokens(mixture: Experts, packed: Sequence[Expert], x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """`Experts.mixture` of a few tokens, by kernels that read each chosen expert's packed matrices."""
+    gating = mixture.gating
+    assert gating is not None, mixture
+    total = torch.zeros_like(x, dtype=torch.float32)
+    for expert in index[weights != 0].unique().tolist():
+        token, place = torch.where((index == expert) & (weights != 0))
+        part, given = packed[expert], x[token]
+        gate = None if part.gate is None else product(given, [part.gate])
+        found = product(gating(gate, product(given, [part.up])), [part.down])
+        total.index_add_(0, token, found.float() * weights[token, place, None].float())
+    return total.to(x.dtype)
+
+
 _classes: dict[type[nn.Module], type[HeldExperts]] = {}
 
 
@@ -163,7 +178,24 @@ def can_be_held(found: Experts) -> bool:
     at, module = found.layout, found.module
     gated = at.stacked or at.interleaved
     computes = hasattr(module, "_apply_gate") if gated else hasattr(module, "act_fn")
-    return computes and at.gate is None and not found.scaled_inputs and module._parameters.get(at.down) is not None
+    known = found.gating is not None
+    return (
+        computes
+        and known
+        and at.gate is None
+        and not found.scaled_inputs
+        and module._parameters.get(at.down) is not None
+    )
+
+
+def packed_of(mixture: Experts, pack: PackAll) -> list[Expert]:
+    """All experts, packed by `pack`, with biases."""
+    at = mixture.layout
+    biases = [None if name is None else mixture.parameter(name) for name in (at.up_bias, at.down_bias)]
+    return experts_of(
+        mixture.parameter(at.up), mixture.down, *biases,
+        stacked=at.stacked, interleaved=at.interleaved, transposed=at.transposed, pack=pack,
+    )  # fmt: skip
 
 
 def names_of(mixture: Experts) -> tuple[str, str]:
@@ -173,11 +205,7 @@ def names_of(mixture: Experts) -> tuple[str, str]:
 
 def stacks_of(mixture: Experts, pack: PackAll) -> dict[str, list[PackedLinear]]:
     """Gates, ups and downs of all experts, packed by `pack`, without biases."""
-    at = mixture.layout
-    found = experts_of(
-        mixture.parameter(at.up), mixture.down,
-        stacked=at.stacked, interleaved=at.interleaved, transposed=at.transposed, pack=pack,
-    )  # fmt: skip
+    found = packed_of(mixture, lambda matrices: pack([(weight, None) for weight, _ in matrices]))
     gates = [expert.gate for expert in found if expert.gate is not None]
     every = {"gate": gates, "up": [expert.up for expert in found], "down": [expert.down for expert in found]}
     return {kind: parts for kind, parts in every.items() if parts}
