@@ -1,0 +1,168 @@
+"""The texts of one HTTP request, from its tokens to their events."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
+
+from ..predictors.errors import CoreskipError
+from .sequence import Busy, Event, Load, Request, Ticket, joined
+from .serve_errors import ApiError, bad_request
+from .serve_metrics import Meter
+from .serve_vocabulary import Unfollowable
+
+logger = logging.getLogger("coreskip")
+
+#: Seconds between tries to submit a request's second and later texts where the queue is full.
+_RETRY = 0.05
+
+#: What fields of a `Request` are called in the API.
+_FIELDS = {"ids": "prompt", "max_new_tokens": "max_tokens"}
+
+
+class Submits(Protocol):
+    """What the server needs of an engine."""
+
+    def submit(self, request: Request) -> Ticket: ...
+
+    def load(self) -> Load: ...
+
+
+class Generation:
+    """One HTTP request's texts: the first is submitted at once, or the request is refused; the others follow as the
+    queue has room for them.
+
+    Args:
+        prompt: what the request calls its prompt, for errors: ``prompt`` or ``messages``.
+
+    Attributes:
+        tickets: by index, as far as they were submitted.
+    """
+
+    def __init__(self, engine: Submits, requests: Sequence[Request], prompt: str, meter: Meter) -> None:
+        self._engine, self._requests, self._prompt, self._meter = engine, requests, prompt, meter
+        self.tickets: dict[int, Ticket] = {}
+        self._closing: str | None = None
+
+    def start(self) -> None:
+        """
+        Raises:
+            ApiError: 429 where the queue is full, 400 where the engine refuses a request.
+        """
+        try:
+            self._submit(0)
+        except Busy as error:
+            seconds = max(1, round(error.retry_after))
+            raise ApiError(429, str(error), code="queue_full", retry_after=seconds) from None
+
+    def _submit(self, index: int) -> Ticket:
+        try:
+            ticket = self._engine.submit(self._requests[index])
+        except Busy:
+            raise
+        except CoreskipError as error:
+            word = str(error).partition(" ")[0]
+            field = self._prompt if word == "ids" else _FIELDS.get(word, word)
+            known = field if word in Request.__dataclass_fields__ else self._prompt
+            raise bad_request(str(error), known) from None
+        self.tickets[index] = ticket
+        return ticket
+
+    async def _ticket(self, index: int) -> Ticket:
+        while index not in self.tickets:
+            if self._closing is not None:
+                raise ApiError(503, self._closing, code="shutting_down")
+            try:
+                return self._submit(index)
+            except Busy:
+                await asyncio.sleep(_RETRY)
+        return self.tickets[index]
+
+    async def collect(self) -> list[Event]:
+        """Each text as one event.
+
+        Raises:
+            ApiError: a text failed.
+        """
+        return list(await asyncio.gather(*(self._collect(index) for index in range(len(self._requests)))))
+
+    async def _collect(self, index: int) -> Event:
+        return joined([event async for event in self._events(index)])
+
+    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """The events of all texts as they come, with the index of each.
+
+        Raises:
+            ApiError: a text failed.
+        """
+        if len(self._requests) == 1:
+            async for event in self._events(0):
+                yield 0, event
+            return
+        arrived: asyncio.Queue[tuple[int, Event | BaseException]] = asyncio.Queue()
+        tasks = [asyncio.create_task(self._forward(index, arrived)) for index in range(len(self._requests))]
+        try:
+            left = len(tasks)
+            while left:
+                index, event = await arrived.get()
+                if isinstance(event, BaseException):
+                    raise event
+                left -= event.finish is not None
+                yield index, event
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _forward(self, index: int, arrived: asyncio.Queue[tuple[int, Event | BaseException]]) -> None:
+        try:
+            async for event in self._events(index):
+                arrived.put_nowait((index, event))
+        except Exception as error:  # raised where the events are read
+            arrived.put_nowait((index, error))
+
+    async def _events(self, index: int) -> AsyncIterator[Event]:
+        ticket = await self._ticket(index)
+        last = None
+        async for event in ticket:
+            if event.finish == "error":
+                raise self._failed(ticket, event)
+            if event.finish == "cancelled":
+                raise ApiError(503, self._closing or "the answer was cancelled", code="cancelled")
+            if event.tokens:
+                now = time.perf_counter()
+                self._meter.tokens(len(event.tokens), now, last, ticket.timings)
+                last = now
+            yield event
+
+    def _failed(self, ticket: Ticket, event: Event) -> ApiError:
+        if isinstance(ticket.failure, Unfollowable):
+            return bad_request(str(ticket.failure), "response_format")
+        logger.error("generation failed: %s", event.error, exc_info=ticket.failure)
+        return ApiError(500, "generation failed; the server's log says why", code="generation_failed")
+
+    def cancel(self, reason: str | None = None) -> None:
+        """End all texts before the next step.
+
+        reason: for whoever waits for them; None: nobody does.
+        """
+        self._closing = reason
+        for ticket in self.tickets.values():
+            ticket.cancel()
+
+    def usage(self, per_prompt: int) -> dict[str, Any]:
+        """Tokens so far, in the API's shape; a prompt counts once, however many texts it has.
+
+        per_prompt: texts of each prompt.
+        """
+        found = [ticket.usage for ticket in self.tickets.values()]
+        firsts = [ticket.usage for index, ticket in self.tickets.items() if index % per_prompt == 0]
+        prompt, made = sum(each.prompt_tokens for each in firsts), sum(each.completion_tokens for each in found)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": made,
+            "total_tokens": prompt + made,
+            "prompt_tokens_details": {"cached_tokens": sum(each.cached_tokens for each in firsts)},
+        }

@@ -1,0 +1,209 @@
+"""Calls of tools: how a model's chat template writes them, found out by rendering one, and read from answers again.
+
+A template that knows tools shows it: it renders a chat with tools otherwise than without. How it writes a call is seen
+in what it makes of an assistant's message that has one: a JSON object that holds the function's name and arguments
+under some keys, between some words. A template whose calls are no JSON objects is refused, rather than read wrongly.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .serve_protocol import Tool
+
+_PROBE, _ARGUMENT, _VALUE, _CONTENT = "zqprobe", "zqargument", "zqvalue", "zqcontent"
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": _PROBE,
+        "description": "A probe.",
+        "parameters": {
+            "type": "object",
+            "properties": {_ARGUMENT: {"type": "string", "description": "A value."}},
+            "required": [_ARGUMENT],
+        },
+    },
+}
+_JSON = json.JSONDecoder()
+
+
+@dataclass(frozen=True)
+class CallFormat:
+    """How calls stand in an answer: `before`, then a JSON object, or a list of them, then `after`.
+
+    name, arguments: the object's keys.
+    """
+
+    before: str
+    after: str
+    name: str
+    arguments: str
+    listed: bool
+
+    def schema(self, tool: Tool) -> dict[str, Any]:
+        """Of the object that calls `tool`."""
+        function = tool.function
+        return {
+            "type": "object",
+            "properties": {self.name: {"const": function.name}, self.arguments: function.parameters},
+            "required": [self.name, self.arguments],
+            "additionalProperties": False,
+        }
+
+    @property
+    def around(self) -> tuple[str, str]:
+        """What stands before and after an object, the brackets of a list included."""
+        return (self.before + "[", "]" + self.after) if self.listed else (self.before, self.after)
+
+
+def call_format(tokenizer: Any) -> CallFormat | str:
+    """The format of a tokenizer's chat template, or why it has none that can be read."""
+    user = {"role": "user", "content": "Hello"}
+    plain, told = _render(tokenizer, [user], None), _render(tokenizer, [user], [_TOOL])
+    if told is None or plain is None or _PROBE not in told:
+        return "the model's chat template knows no tools"
+    call = {"id": "zqcall123", "type": "function", "function": {"name": _PROBE, "arguments": {_ARGUMENT: _VALUE}}}
+    text = _render(tokenizer, [user, {"role": "assistant", "content": "", "tool_calls": [call]}], [_TOOL], False)
+    spoken = _render(tokenizer, [user, {"role": "assistant", "content": _CONTENT}], [_TOOL], False)
+    if text is None or spoken is None or _CONTENT not in spoken:
+        return "the model's chat template cannot write calls of tools"
+    start, turn_end = spoken.split(_CONTENT, 1)
+    common = len(start) if text.startswith(start) else len(_common_prefix(text, start))
+    found = _call_in(text[common:])
+    if found is None:
+        return "the model's chat template writes calls of tools in a form of its own, which is not read here"
+    before, value, after = found
+    keys = _keys(value[0] if isinstance(value, list) else value)
+    if keys is None:
+        return "the model's chat template writes calls of tools in a form of its own, which is not read here"
+    return CallFormat(before.strip(), after.removesuffix(turn_end).strip(), *keys, listed=isinstance(value, list))
+
+
+def _render(tokenizer: Any, messages: list[Any], tools: list[Any] | None, prompt: bool = True) -> str | None:
+    try:
+        return str(
+            tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+        )
+    except Exception:  # a template is a program of its own, and raises whatever it likes
+        return None
+
+
+def _common_prefix(a: str, b: str) -> str:
+    length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return a[:length]
+
+
+def _call_in(text: str) -> tuple[str, Any, str] | None:
+    """What stands before the call's JSON, the value, and what stands after it."""
+    for place, letter in enumerate(text):
+        if letter not in "{[":
+            continue
+        try:
+            value, end = _JSON.raw_decode(text, place)
+        except ValueError:
+            continue
+        first = value[0] if isinstance(value, list) and value else value
+        if isinstance(first, dict) and _keys(first) is not None:
+            return text[:place], value, text[end:]
+    return None
+
+
+def _keys(value: dict[str, Any]) -> tuple[str, str] | None:
+    names = [key for key, each in value.items() if each == _PROBE]
+    arguments = [key for key, each in value.items() if each == {_ARGUMENT: _VALUE}]
+    return (names[0], arguments[0]) if names and arguments else None
+
+
+@dataclass(frozen=True)
+class Call:
+    """arguments: as the text of a JSON object."""
+
+    name: str
+    arguments: str
+
+
+class CallReader:
+    """Tells calls from the rest of an answer while it comes.
+
+    Text that may be the beginning of a call is held back; what turns out to be none is text like the rest.
+
+    names: of the functions that there are; another name is no call.
+    """
+
+    def __init__(self, form: CallFormat, names: list[str]) -> None:
+        self._form, self._names = form, names
+        self._held, self._said, self._calling = "", False, False
+
+    def feed(self, text: str) -> Iterator[str | Call]:
+        """Pieces of text, and calls, in the order of the answer."""
+        self._held += text
+        while True:
+            if not self._calling and not self._begins():
+                safe = len(self._held) - self._may_begin()
+                if safe:
+                    yield self._let_go(safe)
+                return
+            place = self._held.find(self._form.before)
+            if not self._calling and self._held[:place].strip():
+                yield self._let_go(place)
+                place = 0
+            self._calling = True
+            calls = self._calls(place)
+            if calls is None:
+                return
+            yield from calls
+
+    def end(self) -> Iterator[str]:
+        """What was held back at the end of the answer."""
+        if self._held.strip() or not self._said:
+            yield self._let_go(len(self._held))
+
+    def _let_go(self, length: int) -> str:
+        text, self._held = self._held[:length], self._held[length:]
+        self._said = self._said or bool(text.strip())
+        return text
+
+    def _begins(self) -> bool:
+        if self._form.before:
+            return self._form.before in self._held
+        return not self._said and self._held.lstrip().startswith("[" if self._form.listed else "{")
+
+    def _may_begin(self) -> int:
+        """How many of the last characters may be the beginning of `before`, with the space around it."""
+        before = self._form.before
+        if not before:
+            return 0 if self._held.strip() else len(self._held)
+        most = min(len(before) - 1, len(self._held))
+        partial = next((n for n in range(most, 0, -1) if self._held.endswith(before[:n])), 0)
+        rest = self._held[: len(self._held) - partial]
+        return partial + len(rest) - len(rest.rstrip())
+
+    def _calls(self, place: int) -> list[Call] | list[str | Call] | None:
+        """The calls that begin at `place`, taken from what is held; None until they are complete."""
+        start = place + len(self._form.before)
+        start += len(self._held[start:]) - len(self._held[start:].lstrip())
+        if start == len(self._held):
+            return None
+        try:
+            value, end = _JSON.raw_decode(self._held, start)
+        except ValueError:
+            return None
+        found = [self._call(each) for each in (value if isinstance(value, list) else [value])]
+        self._calling = False
+        if not found or None in found:
+            return [self._let_go(end)]
+        after = self._held[end:]
+        if after.lstrip().startswith(self._form.after):
+            after = after.lstrip().removeprefix(self._form.after)
+        self._held, self._said = after, True
+        return [call for call in found if call is not None]
+
+    def _call(self, value: Any) -> Call | None:
+        name = value.get(self._form.name) if isinstance(value, dict) else None
+        arguments = value.get(self._form.arguments) if isinstance(value, dict) else None
+        if not isinstance(name, str) or name not in self._names or not isinstance(arguments, dict):
+            return None
+        return Call(name, json.dumps(arguments, ensure_ascii=False))
