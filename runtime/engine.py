@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,13 +16,16 @@ from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from ..predictors.anatomy import check_model
 from ..predictors.calibration import check_tokenizer
-from ..predictors.checks import check_flag, check_weights, kind_of
+from ..predictors.checks import check_count, check_flag, check_weights, kind_of
 from ..predictors.errors import CoreskipError
 from ..predictors.plan import Plan
+from .batching import Batching, Call, acollected, check_batches, collected, figures_of, finished
 from .drafting import Statistics
 from .figures import Figures
 from .generation_options import check_length, learned_positions, own_options, samples
 from .prompts import Message, Prompt, as_batch, render
+from .scheduler import Limits
+from .sequence import Event, Load, Request, Ticket
 from .shared_wrapping import Settings, SharedWrapping
 from .stop_strings import StopStrings, cut, stop_before
 from .unknown import refuses_unknown
@@ -53,6 +57,13 @@ class Engine:
         weights: ``"int4"`` or ``"int8"``: the format in which decode steps read their weights, in place of the plan's
             own; None leaves the plan's.
         plain: plain transformers, without anything of coreskip's.
+        max_batch: how many sequences decode together. Calls from threads and from asyncio tasks then share steps, each
+            with its own random numbers; greedy texts are those that each call gets alone. Where native steps cover the
+            model, a step of several sequences reads the weights once; elsewhere sequences take turns. None: every call
+            decodes by itself, in its own thread.
+        max_waiting: of max_batch: how many requests may wait for a place; one more raises `Busy`. None: any number.
+        kv_bytes: of max_batch: memory for the keys and values of all that run; None: half of what is free.
+        prefill_chunk: of max_batch: how many tokens of a prompt are read between two steps.
 
     Raises:
         CoreskipError: a plan of another model, weights that no kernel reads here, a model that is wrapped with other
@@ -71,6 +82,10 @@ class Engine:
         lookup: bool = False,
         weights: str | None = None,
         plain: bool = False,
+        max_batch: int | None = None,
+        max_waiting: int | None = None,
+        kv_bytes: int | None = None,
+        prefill_chunk: int = 256,
     ) -> None:
         check_model(model)
         _check_tokenizer(tokenizer)
@@ -78,6 +93,9 @@ class Engine:
             check_flag(name, flag)
         check_flag("keep_originals", keep_originals, none=True)
         check_weights(weights)
+        limits = _limits(max_batch, max_waiting, kv_bytes, prefill_chunk)
+        if limits is not None:
+            check_batches(model)
         settings = Settings(plan, exact, keep_originals, lookup, weights)
         self._wrapping: SharedWrapping | None = None
         if plain and settings.given:
@@ -93,10 +111,17 @@ class Engine:
         self._sampling = threading.Lock()
         self._tokenizing = threading.Lock()  # fast tokenizers keep padding and truncation as shared state
         self.figures: Figures | None = None  # of the generation that ended last
+        self._batching: Batching | None = None
+        if limits is not None:
+            acquire = (lambda: None) if self._wrapping is None else self._wrapping.acquire
+            self._batching = Batching(model, tokenizer, limits, acquire)
+            self._stop = weakref.finalize(self, self._batching.close)
 
     def close(self) -> None:
         """Unwrap the model, if this engine wrapped it, no other engine shares that, and the model's own weights are not
-        gone (``keep_originals=False``)."""
+        gone (``keep_originals=False``). Sequences of ``max_batch`` that are under way end first, cancelled."""
+        if self._batching is not None:
+            self._stop()
         if self._wrapping is not None:
             self._release()
             self._wrapping = None
@@ -132,14 +157,68 @@ class Engine:
         """
         prompts, single = as_batch(prompt)
         seed, stops, options = own_options(self.model, options)
+        tickets = self._start(prompts, options, seed, stops)
+        if tickets is None:
+            texts = self._alone(prompts, options, seed, stops)
+        else:
+            texts = self._texts(tickets, collected(tickets), stops)
+        return _arranged(texts, len(prompts), single)
+
+    async def agenerate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Any:
+        """`generate` for an asyncio task. Where that is cancelled, an engine with ``max_batch`` stops generating."""
+        prompts, single = as_batch(prompt)
+        seed, stops, options = own_options(self.model, options)
+        tickets = await asyncio.to_thread(self._start, prompts, options, seed, stops)
+        if tickets is None:
+            texts = await asyncio.to_thread(self._alone, prompts, options, seed, stops)
+        else:
+            texts = self._texts(tickets, await acollected(tickets), stops)
+        return _arranged(texts, len(prompts), single)
+
+    def _start(
+        self, prompts: list[str | list[Message]], options: dict[str, Any], seed: int | None, stops: list[str]
+    ) -> list[Ticket] | None:
+        """Every prompt's sequences under way in the scheduler; None where there is none, or it does not cover the call.
+        Sequences of one seed have random numbers of their own: the seeds that follow it."""
+        if self._batching is None:
+            return None
+        each = options.get("num_return_sequences") or 1
+        options = {name: value for name, value in options.items() if name != "num_return_sequences"}
+        inputs = [self.encode([prompt], options) for prompt in prompts for _ in range(each)]
+        seeds = [None if seed is None else (seed + i) % 2**64 for i in range(len(inputs))]
+        return self._batching.start_all([Call(i, options, s, stops) for i, s in zip(inputs, seeds, strict=True)])
+
+    def _texts(self, tickets: list[Ticket], events: list[Event], stops: list[str]) -> list[str]:
+        self.figures = figures_of(tickets)
+        found = [finished(ticket, event) for ticket, event in zip(tickets, events, strict=True)]
+        return [cut(text, stops) for event in found for text in self._decode([event.tokens])]
+
+    def _alone(
+        self, prompts: list[str | list[Message]], options: dict[str, Any], seed: int | None, stops: list[str]
+    ) -> list[str]:
+        """The texts of one call of ``model.generate``."""
         inputs = self.encode(prompts, options)
         output = self._run(inputs, options, seed, stops)
-        texts = [cut(text, stops) for text in self._decode(output[:, inputs["input_ids"].shape[1] :])]
-        each = len(texts) // len(prompts)
-        if each > 1:
-            grouped = [texts[i : i + each] for i in range(0, len(texts), each)]
-            return grouped[0] if single else grouped
-        return texts[0] if single else texts
+        return [cut(text, stops) for text in self._decode(output[:, inputs["input_ids"].shape[1] :])]
+
+    def submit(self, request: Request) -> Ticket:
+        """Queue a request on tokens; its ticket is iterated, in a thread or an asyncio task, as it goes on. Needs
+        ``max_batch``.
+
+        Raises:
+            CoreskipError: a field that makes no sense, more tokens than the model has positions or the engine memory
+                for, an engine without ``max_batch``. Busy: the queue is full. Nothing was queued.
+        """
+        return self._batched().submit(request)
+
+    def load(self) -> Load:
+        """What an engine with ``max_batch`` does now, and has done so far."""
+        return self._batched().load()
+
+    def _batched(self) -> Batching:
+        if self._batching is None:
+            raise CoreskipError("this engine has no scheduler: make it with max_batch=N")
+        return self._batching
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """The continuation of one prompt, piece by piece as it is generated; closing the iterator stops generation.
@@ -150,7 +229,48 @@ class Engine:
         if not single:
             raise CoreskipError("stream takes one prompt; use generate for several")
         seed, stops, options = self.stream_options(options)
-        return self.pieces(self.encode(prompts, options), options, seed, stops)
+        return self._streamed(Call(self.encode(prompts, options), options, seed, stops))
+
+    async def astream(self, prompt: Prompt, **options: Any) -> AsyncIterator[str]:
+        """`stream` for an asyncio task. Where that is cancelled, or the iterator closed, generation stops."""
+        prompts, single = as_batch(prompt)
+        if not single:
+            raise CoreskipError("stream takes one prompt; use generate for several")
+        seed, stops, options = self.stream_options(options)
+        call = Call(self.encode(prompts, options), options, seed, stops)
+        ticket = None if self._batching is None else await asyncio.to_thread(self._batching.start, call)
+        if ticket is None:
+            pieces = self.pieces(call.inputs, options, seed, stops)
+            try:
+                while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+                    yield piece
+            finally:
+                pieces.close()
+            return
+        try:
+            async for event in ticket:
+                if event.text:
+                    yield event.text
+            self._ended(ticket, event)
+        finally:
+            ticket.cancel()
+
+    def _streamed(self, call: Call) -> Iterator[str]:
+        ticket = None if self._batching is None else self._batching.start(call)
+        if ticket is None:
+            yield from self.pieces(call.inputs, call.options, call.seed, call.stops)
+            return
+        try:
+            for event in ticket:
+                if event.text:
+                    yield event.text
+            self._ended(ticket, event)
+        finally:
+            ticket.cancel()
+
+    def _ended(self, ticket: Ticket, last: Event) -> None:
+        self.figures = figures_of([ticket])
+        finished(ticket, last)
 
     def stream_options(self, options: dict[str, Any]) -> tuple[int | None, list[str], dict[str, Any]]:
         """As `own_options`, for what is streamed."""
@@ -266,8 +386,29 @@ class Engine:
         """Raise `CoreskipError` where a prompt of so many tokens and its continuation have no learned positions."""
         check_length(self.model, self._positions, tokens, options)
 
-    def _decode(self, ids: torch.Tensor) -> list[str]:
+    def _decode(self, ids: torch.Tensor | list[list[int]]) -> list[str]:
         return cast("list[str]", self.tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+
+def _arranged(texts: list[str], prompts: int, single: bool) -> Any:
+    """One text for one prompt, a list for several; lists of texts where each prompt has several."""
+    each = len(texts) // prompts
+    if each > 1:
+        grouped = [texts[i : i + each] for i in range(0, len(texts), each)]
+        return grouped[0] if single else grouped
+    return texts[0] if single else texts
+
+
+def _limits(batch: int | None, waiting: int | None, kv_bytes: int | None, chunk: int) -> Limits | None:
+    if batch is None:
+        if waiting is not None or kv_bytes is not None:
+            raise CoreskipError("max_waiting and kv_bytes are of an engine with max_batch: add it, or leave them out")
+        return None
+    check_count("max_batch", batch)
+    for name, value, least in (("max_waiting", waiting, 0), ("kv_bytes", kv_bytes, 1), ("prefill_chunk", chunk, 1)):
+        if value is not None:
+            check_count(name, value, least)
+    return Limits(batch, waiting, kv_bytes, chunk)
 
 
 def _check_tokenizer(tokenizer: Any) -> None:

@@ -399,13 +399,14 @@ def known_rooms(cache: Cache, more: int, entries: Entries) -> Rooms | None:
     return rooms if rooms.fits(more) else None
 
 
-def make_rooms(cache: Cache, more: int, entries: Entries) -> Rooms | str:
-    """Gives the cache's layers room for `more` positions; or says why they cannot have it."""
+def make_rooms(cache: Cache, more: int, entries: Entries, snug: bool = False) -> Rooms | str:
+    """Gives the cache's layers room for `more` positions, and unless `snug` for as many again; or says why they cannot
+    have it."""
     reason = unfit(cache, entries)
     if reason is not None:
         return reason
     for layer in cache.layers:
-        _give_room(layer, more)
+        _give_room(layer, more, snug)
     rooms = _ROOMS[cache] = Rooms(cache.layers, entries)
     return rooms
 
@@ -447,15 +448,16 @@ def twin_of(cache: Any) -> Any:
     return twin
 
 
-def _give_room(layer: Any, more: int) -> None:
-    """Copies a layer's keys and values into buffers of about twice the size, unless they lie in large enough ones that
-    nobody else looks at."""
+def _give_room(layer: Any, more: int, snug: bool = False) -> None:
+    """Copies a layer's keys and values into buffers of about twice the size (`snug`: of the size needed), unless they
+    lie in large enough ones that nobody else looks at."""
     room = layer.__dict__.get("_room")
     if room is not None and room.end + more <= room.capacity and room.is_ours():
         return
     keys, values = layer.keys, layer.values
     rows, heads, used, _ = keys.shape
-    capacity = -(-(max(2 * used, used + 128) + more) // 128) * 128
+    most = used if snug else max(2 * used, used + 128)
+    capacity = -(-(most + more) // 128) * 128
     with torch.inference_mode(False):  # else no pass outside of it could write to them
         new_keys, new_values = (
             torch.empty((rows, heads, capacity, t.shape[3]), dtype=t.dtype, device=t.device) for t in (keys, values)

@@ -309,8 +309,9 @@ class NativeSteps:
                 described.steps[program] = (step, version)
         return step
 
-    def admit(self, cache: Any, more: int, entries: Entries | None = None) -> Rooms:
-        """The cache's rooms. What takes longer to check is checked once a cache, not once a step."""
+    def admit(self, cache: Any, more: int, entries: Entries | None = None, snug: bool = False) -> Rooms:
+        """The cache's rooms. What takes longer to check is checked once a cache, not once a step. snug: new ones get
+        place for `more` positions and hardly any beyond these."""
         if entries is None:
             described = self._state.described
             if described is None:
@@ -321,7 +322,7 @@ class NativeSteps:
         rooms = known_rooms(cache, more, entries)
         if rooms is not None:
             return rooms
-        found = make_rooms(cache, more, entries)
+        found = make_rooms(cache, more, entries, snug)
         if isinstance(found, str):
             raise NotThisCall(found)
         return found
@@ -376,15 +377,18 @@ def _check_ranges(step: kernel.Step, model: CpuModel, ids: Tensor, positions: Te
 
 
 class NativeSequence:
-    """One sequence that nobody else touches while it decodes: steps without a look at the caller's arguments."""
+    """One sequence that nobody else touches while it decodes: steps without a look at the caller's arguments.
 
-    def __init__(self, steps: NativeSteps, cache: Any) -> None:
+    most: how many tokens it may come to have beyond those in the cache, where that is known: it gets room for these.
+    """
+
+    def __init__(self, steps: NativeSteps, cache: Any, most: int | None = None) -> None:
         steps.check_modules()
         described = steps.described
         if described is None or not steps.ready:
             raise NotThisCall("the model was changed: it has to be described anew first")
-        self._steps, self._cache, self._described = steps, cache, described
-        self._rooms = steps.admit(cache, 1)
+        self.steps, self._cache, self._described = steps, cache, described
+        self._rooms = steps.admit(cache, most or 1, snug=most is not None)
         self._start = torch.zeros(1, dtype=torch.int64, device="cpu")
 
     @property
@@ -394,7 +398,7 @@ class NativeSequence:
 
     def _ready(self, program: StepProgram, more: int, at_once: int) -> kernel.Step:
         """For `more` tokens, the first `at_once` of them in one step."""
-        steps = self._steps
+        steps = self.steps
         steps.check_modules()
         if steps.described is not self._described:
             raise NotThisCall("the model was changed meanwhile")
@@ -419,7 +423,7 @@ class NativeSequence:
 
     def greedy(self, token: int, count: int, ends: Sequence[int], program: StepProgram) -> list[int]:
         """Appends `token` and returns the likeliest tokens after it: `count`, or fewer up to one of `ends`."""
-        count = min(count, self._steps.checkpoints.room(self.length))
+        count = min(count, self.steps.checkpoints.room(self.length))
         step, past = self._ready(program, count, 1), self.length
         made, left_out = step.generate(token, past, 0, self._rooms.table, past, count, ends)
         self._advance(len(made), program, left_out)
@@ -428,7 +432,7 @@ class NativeSequence:
     def draft(self, token: int, count: int, least: float, program: StepProgram) -> tuple[list[int], list[float]]:
         """Appends `token` and returns the likeliest tokens after it with their probabilities: `count`, or fewer up to
         one whose probability is below `least`."""
-        count = min(count, self._steps.checkpoints.room(self.length))
+        count = min(count, self.steps.checkpoints.room(self.length))
         step, past = self._ready(program, count, 1), self.length
         made, chances, left_out = step.draft(token, past, 0, self._rooms.table, past, count, least)
         self._advance(len(made), program, left_out)
@@ -436,7 +440,12 @@ class NativeSequence:
 
     def _advance(self, tokens: int, program: StepProgram, left_out: float) -> None:
         self._rooms.advance(tokens)
-        self._steps.count(tokens, program.skipped * tokens + left_out)
+        self.steps.count(tokens, program.skipped * tokens + left_out)
 
     def rollback(self, length: int) -> None:
         self._rooms.advance(length - self.length)
+
+
+def step_together(sequences: Sequence[NativeSequence], tokens: Sequence[int], program: StepProgram) -> Tensor:
+    """Appends one token to each sequence; logits ``[sequences, vocabulary]``."""
+    return torch.cat([sequence.step([token], program) for sequence, token in zip(sequences, tokens, strict=True)])

@@ -110,3 +110,15 @@ class Steps:
         except NotCovered:
             return None
         return NativePasses(sequence, draft, self._dense if self._host.verifies else draft)
+
+    def sequence(self, cache: Cache, most: int, dense: bool = False) -> tuple[NativeSequence, StepProgram] | None:
+        """What steps one sequence natively, by `most` tokens at most, and the program that decides about its text;
+        `dense`: the one that leaves nothing out. None where native steps do not cover the model and its plan."""
+        self._host.notice()
+        program = self._dense if dense or self._host.verifies else self._host.program_for(cache)
+        if not self.native.ready or isinstance(program, str):
+            return None
+        try:
+            return NativeSequence(self.native, cache, most), program
+        except NotCovered:
+            return None

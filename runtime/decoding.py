@@ -1,0 +1,181 @@
+"""How a scheduler's sequences read their prompts and decode: together in one native step where that gives each of them
+the bits that it gets alone, else one after another."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from ..kernels.step import likeliest
+from .calls import NotCovered
+from .lower_cpu import StepProgram
+from .native import NativeSequence, step_together
+from .phases import as_loaded, densely, prefilling
+from .running import Running
+from .sequence import prompt_logprobs
+from .steps import Lowering, Steps
+from .wrap import is_wrapped, runtime_of
+
+# Tokens of one native call where a sequence runs alone, and the seconds that they may take: who comes meanwhile waits.
+AT_ONCE, AT_ONCE_S = 16, 0.05
+IN_TURN = 8  # tokens that a sequence makes in its turn where to change caches costs a GPU more than a step
+
+
+class Decoder:
+    """Passes of one model over the caches of many sequences.
+
+    chunk: how many tokens of a prompt one pass reads at most. Chunks begin at multiples of it, so that what a prompt
+    comes to does not depend on what runs beside it.
+    """
+
+    def __init__(self, model: Any, chunk: int) -> None:
+        self.model, self.chunk = model, chunk
+        self._at_once = 1
+        self._keep_last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+
+    # --- prompts
+
+    @torch.no_grad()
+    def prefill(self, sequence: Running) -> int:
+        """Reads the next chunk of a prompt; with the last one comes the first new token. Returns how many were read."""
+        begin = sequence.read
+        end = min(begin + self.chunk, sequence.prompt)
+        if sequence.cache is None:
+            sequence.cache = DynamicCache(config=self.model.config)
+        keep = self._keep_last if sequence.echo is None else {}
+        ids = sequence.ids[:, begin:end].to(self.model.device)
+        with prefilling():
+            output = self.model(input_ids=ids, past_key_values=sequence.cache, use_cache=True, **keep)
+        sequence.read = end
+        logits: Tensor = output.logits[0]
+        if sequence.echo is not None:
+            self._echo(sequence, logits, begin, end)
+        if sequence.decodes and sequence.most == 0:
+            sequence.end("length")
+        elif sequence.decodes:
+            sequence.choose(logits[-1])
+        return end - begin
+
+    @staticmethod
+    def _echo(sequence: Running, logits: Tensor, begin: int, end: int) -> None:
+        following = sequence.ids[0, begin + 1 : min(end, sequence.prompt - 1) + 1].tolist()
+        found = prompt_logprobs(logits[: len(following)], following, sequence.echo or 0)
+        ticket = sequence.ticket
+        ticket.prompt_logprobs = [*(ticket.prompt_logprobs or [None]), *found]
+
+    # --- steps
+
+    @torch.no_grad()
+    def step(self, sequences: Sequence[Running]) -> None:
+        """Every sequence goes on by one token at least. An error ends the one that it comes from."""
+        steps = runtime_of(self.model).steps if is_wrapped(self.model) else None
+        groups, rest = self._grouped(sequences, steps)
+        for group in groups:
+            try:
+                self._natively(group, alone=len(sequences) == 1)
+            except NotCovered:  # of one of them: the model's own pass covers it, or describes the model anew
+                rest += [sequence for sequence, _ in group]
+        for sequence in rest:
+            if sequence.finish is None:
+                self._by_the_model(sequence, steps)
+
+    def _grouped(
+        self, sequences: Sequence[Running], steps: Steps | None
+    ) -> tuple[list[list[tuple[Running, NativeSequence]]], list[Running]]:
+        """Those that may share a native step, and those that no native step covers."""
+        groups: dict[object, list[tuple[Running, NativeSequence]]] = {}
+        rest = []
+        for sequence in sequences:
+            native = self._native(sequence, steps)
+            if native is None:
+                rest.append(sequence)
+                continue
+            stepper, program = native
+            key = program if shares_steps(program) else sequence
+            groups.setdefault(key, []).append((sequence, stepper))
+        return list(groups.values()), rest
+
+    @staticmethod
+    def _native(sequence: Running, steps: Steps | None) -> tuple[NativeSequence, StepProgram] | None:
+        if steps is None:
+            sequence.native = None
+        elif sequence.native is None or sequence.native[0].steps is not steps.native:
+            assert sequence.cache is not None
+            sequence.native = steps.sequence(sequence.cache, sequence.room, dense=sequence.dense)
+        return sequence.native
+
+    def _natively(self, group: list[tuple[Running, NativeSequence]], alone: bool) -> None:
+        first, stepper = group[0]
+        assert first.native is not None
+        program = first.native[1]
+        if alone and first.plain:
+            first.extend(self._greedily(first, stepper, program))
+            return
+        try:
+            logits = step_together([native for _, native in group], [s.last for s, _ in group], program)
+        except NotCovered:
+            for sequence, _ in group:
+                sequence.native = None
+            raise
+        plain = [i for i, (sequence, _) in enumerate(group) if sequence.plain]
+        chosen = dict(zip(plain, likeliest(logits[plain], chances=False)[0], strict=True)) if plain else {}
+        for i, (sequence, _) in enumerate(group):
+            with _Isolated(sequence):
+                sequence.extend([chosen[i]]) if i in chosen else sequence.choose(logits[i])
+
+    def _greedily(self, sequence: Running, stepper: NativeSequence, program: StepProgram) -> list[int]:
+        """Several tokens without leaving the native code."""
+        start = time.perf_counter()
+        try:
+            made = stepper.greedy(sequence.last, min(sequence.room, self._at_once), sorted(sequence.ends), program)
+        except NotCovered:
+            sequence.native = None
+            raise
+        each = (time.perf_counter() - start) / len(made)
+        self._at_once = max(1, min(AT_ONCE, int(AT_ONCE_S / each)))
+        return made
+
+    def _by_the_model(self, sequence: Running, steps: Steps | None) -> None:
+        turn = IN_TURN if steps is not None and steps.lowering is Lowering.CAPTURED else 1
+        with _Isolated(sequence), ExitStack() as stack:
+            if sequence.dense:
+                stack.enter_context(densely())
+                stack.enter_context(as_loaded())
+            for _ in range(turn):
+                ids = sequence.ids[:, -1:].to(self.model.device)
+                output = self.model(input_ids=ids, past_key_values=sequence.cache, use_cache=True)
+                sequence.choose(output.logits[0, -1])
+                if sequence.finish is not None:
+                    break
+
+
+def shares_steps(program: StepProgram) -> bool:
+    """Whether a step of several sequences gives each the bits of a step of its own. Where each token chooses its
+    neurons, what the threads add up is divided by what any of the tokens has chosen."""
+    return all(mlp is None or (mlp.rule == "listed" and _alike(mlp)) for mlp in program.mlps)
+
+
+def _alike(mlp: Any) -> bool:
+    return mlp.lists is None or mlp.lists.rows is None
+
+
+class _Isolated:
+    """An error inside ends one sequence, and nothing else."""
+
+    def __init__(self, sequence: Running) -> None:
+        self._sequence = sequence
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if error is None or not isinstance(error, Exception):
+            return False
+        self._sequence.end("error", error)
+        return True

@@ -1,0 +1,218 @@
+"""Many requests on one model: one thread decodes all of them, step by step; they join and leave between steps."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from ..predictors.errors import CoreskipError
+from .decoding import Decoder
+from .running import Running
+from .sequence import Busy, Load
+
+logger = logging.getLogger("coreskip")
+
+_SHARE = 0.5  # of the memory that is free, for keys and values
+_WHOLE = 128  # positions by which room for keys and values grows
+_RETRY_S = 1.0, 60.0  # what a full queue asks to wait, at least and at most
+
+
+@dataclass(frozen=True)
+class Limits:
+    """
+    Attributes:
+        batch: sequences that run at once.
+        waiting: requests in the queue; None: any number.
+        kv_bytes: of keys and values; None: half of the memory that is free when the scheduler starts.
+        chunk: tokens of a prompt that are read between two steps.
+    """
+
+    batch: int
+    waiting: int | None = None
+    kv_bytes: int | None = None
+    chunk: int = 256
+
+
+class Scheduler:
+    """Runs sequences of one model, first come first served.
+
+    A sequence is admitted when one of `limits.batch` places is free and its keys and values, with all the tokens that it
+    may make, fit beside the others': so none has to be stopped later. Nobody overtakes the first one in the queue. Between
+    two steps one chunk of one prompt is read, of those that came first.
+
+    Args:
+        acquire: called before the model is used; has it wrapped as it should be.
+    """
+
+    def __init__(self, model: Any, limits: Limits, acquire: Callable[[], None]) -> None:
+        self._limits, self._acquire = limits, acquire
+        self._decoder = Decoder(model, limits.chunk)
+        self._memory = _Memory(model, limits.kv_bytes)
+        self._changed = threading.Condition()
+        self._waiting: deque[Running] = deque()
+        self._running: list[Running] = []
+        self._closing = False
+        self._steps = self._decoded = self._prefilled = 0
+        self._step_s = 0.0  # a step takes, of late
+        self._batch_sizes: Counter[int] = Counter()
+        self._thread = threading.Thread(target=self._work, name="coreskip-scheduler", daemon=True)
+        self._thread.start()
+
+    # --- from any thread
+
+    def wake(self) -> None:
+        """Something has changed: a request was cancelled."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def submit(self, sequence: Running) -> None:
+        """Queue a sequence; its ticket tells what becomes of it.
+
+        Raises:
+            Busy: the queue is full. CoreskipError: it can never fit the memory for keys and values, or the scheduler is
+            closed.
+        """
+        needed = self._memory.needed(sequence)
+        if needed > self._memory.limit:
+            raise CoreskipError(
+                f"keys and values of {sequence.prompt} + {sequence.most} tokens take {needed / 1e6:.0f} MB, more than "
+                f"the {self._memory.limit / 1e6:.0f} MB that there are for all: ask for fewer tokens"
+            )
+        with self._changed:
+            if self._closing:
+                raise CoreskipError("the engine is closed: make another one")
+            free = len(self._running) < self._limits.batch and not self._waiting
+            if not free and self._limits.waiting is not None and len(self._waiting) >= self._limits.waiting:
+                raise Busy(len(self._waiting), self._retry_after())
+            self._waiting.append(sequence)
+            self._changed.notify_all()
+
+    def load(self) -> Load:
+        with self._changed:
+            return Load(
+                running=len(self._running),
+                waiting=len(self._waiting),
+                max_batch=self._limits.batch,
+                max_waiting=self._limits.waiting,
+                kv_bytes=sum(sequence.nbytes for sequence in self._running),
+                kv_limit=self._memory.limit,
+                decode_tokens=self._decoded,
+                prefill_tokens=self._prefilled,
+                cached_tokens=0,
+                steps=self._steps,
+                batch_sizes=dict(self._batch_sizes),
+            )
+
+    def close(self) -> None:
+        """End everything: whoever waits gets a last event. Returns when the model is not used any more."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _retry_after(self) -> float:
+        """When the sequence next to end will have ended, at the speed of late."""
+        left = min((sequence.room for sequence in self._running), default=0)
+        return min(max(left * self._step_s, _RETRY_S[0]), _RETRY_S[1])
+
+    # --- in the thread that decodes
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._sweep()
+                while not (self._waiting or self._running or self._closing):
+                    self._changed.wait()
+                    self._sweep()
+                if self._closing:
+                    break
+                self._admit()
+            try:
+                self._turn()
+            except Exception as error:
+                logger.exception("a turn of the scheduler failed")
+                for sequence in self._running:
+                    sequence.end("error", error)
+        for sequence in [*self._running, *self._waiting]:
+            sequence.end("cancelled")
+        self._running, self._waiting = [], deque()
+
+    def _sweep(self) -> None:
+        """Lets those go that have ended or were cancelled."""
+        for sequence in [*self._running, *self._waiting]:
+            if sequence.ticket.cancelled:
+                sequence.end("cancelled")
+        self._running = [sequence for sequence in self._running if sequence.finish is None]
+        self._waiting = deque(sequence for sequence in self._waiting if sequence.finish is None)
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._running) < self._limits.batch:
+            sequence = self._waiting[0]
+            sequence.nbytes = self._memory.needed(sequence)
+            used = sum(other.nbytes for other in self._running)
+            if self._running and used + sequence.nbytes > self._memory.limit:
+                return
+            self._running.append(self._waiting.popleft())
+
+    def _turn(self) -> None:
+        """One chunk of a prompt, and one step of all whose prompts have been read."""
+        self._acquire()
+        reading = next((sequence for sequence in self._running if not sequence.decodes), None)
+        if reading is not None:
+            self._read(reading)
+        decoding = [s for s in self._running if s.decodes and s.finish is None and not s.ticket.cancelled]
+        if decoding:
+            self._step(decoding)
+
+    def _read(self, sequence: Running) -> None:
+        timings = sequence.ticket.timings
+        timings.started = timings.started or time.perf_counter()
+        try:
+            self._prefilled += self._decoder.prefill(sequence)
+        except Exception as error:  # a processor's, a constraint's, or the model's on this prompt
+            sequence.end("error", error)
+
+    def _step(self, decoding: list[Running]) -> None:
+        start, before = time.perf_counter(), sum(sequence.length for sequence in decoding)
+        self._decoder.step(decoding)
+        made = sum(sequence.length for sequence in decoding) - before
+        self._steps += 1
+        self._decoded += made
+        self._batch_sizes[len(decoding)] += 1
+        each = (time.perf_counter() - start) * len(decoding) / max(1, made)
+        self._step_s = each if self._step_s == 0 else 0.9 * self._step_s + 0.1 * each
+
+
+class _Memory:
+    """What sequences need for keys and values, and how much there is."""
+
+    def __init__(self, model: Any, limit: int | None) -> None:
+        self._each = bytes_a_position(model)
+        self.limit = limit if limit is not None else int(_SHARE * _free(model.device))
+
+    def needed(self, sequence: Running) -> int:
+        return -(-(sequence.prompt + sequence.most) // _WHOLE) * _WHOLE * self._each
+
+
+def bytes_a_position(model: Any) -> int:
+    """Of the keys and values of one token in all layers, by the model's configuration: at most, for some have fewer."""
+    config = model.config.get_text_config()
+    heads = int(config.num_attention_heads)
+    kept = int(getattr(config, "num_key_value_heads", None) or heads)
+    size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return 2 * int(config.num_hidden_layers) * kept * size * int(model.dtype.itemsize)
+
+
+def _free(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
