@@ -16,6 +16,7 @@ from coreskip.generating import chat, generate
 from coreskip.packing import pack
 from coreskip.planning import analyze, evaluate, info, show
 from coreskip.predictors.errors import CoreskipError
+from coreskip.serving import serve
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -49,7 +50,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
-for _command in (analyze, pack, show, info, generate, chat, evaluate):
+for _command in (analyze, pack, show, info, generate, chat, evaluate, serve):
     cli.add_command(_command)
 
 

@@ -23,6 +23,7 @@ from ..predictors.errors import CoreskipError
 from ..predictors.plan import Plan
 from ..predictors.version import VERSION
 from .engine import Engine
+from .running import end_ids
 from .scheduler import bytes_a_position
 from .serve_answers import Answer, ChatAnswer, CompletionAnswer
 from .serve_errors import ApiError
@@ -100,10 +101,6 @@ class Server:
         """End what is under way: its clients get an error that says why."""
         for generation in list(self._generations):
             generation.cancel(reason)
-
-    @property
-    def busy(self) -> bool:
-        return bool(self._generations)
 
     @staticmethod
     def _routed(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -224,14 +221,16 @@ class _Answering(Response):
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         headers.append((b"x-accel-buffering", b"no"))  # a proxy that collects events would make no stream of them
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        with anyio.move_on_after(self._server.limits.request_s) as all_of_it:
-            async for chunk in self._answer.chunks():
-                await _event(send, to_json(chunk))
-            await _event(send, b"[DONE]", more=False)
-        if all_of_it.cancelled_caught:
+        try:
+            with anyio.fail_after(self._server.limits.request_s):
+                async for chunk in self._answer.chunks():
+                    await _event(send, to_json(chunk))
+                await _event(send, b"[DONE]", more=False)
+        except (ApiError, TimeoutError) as error:
             self._generation.cancel()
+            refused = error if isinstance(error, ApiError) else self._late()
             with anyio.move_on_after(_LAST_WORDS):
-                await _event(send, to_json(self._late().body()), more=False)
+                await _event(send, to_json(refused.body()), more=False)
 
     def _late(self) -> ApiError:
         return ApiError(504, f"the answer took longer than {self._server.limits.request_s:g} s", code="timeout")
@@ -279,7 +278,8 @@ def served_models(engine: Engine, names: Sequence[tuple[str, str | None]], most_
     context = min(n for n in (most_context, positions, fitting) if n is not None)
     if context < 1:
         raise CoreskipError("there is no memory for keys and values: give the server more")
-    vocabulary = Vocabulary(engine.tokenizer, config.vocab_size, _ends(engine))
+    ends = end_ids(engine.model) or {engine.tokenizer.eos_token_id} - {None}
+    vocabulary = Vocabulary(engine.tokenizer, int(engine.model.get_input_embeddings().num_embeddings), sorted(ends))
     runtime = runtime_of(engine.model) if is_wrapped(engine.model) else None
     plan = Plan.dense(engine.model) if runtime is None else runtime.plan
     found = []
@@ -287,13 +287,6 @@ def served_models(engine: Engine, names: Sequence[tuple[str, str | None]], most_
         about = {"plan": "dense" if lane == "dense" else str(plan.recipe.get("method", "dense"))}
         found.append(Served(name, engine, vocabulary, context, lane, about))
     return found
-
-
-def _ends(engine: Engine) -> list[int]:
-    """The tokens that end a text."""
-    ends = engine.model.generation_config.eos_token_id
-    ends = engine.tokenizer.eos_token_id if ends is None else ends
-    return [] if ends is None else [ends] if isinstance(ends, int) else [int(end) for end in ends]
 
 
 def _skipped(engine: Engine) -> float:

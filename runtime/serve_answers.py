@@ -10,7 +10,6 @@ from typing import Any
 
 from ..predictors.version import VERSION
 from .sequence import Event, TokenLogprob
-from .serve_errors import ApiError
 from .serve_generation import Generation
 from .serve_protocol import ChatRequest, CompletionRequest, Sampling
 from .serve_tools import Call, CallFormat, CallReader
@@ -60,18 +59,19 @@ class Answer:
         return {**self._head, "choices": choices, "usage": self.usage()}
 
     async def chunks(self) -> AsyncIterator[Json]:
-        """The chunks of a stream, the one with the usage among them where it was asked for. An error is the last."""
+        """The chunks of a stream, the one with the usage among them where it was asked for.
+
+        Raises:
+            ApiError: a text failed.
+        """
         self._head["object"] = self.chunk_kind
-        try:
-            for choice in self._opening():
+        for choice in self._opening():
+            yield self._chunk(choice)
+        async for index, event in self._generation.events():
+            for choice in self._deltas(index, event):
                 yield self._chunk(choice)
-            async for index, event in self._generation.events():
-                for choice in self._deltas(index, event):
-                    yield self._chunk(choice)
-            if self._usage_at_end:
-                yield {**self._head, "choices": [], "usage": self.usage()}
-        except ApiError as error:
-            yield error.body()
+        if self._usage_at_end:
+            yield {**self._head, "choices": [], "usage": self.usage()}
 
     def _chunk(self, choice: Json) -> Json:
         chunk = {**self._head, "choices": [choice]}

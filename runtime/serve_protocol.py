@@ -56,7 +56,7 @@ class StreamOptions(Strict):
 
 class JsonSchema(Strict):
     name: str = Field(min_length=1, max_length=64)
-    schema_: dict[str, Any] | bool = Field(default_factory=dict, alias="schema")
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
     description: str | None = None
     strict: bool | None = None
 

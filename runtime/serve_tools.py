@@ -135,71 +135,77 @@ class CallReader:
 
     def __init__(self, form: CallFormat, names: list[str]) -> None:
         self._form, self._names = form, names
-        self._held, self._said, self._calling = "", False, False
+        self._held = ""
+        self._state = self._in_text
+        self._said = False  # anything but space, or a call
 
     def feed(self, text: str) -> Iterator[str | Call]:
         """Pieces of text, and calls, in the order of the answer."""
         self._held += text
-        while True:
-            if not self._calling and not self._begins():
-                safe = len(self._held) - self._may_begin()
-                if safe:
-                    yield self._let_go(safe)
-                return
-            place = self._held.find(self._form.before)
-            if not self._calling and self._held[:place].strip():
-                yield self._let_go(place)
-                place = 0
-            self._calling = True
-            calls = self._calls(place)
-            if calls is None:
-                return
-            yield from calls
+        going_on = True
+        while going_on:
+            found, going_on = self._state()
+            yield from found
 
     def end(self) -> Iterator[str]:
         """What was held back at the end of the answer."""
-        if self._held.strip() or not self._said:
-            yield self._let_go(len(self._held))
+        if self._state == self._in_call:
+            yield self._form.before + self._held
+        elif self._state == self._in_text and (self._held.strip() or not self._said):
+            yield self._held
 
-    def _let_go(self, length: int) -> str:
+    def _in_text(self) -> tuple[list[str | Call], bool]:
+        """Up to where a call begins. Like the other states: what was found, and whether there may be more."""
+        place = self._beginning()
+        if place is None:
+            return self._text(len(self._held) - self._may_begin()), False
+        found = self._text(place) if self._held[:place].strip() else []
+        self._held = self._held[place if not found else 0 :][len(self._form.before) :]
+        self._state = self._in_call
+        return found, True
+
+    def _text(self, length: int) -> list[str | Call]:
         text, self._held = self._held[:length], self._held[length:]
         self._said = self._said or bool(text.strip())
-        return text
+        return [text] if text else []
 
-    def _begins(self) -> bool:
+    def _beginning(self) -> int | None:
         if self._form.before:
-            return self._form.before in self._held
-        return not self._said and self._held.lstrip().startswith("[" if self._form.listed else "{")
+            place = self._held.find(self._form.before)
+            return place if place >= 0 else None
+        start = len(self._held) - len(self._held.lstrip())
+        begins = not self._said and self._held[start:].startswith("[" if self._form.listed else "{")
+        return start if begins else None
 
     def _may_begin(self) -> int:
-        """How many of the last characters may be the beginning of `before`, with the space around it."""
-        before = self._form.before
+        """How many of the last characters may be the beginning of a call, or the space before it."""
+        before, rest = self._form.before, self._held
         if not before:
-            return 0 if self._held.strip() else len(self._held)
-        most = min(len(before) - 1, len(self._held))
-        partial = next((n for n in range(most, 0, -1) if self._held.endswith(before[:n])), 0)
-        rest = self._held[: len(self._held) - partial]
+            return 0 if rest.strip() else len(rest)
+        partial = next((n for n in range(min(len(before) - 1, len(rest)), 0, -1) if rest.endswith(before[:n])), 0)
+        rest = rest[: len(rest) - partial]
         return partial + len(rest) - len(rest.rstrip())
 
-    def _calls(self, place: int) -> list[Call] | list[str | Call] | None:
-        """The calls that begin at `place`, taken from what is held; None until they are complete."""
-        start = place + len(self._form.before)
-        start += len(self._held[start:]) - len(self._held[start:].lstrip())
-        if start == len(self._held):
-            return None
+    def _in_call(self) -> tuple[list[str | Call], bool]:
+        start = len(self._held) - len(self._held.lstrip())
         try:
             value, end = _JSON.raw_decode(self._held, start)
-        except ValueError:
-            return None
-        found = [self._call(each) for each in (value if isinstance(value, list) else [value])]
-        self._calling = False
-        if not found or None in found:
-            return [self._let_go(end)]
-        after = self._held[end:]
-        if after.lstrip().startswith(self._form.after):
-            after = after.lstrip().removeprefix(self._form.after)
-        self._held, self._said = after, True
-        return [call for call in found if call is not None]
+        except (ValueError, RecursionError):
+            return [], False
+        calls = [self._call(each) for each in (value if isinstance(value, list) else [value])]
+        if not calls or None in calls:
+            self._held = self._form.before + self._held
+            self._state = self._in_text
+            return self._text(len(self._form.before) + end), True
+        self._held, self._said, self._state = self._held[end:], True, self._after_call
+        return [call for call in calls if call is not None], True
+
+    def _after_call(self) -> tuple[list[str | Call], bool]:
+        after, rest = self._form.after, self._held.lstrip()
+        if after.startswith(rest) and rest != after:
+            return [], False
+        self._held, self._state = rest.removeprefix(after), self._in_text
+        return [], True
 
     def _call(self, value: Any) -> Call | None:
         name = value.get(self._form.name) if isinstance(value, dict) else None

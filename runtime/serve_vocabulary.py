@@ -19,8 +19,8 @@ from torch import Tensor
 from ..predictors.errors import CoreskipError
 from .serve_errors import bad_request
 
-#: Between the parts of JSON: enough for indentation, too little for a model to stay there.
-_WHITESPACE = r"[ \n\t]{0,12}"
+#: Between the parts of JSON: enough for indentation. Without a limit small models stay there for good.
+_JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\t]{0,12}"}
 _BITS = torch.arange(8, dtype=torch.uint8)
 
 
@@ -86,10 +86,9 @@ class Vocabulary:
             raise bad_request(f"{param} cannot be generated: {reason}", param)
         return Grammar(self, definition)
 
-    def of_schema(self, schema: dict[str, Any] | bool, param: str) -> Grammar:
-        options: Any = {"whitespace_pattern": _WHITESPACE}
+    def of_schema(self, schema: dict[str, Any], param: str) -> Grammar:
         try:
-            definition = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=options)
+            definition = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_JSON_OPTIONS)
         except ValueError as error:
             raise bad_request(f"{param} is not a schema: {error}", param) from None
         return self.grammar(definition, param)
@@ -100,7 +99,7 @@ class Vocabulary:
     def of_calls(self, before: str, after: str, schemas: Sequence[dict[str, Any]]) -> Grammar:
         """One JSON object that fits one of the `schemas`, between two texts that are written in the tokenizer's own
         tokens, special ones among them."""
-        body = {"anyOf": list(schemas)} if len(schemas) > 1 else schemas[0]
+        body: dict[str, Any] = {"x-guidance": _JSON_OPTIONS, "anyOf": list(schemas)}
         around = [" ".join(f"<[{id}]>" for id in self._ids(text)) for text in (before, after)]
         lark = f"start: {around[0]} body {around[1]}\nbody: %json {json.dumps(body)}"
         return self.grammar(LLMatcher.grammar_from_lark(lark), "tools")
