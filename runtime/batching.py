@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -51,8 +52,8 @@ def check_batches(model: Any) -> None:
     """
     if generator_of(model) is not model:
         raise CoreskipError("max_batch is for a model that generates by itself: give the one inside")
-    if not model._supports_default_dynamic_cache():
-        kind = model.config.model_type
+    if not cast(Any, model)._supports_default_dynamic_cache():
+        kind = cast(Any, model).config.model_type
         raise CoreskipError(f"a {kind!r} model keeps more than keys and values of a text: leave out max_batch")
 
 
@@ -68,7 +69,8 @@ class Batching:
     def submit(self, request: Request) -> Ticket:
         """
         Raises:
-            CoreskipError: a field that makes no sense, or more tokens than there is memory for. Busy: the queue is full.
+            CoreskipError: a field that makes no sense, or more tokens than there is memory for. Busy: the queue is
+                full.
         """
         request.check(self._vocabulary)
         length, most = len(request.ids), request.max_new_tokens
@@ -93,8 +95,8 @@ class Batching:
         return ticket
 
     def start(self, call: Call) -> Ticket | None:
-        """Queue the sequence that ``model.generate`` would make of a call; None where it does more than choose one token
-        after the other."""
+        """Queue the sequence that ``model.generate`` would make of a call; None where it does more than choose one
+        token after the other."""
         options = call.options
         if any(options.get(name) is not None for name in ("streamer", "assistant_model", "custom_generate")):
             return None
@@ -184,6 +186,36 @@ async def acollected(tickets: Sequence[Ticket]) -> list[Event]:
     finally:
         for ticket in tickets:
             ticket.cancel()
+
+
+def texts_of(ticket: Ticket) -> Generator[str, None, None]:
+    """Its text piece by piece. Whoever stops reading cancels it."""
+    try:
+        for event in ticket:
+            if event.text:
+                yield event.text
+        finished(ticket, event)
+    finally:
+        ticket.cancel()
+
+
+async def atexts_of(ticket: Ticket) -> AsyncGenerator[str, None]:
+    try:
+        async for event in ticket:
+            if event.text:
+                yield event.text
+        finished(ticket, event)
+    finally:
+        ticket.cancel()
+
+
+async def in_threads(pieces: Generator[str, None, None]) -> AsyncGenerator[str, None]:
+    """What a generator makes, without the event loop waiting for it."""
+    try:
+        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+            yield piece
+    finally:
+        await asyncio.to_thread(pieces.close)
 
 
 def finished(ticket: Ticket, event: Event) -> Event:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -62,12 +62,12 @@ class Chooser:
             RuntimeError: no token has a probability. Whatever a processor or the constraint raises.
         """
         raw = logits.to(copy=True, dtype=torch.float32, device=ids.device)
-        scores = self._processors(ids, raw.clone()[None])
+        tokens = cast(torch.LongTensor, ids)
+        scores = self._processors(tokens, cast(torch.FloatTensor, raw.clone()[None]))
         if self._constraint is not None:
             masked = self._constraint.mask(scores[0])
-            scores = scores if masked is None else masked[None]
-        scores = self._warpers(ids, scores)[0]
-        token = self._draw(scores)
+            scores = scores if masked is None else cast(torch.FloatTensor, masked[None])
+        token = self._draw(self._warpers(tokens, scores)[0])
         if self._constraint is not None:
             self._constraint.accept(token)
         if self._logprobs is None:

@@ -6,28 +6,38 @@ import asyncio
 import contextlib
 import os
 import threading
-import time
 import weakref
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from ..predictors.anatomy import check_model
 from ..predictors.calibration import check_tokenizer
 from ..predictors.checks import check_count, check_flag, check_weights, kind_of
 from ..predictors.errors import CoreskipError
 from ..predictors.plan import Plan
-from .batching import Batching, Call, acollected, check_batches, collected, figures_of, finished
+from .alone import Alone, Latest
+from .batching import (
+    Batching,
+    Call,
+    acollected,
+    atexts_of,
+    check_batches,
+    collected,
+    figures_of,
+    finished,
+    in_threads,
+    texts_of,
+)
 from .drafting import Statistics
 from .figures import Figures
-from .generation_options import check_length, learned_positions, own_options, samples
+from .generation_options import check_length, learned_positions, own_options
 from .prompts import Message, Prompt, as_batch, render
 from .scheduler import Limits
 from .sequence import Event, Load, Request, Ticket
 from .shared_wrapping import Settings, SharedWrapping
-from .stop_strings import StopStrings, cut, stop_before
+from .stop_strings import cut, stop_before
 from .unknown import refuses_unknown
 from .wrap import is_wrapped, make_way, runtime_of
 
@@ -108,12 +118,12 @@ class Engine:
             self._release.atexit = False
         self.model, self.tokenizer = model, tokenizer
         self._positions = learned_positions(model)
-        self._sampling = threading.Lock()
         self._tokenizing = threading.Lock()  # fast tokenizers keep padding and truncation as shared state
-        self.figures: Figures | None = None  # of the generation that ended last
+        acquire = (lambda: None) if self._wrapping is None else self._wrapping.acquire
+        self._latest = Latest()
+        self._alone = Alone(model, tokenizer, acquire, self._latest)
         self._batching: Batching | None = None
         if limits is not None:
-            acquire = (lambda: None) if self._wrapping is None else self._wrapping.acquire
             self._batching = Batching(model, tokenizer, limits, acquire)
             self._stop = weakref.finalize(self, self._batching.close)
 
@@ -130,6 +140,11 @@ class Engine:
         """Have the model wrapped as this engine uses it: without a plan somebody may have unwrapped it meanwhile."""
         if self._wrapping is not None:
             self._wrapping.acquire()
+
+    @property
+    def figures(self) -> Figures | None:
+        """Of the generation that ended last; None before the first."""
+        return self._latest.figures
 
     @property
     def statistics(self) -> Statistics | None:
@@ -159,7 +174,7 @@ class Engine:
         seed, stops, options = own_options(self.model, options)
         tickets = self._start(prompts, options, seed, stops)
         if tickets is None:
-            texts = self._alone(prompts, options, seed, stops)
+            texts = self._generated(prompts, options, seed, stops)
         else:
             texts = self._texts(tickets, collected(tickets), stops)
         return _arranged(texts, len(prompts), single)
@@ -170,7 +185,7 @@ class Engine:
         seed, stops, options = own_options(self.model, options)
         tickets = await asyncio.to_thread(self._start, prompts, options, seed, stops)
         if tickets is None:
-            texts = await asyncio.to_thread(self._alone, prompts, options, seed, stops)
+            texts = await asyncio.to_thread(self._generated, prompts, options, seed, stops)
         else:
             texts = self._texts(tickets, await acollected(tickets), stops)
         return _arranged(texts, len(prompts), single)
@@ -189,16 +204,16 @@ class Engine:
         return self._batching.start_all([Call(i, options, s, stops) for i, s in zip(inputs, seeds, strict=True)])
 
     def _texts(self, tickets: list[Ticket], events: list[Event], stops: list[str]) -> list[str]:
-        self.figures = figures_of(tickets)
+        self._note(tickets)
         found = [finished(ticket, event) for ticket, event in zip(tickets, events, strict=True)]
         return [cut(text, stops) for event in found for text in self._decode([event.tokens])]
 
-    def _alone(
+    def _generated(
         self, prompts: list[str | list[Message]], options: dict[str, Any], seed: int | None, stops: list[str]
     ) -> list[str]:
         """The texts of one call of ``model.generate``."""
         inputs = self.encode(prompts, options)
-        output = self._run(inputs, options, seed, stops)
+        output = self._alone.run(inputs, options, seed, stops)
         return [cut(text, stops) for text in self._decode(output[:, inputs["input_ids"].shape[1] :])]
 
     def submit(self, request: Request) -> Ticket:
@@ -229,48 +244,39 @@ class Engine:
         if not single:
             raise CoreskipError("stream takes one prompt; use generate for several")
         seed, stops, options = self.stream_options(options)
-        return self._streamed(Call(self.encode(prompts, options), options, seed, stops))
+        self.encode(prompts, options)  # mistakes show now
+        return self._streamed(prompts, options, seed, stops)
 
     async def astream(self, prompt: Prompt, **options: Any) -> AsyncIterator[str]:
         """`stream` for an asyncio task. Where that is cancelled, or the iterator closed, generation stops."""
         prompts, single = as_batch(prompt)
         if not single:
-            raise CoreskipError("stream takes one prompt; use generate for several")
+            raise CoreskipError("stream takes one prompt; use agenerate for several")
         seed, stops, options = self.stream_options(options)
-        call = Call(self.encode(prompts, options), options, seed, stops)
-        ticket = None if self._batching is None else await asyncio.to_thread(self._batching.start, call)
-        if ticket is None:
-            pieces = self.pieces(call.inputs, options, seed, stops)
-            try:
-                while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
-                    yield piece
-            finally:
-                pieces.close()
-            return
-        try:
-            async for event in ticket:
-                if event.text:
-                    yield event.text
-            self._ended(ticket, event)
-        finally:
-            ticket.cancel()
+        tickets = await asyncio.to_thread(self._start, prompts, options, seed, stops)
+        if tickets is None:
+            inputs = self.encode(prompts, options)
+            texts = in_threads(self.pieces(inputs, options, seed, stops))
+        else:
+            texts = atexts_of(tickets[0])
+        async with contextlib.aclosing(texts):
+            async for text in texts:
+                yield text
+        self._note(tickets)
 
-    def _streamed(self, call: Call) -> Iterator[str]:
-        ticket = None if self._batching is None else self._batching.start(call)
-        if ticket is None:
-            yield from self.pieces(call.inputs, call.options, call.seed, call.stops)
-            return
-        try:
-            for event in ticket:
-                if event.text:
-                    yield event.text
-            self._ended(ticket, event)
-        finally:
-            ticket.cancel()
+    def _streamed(
+        self, prompts: list[str | list[Message]], options: dict[str, Any], seed: int | None, stops: list[str]
+    ) -> Iterator[str]:
+        tickets = self._start(prompts, options, seed, stops)
+        if tickets is None:
+            yield from self.pieces(self.encode(prompts, options), options, seed, stops)
+        else:
+            yield from texts_of(tickets[0])
+        self._note(tickets)
 
-    def _ended(self, ticket: Ticket, last: Event) -> None:
-        self.figures = figures_of([ticket])
-        finished(ticket, last)
+    def _note(self, tickets: list[Ticket] | None) -> None:
+        if tickets is not None:
+            self._latest.figures = figures_of(tickets)
 
     def stream_options(self, options: dict[str, Any]) -> tuple[int | None, list[str], dict[str, Any]]:
         """As `own_options`, for what is streamed."""
@@ -288,7 +294,7 @@ class Engine:
         seed: int | None,
         stops: list[str],
         made: list[int] | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """The continuation of one row of token ids, as text piece by piece up to a stop string.
 
         Args:
@@ -296,70 +302,7 @@ class Engine:
             options, seed, stops: from `stream_options`.
             made: gets the ids of the new tokens, as far as they were made before the consumer went away.
         """
-        return stop_before(self._pieces(inputs, options, seed, stops, [] if made is None else made), stops)
-
-    def _pieces(
-        self, inputs: dict[str, Any], options: dict[str, Any], seed: int | None, stops: list[str], made: list[int]
-    ) -> Iterator[str]:
-        streamer = _Pieces(self.tokenizer, made)
-        failure: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                self._run(inputs, {**options, "streamer": streamer}, seed, stops)
-            except _Abandoned:
-                pass
-            except BaseException as error:  # handed to the consumer's thread, which raises it
-                failure.append(error)
-                streamer.end()  # type: ignore[no-untyped-call]
-
-        thread = threading.Thread(target=work, name="coreskip-stream", daemon=True)
-        thread.start()
-        try:
-            yield from streamer
-        finally:
-            streamer.abandoned.set()
-            thread.join()
-        if failure:
-            raise failure[0]
-
-    def _run(self, inputs: dict[str, Any], options: dict[str, Any], seed: int | None, stops: list[str]) -> torch.Tensor:
-        self.acquire()
-        ids = inputs["input_ids"]
-        if stops:
-            criteria = [*(options.get("stopping_criteria") or ()), StopStrings(self.tokenizer, stops, ids.shape[1])]
-            options = {**options, "stopping_criteria": StoppingCriteriaList(criteria)}
-        streamer = options.get("streamer")
-        new, start = 0, 0.0
-        try:
-            with self._randomness(options, seed):
-                start = time.perf_counter()
-                output = self.model.generate(**inputs, **options)
-            output = cast(torch.Tensor, getattr(output, "sequences", output))
-            new = (output.shape[1] - ids.shape[1]) * output.shape[0]
-        except _Abandoned:
-            new = len(cast(Any, streamer).made)
-            raise
-        finally:
-            if new:
-                end, first = time.perf_counter(), getattr(streamer, "first_at", None)
-                self.figures = Figures(ids.numel(), new, end - start, None if first is None else first - start)
-        return output
-
-    @contextlib.contextmanager
-    def _randomness(self, options: dict[str, Any], seed: int | None) -> Iterator[None]:
-        """One sampling call at a time, from its own seed if it has one; the caller's random state is untouched."""
-        if not samples(self.model, options):
-            yield
-            return
-        with self._sampling:
-            if seed is None:
-                yield
-                return
-            devices = [self.model.device] if self.model.device.type == "cuda" else []
-            with torch.random.fork_rng(devices=devices):
-                torch.manual_seed(seed)
-                yield
+        return stop_before(self._alone.pieces(inputs, options, seed, stops, [] if made is None else made), stops)
 
     def tokenize(self, texts: list[str], *, special: bool) -> list[list[int]]:
         """Token ids of each text; `special`: with what the tokenizer puts around every text, such as BOS."""
@@ -417,30 +360,3 @@ def _check_tokenizer(tokenizer: Any) -> None:
         raise CoreskipError(f"{type(tokenizer).__name__} holds the tokenizer: pass its .tokenizer")
     if not hasattr(tokenizer, "batch_decode"):
         raise CoreskipError(f"the tokenizer is {kind_of(tokenizer)}: give the one that coreskip.load() returned")
-
-
-class _Abandoned(Exception):
-    """Ends a generation whose consumer went away."""
-
-
-class _Pieces(TextIteratorStreamer):
-    """A stream that ends its generation from within: a stopping criterion, which has to be asked about every token,
-    would keep greedy text from being made several tokens a call (255 against 311 tok/s in int4).
-
-    made: gets the ids of new tokens.
-    """
-
-    def __init__(self, tokenizer: Any, made: list[int]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.abandoned = threading.Event()
-        self.made = made
-        self.first_at: float | None = None  # by time.perf_counter
-
-    def put(self, value: torch.Tensor) -> None:
-        if self.abandoned.is_set():
-            raise _Abandoned
-        if not self.next_tokens_are_prompt:
-            if self.first_at is None:
-                self.first_at = time.perf_counter()
-            self.made.extend(value.flatten().tolist())
-        super().put(value)  # type: ignore[no-untyped-call]

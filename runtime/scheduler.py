@@ -44,9 +44,9 @@ class Limits:
 class Scheduler:
     """Runs sequences of one model, first come first served.
 
-    A sequence is admitted when one of `limits.batch` places is free and its keys and values, with all the tokens that it
-    may make, fit beside the others': so none has to be stopped later. Nobody overtakes the first one in the queue. Between
-    two steps one chunk of one prompt is read, of those that came first.
+    A sequence is admitted when one of `limits.batch` places is free and its keys and values, with all the tokens that
+    it may make, fit beside the others': so none has to be stopped later. Nobody overtakes the first one in the queue.
+    Between two steps one chunk of a prompt is read, the first one's that came.
 
     Args:
         acquire: called before the model is used; has it wrapped as it should be.
@@ -98,11 +98,11 @@ class Scheduler:
     def load(self) -> Load:
         with self._changed:
             return Load(
-                running=len(self._running),
+                running=sum(sequence.finish is None for sequence in self._running),
                 waiting=len(self._waiting),
                 max_batch=self._limits.batch,
                 max_waiting=self._limits.waiting,
-                kv_bytes=sum(sequence.nbytes for sequence in self._running),
+                kv_bytes=sum(sequence.nbytes for sequence in self._running if sequence.finish is None),
                 kv_limit=self._memory.limit,
                 decode_tokens=self._decoded,
                 prefill_tokens=self._prefilled,

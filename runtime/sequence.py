@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 import time
 from collections import deque
@@ -201,7 +202,8 @@ class Usage:
 
 @dataclass
 class Timings:
-    """When a request came to what, by ``time.perf_counter``. queued: it was submitted; started: its prompt's turn came."""
+    """When a request came to what, by ``time.perf_counter``. queued: it was submitted. started: its prompt's turn
+    came."""
 
     queued: float
     started: float | None = None
@@ -308,7 +310,7 @@ class Ticket:
                 if self._events or self._read:
                     return self._next(StopAsyncIteration)
                 arrived = loop.create_future()
-                self._awaiting = lambda: _tell(loop, arrived)
+                self._awaiting = functools.partial(_tell, loop, arrived)
             await arrived
 
     def collect(self) -> Event:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ def cut(text: str, stops: Sequence[str]) -> str:
     return text[: min(ends)] if ends else text
 
 
-def stop_before(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
+def stop_before(pieces: Iterator[str], stops: Sequence[str]) -> Generator[str, None, None]:
     """The pieces up to the first stop string, holding back what may be the beginning of one."""
     held = ""
     for piece in pieces:

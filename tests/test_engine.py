@@ -21,7 +21,7 @@ import coreskip
 from coreskip import CoreskipError, Engine
 from coreskip.kernels.ops import available
 from coreskip.predictors.calibration import TokenText
-from coreskip.runtime.engine import _Pieces
+from coreskip.runtime.alone import _Streamer
 from coreskip.runtime.stop_strings import overlap, stop_before
 from coreskip.runtime.wrap import is_wrapped, runtime_of
 
@@ -124,8 +124,8 @@ def test_two_threads_get_what_they_would_get_alone(engine: Engine) -> None:
 
 def test_an_abandoned_stream_stops_generating(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    put = _Pieces.put
-    monkeypatch.setattr(_Pieces, "put", lambda self, tokens: (put(self, tokens), made.append(tokens.numel()))[0])
+    put = _Streamer.put
+    monkeypatch.setattr(_Streamer, "put", lambda self, tokens: (put(self, tokens), made.append(tokens.numel()))[0])
     stream = engine.stream(PROMPTS[0], max_new_tokens=2000, do_sample=False)
     next(stream)
     stream.close()
