@@ -28,7 +28,7 @@ from .scheduler import bytes_a_position
 from .serve_answers import Answer, ChatAnswer, CompletionAnswer
 from .serve_errors import ApiError
 from .serve_generation import Generation
-from .serve_guard import App, Guard, Receive, Scope, Send, body_of, record_of, refusal, while_there
+from .serve_guard import App, Guard, Receive, Scope, Send, body_of, failed, record_of, refusal, while_there
 from .serve_metrics import EngineFigures, Meter
 from .serve_protocol import ChatRequest, CompletionRequest, Sampling, parse
 from .serve_requests import Prepared, Served, prepare_chat, prepare_completion
@@ -90,7 +90,8 @@ class Server:
             Route("/v1/completions", self._routed(self._completions), methods=["POST"]),
             Route("/v1/embeddings", self._routed(self._embeddings), methods=["POST"]),
         ]
-        app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, ApiError: _api_error})
+        handlers = {HTTPException: _http_error, ApiError: _api_error, Exception: _failure}
+        app = Starlette(routes=routes, exception_handlers=handlers)
         return Guard(app, self.limits.keys, ["/health"], self.meter)
 
     def drain(self) -> None:
@@ -257,6 +258,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
     messages = {404: f"there is no {request.url.path} here", 405: f"{request.url.path} takes no {request.method}"}
     made = ApiError(error.status_code, messages.get(error.status_code, error.detail), code=None)
     return JSONResponse(made.body(), error.status_code, error.headers)
+
+
+async def _failure(request: Request, error: Exception) -> Response:
+    return refusal(failed())  # the guard logs what it was
 
 
 def served_models(engine: Engine, names: Sequence[tuple[str, str | None]], most_context: int | None) -> list[Served]:

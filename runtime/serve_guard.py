@@ -101,7 +101,7 @@ class Guard:
         except ClientDisconnect:
             return
         except Exception as error:
-            refused = error if isinstance(error, ApiError) else ApiError(500, "the server failed", code="internal_error")
+            refused = error if isinstance(error, ApiError) else failed()
             if not isinstance(error, ApiError):
                 logger.exception("request %s failed", record.id)
             if record.status == _GONE:  # else half of an answer is on its way, and ends here
@@ -121,6 +121,10 @@ class Guard:
 def _request_id(scope: Scope) -> str:
     given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
     return given if _ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def failed() -> ApiError:
+    return ApiError(500, "the server failed; its log says why, under this request's id", code="internal_error")
 
 
 def refusal(error: ApiError) -> JSONResponse:
