@@ -195,19 +195,18 @@ class _Answering(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         send_all = self._stream if self._streams else self._whole
-        start = time.perf_counter()
         async with self._server.under_way(self._generation):
             try:
                 there = await while_there(receive, partial(send_all, scope, receive, send))
             finally:
                 figures = scope["coreskip.record"].figures
-                figures.update(self._figures(start))
+                figures.update(self._figures())
             figures["client"] = "stayed" if there else "left"
 
-    def _figures(self, start: float) -> dict[str, Any]:
-        usage = self._answer.usage()
-        firsts = [t.timings.first_token for t in self._generation.tickets.values() if t.timings.first_token]
-        first = round(1e3 * (min(firsts) - start), 1) if firsts else None
+    def _figures(self) -> dict[str, Any]:
+        usage, timings = self._answer.usage(), [ticket.timings for ticket in self._generation.tickets.values()]
+        firsts = [each.first_token - each.queued for each in timings if each.first_token is not None]
+        first = round(1e3 * min(firsts), 1) if firsts else None
         return {name: usage[name] for name in ("prompt_tokens", "completion_tokens")} | {"first_token_ms": first}
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
