@@ -92,7 +92,9 @@ def serve(
             run(server, bound, grace)
 
 
-def _names(model: str | None, name: str | None, plans: tuple[str, ...]) -> tuple[list[tuple[str, str | None]], str | None]:
+def _names(
+    model: str | None, name: str | None, plans: tuple[str, ...]
+) -> tuple[list[tuple[str, str | None]], str | None]:
     """Names with their lanes, the model's own first; and the plan's path."""
     path, named = None, list[tuple[str, str | None]]()
     for plan in plans:

@@ -86,9 +86,7 @@ def render(tokenizer: Any, messages: Sequence[Message], tools: list[dict[str, An
     if not getattr(tokenizer, "chat_template", None):
         raise CoreskipError("this tokenizer has no chat template: pass a text instead of messages")
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tools=tools, tokenize=False, add_generation_prompt=True
-        )
+        text = tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program of its own, and raises whatever it likes
         reason = " ".join(str(error).split()) or type(error).__name__
         parts = " (it may want each content as one text)" if any(_has_parts(m) for m in messages) else ""

@@ -141,9 +141,7 @@ class Server:
 
     async def _completions(self, request: Request) -> Response:
         def answer(served: Served, asked: CompletionRequest, prepared: Prepared, generation: Generation) -> Answer:
-            return CompletionAnswer(
-                asked, served.name, generation, served.vocabulary, prepared.prompts, prepared.ids
-            )
+            return CompletionAnswer(asked, served.name, generation, served.vocabulary, prepared.prompts, prepared.ids)
 
         return await self._generate(request, CompletionRequest, prepare_completion, answer, "prompt")
 
@@ -174,7 +172,9 @@ class Server:
             if name in (None, served.name):
                 return served
         names = ", ".join(each.name for each in self.models)
-        raise ApiError(404, f"there is no model {name!r} here: there are {names}", param="model", code="model_not_found")
+        raise ApiError(
+            404, f"there is no model {name!r} here: there are {names}", param="model", code="model_not_found"
+        )
 
     @asynccontextmanager
     async def under_way(self, generation: Generation) -> AsyncIterator[None]:

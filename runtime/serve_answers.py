@@ -129,7 +129,7 @@ class ChatAnswer(Answer):
 
     def _deltas(self, index: int, event: Event) -> list[Json]:
         logprobs, finish = self._logprobs(event), event.finish
-        found = [{"content": event.text}] if event.text else []
+        found: list[Json] = [{"content": event.text}] if event.text else []
         if self._tools is not None:
             content, calls = self._readers[index].read(event)
             first = self._readers[index].made - len(calls)

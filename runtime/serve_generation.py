@@ -102,21 +102,21 @@ class Generation:
             async for event in self._events(0):
                 yield 0, event
             return
-        arrived: asyncio.Queue[tuple[int, Event | BaseException]] = asyncio.Queue()
+        arrived: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
         tasks = [asyncio.create_task(self._forward(index, arrived)) for index in range(len(self._requests))]
         try:
             left = len(tasks)
             while left:
-                index, event = await arrived.get()
-                if isinstance(event, BaseException):
-                    raise event
-                left -= event.finish is not None
-                yield index, event
+                index, found = await arrived.get()
+                if isinstance(found, Exception):
+                    raise found
+                left -= found.finish is not None
+                yield index, found
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def _forward(self, index: int, arrived: asyncio.Queue[tuple[int, Event | BaseException]]) -> None:
+    async def _forward(self, index: int, arrived: asyncio.Queue[tuple[int, Event | Exception]]) -> None:
         try:
             async for event in self._events(index):
                 arrived.put_nowait((index, event))

@@ -276,21 +276,16 @@ class CompletionRequest(Sampling):
 
 
 def _prompts(given: Any) -> Iterator[str | list[int]]:
-    if isinstance(given, str):
+    if isinstance(given, str) or _are_ids(given):
         yield given
-    elif isinstance(given, list) and given and all(type(token) is int for token in given):
-        yield given
-    elif isinstance(given, list) and given and not any(isinstance(each, int) for each in given):
-        for each in given:
-            if not isinstance(each, (str, list)) or (isinstance(each, list) and not _are_ids(each)):
-                raise ValueError("a text, a list of token ids, or a list of these")
-            yield each
+    elif isinstance(given, list) and given and all(isinstance(each, str) or _are_ids(each) for each in given):
+        yield from given
     else:
         raise ValueError("a text, a list of token ids, or a list of these")
 
 
-def _are_ids(given: list[Any]) -> bool:
-    return bool(given) and all(type(token) is int for token in given)
+def _are_ids(given: Any) -> bool:
+    return isinstance(given, list) and bool(given) and all(type(token) is int for token in given)
 
 
 class _Of(ValueError):

@@ -84,9 +84,7 @@ def call_format(tokenizer: Any) -> CallFormat | str:
 
 def _render(tokenizer: Any, messages: list[Any], tools: list[Any] | None, prompt: bool = True) -> str | None:
     try:
-        return str(
-            tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
-        )
+        return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt))
     except Exception:  # a template is a program of its own, and raises whatever it likes
         return None
 

@@ -175,10 +175,12 @@ def test_logprobs_are_plain_transformers(server: Server, engine: Engine, embedde
         assert found["token_logprobs"][place] == pytest.approx(float(row[token]), abs=1e-3)
         assert max(found["top_logprobs"][place].values()) == pytest.approx(float(row.max()), abs=1e-3)
         assert len(found["top_logprobs"][place]) in (3, 4)
-    assert [scored["text"][place:][: len(token)] for token, place in zip(found["tokens"], found["text_offset"], strict=True)] == found["tokens"]  # fmt: skip
+    for token, place in zip(found["tokens"], found["text_offset"], strict=True):
+        assert scored["text"][place:].startswith(token)
     one = ask(server, TEXT, **asked, max_tokens=1)["choices"][0]["logprobs"]
     assert one["token_logprobs"][1:-1] == pytest.approx(found["token_logprobs"][1:], abs=1e-5)
-    assert one["token_logprobs"][-1] == max(one["top_logprobs"][-1].values()) == pytest.approx(float(expected[-1].max()), abs=1e-3)  # fmt: skip
+    assert one["token_logprobs"][-1] == max(one["top_logprobs"][-1].values())
+    assert one["token_logprobs"][-1] == pytest.approx(float(expected[-1].max()), abs=1e-3)
     assert ask(server, TEXT, prompt=PROMPT, echo=True, max_tokens=1)["choices"][0]["text"].startswith(PROMPT)
 
 
@@ -187,7 +189,8 @@ def test_logprobs_of_a_chat(server: Server) -> None:
     tokens = found["logprobs"]["content"]
     assert b"".join(bytes(token["bytes"]) for token in tokens).decode("utf-8", "replace") == found["message"]["content"]
     for token in tokens:
-        assert [each["logprob"] for each in token["top_logprobs"]] == sorted((e["logprob"] for e in token["top_logprobs"]), reverse=True)  # fmt: skip
+        top = [each["logprob"] for each in token["top_logprobs"]]
+        assert top == sorted(top, reverse=True)
         assert token["token"] == token["top_logprobs"][0]["token"]
     ended = ask(server, CHAT, messages=MESSAGES, max_tokens=5, logprobs=True, logit_bias={"2": 100})["choices"][0]
     assert (ended["logprobs"]["content"], ended["finish_reason"]) == ([], "stop")
@@ -246,7 +249,14 @@ def tools_server(embedded: tuple[Any, Any]) -> Iterator[Server]:
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "swim"}}])
 def test_tools_are_called(tools_server: Server, choice: Any) -> None:
-    asked = {"messages": MESSAGES, "tools": TOOLS, "tool_choice": choice, "max_tokens": 300, "temperature": 1, "seed": 3}
+    asked = {
+        "messages": MESSAGES,
+        "tools": TOOLS,
+        "tool_choice": choice,
+        "max_tokens": 300,
+        "temperature": 1,
+        "seed": 3,
+    }
     found = ask(tools_server, CHAT, **asked)["choices"][0]
     assert (found["finish_reason"], found["message"]["content"]) == ("tool_calls", None)
     (call,) = found["message"]["tool_calls"]
@@ -256,8 +266,11 @@ def test_tools_are_called(tools_server: Server, choice: Any) -> None:
     (streamed,) = [each for chunk in chunks for each in chunk["delta"].get("tool_calls", [])]
     assert (streamed["index"], streamed["function"]) == (0, call["function"])
     assert chunks[-1]["finish_reason"] == "tool_calls"
-    answered = [*MESSAGES, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "3", "tool_call_id": call["id"]}]  # fmt: skip
-    assert ask(tools_server, CHAT, messages=answered, tools=TOOLS, max_tokens=3)["choices"][0]["finish_reason"] == "length"
+    result = {"role": "tool", "content": "3", "tool_call_id": call["id"]}
+    answered = [*MESSAGES, {"role": "assistant", "tool_calls": [call]}, result]
+    assert (
+        ask(tools_server, CHAT, messages=answered, tools=TOOLS, max_tokens=3)["choices"][0]["finish_reason"] == "length"
+    )
 
 
 def test_tools_may_not_be_called(tools_server: Server, server: Server) -> None:
@@ -291,6 +304,8 @@ def test_calls_between_special_tokens_are_read(embedded: tuple[Any, Any]) -> Non
 
 
 def test_mistakes_that_depend_on_the_model(server: Server) -> None:
+    wrong = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "nonsense"}}}
+    form, open_group = "response_format", {"type": "regex", "pattern": "("}
     for path, status, param, code, body in (
         (TEXT, 400, "prompt", "context_length_exceeded", {"prompt": [5] * 600}),
         (TEXT, 400, "prompt", "context_length_exceeded", {"prompt": "a", "max_tokens": 512}),
@@ -299,8 +314,8 @@ def test_mistakes_that_depend_on_the_model(server: Server) -> None:
         (TEXT, 400, "prompt", "invalid_value", {"prompt": [10**6]}),
         (TEXT, 400, "prompt", "invalid_value", {"prompt": [-1]}),
         (TEXT, 400, "logit_bias", "invalid_value", {"prompt": "a", "logit_bias": {"999999": 1}}),
-        (CHAT, 400, "response_format.json_schema.schema", "invalid_value", {"messages": MESSAGES, "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "nonsense"}}}}),
-        (CHAT, 400, "response_format.pattern", "invalid_value", {"messages": MESSAGES, "response_format": {"type": "regex", "pattern": "("}}),
+        (CHAT, 400, f"{form}.json_schema.schema", "invalid_value", {"messages": MESSAGES, form: wrong}),
+        (CHAT, 400, f"{form}.pattern", "invalid_value", {"messages": MESSAGES, form: open_group}),
         ("/v1/embeddings", 404, None, "unsupported_endpoint", {"input": "a", "model": "tiny"}),
         ("/v1/responses", 404, None, None, {}),
         ("/v1/models", 405, None, None, {}),
@@ -446,7 +461,7 @@ def test_generation_ends_with_its_client(server: Server, engine: Engine, stream:
         if message.get("body"):
             started.set()
 
-    scope = {"type": "http", "method": "POST", "path": TEXT, "raw_path": TEXT.encode(), "query_string": b"", "headers": [], "root_path": "", "scheme": "http", "server": ("x", 1)}  # fmt: skip
+    scope = {"type": "http", "method": "POST", "path": TEXT, "query_string": b"", "headers": [], "root_path": ""}
     before = engine.load().decode_tokens
     asyncio.run(asyncio.wait_for(server.app()(scope, receive, keep), 20))
     idle(engine)

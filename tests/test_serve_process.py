@@ -70,10 +70,11 @@ def test_openai(client: openai.OpenAI) -> None:
 
 
 def test_openai_parses_what_follows_a_schema(client: openai.OpenAI) -> None:
-    found = client.chat.completions.parse(model="exact", messages=MESSAGES, response_format=River, max_tokens=100)  # type: ignore
+    asked: Any = {"model": "exact", "messages": MESSAGES, "response_format": River, "max_tokens": 100}
+    found = client.chat.completions.parse(**asked)
     river = found.choices[0].message.parsed
     assert isinstance(river, River)
-    with client.chat.completions.stream(model="exact", messages=MESSAGES, response_format=River, seed=4) as stream:  # type: ignore
+    with client.chat.completions.stream(**asked, seed=4) as stream:
         assert isinstance(stream.get_final_completion().choices[0].message.parsed, River)
 
 
@@ -91,7 +92,8 @@ def test_openai_in_many_tasks(served: Served) -> None:
     """Streams beside each other are those of each alone."""
 
     async def text(client: openai.AsyncOpenAI, prompt: str) -> str:
-        found = await client.completions.create(model="tiny-llama", prompt=prompt, max_tokens=24, temperature=0, stream=True)  # fmt: skip
+        asked: Any = {"model": "tiny-llama", "max_tokens": 24, "temperature": 0, "stream": True}
+        found = await client.completions.create(prompt=prompt, **asked)
         return "".join([chunk.choices[0].text async for chunk in found])
 
     async def run() -> None:
@@ -109,8 +111,9 @@ def test_what_lm_eval_sends(served: Served, embedded: tuple[Any, Any]) -> None:
     tokenizer, model = embedded[1], small_model(embedded[1], CONTEXT)
     contexts, endings = ["Water boils at", "The ferry"], [" one hundred degrees", " was late"]
     rows = [tokenizer(a)["input_ids"] + tokenizer(b)["input_ids"] for a, b in zip(contexts, endings, strict=True)]
-    payload = {"model": "exact", "prompt": rows, "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}  # fmt: skip
-    choices = httpx.post(f"{served.url}/v1/completions", json=payload, timeout=60).json()["choices"]
+    payload = {"model": "exact", "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    response = httpx.post(f"{served.url}/v1/completions", json={"prompt": rows, **payload}, timeout=60)
+    choices = response.json()["choices"]
     for choice, row, context in zip(choices, rows, contexts, strict=True):
         start = len(tokenizer(context)["input_ids"])
         found = choice["logprobs"]["token_logprobs"][start:-1]
@@ -126,9 +129,21 @@ def test_what_lm_eval_sends(served: Served, embedded: tuple[Any, Any]) -> None:
     ("path", "body"),
     [
         # the load generators of vLLM and guidellm, and lm-eval's texts until a stop string
-        ("completions", {"prompt": "a", "temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": 4, "logprobs": None, "stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}),
-        ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "max_completion_tokens": 4, "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}, "ignore_eos": True, "stop": None}),
-        ("completions", {"prompt": [[5, 6]], "max_tokens": 4, "temperature": 0, "stop": ["\n\n", "Q:", "a", "b", "c"], "seed": 1234}),
+        (
+            "completions",
+            {"prompt": "a", "temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": 4, "logprobs": None,
+             "stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True},
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "max_completion_tokens": 4,
+             "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+             "ignore_eos": True, "stop": None},
+        ),
+        (
+            "completions",
+            {"prompt": [[5, 6]], "max_tokens": 4, "temperature": 0, "stop": ["\n\n", "Q:", "a", "b", "c"], "seed": 7},
+        ),
     ],
 )  # fmt: skip
 def test_what_other_clients_send(served: Served, path: str, body: Any) -> None:
@@ -247,5 +262,3 @@ def test_without_its_libraries_it_says_how_to_install_them(
         main(["serve"])
     assert caught.value.code == 2
     assert "pip install 'coreskip[serve]'" in capsys.readouterr().err
-
-

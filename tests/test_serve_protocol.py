@@ -17,7 +17,18 @@ from coreskip.runtime.serve_vocabulary import Unfollowable, Vocabulary
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 NAMED = {"type": "function", "function": {"name": "other"}}
-CALLED = {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "weather", "arguments": '{"at": "sea"}'}}]}
+FORMAT, MISSING = "response_format", "missing_required_parameter"
+
+
+def called(arguments: str) -> Any:
+    return {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "weather", "arguments": arguments}}]}
+
+
+CALLED = called('{"at": "sea"}')
+
+
+def chat(**fields: Any) -> Any:
+    return {"messages": MESSAGES, **fields}
 
 
 def refused(kind: Any, body: Any) -> ApiError:
@@ -38,40 +49,45 @@ def refused(kind: Any, body: Any) -> ApiError:
         ({"messages": [{"role": "robot", "content": ""}]}, "messages[0].role", "invalid_value"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "invalid_value"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "invalid_value"),
-        ({"messages": [*MESSAGES, {"role": "user", "content": [{"type": "image_url"}]}]}, "messages[1].content[0].type", "invalid_value"),
+        (
+            {"messages": [*MESSAGES, {"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[1].content[0].type", "invalid_value",
+        ),
         ({"messages": [{"role": "user", "content": "", "shouted": True}]}, "messages[0].shouted", "unknown_parameter"),
         ({"messages": [{**CALLED, "role": "user"}]}, "messages[0].tool_calls", "invalid_value"),
-        *(({"messages": MESSAGES, name: value}, name, "invalid_value") for name, value in (
+        *((chat(**{name: value}), name, "invalid_value") for name, value in (
             ("temperature", "hot"), ("temperature", 2.5), ("temperature", -1), ("top_p", 0), ("top_p", 1.1),
             ("top_k", -2), ("min_p", 2), ("n", 0), ("n", 129), ("n", True), ("n", 1.0), ("max_tokens", 0),
             ("max_completion_tokens", -1), ("presence_penalty", 3), ("frequency_penalty", -3), ("seed", 0.5),
             ("seed", 2**64), ("stop", ""), ("stop", ["a"] * 17), ("stop", [1]), ("logit_bias", []),
-            ("logit_bias", {"a": 1}), ("logit_bias", {"1": 101}), ("logit_bias", {"-1": 1}), ("logit_bias", {"1": True}),
+            ("logit_bias", {"a": 1}), ("logit_bias", {"1": 101}), ("logit_bias", {"-1": 1}),
+            ("logit_bias", {"1": True}),
             ("top_logprobs", 2), ("logprobs", 3), ("stream", "yes"), ("stream_options", {"include_usage": True}),
             ("store", True), ("service_tier", "flex"), ("tool_choice", "auto"),
             ("metadata", "x"), ("user", 5), ("model", 5),
         )),
-        *(({"messages": MESSAGES, name: value}, name, "unsupported_parameter") for name, value in (
-            ("audio", {}), ("functions", []), ("function_call", "auto"), ("prediction", {}), ("reasoning_effort", "low"),
+        *((chat(**{name: value}), name, "unsupported_parameter") for name, value in (
+            ("audio", {}), ("functions", []), ("function_call", "auto"), ("prediction", {}),
+            ("reasoning_effort", "low"),
             ("verbosity", "low"), ("web_search_options", {}),
         )),
-        ({"messages": MESSAGES, "modalities": ["audio"]}, "modalities[0]", "invalid_value"),
-        ({"messages": MESSAGES, "guided_json": {}}, "guided_json", "unknown_parameter"),
-        ({"messages": MESSAGES, "prompt": "a"}, "prompt", "unknown_parameter"),
-        ({"messages": MESSAGES, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
-        ({"messages": MESSAGES, "max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "invalid_value"),
-        ({"messages": MESSAGES, "stream": True, "stream_options": {"often": True}}, "stream_options.often", "unknown_parameter"),
-        ({"messages": MESSAGES, "response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
-        ({"messages": MESSAGES, "response_format": {"type": "json_schema"}}, "response_format", "invalid_value"),
-        ({"messages": MESSAGES, "response_format": {"type": "regex"}}, "response_format", "invalid_value"),
-        ({"messages": MESSAGES, "response_format": {"type": "json_object", "pattern": "a"}}, "response_format", "invalid_value"),
-        ({"messages": MESSAGES, "response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name", "missing_required_parameter"),
-        ({"messages": MESSAGES, "response_format": {"type": "json_object"}, "tools": [TOOL]}, "response_format", "invalid_value"),
-        ({"messages": MESSAGES, "tools": [TOOL, TOOL]}, "tools", "invalid_value"),
-        ({"messages": MESSAGES, "tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "invalid_value"),
-        ({"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools[0].function", "missing_required_parameter"),
-        ({"messages": MESSAGES, "tools": [TOOL], "tool_choice": NAMED}, "tool_choice", "invalid_value"),
-        ({"messages": MESSAGES, "tools": [TOOL], "tool_choice": "maybe"}, "tool_choice", "invalid_value"),
+        (chat(modalities=["audio"]), "modalities[0]", "invalid_value"),
+        (chat(guided_json={}), "guided_json", "unknown_parameter"),
+        (chat(prompt="a"), "prompt", "unknown_parameter"),
+        (chat(logprobs=True, top_logprobs=21), "top_logprobs", "invalid_value"),
+        (chat(max_tokens=5, max_completion_tokens=6), "max_tokens", "invalid_value"),
+        (chat(stream=True, stream_options={"often": True}), "stream_options.often", "unknown_parameter"),
+        (chat(response_format={"type": "xml"}), "response_format.type", "invalid_value"),
+        (chat(response_format={"type": "json_schema"}), "response_format", "invalid_value"),
+        (chat(response_format={"type": "regex"}), "response_format", "invalid_value"),
+        (chat(response_format={"type": "json_object", "pattern": "a"}), "response_format", "invalid_value"),
+        (chat(response_format={"type": "json_schema", "json_schema": {}}), f"{FORMAT}.json_schema.name", MISSING),
+        (chat(response_format={"type": "json_object"}, tools=[TOOL]), "response_format", "invalid_value"),
+        (chat(tools=[TOOL, TOOL]), "tools", "invalid_value"),
+        (chat(tools=[{"type": "function", "function": {"name": "a b"}}]), "tools[0].function.name", "invalid_value"),
+        (chat(tools=[{"type": "function"}]), "tools[0].function", MISSING),
+        (chat(tools=[TOOL], tool_choice=NAMED), "tool_choice", "invalid_value"),
+        (chat(tools=[TOOL], tool_choice="maybe"), "tool_choice", "invalid_value"),
     ],
 )  # fmt: skip
 def test_chats_are_refused_by_field(body: Any, param: str, code: str) -> None:
@@ -84,7 +100,9 @@ def test_chats_are_refused_by_field(body: Any, param: str, code: str) -> None:
     ("body", "param"),
     [
         ({}, "prompt"),
-        *(({"prompt": prompt}, "prompt") for prompt in (3, [], [[]], [1, "a"], [1, 2.5], [True], [["a"]], {}, [[1], [[2]]])),
+        *(({"prompt": prompt}, "prompt") for prompt in (
+            3, [], [[]], [1, "a"], [1, 2.5], [True], [["a"]], {}, [[1], [[2]]],
+        )),
         ({"prompt": ["a"] * 129}, "prompt"),
         ({"prompt": ["a", "b"], "n": 65}, "prompt"),
         ({"prompt": "a", "best_of": 3}, "best_of"),
@@ -124,12 +142,12 @@ def test_messages_as_templates_read_them() -> None:
     parts = [{"type": "text", "text": "Name "}, {"type": "text", "text": "one."}]
     messages = [{"role": "developer", "content": parts}, CALLED, {"role": "tool", "content": "", "tool_call_id": "a"}]
     asked = parse(ChatRequest, json.dumps({"messages": messages}).encode())
-    system, called, answered = rendered(asked.messages)
+    system, assistant, answered = rendered(asked.messages)
     assert system == {"role": "system", "content": "Name one."}
-    assert called["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"at": "sea"}}
+    assert assistant["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"at": "sea"}}
     assert answered["tool_call_id"] == "a"
     for arguments in ("[1]", "nonsense", '"text"'):
-        messages[1] = {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "b", "arguments": arguments}}]}
+        messages[1] = called(arguments)
         with pytest.raises(ApiError, match="no JSON object") as caught:
             rendered(parse(ChatRequest, json.dumps({"messages": messages}).encode()).messages)
         assert caught.value.param == "messages[1].tool_calls"
@@ -147,10 +165,10 @@ LLAMA_TEMPLATE = """{% for message in messages %}<|{{ message.role }}|>
 message.tool_calls[0].function.arguments | tojson }}}{% else %}{{ message.content }}{% endif %}<|eot|>{% endfor %}{%
 if add_generation_prompt %}<|assistant|>
 {% endif %}"""
-MISTRAL_TEMPLATE = """{% for message in messages %}{% if message.role == "user" %}{% if tools %}[TOOLS]{{ tools | tojson }}{%
-endif %}[INST]{{ message.content }}[/INST]{% elif message.tool_calls %}[TOOL_CALLS][{% for call in message.tool_calls %}{
-"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}, "id": "{{ call.id }}"}{% if not
-loop.last %}, {% endif %}{% endfor %}]</s>{% else %} {{ message.content }}</s>{% endif %}{% endfor %}"""
+MISTRAL_TEMPLATE = """{% for message in messages %}{% if message.role == "user" %}{% if tools %}[TOOLS]{{ tools |
+tojson }}{% endif %}[INST]{{ message.content }}[/INST]{% elif message.tool_calls %}[TOOL_CALLS][{% for call in
+message.tool_calls %}{ "name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}, "id":
+"{{ call.id }}"}{% if not loop.last %}, {% endif %}{% endfor %}]</s>{% else %} {{ message.content }}</s>{% endif %}{% endfor %}"""
 XML_TEMPLATE = """{% if tools %}{{ tools | tojson }}{% endif %}{% for message in messages %}<|{{ message.role }}|>{{
 message.content }}{% for call in message.tool_calls or [] %}<function={{ call.function.name }}></function>{% endfor %}{%
 endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
@@ -181,6 +199,7 @@ def read(form: CallFormat, text: str, size: int) -> tuple[str, list[Call]]:
 
 SEA, RIVER = Call("weather", '{"at": "sea"}'), Call("time", '{"at": "<tool_call>"}')
 BODY, OTHER = '{"name": "weather", "arguments": {"at": "sea"}}', '{"name": "time", "arguments": {"at": "<tool_call>"}}'
+TWO = f"<tool_call>{BODY}</tool_call>\n<tool_call>\n{OTHER}</tool_call>"
 UNKNOWN = '<tool_call>\n{"name": "none", "arguments": {}}\n</tool_call>'
 
 
@@ -189,7 +208,7 @@ UNKNOWN = '<tool_call>\n{"name": "none", "arguments": {}}\n</tool_call>'
     ("form", "text", "said", "calls"),
     [
         (HERMES, f"<tool_call>\n{BODY}\n</tool_call>", "", [SEA]),
-        (HERMES, f"Let me see.\n<tool_call>{BODY}</tool_call>\n<tool_call>\n{OTHER}</tool_call>", "Let me see.", [SEA, RIVER]),
+        (HERMES, f"Let me see.\n{TWO}", "Let me see.", [SEA, RIVER]),
         (HERMES, "No calls, a < b and <tool.", "No calls, a < b and <tool.", []),
         (HERMES, f"<tool_call>\n{BODY[:-9]}", f"<tool_call>\n{BODY[:-9]}", []),
         (HERMES, UNKNOWN, UNKNOWN, []),
@@ -201,7 +220,9 @@ UNKNOWN = '<tool_call>\n{"name": "none", "arguments": {}}\n</tool_call>'
         (MISTRAL, f"[TOOL_CALLS] {BODY}", "", [SEA]),
     ],
 )  # fmt: skip
-def test_calls_are_read_however_they_are_cut(form: CallFormat, text: str, said: str, calls: list[Call], size: int) -> None:
+def test_calls_are_read_however_they_are_cut(
+    form: CallFormat, text: str, said: str, calls: list[Call], size: int
+) -> None:
     found, made = read(form, text, size)
     assert (found.strip(), made) == (said.strip(), calls)
 
@@ -231,7 +252,7 @@ def test_tokens_as_text_bytes_and_places(vocabulary: Vocabulary) -> None:
 
 
 def follow(vocabulary: Vocabulary, grammar: Any, seed: int, most: int = 400) -> str | None:
-    """A random text that the grammar allows, ended where that is allowed first; None where it did not come to an end."""
+    """A random text that the grammar allows, ended as soon as that is allowed; None where it never was."""
     generator, matcher, made = torch.Generator().manual_seed(seed), grammar.matcher(), list[int]()
     for _ in range(most):
         logits = matcher.mask(torch.rand(vocabulary.size, generator=generator))
@@ -243,10 +264,19 @@ def follow(vocabulary: Vocabulary, grammar: Any, seed: int, most: int = 400) -> 
     return None
 
 
+AGES = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 3}
+PLACE = {
+    "type": "object",
+    "properties": {"at": {"enum": ["sea", "river"]}},
+    "required": ["at"],
+    "additionalProperties": False,
+}
+
+
 def test_texts_that_follow_a_grammar(vocabulary: Vocabulary) -> None:
-    schema = {
+    schema: Any = {
         "type": "object",
-        "properties": {"name": {"type": "string", "maxLength": 5}, "ages": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 3}},
+        "properties": {"name": {"type": "string", "maxLength": 5}, "ages": AGES},
         "required": ["name", "ages"], "additionalProperties": False,
     }  # fmt: skip
     grammar = vocabulary.of_schema(schema, "response_format")
@@ -259,7 +289,7 @@ def test_texts_that_follow_a_grammar(vocabulary: Vocabulary) -> None:
 
 def test_forced_calls_are_calls(vocabulary: Vocabulary) -> None:
     tools = [
-        Tool.model_validate({"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {"at": {"enum": ["sea", "river"]}}, "required": ["at"], "additionalProperties": False}}})
+        Tool.model_validate({"type": "function", "function": {"name": name, "parameters": PLACE}})
         for name in ("weather", "time")
     ]  # fmt: skip
     for form in (HERMES, LLAMA, MISTRAL):
