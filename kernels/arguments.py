@@ -80,13 +80,13 @@ class StepModel(ctypes.Structure):
 
 
 class StepCache(ctypes.Structure):
-    _fields_ = (*_fields(_P, "keys values"), *_fields(_N, "row_stride head_stride first"))
+    _fields_ = (*_fields(_P, "keys values"), *_fields(_N, "head_stride first"))
 
 
 class StepCall(ctypes.Structure):
     _fields_ = (
-        *_fields(_P, "tokens positions start caches logits skipped"),
-        *_fields(_N, "rows length past wanted"),
+        *_fields(_P, "tokens positions start past caches logits skipped"),
+        *_fields(_N, "rows length wanted"),
         ("threads", _I),
     )
 

@@ -6,7 +6,6 @@ reads, together with every tensor it points to.
 
 from __future__ import annotations
 
-import copy
 import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,8 @@ from .packed import PackedLinear
 from .sparse import RowLists, SparseLinear, SparseMLP
 
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+Place = tuple[int, int]  # the address of a sequence's keys and values, and how many positions are in them already
 
 _NORM = {"rms": 1, "layer": 2}
 _RULE = {**cpu.RULE, "learned": 3}
@@ -160,23 +161,41 @@ class Step:
         """
         rows, length = tokens.shape
         self._check(caches, rows, past, past + length)
+        return self._sliced(tokens, positions, start, [(caches.row(row), past) for row in range(rows)], wanted)
+
+    def run_each(
+        self, tokens: Tensor, positions: Tensor, caches: Sequence[KeyValues], pasts: Sequence[int], wanted: int
+    ) -> tuple[Tensor, float]:
+        """`run` of sequences that have nothing in common but the model: each has a cache of one row, and positions in
+        it of its own. What a sequence gets is what it gets alone, to the bit, unless a rule chooses neurons: what the
+        threads add up is then divided by what any of the sequences has chosen."""
+        rows, length = tokens.shape
+        for cache, past in zip(caches, pasts, strict=True):
+            self._check(cache, 1, past, past + length)
+        start = torch.zeros(rows, dtype=torch.int64, device="cpu")
+        places = [(cache.row(0), past) for cache, past in zip(caches, pasts, strict=True)]
+        return self._sliced(tokens, positions, start, places, wanted)
+
+    def _sliced(
+        self, tokens: Tensor, positions: Tensor, start: Tensor, places: Sequence[Place], wanted: int
+    ) -> tuple[Tensor, float]:
+        rows, length = tokens.shape
         if self.rows not in (None, rows):
             raise ValueError(f"{self.rows} rows have lists of neurons, not {rows}")
         if rows * length <= cpu.MAX_ROWS:
-            return self._run(tokens, positions, start, caches, past, wanted)
+            return self._run(tokens, positions, start, places, wanted)
         logits = torch.empty((rows, wanted, self.model.head.out_features), dtype=self.model.dtype, device="cpu")
         together, left_out = max(1, cpu.MAX_ROWS // length), 0.0
         for first in range(0, rows, together):
             last = min(first + together, rows)
-            step, entries = self._part(first, last), caches.part(first, last)
+            step = self._part(first, last)
             for at in range(0, length, cpu.MAX_ROWS):
                 end = min(at + cpu.MAX_ROWS, length)
                 some = slice(first, last), slice(at, end)
                 to = wanted - (length - end)  # where the logits of the slice's last token go, if they are wanted
                 kept = min(end - at, max(to, 0))
-                found, skipped = step._run(
-                    tokens[some], positions[some], start[first:last], entries, past + at, kept or 1
-                )
+                further = [(entries, past + at) for entries, past in places[first:last]]
+                found, skipped = step._run(tokens[some], positions[some], start[first:last], further, kept or 1)
                 if kept:
                     logits[first:last, to - kept : to] = found
                 left_out += skipped
@@ -196,16 +215,18 @@ class Step:
         return part
 
     def _run(
-        self, tokens: Tensor, positions: Tensor, start: Tensor, caches: KeyValues, past: int, wanted: int
+        self, tokens: Tensor, positions: Tensor, start: Tensor, places: Sequence[Place], wanted: int
     ) -> tuple[Tensor, float]:
         """`run` of at most 8 tokens."""
         rows, length = tokens.shape
         tokens, positions = tokens.contiguous(), positions.contiguous()
         logits = torch.empty((rows, wanted, self.model.head.out_features), dtype=self.model.dtype, device="cpu")
-        skipped = ctypes.c_double(0)
+        skipped, past = ctypes.c_double(0), (_N * rows)(*(past for _, past in places))
+        caches = (_P * rows)(*(entries for entries, _ in places))
         call = arguments.StepCall(
-            tokens.data_ptr(), positions.data_ptr(), start.data_ptr(), ctypes.addressof(caches.table),
-            logits.data_ptr(), ctypes.addressof(skipped), rows, length, past, wanted, torch.get_num_threads(),
+            tokens.data_ptr(), positions.data_ptr(), start.data_ptr(), ctypes.addressof(past),
+            ctypes.addressof(caches), logits.data_ptr(), ctypes.addressof(skipped), rows, length, wanted,
+            torch.get_num_threads(),
         )  # fmt: skip
         cpu.check(self.library.coreskip_step(ctypes.byref(self._model), ctypes.byref(call)), 0)
         return logits, skipped.value
@@ -265,12 +286,12 @@ class Step:
         self, token: int, position: int, start: int, caches: KeyValues, past: int
     ) -> Iterator[tuple[arguments.StepCall, ctypes.c_double]]:
         """The call of a step of one token, with what it points to; and where it counts neurons left out."""
-        numbers, skipped = (_N * 3)(token, position, start), ctypes.c_double(0)
-        at, width = ctypes.addressof(numbers), ctypes.sizeof(_N)
+        numbers, skipped = (_N * 4)(token, position, start, past), ctypes.c_double(0)
+        at, width, entries = ctypes.addressof(numbers), ctypes.sizeof(_N), _P(caches.row(0))
         logits = torch.empty(self.model.head.out_features, dtype=self.model.dtype, device="cpu")
         yield arguments.StepCall(
-            at, at + width, at + 2 * width, ctypes.addressof(caches.table), logits.data_ptr(),
-            ctypes.addressof(skipped), 1, 1, past, 1, torch.get_num_threads(),
+            at, at + width, at + 2 * width, at + 3 * width, ctypes.addressof(entries), logits.data_ptr(),
+            ctypes.addressof(skipped), 1, 1, 1, torch.get_num_threads(),
         ), skipped  # fmt: skip
 
 
@@ -297,12 +318,11 @@ class KeyValues:
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
     first: Sequence[int]
-    table: Any = field(init=False)
     entries: list[tuple[torch.dtype, int, int]] = field(init=False)  # per layer, heads and their size
     rows: int = field(init=False)
     longest: int = field(init=False)  # positions that all layers have memory for
     begins_late: bool = field(init=False)  # whether a layer has forgotten the first of them
-    _parts: dict[tuple[int, int], KeyValues] = field(init=False, default_factory=dict)
+    _table: Any = field(init=False)  # [rows][layers]
 
     def __post_init__(self) -> None:
         for k, v in zip(self.keys, self.values, strict=True):
@@ -314,28 +334,18 @@ class KeyValues:
         capacities = (k.shape[2] + first for k, first in zip(self.keys, self.first, strict=True))
         self.longest = min(capacities, default=0)
         self.begins_late = max(self.first, default=0) > 0
-        self.table = _table(self.keys, self.values, self.first)
-
-    def part(self, first: int, last: int) -> KeyValues:
-        """Of rows `first` to `last`, which lies in these tensors. Made once; by addresses, for views would count as
-        somebody's who looks at the cache."""
-        part = self._parts.get((first, last))
-        if part is None:
-            part = copy.copy(self)
-            part.keys, part.values, part.rows, part._parts = (), (), last - first, {}
-            part.table = _table(self.keys, self.values, self.first, first)
-            self._parts[first, last] = part
-        return part
-
-
-def _table(keys: Sequence[Tensor], values: Sequence[Tensor], first: Sequence[int], row: int = 0) -> Any:
-    """What the native step reads of keys and values, from one of their rows on."""
-    return (arguments.StepCache * len(keys))(
-        *(
-            arguments.StepCache(_row(k, row), _row(v, row), k.stride(0), k.stride(1), begin)
-            for k, v, begin in zip(keys, values, first, strict=True)
+        layers = list(zip(self.keys, self.values, self.first, strict=True))
+        self._table = (arguments.StepCache * (self.rows * len(layers)))(
+            *(
+                arguments.StepCache(_row(k, row), _row(v, row), k.stride(1), begin)
+                for row in range(self.rows)
+                for k, v, begin in layers
+            )
         )
-    )
+
+    def row(self, row: int) -> int:
+        """The address of what the native step reads of one sequence's keys and values."""
+        return ctypes.addressof(self._table) + row * len(self.keys) * ctypes.sizeof(arguments.StepCache)
 
 
 def _row(tensor: Tensor, row: int) -> int:

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 from ..kernels.step import likeliest
 from .calls import NotCovered
 from .lower_cpu import StepProgram
-from .native import NativeSequence, step_together
+from .native import NativeSequence
 from .phases import as_loaded, densely, prefilling
 from .running import Running
 from .sequence import prompt_logprobs
@@ -118,7 +118,7 @@ class Decoder:
             first.extend(self._greedily(first, stepper, program))
             return
         try:
-            logits = step_together([native for _, native in group], [s.last for s, _ in group], program)
+            logits = NativeSequence.step_together([native for _, native in group], [s.last for s, _ in group], program)
         except NotCovered:
             for sequence, _ in group:
                 sequence.native = None

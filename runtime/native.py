@@ -398,8 +398,13 @@ class NativeSequence:
 
     def _ready(self, program: StepProgram, more: int, at_once: int) -> kernel.Step:
         """For `more` tokens, the first `at_once` of them in one step."""
+        self.steps.check_modules()
+        self._reach(program, more, at_once)
+        return self.steps.step_of(self._described, program)
+
+    def _reach(self, program: StepProgram, more: int, at_once: int) -> None:
+        """Makes sure that the sequence, and nothing but what the model is now, can go on by `more` tokens."""
         steps = self.steps
-        steps.check_modules()
         if steps.described is not self._described:
             raise NotThisCall("the model was changed meanwhile")
         if steps.refusal is not None:
@@ -410,7 +415,6 @@ class NativeSequence:
         if not self._rooms.fits(more):
             self._rooms = steps.admit(self._cache, more)
         self._described.of(program).rotary.reach(self.length + more)
-        return steps.step_of(self._described, program)
 
     def step(self, tokens: Sequence[int], program: StepProgram) -> Tensor:
         """Logits ``[tokens, vocabulary]`` of 1 to 8 tokens that are appended."""
@@ -445,7 +449,23 @@ class NativeSequence:
     def rollback(self, length: int) -> None:
         self._rooms.advance(length - self.length)
 
+    @classmethod
+    def step_together(
+        cls, sequences: Sequence[NativeSequence], tokens: Sequence[int], program: StepProgram
+    ) -> Tensor:
+        """Appends a token to each of several sequences of one model; logits ``[sequences, vocabulary]``.
 
-def step_together(sequences: Sequence[NativeSequence], tokens: Sequence[int], program: StepProgram) -> Tensor:
-    """Appends one token to each sequence; logits ``[sequences, vocabulary]``."""
-    return torch.cat([sequence.step([token], program) for sequence, token in zip(sequences, tokens, strict=True)])
+        Raises:
+            NotCovered: one of them has to be described, or to run on the modules, first. Nothing has been appended.
+        """
+        first = sequences[0]
+        first.steps.check_modules()
+        for sequence in sequences:
+            sequence._reach(program, 1, 1)
+        step, lengths = first.steps.step_of(first._described, program), [sequence.length for sequence in sequences]
+        ids, places = (torch.tensor(values, device="cpu")[:, None] for values in (tokens, lengths))
+        logits, left_out = step.run_each(ids, places, [s._rooms.table for s in sequences], lengths, 1)
+        for sequence in sequences:
+            sequence._rooms.advance(1)
+        first.steps.count(len(tokens), program.skipped * len(tokens) + left_out)
+        return logits[:, 0]

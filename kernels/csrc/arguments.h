@@ -107,21 +107,22 @@ struct StepModel {
     int embedding_dtype, kv_dtype, logit_dtype;
 };
 
-struct StepCache {          // one layer's keys and values: [rows][kv_heads][capacity][head_dim]
+struct StepCache {        // one layer's keys and values of one sequence: [kv_heads][capacity][head_dim]
     void* keys;
     void* values;
-    int64_t row_stride, head_stride;  // in elements
-    int64_t first;          // the position that lies at index 0 (window layers forget the oldest)
+    int64_t head_stride;  // in elements
+    int64_t first;        // the position that lies at index 0 (window layers forget the oldest)
 };
 
 struct StepCall {
     const int64_t* tokens;     // [rows][length]
     const int64_t* positions;  // [rows][length], for the rotation
     const int64_t* start;      // [rows]: the first cache position that counts (left padding before it)
-    const StepCache* caches;   // [layers]
+    const int64_t* past;       // [rows]: positions that are in its cache already
+    const StepCache* const* caches;  // [rows][layers]
     void* logits;              // [rows][length, or the last `wanted`][vocabulary]
     double* skipped;           // neurons left out, summed over tokens and layers
-    int64_t rows, length, past, wanted;
+    int64_t rows, length, wanted;
     int threads;
 };
 

@@ -47,7 +47,7 @@ class Steps {
 
     // Calls walk(walker) for every thread, each ready for a step of these tokens.
     template <class Walk>
-    void run(int64_t past, const int64_t* ids, const int64_t* places, Walk walk) {
+    void run(const int64_t* past, const int64_t* ids, const int64_t* places, Walk walk) {
         team_->together(members_, call_.threads, [&](Member& member) {
             Walker& walker = walkers_[member.part];
             walker.begin(member, past, ids, places);
@@ -79,11 +79,11 @@ int generate(const StepModel& model, const StepCall& call, int64_t count, const 
              float least, int64_t* made, float* chances, int64_t* made_count) {
     Steps steps(model, call, count);
     if (!steps.reserve()) return kNoMemory;
-    int64_t token = *call.tokens, place = *call.positions, n = 0;
-    for (bool ended = false; n < count && !ended; n++, place++) {
+    int64_t token = *call.tokens, place = *call.positions, past = *call.past, n = 0;
+    for (bool ended = false; n < count && !ended; n++, place++, past++) {
         int64_t found = 0;
         float chance = 1;
-        steps.run(call.past + n, &token, &place, [&](Walker& walker, int part) {
+        steps.run(&past, &token, &place, [&](Walker& walker, int part) {
             walker.run();
             const int64_t likeliest = walker.likeliest();
             const float probability = chances ? walker.probability() : 1.f;

@@ -15,19 +15,21 @@ class StepAttention {
     StepAttention(StepThread& thread, Prefetch& ahead, Projections& projections)
         : thread(thread), ahead(ahead), projections(projections) {}
 
-    void run(const StepLayer& l, const StepCache& cache) {
+    void run(const StepLayer& l) {
         projections.read_from(projections.normed(l.attention_in, own.x), m.hidden);
         projections.project_all(thread.inputs(l));
         projections.meet();
-        const int64_t first = thread.first_chunk(l), chunks = thread.chunks_of(l), tasks = thread.tasks_of(l);
-        projections.share_work(tasks, 1, 0, [&](int64_t task, int64_t) {
-            attend(l, cache, task / chunks / l.kv_heads, task / chunks % l.kv_heads, first, task % chunks);
-        });
-        for (int64_t i = 0; i < ahead.own_tasks(l); i++) ahead.passed += 2 * ahead.entries_of(l, cache, i, false).bytes;
+        projections.share_work(thread.tasks_of(l), 1, 0,
+                               [&](int64_t task, int64_t) { attend(l, thread.task_at(l, task)); });
+        for (int64_t i = 0; i < ahead.own_tasks(l); i++) ahead.passed += 2 * ahead.entries_of(l, i, false).bytes;
         projections.meet();
-        for (int64_t q = 0; q < thread.tokens * l.heads; q++)
-            thread.step.merge(chunks, thread.tokens * l.heads, w.most + q, w.sum + q, w.value + q * l.head_dim,
-                              l.head_dim, own.attended + q * l.head_dim);
+        const int64_t queries = thread.tokens * l.heads, of_row = c.length * l.heads;
+        for (int64_t row = 0; row < c.rows; row++) {
+            const int64_t chunks = thread.chunks_of(l, row);
+            for (int64_t q = row * of_row; q < (row + 1) * of_row; q++)
+                thread.step.merge(chunks, queries, w.most + q, w.sum + q, w.value + q * l.head_dim, l.head_dim,
+                                  own.attended + q * l.head_dim);
+        }
         projections.read_from(own.attended, l.heads * l.head_dim);
         projections.project_all(thread.output(l));
         projections.meet();
@@ -36,13 +38,14 @@ class StepAttention {
     }
 
     // What a skipped attention leaves behind: the entries of the new tokens.
-    void write_entries(const StepLayer& l, const StepCache& cache) {
+    void write_entries(const StepLayer& l) {
         projections.read_from(projections.normed(l.attention_in, own.x), m.hidden);
         projections.project_all(thread.inputs(l));
         projections.meet();
         const int64_t tasks = c.rows * l.kv_heads;
         projections.share_work(tasks, 1, 0, [&](int64_t task, int64_t) {
-            put_entries(l, cache, task / l.kv_heads, task % l.kv_heads, thread.past, thread.past + c.length);
+            const int64_t row = task / l.kv_heads, past = thread.past[row];
+            put_entries(l, row, task % l.kv_heads, past, past + c.length);
         });
         projections.meet();
     }
@@ -57,32 +60,33 @@ class StepAttention {
     const Own& own = thread.own;
 
     // Keys and values of the new tokens at positions `begin` to `end`, for one KV head of one sequence.
-    void put_entries(const StepLayer& l, const StepCache& cache, int64_t row, int64_t group, int64_t begin,
-                     int64_t end) {
+    void put_entries(const StepLayer& l, int64_t row, int64_t group, int64_t begin, int64_t end) {
+        const StepCache& cache = thread.cache_of(l, row);
         for (int64_t position = begin; position < end; position++) {
-            const int64_t token = row * c.length + position - thread.past, from = token * l.kv_heads + group;
-            const int64_t to = thread.offset_of(l, cache, row, group) + position * l.head_dim;
+            const int64_t token = row * c.length + position - thread.past[row], from = token * l.kv_heads + group;
+            const int64_t to = thread.offset_of(l, cache, group) + position * l.head_dim;
             put(prepared(l, l.k_norm, w.k, from, token, l.kv_heads), cache.keys, to, l.head_dim);
             put(w.v + from * l.head_dim, cache.values, to, l.head_dim);
         }
     }
 
-    // One KV head of one sequence over one chunk of positions: for new tokens in the chunk keys and values are
-    // written first.
-    void attend(const StepLayer& l, const StepCache& cache, int64_t row, int64_t group, int64_t first, int64_t chunk) {
-        const int64_t begin = (first + chunk) * kChunk, end = std::min(begin + kChunk, thread.past + c.length);
-        const int64_t offset = thread.offset_of(l, cache, row, group), each = l.heads / l.kv_heads;
-        put_entries(l, cache, row, group, std::max(begin, thread.past), end);
+    // For new tokens in the chunk keys and values are written first.
+    void attend(const StepLayer& l, const AttentionTask& task) {
+        const StepCache& cache = thread.cache_of(l, task.row);
+        const int64_t past = thread.past[task.row], begin = task.begin;
+        const int64_t end = std::min(begin + kChunk, past + c.length), part = task.part * thread.tokens * l.heads;
+        const int64_t offset = thread.offset_of(l, cache, task.group), each = l.heads / l.kv_heads;
+        put_entries(l, task.row, task.group, std::max(begin, past), end);
         const int64_t bytes = size_of(m.kv_dtype);
-        for (int64_t j = std::max<int64_t>(0, begin - thread.past); j < c.length; j++) {
-            const int64_t token = row * c.length + j, query = token * l.heads + group * each;
-            const int64_t at = chunk * thread.tokens * l.heads + query;
+        for (int64_t j = std::max<int64_t>(0, begin - past); j < c.length; j++) {
+            const int64_t token = task.row * c.length + j, query = token * l.heads + task.group * each;
+            const int64_t at = part + query;
             for (int64_t i = 0; i < each; i++) {
                 float* to = own.queries + i * l.head_dim;
                 memcpy(to, prepared(l, l.q_norm, w.q, query + i, token, l.heads), l.head_dim * sizeof(float));
                 for (int64_t e = 0; e < l.head_dim; e++) to[e] *= l.attention_scale;
-                own.from[i] = thread.first_seen(l, row, thread.past + j);
-                own.to[i] = thread.past + j + 1;
+                own.from[i] = thread.first_seen(l, task.row, past + j);
+                own.to[i] = past + j + 1;
             }
             thread.step.attend({own.queries, static_cast<const char*>(cache.keys) + offset * bytes,
                                 static_cast<const char*>(cache.values) + offset * bytes, m.kv_dtype,
@@ -90,9 +94,9 @@ class StepAttention {
                                 w.most + at, w.sum + at, w.value + at * l.head_dim, ahead.to_fetch()});
         }
         // chunks that lie wholly after a token: nothing to see
-        for (int64_t j = 0; j < std::min(c.length, begin - thread.past); j++)
+        for (int64_t j = 0; j < std::min(c.length, begin - past); j++)
             for (int64_t i = 0; i < each; i++)
-                w.sum[chunk * thread.tokens * l.heads + (row * c.length + j) * l.heads + group * each + i] = 0;
+                w.sum[part + (task.row * c.length + j) * l.heads + task.group * each + i] = 0;
     }
 
     // A head of q or k, normed and rotated, in the scratch.

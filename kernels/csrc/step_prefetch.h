@@ -48,13 +48,14 @@ class Prefetch {
     }
 
     // The keys, or the values, that the i-th attention task of this thread's share reads.
-    Memory entries_of(const StepLayer& l, const StepCache& cache, int64_t i, bool values) const {
-        const int64_t chunks = thread.chunks_of(l), task = thread.mine(thread.tasks_of(l)).begin + i;
-        const int64_t row = task / chunks / l.kv_heads, chunk = (thread.first_chunk(l) + task % chunks) * kChunk;
-        const int64_t begin = std::max(chunk, thread.first_seen(l, row, thread.past));
-        const int64_t end = std::min(chunk + kChunk, thread.past);
+    Memory entries_of(const StepLayer& l, int64_t i, bool values) const {
+        const AttentionTask task = thread.task_at(l, thread.mine(thread.tasks_of(l)).begin + i);
+        const int64_t past = thread.past[task.row];
+        const int64_t begin = std::max(task.begin, thread.first_seen(l, task.row, past));
+        const int64_t end = std::min(task.begin + kChunk, past);
         if (begin >= end) return {0, 0};
-        const int64_t at = thread.offset_of(l, cache, row, task / chunks % l.kv_heads) + begin * l.head_dim;
+        const StepCache& cache = thread.cache_of(l, task.row);
+        const int64_t at = thread.offset_of(l, cache, task.group) + begin * l.head_dim;
         const int64_t size = size_of(m.kv_dtype);
         const auto base = reinterpret_cast<uintptr_t>(values ? cache.values : cache.keys);
         return {base + at * size, (end - begin) * l.head_dim * size};
@@ -148,7 +149,7 @@ class Prefetch {
         if (stage_ < 3) {
             next = memory_of(thread.inputs(l), stage_);
         } else if (stage_ == 3 && l.run_attention && entry_ < 2 * own_tasks(l)) {
-            next = entries_of(l, c.caches[layer_], entry_ / 2, entry_ % 2);
+            next = entries_of(l, entry_ / 2, entry_ % 2);
             entry_++;
             return true;
         } else if (stage_ == 4 && l.run_attention) {

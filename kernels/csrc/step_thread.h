@@ -58,6 +58,11 @@ struct Matrices {
     }
 };
 
+// One KV head of one sequence, over one chunk of its positions: the part-th that it sees, which begins at `begin`.
+struct AttentionTask {
+    int64_t row, group, part, begin;
+};
+
 // The threads that share out a step may be fewer than were asked for, and others from step to step. What is added up
 // between threads is therefore divided by `c.threads`, whoever computes it: a sum is the same to the bit.
 struct StepThread {
@@ -72,7 +77,7 @@ struct StepThread {
     Member* member = nullptr;      // of the team that runs this step
     int part = 0, parts = 1;
     int tokens = 0;                // rows of x
-    int64_t past = 0;
+    const int64_t* past = nullptr;  // of each sequence
     const int64_t* ids = nullptr;
     const int64_t* places = nullptr;
     int64_t skipped = 0;           // neurons that all threads know to be left out
@@ -112,21 +117,37 @@ struct StepThread {
 
     // ---- the KV cache in chunks ----
 
-    static int64_t offset_of(const StepLayer& l, const StepCache& cache, int64_t row, int64_t group) {
-        return row * cache.row_stride + group * cache.head_stride - cache.first * l.head_dim;
+    const StepCache& cache_of(const StepLayer& l, int64_t row) const { return c.caches[row][&l - m.layers]; }
+
+    static int64_t offset_of(const StepLayer& l, const StepCache& cache, int64_t group) {
+        return group * cache.head_stride - cache.first * l.head_dim;
     }
 
     int64_t first_seen(const StepLayer& l, int64_t row, int64_t position) const {
         return std::max(c.start[row], l.window ? position + 1 - l.window : 0);
     }
 
-    int64_t chunks_of(const StepLayer& l) const { return (past + c.length - 1) / kChunk + 1 - first_chunk(l); }
-    int64_t tasks_of(const StepLayer& l) const { return c.rows * l.kv_heads * chunks_of(l); }
+    int64_t first_chunk(const StepLayer& l, int64_t row) const {
+        return std::clamp<int64_t>(first_seen(l, row, past[row]), 0, past[row]) / kChunk;
+    }
 
-    int64_t first_chunk(const StepLayer& l) const {
-        int64_t first = past;
-        for (int64_t row = 0; row < c.rows; row++) first = std::min(first, first_seen(l, row, past));
-        return std::max<int64_t>(first, 0) / kChunk;
+    int64_t chunks_of(const StepLayer& l, int64_t row) const {
+        return (past[row] + c.length - 1) / kChunk + 1 - first_chunk(l, row);
+    }
+
+    int64_t tasks_of(const StepLayer& l) const {
+        int64_t chunks = 0;
+        for (int64_t row = 0; row < c.rows; row++) chunks += chunks_of(l, row);
+        return l.kv_heads * chunks;
+    }
+
+    AttentionTask task_at(const StepLayer& l, int64_t i) const {
+        int64_t row = 0, chunks = chunks_of(l, 0);
+        for (; i >= l.kv_heads * chunks; chunks = chunks_of(l, row)) {
+            i -= l.kv_heads * chunks;
+            row++;
+        }
+        return {row, i / chunks, i % chunks, (first_chunk(l, row) + i % chunks) * kChunk};
     }
 };
 

@@ -20,9 +20,9 @@ class Walker {
     Walker(const Walker&) = delete;
     Walker& operator=(const Walker&) = delete;
 
-    // The next step: as which member of the team, and with how many positions in the cache. What has been fetched for
+    // The next step: as which member of the team, and with how many positions in each sequence's cache. What has been fetched for
     // the last step's share is of no use for another.
-    void begin(Member& member, int64_t past, const int64_t* ids, const int64_t* places) {
+    void begin(Member& member, const int64_t* past, const int64_t* ids, const int64_t* places) {
         if (member.part != thread.part || member.parts != thread.parts) ahead_.rewind();
         thread.member = &member;
         thread.part = member.part, thread.parts = member.parts;
@@ -36,8 +36,8 @@ class Walker {
         embed();
         for (int64_t i = 0; i < m.layer_count; i++) {
             const StepLayer& layer = m.layers[i];
-            if (layer.run_attention) attention_.run(layer, c.caches[i]);
-            else if (layer.k.weight) attention_.write_entries(layer, c.caches[i]);
+            if (layer.run_attention) attention_.run(layer);
+            else if (layer.k.weight) attention_.write_entries(layer);
             if (layer.run_mlp) mlp_.run(layer);
         }
         logits();

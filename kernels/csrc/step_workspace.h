@@ -40,7 +40,8 @@ struct Sizes {
             width = std::max({width, l.mlp.stride, l.mlp.groups.width});
         }
         width = std::max({width, model.head.stride, hidden});
-        parts = (call.past + call.length + ahead - 1) / kChunk + 1;
+        const int64_t past = *std::max_element(call.past, call.past + call.rows);
+        parts = (past + call.length + ahead - 1) / kChunk + 1;
         int64_t room = 8;  // grows by doubling, so that the workspace is not made anew every kChunk tokens
         while (room < parts) room *= 2;
         parts = room;
