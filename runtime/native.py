@@ -450,9 +450,7 @@ class NativeSequence:
         self._rooms.advance(length - self.length)
 
     @classmethod
-    def step_together(
-        cls, sequences: Sequence[NativeSequence], tokens: Sequence[int], program: StepProgram
-    ) -> Tensor:
+    def step_together(cls, sequences: Sequence[NativeSequence], tokens: Sequence[int], program: StepProgram) -> Tensor:
         """Appends a token to each of several sequences of one model; logits ``[sequences, vocabulary]``.
 
         Raises:

@@ -167,8 +167,9 @@ if add_generation_prompt %}<|assistant|>
 {% endif %}"""
 MISTRAL_TEMPLATE = """{% for message in messages %}{% if message.role == "user" %}{% if tools %}[TOOLS]{{ tools |
 tojson }}{% endif %}[INST]{{ message.content }}[/INST]{% elif message.tool_calls %}[TOOL_CALLS][{% for call in
-message.tool_calls %}{ "name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}, "id":
-"{{ call.id }}"}{% if not loop.last %}, {% endif %}{% endfor %}]</s>{% else %} {{ message.content }}</s>{% endif %}{% endfor %}"""
+message.tool_calls %}{ "name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }},
+"id": "{{ call.id }}"}{% if not loop.last %}, {% endif %}{% endfor %}]</s>{% else %} {{ message.content }}</s>{% endif
+%}{% endfor %}"""
 XML_TEMPLATE = """{% if tools %}{{ tools | tojson }}{% endif %}{% for message in messages %}<|{{ message.role }}|>{{
 message.content }}{% for call in message.tool_calls or [] %}<function={{ call.function.name }}></function>{% endfor %}{%
 endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
