@@ -34,17 +34,21 @@ class Stream:
     """What one client got.
 
     Attributes:
-        first_s: to the first piece of text. gaps_s: between pieces. end: by ``time.perf_counter``.
+        pieces: of its text, each with the seconds since the one before, or since the request. A piece may hold several
+            tokens.
+        begin, end: by ``time.perf_counter``.
         error: what went wrong instead.
     """
 
     prompt: str
-    text: str = ""
-    first_s: float | None = None
-    gaps_s: list[float] = field(default_factory=list)
-    begin: float = 0.0
+    begin: float
     end: float = 0.0
+    pieces: list[tuple[str, float]] = field(default_factory=list)
     error: str | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(piece for piece, _ in self.pieces)
 
 
 @click.command()
@@ -122,11 +126,16 @@ def measured(
 
 
 def _row(name: str, count: int, rounds: list[list[Stream]], same: list[bool], tokens: int, tokenizer: Any) -> Row:
-    """tok_s: of all streams together, from the first request to the last token: medians over rounds."""
+    """tok_s: of all streams together, from the first request to the last token: medians over rounds. inter_token_ms:
+    the time between two pieces, for each of the tokens in the second."""
+
+    def length(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
     every = [stream for streams in rounds for stream in streams]
-    lengths = {id(s): len(tokenizer(s.text, add_special_tokens=False)["input_ids"]) for s in every}
+    later = [(max(1, length(piece)), seconds) for stream in every for piece, seconds in stream.pieces[1:]]
     speeds = [
-        sum(lengths[id(s)] for s in streams) / (max(s.end for s in streams) - min(s.begin for s in streams))
+        sum(length(s.text) for s in streams) / (max(s.end for s in streams) - min(s.begin for s in streams))
         for streams in rounds
     ]
     return {
@@ -136,10 +145,11 @@ def _row(name: str, count: int, rounds: list[list[Stream]], same: list[bool], to
         "tokens": tokens,
         "rounds": len(rounds),
         "tok_s": round(median(speeds), 1),
-        "ttft_ms": _quantiles([s.first_s for s in every if s.first_s is not None]),
-        "inter_token_ms": _quantiles([gap for s in every for gap in s.gaps_s]),
-        "answered_tokens": sum(lengths.values()),
-        "errors": [s.error for s in every if s.error is not None],
+        "ttft_ms": _quantiles([stream.pieces[0][1] for stream in every if stream.pieces]),
+        "inter_token_ms": _quantiles([seconds / made for made, seconds in later for _ in range(made)]),
+        "between_pieces_ms": _quantiles([seconds for _, seconds in later]),
+        "answered_tokens": sum(length(stream.text) for stream in every),
+        "errors": [stream.error for stream in every if stream.error is not None],
         "same_as_alone": f"{sum(same)} of {len(same)}",
         "notes": KINDS[name].notes,
     }
@@ -165,23 +175,18 @@ async def _streams(server: ServerProcess, texts: Sequence[str], tokens: int) -> 
 
 
 async def _stream(client: httpx.AsyncClient, model: str, prompt: str, tokens: int) -> Stream:
-    found = Stream(prompt, begin=time.perf_counter())
     body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
+    found = Stream(prompt, time.perf_counter())
     last = found.begin
     try:
         async with client.stream("POST", "/v1/completions", json=body) as response:
             if response.status_code != 200:
                 raise ValueError(f"status {response.status_code}: {(await response.aread())[:200]!r}")
             async for line in response.aiter_lines():
-                text = _text(line)
-                if not text:
-                    continue
-                now = time.perf_counter()
-                if found.first_s is None:
-                    found.first_s = now - found.begin
-                else:
-                    found.gaps_s.append(now - last)
-                found.text, last = found.text + text, now
+                piece, now = _text(line), time.perf_counter()
+                if piece:
+                    found.pieces.append((piece, now - last))
+                    last = now
     except (httpx.HTTPError, ValueError) as error:
         found.error = f"{type(error).__name__}: {error}"
     found.end = time.perf_counter()

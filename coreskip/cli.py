@@ -68,7 +68,7 @@ def bench() -> None:
     """Measure speed and quality, side by side with other runtimes (see `coreskip bench --help`)."""
 
 
-@bench.command("run", epilog="Also: `coreskip bench report ROWS`, `bench tables`, `bench kernels`.")
+@bench.command("run", epilog="Also: `coreskip bench report ROWS`, `bench tables`, `bench kernels`, `bench serve`.")
 @click.argument("model", required=False)
 @click.option("--plan", "plans", multiple=True, type=click.Path(path_type=Path), help="A plan; may be given again.")
 @click.option("--keep", "keeps", multiple=True, type=float, help="Keep this share by core neurons, uncalibrated.")
@@ -155,6 +155,15 @@ def bench_tables(document: Path, folder: Path) -> None:
 def bench_kernels(arguments: tuple[str, ...]) -> None:
     """Time the kernels by themselves (`coreskip bench kernels --help`)."""
     from coreskip.bench.kernels import main
+
+    main(list(arguments))
+
+
+@bench.command("serve", context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench_serve(arguments: tuple[str, ...]) -> None:
+    """Time servers under concurrent clients (`coreskip bench serve --help`)."""
+    from coreskip.bench.serve import main
 
     main(list(arguments))
 
