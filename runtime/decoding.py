@@ -72,13 +72,14 @@ class Decoder:
     # --- steps
 
     @torch.no_grad()
-    def step(self, sequences: Sequence[Running]) -> None:
-        """Every sequence goes on by one token at least. An error ends the one that it comes from."""
+    def step(self, sequences: Sequence[Running], alone: bool) -> None:
+        """Every sequence goes on by one token at least; where it is `alone` and nobody waits, by several. An error ends
+        the one that it comes from."""
         steps = runtime_of(self.model).steps if is_wrapped(self.model) else None
         groups, rest = self._grouped(sequences, steps)
         for group in groups:
             try:
-                self._natively(group, alone=len(sequences) == 1)
+                self._natively(group, alone)
             except NotCovered:  # of one of them: the model's own pass covers it, or describes the model anew
                 rest += [sequence for sequence, _ in group]
         for sequence in rest:

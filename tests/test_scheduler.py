@@ -1,0 +1,580 @@
+"""Many requests on one model: each gets what it gets alone, whoever comes, goes or fails beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import greedy, plan_of, prompt, tiny
+from transformers import BatchEncoding, DynamicCache, LogitsProcessorList
+
+import coreskip
+from coreskip import CoreskipError, Engine
+from coreskip.kernels.ops import available
+from coreskip.predictors.plan import LayerPlan, Plan
+from coreskip.predictors.policies import Sketch
+from coreskip.runtime.pieces import Pieces
+from coreskip.runtime.sequence import Busy, Event, Request, Ticket
+from coreskip.runtime.wrap import is_wrapped, runtime_of
+
+needs_kernels = pytest.mark.skipif(available("cpu") is not None, reason="needs the compiled kernels")
+
+
+class Bytes:
+    """Every token is a byte."""
+
+    bos_token_id = eos_token_id = pad_token_id = None
+
+    def __call__(self, texts: list[str], **options: Any) -> Any:
+        return BatchEncoding({"input_ids": [list(text.encode()) for text in texts]})
+
+    def decode(self, tokens: list[int], **options: Any) -> str:
+        return bytes(tokens).decode("utf-8", "replace")
+
+    def batch_decode(self, rows: Any, **options: Any) -> list[str]:
+        return [self.decode(list(map(int, row))) for row in rows]
+
+
+def bytes_model(family: str = "llama", **settings: Any) -> Any:
+    return tiny(family, vocab_size=256, max_position_embeddings=1024, **settings)
+
+
+def plan(model: Any, kind: str) -> Plan | None:
+    dense = Plan.dense(model)
+    if kind == "sketch":
+        return Plan(tuple(LayerPlan(Sketch(bits=4, keep=0.5)) for _ in dense.layers), dense.model, {"method": kind})
+    if kind in ("int4", "int8"):
+        return Plan.dense(model, kind)
+    return None if kind in ("dense", "plain") else plan_of(model, kind)
+
+
+def ids(length: int, seed: int) -> list[int]:
+    return prompt(1, length, seed)[0].tolist()
+
+
+def alone(model: Any, request: Request) -> list[int]:
+    """What transformers' own generate makes of it on the model as it is wrapped, one call at a time."""
+    output = greedy(model, torch.tensor([request.ids]), request.max_new_tokens)[0, len(request.ids) :].tolist()
+    ends = [i for i, token in enumerate(output) if token in request.stop_ids]
+    return output[: ends[0] + 1] if ends else output
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    with Engine(bytes_model(), Bytes(), max_batch=4, prefill_chunk=64) as made:
+        yield made
+
+
+# --- beside others as alone
+
+
+@pytest.mark.parametrize("kind", ["dense", "int4", "static", "griffin", "sketch", "plain"])
+def test_random_arrivals_and_cancels_change_no_text(kind: str) -> None:
+    """Prompts within one chunk: their texts are those of generate without a scheduler, too."""
+    model, generator = bytes_model(), random.Random(kind)
+    with Engine(model, Bytes(), plan(model, kind), plain=kind == "plain", max_batch=5) as made:
+        requests = [
+            Request(
+                ids(generator.choice((1, 7, 40, 130)), seed),
+                generator.randint(1, 24),
+                stop_ids=tuple(generator.sample(range(256), generator.choice((0, 0, 8)))),
+            )
+            for seed in range(24)
+        ]
+        expected = [alone(model, request) for request in requests]
+        found, cancelled = _all_at_once(made, requests, generator)
+    for request, event, whole, gone in zip(requests, found, expected, cancelled, strict=True):
+        if event.finish == "cancelled":
+            assert gone
+            assert event.tokens == whole[: len(event.tokens)]
+        else:
+            assert event.tokens == whole
+            assert event.finish == ("stop" if whole[-1] in request.stop_ids else "length")
+            assert event.text == Bytes().decode(whole[:-1] if whole[-1] in request.stop_ids else whole)
+
+
+def _all_at_once(made: Engine, requests: list[Request], generator: random.Random) -> tuple[list[Event], list[bool]]:
+    found: list[Any] = [None] * len(requests)
+    cancelled = [generator.random() < 0.2 for _ in requests]
+    delays = [generator.uniform(0, 0.4) for _ in requests]
+
+    def run(i: int) -> None:
+        time.sleep(delays[i])
+        ticket = made.submit(requests[i])
+        if cancelled[i]:
+            time.sleep(delays[-i] / 10)
+            ticket.cancel()
+        found[i] = ticket.collect()
+
+    _in_threads(run, len(requests))
+    return found, cancelled
+
+
+def _in_threads(run: Callable[[int], None], count: int) -> None:
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+@needs_kernels
+def test_long_prompts_are_read_in_chunks_between_steps() -> None:
+    model = bytes_model()
+    request, long = Request(ids(5, 1), 200), Request(ids(400, 2), 12)
+    with Engine(model, Bytes(), max_batch=4, prefill_chunk=32) as made:
+        expected = [made.submit(r).collect().tokens for r in (request, long)]
+        first = made.submit(request)
+        next(first)
+        seen = _sizes_of_steps(made)
+        second = made.submit(long)
+        assert [first.collect().tokens, second.collect().tokens] == [expected[0][1:], expected[1]]
+        assert first.timings.done is not None
+        # 13 chunks, and a step of the other sequence after each but the last
+        assert seen.count(1) >= 12
+        assert alone(model, long) == expected[1]
+
+
+@needs_kernels
+def test_native_steps_are_shared(engine: Engine) -> None:
+    engine.submit(Request(ids(5, 0), 4)).collect()  # proves the native step
+    seen = _sizes_of_steps(engine)
+    tickets = [engine.submit(Request(ids(5 + i, i), 30)) for i in range(4)]
+    for ticket in tickets:
+        ticket.collect()
+    assert 4 in seen
+    _settles(lambda: engine.load().decode_tokens == 3 + 4 * 29)  # a step is counted when its tokens are out
+    load = engine.load()
+    assert load.batch_sizes[4] > 5
+    assert load.prefill_tokens == 5 + 5 + 6 + 7 + 8
+    assert (load.running, load.waiting, load.kv_bytes) == (0, 0, 0)
+
+
+def _sizes_of_steps(engine: Engine) -> list[int]:
+    native, seen = runtime_of(engine.model).steps.native, list[int]()
+    count = native._count
+    native._count = lambda tokens, skipped: (count(tokens, skipped), seen.append(tokens))[0]
+    return seen
+
+
+@needs_kernels
+def test_a_sequence_alone_makes_several_tokens_a_call(engine: Engine) -> None:
+    engine.submit(Request(ids(5, 0), 8)).collect()
+    seen = _sizes_of_steps(engine)
+    engine.submit(Request(ids(5, 0), 64)).collect()
+    assert sum(seen) == 63
+    assert max(seen) > 4
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_models_that_native_steps_do_not_cover_take_turns(family: str) -> None:
+    model = tiny(family, vocab_size=256)
+    requests = [Request(ids(4 + i, i), 10) for i in range(5)]
+    with Engine(model, Bytes(), max_batch=3) as made:
+        tickets = [made.submit(request) for request in requests]
+        found = [ticket.collect().tokens for ticket in tickets]
+        assert found == [alone(model, request) for request in requests]
+
+
+@needs_kernels
+def test_the_dense_lane_leaves_nothing_out() -> None:
+    model = bytes_model()
+    request = Request(ids(30, 3), 20)
+    dense = alone(model, request)
+    with Engine(model, Bytes(), plan_of(model, "static", keep=0.3), max_batch=4) as made:
+        sparse = alone(model, request)
+        assert sparse != dense
+        lanes = [made.submit(Request(ids(30, 3), 20, lane=lane)) for lane in (None, "dense", None, "dense")]
+        assert [ticket.collect().tokens for ticket in lanes] == [sparse, dense, sparse, dense]
+
+
+@needs_kernels
+def test_the_model_may_be_changed_meanwhile() -> None:
+    model = bytes_model()
+    with Engine(model, Bytes(), max_batch=2) as made:
+        tickets = [made.submit(Request(ids(9, i), 400)) for i in range(2)]
+        next(tickets[0])
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+        assert [len(ticket.collect().tokens) for ticket in tickets] == [399, 400]
+        request = Request(ids(9, 5), 12)
+        assert made.submit(request).collect().tokens == alone(model, request)
+
+
+# --- who may run, and who waits
+
+
+def test_first_come_first_served() -> None:
+    with Engine(bytes_model(), Bytes(), max_batch=1) as made:
+        tickets = [made.submit(Request(ids(5, i), 6)) for i in range(6)]
+        for ticket in tickets:
+            ticket.collect()
+        starts = [ticket.timings.started for ticket in tickets]
+        assert None not in starts
+        assert starts == sorted(starts)  # type: ignore[type-var]
+
+
+def test_a_full_queue_is_busy() -> None:
+    with Engine(bytes_model(), Bytes(), max_batch=1, max_waiting=2) as made:
+        tickets = [made.submit(Request(ids(5, 0), 900))]
+        next(tickets[0])
+        tickets += [made.submit(Request(ids(5, i), 5)) for i in range(2)]
+        with pytest.raises(Busy, match="2 requests are waiting") as busy:
+            made.submit(Request(ids(5, 3), 5))
+        assert 1 <= busy.value.retry_after <= 60
+        tickets[1].cancel()  # its place in the queue is free at once
+        assert tickets[1].collect().finish == "cancelled"
+        made.submit(Request(ids(5, 3), 5))
+        tickets[0].cancel()
+        assert tickets[0].collect().finish == "cancelled"
+        assert tickets[2].collect().finish == "length"
+
+
+def test_keys_and_values_of_all_that_run_fit_the_memory() -> None:
+    model = bytes_model()
+    each = 2 * 3 * 2 * 16 * 4  # keys and values, layers, heads, their size, bytes
+    with Engine(model, Bytes(), max_batch=8, kv_bytes=3 * 128 * each) as made:
+        tickets = [made.submit(Request(ids(10, i), 100)) for i in range(6)]
+        most = 0
+        while not all(ticket.done for ticket in tickets):
+            load = made.load()
+            most = max(most, load.running)
+            assert load.kv_bytes <= load.kv_limit == 3 * 128 * each
+        assert most == 3
+        assert {ticket.collect().finish for ticket in tickets} == {"length"}
+        with pytest.raises(CoreskipError, match="MB that there are for all"):
+            made.submit(Request(ids(10, 0), 500))
+
+
+def test_memory_is_flat() -> None:
+    with Engine(bytes_model(), Bytes(), max_batch=4) as made:
+        for round_ in range(3):
+            for ticket in [made.submit(Request(ids(20, i), 6)) for i in range(12)]:
+                ticket.collect()
+            gc.collect()
+            caches = [o for o in gc.get_objects() if isinstance(o, DynamicCache)]
+            assert not caches, round_
+
+
+# --- what goes wrong stays with whom it went wrong for
+
+
+class Failing:
+    def mask(self, logits: torch.Tensor) -> None:
+        pass
+
+    def accept(self, token: int) -> None:
+        raise ArithmeticError("of the user's own")
+
+
+def test_an_error_ends_one_sequence_alone(engine: Engine) -> None:
+    good = Request(ids(6, 1), 20)
+    expected = engine.submit(good).collect().tokens
+    tickets = [engine.submit(good), engine.submit(Request(ids(6, 2), 20, constraint=Failing())), engine.submit(good)]
+    events = [ticket.collect() for ticket in tickets]
+    assert [event.tokens for event in events] == [expected, [], expected]
+    assert (events[1].finish, events[1].error) == ("error", "of the user's own")
+    assert isinstance(tickets[1].failure, ArithmeticError)
+
+    def fails(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        raise ArithmeticError("another")
+
+    with pytest.raises(ArithmeticError, match="another"):
+        engine.generate("abc", max_new_tokens=4, do_sample=False, logits_processor=LogitsProcessorList([fails]))
+    with pytest.raises(ArithmeticError, match="another"):
+        list(engine.stream("abc", max_new_tokens=4, do_sample=False, logits_processor=LogitsProcessorList([fails])))
+
+
+def test_closing_ends_everything() -> None:
+    model = bytes_model()
+    made = Engine(model, Bytes(), max_batch=1)
+    tickets = [made.submit(Request(ids(5, i), 900)) for i in range(3)]
+    next(tickets[0])
+    made.close()
+    assert {ticket.collect().finish for ticket in tickets} == {"cancelled"}
+    assert not [thread for thread in threading.enumerate() if thread.name == "coreskip-scheduler"]
+    with pytest.raises(CoreskipError, match="is closed"):
+        made.submit(Request(ids(5, 0), 5))
+    assert not is_wrapped(model)
+
+
+def test_an_engine_that_nobody_holds_ends() -> None:
+    model = bytes_model()
+    made = Engine(model, Bytes(), max_batch=2)
+    made.generate("abc", max_new_tokens=3, do_sample=False)
+    del made
+    gc.collect()
+    assert not [thread for thread in threading.enumerate() if thread.name == "coreskip-scheduler"]
+    assert not is_wrapped(model)
+
+
+# --- what a request asks for
+
+
+def test_log_probabilities_are_those_of_a_plain_pass(engine: Engine) -> None:
+    request = Request(ids(150, 4), 6, logprobs=3, prompt_logprobs=2)
+    ticket = engine.submit(request)
+    event = ticket.collect()
+    text = torch.tensor([[*request.ids, *event.tokens]])
+    with torch.no_grad(), coreskip.prefilling():
+        expected = engine.model(text).logits[0].float().log_softmax(-1)
+    assert ticket.prompt_logprobs is not None
+    assert event.logprobs is not None
+    assert ticket.prompt_logprobs[0] is None
+    found = [*ticket.prompt_logprobs[1:], *event.logprobs]
+    assert len(found) == text.shape[1] - 1
+    for place, (entry, token) in enumerate(zip(found, text[0, 1:].tolist(), strict=True)):
+        assert entry is not None
+        assert entry.token == token
+        assert entry.logprob == pytest.approx(float(expected[place, token]), abs=1e-3)
+        values, tokens = expected[place].topk(len(entry.top))
+        assert [value for _, value in entry.top] == pytest.approx(values.tolist(), abs=1e-3)
+        assert entry.top[0][0] == int(tokens[0])
+    assert {len(entry.top) for entry in event.logprobs} == {3}
+
+
+def test_a_prompts_log_probabilities_alone(engine: Engine) -> None:
+    ticket = engine.submit(Request(ids(5, 4), 0, prompt_logprobs=0))
+    assert ticket.collect() == Event("", [], None, "length")
+    assert [entry is None or entry.top == () for entry in ticket.prompt_logprobs or ()] == [True] * 5
+    assert (ticket.usage.prompt_tokens, ticket.usage.completion_tokens) == (5, 0)
+
+
+def test_seeds(engine: Engine) -> None:
+    def run(seed: int, beside: int = 0) -> list[int]:
+        others = [engine.submit(Request(ids(9, i), 30, temperature=1.0)) for i in range(beside)]
+        found = engine.submit(Request(ids(9, 3), 16, temperature=1.3, top_p=0.9, top_k=50, min_p=0.01, seed=seed))
+        tokens = found.collect().tokens
+        for other in others:
+            other.cancel()
+        return tokens
+
+    first = run(1)
+    assert first == run(1) == run(1, beside=3) != run(2)
+    fresh = [tuple(engine.submit(Request(ids(9, 3), 16, temperature=1.3)).collect().tokens) for _ in range(3)]
+    assert len(set(fresh)) == 3
+
+
+def test_penalties_and_bias(engine: Engine) -> None:
+    def run(**options: Any) -> list[int]:
+        return engine.submit(Request(ids(9, 3), 24, **options)).collect().tokens
+
+    plain = run()
+    assert len(set(run(frequency_penalty=1e4))) == 24
+    assert len(set(run(presence_penalty=1e4))) == 24
+    assert not set(run(repetition_penalty=1e6)) & set(ids(9, 3))
+    assert set(run(logit_bias={65: 1e4})) == {65}
+    assert plain[0] not in run(logit_bias={plain[0]: -1e4})
+    assert run(repetition_penalty=1.0, presence_penalty=0.0, logit_bias={}) == plain
+
+
+class Digits:
+    """Digits alone, with all that was chosen so far."""
+
+    def __init__(self) -> None:
+        self.accepted: list[int] = []
+
+    def mask(self, logits: torch.Tensor) -> torch.Tensor:
+        allowed = torch.full_like(logits, float("-inf"))
+        allowed[48:58] = 0
+        return logits + allowed
+
+    def accept(self, token: int) -> None:
+        self.accepted.append(token)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_constraints(engine: Engine, temperature: float) -> None:
+    constraint = Digits()
+    request = Request(ids(9, 3), 12, temperature=temperature, top_p=0.5, constraint=constraint, seed=1)
+    event = engine.submit(request).collect()
+    assert event.text.isdigit()
+    assert constraint.accepted == event.tokens
+
+
+def test_stop_strings_do_not_leak(engine: Engine) -> None:
+    whole = engine.submit(Request(ids(9, 3), 40, logit_bias=dict.fromkeys(range(128, 256), -10000.0))).collect().text
+    stop = whole[17:20]
+    request = Request(ids(9, 3), 40, logit_bias=dict.fromkeys(range(128, 256), -10000.0), stop=("never there", stop))
+    ticket = engine.submit(request)
+    events = list(ticket)
+    assert "".join(event.text for event in events) == whole[: whole.index(stop)]
+    assert events[-1].finish == "stop"
+    assert ticket.usage.completion_tokens == whole.index(stop) + len(stop)
+
+
+def test_text_comes_in_whole_characters() -> None:
+    text = "aé€😀́z" * 3
+    for stops in ((), ("€😀",), ("z",)):
+        pieces = Pieces(Bytes(), stops)
+        found = [pieces.add(byte) for byte in text.encode()]
+        assert "\ufffd" not in "".join(found)
+        expected = text[: text.index(stops[0])] if stops else text
+        assert "".join(found) + pieces.end() == expected
+    half = Pieces(Bytes())
+    assert [half.add(byte) for byte in "é".encode()[:1]] == [""]
+    assert half.end() == "\ufffd"
+
+
+def test_end_of_text() -> None:
+    model = bytes_model()
+    request = Request(ids(9, 3), 20)
+    whole = alone(model, request)
+    model.generation_config.eos_token_id = whole[5]
+    with Engine(model, Bytes(), max_batch=2) as made:
+        cut = whole[: whole.index(whole[5]) + 1]
+        event = made.submit(request).collect()
+        assert (event.tokens, event.finish) == (cut, "stop")
+        assert event.text == Bytes().decode(cut[:-1])
+        assert made.submit(Request(ids(9, 3), 20, ignore_eos=True)).collect().tokens == whole
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"ids": []}, "ids is empty"),
+        ({"ids": [256]}, "ids holds 256"),
+        ({"ids": [True]}, "ids holds True"),
+        ({"ids": "abc"}, "ids is a str"),
+        ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": 0}, "top_k"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"seed": -1}, "seed"),
+        ({"stop": ("",)}, "stop"),
+        ({"stop": "abc"}, "stop"),
+        ({"stop_ids": (999,)}, "stop_ids"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {1: float("inf")}}, "logit_bias"),
+        ({"presence_penalty": float("nan")}, "presence_penalty"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"prompt_logprobs": 257}, "prompt_logprobs"),
+        ({"lane": "fast"}, "lane"),
+        ({"ignore_eos": 1}, "ignore_eos"),
+    ],
+)
+def test_mistakes(engine: Engine, fields: dict[str, Any], match: str) -> None:
+    with pytest.raises(CoreskipError, match=match):
+        engine.submit(Request(**{"ids": [1, 2], "max_new_tokens": 3, **fields}))
+
+
+def test_mistakes_of_engines() -> None:
+    model = bytes_model()
+    for options, match in (
+        ({"max_batch": 0}, "max_batch"),
+        ({"max_batch": 2, "max_waiting": -1}, "max_waiting"),
+        ({"max_batch": 2, "kv_bytes": 0}, "kv_bytes"),
+        ({"max_batch": 2, "prefill_chunk": 0}, "prefill_chunk"),
+        ({"max_waiting": 2}, "add it, or leave"),
+    ):
+        with pytest.raises(CoreskipError, match=match):
+            Engine(model, Bytes(), **options)  # type: ignore[arg-type]
+        assert not is_wrapped(model)
+    with Engine(model, Bytes()) as made, pytest.raises(CoreskipError, match="make it with max_batch"):
+        made.submit(Request([1], 2))
+    learned = tiny("gpt2", vocab_size=256)
+    with Engine(learned, Bytes(), max_batch=2) as made, pytest.raises(CoreskipError, match="256 positions"):
+        made.submit(Request(ids(200, 1), 100))
+
+
+# --- an engine's calls
+
+
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {"do_sample": False},
+    {"do_sample": False, "repetition_penalty": 1.7, "min_new_tokens": 5},
+    {"do_sample": False, "no_repeat_ngram_size": 2},
+    {"do_sample": True, "seed": 7, "temperature": 1.4, "top_k": 20},
+    {"do_sample": False, "num_beams": 2},
+    {"do_sample": False, "stop_strings": "e"},
+    {"do_sample": False, "bad_words_ids": [[101], [102, 103]]},
+)
+
+
+def test_calls_give_what_they_give_without_a_scheduler() -> None:
+    model, texts = bytes_model(), ["hello there", "a", "something longer than the others"]
+    with Engine(model, Bytes()) as made:
+        expected = [[made.generate(t, max_new_tokens=10, **options) for t in texts] for options in OPTIONS]
+    with Engine(model, Bytes(), max_batch=3) as made:
+        found: list[Any] = [None] * len(OPTIONS)
+
+        def run(i: int) -> None:
+            found[i] = [made.generate(text, max_new_tokens=10, **OPTIONS[i]) for text in texts]
+
+        _in_threads(run, len(OPTIONS))
+        assert found == expected
+        assert ["".join(made.stream(t, max_new_tokens=10, **OPTIONS[0])) for t in texts] == expected[0]
+        assert made.generate(texts, max_new_tokens=10, do_sample=False) == expected[0]
+        two = made.generate(texts[:2], max_new_tokens=4, do_sample=True, num_return_sequences=3, seed=1)
+        assert [len(group) for group in two] == [3, 3]
+        assert two == made.generate(texts[:2], max_new_tokens=4, do_sample=True, num_return_sequences=3, seed=1)
+        assert made.figures is not None
+        assert made.figures.new_tokens == 24
+
+
+@pytest.mark.parametrize("batch", [None, 3])
+def test_asyncio(batch: int | None) -> None:
+    texts = ["hello there", "a", "something longer than the others"]
+    with Engine(bytes_model(), Bytes(), max_batch=batch) as made:
+        expected = [made.generate(text, max_new_tokens=12, do_sample=False) for text in texts]
+
+        async def stream(text: str) -> str:
+            return "".join([piece async for piece in made.astream(text, max_new_tokens=12, do_sample=False)])
+
+        async def run() -> tuple[list[str], Any]:
+            streams = await asyncio.gather(*map(stream, texts))
+            return streams, await made.agenerate(texts, max_new_tokens=12, do_sample=False)
+
+        assert asyncio.run(run()) == (expected, expected)
+
+
+def test_what_nobody_waits_for_any_more_stops() -> None:
+    with Engine(bytes_model(), Bytes(), max_batch=2) as made:
+
+        async def cancelled() -> None:
+            task = asyncio.create_task(made.agenerate("abc", max_new_tokens=900, do_sample=False))
+            await asyncio.sleep(0.3)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+        async def closed() -> None:
+            stream = made.astream("abc", max_new_tokens=900, do_sample=False)
+            await anext(stream)
+            await stream.aclose()  # type: ignore[attr-defined]
+
+        asyncio.run(cancelled())
+        asyncio.run(closed())
+        stream = made.stream("abc", max_new_tokens=900, do_sample=False)
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
+        _settles(lambda: made.load().running == 0)
+        assert made.load().decode_tokens < 3 * 890
+
+
+def _settles(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_reader_that_is_gone_blocks_nobody(engine: Engine) -> None:
+    async def ask() -> Ticket:
+        ticket = engine.submit(Request(ids(5, 1), 30))
+        await anext(ticket)
+        return ticket
+
+    left = asyncio.run(ask())  # its loop is closed, and it is not read any more
+    assert engine.submit(Request(ids(5, 2), 40)).collect().finish == "length"
+    assert left.collect().finish == "length"

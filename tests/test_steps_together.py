@@ -1,0 +1,139 @@
+"""Sequences of their own lengths and caches in one native step: to the bit what each gets from a step of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import plan_of, prompt, tiny
+from transformers import DynamicCache
+
+import coreskip
+from coreskip.kernels import ops
+from coreskip.kernels.step import KeyValues
+from coreskip.predictors.plan import LayerPlan, Plan
+from coreskip.predictors.policies import Cats, Sketch, SkipAttention, Teal
+from coreskip.runtime.decoding import shares_steps
+from coreskip.runtime.native import NativeSequence
+from coreskip.runtime.wrap import runtime_of
+
+pytestmark = pytest.mark.skipif(ops.available("cpu") is not None, reason="needs the compiled kernels")
+
+# one token, within a chunk of the attention, at its end, behind it; more than one native call takes at once
+LENGTHS = (5, 1, 127, 128, 200, 9, 64, 3, 31, 12)
+KINDS = ("dense", "static", "teal", "int4", "int8")
+
+
+@pytest.fixture(params=(1, 2))
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def plan(model: Any, kind: str) -> Plan:
+    dense = Plan.dense(model)
+    if kind in ("int4", "int8"):
+        return Plan.dense(model, kind)
+    if kind == "teal":
+        names = ("mlp.up_proj", "mlp.gate_proj", "mlp.down_proj", "attention.q_proj", "attention.o_proj")
+        policy: Any = Teal(keep=0.5, thresholds=dict.fromkeys(names, 0.3))
+        return Plan(tuple(LayerPlan(policy) for _ in dense.layers), dense.model, {"method": kind})
+    return dense if kind == "dense" else plan_of(model, kind)
+
+
+def caches_of(model: Any, lengths: tuple[int, ...]) -> list[DynamicCache]:
+    found = []
+    with torch.no_grad():
+        for seed, length in enumerate(lengths):
+            cache = DynamicCache(config=model.config)
+            model(prompt(1, length, seed), past_key_values=cache)
+            found.append(cache)
+        twin = copy.deepcopy(found[0])
+        model(prompt(1, 1), past_key_values=twin)  # proves the native step
+        assert runtime_of(model).steps.ready
+    return found
+
+
+def check(model: Any, lengths: tuple[int, ...], steps: int = 3) -> None:
+    chosen = runtime_of(model).steps
+    found = caches_of(model, lengths)
+    alone = [chosen.sequence(copy.deepcopy(cache), 8) for cache in found]
+    together = [chosen.sequence(cache, 8) for cache in found]
+    program = together[0][1]
+    assert shares_steps(program)
+    tokens = list(range(10, 10 + len(lengths)))
+    for _ in range(steps):
+        expected = [sequence.step([token], program)[0] for (sequence, _), token in zip(alone, tokens, strict=True)]
+        logits = NativeSequence.step_together([sequence for sequence, _ in together], tokens, program)
+        assert torch.equal(logits, torch.stack(expected))
+        tokens = logits.argmax(-1).tolist()
+    for (a, _), (b, _) in zip(alone, together, strict=True):
+        assert a.length == b.length
+        for one, other in zip(a._cache.layers, b._cache.layers, strict=True):
+            assert torch.equal(one.keys, other.keys)
+            assert torch.equal(one.values, other.values)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_form_of_weights_and_plan(kind: str, isa: str, threads: int) -> None:
+    model = tiny("llama")
+    with coreskip.wrap(model, plan(model, kind)):
+        for rows in (1, 3, 6, 10):
+            check(model, LENGTHS[:rows], steps=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype, isa: str, threads: int) -> None:
+    model = tiny("llama").to(dtype)
+    with coreskip.wrap(model):
+        check(model, LENGTHS)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "olmo2", "qwen3", "phi"])
+def test_windows_caps_and_other_attentions(family: str, isa: str) -> None:
+    model = tiny(family)
+    with coreskip.wrap(model):
+        check(model, LENGTHS, steps=2)
+
+
+def test_a_skipped_attention_writes_its_entries(isa: str) -> None:
+    model = tiny("llama")
+    dense = Plan.dense(model)
+    layers = (LayerPlan(dense.layers[0].neurons, SkipAttention()), *dense.layers[1:])
+    with coreskip.wrap(model, replace(dense, layers=layers)):
+        check(model, LENGTHS)
+
+
+def test_plans_whose_tokens_choose_neurons_do_not_share_steps() -> None:
+    model = tiny("llama")
+    dense = Plan.dense(model)
+    for policy in (Sketch(bits=4, keep=0.5), Cats(0.5, 0.1)):
+        layers = tuple(LayerPlan(policy) for _ in dense.layers)
+        with coreskip.wrap(model, Plan(layers, dense.model, {"method": "test"})):
+            (cache,) = caches_of(model, (4,))
+            _, program = runtime_of(model).steps.sequence(cache, 8)
+            assert not shares_steps(program)
+
+
+def test_a_step_refuses_caches_without_room_or_of_another_model() -> None:
+    model = tiny("llama")
+    with coreskip.wrap(model):
+        caches = caches_of(model, (4, 6))
+        native = runtime_of(model).steps.native
+        described = native.described
+        assert described is not None
+        step = native.step_of(described, runtime_of(model).prepared.step_program(None))
+        tables = [native.admit(cache, 4).table for cache in caches]
+        ids = torch.tensor([[5], [6]])
+        step.run_each(ids, torch.tensor([[4], [6]]), tables, [4, 6], 1)
+        with pytest.raises(ValueError, match="no room"):
+            step.run_each(ids, ids, tables, [4, tables[1].longest], 1)
+        other = KeyValues([torch.zeros(1, 1, 8, 16)] * 3, [torch.zeros(1, 1, 8, 16)] * 3, [0] * 3)
+        with pytest.raises(ValueError, match="not this model's"):
+            step.run_each(ids, ids, [tables[0], other], [4, 0], 1)
