@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
 
-from coreskip.common_options import model_options, set_threads, weights_option
-from coreskip.predictors.errors import CoreskipError
-
-#: The name of the dense model beside one under a plan.
-_EXACT = "exact"
-_LIBRARIES = {"anyio", "llguidance", "prometheus_client", "pydantic", "pydantic_core", "starlette", "uvicorn"}
+from coreskip.common_options import model_options, weights_option
+from coreskip.runtime.serve_setup import Setup, check_libraries
 
 
 @click.command()
@@ -49,100 +44,25 @@ _LIBRARIES = {"anyio", "llguidance", "prometheus_client", "pydantic", "pydantic_
 @click.option(
     "--grace", type=click.FloatRange(0), default=30, show_default=True, help="Seconds for answers at the end."
 )
-def serve(
-    model: str | None,
-    plans: tuple[str, ...],
-    weights: str | None,
-    name: str | None,
-    host: str,
-    port: int,
-    keys: tuple[str, ...],
-    max_context: int | None,
-    grace: float,
-    dtype: str | None,
-    device: str | None,
-    threads: int | None,
-    **options: Any,
-) -> None:
+def serve(host: str, port: int, grace: float, **options: Any) -> None:
     """Serve MODEL over HTTP, as OpenAI's API: chat and plain completions, streamed or whole.
 
     Without a plan the dense model runs on the fast path.
     """
-    names, path = _names(model, name, plans)
-    if any(not key.strip() for key in keys):
-        raise CoreskipError("an --api-key is empty")
-    try:
-        from coreskip.runtime.serve_http import bind, is_local, run, warm_up
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] not in _LIBRARIES:
-            raise
-        raise CoreskipError("serving needs more libraries: pip install 'coreskip[serve]'") from None
+    setup = Setup(**options)
+    setup.check()
+    check_libraries()
+    from coreskip.runtime.serve_http import bind, is_local, run
+
     with bind(host, port) as bound:
-        if not keys and not is_local(bound):
+        if not setup.keys and not is_local(bound):
             click.echo("coreskip: everybody who reaches this address may use the model: set an --api-key", err=True)
-        set_threads(threads)
-        queue = {name: options[name] for name in ("max_batch", "max_waiting")}
-        # nobody needs the model afterwards: its originals may go, unless texts of the dense model read them
-        keep = None if any(lane == "dense" for _, lane in names) else False
-        engine = _engine(model, dtype, device, path, weights=weights, keep_originals=keep, **queue)
-        with engine:
-            server = _server(engine, names, max_context, keys, options)
+        server = setup.start()
+        try:
             _log_requests()
-            warm_up(server)
             run(server, bound, grace)
-
-
-def _names(
-    model: str | None, name: str | None, plans: tuple[str, ...]
-) -> tuple[list[tuple[str, str | None]], str | None]:
-    """Names with their lanes, the model's own first; and the plan's path."""
-    path, named = None, list[tuple[str, str | None]]()
-    for plan in plans:
-        own, given = plan.split("=", 1) if "=" in plan and not Path(plan).exists() else (None, plan)
-        if own == "" or not given:
-            raise CoreskipError(f"--plan {plan}: write NAME=PATH, or a path")
-        if own is None and given == _EXACT:
-            named.append((_EXACT, "dense"))
-            continue
-        if path is not None:
-            raise CoreskipError(
-                f"one model decodes under one plan: leave out {path} or {given}, or serve them from two processes; "
-                "--plan exact serves the dense model beside a plan"
-            )
-        path = given
-        if own is not None:
-            named.append((own, None))
-    own_name = name or (Path(model).stem if model is not None and Path(model).exists() else model)
-    first = named[0][1] if named else None
-    found = [(own_name or "smollm2-135m-instruct", first), *named]
-    if len({each for each, _ in found}) < len(found):
-        raise CoreskipError(f"two models have one name: {', '.join(each for each, _ in found)}")
-    return found, path
-
-
-def _engine(model: str | None, dtype: str | None, device: str | None, path: str | None, **options: Any) -> Any:
-    from coreskip.predictors.plan import Plan
-    from coreskip.runtime.engine import Engine
-    from coreskip.runtime.load import load, packed_for
-    from coreskip.runtime.packed_folder import plan_of
-
-    folder = plan_of(model) if path is None else Path(path)
-    plan = Plan.load(folder) if folder is not None else None
-    loaded, tokenizer = load(model, dtype=dtype, device=device, packed=packed_for(model, options["weights"]))
-    return Engine(loaded, tokenizer, plan, **options)
-
-
-def _server(
-    engine: Any,
-    names: list[tuple[str, str | None]],
-    max_context: int | None,
-    keys: tuple[str, ...],
-    options: dict[str, Any],
-) -> Any:
-    from coreskip.runtime.serve import Limits, Server, served_models
-
-    limits = Limits(keys, body_bytes=round(options["max_body"] * 1e6), request_s=options["timeout"])
-    return Server(served_models(engine, names, max_context), limits)
+        finally:
+            server.close()
 
 
 def _log_requests() -> None:

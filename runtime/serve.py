@@ -25,6 +25,7 @@ from ..predictors.version import VERSION
 from .engine import Engine
 from .running import end_ids
 from .scheduler import bytes_a_position
+from .sequence import Request as Ask
 from .serve_answers import Answer, ChatAnswer, CompletionAnswer
 from .serve_errors import ApiError
 from .serve_generation import Generation
@@ -79,7 +80,7 @@ class Server:
     def app(self) -> App:
         """
         Returns:
-            an ASGI application. It closes no engine: they are the caller's.
+            an ASGI application. When it ends, `close` is the caller's to call.
         """
         routes = [
             Route("/health", self._routed(self._health)),
@@ -93,6 +94,18 @@ class Server:
         handlers = {HTTPException: _http_error, ApiError: _api_error, Exception: _failure}
         app = Starlette(routes=routes, exception_handlers=handlers)
         return Guard(app, self.limits.keys, ["/health"], self.meter)
+
+    def warm_up(self) -> None:
+        """Have everything made that the first request would wait for: native steps, tokens as bytes."""
+        for served in self.models:
+            served.engine.submit(Ask([0], 2, ignore_eos=True, lane=served.lane)).collect()
+            if getattr(served.engine.tokenizer, "is_fast", False):
+                served.vocabulary.tokens()
+
+    def close(self) -> None:
+        """Close the engines. Nothing may be under way."""
+        for served in self.models:
+            served.engine.close()
 
     def drain(self) -> None:
         """Refuse what is new; what is under way goes on."""

@@ -11,7 +11,6 @@ from types import FrameType
 import uvicorn
 
 from ..predictors.errors import CoreskipError
-from .sequence import Request
 from .serve import Server
 
 logger = logging.getLogger("coreskip")
@@ -46,14 +45,6 @@ def bind(host: str, port: int) -> socket.socket:
 def is_local(bound: socket.socket) -> bool:
     """Whether only programs of this machine reach the socket."""
     return ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback
-
-
-def warm_up(server: Server) -> None:
-    """Have everything made that the first request would wait for: native steps, tokens as bytes."""
-    for served in server.models:
-        served.engine.submit(Request([0], 2, ignore_eos=True, lane=served.lane)).collect()
-        if getattr(served.engine.tokenizer, "is_fast", False):
-            served.vocabulary.tokens()
 
 
 def run(server: Server, bound: socket.socket, grace: float) -> None:

@@ -254,7 +254,7 @@ def test_without_its_libraries_it_says_how_to_install_them(
 ) -> None:
     import sys
 
-    for name in [name for name in sys.modules if name.startswith("coreskip.runtime.serve")]:
+    for name in [name for name in sys.modules if name.startswith("coreskip.runtime.serve") and "setup" not in name]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "starlette.applications", None)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
