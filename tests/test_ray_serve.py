@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from served import MESSAGES, events, small_model
 
@@ -43,10 +44,8 @@ def replicas(tmp_path_factory: pytest.TempPathFactory, embedded: tuple[Any, Any]
 
 def workers() -> list[int]:
     """Process ids of the replicas."""
-    from ray.util.state import list_actors
-
-    found = list_actors(filters=[("state", "=", "ALIVE"), ("class_name", "=", "ServeReplica:coreskip:coreskip")])
-    return [actor.pid for actor in found]
+    found = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"]]
+    return [process.pid for process in found if process.info["cmdline"][0].startswith("ray::ServeReplica:coreskip")]
 
 
 def test_the_routes_are_the_servers(replicas: str) -> None:
