@@ -55,8 +55,11 @@ class Soak:
         end = time.monotonic() + seconds
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=self._server.url, timeout=_PATIENCE_S, limits=limits) as client:
-            await asyncio.gather(self._watch(client, end), *(self._client(client, end) for _ in range(clients)))
-            await self._settled(client)
+            try:
+                await asyncio.gather(self._watch(client, end), *(self._client(client, end) for _ in range(clients)))
+                await self._settled(client)
+            except httpx.HTTPError as error:  # of the metrics: there is no server any more
+                self.wrong[f"metrics: {type(error).__name__}"] += 1
 
     async def _client(self, client: httpx.AsyncClient, end: float) -> None:
         while time.monotonic() < end:

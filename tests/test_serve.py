@@ -14,6 +14,7 @@ import jsonschema
 import pytest
 import torch
 from served import MESSAGES, TOOLS_TEMPLATE, client_of, events, server_of, small_model, with_template
+from tiny_models import greedy, plan_of
 
 from coreskip import CoreskipError, Engine
 from coreskip.runtime.serve import Server, served_models
@@ -196,12 +197,22 @@ def test_logprobs_of_a_chat(server: Server) -> None:
     assert (ended["logprobs"]["content"], ended["finish_reason"]) == ([], "stop")
 
 
-def test_a_name_may_be_the_dense_model(engine: Engine) -> None:
-    server = server_of(engine, [("fast", None), ("exact", "dense")])
-    found = [ask(server, TEXT, prompt=PROMPT, model=name, max_tokens=8) for name in ("fast", "exact")]
-    assert [each["model"] for each in found] == ["fast", "exact"]
-    assert found[0]["choices"] == found[1]["choices"]
-    assert refuse(server, TEXT, 404, prompt="a", model="gpt-4")["code"] == "model_not_found"
+def test_a_name_may_be_the_dense_model(embedded: tuple[Any, Any]) -> None:
+    model, plain = small_model(embedded[1]), small_model(embedded[1])
+    ids = embedded[1](PROMPT, return_tensors="pt").input_ids
+    dense = embedded[1].decode(greedy(plain, ids, 12)[0, ids.shape[1] :], skip_special_tokens=True)
+    with Engine(model, embedded[1], plan_of(model, "static", 0.3), max_batch=4) as engine:
+        server = server_of(engine, [("fast", None), ("exact", "dense")])
+        asked = {"prompt": PROMPT, "max_tokens": 12}
+        fast, exact = (ask(server, TEXT, model=name, **asked) for name in ("fast", "exact"))
+        assert [each["model"] for each in (fast, exact)] == ["fast", "exact"]
+        assert exact["choices"][0]["text"] == dense
+        assert fast["choices"][0]["text"] == engine.generate(PROMPT, max_new_tokens=12) != dense
+        assert refuse(server, TEXT, 404, prompt="a", model="gpt-4")["code"] == "model_not_found"
+        described = get(server, "/v1/models").json()["data"]
+        assert [each["plan"] for each in described] == ["static", "dense"]
+        (share,) = re.findall(r'\ncoreskip_neurons_skipped_ratio{engine="fast"} (\S+)', get(server, "/metrics").text)
+        assert 0.1 < float(share) < 0.7
 
 
 # --- formats and tools
