@@ -74,10 +74,12 @@ def events(text: str) -> list[Any]:
 
 @contextmanager
 def serving(model: Path | str, *words: str, folder: Path) -> Iterator[Served]:
-    """`coreskip serve` in a process of its own, at a free port; stopped and waited for afterwards."""
+    """`coreskip serve` in a process of its own, at a free port, until the end of the block. model: "" is the embedded
+    one."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CORESKIP_API_KEYS": ""}
     log = folder / "stderr.txt"
-    command = [sys.executable, "-m", "coreskip", "serve", str(model), "--port", "0", *words]
+    own = [str(model)] if str(model) else []
+    command = [sys.executable, "-m", "coreskip", "serve", *own, "--port", "0", *words]
     with log.open("w") as stderr:
         process = subprocess.Popen(command, stderr=stderr, stdout=subprocess.DEVNULL, env=environment, cwd=folder)
     try:
