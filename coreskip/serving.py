@@ -39,10 +39,14 @@ from coreskip.runtime.serve_setup import Setup, check_libraries
     "--max-waiting", type=click.IntRange(0), default=256, show_default=True, help="Texts that wait; more get a 429."
 )
 @click.option("--max-context", type=click.IntRange(1), help="Tokens of prompt and answer; by default the model's.")
-@click.option("--max-body", type=click.FloatRange(0, min_open=True), default=8, show_default=True, help="Megabytes.")
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600, show_default=True, help="Of answers.")
 @click.option(
-    "--grace", type=click.FloatRange(0), default=30, show_default=True, help="Seconds for answers at the end."
+    "--max-body", type=click.FloatRange(0, min_open=True), default=8, show_default=True, help="Megabytes of a request."
+)
+@click.option(
+    "--timeout", type=click.FloatRange(0, min_open=True), default=600, show_default=True, help="Seconds for an answer."
+)
+@click.option(
+    "--grace", type=click.FloatRange(0), default=30, show_default=True, help="Seconds that answers have at the end."
 )
 def serve(host: str, port: int, grace: float, **options: Any) -> None:
     """Serve MODEL over HTTP, as OpenAI's API: chat and plain completions, streamed or whole.

@@ -25,7 +25,6 @@ from ..predictors.version import VERSION
 from .engine import Engine
 from .running import end_ids
 from .scheduler import bytes_a_position
-from .sequence import Request as Ask
 from .serve_answers import Answer, ChatAnswer, CompletionAnswer
 from .serve_errors import ApiError
 from .serve_generation import Generation
@@ -83,24 +82,17 @@ class Server:
             an ASGI application. When it ends, `close` is the caller's to call.
         """
         routes = [
-            Route("/health", self._routed(self._health)),
-            Route("/metrics", self._routed(self._metrics)),
-            Route("/v1/models", self._routed(self._models)),
-            Route("/v1/models/{name:path}", self._routed(self._model)),
-            Route("/v1/chat/completions", self._routed(self._chat), methods=["POST"]),
-            Route("/v1/completions", self._routed(self._completions), methods=["POST"]),
-            Route("/v1/embeddings", self._routed(self._embeddings), methods=["POST"]),
+            _route("GET", "/health", self._health),
+            _route("GET", "/metrics", self._metrics),
+            _route("GET", "/v1/models", self._models),
+            _route("GET", "/v1/models/{name:path}", self._model),
+            _route("POST", "/v1/chat/completions", self._chat),
+            _route("POST", "/v1/completions", self._completions),
+            _route("POST", "/v1/embeddings", self._embeddings),
         ]
         handlers = {HTTPException: _http_error, ApiError: _api_error, Exception: _failure}
         app = Starlette(routes=routes, exception_handlers=handlers)
         return Guard(app, self.limits.keys, ["/health"], self.meter)
-
-    def warm_up(self) -> None:
-        """Have everything made that the first request would wait for: native steps, tokens as bytes."""
-        for served in self.models:
-            served.engine.submit(Ask([0], 2, ignore_eos=True, lane=served.lane)).collect()
-            if getattr(served.engine.tokenizer, "is_fast", False):
-                served.vocabulary.tokens()
 
     def close(self) -> None:
         """Close the engines. Nothing may be under way."""
@@ -115,14 +107,6 @@ class Server:
         """End what is under way: its clients get an error that says why."""
         for generation in list(self._generations):
             generation.cancel(reason)
-
-    @staticmethod
-    def _routed(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        async def noted(request: Request) -> Response:
-            record_of(request).route = request.scope["route"].path
-            return await endpoint(request)
-
-        return noted
 
     # --- routes
 
@@ -176,9 +160,7 @@ class Server:
         record_of(request).figures["model"] = served.name
         prepared = await run_sync(prepare, served, asked)
         generation = Generation(served.engine, prepared.requests, prompt, self.meter)
-        generation.start()
-        made = answer(served, asked, prepared, generation)
-        return _Answering(self, made, generation, asked.stream)
+        return _Answering(self, answer(served, asked, prepared, generation), generation, asked.stream)
 
     def _named(self, name: str | None) -> Served:
         for served in self.models:
@@ -209,6 +191,7 @@ class _Answering(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         send_all = self._stream if self._streams else self._whole
         async with self._server.under_way(self._generation):
+            self._generation.start()
             try:
                 there = await while_there(receive, partial(send_all, scope, receive, send))
             finally:
@@ -247,6 +230,14 @@ class _Answering(Response):
 
     def _late(self) -> ApiError:
         return ApiError(504, f"the answer took longer than {self._server.limits.request_s:g} s", code="timeout")
+
+
+def _route(method: str, path: str, endpoint: Callable[[Request], Awaitable[Response]]) -> Route:
+    async def noted(request: Request) -> Response:
+        record_of(request).route = path
+        return await endpoint(request)
+
+    return Route(path, noted, methods=[method])
 
 
 async def _event(send: Send, data: bytes, more: bool = True) -> None:

@@ -6,10 +6,11 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from ..predictors.errors import CoreskipError
-from .sequence import Busy, Event, Load, Request, Ticket, joined
+from .engine import Engine
+from .sequence import Busy, Event, Request, Ticket, joined
 from .serve_errors import ApiError, bad_request
 from .serve_metrics import Meter
 from .serve_vocabulary import Unfollowable
@@ -19,16 +20,8 @@ logger = logging.getLogger("coreskip")
 #: Seconds between tries to submit a request's second and later texts where the queue is full.
 _RETRY = 0.05
 
-#: What fields of a `Request` are called in the API.
-_FIELDS = {"ids": "prompt", "max_new_tokens": "max_tokens"}
-
-
-class Submits(Protocol):
-    """What the server needs of an engine."""
-
-    def submit(self, request: Request) -> Ticket: ...
-
-    def load(self) -> Load: ...
+#: What fields of a `Request` are called in the API, where that is something else.
+_FIELDS = {"max_new_tokens": "max_tokens"}
 
 
 class Generation:
@@ -42,10 +35,11 @@ class Generation:
         tickets: by index, as far as they were submitted.
     """
 
-    def __init__(self, engine: Submits, requests: Sequence[Request], prompt: str, meter: Meter) -> None:
+    def __init__(self, engine: Engine, requests: Sequence[Request], prompt: str, meter: Meter) -> None:
         self._engine, self._requests, self._prompt, self._meter = engine, requests, prompt, meter
         self.tickets: dict[int, Ticket] = {}
-        self._closing: str | None = None
+        self._over = False
+        self._reason = "the answer was cancelled"
 
     def start(self) -> None:
         """
@@ -64,17 +58,16 @@ class Generation:
         except Busy:
             raise
         except CoreskipError as error:
-            word = str(error).partition(" ")[0]
-            field = self._prompt if word == "ids" else _FIELDS.get(word, word)
-            known = field if word in Request.__dataclass_fields__ else self._prompt
-            raise bad_request(str(error), known) from None
+            field = str(error).partition(" ")[0]  # where the engine names one
+            known = field in Request.__dataclass_fields__ and field != "ids"
+            raise bad_request(str(error), _FIELDS.get(field, field) if known else self._prompt) from None
         self.tickets[index] = ticket
         return ticket
 
     async def _ticket(self, index: int) -> Ticket:
         while index not in self.tickets:
-            if self._closing is not None:
-                raise ApiError(503, self._closing, code="shutting_down")
+            if self._over:
+                raise ApiError(503, self._reason, code="cancelled")
             try:
                 return self._submit(index)
             except Busy:
@@ -130,7 +123,7 @@ class Generation:
             if event.finish == "error":
                 raise self._failed(ticket, event)
             if event.finish == "cancelled":
-                raise ApiError(503, self._closing or "the answer was cancelled", code="cancelled")
+                raise ApiError(503, self._reason, code="cancelled")
             if event.tokens:
                 now = time.perf_counter()
                 self._meter.tokens(len(event.tokens), now, last, ticket.timings)
@@ -139,16 +132,16 @@ class Generation:
 
     def _failed(self, ticket: Ticket, event: Event) -> ApiError:
         if isinstance(ticket.failure, Unfollowable):
-            return bad_request(str(ticket.failure), "response_format")
+            return bad_request(str(ticket.failure), ticket.failure.param)
         logger.error("generation failed: %s", event.error, exc_info=ticket.failure)
         return ApiError(500, "generation failed; the server's log says why", code="generation_failed")
 
     def cancel(self, reason: str | None = None) -> None:
-        """End all texts before the next step.
+        """End all texts before the next step, and submit no more of them.
 
         reason: for whoever waits for them; None: nobody does.
         """
-        self._closing = reason
+        self._over, self._reason = True, reason or self._reason
         for ticket in self.tickets.values():
             ticket.cancel()
 

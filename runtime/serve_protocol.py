@@ -29,7 +29,7 @@ _UNSUPPORTED = {
     "audio": "this server generates text alone",
     "function_call": "it was replaced by tool_choice",
     "functions": "they were replaced by tools",
-    "prediction": "start the server with --lookup where texts repeat themselves",
+    "prediction": "no text is drafted from another one",
     "reasoning_effort": "write it into the messages, where the model's template has a word for it",
     "suffix": "only text after the prompt is generated",
     "verbosity": "write it into the messages",

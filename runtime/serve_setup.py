@@ -101,12 +101,19 @@ class Setup:
         names = self.names()
         # nobody needs the model afterwards: its originals may go, unless texts of the dense model read them
         keep = None if any(lane == "dense" for _, lane in names) else False
-        queue = {"max_batch": self.max_batch, "max_waiting": self.max_waiting}
-        engine = Engine(model, tokenizer, plan, weights=self.weights, keep_originals=keep, **queue)
+        engine = Engine(
+            model,
+            tokenizer,
+            plan,
+            weights=self.weights,
+            keep_originals=keep,
+            max_batch=self.max_batch,
+            max_waiting=self.max_waiting,
+        )
         try:
             limits = Limits(self.keys, body_bytes=round(self.max_body * 1e6), request_s=self.timeout)
             server = Server(served_models(engine, names, self.max_context), limits)
-            server.warm_up()
+            _warm_up(server)
         except BaseException:
             engine.close()
             raise
@@ -118,6 +125,15 @@ def _set_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+def _warm_up(server: Server) -> None:
+    """Have everything made that the first request would wait for: native steps, tokens as bytes."""
+    from .sequence import Request
+
+    for served in server.models:
+        served.engine.submit(Request([0], 2, ignore_eos=True, lane=served.lane)).collect()
+        served.vocabulary.bytes(0)
 
 
 def check_libraries() -> None:

@@ -34,21 +34,18 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Any, size: int, ends: Sequence[int]) -> None:
         self.tokenizer, self.size, self.ends = tokenizer, size, tuple(ends)
-        self._tokens: LLTokenizer | None = None
+        self._tokens: LLTokenizer | str | None = None
         self._lock = threading.Lock()
 
-    def tokens(self) -> LLTokenizer:
-        """What llguidance makes of the tokenizer, once: it takes about a second.
-
-        Raises:
-            CoreskipError: a tokenizer that is not one of the tokenizers library.
-        """
+    def tokens(self) -> LLTokenizer | str:
+        """What llguidance makes of the tokenizer, or why it does not: once, for it takes about a second."""
         with self._lock:
             if self._tokens is None:
-                if not getattr(self.tokenizer, "is_fast", False):
-                    raise CoreskipError("answers in a format need a fast tokenizer, and this model's is a slow one")
                 ends = [end for end in self.ends if end < self.size]
-                self._tokens = from_tokenizer(self.tokenizer, n_vocab=self.size, eos_token=ends or None)
+                try:
+                    self._tokens = from_tokenizer(self.tokenizer, n_vocab=self.size, eos_token=ends or None)
+                except Exception as error:  # by whatever a tokenizer has that it does not know
+                    self._tokens = " ".join(str(error).split())
             return self._tokens
 
     def text(self, token: int) -> str:
@@ -60,9 +57,10 @@ class Vocabulary:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
 
     def bytes(self, token: int) -> bytes:
-        if getattr(self.tokenizer, "is_fast", False):
-            return self.tokens().decode_bytes([token])
-        return str(self.tokenizer.decode([token], skip_special_tokens=False)).encode()
+        tokens = self.tokens()
+        if isinstance(tokens, str):
+            return str(self.tokenizer.decode([token], skip_special_tokens=False)).encode()
+        return tokens.decode_bytes([token])
 
     def shows(self, text: str) -> bool:
         """Whether `text` is the same without special tokens."""
@@ -80,11 +78,15 @@ class Vocabulary:
         Raises:
             ApiError: 400; it names `param`.
         """
-        refused, messages = LLMatcher.validate_grammar_with_warnings(definition, self.tokens())
+        tokens = self.tokens()
+        if isinstance(tokens, str):
+            reason = f"{param} needs a tokenizer that llguidance reads, and this model's is none: {tokens}"
+            raise bad_request(reason, param, "unsupported_parameter")
+        refused, messages = LLMatcher.validate_grammar_with_warnings(definition, tokens)
         if refused:
             reason = " ".join(messages[0].split())
             raise bad_request(f"{param} cannot be generated: {reason}", param)
-        return Grammar(self, definition)
+        return Grammar(tokens, definition, self.size, param)
 
     def of_schema(self, schema: dict[str, Any], param: str) -> Grammar:
         try:
@@ -109,28 +111,31 @@ class Vocabulary:
 
 
 class Grammar:
-    """What answers of one request have to match; each of its texts has a `matcher` of its own."""
+    """What answers of one request have to match; each of its texts has a `matcher` of its own.
 
-    def __init__(self, vocabulary: Vocabulary, definition: str) -> None:
-        self._vocabulary, self._definition = vocabulary, definition
+    size: of the model's logits. param: the field of the request that asked for it.
+    """
+
+    def __init__(self, tokens: LLTokenizer, definition: str, size: int, param: str) -> None:
+        self._tokens, self._definition, self._size, self._param = tokens, definition, size, param
 
     def matcher(self) -> Matcher:
-        return Matcher(LLMatcher(self._vocabulary.tokens(), self._definition), self._vocabulary.size)
+        return Matcher(LLMatcher(self._tokens, self._definition), self._size, self._param)
 
 
 class Unfollowable(CoreskipError):
-    """A grammar that turned out to be more than llguidance can follow."""
+    """A grammar that turned out to be more than llguidance can follow. param: see `Grammar`."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class Matcher:
-    """Holds one text to a grammar; a `Constraint` of runtime/sequence.py.
+    """Holds one text to a grammar; a `Constraint` of runtime/sequence.py. size, param: see `Grammar`."""
 
-    Args:
-        size: of the model's logits.
-    """
-
-    def __init__(self, matcher: LLMatcher, size: int) -> None:
-        self._matcher, self._size = matcher, size
+    def __init__(self, matcher: LLMatcher, size: int, param: str) -> None:
+        self._matcher, self._size, self._param = matcher, size, param
 
     def mask(self, logits: Tensor) -> Tensor:
         """Forbids what may not come next in `logits` ``[vocabulary]``; where the text is complete, all but its end.
@@ -151,7 +156,7 @@ class Matcher:
     def _check(self) -> None:
         if self._matcher.is_error():
             reason = " ".join(self._matcher.get_error().split())
-            raise Unfollowable(f"the answer's format cannot be followed: {reason}")
+            raise Unfollowable(f"the answer's format cannot be followed: {reason}", self._param)
 
 
 class Decoder:

@@ -422,7 +422,7 @@ def test_a_full_queue_is_told(embedded: tuple[Any, Any]) -> None:
         assert len(ask(server_of(engine), TEXT, prompt="a", n=9, max_tokens=2)["choices"]) == 9  # more than fit at once
     statuses = [response.status_code for response in found]
     assert set(statuses) == {200, 429}
-    assert 4 <= statuses.count(200) <= 5
+    assert 3 <= statuses.count(200) < 12
     refused = next(response for response in found if response.status_code == 429)
     assert int(refused.headers["retry-after"]) >= 1
     assert refused.json()["error"]["code"] == "queue_full"

@@ -188,7 +188,7 @@ def test_half_a_request_stalls_nobody(served: Served) -> None:
 
 
 def test_a_full_queue_and_the_end(folder: Path, tmp_path: Path) -> None:
-    """200 connections where 18 have room; then the end, which waits for answers and cuts short those that take long."""
+    """200 connections on a queue of 16; then the end, which waits for answers and cuts short those that take long."""
 
     async def run(url: str) -> list[httpx.Response]:
         limits = httpx.Limits(max_connections=200)
@@ -203,7 +203,7 @@ def test_a_full_queue_and_the_end(folder: Path, tmp_path: Path) -> None:
         answered = [response for response in found if response.status_code == 200]
         assert len(refused) + len(answered) == 200
         assert refused
-        assert len(answered) >= 18
+        assert len(answered) >= 16
         assert all(int(response.headers["retry-after"]) >= 1 for response in refused)
         assert len({response.json()["choices"][0]["text"] for response in answered}) == 1
         assert served.metric("coreskip_requests_total") == 200

@@ -9,6 +9,9 @@ import jsonschema
 import pytest
 import torch
 from served import MESSAGES, TOOLS_TEMPLATE, with_template
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from coreskip.runtime.serve_errors import ApiError
 from coreskip.runtime.serve_protocol import ChatRequest, CompletionRequest, Tool, parse, rendered
@@ -248,6 +251,7 @@ def test_tokens_as_text_bytes_and_places(vocabulary: Vocabulary) -> None:
     for id, place in zip(ids, found[1:], strict=True):
         part = vocabulary.text(id)
         assert part.startswith("bytes:") or text[place:].startswith(part)
+    assert isinstance(vocabulary.bytes(vocabulary.size - 1), bytes)  # a row of the model's that is no token
     assert vocabulary.shows("<tool_call>")
     assert not vocabulary.shows("<|im_start|>")
 
@@ -317,3 +321,13 @@ def test_a_token_that_was_not_allowed_ends_the_text(vocabulary: Vocabulary) -> N
     matcher = vocabulary.of_regex("a", "pattern").matcher()
     with pytest.raises(Unfollowable):
         matcher.accept(vocabulary.tokenizer("b")["input_ids"][0])
+
+
+def test_a_tokenizer_that_llguidance_does_not_read() -> None:
+    """Its tokens are still told; what needs a grammar is refused."""
+    words = Tokenizer(WordLevel({"a": 0, "b": 1, "</s>": 2}, unk_token="a"))
+    vocabulary = Vocabulary(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>"), 3, [2])
+    assert vocabulary.bytes(1) == b"b"
+    with pytest.raises(ApiError, match="this model's is none") as caught:
+        vocabulary.of_regex("a", "response_format.pattern")
+    assert (caught.value.param, caught.value.code) == ("response_format.pattern", "unsupported_parameter")
