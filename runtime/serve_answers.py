@@ -116,19 +116,20 @@ class ChatAnswer(Answer):
 
     def _choice(self, index: int, event: Event) -> Json:
         message: Json = {"role": "assistant", "content": event.text, "refusal": None}
-        finish = event.finish
+        finish: str | None = event.finish
         if self._tools is not None:
             content, calls = self._readers[index].read(event)
             message["content"] = content if content or not calls else None
             if calls:
-                message["tool_calls"], finish = calls, "tool_calls"  # type: ignore[assignment]
+                message["tool_calls"], finish = calls, "tool_calls"
         return {"index": index, "message": message, "logprobs": self._logprobs(event), "finish_reason": finish}
 
     def _opening(self) -> list[Json]:
         return [self._delta(index, {"role": "assistant", "content": ""}) for index in range(self._asked.n)]
 
     def _deltas(self, index: int, event: Event) -> list[Json]:
-        logprobs, finish = self._logprobs(event), event.finish
+        logprobs = self._logprobs(event)
+        finish: str | None = event.finish
         found: list[Json] = [{"content": event.text}] if event.text else []
         if self._tools is not None:
             content, calls = self._readers[index].read(event)
@@ -136,7 +137,7 @@ class ChatAnswer(Answer):
             found = [{"content": content}] if content else []
             found += [{"tool_calls": [{"index": first + i, **call}]} for i, call in enumerate(calls)]
             if finish is not None and self._readers[index].made:
-                finish = "tool_calls"  # type: ignore[assignment]
+                finish = "tool_calls"
         if not found and logprobs is not None and logprobs["content"]:
             found = [{"content": ""}]
         deltas = [self._delta(index, delta, logprobs if i == 0 else None) for i, delta in enumerate(found)]
