@@ -22,10 +22,9 @@ static inline void dot_rows(const float* q, const T* k, int64_t n, float* out) {
         const V a = load(q + i);
         for (int j = 0; j < N; j++) sum[j] += a * load(k + j * n + i);
     }
-    for (int j = 0; j < N; j++) {
-        out[j] = total(sum[j]);
+    totals<N>(sum, out);
+    for (int j = 0; j < N; j++)
         for (int64_t rest = i; rest < n; rest++) out[j] += q[rest] * widened(k + j * n + rest);
-    }
 }
 
 template <class T>
