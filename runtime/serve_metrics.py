@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -16,42 +17,29 @@ _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 #: Seconds that the rate of tokens is taken over.
 _WINDOW = 10.0
 
-#: Of an engine: name, what it is, and whether it only grows.
-_LOAD = (
-    ("running", "Texts that are being generated.", False),
-    ("waiting", "Texts that wait for a place.", False),
-    ("kv_bytes", "Bytes reserved for keys and values of running texts.", False),
-    ("kv_limit_bytes", "The most of them.", False),
-    ("decode_tokens", "Tokens generated.", True),
-    ("prefill_tokens", "Tokens of prompts computed.", True),
-    ("cached_tokens", "Tokens of prompts that were not computed again.", True),
-    ("steps", "Decode steps.", True),
-    ("step_rows", "Texts in all decode steps together: by steps, the mean batch.", True),
-)
+#: Of an engine: name, what it is, whether it only grows, and where it is found.
+_LOAD: tuple[tuple[str, str, bool, Callable[[Load], float]], ...] = (
+    ("running", "Texts that are being generated.", False, lambda load: load.running),
+    ("waiting", "Texts that wait for a place.", False, lambda load: load.waiting),
+    ("kv_bytes", "Bytes reserved for keys and values of running texts.", False, lambda load: load.kv_bytes),
+    ("kv_limit_bytes", "The most of them.", False, lambda load: load.kv_limit),
+    ("decode_tokens", "Tokens generated.", True, lambda load: load.decode_tokens),
+    ("prefill_tokens", "Tokens of prompts computed.", True, lambda load: load.prefill_tokens),
+    ("cached_tokens", "Tokens of prompts that were not computed again.", True, lambda load: load.cached_tokens),
+    ("steps", "Decode steps.", True, lambda load: load.steps),
+    (
+        "step_rows", "Texts in all decode steps together: by steps, the mean batch.", True,
+        lambda load: sum(rows * steps for rows, steps in load.batch_sizes.items()),
+    ),
+)  # fmt: skip
 
 
+@dataclass(frozen=True)
 class EngineFigures:
-    """Where the figures of one engine come from.
+    """Where the figures of one engine come from. skipped: the share of MLP neurons that decode steps have skipped."""
 
-    skipped: the share of MLP neurons that decode steps have skipped.
-    """
-
-    def __init__(self, load: Callable[[], Load], skipped: Callable[[], float]) -> None:
-        self.load, self.skipped = load, skipped
-
-    def values(self) -> dict[str, float]:
-        load = self.load()
-        return {
-            "running": load.running,
-            "waiting": load.waiting,
-            "kv_bytes": load.kv_bytes,
-            "kv_limit_bytes": load.kv_limit,
-            "decode_tokens": load.decode_tokens,
-            "prefill_tokens": load.prefill_tokens,
-            "cached_tokens": load.cached_tokens,
-            "steps": load.steps,
-            "step_rows": sum(rows * steps for rows, steps in load.batch_sizes.items()),
-        }
+    load: Callable[[], Load]
+    skipped: Callable[[], float]
 
 
 class _Engines(Collector):
@@ -59,26 +47,25 @@ class _Engines(Collector):
         self._meter = meter
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
-        figures = {name: (engine.values(), engine.skipped()) for name, engine in self._meter.engines.items()}
-        for name, meaning, grows in _LOAD:
-            family = (CounterMetricFamily if grows else GaugeMetricFamily)(
-                f"coreskip_{name}", meaning, labels=["engine"]
-            )
-            for engine, (values, _) in figures.items():
-                family.add_metric([engine], values[name])
-            yield family
-        skipped = GaugeMetricFamily(
-            "coreskip_neurons_skipped_ratio", "Share of MLP neurons that decode steps skipped.", labels=["engine"]
-        )
-        for engine, (_, share) in figures.items():
-            skipped.add_metric([engine], share)
-        yield skipped
-        yield GaugeMetricFamily(
-            "coreskip_tokens_per_second",
-            f"Generated tokens a second, over the last {_WINDOW:.0f}.",
-            self._meter.tokens_per_second(),
-        )
+        loads = {name: engine.load() for name, engine in self._meter.engines.items()}
+        for name, meaning, grows, find in _LOAD:
+            kind = CounterMetricFamily if grows else GaugeMetricFamily
+            yield _by_engine(kind, name, meaning, {engine: find(load) for engine, load in loads.items()})
+        shares = {name: engine.skipped() for name, engine in self._meter.engines.items()}
+        meaning = "Share of MLP neurons that decode steps skipped."
+        yield _by_engine(GaugeMetricFamily, "neurons_skipped_ratio", meaning, shares)
+        meaning = f"Generated tokens a second, over the last {_WINDOW:.0f}."
+        yield GaugeMetricFamily("coreskip_tokens_per_second", meaning, self._meter.tokens_per_second())
         yield GaugeMetricFamily("coreskip_memory_bytes", "Resident memory of the process.", self._meter.memory())
+
+
+def _by_engine(
+    kind: type[GaugeMetricFamily | CounterMetricFamily], name: str, meaning: str, values: dict[str, float]
+) -> GaugeMetricFamily | CounterMetricFamily:
+    family = kind(f"coreskip_{name}", meaning, labels=["engine"])
+    for engine, value in values.items():
+        family.add_metric([engine], value)
+    return family
 
 
 class Meter:

@@ -75,7 +75,8 @@ class Setup:
         """What requests may call the model, with the lane of each; the model's own name is the first."""
         plans, model = self._plans(), self.model
         named = [(name, None if path else "dense") for name, path in plans if name is not None]
-        own = self.name or (Path(model).stem if model is not None and Path(model).exists() else model)
+        here = model is not None and Path(model).exists()
+        own = self.name or (Path(str(model)).resolve().name.removesuffix(".gguf") if here else model)
         first = "dense" if plans and not any(path for _, path in plans) else None
         return [(own or "smollm2-135m-instruct", first), *named]
 

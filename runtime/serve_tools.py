@@ -71,15 +71,12 @@ def call_format(tokenizer: Any) -> CallFormat | str:
     if text is None or spoken is None or _CONTENT not in spoken:
         return "the model's chat template cannot write calls of tools"
     start, turn_end = spoken.split(_CONTENT, 1)
-    common = len(start) if text.startswith(start) else len(_common_prefix(text, start))
-    found = _call_in(text[common:])
+    # what the two have in common is the beginning of the turn, and no part of the call
+    found = _call_in(text[_in_common(text, start) :])
     if found is None:
         return "the model's chat template writes calls of tools in a form of its own, which is not read here"
-    before, value, after = found
-    keys = _keys(value[0] if isinstance(value, list) else value)
-    if keys is None:
-        return "the model's chat template writes calls of tools in a form of its own, which is not read here"
-    return CallFormat(before.strip(), after.removesuffix(turn_end).strip(), *keys, listed=isinstance(value, list))
+    before, call_keys, listed, after = found
+    return CallFormat(before.strip(), after.removesuffix(turn_end).strip(), *call_keys, listed)
 
 
 def _render(tokenizer: Any, messages: list[Any], tools: list[Any] | None, prompt: bool = True) -> str | None:
@@ -89,13 +86,13 @@ def _render(tokenizer: Any, messages: list[Any], tools: list[Any] | None, prompt
         return None
 
 
-def _common_prefix(a: str, b: str) -> str:
-    length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    return a[:length]
+def _in_common(a: str, b: str) -> int:
+    """How many characters the beginnings of two texts have in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _call_in(text: str) -> tuple[str, Any, str] | None:
-    """What stands before the call's JSON, the value, and what stands after it."""
+def _call_in(text: str) -> tuple[str, tuple[str, str], bool, str] | None:
+    """What stands before the JSON of the call, its keys, whether it is in a list, and what stands after it."""
     for place, letter in enumerate(text):
         if letter not in "{[":
             continue
@@ -103,9 +100,11 @@ def _call_in(text: str) -> tuple[str, Any, str] | None:
             value, end = _JSON.raw_decode(text, place)
         except ValueError:
             continue
-        first = value[0] if isinstance(value, list) and value else value
-        if isinstance(first, dict) and _keys(first) is not None:
-            return text[:place], value, text[end:]
+        listed = isinstance(value, list)
+        first = value[0] if listed and value else value
+        keys = _keys(first) if isinstance(first, dict) else None
+        if keys is not None:
+            return text[:place], keys, listed, text[end:]
     return None
 
 

@@ -18,6 +18,7 @@ import pytest
 from served import MESSAGES, Served, events, serving, small_model
 
 from coreskip.cli import main
+from coreskip.runtime.serve_setup import Setup
 
 CONTEXT = 4096
 LONG = {"prompt": "a", "max_tokens": 4000, "ignore_eos": True, "temperature": 0, "stream": True}
@@ -248,6 +249,25 @@ def test_mistakes_of_the_command(
         out, err = capsys.readouterr()
         assert (caught.value.code, out) == (2, "")
         assert match in err.splitlines()[-1], err
+
+
+def test_names_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, file = tmp_path / "Llama-3.2-1B", tmp_path / "model.Q4_0.gguf"
+    folder.mkdir()
+    file.touch()
+    monkeypatch.chdir(folder)
+    for setup, names in (
+        (Setup(), [("smollm2-135m-instruct", None)]),
+        (Setup("org/Some-Model-1.5"), [("org/Some-Model-1.5", None)]),
+        (Setup(str(folder)), [("Llama-3.2-1B", None)]),
+        (Setup("."), [("Llama-3.2-1B", None)]),
+        (Setup(str(file)), [("model.Q4_0", None)]),
+        (Setup("m", plans=("a.plan",)), [("m", None)]),
+        (Setup("m", plans=("exact",)), [("m", "dense"), ("exact", "dense")]),
+        (Setup("m", plans=("exact", "fast=a.plan"), name="n"), [("n", None), ("exact", "dense"), ("fast", None)]),
+    ):
+        setup.check()
+        assert setup.names() == names
 
 
 def test_without_its_libraries_it_says_how_to_install_them(
