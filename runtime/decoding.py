@@ -17,7 +17,9 @@ from .calls import NotCovered
 from .lower_cpu import StepProgram
 from .native import NativeSequence
 from .phases import as_loaded, densely, prefilling
+from .prompt_cache import PromptCache, filled
 from .running import Running
+from .selections import selections_in
 from .sequence import prompt_logprobs
 from .steps import Lowering, Steps
 from .wrap import is_wrapped, runtime_of
@@ -30,12 +32,14 @@ IN_TURN = 8  # tokens that a sequence makes in its turn where to change caches c
 class Decoder:
     """Passes of one model over the caches of many sequences.
 
-    chunk: how many tokens of a prompt one pass reads at most. Chunks begin at multiples of it, so that what a prompt
-    comes to does not depend on what runs beside it.
+    Args:
+        chunk: how many tokens of a prompt one pass reads at most. Chunks begin at multiples of it, so that what a
+            prompt comes to does not depend on what runs beside it.
+        prompts: what was read before.
     """
 
-    def __init__(self, model: Any, chunk: int) -> None:
-        self.model, self.chunk = model, chunk
+    def __init__(self, model: Any, chunk: int, prompts: PromptCache) -> None:
+        self.model, self.chunk, self._prompts = model, chunk, prompts
         self._at_once = 1
         self._keep_last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
 
@@ -43,11 +47,15 @@ class Decoder:
 
     @torch.no_grad()
     def prefill(self, sequence: Running) -> int:
-        """Reads the next chunk of a prompt; with the last one comes the first new token. Returns how many were read."""
+        """Reads the next chunk of a prompt; with the last one comes the first new token. Returns how many tokens were
+        computed."""
+        if sequence.cache is None:
+            known = self._begin(sequence)
+            if known is not None:
+                self._first_token(sequence, known)
+                return 0
         begin = sequence.read
         end = min(begin + self.chunk, sequence.prompt)
-        if sequence.cache is None:
-            sequence.cache = DynamicCache(config=self.model.config)
         keep = self._keep_last if sequence.echo is None else {}
         ids = sequence.ids[:, begin:end].to(self.model.device)
         with prefilling():
@@ -56,11 +64,36 @@ class Decoder:
         logits: Tensor = output.logits[0]
         if sequence.echo is not None:
             self._echo(sequence, logits, begin, end)
-        if sequence.decodes and sequence.most == 0:
-            sequence.end("length")
-        elif sequence.decodes:
-            sequence.choose(logits[-1])
+        if sequence.state is self._state() and selections_in(sequence.cache) is None:
+            whole = logits[-1].clone() if sequence.decodes else None
+            self._prompts.keep(sequence.ids[0, :end].tolist(), sequence.cache, begin, end, whole)
+        if sequence.decodes:
+            self._first_token(sequence, logits[-1])
         return end - begin
+
+    def _begin(self, sequence: Running) -> Tensor | None:
+        """Gives a sequence its cache, with what was read of its prompt before; logits where that is all of it."""
+        sequence.state = self._state()
+        self._prompts.check(sequence.state)
+        blocks = [] if sequence.echo is not None else self._prompts.find(sequence.ids[0].tolist())
+        sequence.cache = filled(self.model.config, blocks) if blocks else DynamicCache(config=self.model.config)
+        sequence.read = sequence.ticket.usage.cached_tokens = sum(block.tokens for block in blocks)
+        return blocks[-1].logits if sequence.decodes else None
+
+    def _state(self) -> object:
+        """The same object as long as the model is not changed; None where nobody notices that."""
+        if not is_wrapped(self.model):
+            return None
+        runtime = runtime_of(self.model)
+        runtime.notice(every_setting=True)
+        return runtime.prepared
+
+    @staticmethod
+    def _first_token(sequence: Running, logits: Tensor) -> None:
+        if sequence.most == 0:
+            sequence.end("length")
+        else:
+            sequence.choose(logits)
 
     @staticmethod
     def _echo(sequence: Running, logits: Tensor, begin: int, end: int) -> None:

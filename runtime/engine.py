@@ -73,6 +73,8 @@ class Engine:
             decodes by itself, in its own thread.
         max_waiting: of max_batch: how many requests may wait for a place; one more raises `Busy`. None: any number.
         kv_bytes: of max_batch: memory for the keys and values of all that run; None: half of what is free.
+        prompt_bytes: of max_batch: memory for prompts that were read before, so that what begins alike, in whole
+            chunks, or is the same is not read again; None: a quarter of `kv_bytes`, beside these; 0: none.
         prefill_chunk: of max_batch: how many tokens of a prompt are read between two steps.
 
     Raises:
@@ -95,6 +97,7 @@ class Engine:
         max_batch: int | None = None,
         max_waiting: int | None = None,
         kv_bytes: int | None = None,
+        prompt_bytes: int | None = None,
         prefill_chunk: int = 256,
     ) -> None:
         check_model(model)
@@ -103,7 +106,7 @@ class Engine:
             check_flag(name, flag)
         check_flag("keep_originals", keep_originals, none=True)
         check_weights(weights)
-        limits = _limits(max_batch, max_waiting, kv_bytes, prefill_chunk)
+        limits = _limits(max_batch, max_waiting, kv_bytes, prompt_bytes, prefill_chunk)
         if limits is not None:
             check_batches(model)
         settings = Settings(plan, exact, keep_originals, lookup, weights)
@@ -342,16 +345,20 @@ def _arranged(texts: list[str], prompts: int, single: bool) -> Any:
     return texts[0] if single else texts
 
 
-def _limits(batch: int | None, waiting: int | None, kv_bytes: int | None, chunk: int) -> Limits | None:
-    if batch is None:
-        if waiting is not None or kv_bytes is not None:
-            raise CoreskipError("max_waiting and kv_bytes are of an engine with max_batch: add it, or leave them out")
-        return None
-    check_count("max_batch", batch)
-    for name, value, least in (("max_waiting", waiting, 0), ("kv_bytes", kv_bytes, 1), ("prefill_chunk", chunk, 1)):
+def _limits(
+    batch: int | None, waiting: int | None, kv_bytes: int | None, prompt_bytes: int | None, chunk: int
+) -> Limits | None:
+    given = {"max_waiting": (waiting, 0), "kv_bytes": (kv_bytes, 1), "prompt_bytes": (prompt_bytes, 0)}
+    for name, (value, least) in given.items():
+        if value is not None and batch is None:
+            raise CoreskipError(f"{name} is of an engine with max_batch: add it, or leave {name} out")
         if value is not None:
             check_count(name, value, least)
-    return Limits(batch, waiting, kv_bytes, chunk)
+    if batch is None:
+        return None
+    check_count("max_batch", batch)
+    check_count("prefill_chunk", chunk)
+    return Limits(batch, waiting, kv_bytes, prompt_bytes, chunk)
 
 
 def _check_tokenizer(tokenizer: Any) -> None:

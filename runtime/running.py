@@ -31,7 +31,7 @@ class Running:
     Attributes:
         cache: keys and values of its first `read` tokens. native: what steps it natively, and by which program; None
             where nothing does yet.
-        nbytes: reserved for keys and values.
+        state: of the model, when the sequence began: see `Decoder`. nbytes: reserved for keys and values.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Running:
         self._tokens[0, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
         self.length, self.read, self.nbytes = len(prompt), 0, 0
         self.cache: Cache | None = None
+        self.state: object = None
         self.native: tuple[NativeSequence, StepProgram] | None = None
         self.finish: Finish | None = None
 

@@ -15,6 +15,7 @@ import torch
 
 from ..predictors.errors import CoreskipError
 from .decoding import Decoder
+from .prompt_cache import PromptCache
 from .running import Running
 from .sequence import Busy, Load
 
@@ -32,12 +33,14 @@ class Limits:
         batch: sequences that run at once.
         waiting: requests in the queue; None: any number.
         kv_bytes: of keys and values; None: half of the memory that is free when the scheduler starts.
+        prompt_bytes: of keys and values of prompts that were read before; None: a quarter of `kv_bytes`, beside these.
         chunk: tokens of a prompt that are read between two steps.
     """
 
     batch: int
     waiting: int | None = None
     kv_bytes: int | None = None
+    prompt_bytes: int | None = None
     chunk: int = 256
 
 
@@ -54,13 +57,14 @@ class Scheduler:
 
     def __init__(self, model: Any, limits: Limits, acquire: Callable[[], None]) -> None:
         self._limits, self._acquire = limits, acquire
-        self._decoder = Decoder(model, limits.chunk)
         self._memory = _Memory(model, limits.kv_bytes)
+        kept = self._memory.limit // 4 if limits.prompt_bytes is None else limits.prompt_bytes
+        self._decoder = Decoder(model, limits.chunk, PromptCache(kept, limits.chunk))
         self._changed = threading.Condition()
         self._waiting: deque[Running] = deque()
         self._running: list[Running] = []
         self._closing = False
-        self._steps = self._decoded = self._prefilled = 0
+        self._steps = self._decoded = self._prefilled = self._cached = 0
         self._step_s = 0.0  # a step takes, of late
         self._batch_sizes: Counter[int] = Counter()
         self._thread = threading.Thread(target=self._work, name="coreskip-scheduler", daemon=True)
@@ -106,7 +110,7 @@ class Scheduler:
                 kv_limit=self._memory.limit,
                 decode_tokens=self._decoded,
                 prefill_tokens=self._prefilled,
-                cached_tokens=0,
+                cached_tokens=self._cached,
                 steps=self._steps,
                 batch_sizes=dict(self._batch_sizes),
             )
@@ -175,9 +179,11 @@ class Scheduler:
 
     def _read(self, sequence: Running) -> None:
         timings = sequence.ticket.timings
-        timings.started = timings.started or time.perf_counter()
+        timings.started, usage = timings.started or time.perf_counter(), sequence.ticket.usage
+        cached = usage.cached_tokens
         try:
             self._prefilled += self._decoder.prefill(sequence)
+            self._cached += usage.cached_tokens - cached
         except Exception as error:  # a processor's, a constraint's, or the model's on this prompt
             sequence.end("error", error)
 

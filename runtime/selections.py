@@ -199,8 +199,14 @@ _ATTRIBUTE = "_coreskip_selections"
 
 def selections_of(cache: object, owner: object) -> Selections | None:
     """The selections that wrapping `owner` left on `cache`."""
+    found = selections_in(cache)
+    return found if found is not None and found.owner is owner else None
+
+
+def selections_in(cache: object) -> Selections | None:
+    """Whatever wrapping left them on `cache`."""
     found = getattr(cache, _ATTRIBUTE, None)
-    return found if isinstance(found, Selections) and found.owner is owner else None
+    return found if isinstance(found, Selections) else None
 
 
 def attach(cache: Cache, selections: Selections) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import greedy, plan_of, prompt, tiny
-from transformers import BatchEncoding, DynamicCache, LogitsProcessorList
+from byte_texts import Bytes, alone, bytes_model, ids, in_threads, settles
+from tiny_models import plan_of, tiny
+from transformers import DynamicCache, LogitsProcessorList
 
 import coreskip
 from coreskip import CoreskipError, Engine
@@ -21,29 +21,10 @@ from coreskip.kernels.ops import available
 from coreskip.predictors.plan import LayerPlan, Plan
 from coreskip.predictors.policies import Sketch
 from coreskip.runtime.pieces import Pieces
-from coreskip.runtime.sequence import Busy, Event, Request, Ticket
+from coreskip.runtime.sequence import Busy, Event, Request
 from coreskip.runtime.wrap import is_wrapped, runtime_of
 
 needs_kernels = pytest.mark.skipif(available("cpu") is not None, reason="needs the compiled kernels")
-
-
-class Bytes:
-    """Every token is a byte."""
-
-    bos_token_id = eos_token_id = pad_token_id = None
-
-    def __call__(self, texts: list[str], **options: Any) -> Any:
-        return BatchEncoding({"input_ids": [list(text.encode()) for text in texts]})
-
-    def decode(self, tokens: list[int], **options: Any) -> str:
-        return bytes(tokens).decode("utf-8", "replace")
-
-    def batch_decode(self, rows: Any, **options: Any) -> list[str]:
-        return [self.decode(list(map(int, row))) for row in rows]
-
-
-def bytes_model(family: str = "llama", **settings: Any) -> Any:
-    return tiny(family, vocab_size=256, max_position_embeddings=1024, **settings)
 
 
 def plan(model: Any, kind: str) -> Plan | None:
@@ -55,20 +36,9 @@ def plan(model: Any, kind: str) -> Plan | None:
     return None if kind in ("dense", "plain") else plan_of(model, kind)
 
 
-def ids(length: int, seed: int) -> list[int]:
-    return prompt(1, length, seed)[0].tolist()
-
-
-def alone(model: Any, request: Request) -> list[int]:
-    """What transformers' own generate makes of it on the model as it is wrapped, one call at a time."""
-    output = greedy(model, torch.tensor([request.ids]), request.max_new_tokens)[0, len(request.ids) :].tolist()
-    ends = [i for i, token in enumerate(output) if token in request.stop_ids]
-    return output[: ends[0] + 1] if ends else output
-
-
 @pytest.fixture
 def engine() -> Iterator[Engine]:
-    with Engine(bytes_model(), Bytes(), max_batch=4, prefill_chunk=64) as made:
+    with Engine(bytes_model(), Bytes(), max_batch=4, prefill_chunk=64, prompt_bytes=0) as made:
         yield made
 
 
@@ -113,24 +83,15 @@ def _all_at_once(made: Engine, requests: list[Request], generator: random.Random
             ticket.cancel()
         found[i] = ticket.collect()
 
-    _in_threads(run, len(requests))
+    in_threads(run, len(requests))
     return found, cancelled
-
-
-def _in_threads(run: Callable[[int], None], count: int) -> None:
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
 
 
 @needs_kernels
 def test_long_prompts_are_read_in_chunks_between_steps() -> None:
     model = bytes_model()
     request, long = Request(ids(5, 1), 200), Request(ids(400, 2), 12)
-    with Engine(model, Bytes(), max_batch=4, prefill_chunk=32) as made:
+    with Engine(model, Bytes(), max_batch=4, prefill_chunk=32, prompt_bytes=0) as made:
         expected = [made.submit(r).collect().tokens for r in (request, long)]
         first = made.submit(request)
         next(first)
@@ -151,7 +112,7 @@ def test_native_steps_are_shared(engine: Engine) -> None:
     for ticket in tickets:
         ticket.collect()
     assert 4 in seen
-    _settles(lambda: engine.load().decode_tokens == 3 + 4 * 29)  # a step is counted when its tokens are out
+    settles(lambda: engine.load().decode_tokens == 3 + 4 * 29)  # a step is counted when its tokens are out
     load = engine.load()
     assert load.batch_sizes[4] > 5
     assert load.prefill_tokens == 5 + 5 + 6 + 7 + 8
@@ -477,6 +438,7 @@ def test_mistakes_of_engines() -> None:
         ({"max_batch": 2, "kv_bytes": 0}, "kv_bytes"),
         ({"max_batch": 2, "prefill_chunk": 0}, "prefill_chunk"),
         ({"max_waiting": 2}, "add it, or leave"),
+        ({"max_batch": 2, "prompt_bytes": -1}, "prompt_bytes"),
     ):
         with pytest.raises(CoreskipError, match=match):
             Engine(model, Bytes(), **options)  # type: ignore[arg-type]
@@ -488,93 +450,52 @@ def test_mistakes_of_engines() -> None:
         made.submit(Request(ids(200, 1), 100))
 
 
-# --- an engine's calls
+# --- prompts that were read before
 
 
-OPTIONS: tuple[dict[str, Any], ...] = (
-    {"do_sample": False},
-    {"do_sample": False, "repetition_penalty": 1.7, "min_new_tokens": 5},
-    {"do_sample": False, "no_repeat_ngram_size": 2},
-    {"do_sample": True, "seed": 7, "temperature": 1.4, "top_k": 20},
-    {"do_sample": False, "num_beams": 2},
-    {"do_sample": False, "stop_strings": "e"},
-    {"do_sample": False, "bad_words_ids": [[101], [102, 103]]},
-)
+def test_what_a_prompt_begins_with_is_not_read_again() -> None:
+    model = bytes_model()
+    system = ids(100, 1)
+    requests = [Request([*system, *ids(30 + i, i)], 12) for i in range(3)]
+    with Engine(model, Bytes(), max_batch=4, prefill_chunk=32, prompt_bytes=0) as made:
+        expected = [made.submit(request).collect().tokens for request in requests]
+        assert made.load().cached_tokens == 0
+    with Engine(model, Bytes(), max_batch=4, prefill_chunk=32) as made:
+        for request, tokens in zip(requests, expected, strict=True):
+            assert made.submit(request).collect().tokens == tokens
+        assert made.load().cached_tokens == 2 * 96
+        again = made.submit(requests[0])
+        assert again.collect().tokens == expected[0]
+        assert again.usage.cached_tokens == 130
+        assert made.load().prefill_tokens == 130 + (131 - 96) + (132 - 96)
+        sampled = [made.submit(Request(requests[0].ids, 8, temperature=1.0, seed=4)).collect().tokens for _ in "ab"]
+        assert sampled[0] == sampled[1]
+        echoed = made.submit(Request(requests[0].ids, 1, prompt_logprobs=0))
+        echoed.collect()
+        assert len(echoed.prompt_logprobs or ()) == 130
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+        changed = made.submit(requests[0])
+        assert changed.collect().tokens == alone(model, requests[0])
+        assert changed.usage.cached_tokens == 0
 
 
-def test_calls_give_what_they_give_without_a_scheduler() -> None:
-    model, texts = bytes_model(), ["hello there", "a", "something longer than the others"]
-    with Engine(model, Bytes()) as made:
-        expected = [[made.generate(t, max_new_tokens=10, **options) for t in texts] for options in OPTIONS]
-    with Engine(model, Bytes(), max_batch=3) as made:
-        found: list[Any] = [None] * len(OPTIONS)
-
-        def run(i: int) -> None:
-            found[i] = [made.generate(text, max_new_tokens=10, **OPTIONS[i]) for text in texts]
-
-        _in_threads(run, len(OPTIONS))
-        assert found == expected
-        assert ["".join(made.stream(t, max_new_tokens=10, **OPTIONS[0])) for t in texts] == expected[0]
-        assert made.generate(texts, max_new_tokens=10, do_sample=False) == expected[0]
-        two = made.generate(texts[:2], max_new_tokens=4, do_sample=True, num_return_sequences=3, seed=1)
-        assert [len(group) for group in two] == [3, 3]
-        assert two == made.generate(texts[:2], max_new_tokens=4, do_sample=True, num_return_sequences=3, seed=1)
-        assert made.figures is not None
-        assert made.figures.new_tokens == 24
+def test_kept_prompts_stay_within_their_memory() -> None:
+    model = bytes_model()
+    each = 2 * 3 * 2 * 16 * 4 * 32  # of a chunk: keys and values, layers, heads, their size, bytes, tokens
+    with Engine(model, Bytes(), max_batch=2, prefill_chunk=32, prompt_bytes=4 * each) as made:
+        prompts = made._batched()._scheduler._decoder._prompts
+        for seed in range(12):
+            made.submit(Request(ids(70, seed), 3)).collect()
+            assert 0 < prompts.nbytes <= 4 * each
+            assert prompts.nbytes == sum(block.nbytes for block in prompts._blocks.values())
 
 
-@pytest.mark.parametrize("batch", [None, 3])
-def test_asyncio(batch: int | None) -> None:
-    texts = ["hello there", "a", "something longer than the others"]
-    with Engine(bytes_model(), Bytes(), max_batch=batch) as made:
-        expected = [made.generate(text, max_new_tokens=12, do_sample=False) for text in texts]
-
-        async def stream(text: str) -> str:
-            return "".join([piece async for piece in made.astream(text, max_new_tokens=12, do_sample=False)])
-
-        async def run() -> tuple[list[str], Any]:
-            streams = await asyncio.gather(*map(stream, texts))
-            return streams, await made.agenerate(texts, max_new_tokens=12, do_sample=False)
-
-        assert asyncio.run(run()) == (expected, expected)
-
-
-def test_what_nobody_waits_for_any_more_stops() -> None:
-    with Engine(bytes_model(), Bytes(), max_batch=2) as made:
-
-        async def cancelled() -> None:
-            task = asyncio.create_task(made.agenerate("abc", max_new_tokens=900, do_sample=False))
-            await asyncio.sleep(0.3)
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
-        async def closed() -> None:
-            stream = made.astream("abc", max_new_tokens=900, do_sample=False)
-            await anext(stream)
-            await stream.aclose()  # type: ignore[attr-defined]
-
-        asyncio.run(cancelled())
-        asyncio.run(closed())
-        stream = made.stream("abc", max_new_tokens=900, do_sample=False)
-        next(stream)
-        stream.close()  # type: ignore[attr-defined]
-        _settles(lambda: made.load().running == 0)
-        assert made.load().decode_tokens < 3 * 890
-
-
-def _settles(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def test_a_reader_that_is_gone_blocks_nobody(engine: Engine) -> None:
-    async def ask() -> Ticket:
-        ticket = engine.submit(Request(ids(5, 1), 30))
-        await anext(ticket)
-        return ticket
-
-    left = asyncio.run(ask())  # its loop is closed, and it is not read any more
-    assert engine.submit(Request(ids(5, 2), 40)).collect().finish == "length"
-    assert left.collect().finish == "length"
+@pytest.mark.parametrize(("family", "kind"), [("llama", "griffin"), ("mistral", "dense")])
+def test_prompts_that_decide_more_or_are_forgotten_are_read_again(family: str, kind: str) -> None:
+    model = bytes_model(family)
+    request = Request(ids(60, 1), 12)
+    with Engine(model, Bytes(), plan(model, kind), max_batch=2) as made:
+        expected = alone(model, request)
+        assert [made.submit(request).collect().tokens for _ in range(2)] == [expected, expected]
+        assert made.load().cached_tokens == 0
