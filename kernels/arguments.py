@@ -26,12 +26,17 @@ class StepNorm(ctypes.Structure):
     _fields_ = (("weight", _P), ("bias", _P), ("size", _N), ("eps", _F), ("kind", _I))
 
 
+class StreamPiece(ctypes.Structure):
+    _fields_ = tuple(_fields(_N, "at bytes place after begin end"))
+
+
 class StepLinear(ctypes.Structure):
     _fields_ = (
         *_fields(_P, "weight scale bias norm"),
         *_fields(_N, "in_ out stride"),
         ("neurons", ctypes.c_double),
         ("least", _F),
+        *_fields(_N, "piece pieces"),
         *_fields(_I, "dtype columns whole"),
     )
 
@@ -73,6 +78,7 @@ class StepModel(ctypes.Structure):
         *_fields(_P, "layers embedding"),
         ("norm", StepNorm),
         ("head", StepLinear),
+        ("stream", _P),
         *_fields(_N, "layer_count hidden embedding_stride"),
         *_fields(_F, "embedding_scale logit_scale logit_softcap"),
         *_fields(_I, "embedding_dtype kv_dtype logit_dtype"),
@@ -92,7 +98,9 @@ class StepCall(ctypes.Structure):
 
 
 # in the order of coreskip_sizes
-_STRUCTS = (MlpArguments, StepNorm, StepLinear, NeuronGroups, StepMlp, StepLayer, StepModel, StepCache, StepCall)
+_STRUCTS = (
+    MlpArguments, StepNorm, StepLinear, NeuronGroups, StepMlp, StepLayer, StepModel, StepCache, StepCall, StreamPiece,
+)  # fmt: skip
 
 
 def mismatch(library: ctypes.CDLL) -> str | None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import copy
 import ctypes
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import arguments, cpu
+from . import arguments, cpu, residency
 from .neuron_groups import PackedNeurons
 from .packed import PackedLinear
 from .sparse import RowLists, SparseLinear, SparseMLP
@@ -130,6 +130,8 @@ class Step:
             kv_dtype=cpu.DTYPE[model.dtype],
             logit_dtype=cpu.DTYPE[model.dtype],
         )
+        #: what brings weights that are not in memory; None: all are
+        self.stream = residency.attach(self._model, self._layers)
         self._rotations: list[tuple[Tensor, Tensor] | None] = []
         self._parts: dict[tuple[int, int], Step] = {}
         attentions = [layer.attention for layer in model.layers if layer.attention is not None]
@@ -207,8 +209,12 @@ class Step:
             tokens.data_ptr(), positions.data_ptr(), start.data_ptr(), ctypes.addressof(caches.table),
             logits.data_ptr(), ctypes.addressof(skipped), rows, length, past, wanted, torch.get_num_threads(),
         )  # fmt: skip
-        cpu.check(self.library.coreskip_step(ctypes.byref(self._model), ctypes.byref(call)), 0)
+        with self._reading():
+            cpu.check(self.library.coreskip_step(ctypes.byref(self._model), ctypes.byref(call)), 0)
         return logits, skipped.value
+
+    def _reading(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.stream is None else self.stream.running()
 
     def generate(
         self, token: int, position: int, start: int, caches: KeyValues, past: int, count: int, ends: Sequence[int]
@@ -231,7 +237,8 @@ class Step:
                 made,
                 ctypes.byref(done),
             )
-            cpu.check(self.library.coreskip_generate(*call_with), 0)
+            with self._reading():
+                cpu.check(self.library.coreskip_generate(*call_with), 0)
         return list(made[: done.value]), skipped.value
 
     def draft(
@@ -243,7 +250,8 @@ class Step:
         made, chances, done = (_N * count)(), (_F * count)(), _N(0)
         with self._of_one_token(token, position, start, caches, past) as (call, skipped):
             call_with = (ctypes.byref(self._model), ctypes.byref(call), count, least, made, chances, ctypes.byref(done))
-            cpu.check(self.library.coreskip_draft(*call_with), 0)
+            with self._reading():
+                cpu.check(self.library.coreskip_draft(*call_with), 0)
         return list(made[: done.value]), list(chances[: done.value]), skipped.value
 
     def _check(self, caches: KeyValues, rows: int, past: int, end: int) -> None:

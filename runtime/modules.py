@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ..kernels.ops import MAX_ROWS, PackedLinear, available, linear
+from ..kernels.ops import MAX_ROWS, PackedLinear, available
 from ..kernels.packed import DTYPES
 from ..predictors.anatomy import Activation, Anatomy, FeedForward, shape_of
 from ..predictors.errors import CoreskipError
@@ -29,6 +29,7 @@ from .program import BrickProgram, Program, linear_of
 from .release import Replaced
 from .selections import Observed, Selections, attach, selections_of
 from .spec import is_plain_linear
+from .unpacking import streamed
 from .width import product
 
 logger = logging.getLogger("coreskip")
@@ -153,9 +154,12 @@ class ModulePatches:
                 each = not is_head or few or input.shape[-2] == 1
                 return module.multiply(input, wanted and each)
             if not (few and wanted and shareable and module.weight.dtype in DTYPES):
+                far = streamed(input, module.weight, module.bias) if plain and shareable else None
+                if far is not None:
+                    return far
                 # somebody may have given it another class meanwhile
                 return cast(Tensor, cast(Any, type(module)).forward(module, input) if of_class else original(input))
-            return linear(input, host.prepared.linear(module))
+            return product(input, [host.prepared.linear(module)])
 
         host.patches.set(module, "forward", forward)
         return sharing

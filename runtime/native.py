@@ -101,6 +101,13 @@ class NativeSteps:
         """The model's weights were moved, cast or loaded anew: describe it again before the next step."""
         self._state = _State(self.model.config.get_text_config())
 
+    def renew(self) -> None:
+        """Other matrices are in memory: steps are made again before they run."""
+        with self._lock:
+            described = self._state.described
+            if described is not None:
+                described.steps.clear()
+
     @property
     def weights(self) -> str | None:
         """The plan's format."""

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -36,6 +37,7 @@ DOCUMENT, WEIGHTS, PLAN = "packed.json", "weights.bin", OF_PACKED
 FORMAT, VERSION = "coreskip.packed", 1
 #: where a model has what calibrated its rounding
 CALIBRATION = "_coreskip_calibration"
+_stores: WeakKeyDictionary[nn.Module, Store] = WeakKeyDictionary()
 _TRIES = 100  # of what a writer may undo; each takes as long as loading
 
 
@@ -114,13 +116,24 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def store_of(model: nn.Module) -> Store | None:
+    """The file that a model's weights are mapped from; None where it came from no packed model."""
+    return _stores.get(model)
+
+
 def load_packed(
-    folder: Path, dtype: torch.dtype | None, device: torch.device, packed: bool | None = None
+    folder: Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    packed: bool | None = None,
+    *,
+    sparing: bool = False,
 ) -> tuple[Any, Any]:
     """The model in `folder`, in evaluation mode, and its tokenizer; unpacked on another device than the CPU, in
     processes without the native kernels, and where it shall not be `packed`.
 
     dtype: of what is computed between matrices; None: as it was when the model was packed.
+    sparing: see `Store`.
 
     Raises:
         CoreskipError: the folder is damaged, newer, or made by another version of transformers that this one cannot
@@ -130,7 +143,7 @@ def load_packed(
         found = _stamp(folder)
         document = read_document(folder)
         try:
-            model, tokenizer = _read(folder, document), _tokenizer(folder)
+            model, tokenizer = _read(folder, document, sparing), _tokenizer(folder)
         except CoreskipError:
             if _stamp(folder) != found:
                 continue
@@ -150,13 +163,15 @@ def _stamp(folder: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-def _read(folder: Path, document: Mapping[str, Any]) -> Any:
+def _read(folder: Path, document: Mapping[str, Any], sparing: bool) -> Any:
     try:
         _check_files(folder, document["files"])
-        store = Store(folder / WEIGHTS, document["tensors"], document["bytes"], document["weights_checksum"])
+        contents = document["tensors"], document["bytes"], document["weights_checksum"]
+        store = Store(folder / WEIGHTS, *contents, sparing=sparing)
         model = _skeleton(folder, document)
         _fill(model, document, store)
         keep(model, _fingerprint(document["fingerprint"], store))
+        _stores[model] = store
         return model
     except Damaged as error:
         raise CoreskipError(f"{folder / WEIGHTS} is damaged: {error}: pack the model again") from None

@@ -11,6 +11,7 @@ import functools
 import inspect
 import logging
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -33,6 +34,7 @@ from .formats import Formats, check_format
 from .layer_skips import LayerSkips
 from .lower_cpu import Packing, StepProgram, refusal
 from .lower_gpu import CapturedSteps, Settled
+from .memory import Capped
 from .modules import ModulePatches
 from .native import NativeSteps
 from .patches import Patches, Usage
@@ -55,6 +57,7 @@ class Options:
     exact: bool = False
     keep_originals: bool | None = None
     lookup: bool = False
+    memory: int | None = None
 
 
 class Runtime:
@@ -88,6 +91,7 @@ class Runtime:
         self._written_in_vain = False
         self._weights = weights or Weights(anatomy)
         self._prepare(options, searching=weights is not None)
+        self.memory = None if options.memory is None else self._capped(options)
         self.exact = SpeculativeDecoder(has_draft=self.decodes_otherwise) if options.exact else None
         self.lookup = SpeculativeDecoder(has_draft=False) if options.lookup and not options.exact else None
         self.gives_way = False  # to whoever wraps or reads the model: see `make_way`
@@ -123,6 +127,13 @@ class Runtime:
         kept = [module for index in self._by_prompt for module in self.anatomy.mlps[index].owner.modules()]
         self.replaced = None if keeps else Replaced(model, lossy=self._demanded and bool(weights), kept=kept)
 
+    def _capped(self, options: Options) -> Capped | None:
+        me: Runtime = weakref.proxy(self)
+        skipped = (frozenset[int](), frozenset[int]()) if options.exact else self.skips.skipped(None)
+        return Capped.of(
+            self.model, self.anatomy, self.program, skipped, cast(int, options.memory), lambda: me.steps.native.renew()
+        )
+
     def _observations(self) -> dict[int, Observed]:
         """What prefill adds up, by layer."""
         found = [policy.observes(layer, self.plan.clusters) for layer, policy in self._by_prompt.items()]
@@ -156,6 +167,8 @@ class Runtime:
     def install(self, cls: type) -> None:
         """Everything was checked; from here on nothing can fail but for lack of memory. cls: the model's afterwards."""
         modules = ModulePatches(self)
+        if self.memory is not None:
+            self.memory.start()
         try:
             self._patch_model()
             everything = modules.patch_linears()
@@ -171,6 +184,8 @@ class Runtime:
             self.patches.set(self.model, ATTRIBUTE, self)
         except BaseException:
             self.patches.undo()
+            if self.memory is not None:
+                self.memory.stop()
             raise
         self.model.__class__ = cls
 
@@ -243,6 +258,8 @@ class Runtime:
         self.patches.undo()
         if self.replaced is not None:
             self.replaced.put_back()
+        if self.memory is not None:
+            self.memory.stop()
 
     def check_removable(self) -> None:
         """Raises CoreskipError where `remove` would."""
@@ -255,7 +272,9 @@ class Runtime:
         return self.replaced is None or self.replaced.reversible
 
     def refuse(self, what: str) -> None:
-        """Raises CoreskipError where packed weights have replaced the model's own."""
+        """Raises CoreskipError where packed weights have replaced the model's own, or are read from its folder."""
+        if self.memory is not None:
+            raise CoreskipError(f"cannot {what}: under memory= its weights are those of its folder; unwrap it first")
         if self.replaced is not None:
             self.replaced.refuse(what)
 
@@ -278,6 +297,7 @@ class Runtime:
             logger.debug("%d modules of the model were changed: they are packed and described anew", len(changed))
             self._forget(changed)
             self._written_in_vain = self.replaced is not None and self.replaced.written_to
+            self._written_in_vain |= self.memory is not None and self.memory.covers(changed)
         if self._written_in_vain:
             self.refuse("write to its weights")
         return self.changes.obstacle()
@@ -319,6 +339,14 @@ class Runtime:
         return self.patches.undone(module, attributes)
 
     # --- what steps compute
+
+    def room_for(self, rows: int, prompt: int, length: int) -> AbstractContextManager[None]:
+        """For the length of a generation of so many texts of up to `length` tokens.
+
+        Raises:
+            CoreskipError: they do not fit the cap on memory.
+        """
+        return nullcontext() if self.memory is None else self.memory.holding(rows, prompt, length)
 
     def new_selections(self, rows: int) -> Selections | None:
         """For sequences that begin; None where their prompts decide nothing."""

@@ -1,0 +1,66 @@
+"""Reading a file in large pieces, past the page cache where the system can."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import weakref
+
+import torch
+from torch import Tensor
+
+PAGE = 4096  # bytes: what direct reads are whole multiples of
+_HUGE = 2 << 20
+
+
+class DirectFile:
+    """A file that stays the same when its name goes to another. fd: for native code."""
+
+    def __init__(self, fd: int) -> None:
+        """fd: open for reading; it is this object's from now on."""
+        self.fd = fd
+        self._close = weakref.finalize(self, os.close, fd)
+        self.direct = _go_direct(fd)
+
+    def read(self, at: int, size: int, to: Tensor) -> None:
+        """Bytes `at` to `at + size` go to `to`, uint8, as far from its begin as `at` is from that of a page. `to` begins
+        on a page, and has room for whole pages.
+
+        Raises OSError where the file is too short, or its disk fails.
+        """
+        first, end = at // PAGE * PAGE, at + size
+        last = -(-end // PAGE) * PAGE
+        memory = memoryview(to.numpy())
+        while first < end:
+            got = os.preadv(self.fd, [memory[: last - first]], first)
+            if first + got < end and got < PAGE:
+                raise OSError(errno.EIO, "it is shorter than it was")
+            got = got if first + got >= end else got // PAGE * PAGE
+            memory, first = memory[got:], first + got
+        if not self.direct and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.fd, at, size, os.POSIX_FADV_DONTNEED)
+
+
+def _go_direct(fd: int) -> bool:
+    """Whether reads go past the page cache from now on."""
+    try:
+        import fcntl
+
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
+        with mmap.mmap(-1, PAGE) as page:
+            os.preadv(fd, [page], 0)
+    except (ImportError, AttributeError):
+        return False
+    except OSError:  # a file system that has none of it
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+        return False
+    return True
+
+
+def anonymous(size: int) -> Tensor:
+    """Memory of whole pages, uint8, which goes back to the system when nobody has the tensor any more."""
+    region = mmap.mmap(-1, max(1, -(-size // PAGE)) * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size >= 2 * _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        region.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(region, dtype=torch.uint8)
