@@ -10,7 +10,9 @@ import click
 
 from coreskip.common_options import (
     PATH,
+    check_memory,
     lookup_option,
+    memory_option,
     model_options,
     plan_option,
     set_threads,
@@ -153,6 +155,7 @@ def info(model: str | None, as_json: bool, dtype: str | None, device: str | None
 @model_options
 @plan_option
 @weights_option("Score with weights in 4 or 8 bits, on top of the plan or of the dense model.")
+@memory_option
 @lookup_option
 @text_option
 @click.option("--json", "output", type=PATH, help="Also write the figures to this file.")
@@ -166,6 +169,7 @@ def evaluate(
     model: str | None,
     folder: Path | None,
     weights: str | None,
+    memory: str | None,
     lookup: bool,
     text: Path | None,
     output: Path | None,
@@ -184,6 +188,7 @@ def evaluate(
     if ppl_sparsity is not None:
         check_above_zero("--ppl-sparsity", ppl_sparsity)
     check_count("windows", windows)
+    check_memory(memory, weights)
     if window % 2:
         raise CoreskipError(f"window is {window}; it must be even: the first half is the prompt, the second is scored")
     if lookup:
@@ -201,7 +206,7 @@ def evaluate(
     plan = Plan.load(folder) if folder is not None else None
     content = read_text(text) if text is not None else None
     set_threads(threads)
-    loaded, tokenizer = load(model, dtype=dtype, device=device, packed=packed_for(model, weights))
+    loaded, tokenizer = load(model, dtype=dtype, device=device, packed=packed_for(model, weights), memory=memory)
     if plan is not None:
         plan.check(loaded)
     if content is not None:

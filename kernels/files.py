@@ -24,14 +24,14 @@ class DirectFile:
         self.direct = _go_direct(fd)
 
     def read(self, at: int, size: int, to: Tensor) -> None:
-        """Bytes `at` to `at + size` go to `to`, uint8, as far from its begin as `at` is from that of a page. `to` begins
-        on a page, and has room for whole pages.
+        """Bytes `at` to `at + size` go to `to`, uint8, as far from its begin as `at` is from a page's. `to` begins on a
+        page, and has room for whole pages.
 
         Raises OSError where the file is too short, or its disk fails.
         """
         first, end = at // PAGE * PAGE, at + size
         last = -(-end // PAGE) * PAGE
-        memory = memoryview(to.numpy())
+        memory = memoryview(to.numpy().data)
         while first < end:
             got = os.preadv(self.fd, [memory[: last - first]], first)
             if first + got < end and got < PAGE:

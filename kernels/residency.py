@@ -10,11 +10,12 @@ of what is computed (csrc/stream.h).
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -110,6 +111,11 @@ class Residency:
         """Whether these numbers are read from the file, or kept: changes to them would not act."""
         return weight.device.type == "cpu" and self._tensor_at(weight.data_ptr()) is not None
 
+    def keeps(self, weight: Tensor) -> bool:
+        """Whether these numbers are in memory."""
+        found = self.place(weight.data_ptr())
+        return found is not None and found[0] is not None
+
     def _tensor_at(self, address: int) -> tuple[int, int] | None:
         """The tensor that may be streamed at this address of the mapping: its offset, and that of the address."""
         offset = address - self._base
@@ -143,6 +149,11 @@ class Residency:
 
     def error(self, reason: str) -> Exception:
         return self._unreadable(f"cannot read the weights any more, {reason}: load the model again")
+
+    def check(self) -> None:
+        """Raises where the file is shorter than it was: whoever reads the mapping beyond its end would be killed."""
+        if os.fstat(self.store.file.fd).st_size < self.store.memory.numel():
+            raise self.error("their file is shorter than it was")
 
     def use(self, stream: Stream | None) -> None:
         """Who has the ring from now on; None: this class itself. Under the lock."""
@@ -284,7 +295,7 @@ class Stream:
         return sum(piece.bytes for piece in self._pieces)
 
 
-def attach(model: arguments.StepModel, layers: Sequence[arguments.StepLayer]) -> Stream | None:
+def attach(model: arguments.StepModel, layers: Iterable[arguments.StepLayer]) -> Stream | None:
     """Lets a native step read its matrices where a `Residency` has them; None where none has any.
 
     Of the structs what is kept gets its address, and what is read its pieces.

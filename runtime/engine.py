@@ -21,6 +21,8 @@ from ..predictors.plan import Plan
 from .drafting import Statistics
 from .figures import Figures
 from .generation_options import check_length, learned_positions, own_options, samples
+from .memory import cap_of
+from .memory_size import bytes_of
 from .prompts import Message, Prompt, as_batch, render
 from .shared_wrapping import Settings, SharedWrapping
 from .stop_strings import StopStrings, cut, stop_before
@@ -49,7 +51,7 @@ class Engine:
             does not cover the model. The wrapping of an engine without a plan gives way to whoever wraps, analyses or
             evaluates the model, and comes back with the engine's next call.
         exact: as for `wrap`; without a plan, drafts come from the text alone.
-        keep_originals, lookup: as for `wrap`.
+        keep_originals, lookup, memory: as for `wrap`.
         weights: ``"int4"`` or ``"int8"``: the format in which decode steps read their weights, in place of the plan's
             own; None leaves the plan's.
         plain: plain transformers, without anything of coreskip's.
@@ -71,6 +73,7 @@ class Engine:
         lookup: bool = False,
         weights: str | None = None,
         plain: bool = False,
+        memory: int | str | None = None,
     ) -> None:
         check_model(model)
         _check_tokenizer(tokenizer)
@@ -78,10 +81,11 @@ class Engine:
             check_flag(name, flag)
         check_flag("keep_originals", keep_originals, none=True)
         check_weights(weights)
-        settings = Settings(plan, exact, keep_originals, lookup, weights)
+        cap = cap_of(model) if memory is None else bytes_of(memory)
+        settings = Settings(plan, exact, keep_originals, lookup, weights, cap)
         self._wrapping: SharedWrapping | None = None
         if plain and settings.given:
-            raise CoreskipError("plain is plain transformers: leave out plan, exact, lookup and weights")
+            raise CoreskipError("plain is plain transformers: leave out plan, exact, lookup, weights and memory")
         if plain:
             make_way(model)
         else:

@@ -75,7 +75,7 @@ class _Wrapped(_Outer, Watched):
     ) -> Any:
         """Greedy search and sampling, which transformers send here alike."""
         runtime, (rows, prompt) = runtime_of(cast(nn.Module, self)), input_ids.shape[:2]
-        with runtime.room_for(rows, prompt, max(prompt + 1, generation_config.max_length or 0)):
+        with runtime.memory.holding(rows, prompt, max(prompt + 1, generation_config.max_length or 0)):
             return self._sample_within(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, model_kwargs
             )

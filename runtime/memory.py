@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,21 +25,24 @@ from ..kernels.packed import padded
 from ..kernels.residency import Residency
 from ..kernels.store import Store
 from ..predictors.anatomy import Anatomy, dissect, shape_of
+from ..predictors.checks import WEIGHT_FORMATS
 from ..predictors.errors import CoreskipError
 from ..predictors.plan import Plan
 from ..predictors.policies import Chooser
 from .formats import format_takers
+from .layer_skips import LayerSkips
 from .memory_size import text_of
 from .packed_folder import store_of
 from .packed_layer import PackedLayer
 from .program import Program, native_names
+from .steps import Steps
+from .unpacking import scratch_of
 
 logger = logging.getLogger("coreskip")
 
 # What is read at once: pieces below 256 KiB leave bandwidth of a disk unused, larger ones than 4 MiB gain nothing.
 _LEAST_PIECE, _MOST_PIECE = 256 << 10, 4 << 20
 _PIECES = 8  # of the ring: what two readers are at, and as much again ahead
-_MOST_SCRATCH = 32 << 20
 _SHORT = 16, 48  # tokens of a prompt, and with its continuation, for which there has to be room at least
 _REFILL = 8  # a part of the cap that has to be free before more matrices are kept again
 
@@ -80,7 +84,74 @@ class Sizes:
         return rows * (self.entry * (2 * length + 128) + self.activations * prompt)
 
 
-class Capped:
+class Memory:
+    """What a wrapped model may take: all that it needs."""
+
+    cap: int | None = None
+
+    def start(self) -> None:
+        """Reads what stays in memory."""
+
+    def stop(self) -> None:
+        """Nothing stays."""
+
+    def check(self) -> None:
+        """Raises CoreskipError where the model's file is not what it was."""
+
+    def covers(self, modules: Iterable[nn.Module]) -> bool:
+        """Whether weights of these are the file's: changes to them would not act."""
+        return False
+
+    def refuse(self, what: str) -> None:
+        """Raises CoreskipError where the weights are the file's."""
+
+    def holding(self, rows: int, prompt: int, length: int) -> AbstractContextManager[None]:
+        """Room for so many texts of up to `length` tokens, `prompt` of them at once.
+
+        Raises:
+            CoreskipError: there is none.
+        """
+        return nullcontext()
+
+
+class Host(Protocol):
+    """A wrapped model, as its cap needs it."""
+
+    model: nn.Module
+    anatomy: Anatomy
+    plan: Plan
+    program: Program
+    skips: LayerSkips
+    steps: Steps
+
+    @property
+    def chooses_by_token(self) -> bool: ...
+
+
+def memory_of(host: Host, cap: int | None, reads_all: bool) -> Memory:
+    """reads_all: whether steps leave nothing out that the plan leaves out.
+
+    Raises:
+        CoreskipError: the model, or its plan, cannot be capped, or the cap is too small.
+    """
+    if cap is None:
+        return Memory()
+    if host.plan.weights in WEIGHT_FORMATS:
+        raise CoreskipError(
+            f"under memory= a model runs in the format it was packed in, not in {host.plan.weights}: pack it so"
+        )
+    if host.chooses_by_token:
+        raise CoreskipError(
+            "under memory= no plan is run whose neurons or inputs each token chooses: leave out memory, or use a plan "
+            "of method core, similar, static or layers"
+        )
+    me: Any = weakref.proxy(host)  # who has this
+    skipped = (frozenset[int](), frozenset[int]()) if reads_all else host.skips.skipped(None)
+    capped = Capped(host.model, host.anatomy, host.program, skipped, cap, lambda: me.steps.native.renew())
+    return Memory() if capped.holds_all else capped
+
+
+class Capped(Memory):
     """A packed model whose matrices are in memory as far as a cap allows.
 
     skipped: layers whose attention, and whose MLP, steps leave out. changed: called when other matrices are in memory.
@@ -88,6 +159,8 @@ class Capped:
     Raises:
         CoreskipError: it is not packed, or the cap is too small.
     """
+
+    cap: int
 
     def __init__(
         self,
@@ -108,8 +181,13 @@ class Capped:
         self._sizes = {name: -(-store.spans[name][1] // PAGE) * PAGE for name in names}
         piece = min(max(cap // 128, _LEAST_PIECE), _MOST_PIECE) // PAGE * PAGE
         ring = max(_PIECES * piece, 2 * _largest_unit(anatomy))
-        scratch = min(max(cap // 16, 1 << 20), _MOST_SCRATCH)
-        rest = sum(size for name, (_, size) in store.spans.items() if name not in self._sizes and name not in _tables(model, store))
+        inner: list[Any] = [m for layer in anatomy.layers for m in layer.modules() if m in streamed]
+        scratch = max((scratch_of(m.weight, isinstance(m, PackedLayer)) for m in inner), default=0)
+        rest = sum(
+            size
+            for name, (_, size) in store.spans.items()
+            if name not in self._sizes and name not in _tables(model, store)
+        )
         self.needs = Sizes(
             always=rest + _copied(model, anatomy, streamed) + ring + scratch + _of_steps(model, anatomy),
             entry=_entry(model, anatomy),
@@ -121,17 +199,14 @@ class Capped:
         self._check(self._room(self.needs.of_text(1, *_SHORT)))
         self.residency = Residency(store, names, piece, ring, scratch, CoreskipError)
 
-    @classmethod
-    def of(cls, model: Any, *arguments: Any) -> Capped | None:
-        """None where the cap holds the whole model."""
-        capped = cls(model, *arguments)
-        whole = sum(capped._sizes.values()) + capped.needs.of_text(1, *_SHORT) + capped.needs.always
-        return capped if capped.cap < whole else None
+    @property
+    def holds_all(self) -> bool:
+        """Whether the whole model fits."""
+        return self.cap >= sum(self._sizes.values()) + self.needs.always + self.needs.of_text(1, *_SHORT)
 
     # --- in and out
 
     def start(self) -> None:
-        """Reads what stays."""
         self.residency.open()
         try:
             self._settle(self._room(self.needs.of_text(1, *_SHORT)))
@@ -152,8 +227,13 @@ class Capped:
         """Of what a step reads from the file."""
         return sum(self._sizes[name] for name in self._order) - self.kept_bytes
 
-    def covers(self, modules: Any) -> bool:
-        """Whether weights of these are the file's: changes to them would not act."""
+    def check(self) -> None:
+        self.residency.check()
+
+    def refuse(self, what: str) -> None:
+        raise CoreskipError(f"cannot {what}: under memory= its weights are those of its folder; unwrap it first")
+
+    def covers(self, modules: Iterable[nn.Module]) -> bool:
         weights = (m.weight for m in modules if isinstance(m, nn.Linear) and not isinstance(m, PackedLayer))
         return any(self.residency.covers(weight) for weight in weights)
 
@@ -161,11 +241,6 @@ class Capped:
 
     @contextmanager
     def holding(self, rows: int, prompt: int, length: int) -> Iterator[None]:
-        """Room for so many texts of up to `length` tokens, `prompt` of them at once.
-
-        Raises:
-            CoreskipError: there is none.
-        """
         need = self.needs.of_text(rows, prompt, length)
         with self._lock:
             room = self._room(sum(self._held) + need)
@@ -268,9 +343,7 @@ def _unpadded(weight: torch.Tensor) -> bool:
     return weight.ndim == 2 and weight.is_contiguous() and padded(weight.shape[1], weight.dtype) == weight.shape[1]
 
 
-def _unread(
-    anatomy: Anatomy, program: Program, skipped: tuple[frozenset[int], frozenset[int]]
-) -> set[nn.Module]:
+def _unread(anatomy: Anatomy, program: Program, skipped: tuple[frozenset[int], frozenset[int]]) -> set[nn.Module]:
     """Linears that no step reads as matrices."""
     found: set[nn.Module] = set()
     bundled = set(program.chosen_by(Chooser.CALIBRATION, Chooser.PROMPT))
@@ -326,4 +399,4 @@ def _of_steps(model: Any, anatomy: Anatomy) -> int:
     """Bytes of a native step's own memory, and of logits."""
     hidden, inner = _widths(anatomy)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    return 16 * vocabulary + 128 * (1 + torch.get_num_threads()) * (hidden + inner)
+    return 16 * int(vocabulary) + 128 * (1 + torch.get_num_threads()) * (hidden + inner)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ def bytes_of(memory: Any) -> int:
     Raises:
         CoreskipError: it stands for none.
     """
-    if isinstance(memory, Real) and not isinstance(memory, bool):
+    if isinstance(memory, (int, float)) and not isinstance(memory, bool):
         size = float(memory)
     else:
         found = _SIZE.fullmatch(memory.strip()) if isinstance(memory, str) else None

@@ -154,7 +154,7 @@ class ModulePatches:
                 each = not is_head or few or input.shape[-2] == 1
                 return module.multiply(input, wanted and each)
             if not (few and wanted and shareable and module.weight.dtype in DTYPES):
-                far = streamed(input, module.weight, module.bias) if plain and shareable else None
+                far = streamed(input, *_plain(module)) if plain and shareable else None
                 if far is not None:
                     return far
                 # somebody may have given it another class meanwhile
@@ -329,6 +329,10 @@ def _computes_otherwise(x: Tensor) -> bool:
 def _has_matrix(module: nn.Module) -> bool:
     weight = vars(module).get("_parameters", {}).get("weight")
     return isinstance(weight, Tensor) and weight.ndim == 2
+
+
+def _plain(module: Any) -> tuple[Tensor, Tensor | None]:
+    return module.weight, module.bias
 
 
 def _shareable(weight: Tensor) -> bool:

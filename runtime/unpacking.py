@@ -54,9 +54,7 @@ class Unpacking:
         """The matrix, some rows at a time: the first one's index, and the rows, good until the next are asked for or,
         where they are `fresh`, for good."""
         count, inputs = sum(part.out_features for part in parts), parts[0].in_features
-        holder = residency.of(parts[0].weight.data_ptr())
-        at_once = _AT_ONCE if holder is None else holder.scratch
-        most = min(count, max(1, at_once // (inputs * dtype.itemsize)))
+        most = min(count, max(1, _at_once(parts[0]) // (inputs * dtype.itemsize)))
         memory = torch.empty(0, device="cpu") if fresh else self._scratch(most * inputs * dtype.itemsize)
         for first in range(0, count, most):
             shape = min(most, count - first), inputs
@@ -75,14 +73,33 @@ class Unpacking:
         return memory[:nbytes]
 
 
+#: whose memory many modules use in turn
+shared = Unpacking()
+
+
+def scratch_of(weight: Tensor, packed: bool) -> int:
+    """Bytes that a matrix is put together in; weight: its shape and dtype. One that is not packed is multiplied with
+    whole, as it would be where it lies: torch's sums depend on how many rows it multiplies with."""
+    return min(weight.numel() * weight.element_size(), _AT_ONCE if packed else 1 << 62)
+
+
+def _at_once(part: PackedLinear) -> int:
+    holder = residency.of(part.weight.data_ptr())
+    if holder is None:
+        return _AT_ONCE
+    return min(_AT_ONCE, holder.scratch) if part.grouped else holder.scratch
+
+
 def streamed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """x ``[..., inputs]`` times a matrix that is not in memory, some rows of it at a time; None where it is, or where
-    gradients go through it, which need it for longer."""
-    if residency.of(weight.data_ptr()) is None or (torch.is_grad_enabled() and x.requires_grad):
+    """x ``[..., inputs]`` times a matrix that is not where its tensor says, see kernels/residency.py; None where it is,
+    or where gradients go through it, which need it for longer."""
+    holder = residency.of(weight.data_ptr())
+    if holder is None or (torch.is_grad_enabled() and x.requires_grad):
         return None
-    runs = in_memory(PackedLinear(weight.detach(), weight.shape[1]))
-    biases = (lambda run, first: None) if bias is None else (lambda run, first: bias[first : first + run.out_features])
-    return joined([F.linear(x, run.weight, biases(run, first)) for first, run in runs])
+    part = PackedLinear(weight.detach(), weight.shape[1])
+    if holder.keeps(weight):
+        return F.linear(x, next(in_memory(part))[1].weight, bias)
+    return shared.multiply(x, [part], bias, weight.dtype, few=False)
 
 
 def unpack(parts: Sequence[PackedLinear], out: Tensor, first: int = 0) -> Tensor:

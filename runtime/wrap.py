@@ -113,7 +113,7 @@ def wrapped(model: Model, plan: Plan, weights: Weights) -> Iterator[Model]:
     """`wrap` for a while, with matrices that were packed before: for searches, which try many plans on one model."""
     anatomy, inner = weights.anatomy, generator_of(model)
     plan.check(inner, anatomy)
-    runtime = Runtime(inner, anatomy, plan, Options(), weights)
+    runtime = Runtime(inner, anatomy, plan, Options(memory=cap_of(inner)), weights)
     runtime.install(wrapped_class(cast(Any, type(inner))))
     runtime.changes.start()
     try:

@@ -11,7 +11,6 @@ import functools
 import inspect
 import logging
 import weakref
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -34,7 +33,7 @@ from .formats import Formats, check_format
 from .layer_skips import LayerSkips
 from .lower_cpu import Packing, StepProgram, refusal
 from .lower_gpu import CapturedSteps, Settled
-from .memory import Capped
+from .memory import memory_of
 from .modules import ModulePatches
 from .native import NativeSteps
 from .patches import Patches, Usage
@@ -84,14 +83,14 @@ class Runtime:
         self.usage = Usage(sum(mlp.intermediate_size for mlp in anatomy.mlps))
         by_prompt = self.program.chosen_by(Chooser.PROMPT)
         self._by_prompt = {layer: cast(PromptNeurons, brick.policy) for layer, brick in by_prompt.items()}
-        self.observed = self._observations()
+        self.observed = _observed(self.anatomy, self.plan, self._by_prompt)
         self._packed_apart = self.program.chosen_by(Chooser.CALIBRATION, Chooser.PROMPT, Chooser.TOKEN).keys()
         self.altered: frozenset[int] = frozenset()  # layers whose MLP is not what was wrapped
         self._places = Places(model, anatomy)
         self._written_in_vain = False
         self._weights = weights or Weights(anatomy)
         self._prepare(options, searching=weights is not None)
-        self.memory = None if options.memory is None else self._capped(options)
+        self.memory = memory_of(self, options.memory, reads_all=options.exact)
         self.exact = SpeculativeDecoder(has_draft=self.decodes_otherwise) if options.exact else None
         self.lookup = SpeculativeDecoder(has_draft=False) if options.lookup and not options.exact else None
         self.gives_way = False  # to whoever wraps or reads the model: see `make_way`
@@ -127,19 +126,6 @@ class Runtime:
         kept = [module for index in self._by_prompt for module in self.anatomy.mlps[index].owner.modules()]
         self.replaced = None if keeps else Replaced(model, lossy=self._demanded and bool(weights), kept=kept)
 
-    def _capped(self, options: Options) -> Capped | None:
-        me: Runtime = weakref.proxy(self)
-        skipped = (frozenset[int](), frozenset[int]()) if options.exact else self.skips.skipped(None)
-        return Capped.of(
-            self.model, self.anatomy, self.program, skipped, cast(int, options.memory), lambda: me.steps.native.renew()
-        )
-
-    def _observations(self) -> dict[int, Observed]:
-        """What prefill adds up, by layer."""
-        found = [policy.observes(layer, self.plan.clusters) for layer, policy in self._by_prompt.items()]
-        norms = down_norms(self.anatomy) if found else []
-        return {what.layer: Observed(what, norms[what.layer]) for what in found}
-
     @property
     def verifies(self) -> bool:
         """Whether decode steps are the dense model's own, but for drafts."""
@@ -167,8 +153,7 @@ class Runtime:
     def install(self, cls: type) -> None:
         """Everything was checked; from here on nothing can fail but for lack of memory. cls: the model's afterwards."""
         modules = ModulePatches(self)
-        if self.memory is not None:
-            self.memory.start()
+        self.memory.start()
         try:
             self._patch_model()
             everything = modules.patch_linears()
@@ -184,8 +169,7 @@ class Runtime:
             self.patches.set(self.model, ATTRIBUTE, self)
         except BaseException:
             self.patches.undo()
-            if self.memory is not None:
-                self.memory.stop()
+            self.memory.stop()
             raise
         self.model.__class__ = cls
 
@@ -258,8 +242,7 @@ class Runtime:
         self.patches.undo()
         if self.replaced is not None:
             self.replaced.put_back()
-        if self.memory is not None:
-            self.memory.stop()
+        self.memory.stop()
 
     def check_removable(self) -> None:
         """Raises CoreskipError where `remove` would."""
@@ -273,8 +256,7 @@ class Runtime:
 
     def refuse(self, what: str) -> None:
         """Raises CoreskipError where packed weights have replaced the model's own, or are read from its folder."""
-        if self.memory is not None:
-            raise CoreskipError(f"cannot {what}: under memory= its weights are those of its folder; unwrap it first")
+        self.memory.refuse(what)
         if self.replaced is not None:
             self.replaced.refuse(what)
 
@@ -290,14 +272,16 @@ class Runtime:
         """Takes note of what others have changed about the model; and why decode steps have to run on its modules.
 
         Raises:
-            CoreskipError: somebody wrote to a matrix that packed ones have replaced.
+            CoreskipError: somebody wrote to a matrix that packed ones have replaced, or the packed model's file was
+                truncated.
         """
+        self.memory.check()
         changed = self.changes.since(every_setting)
         if changed is not None:
             logger.debug("%d modules of the model were changed: they are packed and described anew", len(changed))
             self._forget(changed)
-            self._written_in_vain = self.replaced is not None and self.replaced.written_to
-            self._written_in_vain |= self.memory is not None and self.memory.covers(changed)
+            in_vain = self.replaced is not None and self.replaced.written_to
+            self._written_in_vain = in_vain or self.memory.covers(changed)
         if self._written_in_vain:
             self.refuse("write to its weights")
         return self.changes.obstacle()
@@ -319,10 +303,9 @@ class Runtime:
         self.prepared = Prepared(self.anatomy, self.program, self._weights, self.skips, self.altered)
         self.steps.forget()
         if self.observed and not self.altered:
-            self.observed = self._observations()
-        for drafter in (self.exact, self.lookup):
-            if drafter is not None:
-                drafter.forget()
+            self.observed = _observed(self.anatomy, self.plan, self._by_prompt)
+        for drafter in filter(None, (self.exact, self.lookup)):
+            drafter.forget()
 
     def packed_alone(self, module: nn.Module) -> list[PackedLinear] | None:
         """A linear's packed form where its matrix is gone; None where that is there."""
@@ -339,14 +322,6 @@ class Runtime:
         return self.patches.undone(module, attributes)
 
     # --- what steps compute
-
-    def room_for(self, rows: int, prompt: int, length: int) -> AbstractContextManager[None]:
-        """For the length of a generation of so many texts of up to `length` tokens.
-
-        Raises:
-            CoreskipError: they do not fit the cap on memory.
-        """
-        return nullcontext() if self.memory is None else self.memory.holding(rows, prompt, length)
 
     def new_selections(self, rows: int) -> Selections | None:
         """For sequences that begin; None where their prompts decide nothing."""
@@ -384,6 +359,13 @@ class Runtime:
         """Bytes of all matrices that a native decode step reads, and of the MLPs' share of them; None where steps are
         not native, or read the model's own."""
         return self.steps.native.packed_bytes()
+
+
+def _observed(anatomy: Anatomy, plan: Plan, by_prompt: dict[int, PromptNeurons]) -> dict[int, Observed]:
+    """What prefill adds up, by layer."""
+    found = [policy.observes(layer, plan.clusters) for layer, policy in by_prompt.items()]
+    norms = down_norms(anatomy) if found else []
+    return {what.layer: Observed(what, norms[what.layer]) for what in found}
 
 
 def runtime_of(model: nn.Module) -> Runtime:
