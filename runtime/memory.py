@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from ..kernels.files import PAGE
+from ..kernels.ops import MAX_ROWS
 from ..kernels.packed import padded
 from ..kernels.residency import Residency
 from ..kernels.store import Store
@@ -32,9 +33,10 @@ from ..predictors.policies import Chooser
 from .formats import format_takers
 from .layer_skips import LayerSkips
 from .memory_size import text_of
-from .packed_folder import store_of
+from .packed_folder import reader_of, store_of
 from .packed_layer import PackedLayer
 from .program import Program, native_names
+from .selfcheck import KEYS
 from .steps import Steps
 from .unpacking import scratch_of
 
@@ -44,6 +46,7 @@ logger = logging.getLogger("coreskip")
 _LEAST_PIECE, _MOST_PIECE = 256 << 10, 4 << 20
 _PIECES = 8  # of the ring: what two readers are at, and as much again ahead
 _SHORT = 16, 48  # tokens of a prompt, and with its continuation, for which there has to be room at least
+_FEWEST_KEYS = 16  # behind which native steps are compared with the modules
 _REFILL = 8  # a part of the cap that has to be free before more matrices are kept again
 
 #: caps that `load` was told
@@ -73,11 +76,18 @@ class Sizes:
         always: norms, buffers, what is read into, what matrices are unpacked into, a step's own memory.
         entry: keys and values of one token.
         activations: of one token of a prompt's pass.
+        logits: of the tokens that a step may have, in the copies that comparing takes.
     """
 
     always: int
     entry: int
     activations: int
+    logits: int
+
+    def of_probe(self, keys: int) -> int:
+        """Of a comparison of native steps with the model's own modules behind so many keys, of which both have a
+        copy."""
+        return self.of_text(1, 0, keys) + keys * self.entry + self.logits
 
     def of_text(self, rows: int, prompt: int, length: int) -> int:
         """Of so many texts at once; the KV cache grows by doubling."""
@@ -90,7 +100,10 @@ class Memory:
     cap: int | None = None
 
     def start(self) -> None:
-        """Reads what stays in memory."""
+        """From now on matrices are read from the file."""
+
+    def settle(self) -> None:
+        """Steps have been compared with the model's own modules, which takes memory: what stays is read."""
 
     def stop(self) -> None:
         """Nothing stays."""
@@ -148,7 +161,10 @@ def memory_of(host: Host, cap: int | None, reads_all: bool) -> Memory:
     me: Any = weakref.proxy(host)  # who has this
     skipped = (frozenset[int](), frozenset[int]()) if reads_all else host.skips.skipped(None)
     capped = Capped(host.model, host.anatomy, host.program, skipped, cap, lambda: me.steps.native.renew())
-    return Memory() if capped.holds_all else capped
+    if capped.holds_all:
+        return Memory()
+    host.steps.native.probe_keys = capped.probe_keys
+    return capped
 
 
 class Capped(Memory):
@@ -192,31 +208,38 @@ class Capped(Memory):
             always=rest + _copied(model, anatomy, streamed) + ring + scratch + _of_steps(model, anatomy),
             entry=_entry(model, anatomy),
             activations=4 * sum(_widths(anatomy)) * model.dtype.itemsize,
+            logits=16 * MAX_ROWS * int(model.get_input_embeddings().weight.shape[0]),
         )
         self._held: list[int] = []  # of texts under way
         self._kept: list[str] = []
         self._lock = threading.RLock()
-        self._check(self._room(self.needs.of_text(1, *_SHORT)))
+        self._check(self._room(self.needs.of_probe(_FEWEST_KEYS)))
+        most = self._room(self.needs.of_probe(0)) // (3 * self.needs.entry)
+        self.probe_keys = min(KEYS, max(_FEWEST_KEYS, most))
+        self._before = reader_of(model)
         self.residency = Residency(store, names, piece, ring, scratch, CoreskipError)
 
     @property
     def holds_all(self) -> bool:
         """Whether the whole model fits."""
-        return self.cap >= sum(self._sizes.values()) + self.needs.always + self.needs.of_text(1, *_SHORT)
+        return self.cap >= sum(self._sizes.values()) + self.needs.always + self.needs.of_probe(_FEWEST_KEYS)
 
     # --- in and out
 
     def start(self) -> None:
+        if self._before is not None:
+            self._before.close()
         self.residency.open()
-        try:
-            self._settle(self._room(self.needs.of_text(1, *_SHORT)))
-        except BaseException:
-            self.stop()
-            raise
+
+    def settle(self) -> None:
+        with self._lock:
+            self._keep_within(self._room(self.needs.of_text(1, *_SHORT)))
 
     def stop(self) -> None:
         self.residency.close()
         self._kept.clear()
+        if self._before is not None:
+            self._before.open()
 
     @property
     def kept_bytes(self) -> int:
@@ -252,7 +275,7 @@ class Capped(Memory):
             self._held.append(need)
         try:
             with self._lock:
-                self._settle(room)
+                self._keep_within(room)
             yield
         finally:
             with self._lock:
@@ -269,7 +292,7 @@ class Capped(Memory):
                 f"{text_of(self.cap - room)}, with {text_of(sum(self._sizes.values()))} of matrices left on the disk"
             )
 
-    def _settle(self, room: int) -> None:
+    def _keep_within(self, room: int) -> None:
         """Keeps matrices in so many bytes."""
         before = list(self._kept)
         while self._kept and self.kept_bytes > room:

@@ -26,7 +26,7 @@ from .lower_cpu import CpuModel, Packed, Packing, StepProgram, check_finite, des
 from .native_check import Comparison
 from .release import trim
 from .rotary_tables import RotaryTables
-from .selfcheck import Checkpoints
+from .selfcheck import KEYS, Checkpoints
 from .spec import ModelSpec
 from .width import MOST_TOKENS, most_tokens
 
@@ -95,6 +95,7 @@ class NativeSteps:
         self._lock, self._comparing = threading.Lock(), threading.Lock()
         config = getattr(anatomy.stack, "config", None)
         self._settings = {} if config is None else vars(config)
+        self.probe_keys = KEYS  # behind how many keys steps are compared with the modules, to begin with
         self.forget()
 
     def forget(self) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..kernels.groups import tile_shape
 from ..kernels.ops import available
 from ..kernels.packed import PackedLinear, padded
+from ..kernels.residency import Residency
 from ..kernels.store import DTYPES, Damaged, Store
 from ..predictors.errors import CoreskipError, one_line, reason_of
 from ..predictors.fingerprint import Fingerprint, keep
@@ -37,6 +38,8 @@ DOCUMENT, WEIGHTS, PLAN = "packed.json", "weights.bin", OF_PACKED
 FORMAT, VERSION = "coreskip.packed", 1
 #: where a model has what calibrated its rounding
 CALIBRATION = "_coreskip_calibration"
+_SPARING = 1 << 20, 8 << 20, 8 << 20  # bytes of a piece, of all that are read ahead, and of what is unpacked at once
+_readers: WeakKeyDictionary[nn.Module, Residency] = WeakKeyDictionary()
 _stores: WeakKeyDictionary[nn.Module, Store] = WeakKeyDictionary()
 _TRIES = 100  # of what a writer may undo; each takes as long as loading
 
@@ -121,6 +124,11 @@ def store_of(model: nn.Module) -> Store | None:
     return _stores.get(model)
 
 
+def reader_of(model: nn.Module) -> Residency | None:
+    """What reads the packed matrices of a model that was loaded sparingly, while nothing else does."""
+    return _readers.get(model)
+
+
 def load_packed(
     folder: Path,
     dtype: torch.dtype | None,
@@ -172,6 +180,10 @@ def _read(folder: Path, document: Mapping[str, Any], sparing: bool) -> Any:
         _fill(model, document, store)
         keep(model, _fingerprint(document["fingerprint"], store))
         _stores[model] = store
+        if sparing:
+            packed = [part["tensor"] for entry in document["packed"].values() for part in entry["parts"]]
+            _readers[model] = Residency(store, packed, *_SPARING, CoreskipError)
+            _readers[model].open()
         return model
     except Damaged as error:
         raise CoreskipError(f"{folder / WEIGHTS} is damaged: {error}: pack the model again") from None

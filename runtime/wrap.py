@@ -94,6 +94,7 @@ def wrap(
     if inner is not model:
         runtime.stand_for(model, outer_class(cast(Any, type(model))))
     runtime.replace_originals()
+    runtime.memory.settle()
     return model
 
 
@@ -116,6 +117,7 @@ def wrapped(model: Model, plan: Plan, weights: Weights) -> Iterator[Model]:
     runtime = Runtime(inner, anatomy, plan, Options(memory=cap_of(inner)), weights)
     runtime.install(wrapped_class(cast(Any, type(inner))))
     runtime.changes.start()
+    runtime.memory.settle()
     try:
         yield model
     finally:
