@@ -96,9 +96,9 @@ def _warm(folder: Path) -> None:
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
     )
-    with wrap(transformers.LlamaForCausalLM(config)) as model, torch.no_grad():
-        cast_model: Any = model
-        cast_model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False, pad_token_id=0)
+    model: Any = transformers.LlamaForCausalLM(config)
+    with wrap(model), torch.no_grad():
+        model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False, pad_token_id=0)
 
 
 def _serve(way: str, folder: Path, cap: int | None, plan: str | None, tokens: int, group: str | None) -> None:

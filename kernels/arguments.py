@@ -43,7 +43,7 @@ class StepLinear(ctypes.Structure):
 
 class NeuronGroups(ctypes.Structure):
     _fields_ = (
-        *_fields(_P, "scan rows rest ends norm reach gate_bias up_bias mean"),
+        *_fields(_P, "scan rows rest ends norm reach gate_bias up_bias mean place"),
         *_fields(_N, "neurons width row_bytes rest_bytes"),
         *_fields(_F, "threshold refine"),
         *_fields(_I, "format gated"),

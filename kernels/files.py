@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -56,6 +57,14 @@ def _go_direct(fd: int) -> bool:
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
         return False
     return True
+
+
+def look_up(memory: Tensor) -> None:
+    """Page faults in these bytes of a mapping, which begin on a page, shall bring no more than the page: a row of
+    embeddings came with 128 KB around it."""
+    if os.name == "posix" and hasattr(mmap, "MADV_RANDOM"):
+        where, size = ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.nbytes)
+        ctypes.CDLL(None).madvise(where, size, mmap.MADV_RANDOM)
 
 
 def anonymous(size: int) -> Tensor:

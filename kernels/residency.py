@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import arguments, cpu
@@ -246,6 +247,14 @@ def in_memory(part: PackedLinear, begin: int = 0, end: int | None = None) -> Ite
     """
     holder = of(part.weight.data_ptr()) if _active else None
     return iter(((0, part),)) if holder is None else holder.runs(part, begin, end)
+
+
+def copied(part: PackedLinear) -> PackedLinear:
+    """A matrix in memory for as long as it is held: itself where it is there."""
+    holder = of(part.weight.data_ptr()) if _active else None
+    if holder is None or holder.keeps(part.weight):
+        return next(in_memory(part))[1]
+    return replace(part, weight=torch.cat([run.weight.clone() for _, run in holder.runs(part)]))
 
 
 # ---- native steps ----

@@ -9,6 +9,7 @@ computes: matrices give way to them.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from ..kernels.files import PAGE
+from ..kernels.files import PAGE, look_up
 from ..kernels.ops import MAX_ROWS
 from ..kernels.packed import padded
 from ..kernels.residency import Residency
@@ -47,6 +48,7 @@ _LEAST_PIECE, _MOST_PIECE = 256 << 10, 4 << 20
 _PIECES = 8  # of the ring: what two readers are at, and as much again ahead
 _SHORT = 16, 48  # tokens of a prompt, and with its continuation, for which there has to be room at least
 _FEWEST_KEYS = 16  # behind which native steps are compared with the modules
+_PACKING = 6  # bytes a weight while one matrix of an MLP is taken apart
 _REFILL = 8  # a part of the cap that has to be free before more matrices are kept again
 
 #: caps that `load` was told
@@ -60,7 +62,7 @@ def check_cap(model: Any, cap: int) -> None:
         CoreskipError: it is too small.
     """
     anatomy = dissect(model)
-    Capped(model, anatomy, Program.of(anatomy, Plan.dense(model)), (frozenset(), frozenset()), cap)
+    Capped(model, anatomy, Program.of(anatomy, Plan.dense(model)), set(), cap)
     _caps[model] = cap
 
 
@@ -76,6 +78,8 @@ class Sizes:
         always: norms, buffers, what is read into, what matrices are unpacked into, a step's own memory.
         entry: keys and values of one token.
         activations: of one token of a prompt's pass.
+        fixed: neurons that the plan keeps for all texts. chosen: that one prompt chooses. packing: of a layer, while
+            these are taken out of its matrices.
         logits: of the tokens that a step may have, in the copies that comparing takes.
     """
 
@@ -83,15 +87,23 @@ class Sizes:
     entry: int
     activations: int
     logits: int
+    fixed: int
+    chosen: int
+    packing: int
 
     def of_probe(self, keys: int) -> int:
         """Of a comparison of native steps with the model's own modules behind so many keys, of which both have a
         copy."""
         return self.of_text(1, 0, keys) + keys * self.entry + self.logits
 
+    @property
+    def least(self) -> int:
+        """What has to fit beside it, with no matrix kept: a short text, and a comparison."""
+        return max(self.of_probe(_FEWEST_KEYS), self.of_text(1, *_SHORT))
+
     def of_text(self, rows: int, prompt: int, length: int) -> int:
         """Of so many texts at once; the KV cache grows by doubling."""
-        return rows * (self.entry * (2 * length + 128) + self.activations * prompt)
+        return rows * (self.entry * (2 * length + 128) + max(self.activations * prompt, self.packing) + self.chosen)
 
 
 class Memory:
@@ -159,8 +171,8 @@ def memory_of(host: Host, cap: int | None, reads_all: bool) -> Memory:
             "of method core, similar, static or layers"
         )
     me: Any = weakref.proxy(host)  # who has this
-    skipped = (frozenset[int](), frozenset[int]()) if reads_all else host.skips.skipped(None)
-    capped = Capped(host.model, host.anatomy, host.program, skipped, cap, lambda: me.steps.native.renew())
+    unread = set[nn.Module]() if reads_all else _unread(host.anatomy, host.program, host.skips.skipped(None))
+    capped = Capped(host.model, host.anatomy, host.program, unread, cap, lambda: me.steps.native.renew())
     if capped.holds_all:
         return Memory()
     host.steps.native.probe_keys = capped.probe_keys
@@ -170,7 +182,7 @@ def memory_of(host: Host, cap: int | None, reads_all: bool) -> Memory:
 class Capped(Memory):
     """A packed model whose matrices are in memory as far as a cap allows.
 
-    skipped: layers whose attention, and whose MLP, steps leave out. changed: called when other matrices are in memory.
+    unread: linears that no step reads as matrices. changed: called when other matrices are in memory.
 
     Raises:
         CoreskipError: it is not packed, or the cap is too small.
@@ -183,19 +195,18 @@ class Capped(Memory):
         model: Any,
         anatomy: Anatomy,
         program: Program,
-        skipped: tuple[frozenset[int], frozenset[int]],
+        unread: set[nn.Module],
         cap: int,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         self.cap, self._changed = cap, changed
         store = _store(model)
         streamed = _streamed(model, anatomy, store)
-        unread = _unread(anatomy, program, skipped)
         self._order = [name for module, names in streamed.items() if module not in unread for name in names]
         self._order = list(dict.fromkeys(self._order))
         names = list(dict.fromkeys(name for names in streamed.values() for name in names))
         self._sizes = {name: -(-store.spans[name][1] // PAGE) * PAGE for name in names}
-        piece = min(max(cap // 128, _LEAST_PIECE), _MOST_PIECE) // PAGE * PAGE
+        piece = min(max(store.memory.numel() // 256, _LEAST_PIECE), _MOST_PIECE) // PAGE * PAGE
         ring = max(_PIECES * piece, 2 * _largest_unit(anatomy))
         inner: list[Any] = [m for layer in anatomy.layers for m in layer.modules() if m in streamed]
         scratch = max((scratch_of(m.weight, isinstance(m, PackedLayer)) for m in inner), default=0)
@@ -209,11 +220,15 @@ class Capped(Memory):
             entry=_entry(model, anatomy),
             activations=4 * sum(_widths(anatomy)) * model.dtype.itemsize,
             logits=16 * MAX_ROWS * int(model.get_input_embeddings().weight.shape[0]),
+            fixed=_of_neurons(program, Chooser.CALIBRATION),
+            chosen=_of_neurons(program, Chooser.PROMPT),
+            packing=_PACKING * math.prod(_widths(anatomy)) if program.chosen_by(Chooser.PROMPT) else 0,
         )
+        self._looked_up = [store.spans[name] for name in _tables(model, store)]
         self._held: list[int] = []  # of texts under way
         self._kept: list[str] = []
         self._lock = threading.RLock()
-        self._check(self._room(self.needs.of_probe(_FEWEST_KEYS)))
+        self._check(self._room(self.needs.least))
         most = self._room(self.needs.of_probe(0)) // (3 * self.needs.entry)
         self.probe_keys = min(KEYS, max(_FEWEST_KEYS, most))
         self._before = reader_of(model)
@@ -222,7 +237,7 @@ class Capped(Memory):
     @property
     def holds_all(self) -> bool:
         """Whether the whole model fits."""
-        return self.cap >= sum(self._sizes.values()) + self.needs.always + self.needs.of_probe(_FEWEST_KEYS)
+        return sum(self._sizes.values()) <= self._room(self.needs.least)
 
     # --- in and out
 
@@ -230,6 +245,8 @@ class Capped(Memory):
         if self._before is not None:
             self._before.close()
         self.residency.open()
+        for at, size in self._looked_up:
+            look_up(self.residency.store.memory[at : at + size])
 
     def settle(self) -> None:
         with self._lock:
@@ -283,13 +300,16 @@ class Capped(Memory):
 
     def _room(self, texts: int) -> int:
         """Bytes for matrices beside texts that take so many."""
-        return self.cap - self.needs.always - texts
+        return self.cap - self.needs.always - self.needs.fixed - texts
 
     def _check(self, room: int) -> None:
         if room < 0:
+            neurons = self.needs.fixed + self.needs.chosen
+            kept = f", {text_of(neurons)} of that for the neurons that the plan keeps" if neurons else ""
             raise CoreskipError(
                 f"memory={text_of(self.cap)} is too little for this model: it needs at least "
-                f"{text_of(self.cap - room)}, with {text_of(sum(self._sizes.values()))} of matrices left on the disk"
+                f"{text_of(self.cap - room)}{kept}, with {text_of(sum(self._sizes.values()))} of matrices left on the "
+                "disk"
             )
 
     def _keep_within(self, room: int) -> None:
@@ -397,6 +417,11 @@ def _copied(model: Any, anatomy: Anatomy, streamed: dict[nn.Module, list[str]]) 
             outputs, inputs = shape_of(module)
             total += outputs * padded(inputs, module.weight.dtype) * module.weight.element_size()
     return total
+
+
+def _of_neurons(program: Program, chooser: Chooser) -> int:
+    """Bytes of neurons that are packed side by side, each padded to cache lines."""
+    return sum(round(brick.nbytes) + 256 * brick.kept for brick in program.chosen_by(chooser).values())
 
 
 def _widths(anatomy: Anatomy) -> tuple[int, int]:

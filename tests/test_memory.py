@@ -54,14 +54,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def least(folder: Path) -> int:
+def least(folder: Path, plan: Plan | None = None) -> int:
     """The smallest cap that is taken."""
     with pytest.raises(CoreskipError, match="too little for this model"):
         coreskip.load(folder, memory=1000)
     model, _ = coreskip.load(folder)
     with pytest.raises(CoreskipError, match="needs at least") as error:
-        coreskip.wrap(model, memory="1KB")
-    return int(float(str(error.value).split("needs at least ")[1].split(" MB")[0]) * 1e6) + 100_000
+        coreskip.wrap(model, plan, memory="1KB")
+    found = int(float(str(error.value).split("needs at least ")[1].split(" MB")[0]) * 1e6) + 100_000
+    with coreskip.wrap(model, plan, memory=found):
+        return found
 
 
 def cap_at(folder: Path, share: float) -> int:
@@ -122,9 +124,9 @@ def test_families(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [{"exact": True}, {"lookup": True}, {"exact": True, "plan": "static"}])
 def test_ways_of_running(options: dict[str, Any], folders: dict[str, Path]) -> None:
     folder = folders["int4"]
-    plain, model = coreskip.load(folder)[0], capped(folder, 0.3)
+    plain, model = coreskip.load(folder)[0], capped(folder, 0.9)
     if options.get("plan"):
-        options = {**options, "plan": plan_of(model, "static")}
+        options = {**options, "plan": replace(plan_of(model, "static"), weights="packed")}
     ids = torch.cat([prompt(1, 9), prompt(1, 9)], 1)
     assert torch.equal(text_of(model, ids, **options), text_of(plain, ids))
 
@@ -167,6 +169,51 @@ def test_layers_that_are_skipped_are_not_read(kind: Any, folders: dict[str, Path
         assert isinstance(found, memory.Capped)
         mlp = {f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
         assert not mlp & set(found._order)
+
+
+@pytest.mark.parametrize("kind", ["static", "griffin", "similar"])
+@pytest.mark.parametrize("weights", FORMATS)
+def test_nothing_is_read_once_the_kept_neurons_are_there(kind: str, weights: str, folders: dict[str, Path]) -> None:
+    folder, ids = folders[weights], prompt(1, 9)
+    plain = coreskip.load(folder)[0]
+    plan = plan_of(plain, kind)
+    if weights in ("int4", "int8"):
+        plan = replace(plan, weights="packed")
+    expected = text_of(plain, ids, plan=plan)
+    model, _ = coreskip.load(folder)
+    others = os.path.getsize(folder / WEIGHTS) // 2  # attentions and head, and more
+    with torch.no_grad(), coreskip.wrap(model, plan, memory=least(folder, plan) + others):
+        assert torch.equal(greedy(model, ids), expected)
+        found, native = runtime_of(model).memory, runtime_of(model).steps.native
+        assert isinstance(found, memory.Capped)
+        assert not any("mlp" in name for name in found._kept)
+        assert found.kept_bytes > 0
+        assert found.streamed_bytes == 0
+        assert native.described is not None
+        steps = [step for step, _ in native.described.steps.values()]
+        assert steps or kind != "static"  # others go with their caches
+        assert all(step.stream is not None and step.stream.bytes_a_step == 0 for step in steps)
+    capped = text_of(coreskip.load(folder)[0], ids, plan=plan, memory=least(folder, plan) + others // 3)
+    assert torch.equal(capped, expected)
+
+
+def test_rows_that_choose_different_neurons(folders: dict[str, Path]) -> None:
+    for weights in ("int4", "bfloat16"):
+        folder = folders[weights]
+        plain, model = coreskip.load(folder)[0], coreskip.load(folder)[0]
+        plan = replace(plan_of(plain, "griffin"), weights="packed" if weights == "int4" else None)
+        for rows in (3, 10):
+            ids = prompt(rows, 6)
+            expected = text_of(plain, ids, 6, plan=plan)
+            assert torch.equal(text_of(model, ids, 6, plan=plan, memory=least(folder, plan) * 3), expected)
+
+
+def test_a_plan_whose_neurons_do_not_fit_says_so(folders: dict[str, Path]) -> None:
+    model = coreskip.load(folders["int4"])[0]
+    plan = replace(plan_of(model, "static"), weights="packed")
+    with pytest.raises(CoreskipError, match=r"at least .* MB, \d\.\d MB of that for the neurons that the plan keeps"):
+        coreskip.wrap(model, plan, memory="1MB")
+    assert torch.equal(text_of(model, prompt(1, 9)), text_of(coreskip.load(folders["int4"])[0], prompt(1, 9)))
 
 
 def test_matrices_give_way_to_long_texts_and_come_back(folders: dict[str, Path]) -> None:

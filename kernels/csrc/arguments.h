@@ -74,6 +74,7 @@ struct NeuronGroups {
     const float* gate_bias;  // [neurons] or null
     const float* up_bias;
     const float* mean;       // what each neuron counts as where it is left out, or null
+    const int32_t* place;    // [neurons], which of the rows a listed neuron's is, or null: they are in order
     int64_t neurons, width, row_bytes, rest_bytes;  // width: hidden, padded to 64
     float threshold, refine; // the least estimate of a candidate; of exact scores, the least that is kept
     int format, gated;
