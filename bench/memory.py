@@ -23,7 +23,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ import transformers
 
 from coreskip.bench.provenance import model_name, provenance, write_rows
 from coreskip.bench.workloads import Shape
-from coreskip.kernels.files import DirectFile, anonymous
+from coreskip.kernels.files import DirectFile
 from coreskip.predictors.checks import PACKINGS
 from coreskip.predictors.errors import CoreskipError
 from coreskip.predictors.files import check_file
@@ -47,7 +46,6 @@ from coreskip.runtime.wrap import runtime_of, wrap
 Row = dict[str, Any]
 _BESIDE = 64 << 20  # bytes of a group beside its cap: page tables, threads, modules that the libraries load late
 _SHARES = (0.75, 0.5, 0.35, 0.2)  # of the cap that accelerate may fill: the largest that survives counts
-_PIECE, _READERS = 4 << 20, 2
 _PROMPT = 32  # tokens
 
 
@@ -195,21 +193,6 @@ def drop_page_cache() -> bool:
     return True
 
 
-def disk_bandwidth(file: Path, most: int = 2 << 30) -> float:
-    """Bytes per second at which a file is read past the page cache, a few MB at once by two threads."""
-    source, size = DirectFile(os.open(file, os.O_RDONLY)), min(file.stat().st_size, most)
-    places = [anonymous(_PIECE) for _ in range(_READERS)]
-
-    def read(reader: int) -> None:
-        for at in range(reader * _PIECE, size, _READERS * _PIECE):
-            source.read(at, min(_PIECE, size - at), places[reader])
-
-    start = time.perf_counter()
-    with ThreadPoolExecutor(_READERS) as pool:
-        list(pool.map(read, range(_READERS)))
-    return size / (time.perf_counter() - start)
-
-
 # ---- all ways ----
 
 
@@ -244,7 +227,7 @@ def measure(
 ) -> Iterator[Row]:
     """One row a way and a cap."""
     file = folder / WEIGHTS
-    size, bandwidth = file.stat().st_size, disk_bandwidth(file)
+    size, bandwidth = file.stat().st_size, DirectFile(os.open(file, os.O_RDONLY)).bandwidth
     about = {"kind": "memory", "model": model_name(str(folder)), "weight_bytes": size, "disk_bandwidth": bandwidth}
     free = run_way("ours", folder, None, None, tokens, None)
     assert free is not None

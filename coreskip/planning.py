@@ -50,6 +50,7 @@ method_options = together(
 @click.option("--budget", help="ppl+1%, kl<0.05 or agreement>0.95: the fastest plan found that holds it.")
 @click.option("--layers", help="Leave layers out: skip:6, skip-attention:6, skip-mlp:6, every:2 or adaptive:0.8.")
 @weights_option("Decode with weights in 4 or 8 bits; a search for a budget tries them, and mixtures, by itself.")
+@memory_option
 @lookup_option
 @text_option
 @method_options
@@ -73,6 +74,7 @@ def analyze(
     from coreskip.runtime.options import check_options, given
 
     options = given(options)
+    check_memory(options.get("memory"), options.get("weights"))
     check_options(**options)
     if output == STDOUT:
         raise CoreskipError("a plan is a folder, which stdout cannot hold: give a name such as my.plan")
@@ -88,7 +90,7 @@ def analyze(
     content = read_text(text) if text is not None else None
     set_threads(threads)
     packed = packed_for(model, options.get("weights"))
-    loaded, tokenizer = load(model, dtype=dtype, device=device, packed=packed)
+    loaded, tokenizer = load(model, dtype=dtype, device=device, packed=packed, memory=options.get("memory"))
     tokens = tokenize(tokenizer, content, Path(str(text)).name) if content is not None else None
     plan = analyze(loaded, tokenizer, text=tokens, **options)
     click.echo(str(plan))

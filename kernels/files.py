@@ -6,13 +6,18 @@ import ctypes
 import errno
 import mmap
 import os
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 PAGE = 4096  # bytes: what direct reads are whole multiples of
+READERS = 2  # threads: one alone leaves the disk idle between its reads
 _HUGE = 2 << 20
+_PIECE, _MEASURED = 4 << 20, 512 << 20
 
 
 class DirectFile:
@@ -41,6 +46,21 @@ class DirectFile:
             memory, first = memory[got:], first + got
         if not self.direct and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.fd, at, size, os.POSIX_FADV_DONTNEED)
+
+    @cached_property
+    def bandwidth(self) -> float:
+        """Bytes per second at which its first 512 MB come, a few MB at once by two threads."""
+        size = min(os.fstat(self.fd).st_size, _MEASURED)
+        places = [anonymous(_PIECE) for _ in range(READERS)]
+
+        def read(reader: int) -> None:
+            for at in range(reader * _PIECE, size, READERS * _PIECE):
+                self.read(at, min(_PIECE, size - at), places[reader])
+
+        start = time.perf_counter()
+        with ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(read, range(READERS)))
+        return size / (time.perf_counter() - start)
 
 
 def _go_direct(fd: int) -> bool:

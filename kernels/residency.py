@@ -25,12 +25,11 @@ import torch
 from torch import Tensor
 
 from . import arguments, cpu
-from .files import PAGE, anonymous
+from .files import PAGE, READERS, anonymous
 from .groups import FORMATS, GROUP, TILE
 from .packed import PackedLinear
 from .store import Store
 
-READERS = 2  # threads: one alone leaves the disk idle between its reads
 _CODES = {form.code: form for form in FORMATS.values()}
 _FOUR = 4  # rows of a unit of matrices without groups; `unit` in csrc/step_thread.h
 _MATRICES = ("q", "k", "v", "o", "gate", "up", "down")

@@ -31,6 +31,7 @@ from ..predictors.checks import WEIGHT_FORMATS
 from ..predictors.errors import CoreskipError
 from ..predictors.plan import Plan
 from ..predictors.policies import Chooser
+from .cost import Cost, cost, read_bandwidth
 from .formats import format_takers
 from .layer_skips import LayerSkips
 from .memory_size import text_of
@@ -153,6 +154,46 @@ class Host(Protocol):
     def chooses_by_token(self) -> bool: ...
 
 
+#: ways to choose neurons or layers that a cap allows
+METHODS = ("auto", "core", "similar", "static", "layers")
+
+
+def check_method(method: str) -> None:
+    """Raises CoreskipError where plans of this method are not run under a cap."""
+    if method not in METHODS:
+        raise CoreskipError(f"under memory= no plan of method {method} is run; choose from {', '.join(METHODS)}")
+
+
+def capped_under(model: Any, plan: Plan, anatomy: Anatomy, cap: int) -> Capped:
+    """What a model would keep and read under a plan.
+
+    Raises:
+        CoreskipError: the plan does not fit, or the model cannot be capped.
+    """
+    program = Program.of(anatomy, plan)
+    return Capped(model, anatomy, program, _unread(anatomy, program, LayerSkips(anatomy, plan).skipped(None)), cap)
+
+
+def cost_under(model: Any, plan: Plan, anatomy: Anatomy, cap: int) -> Cost:
+    """`cost` where a cap leaves matrices on the disk: what is read from there takes as many bytes of memory as are read
+    meanwhile. Of a plan that does not fit, infinitely many."""
+    found = cost(model, plan, anatomy)
+    try:
+        capped = capped_under(model, plan, anatomy, cap)
+    except CoreskipError:
+        return Cost(found.moved, math.inf)
+    slower = read_bandwidth("cpu") / capped.residency.store.file.bandwidth if capped.expected[1] else 0.0
+    return Cost(found.moved, max(found.weighed, capped.expected[1] * slower))
+
+
+def recipe_under(model: Any, plan: Plan, cap: int) -> dict[str, str]:
+    """What a plan's recipe says of a cap: what stays in memory, and what a token reads."""
+    capped = capped_under(model, plan, dissect(model), cap)
+    kept, read = capped.expected
+    neurons = capped.needs.fixed + capped.needs.chosen
+    return {"memory": text_of(cap), "in_memory": text_of(kept + neurons), "read_per_token": text_of(read)}
+
+
 def memory_of(host: Host, cap: int | None, reads_all: bool) -> Memory:
     """reads_all: whether steps leave nothing out that the plan leaves out.
 
@@ -233,6 +274,13 @@ class Capped(Memory):
         self.probe_keys = min(KEYS, max(_FEWEST_KEYS, most))
         self._before = reader_of(model)
         self.residency = Residency(store, names, piece, ring, scratch, CoreskipError)
+
+    @property
+    def expected(self) -> tuple[int, int]:
+        """Bytes of matrices that stay beside a short text, and of those that a step then reads."""
+        every = sum(self._sizes[name] for name in self._order)
+        kept = min(every, self._room(self.needs.least))
+        return kept, every - kept
 
     @property
     def holds_all(self) -> bool:

@@ -24,6 +24,7 @@ from ..predictors.checks import (
 )
 from ..predictors.errors import CoreskipError
 from ..predictors.layer_selection import LayerSelection, Leave
+from .memory_size import bytes_of
 from .unknown import closest
 
 METHODS = ("auto", "core", "similar", "static", "threshold", "sketch", "learned", "topk", "layers")
@@ -286,6 +287,7 @@ def check_options(
     seed: int = 0,
     fast: bool = False,
     resume: Any = None,
+    memory: Any = None,
     **options: Any,
 ) -> None:
     """Raise `CoreskipError` for what `analyze` would refuse, before a model is loaded.
@@ -297,6 +299,8 @@ def check_options(
     if method not in METHODS:
         raise CoreskipError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
     check_weights(weights)
+    if memory is not None:
+        bytes_of(memory)
     if keep is not None and budget is not None:
         raise CoreskipError("give keep or budget, not both: a budget finds the keep itself")
     if keep is not None:

@@ -19,6 +19,7 @@ from coreskip import CoreskipError, Engine
 from coreskip.cli import main
 from coreskip.kernels import files, ops
 from coreskip.kernels.store import checksum
+from coreskip.predictors.calibration import TokenText
 from coreskip.predictors.plan import Plan
 from coreskip.predictors.policies import Skip, SkipMLP
 from coreskip.runtime import memory
@@ -214,6 +215,30 @@ def test_a_plan_whose_neurons_do_not_fit_says_so(folders: dict[str, Path]) -> No
     with pytest.raises(CoreskipError, match=r"at least .* MB, \d\.\d MB of that for the neurons that the plan keeps"):
         coreskip.wrap(model, plan, memory="1MB")
     assert torch.equal(text_of(model, prompt(1, 9)), text_of(coreskip.load(folders["int4"])[0], prompt(1, 9)))
+
+
+def test_analysis_under_a_cap(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folders["int4"]
+    ids = torch.randint(5, 128, (1500,), generator=torch.Generator().manual_seed(0))
+    tokens = TokenText(ids, ids[:0], "random")
+    model, words = coreskip.load(folder)
+    cap = least(folder, replace(plan_of(model, "static"), weights="packed")) + 1_200_000
+    options = {"text": tokens, "memory": cap, "progress": False, "windows": 2}
+    plan = coreskip.analyze(model, words, method="static", keep=0.5, **options)
+    assert {"memory", "in_memory", "read_per_token"} <= plan.recipe.keys()
+    assert plan.recipe["read_per_token"] == "0.0 MB"
+    plan.save(tmp_path / "plan")
+    with pytest.raises(SystemExit):
+        main(["show", str(tmp_path / "plan")])
+    assert "read_per_token 0.0 MB" in capsys.readouterr().out
+    found = coreskip.analyze(model, words, budget="kl<1000", **options)
+    assert found.recipe["read_per_token"] == "0.0 MB"  # what reads nothing is fastest
+    assert not any(layer.neurons.name in ("sketch", "topk", "cats", "teal", "wina") for layer in found.layers)
+    with pytest.raises(CoreskipError, match="no plan of method sketch is run"):
+        coreskip.analyze(model, words, method="sketch", **options)
+    with pytest.raises(CoreskipError, match="for the neurons that the plan keeps"):
+        coreskip.analyze(model, words, method="core", keep=0.99, **{**options, "memory": least(folder)})
+    assert memory.cap_of(model) is None
 
 
 def test_matrices_give_way_to_long_texts_and_come_back(folders: dict[str, Path]) -> None:
