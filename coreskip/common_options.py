@@ -10,6 +10,7 @@ import click
 
 from coreskip.predictors.checks import WEIGHT_FORMATS, check_above_zero, check_seed, check_temperature
 from coreskip.predictors.errors import CoreskipError
+from coreskip.runtime.memory_size import bytes_of
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -32,6 +33,9 @@ def weights_option(meaning: str) -> Decorator:
 
 
 threads_option = click.option("--threads", type=click.IntRange(1), help="Threads to compute with; by default all.")
+memory_option = click.option(
+    "--memory", help="Of a packed MODEL: take at most 4GB, 512MiB or 60% of what is free; the rest stays on the disk."
+)
 lookup_option = click.option(
     "--lookup", is_flag=True, help="Draft tokens from the text itself; the same text, sooner where it repeats itself."
 )
@@ -51,6 +55,7 @@ running_options: Decorator = together(
     weights_option("Decode with weights in 4 or 8 bits, on top of the plan or of the dense model."),
     click.option("--exact", is_flag=True, help="The dense model's own text: the plan and the text only draft tokens."),
     lookup_option,
+    memory_option,
     click.option("--plain", is_flag=True, help="Plain transformers, nothing of coreskip's."),
 )
 
@@ -74,9 +79,24 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def check_running(*, folder: Path | None, weights: str | None, exact: bool, lookup: bool, plain: bool) -> None:
+def check_memory(memory: str | None, weights: str | None) -> None:
+    """Raise `CoreskipError` where `--memory` makes no sense."""
+    if memory is None:
+        return
+    bytes_of(memory)
+    if weights is not None:
+        raise CoreskipError(
+            f"--memory runs a model in the format it was packed in: leave out --weights, or pack it in {weights}"
+        )
+
+
+def check_running(
+    *, folder: Path | None, weights: str | None, exact: bool, lookup: bool, memory: str | None, plain: bool
+) -> None:
     """Raise `CoreskipError` where the ways of running contradict each other."""
+    check_memory(memory, weights)
     given = [("--plan", folder), ("--weights", weights), ("--exact", exact), ("--lookup", lookup)]
+    given.append(("--memory", memory))
     names = [name for name, value in given if value]
     if plain and names:
         raise CoreskipError(f"--plain is plain transformers: leave out {names[0]}")

@@ -80,7 +80,7 @@ def generate(
 
 def _checked(rest: dict[str, Any], samples: int = 1) -> tuple[dict[str, Any], dict[str, Any]]:
     """How the model runs, and the options of generation; before torch is imported."""
-    running = {name: rest.pop(name) for name in ("folder", "weights", "exact", "lookup", "plain")}
+    running = {name: rest.pop(name) for name in ("folder", "weights", "exact", "lookup", "memory", "plain")}
     check_running(**running)
     for stop in rest["stop"]:
         check_encodable("a stop string", stop)
@@ -102,7 +102,8 @@ def _engine(
     if folder is None and not running["plain"]:
         folder = plan_of(model)
     plan = Plan.load(folder) if folder is not None else None
-    loaded, tokenizer = load(model, dtype=dtype, device=device, packed=packed_for(model, running["weights"]))
+    packed, memory = packed_for(model, running["weights"]), running.pop("memory")
+    loaded, tokenizer = load(model, dtype=dtype, device=device, packed=packed, memory=memory)
     # nobody needs the model afterwards: its originals may go
     keep = None if running["exact"] or running["plain"] else False
     return Engine(loaded, tokenizer, plan, keep_originals=keep, **running)

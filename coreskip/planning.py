@@ -10,7 +10,9 @@ import click
 
 from coreskip.common_options import (
     PATH,
+    check_memory,
     lookup_option,
+    memory_option,
     model_options,
     plan_option,
     set_threads,
@@ -49,6 +51,7 @@ method_options = together(
 @click.option("--budget", help="ppl+1%, kl<0.05 or agreement>0.95: the fastest plan found that holds it.")
 @click.option("--layers", help="Leave layers out: skip:6, skip-attention:6, skip-mlp:6, every:2 or adaptive:0.8.")
 @weights_option("Decode with weights in 4 or 8 bits; a search for a budget tries them, and mixtures, by itself.")
+@memory_option
 @lookup_option
 @text_option
 @method_options
@@ -72,6 +75,7 @@ def analyze(
     from coreskip.runtime.options import check_options, given
 
     options = given(options)
+    check_memory(options.get("memory"), options.get("weights"))
     check_options(**options)
     if output == STDOUT:
         raise CoreskipError("a plan is a folder, which stdout cannot hold: give a name such as my.plan")
@@ -87,7 +91,7 @@ def analyze(
     content = read_text(text) if text is not None else None
     set_threads(threads)
     packed = packed_for(model, options.get("weights"))
-    loaded, tokenizer = load(model, dtype=dtype, device=device, packed=packed)
+    loaded, tokenizer = load(model, dtype=dtype, device=device, packed=packed, memory=options.get("memory"))
     tokens = tokenize(tokenizer, content, Path(str(text)).name) if content is not None else None
     plan = analyze(loaded, tokenizer, text=tokens, **options)
     click.echo(str(plan))
@@ -154,6 +158,7 @@ def info(model: str | None, as_json: bool, dtype: str | None, device: str | None
 @model_options
 @plan_option
 @weights_option("Score with weights in 4 or 8 bits, on top of the plan or of the dense model.")
+@memory_option
 @lookup_option
 @text_option
 @click.option("--json", "output", type=PATH, help="Also write the figures to this file.")
@@ -167,6 +172,7 @@ def evaluate(
     model: str | None,
     folder: Path | None,
     weights: str | None,
+    memory: str | None,
     lookup: bool,
     text: Path | None,
     output: Path | None,
@@ -185,6 +191,7 @@ def evaluate(
     if ppl_sparsity is not None:
         check_above_zero("--ppl-sparsity", ppl_sparsity)
     check_count("windows", windows)
+    check_memory(memory, weights)
     if window % 2:
         raise CoreskipError(f"window is {window}; it must be even: the first half is the prompt, the second is scored")
     if lookup:
@@ -202,7 +209,7 @@ def evaluate(
     plan = Plan.load(folder) if folder is not None else None
     content = read_text(text) if text is not None else None
     set_threads(threads)
-    loaded, tokenizer = load(model, dtype=dtype, device=device, packed=packed_for(model, weights))
+    loaded, tokenizer = load(model, dtype=dtype, device=device, packed=packed_for(model, weights), memory=memory)
     if plan is not None:
         plan.check(loaded)
     if content is not None:

@@ -26,19 +26,24 @@ class StepNorm(ctypes.Structure):
     _fields_ = (("weight", _P), ("bias", _P), ("size", _N), ("eps", _F), ("kind", _I))
 
 
+class StreamPiece(ctypes.Structure):
+    _fields_ = tuple(_fields(_N, "at bytes place after begin end"))
+
+
 class StepLinear(ctypes.Structure):
     _fields_ = (
         *_fields(_P, "weight scale bias norm"),
         *_fields(_N, "in_ out stride"),
         ("neurons", ctypes.c_double),
         ("least", _F),
+        *_fields(_N, "piece pieces"),
         *_fields(_I, "dtype columns whole"),
     )
 
 
 class NeuronGroups(ctypes.Structure):
     _fields_ = (
-        *_fields(_P, "scan rows rest ends norm reach gate_bias up_bias mean"),
+        *_fields(_P, "scan rows rest ends norm reach gate_bias up_bias mean place"),
         *_fields(_N, "neurons width row_bytes rest_bytes"),
         *_fields(_F, "threshold refine"),
         *_fields(_I, "format gated"),
@@ -93,6 +98,7 @@ class StepModel(ctypes.Structure):
         *_fields(_P, "layers embedding"),
         ("norm", StepNorm),
         ("head", StepLinear),
+        ("stream", _P),
         *_fields(_N, "layer_count hidden embedding_stride"),
         *_fields(_F, "embedding_scale logit_scale logit_softcap"),
         *_fields(_I, "embedding_dtype kv_dtype logit_dtype"),
@@ -118,7 +124,7 @@ class PrefillCall(ctypes.Structure):
 # in the order of coreskip_sizes
 _STRUCTS = (
     MlpArguments, StepNorm, StepLinear, NeuronGroups, StepMlp, StepRouter, StepExperts, StepLayer, StepModel, StepCache,
-    StepCall, PrefillCall,
+    StepCall, PrefillCall, StreamPiece,
 )  # fmt: skip
 
 

@@ -103,7 +103,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.coreskip_columns.argtypes = [p, i, i, n, p, i, n, n, p, n, ctypes.c_float, p, p, i]
     lib.coreskip_linear.argtypes = [p, i, i, n, p, i, n, n, p, p, p, i]
     lib.coreskip_tiles.argtypes = [p, i, i, n, p, i, i, n, n, p, p, i]
-    lib.coreskip_checksum.argtypes, lib.coreskip_checksum.restype = [p, n, i], ctypes.c_uint64
+    lib.coreskip_checksum.argtypes, lib.coreskip_checksum.restype = [p, n, n, i], ctypes.c_uint64
     lib.coreskip_untile.argtypes = [p, i, n, n, n, n, i, p, i]
     lib.coreskip_untile_some.argtypes = [p, i, n, n, p, n, i, p, i]
     lib.coreskip_tile_up.argtypes = [p, n, n, n, i, p, i]
@@ -115,6 +115,10 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.coreskip_embed.argtypes = [p, p, n, p, i]
     lib.coreskip_prefill.argtypes = [p, n, p]
     lib.coreskip_head.argtypes = [p, p, n, p, i]
+    lib.coreskip_stream.argtypes, lib.coreskip_stream.restype = [i, p, p, n, i], p
+    lib.coreskip_stream_stop.argtypes, lib.coreskip_stream_stop.restype = [p], None
+    lib.coreskip_stream_end.argtypes, lib.coreskip_stream_end.restype = [p], None
+    lib.coreskip_stream_bytes.argtypes, lib.coreskip_stream_bytes.restype = [p], n
     lib.coreskip_likeliest.argtypes, lib.coreskip_likeliest.restype = [p, i, n, n, p, p, i], None
 
 
@@ -366,3 +370,5 @@ def check(status: int, neurons: int) -> None:
         raise IndexError(f"indices must be -1 (nothing) or in [0, {neurons})")
     if status == 2:
         raise MemoryError("no memory for the CPU kernels' workspace")
+    if status == 4:
+        raise OSError("the weights could not be read")

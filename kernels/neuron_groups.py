@@ -19,6 +19,7 @@ from .arguments import NeuronGroups as Argument
 from .groups import FORMATS, GROUP, tiles_from_groups, ungroup, untile
 from .memory import LINE, allocate
 from .packed import Act, PackedLinear, means_of, nibbles_of, spread
+from .residency import copied
 
 RUN = 64  # inputs or outputs whose nibbles lie in 32 bytes; kRun in csrc/vector/neuron_groups.h
 _BLOCK = 16  # groups; kBlock there
@@ -33,7 +34,8 @@ Form = Literal["listed", "rows", "planes", "gates"]
 class PackedNeurons:
     """One layer's MLP, down(act(gate(x)) * up(x)) or down(act(up(x))), in 4-bit groups by neuron. Made by `pack`.
 
-    Listed, `rows` hold gate, up and down of each neuron. In other forms `scan` holds, in tiles, what each token reads
+    Listed, `rows` hold gate, up and down of each neuron, or of those alone that `place`, int32 [neurons], has a row
+    for. In other forms `scan` holds, in tiles, what each token reads
     of all neurons, `rest` what it then reads of candidates, last bits or up rows, and `rows` the down projection.
     `ends`: float16 [groups of 32 neurons, 2, width], scales and leasts of the down projection. norm: what a unit of an
     activation costs that is left out, float32 [neurons]; reach: what a unit of act(gate) may come to, times that; mean:
@@ -55,23 +57,32 @@ class PackedNeurons:
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
     mean: Tensor | None = None
+    place: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
     def pack(
-        cls, gate: PackedLinear | None, up: PackedLinear, down: PackedLinear, *, act: Act, form: Form = "listed"
+        cls,
+        gate: PackedLinear | None,
+        up: PackedLinear,
+        down: PackedLinear,
+        *,
+        act: Act,
+        form: Form = "listed",
+        only: Tensor | None = None,
     ) -> PackedNeurons:
         """The numbers of "int4" tiles with their biases; gate is None for a plain MLP. `reach` is to be added to gates.
+        only: of listed neurons those that are packed, int64, ascending; nobody may list others. None: all.
 
         Raises ValueError for another format, or shapes that do not fit.
         """
         parts = [up] if gate is None else [gate, up]
         _check(parts, down, form)
         width = -(-up.in_features // RUN) * RUN
-        groups = [_padded(untile(part), width // GROUP) for part in parts]
-        outputs_of = untile(down)
+        groups = [_padded(_only(untile(copied(part)), only), width // GROUP) for part in parts]
+        outputs_of = untile(copied(down))
         outputs = _padded_rows(outputs_of, width)
-        columns = _columns(outputs[0], up.out_features)
+        columns = _columns(outputs[0], up.out_features, only)
         scanned = {"listed": [], "gates": groups[:1]}.get(form, groups)
         rest = [_last_bits(part[0]) for part in groups] if form == "planes" else []
         rest += [_row(*groups[1])] if form == "gates" else []
@@ -90,6 +101,7 @@ class PackedNeurons:
             gate_bias=None if gate is None else gate.bias,
             up_bias=up.bias,
             down_bias=down.bias,
+            place=None if only is None else _places(only, up.out_features),
         )
 
     def scored(self, norm: Tensor | None, reach: Tensor | None = None) -> PackedNeurons:
@@ -125,7 +137,7 @@ class PackedNeurons:
 
     def argument(self, threshold: float = 0.0, refine: float = 0.0) -> Argument:
         """As native code reads it. threshold, refine: see `SparseMLP`."""
-        names = ("scan", "rows", "rest", "ends", "norm", "reach", "gate_bias", "up_bias", "mean")
+        names = ("scan", "rows", "rest", "ends", "norm", "reach", "gate_bias", "up_bias", "mean", "place")
         return Argument(
             **{name: cpu.address(getattr(self, name)) for name in names},
             neurons=self.intermediate_size,
@@ -224,9 +236,21 @@ def _row(q: Tensor, scale: Tensor, least: Tensor) -> Tensor:
     return torch.cat([_in_blocks(q, _block_nibbles, _nibbles), *ends], 1)
 
 
-def _columns(q: Tensor, neurons: int) -> Tensor:
+def _only(part: Groups, rows: Tensor | None) -> Groups:
+    return part if rows is None else (part[0][rows], part[1][rows], part[2][rows])
+
+
+def _places(only: Tensor, neurons: int) -> Tensor:
+    """Where the rows of these neurons are; of others, that there are none."""
+    places = torch.full((neurons,), -1, dtype=torch.int32, device="cpu")
+    places[only] = torch.arange(only.numel(), dtype=torch.int32, device="cpu")
+    return places
+
+
+def _columns(q: Tensor, neurons: int, only: Tensor | None) -> Tensor:
     """The nibbles of each input's column, outputs in the order in which they are added."""
     columns = q.flatten(1).t()[:neurons]
+    columns = columns if only is None else columns[only]
     return _nibbles(columns[:, _order(columns.shape[1])])
 
 

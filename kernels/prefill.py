@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from . import arguments, cpu
+from . import arguments, cpu, residency
 from .packed import PackedLinear
 from .step import DenseMLP, KeyValues, Step, StepModel
 
@@ -27,8 +27,11 @@ def uncovered(model: StepModel) -> str | None:
         if attention is None or layer.entries_only or not isinstance(mlp, DenseMLP):
             return "a layer leaves something out"
         matrices = (attention.q, attention.k, attention.v, attention.o, mlp.gate, mlp.up, mlp.down)
-        if not all(m is None or (isinstance(m, PackedLinear) and m.grouped) for m in matrices):
+        found = [m for m in matrices if m is not None]
+        if not all(isinstance(m, PackedLinear) and m.grouped for m in found):
             return "matrices lie as they were loaded, and torch multiplies many rows with these in less time"
+        if any(isinstance(m, PackedLinear) and residency.of(m.weight.data_ptr()) is not None for m in found):
+            return "matrices are read from the disk, piece by piece"
     return None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from . import arguments, cpu
+from . import arguments, cpu, residency
 from .experts import SCORINGS, PackedExperts, Router
 from .neuron_groups import PackedNeurons
 from .packed import PackedLinear
@@ -141,6 +141,8 @@ class Step:
             kv_dtype=cpu.DTYPE[model.dtype],
             logit_dtype=cpu.DTYPE[model.dtype],
         )
+        #: what brings weights that are not in memory; None: all are
+        self.stream = residency.attach(self._model, self._layers)
         self._rotations: list[tuple[Tensor, Tensor] | None] = []
         self._parts: dict[tuple[int, int], Step] = {}
         attentions = [layer.attention for layer in model.layers if layer.attention is not None]
@@ -243,8 +245,12 @@ class Step:
             ctypes.addressof(caches), logits.data_ptr(), ctypes.addressof(skipped), rows, length, wanted,
             torch.get_num_threads(),
         )  # fmt: skip
-        cpu.check(self.library.coreskip_step(ctypes.byref(self._model), ctypes.byref(call)), 0)
+        with self._reading():
+            cpu.check(self.library.coreskip_step(ctypes.byref(self._model), ctypes.byref(call)), 0)
         return logits, skipped.value
+
+    def _reading(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.stream is None else self.stream.running()
 
     def generate(
         self, token: int, position: int, start: int, caches: KeyValues, past: int, count: int, ends: Sequence[int]
@@ -267,7 +273,8 @@ class Step:
                 made,
                 ctypes.byref(done),
             )
-            cpu.check(self.library.coreskip_generate(*call_with), 0)
+            with self._reading():
+                cpu.check(self.library.coreskip_generate(*call_with), 0)
         return list(made[: done.value]), skipped.value
 
     def draft(
@@ -279,7 +286,8 @@ class Step:
         made, chances, done = (_N * count)(), (_F * count)(), _N(0)
         with self._of_one_token(token, position, start, caches, past) as (call, skipped):
             call_with = (ctypes.byref(self._model), ctypes.byref(call), count, least, made, chances, ctypes.byref(done))
-            cpu.check(self.library.coreskip_draft(*call_with), 0)
+            with self._reading():
+                cpu.check(self.library.coreskip_draft(*call_with), 0)
         return list(made[: done.value]), list(chances[: done.value]), skipped.value
 
     def check_caches(self, caches: KeyValues, rows: int, past: int, end: int) -> None:

@@ -20,6 +20,9 @@ from ..predictors.layers import with_skipped_layers
 from ..predictors.plan import Plan, default_weights
 from .calibrate import Study
 from .calibration_text import model_text
+from .families import Family, outline
+from .memory import cap_of, capped_under, check_method, recipe_under
+from .memory_size import bytes_of
 from .options import OF_EXPERTS, Budget, check_options, chooses_layers_alone, given
 from .program import build_experts, normed
 from .quality import WINDOW, evaluate_all
@@ -29,6 +32,7 @@ from .wrap import make_way
 
 DEFAULT_KEEP = 0.6
 _DEFAULT_KEEPS = {"layers": 0.9, "experts": 0.75, "skip-experts": 0.75}
+CAPPED_METHOD = "static"  # under a cap on memory, where nothing else is asked for
 _TOKENS_OF_LAYERS = 8192  # sampled, where layers alone are chosen
 _WINDOWS_OF_LAYERS = 8
 
@@ -59,6 +63,7 @@ def analyze(
     seed: int = 0,
     fast: bool = False,
     resume: str | Path | None = None,
+    memory: int | str | None = None,
     progress: bool = True,
 ) -> Plan:
     """Make a Plan for `model`.
@@ -105,6 +110,9 @@ def analyze(
         seed: of sampling, clustering and training.
         fast: with a budget: fewer windows, tokens and candidates; about a third of the time.
         resume: with a budget: a file that keeps what was measured; a search that was stopped goes on from there.
+        memory: what the model is to take at most when it runs, see `wrap`; of a packed model. A search then predicts
+            from the bandwidths of memory and disk, both measured, and leaves out what such a cap does not allow. The
+            analysis itself may take more. None: what `load` was told.
 
     Returns:
         a Plan whose ``quality`` was measured on held-out text; with a budget, its ``frontier`` holds what was found.
@@ -131,14 +139,22 @@ def analyze(
         "seed": seed,
         "fast": fast,
     }
-    check_options(method=method, keep=keep, budget=budget, layers=layers, resume=resume, **common, **methods)
+    check_options(
+        method=method, keep=keep, budget=budget, layers=layers, resume=resume, memory=memory, **common, **methods
+    )
     check_model(model)
     _check_bricks(model, method, chooses_layers_alone(method, keep, budget) and layers is not None)
+    cap = cap_of(model) if memory is None else bytes_of(memory)
+    if cap is not None:
+        check_method(method)
+        _check_fits(model, method, keep, budget, cap)
+        common["memory"] = cap
     if weights is None:
         common["weights"] = weights = default_weights(model)
     options = given({**methods, **common})
     if layers is None:
-        return _analyzed(model, tokenizer, text, method, keep, budget, resume, {**options, "progress": progress})
+        plan = _analyzed(model, tokenizer, text, method, keep, budget, resume, {**options, "progress": progress})
+        return _within(cap, model, plan)
     selection = LayerSelection.parse(layers)
     selection.check(len(dissect(model)))
     seen, held_out = _text_of(model, tokenizer, text, seed, progress).split(0.8, 0.2)
@@ -151,12 +167,24 @@ def analyze(
     make_way(model)
     plan = with_skipped_layers(plan, model, seen, selection)
     window = min(WINDOW, len(held_out.ids) // 2 * 2)
-    return replace(
-        plan,
-        quality=evaluate_all(
-            model, [plan], held_out, windows=windows or _WINDOWS_OF_LAYERS, window=window, progress=progress
-        )[0],
-    )
+    windows = windows or _WINDOWS_OF_LAYERS
+    quality = evaluate_all(model, [plan], held_out, windows=windows, window=window, progress=progress)[0]
+    return _within(cap, model, replace(plan, quality=quality))
+
+
+def _check_fits(model: Any, method: str, keep: float | None, budget: str | None, cap: int) -> None:
+    """Raises CoreskipError where the model under a cap, or what a plan is asked to keep, does not fit."""
+    anatomy, plan = dissect(model), Plan.dense(model)
+    capped_under(model, plan, anatomy, cap)
+    if budget is None and method != "layers":
+        family = Family(CAPPED_METHOD if method == "auto" else method, {})
+        kept = replace(plan, layers=outline(family, keep or DEFAULT_KEEP, anatomy), weights=default_weights(model))
+        capped_under(model, kept, anatomy, cap)
+
+
+def _within(cap: int | None, model: Any, plan: Plan) -> Plan:
+    """The plan, with what stays in memory under a cap."""
+    return plan if cap is None else replace(plan, recipe={**plan.recipe, **recipe_under(model, plan, cap)})
 
 
 def _analyzed(
@@ -175,7 +203,8 @@ def _analyzed(
     if budget is not None:
         return search(study, Budget.parse(budget), method, journal=journal, rounds=rounds)
     default = _DEFAULT_KEEPS.get(method, DEFAULT_KEEP)
-    return study.measured(study.calibrator.make("sketch" if method == "auto" else method, keep or default))
+    usual = "sketch" if study.memory is None else CAPPED_METHOD
+    return study.measured(study.calibrator.make(usual if method == "auto" else method, keep or default))
 
 
 def _check_bricks(model: Any, method: str, layers_alone: bool) -> None:

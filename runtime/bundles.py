@@ -7,8 +7,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
+from ..kernels import residency
 from ..kernels.groups import TILE
 from ..kernels.neuron_groups import Form, PackedNeurons
 from ..kernels.ops import available
@@ -78,8 +80,21 @@ class Weights:
             found = self._groups[layer, form] = PackedNeurons.pack(*parts, act=self.acts[layer], form=form)
         return found
 
-    def listable(self, layer: int, fmt: str | None) -> PackedMLP | PackedNeurons:
-        """A layer's MLP as listed neurons are read from it; "int4" where it can be had so, else 8 bits."""
+    def listed(self, layer: int, fmt: str | None, lists: Tensor) -> SparseMLP:
+        """A layer's MLP over listed neurons, int64 ``[k]`` for all rows or ``[rows, k]``, ascending; in "int4" where it
+        can be had so, else in 8 bits.
+
+        All neurons are packed, once. But where the layer's matrices are not in memory (kernels/residency.py) nobody
+        else will want them: then those alone that are listed, which are numbered anew where the form allows it.
+        """
+        packed = self._listable(layer, fmt) if not self._far(layer) else self._alone(layer, fmt, lists.unique())
+        if isinstance(packed, PackedMLP) and packed.intermediate_size < self.anatomy.mlp(layer).intermediate_size:
+            lists = torch.searchsorted(lists.unique(), lists)
+        lists = lists.to(packed.device)
+        rows = RowLists.shared(lists) if lists.dim() == 1 else RowLists.of(lists, packed.intermediate_size)
+        return SparseMLP(packed, lists=rows)
+
+    def _listable(self, layer: int, fmt: str | None) -> PackedMLP | PackedNeurons:
         if fmt != "int4":
             return self.mlp(layer, fmt)
         try:
@@ -88,11 +103,22 @@ class Weights:
             logger.warning("%s; its listed neurons are read in 8 bits", error)
             return self.mlp(layer, "int8")
 
+    def _far(self, layer: int) -> bool:
+        mlp = self.anatomy.mlp(layer)
+        up: Any = mlp.up
+        weight = up.parts()[0].weight if isinstance(up, PackedLayer) else up.weight
+        return residency.of(weight.data_ptr()) is not None
+
+    def _alone(self, layer: int, fmt: str | None, only: Tensor) -> PackedMLP | PackedNeurons:
+        if fmt == "int4" and self.in_groups(layer):
+            return PackedNeurons.pack(*_int4_parts(self.anatomy.mlp(layer)), act=self.acts[layer], only=only)
+        return self._pack(layer, "int8" if fmt == "int4" else fmt, None, only)
+
     def in_groups(self, layer: int) -> bool:
         """Whether a layer's MLP can be had in 4-bit groups by neuron here."""
         return known_in_groups(self.anatomy.mlp(layer), self.acts[layer])
 
-    def _pack(self, layer: int, fmt: str | None, smooth: Tensor | None) -> PackedMLP:
+    def _pack(self, layer: int, fmt: str | None, smooth: Tensor | None, only: Tensor | None = None) -> PackedMLP:
         w = self.anatomy.mlp(layer).matrices()
         columns = 1 if smooth is None else smooth.to(w.up)
         return PackedMLP.pack(
@@ -103,6 +129,7 @@ class Weights:
             gate_bias=w.gate_bias,
             up_bias=w.up_bias,
             down_bias=w.down_bias,
+            indices=only,
             fmt=fmt,
         )
 
@@ -160,7 +187,7 @@ class Bundles:
 
     def listed(self, indices: Tensor) -> SparseMLP:
         """These neurons, int64 ascending: a list over all that are packed, which are not copied."""
-        return SparseMLP(self.weights.listable(self.layer, self.fmt), lists=RowLists.shared(indices))
+        return self.weights.listed(self.layer, self.fmt, indices)
 
     def groups(self, form: Form) -> PackedNeurons:
         """All neurons in 4-bit groups."""

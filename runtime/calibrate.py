@@ -78,9 +78,11 @@ class Study:
         seed: int = 0,
         fast: bool = False,
         progress: bool = True,
+        memory: int | None = None,
         **options: Any,
     ) -> None:
         make_way(model)
+        self.memory = memory
         self._anatomy = dissect(model)
         depth = len(self._anatomy)
         if first_layer >= depth:

@@ -33,6 +33,8 @@ from .batching import (
 from .drafting import Statistics
 from .figures import Figures
 from .generation_options import check_length, learned_positions, own_options
+from .memory import cap_of
+from .memory_size import bytes_of
 from .prompts import Message, Prompt, as_batch, render
 from .scheduler import Limits
 from .sequence import Event, Load, Request, Ticket
@@ -63,7 +65,7 @@ class Engine:
             does not cover the model. The wrapping of an engine without a plan gives way to whoever wraps, analyses or
             evaluates the model, and comes back with the engine's next call.
         exact: as for `wrap`; without a plan, drafts come from the text alone.
-        keep_originals, lookup: as for `wrap`.
+        keep_originals, lookup, memory: as for `wrap`.
         weights: ``"int4"`` or ``"int8"``: the format in which decode steps read their weights, in place of the plan's
             own; None leaves the plan's.
         plain: plain transformers, without anything of coreskip's.
@@ -94,6 +96,7 @@ class Engine:
         lookup: bool = False,
         weights: str | None = None,
         plain: bool = False,
+        memory: int | str | None = None,
         max_batch: int | None = None,
         max_waiting: int | None = None,
         kv_bytes: int | None = None,
@@ -109,10 +112,11 @@ class Engine:
         limits = _limits(max_batch, max_waiting, kv_bytes, prompt_bytes, prefill_chunk)
         if limits is not None:
             check_batches(model)
-        settings = Settings(plan, exact, keep_originals, lookup, weights)
+        cap = cap_of(model) if memory is None else bytes_of(memory)
+        settings = Settings(plan, exact, keep_originals, lookup, weights, cap)
         self._wrapping: SharedWrapping | None = None
         if plain and settings.given:
-            raise CoreskipError("plain is plain transformers: leave out plan, exact, lookup and weights")
+            raise CoreskipError("plain is plain transformers: leave out plan, exact, lookup, weights and memory")
         if plain:
             make_way(model)
         else:

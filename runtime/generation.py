@@ -74,6 +74,23 @@ class _Wrapped(_Outer, Watched):
         **model_kwargs: Any,
     ) -> Any:
         """Greedy search and sampling, which transformers send here alike."""
+        runtime, (rows, prompt) = runtime_of(cast(nn.Module, self)), input_ids.shape[:2]
+        with runtime.memory.holding(rows, prompt, max(prompt + 1, generation_config.max_length or 0)):
+            return self._sample_within(
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, model_kwargs
+            )
+
+    def _sample_within(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool,
+        streamer: Any,
+        model_kwargs: dict[str, Any],
+    ) -> Any:
+        """The same, where there is room."""
         arguments = {
             "logits_processor": logits_processor,
             "stopping_criteria": stopping_criteria,

@@ -17,6 +17,8 @@ from ..predictors.errors import CoreskipError, one_line
 from .cache import load_cached
 from .gguf_state import NotAsItIs
 from .load_gguf import load_gguf
+from .memory import check_cap
+from .memory_size import bytes_of
 from .packed_folder import is_packed_folder, load_packed, read_document
 from .skeleton import cast_parameters
 from .weights import load_whole
@@ -34,6 +36,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     packed: bool | None = None,
+    memory: int | str | None = None,
 ) -> tuple[Any, Any]:
     """Load a causal LM for inference, with its tokenizer.
 
@@ -45,16 +48,20 @@ def load(
         device: None takes CUDA where there is one, else the CPU.
         packed: False: matrices of GGUF files and packed folders become plain ones, as training, saving and other
             libraries need them. None: they do on other devices than the CPU, and where there are no native kernels.
+        memory: of a packed folder on a CPU: what the wrapped model may take at most, see `wrap`. Its weights are
+            checked without having them in memory.
 
     Returns:
         ``(model, tokenizer)``, the model in evaluation mode.
 
     Raises:
-        CoreskipError: no such model, not a causal LM, an unknown dtype, no such device.
+        CoreskipError: no such model, not a causal LM, an unknown dtype, no such device, too little memory.
     """
     wanted = _dtype(dtype)
     check_flag("packed", packed, none=True)
     place = device_of(device)
+    if memory is not None:
+        return _load_capped(model, bytes_of(memory), wanted, place, packed)
     if model is None:
         loaded, tokenizer = load_cached(embedded_gguf(), wanted, _load_gguf, _from_pretrained)
     else:
@@ -67,6 +74,25 @@ def load(
         else:
             loaded, tokenizer = _load_folder_or_id(name, wanted)
     return loaded.to(place).eval(), tokenizer
+
+
+def _load_capped(
+    model: str | os.PathLike[str] | None, cap: int, dtype: torch.dtype | None, place: torch.device, packed: bool | None
+) -> tuple[Any, Any]:
+    folder = None if model is None else path_of(model, "the model")
+    if folder is None or not is_packed_folder(folder):
+        raise CoreskipError(
+            f"memory caps packed models: run `coreskip pack {'' if folder is None else f'{folder} '}-o FOLDER` first, "
+            "and load that folder"
+        )
+    reason = available("cpu") or (f"not on {place}" if place.type != "cpu" else None)
+    if reason is not None:
+        raise CoreskipError(f"memory caps models on the CPU's kernels: {reason}")
+    if packed is False or dtype is not None:
+        raise CoreskipError("a capped model runs as it was packed: leave out packed and dtype")
+    loaded, tokenizer = load_packed(folder, None, place, sparing=True)
+    check_cap(loaded, cap)
+    return loaded, tokenizer
 
 
 def packed_for(model: str | os.PathLike[str] | None, weights: str | None) -> bool | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ..kernels.experts import Expert
-from ..kernels.ops import MAX_ROWS, PackedLinear, available, linear
+from ..kernels.ops import MAX_ROWS, PackedLinear, available
 from ..kernels.packed import DTYPES
 from ..predictors.anatomy import Activation, Anatomy, Experts, FeedForward, shape_of
 from ..predictors.errors import CoreskipError
@@ -32,6 +32,7 @@ from .program import BrickProgram, ExpertsProgram, Program, linear_of
 from .release import Replaced
 from .selections import Observed, Selections, attach, selections_of
 from .spec import is_plain_linear
+from .unpacking import streamed
 from .width import product
 
 logger = logging.getLogger("coreskip")
@@ -158,9 +159,12 @@ class ModulePatches:
                 each = not is_head or few or input.shape[-2] == 1
                 return module.multiply(input, wanted and each)
             if not (few and wanted and shareable and module.weight.dtype in DTYPES):
+                far = streamed(input, *_plain(module)) if plain and shareable else None
+                if far is not None:
+                    return far
                 # somebody may have given it another class meanwhile
                 return cast(Tensor, cast(Any, type(module)).forward(module, input) if of_class else original(input))
-            return linear(input, host.prepared.linear(module))
+            return product(input, [host.prepared.linear(module)])
 
         host.patches.set(module, "forward", forward)
         return sharing
@@ -376,6 +380,10 @@ def _computes_otherwise(x: Tensor) -> bool:
 def _has_matrix(module: nn.Module) -> bool:
     weight = vars(module).get("_parameters", {}).get("weight")
     return isinstance(weight, Tensor) and weight.ndim == 2
+
+
+def _plain(module: Any) -> tuple[Tensor, Tensor | None]:
+    return module.weight, module.bias
 
 
 def _shareable(weight: Tensor) -> bool:

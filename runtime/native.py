@@ -26,7 +26,7 @@ from .lower_cpu import CpuModel, Packed, Packing, StepProgram, check_finite, des
 from .native_check import Comparison
 from .release import trim
 from .rotary_tables import RotaryTables
-from .selfcheck import Checkpoints
+from .selfcheck import KEYS, Checkpoints
 from .spec import ModelSpec
 from .width import MOST_TOKENS, most_tokens
 
@@ -95,11 +95,19 @@ class NativeSteps:
         self._lock, self._comparing = threading.Lock(), threading.Lock()
         config = getattr(anatomy.stack, "config", None)
         self._settings = {} if config is None else vars(config)
+        self.probe_keys = KEYS  # behind how many keys steps are compared with the modules, to begin with
         self.forget()
 
     def forget(self) -> None:
         """The model's weights were moved, cast or loaded anew: describe it again before the next step."""
         self._state = _State(self.model.config.get_text_config())
+
+    def renew(self) -> None:
+        """Other matrices are in memory: steps are made again before they run."""
+        with self._lock:
+            described = self._state.described
+            if described is not None:
+                described.steps.clear()
 
     @property
     def weights(self) -> str | None:

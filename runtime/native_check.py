@@ -17,11 +17,13 @@ from .calls import NotCovered, close, compare
 from .kv_cache import Entries, Rooms, twin_of
 from .lower_cpu import CpuModel, StepProgram
 from .phases import as_loaded, densely
-from .selfcheck import FEW, KEYS, agree, far_positions, made_up
+from .selfcheck import FEW, agree, far_positions, made_up
 
 
 class Steps(Protocol):
     """The native steps of a model, as a comparison needs them."""
+
+    probe_keys: int
 
     @property
     def model(self) -> Any: ...
@@ -97,8 +99,9 @@ class Comparison:
     def _probe(self, loaded: CpuModel, like: Any) -> None:
         """Compares steps at positions far apart, and behind many keys: what texts will come to."""
         config = self._steps.model.config.get_text_config()
-        far, behind = far_positions(config)[:, None], torch.arange(KEYS, KEYS + MAX_ROWS, device="cpu")[None]
-        if not (self._agrees_at(far, FEW, loaded, like) and self._agrees_at(behind, KEYS, loaded, like)):
+        far, keys = far_positions(config)[:, None], self._steps.probe_keys
+        behind = torch.arange(keys, keys + MAX_ROWS, device="cpu")[None]
+        if not (self._agrees_at(far, FEW, loaded, like) and self._agrees_at(behind, keys, loaded, like)):
             raise NotCovered("at other positions its logits differ from the model's own")
 
     def _agrees_at(self, places: Tensor, keys: int, loaded: CpuModel, like: Any) -> bool:

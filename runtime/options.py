@@ -26,6 +26,7 @@ from ..predictors.checks import (
 )
 from ..predictors.errors import CoreskipError
 from ..predictors.layer_selection import LayerSelection, Leave
+from .memory_size import bytes_of
 from .unknown import closest
 
 METHODS = (
@@ -334,6 +335,7 @@ def check_options(
     seed: int = 0,
     fast: bool = False,
     resume: Any = None,
+    memory: Any = None,
     **options: Any,
 ) -> None:
     """Raise `CoreskipError` for what `analyze` would refuse, before a model is loaded.
@@ -345,6 +347,8 @@ def check_options(
         raise CoreskipError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
     _check_values(method, tokens=tokens, windows=windows, first_layer=first_layer, seed=seed, fast=fast, **options)
     check_weights(weights)
+    if memory is not None:
+        bytes_of(memory)
     if keep is not None and budget is not None:
         raise CoreskipError("give keep or budget, not both: a budget finds the keep itself")
     if keep is not None:

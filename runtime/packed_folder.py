@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from ..kernels.groups import tile_shape
 from ..kernels.ops import available
 from ..kernels.packed import PackedLinear, padded
+from ..kernels.residency import Residency
 from ..kernels.store import DTYPES, Damaged, Store
 from ..predictors.errors import CoreskipError, one_line, reason_of
 from ..predictors.fingerprint import Fingerprint, keep
@@ -37,6 +39,9 @@ DOCUMENT, WEIGHTS, PLAN = "packed.json", "weights.bin", OF_PACKED
 FORMAT, VERSION = "coreskip.packed", 1
 #: where a model has what calibrated its rounding
 CALIBRATION = "_coreskip_calibration"
+_SPARING = 1 << 20, 8 << 20, 8 << 20  # bytes of a piece, of all that are read ahead, and of what is unpacked at once
+_readers: WeakKeyDictionary[nn.Module, Residency] = WeakKeyDictionary()
+_stores: WeakKeyDictionary[nn.Module, Store] = WeakKeyDictionary()
 _TRIES = 100  # of what a writer may undo; each takes as long as loading
 
 
@@ -117,13 +122,29 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def store_of(model: nn.Module) -> Store | None:
+    """The file that a model's weights are mapped from; None where it came from no packed model."""
+    return _stores.get(model)
+
+
+def reader_of(model: nn.Module) -> Residency | None:
+    """What reads the packed matrices of a model that was loaded sparingly, while nothing else does."""
+    return _readers.get(model)
+
+
 def load_packed(
-    folder: Path, dtype: torch.dtype | None, device: torch.device, packed: bool | None = None
+    folder: Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    packed: bool | None = None,
+    *,
+    sparing: bool = False,
 ) -> tuple[Any, Any]:
     """The model in `folder`, in evaluation mode, and its tokenizer; unpacked on another device than the CPU, in
     processes without the native kernels, and where it shall not be `packed`.
 
     dtype: of what is computed between matrices; None: as it was when the model was packed.
+    sparing: see `Store`.
 
     Raises:
         CoreskipError: the folder is damaged, newer, or made by another version of transformers that this one cannot
@@ -133,7 +154,7 @@ def load_packed(
         found = _stamp(folder)
         document = read_document(folder)
         try:
-            model, tokenizer = _read(folder, document), _tokenizer(folder)
+            model, tokenizer = _read(folder, document, sparing), _tokenizer(folder)
         except CoreskipError:
             if _stamp(folder) != found:
                 continue
@@ -153,13 +174,19 @@ def _stamp(folder: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-def _read(folder: Path, document: Mapping[str, Any]) -> Any:
+def _read(folder: Path, document: Mapping[str, Any], sparing: bool) -> Any:
     try:
         _check_files(folder, document["files"])
-        store = Store(folder / WEIGHTS, document["tensors"], document["bytes"], document["weights_checksum"])
+        contents = document["tensors"], document["bytes"], document["weights_checksum"]
+        store = Store(folder / WEIGHTS, *contents, sparing=sparing)
         model = _skeleton(folder, document)
         _fill(model, document, store)
         keep(model, _fingerprint(document["fingerprint"], store))
+        _stores[model] = store
+        if sparing:
+            packed = [part["tensor"] for entry in document["packed"].values() for part in entry["parts"]]
+            _readers[model] = Residency(store, packed, *_SPARING, CoreskipError)
+            _readers[model].open()
         return model
     except Damaged as error:
         raise CoreskipError(f"{folder / WEIGHTS} is damaged: {error}: pack the model again") from None

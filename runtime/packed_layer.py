@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from ..kernels import cpu
 from ..kernels.packed import DTYPES, PackedLinear
 from ..predictors.errors import CoreskipError
-from .unpacking import Unpacking, unpack
+from .unpacking import shared, unpack
 
-_unpacking = Unpacking()
 _PLAIN_WAY = "load the model with packed=False"
 
 
@@ -77,7 +76,7 @@ class PackedLayer(nn.Linear):
 
     def multiply(self, x: Tensor, few: bool) -> Tensor:
         """x ``[..., inputs]`` times the matrix; see `Unpacking.multiply`."""
-        return _unpacking.multiply(x, self.parts(), cast("Tensor | None", self.bias), self.weight.dtype, few)
+        return shared.multiply(x, self.parts(), cast("Tensor | None", self.bias), self.weight.dtype, few)
 
     def parts(self, whole: bool = True) -> list[PackedLinear]:
         """The packed matrix. whole: whether x meets its numbers in float32, or rounded to 8 bits."""

@@ -16,7 +16,7 @@ from .bundles import Weights, neuron_weights
 from .layer_skips import LayerSkips
 from .lower_cpu import StepProgram
 from .program import Program, linear_of, native_names
-from .selections import SelectedNeurons, Selections
+from .selections import Packer, SelectedNeurons, Selections
 
 
 class Prepared:
@@ -70,7 +70,8 @@ class Prepared:
         if selections.packed_of is not self:
             selections.forget_packed()
             selections.packed_of = self
-        return selections.selected(lambda layer: self._weights.listable(layer, self._bundle_format), self._altered)
+        packer: Packer = lambda layer, lists: self._weights.listed(layer, self._bundle_format, lists)  # noqa: E731
+        return selections.selected(packer, self._altered)
 
     def step_program(self, selections: Selections | None) -> StepProgram:
         """What a native step computes for sequences with these selections; None: with none of their own."""

@@ -32,6 +32,8 @@ from .calibrate import Study
 from .cost import Cost, cost, read_bandwidth
 from .families import DENSE, FAMILIES, FAST, PROXIES, ROUNDED, Family, outline
 from .lower_cpu import refusal
+from .memory import METHODS as CAPPED_METHODS
+from .memory import cost_under
 from .options import Budget, check_options, given
 from .rounding_search import Roundings
 from .step_timing import StepClock, trial
@@ -201,12 +203,17 @@ class _Search:
         self._paying: dict[Form, bool] = {}
 
     def _cost(self, plan: Plan) -> Cost:
-        return cost(self._study.model, plan, self._anatomy)
+        cap = self._study.memory
+        if cap is None:
+            return cost(self._study.model, plan, self._anatomy)
+        return cost_under(self._study.model, plan, self._anatomy, cap)
 
     def families(self) -> list[Family]:
         """Those to look at here."""
         layers = can_redirect(self._anatomy)  # else attentions cannot be left out
         every = FAST if self._study.fast else FAMILIES
+        if self._study.memory is not None:
+            every = tuple(f for f in every if f.method in CAPPED_METHODS)
         return [f for f in every if (layers or f.method != "layers") and self.formats(f)]
 
     def formats(self, family: Family) -> tuple[str | None, ...]:

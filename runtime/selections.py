@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..kernels.neuron_groups import PackedNeurons
-from ..kernels.ops import PackedMLP
-from ..kernels.sparse import RowLists, SparseMLP
+from ..kernels.sparse import SparseMLP
 from ..predictors.importance import token_contributions
 from ..predictors.policies import Clusters, Observation, PromptNeurons
 
@@ -32,8 +30,8 @@ class Observed:
     down_norm: Tensor
 
 
-#: all neurons of a layer, packed so that they can be listed
-Packer = Callable[[int], "PackedMLP | PackedNeurons"]
+#: a layer's MLP over lists of its neurons, int64 ``[k]`` for all rows, or ``[rows, k]``
+Packer = Callable[[int, Tensor], SparseMLP]
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,12 +153,7 @@ class Selections:
         for layer, distinct in self._distinct.items():
             if layer in without:
                 continue
-            mlp = packed(layer)
-            if alike:
-                lists = RowLists.shared(distinct[group_of_row[0]].to(mlp.device))
-            else:
-                lists = RowLists.of(distinct[group_of_row].to(mlp.device), mlp.intermediate_size)
-            mlps[layer] = SparseMLP(mlp, lists=lists)
+            mlps[layer] = packed(layer, distinct[group_of_row[0] if alike else group_of_row])
         return SelectedNeurons(mlps)
 
     def _anchor(self, layer: int, policy: PromptNeurons) -> int:

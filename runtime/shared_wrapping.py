@@ -38,11 +38,12 @@ class Settings:
     keep_originals: bool | None = None
     lookup: bool = False
     weights: str | None = None
+    memory: int | None = None
 
     @property
     def given(self) -> bool:
         """Whether a certain wrapping is asked for, rather than whatever is fast."""
-        return self.plan is not None or self.exact or self.lookup or self.weights is not None
+        return self.exact or self.lookup or any(x is not None for x in (self.plan, self.weights, self.memory))
 
     def loaded(self, model: Any) -> Settings:
         """The same with the plan read from its path."""
@@ -133,7 +134,12 @@ class SharedWrapping:
         asked = self._settings
         try:
             plan = asked.plan_for(self._model)
-            wrap(self._model, plan, exact=asked.exact, keep_originals=asked.keep_originals, lookup=asked.lookup)
+            options: dict[str, Any] = {
+                "exact": asked.exact,
+                "keep_originals": asked.keep_originals,
+                "lookup": asked.lookup,
+            }
+            wrap(self._model, plan, **options, memory=asked.memory)
         except CoreskipError as error:
             if self._given:
                 raise

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import cpu
+from ..kernels import cpu, residency
 from ..kernels.memory import allocate
 from ..kernels.packed import PackedLinear
+from ..kernels.residency import in_memory
 from .width import joined, most_rows, product
 
 _AT_ONCE = 32 << 20  # bytes of a matrix that are put together at once
@@ -53,7 +54,7 @@ class Unpacking:
         """The matrix, some rows at a time: the first one's index, and the rows, good until the next are asked for or,
         where they are `fresh`, for good."""
         count, inputs = sum(part.out_features for part in parts), parts[0].in_features
-        most = min(count, max(1, _AT_ONCE // (inputs * dtype.itemsize)))
+        most = min(count, max(1, _at_once(parts[0]) // (inputs * dtype.itemsize)))
         memory = torch.empty(0, device="cpu") if fresh else self._scratch(most * inputs * dtype.itemsize)
         for first in range(0, count, most):
             shape = min(most, count - first), inputs
@@ -72,15 +73,46 @@ class Unpacking:
         return memory[:nbytes]
 
 
+#: whose memory many modules use in turn
+shared = Unpacking()
+
+
+def scratch_of(weight: Tensor, packed: bool) -> int:
+    """Bytes that a matrix is put together in; weight: its shape and dtype. One that is not packed is multiplied with
+    whole, as it would be where it lies: torch's sums depend on how many rows it multiplies with."""
+    return min(weight.numel() * weight.element_size(), _AT_ONCE if packed else 1 << 62)
+
+
+def _at_once(part: PackedLinear) -> int:
+    holder = residency.of(part.weight.data_ptr())
+    if holder is None:
+        return _AT_ONCE
+    return min(_AT_ONCE, holder.scratch) if part.grouped else holder.scratch
+
+
+def streamed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """x ``[..., inputs]`` times a matrix that is not where its tensor says, see kernels/residency.py; None where it is,
+    or where gradients go through it, which need it for longer."""
+    holder = residency.of(weight.data_ptr())
+    if holder is None or (torch.is_grad_enabled() and x.requires_grad):
+        return None
+    part = PackedLinear(weight.detach(), weight.shape[1])
+    if holder.keeps(weight):
+        return F.linear(x, next(in_memory(part))[1].weight, bias)
+    return shared.multiply(x, [part], bias, weight.dtype, few=False)
+
+
 def unpack(parts: Sequence[PackedLinear], out: Tensor, first: int = 0) -> Tensor:
     """Writes rows `first` and following of the matrix that `parts` make up to `out`, which it returns."""
     last, at = first + out.shape[0], 0
     for part in parts:
         begin, end = max(first, at), min(last, at + part.out_features)
-        if begin < end and part.grouped:
-            cpu.untile(part, out[begin - first : end - first], begin - at)
-        elif begin < end:
-            out[begin - first : end - first] = part.weight[begin - at : end - at, : part.in_features]
+        for skipped, run in in_memory(part, begin - at, end - at) if begin < end else ():
+            here, to = max(begin, at + skipped), min(end, at + skipped + run.out_features)
+            if run.grouped:
+                cpu.untile(run, out[here - first : to - first], here - at - skipped)
+            else:
+                out[here - first : to - first] = run.weight[here - at - skipped : to - at - skipped, : run.in_features]
         at += part.out_features
     return out
 

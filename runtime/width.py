@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.ops import MAX_ROWS, PackedLinear, linear
+from ..kernels.residency import in_memory
 from ..kernels.sparse import SparseLinear
 from ..kernels.step import StepModel
 
@@ -44,10 +45,13 @@ def most_tokens(model: StepModel) -> int:
 
 def product(x: Tensor, parts: Sequence[PackedLinear]) -> Tensor:
     """x ``[..., inputs]`` times the matrix whose rows are those of `parts`; each row as a native step has it."""
-    inputs = x.shape[-1]
-    if x.numel() <= MAX_ROWS * inputs:
-        return joined([linear(x, part) for part in parts])
-    y = torch.cat([joined([linear(rows, part) for part in parts]) for rows in x.reshape(-1, inputs).split(MAX_ROWS)])
+    return joined([_times(x, run) for part in parts for _, run in in_memory(part)])
+
+
+def _times(x: Tensor, part: PackedLinear) -> Tensor:
+    if x.numel() <= MAX_ROWS * x.shape[-1]:
+        return linear(x, part)
+    y = torch.cat([linear(rows, part) for rows in x.reshape(-1, x.shape[-1]).split(MAX_ROWS)])
     return y.view(*x.shape[:-1], -1)
 
 

@@ -23,6 +23,8 @@ from .bundles import Weights
 from .delegates import check_generates, generator_of
 from .generation import outer_class, wrapped_class
 from .generation import runtime_of as runtime_of
+from .memory import cap_of
+from .memory_size import bytes_of
 from .wrapping import ATTRIBUTE, Options, Runtime
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -35,6 +37,7 @@ def wrap(
     exact: bool = False,
     keep_originals: bool | None = None,
     lookup: bool = False,
+    memory: int | str | None = None,
 ) -> Model:
     """Run `model` under `plan` from now on: ``model.generate`` and everything built on it decode sparsely.
 
@@ -55,6 +58,10 @@ def wrap(
         lookup: draft the tokens that followed the text's last few before (prompt lookup decoding), to be verified under
             the plan itself: the plan's own text, sooner where it repeats itself or its prompt. For one sequence by
             native steps; exact mode does that anyway.
+        memory: what the model may take at most, its weights, KV caches and what computing takes: bytes, "4GB", "512MiB"
+            or "60%" of what is free here. Of a packed model on a CPU: as many of its matrices as there is room for stay
+            in memory, the others are read from its folder at every token, ahead of what is computed
+            (runtime/memory.py). The text is the same. None: what `load` was told.
 
     What is changed about the model afterwards acts at its next step, as on a plain one: weights written to, replaced,
     cast or trained, modules and ``forward``s replaced, adapters, hooks, settings. Not noticed are writes past torch's
@@ -69,6 +76,7 @@ def wrap(
     check_flag("exact", exact)
     check_flag("lookup", lookup)
     check_flag("keep_originals", keep_originals, none=True)
+    cap = None if memory is None else bytes_of(memory)
     check_model(model)
     make_way(model)
     if exact and keep_originals is False:
@@ -80,11 +88,13 @@ def wrap(
     anatomy = dissect(inner)
     plan.check(inner, anatomy)
     _check_dtypes(plan, anatomy)
-    runtime = Runtime(inner, anatomy, plan, Options(exact, keep_originals, lookup))
+    options = Options(exact, keep_originals, lookup, cap_of(inner) if cap is None else cap)
+    runtime = Runtime(inner, anatomy, plan, options)
     runtime.install(wrapped_class(cast(Any, type(inner))))
     if inner is not model:
         runtime.stand_for(model, outer_class(cast(Any, type(model))))
     runtime.replace_originals()
+    runtime.memory.settle()
     return model
 
 
@@ -104,9 +114,10 @@ def wrapped(model: Model, plan: Plan, weights: Weights) -> Iterator[Model]:
     """`wrap` for a while, with matrices that were packed before: for searches, which try many plans on one model."""
     anatomy, inner = weights.anatomy, generator_of(model)
     plan.check(inner, anatomy)
-    runtime = Runtime(inner, anatomy, plan, Options(), weights)
+    runtime = Runtime(inner, anatomy, plan, Options(memory=cap_of(inner)), weights)
     runtime.install(wrapped_class(cast(Any, type(inner))))
     runtime.changes.start()
+    runtime.memory.settle()
     try:
         yield model
     finally:

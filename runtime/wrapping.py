@@ -33,6 +33,7 @@ from .formats import Formats, check_format
 from .layer_skips import LayerSkips
 from .lower_cpu import Packing, StepProgram, refusal
 from .lower_gpu import CapturedSteps, Settled
+from .memory import memory_of
 from .modules import ModulePatches
 from .native import NativeSteps
 from .native_prompts import NativePrompts
@@ -56,6 +57,7 @@ class Options:
     exact: bool = False
     keep_originals: bool | None = None
     lookup: bool = False
+    memory: int | None = None
 
 
 class Runtime:
@@ -82,13 +84,14 @@ class Runtime:
         self.usage = Usage(sum(layer.width for layer in self.program.layers))
         by_prompt = self.program.chosen_by(Chooser.PROMPT)
         self._by_prompt = {layer: cast(PromptNeurons, brick.policy) for layer, brick in by_prompt.items()}
-        self.observed = self._observations()
+        self.observed = _observed(self.anatomy, self.plan, self._by_prompt)
         self._packed_apart = self.program.chosen_by(Chooser.CALIBRATION, Chooser.PROMPT, Chooser.TOKEN).keys()
         self.altered: frozenset[int] = frozenset()  # layers whose MLP is not what was wrapped
         self._places = Places(model, anatomy)
         self._written_in_vain = False
         self._weights = weights or Weights(anatomy)
         self._prepare(options, searching=weights is not None)
+        self.memory = memory_of(self, options.memory, reads_all=options.exact)
         self.exact = SpeculativeDecoder(has_draft=self.decodes_otherwise) if options.exact else None
         self.lookup = SpeculativeDecoder(has_draft=False) if options.lookup and not options.exact else None
         self.gives_way = False  # to whoever wraps or reads the model: see `make_way`
@@ -125,11 +128,6 @@ class Runtime:
         kept = [module for index in self._by_prompt for module in self.anatomy.mlp(index).owner.modules()]
         self.replaced = None if keeps else Replaced(model, lossy=self._demanded and bool(weights), kept=kept)
 
-    def _observations(self) -> dict[int, Observed]:
-        """What prefill adds up, by layer."""
-        found = [policy.observes(layer, self.plan.clusters) for layer, policy in self._by_prompt.items()]
-        return {what.layer: Observed(what, down_norm(self.anatomy.mlp(what.layer))) for what in found}
-
     @property
     def verifies(self) -> bool:
         """Whether decode steps are the dense model's own, but for drafts."""
@@ -157,6 +155,7 @@ class Runtime:
     def install(self, cls: type) -> None:
         """Everything was checked; from here on nothing can fail but for lack of memory. cls: the model's afterwards."""
         modules = self.modules = ModulePatches(self)
+        self.memory.start()
         try:
             self._patch_model()
             everything = modules.patch_linears()
@@ -173,6 +172,7 @@ class Runtime:
             self.patches.set(self.model, ATTRIBUTE, self)
         except BaseException:
             self.patches.undo()
+            self.memory.stop()
             raise
         self.model.__class__ = cls
 
@@ -248,6 +248,7 @@ class Runtime:
         self.patches.undo()
         if self.replaced is not None:
             self.replaced.put_back()
+        self.memory.stop()
 
     def check_removable(self) -> None:
         """Raises CoreskipError where `remove` would."""
@@ -260,7 +261,8 @@ class Runtime:
         return self.replaced is None or self.replaced.reversible
 
     def refuse(self, what: str) -> None:
-        """Raises CoreskipError where packed weights have replaced the model's own."""
+        """Raises CoreskipError where packed weights have replaced the model's own, or are read from its folder."""
+        self.memory.refuse(what)
         if self.replaced is not None:
             self.replaced.refuse(what)
 
@@ -276,13 +278,16 @@ class Runtime:
         """Takes note of what others have changed about the model; and why decode steps have to run on its modules.
 
         Raises:
-            CoreskipError: somebody wrote to a matrix that packed ones have replaced.
+            CoreskipError: somebody wrote to a matrix that packed ones have replaced, or the packed model's file was
+                truncated.
         """
+        self.memory.check()
         changed = self.changes.since(every_setting)
         if changed is not None:
             logger.debug("%d modules of the model were changed: they are packed and described anew", len(changed))
             self._forget(changed)
-            self._written_in_vain = self.replaced is not None and self.replaced.written_to
+            in_vain = self.replaced is not None and self.replaced.written_to
+            self._written_in_vain = in_vain or self.memory.covers(changed)
         if self._written_in_vain:
             self.refuse("write to its weights")
         return self.changes.obstacle()
@@ -304,10 +309,9 @@ class Runtime:
         self.prepared = Prepared(self.anatomy, self.program, self._weights, self.skips, self.altered)
         self.steps.forget()
         if self.observed and not self.altered:
-            self.observed = self._observations()
-        for drafter in (self.exact, self.lookup):
-            if drafter is not None:
-                drafter.forget()
+            self.observed = _observed(self.anatomy, self.plan, self._by_prompt)
+        for drafter in filter(None, (self.exact, self.lookup)):
+            drafter.forget()
 
     def packed_alone(self, module: nn.Module) -> list[PackedLinear] | None:
         """A linear's packed form where its matrix is gone; None where that is there."""
@@ -358,6 +362,12 @@ class Runtime:
     def _own_selections(self, cache: Cache) -> Selections | None:
         """Of a cache whose sequences decide something."""
         return selections_of(cache, self) if self._by_prompt or self.skips.adaptive else None
+
+
+def _observed(anatomy: Anatomy, plan: Plan, by_prompt: dict[int, PromptNeurons]) -> dict[int, Observed]:
+    """What prefill adds up, by layer."""
+    found = [policy.observes(layer, plan.clusters) for layer, policy in by_prompt.items()]
+    return {what.layer: Observed(what, down_norm(anatomy.mlp(what.layer))) for what in found}
 
 
 def runtime_of(model: nn.Module) -> Runtime:

@@ -32,6 +32,16 @@ struct StepNorm {
     int kind;
 };
 
+// A run of a matrix' units (division.h) that steps read from a file, see Stream. `place`, of the first whole block, is
+// where it goes in the ring; `after`: the piece before it, in this lap or the last, that has had that memory; -1: none.
+struct StreamPiece {
+    int64_t at, bytes;         // in the file
+    int64_t place, after;
+    int64_t begin, end;        // units
+};
+
+class Stream;
+
 struct StepLinear {
     const void* weight;  // [out][stride] of `dtype`, or tiles, or columns; null: there is no such projection
     const float* scale;  // kInt8: [out]
@@ -40,6 +50,7 @@ struct StepLinear {
     int64_t in, out, stride;
     double neurons;      // columns: what each input left out adds to the neurons skipped
     float least;         // columns: smaller inputs are left out
+    int64_t piece, pieces;  // of the model's stream, which brings the weight; none: it is in memory
     int dtype, columns;  // columns: `weight` is [in][stride]
     int whole;           // tiles: they meet x as it is, not rounded to 8 bits
 };
@@ -63,6 +74,7 @@ struct NeuronGroups {
     const float* gate_bias;  // [neurons] or null
     const float* up_bias;
     const float* mean;       // what each neuron counts as where it is left out, or null
+    const int32_t* place;    // [neurons], which of the rows a listed neuron's is, or null: they are in order
     int64_t neurons, width, row_bytes, rest_bytes;  // width: hidden, padded to 64
     float threshold, refine; // the least estimate of a candidate; of exact scores, the least that is kept
     int format, gated;
@@ -127,6 +139,7 @@ struct StepModel {
     const void* embedding;  // [vocabulary][hidden] of `embedding_dtype`, or tiles of that format
     StepNorm norm;
     StepLinear head;
+    Stream* stream;         // brings what is not in memory, or null
     int64_t layer_count, hidden, embedding_stride;  // of tiles: inputs of one row with its padding
     float embedding_scale, logit_scale, logit_softcap;
     int embedding_dtype, kv_dtype, logit_dtype;

@@ -15,6 +15,6 @@ extern std::atomic<const Isa*> active;
 extern std::atomic<const Isa*> active_bf16;
 extern std::atomic<const StepIsa*> active_step;
 
-enum Status : int { kOk = 0, kBadIndex = 1, kNoMemory = 2, kUnknown = 3 };
+enum Status : int { kOk = 0, kBadIndex = 1, kNoMemory = 2, kUnknown = 3, kUnreadable = 4 };
 
 }  // namespace coreskip

@@ -11,6 +11,7 @@
 #include "dispatch.h"
 #include "logits.h"
 #include "step_walker.h"
+#include "stream.h"
 #include "team.h"
 
 namespace coreskip {
@@ -45,14 +46,16 @@ class Steps {
         return true;
     }
 
-    // Calls walk(walker) for every thread, each ready for a step of these tokens.
+    // Calls walk(walker) for every thread, each ready for a step of these tokens. False where weights could not be read.
     template <class Walk>
-    void run(const int64_t* past, const int64_t* ids, const int64_t* places, Walk walk) {
+    bool run(const int64_t* past, const int64_t* ids, const int64_t* places, Walk walk) {
+        const int64_t lap = model_.stream ? model_.stream->begin() : 0;
         team_->together(members_, call_.threads, [&](Member& member) {
             Walker& walker = walkers_[member.part];
-            walker.begin(member, past, ids, places);
+            walker.begin(member, past, lap, ids, places);
             walk(walker, member.part);
         });
+        return !model_.stream || !model_.stream->failed();
     }
 
     // The first thread takes part in every step: what all threads know, it knows of all steps.
@@ -83,12 +86,13 @@ int generate(const StepModel& model, const StepCall& call, int64_t count, const 
     for (bool ended = false; n < count && !ended; n++, place++, past++) {
         int64_t found = 0;
         float chance = 1;
-        steps.run(&past, &token, &place, [&](Walker& walker, int part) {
+        const bool read = steps.run(&past, &token, &place, [&](Walker& walker, int part) {
             walker.run();
             const int64_t likeliest = walker.likeliest();
             const float probability = chances ? walker.probability() : 1.f;
             if (part == 0) found = likeliest, chance = probability;
         });
+        if (!read) return kUnreadable;
         made[n] = token = found;
         if (chances) chances[n] = chance;
         ended = !(chance >= least) || std::find(ends, ends + end_count, token) != ends + end_count;
@@ -107,9 +111,9 @@ using namespace coreskip;
 CORESKIP_API int coreskip_step(const StepModel* model, const StepCall* call) {
     Steps steps(*model, *call, 0);
     if (!steps.reserve()) return kNoMemory;
-    steps.run(call->past, call->tokens, call->positions, [](Walker& walker, int) { walker.run(); });
+    const bool read = steps.run(call->past, call->tokens, call->positions, [](Walker& walker, int) { walker.run(); });
     steps.count_skipped();
-    return kOk;
+    return read ? kOk : kUnreadable;
 }
 
 // Decodes greedily from one token of one sequence: `count` tokens, or fewer where one of `ends` comes. The caches have

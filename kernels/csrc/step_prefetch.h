@@ -97,6 +97,7 @@ class Prefetch {
                        neuron_share(n, count, sums.end - 1, c.threads).end};
         if (range.begin >= range.end) return {0, 0};
         if (b.list) range = {b.list[range.begin], b.list[range.end - 1] + 1};
+        if (n.place) range = {n.place[range.begin], n.place[range.end - 1] + 1};
         const int64_t row = n.scan ? scanned_bytes(n) / kTile : n.row_bytes;
         const auto base = reinterpret_cast<uintptr_t>(n.scan ? n.scan : n.rows);
         return {base + range.begin * row, std::min((range.end - range.begin) * row, n.scan ? kScanLead : kLead)};

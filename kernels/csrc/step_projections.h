@@ -9,6 +9,7 @@
 
 #include "step_prefetch.h"
 #include "step_thread.h"
+#include "stream.h"
 
 namespace coreskip {
 
@@ -91,6 +92,8 @@ class Projections {
             if (strip.begin < strip.end) project_columns(*all.matrix[i], all.y[i], strip.begin, strip.end);
         }
         if (all.columns.count()) ahead.finished = all.next;
+        for (int i = 0; i < 3; i++)
+            if (all.matrix[i] && all.matrix[i]->pieces) project_streamed(*all.matrix[i], all.y[i]);
     }
 
     // One matrix's units `begin` to `end`.
@@ -149,6 +152,19 @@ class Projections {
     bool ready_whole_ = false;
     const StepLinear* chosen_for_ = nullptr;  // whose inputs `list` and `selected` hold
     int64_t chosen_count_ = 0;
+
+    // A matrix that comes piece by piece: who is free takes some of the piece that is there.
+    void project_streamed(const StepLinear& l, float* y) {
+        const int64_t most = std::max<int64_t>(1, kPiece / unit_bytes(l));
+        StepLinear piece = l;
+        for (int64_t i = l.piece; i < l.piece + l.pieces; i++) {
+            const char* memory = m.stream->wait(i, thread.lap);
+            for (Range units; m.stream->take(i, thread.lap, most, units); m.stream->finish(i, units.end - units.begin)) {
+                piece.weight = memory - m.stream->first(i) * unit_bytes(l);  // as if the whole matrix were there
+                project(piece, y, units.begin, units.end);
+            }
+        }
+    }
 
     // The inputs of a column-sparse linear that count for any token. Every thread makes the same choice.
     int64_t choose_inputs(const StepLinear& l) {

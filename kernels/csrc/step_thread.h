@@ -39,7 +39,8 @@ struct Units {
     }
 };
 
-// Matrices that read the same input. Those that are read whole are shared out together, and so are those by columns.
+// Matrices that read the same input. Those that are read whole are shared out together, and so are those by columns;
+// those that a stream brings come piece by piece.
 struct Matrices {
     const StepLinear* matrix[3] = {};
     float* y[3] = {};
@@ -52,7 +53,7 @@ struct Matrices {
         std::copy(matrices.begin(), matrices.end(), matrix);
         std::copy(outputs.begin(), outputs.end(), y);
         for (int i = 0; i < 3; i++) {
-            const bool there = matrix[i] && matrix[i]->weight, sparse = there && matrix[i]->columns;
+            const bool there = matrix[i] && matrix[i]->weight && !matrix[i]->pieces, sparse = there && matrix[i]->columns;
             const int64_t count = there ? units(*matrix[i]) : 0;
             whole.end[i] = whole.begin(i) + (sparse ? 0 : count);
             columns.end[i] = columns.begin(i) + (sparse ? count : 0);
@@ -81,6 +82,7 @@ struct StepThread {
     int part = 0, parts = 1;
     int tokens = 0;                // rows of x
     const int64_t* past = nullptr;  // of each sequence
+    int64_t lap = 0;               // of the model's stream
     const int64_t* ids = nullptr;
     const int64_t* places = nullptr;
     int64_t skipped = 0;           // neurons that all threads know to be left out

@@ -24,11 +24,11 @@ class Walker {
 
     // The next step: as which member of the team, and with how many positions in each sequence's cache. What has been fetched for
     // the last step's share is of no use for another.
-    void begin(Member& member, const int64_t* past, const int64_t* ids, const int64_t* places) {
+    void begin(Member& member, const int64_t* past, int64_t lap, const int64_t* ids, const int64_t* places) {
         if (member.part != thread.part || member.parts != thread.parts) ahead_.rewind();
         thread.member = &member;
         thread.part = member.part, thread.parts = member.parts;
-        thread.past = past, thread.ids = ids, thread.places = places;
+        thread.past = past, thread.lap = lap, thread.ids = ids, thread.places = places;
         thread.tokens = static_cast<int>(thread.s.tokens);
         ahead_.finished = 0;
         mlp_.begin();

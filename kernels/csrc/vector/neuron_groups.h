@@ -367,7 +367,9 @@ class Listed {
 
     int64_t at(int64_t i) const { return job_.list ? job_.list[i] : i; }
     int64_t group_of(int64_t i) const { return at(i) / kOf32; }
-    const uint8_t* row_of(int64_t i) const { return job_.n.rows + at(i) * job_.n.row_bytes; }
+    const uint8_t* row_of(int64_t i) const {
+        return job_.n.rows + (job_.n.place ? job_.n.place[at(i)] : at(i)) * job_.n.row_bytes;
+    }
     bool inside(int64_t i) const { return i > 0 && i < job_.count && group_of(i) == group_of(i - 1); }
 
     // Returns where the next group begins.

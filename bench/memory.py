@@ -1,0 +1,325 @@
+"""Generating in less memory than the weights: ours, the same weights mapped, and accelerate's disk offload of them.
+
+    python -m coreskip.bench.memory FOLDER --cap 0.5 --cap 0.25 --rows bench/rows/memory.jsonl
+    python -m coreskip.bench.memory --shape llama-3.2-1b --weights bfloat16 --work /tmp/shapes --cap 0.5
+
+FOLDER is a packed model; --shape makes one with random weights, and the bfloat16 checkpoint of it that accelerate
+offloads, and keeps both in --work. A cap is a share of the file of weights, or bytes ("1GB").
+
+Each way is a process of its own in a memory control group of its own, version 1 or 2, with the cap as its limit and
+without swap; the page cache is dropped before. What the libraries take is loaded before the process joins the group:
+the limit is on the model, its texts and its reads, the page cache's pages among them. Without the right to make such
+a group, nothing limits the ways but what they are told, and the rows say so. All ways make greedy text from the same
+tokens; `same_text` compares it with that of the same weights without a cap.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import transformers
+
+from coreskip.bench.provenance import model_name, provenance, write_rows
+from coreskip.bench.workloads import Shape
+from coreskip.kernels.files import DirectFile
+from coreskip.predictors.checks import PACKINGS
+from coreskip.predictors.errors import CoreskipError
+from coreskip.predictors.files import check_file
+from coreskip.runtime.load import load
+from coreskip.runtime.memory import Capped
+from coreskip.runtime.memory_size import bytes_of, text_of
+from coreskip.runtime.pack import pack
+from coreskip.runtime.packed_folder import WEIGHTS
+from coreskip.runtime.wrap import runtime_of, wrap
+
+Row = dict[str, Any]
+_BESIDE = 64 << 20  # bytes of a group beside its cap: page tables, threads, modules that the libraries load late
+_SHARES = (0.75, 0.5, 0.35, 0.2)  # of the cap that accelerate may fill: the largest that survives counts
+_PROMPT = 32  # tokens
+
+
+# ---- a way, in its own process ----
+
+
+class _Clock(transformers.generation.streamers.BaseStreamer):
+    """When each token came, and what had been read by then."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, float]] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.seen += [_used()] * value.numel()
+
+    def end(self) -> None:
+        pass
+
+
+def _used() -> dict[str, float]:
+    """The time, bytes that this process had read from disks, and its faults that waited for one."""
+    io = Path("/proc/self/io")
+    lines = dict(line.split(": ") for line in io.read_text().splitlines()) if io.is_file() else {}
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+    return {"s": time.perf_counter(), "bytes": int(lines.get("read_bytes", 0)), "faults": faults}
+
+
+def _ours(folder: Path, cap: int | None, plan: str | None) -> Any:
+    model, _ = load(folder, memory=cap)
+    return wrap(model, plan)
+
+
+def _accelerated(folder: Path, cap: int | None, plan: str | None) -> Any:
+    """From a checkpoint of transformers, with at most `cap` bytes of it in memory."""
+    options: dict[str, Any] = {"device_map": "auto", "max_memory": {"cpu": cap}, "offload_folder": folder / "offload"}
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options).eval()
+
+
+_LOADERS: dict[str, Callable[[Path, int | None, str | None], Any]] = {"ours": _ours, "accelerate": _accelerated}
+
+
+def _warm(folder: Path) -> None:
+    """What the libraries import late, they import now; a tokenizer takes 45 MB whatever model it is for."""
+    with contextlib.suppress(OSError, ValueError):
+        transformers.AutoTokenizer.from_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    model: Any = transformers.LlamaForCausalLM(config)
+    with wrap(model), torch.no_grad():
+        model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False, pad_token_id=0)
+
+
+def _serve(way: str, folder: Path, cap: int | None, plan: str | None, tokens: int, group: str | None) -> None:
+    """Runs a way and prints its figures."""
+    _warm(folder)
+    if group is not None:
+        (Path(group) / "cgroup.procs").write_text(str(os.getpid()))
+    begin = time.perf_counter()
+    model = _LOADERS[way](folder, cap, plan)
+    ready = time.perf_counter()
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(5, vocabulary, (1, _PROMPT), generator=torch.Generator().manual_seed(0))
+
+    def generate(count: int) -> tuple[list[int], list[dict[str, float]]]:
+        clock, mask = _Clock(), torch.ones_like(ids)
+        options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+        with torch.no_grad():
+            output = model.generate(ids, attention_mask=mask, streamer=clock, **options)
+        return output[0, _PROMPT:].tolist(), clock.seen[_PROMPT:]
+
+    generate(2)
+    start = time.perf_counter()
+    made, seen = generate(tokens)
+    taken = {name: (seen[-1][name] - seen[0][name]) / (tokens - 1) for name in seen[0]}
+    figures = {
+        "load_s": ready - begin,
+        "first_token_s": seen[0]["s"] - start,
+        "tokens_per_second": 1 / taken["s"],
+        "bytes_read_per_token": taken["bytes"],
+        "major_faults_per_token": taken["faults"],
+        "text": made,
+    }
+    memory = runtime_of(model).memory if way == "ours" else None
+    if isinstance(memory, Capped):
+        figures |= {"kept_bytes": memory.kept_bytes, "streamed_bytes": memory.streamed_bytes}
+    print(json.dumps(figures))
+
+
+# ---- groups ----
+
+
+class Group:
+    """A memory control group with a limit, or none where it may not be made: `path` is None then."""
+
+    def __init__(self, limit: int) -> None:
+        self.path, self._old = self._make(), True
+        if self.path is None:
+            return
+        self._old = (self.path / "memory.limit_in_bytes").exists()
+        limits = ["memory.limit_in_bytes", "memory.memsw.limit_in_bytes"] if self._old else ["memory.max"]
+        (self.path / limits[0]).write_text(str(limit))
+        with contextlib.suppress(OSError):  # where there is no swap, there is none to forbid
+            (self.path / limits[1] if self._old else self.path / "memory.swap.max").write_text(
+                str(limit) if self._old else "0"
+            )
+
+    @staticmethod
+    def _make() -> Path | None:
+        mount = Path("/sys/fs/cgroup")
+        for line in Path("/proc/self/cgroup").read_text().splitlines() if mount.is_dir() else ():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            place = (mount / "memory" if controllers else mount) / path.strip("/") / f"coreskip-{os.getpid()}"
+            with contextlib.suppress(OSError):
+                place.mkdir()
+                if (place / "memory.limit_in_bytes").exists() or (place / "memory.max").exists():
+                    return place
+                place.rmdir()
+        return None
+
+    def peak(self) -> int | None:
+        """Bytes that it has taken at most."""
+        name = "memory.max_usage_in_bytes" if self._old else "memory.peak"
+        with contextlib.suppress(OSError):
+            return None if self.path is None else int((self.path / name).read_text())
+        return None
+
+    def close(self) -> None:
+        for _ in range(50 if self.path is not None else 0):
+            with contextlib.suppress(OSError):
+                self.path.rmdir()  # type: ignore[union-attr]
+                return
+            time.sleep(0.1)
+
+
+def drop_page_cache() -> bool:
+    """Whether it could be done."""
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("1")
+    except OSError:
+        return False
+    return True
+
+
+# ---- all ways ----
+
+
+def run_way(way: str, folder: Path, cap: int | None, plan: Path | None, tokens: int, limit: int | None) -> Row | None:
+    """A way's figures; None where it was killed for its memory. limit: of the group that it runs in."""
+    group = None if limit is None else Group(limit)
+    place = None if group is None or group.path is None else str(group.path)
+    drop_page_cache()
+    asked = [way, str(folder), json.dumps(cap), json.dumps(None if plan is None else str(plan)), str(tokens)]
+    command = [sys.executable, "-m", "coreskip.bench.memory", "--serve", *asked, json.dumps(place)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    peak = None if group is None else group.peak()
+    if group is not None:
+        group.close()
+    if done.returncode < 0:
+        return None
+    if done.returncode:
+        raise CoreskipError(f"{way} failed: {done.stderr.strip().splitlines()[-1:]}")
+    return {**json.loads(done.stdout.splitlines()[-1]), "peak_bytes": peak, "grouped": place is not None}
+
+
+def _accelerate_at_best(checkpoint: Path, cap: int, tokens: int, limit: int) -> Row | None:
+    for share in _SHARES:
+        found = run_way("accelerate", checkpoint, int(share * cap), None, tokens, limit)
+        if found is not None:
+            return {**found, "kept_bytes": int(share * cap)}
+    return None
+
+
+def measure(
+    folder: Path, caps: tuple[str, ...], tokens: int, plans: tuple[Path, ...], checkpoint: Path | None, slow_tokens: int
+) -> Iterator[Row]:
+    """One row a way and a cap."""
+    file = folder / WEIGHTS
+    size, bandwidth = file.stat().st_size, DirectFile(os.open(file, os.O_RDONLY)).bandwidth
+    about = {"kind": "memory", "model": model_name(str(folder)), "weight_bytes": size, "disk_bandwidth": bandwidth}
+    free = run_way("ours", folder, None, None, tokens, None)
+    assert free is not None
+    expected = free["text"]
+    yield {**about, "way": "no cap", **_told(free, expected)}
+    for text in caps:
+        cap = _cap(text, size)
+        ways: dict[str, Callable[[], Row | None]] = {
+            "memory": lambda cap=cap: run_way("ours", folder, cap, None, tokens, cap + _BESIDE),  # type: ignore[misc]
+            "mapped": lambda cap=cap: run_way("ours", folder, None, None, slow_tokens, cap + _BESIDE),  # type: ignore[misc]
+        }
+        for plan in plans:
+            ways[f"memory, {plan.name}"] = lambda cap=cap, plan=plan: run_way(  # type: ignore[misc]
+                "ours", folder, cap, plan, tokens, cap + _BESIDE
+            )
+        if checkpoint is not None:
+            ways["accelerate"] = lambda cap=cap: _accelerate_at_best(checkpoint, cap, slow_tokens, cap + _BESIDE)  # type: ignore[misc]
+        for name, run in ways.items():
+            found = run()
+            row = {**about, "way": name, "cap": cap, "limit_bytes": cap + _BESIDE}
+            yield row | ({"killed": True} if found is None else _told(found, expected))
+
+
+def _told(found: Row, expected: list[int]) -> Row:
+    text = found.pop("text")
+    return {**found, "tokens": len(text), "same_text": text == expected[: len(text)]}
+
+
+def _cap(text: str, size: int) -> int:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) <= 1:
+            return int(float(text) * size)
+    return bytes_of(text)
+
+
+def make_shape(name: str, weights: str, work: Path) -> tuple[Path, Path]:
+    """A packed model of random weights, and the checkpoint of the same in bfloat16."""
+    checkpoint, folder = work / name, work / f"{name}.{weights}"
+    if not (checkpoint / "config.json").is_file():
+        Shape(name).build(torch.bfloat16, torch.device("cpu")).save_pretrained(checkpoint)
+    if not folder.is_dir():
+        model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+        pack(model, load()[1], folder, weights=weights)
+    return folder, checkpoint
+
+
+@click.command(help=__doc__)
+@click.argument("folder", required=False, type=click.Path(path_type=Path))
+@click.option("--shape", help="Random weights of a real shape.")
+@click.option("--weights", type=click.Choice(PACKINGS), default="bfloat16", show_default=True, help="Of the shape.")
+@click.option("--work", type=click.Path(path_type=Path), help="Where the shape's files are kept.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="FOLDER's model for accelerate, of transformers.")
+@click.option("--cap", "caps", multiple=True, default=("0.5", "0.25"), show_default=True)
+@click.option("--plan", "plans", multiple=True, type=click.Path(path_type=Path), help="Under the caps, too.")
+@click.option("--tokens", default=32, show_default=True, help="Of our ways.")
+@click.option("--slow-tokens", default=8, show_default=True, help="Of mapping and accelerate.")
+@click.option("--rows", type=click.Path(path_type=Path), help="Where the rows go.")
+def main(
+    folder: Path | None, shape: str | None, weights: str, work: Path | None, checkpoint: Path | None,
+    caps: tuple[str, ...], plans: tuple[Path, ...], tokens: int, slow_tokens: int, rows: Path | None,
+) -> None:  # fmt: skip
+    if (folder is None) == (shape is None) or (shape is not None and work is None):
+        raise click.UsageError("give the folder of a packed model, or a --shape and where to --work")
+    if rows is not None:
+        check_file(rows)
+    if shape is not None:
+        assert work is not None
+        folder, checkpoint = make_shape(shape, weights, work)
+    assert folder is not None
+    found = []
+    for row in measure(folder, caps, tokens, plans, checkpoint, slow_tokens):
+        found.append(row | provenance("python -m coreskip.bench.memory " + " ".join(sys.argv[1:])))
+        click.echo(_line(row))
+    if rows is not None:
+        write_rows(rows, found)
+
+
+def _line(row: Row) -> str:
+    cap = "no cap" if "cap" not in row else text_of(row["cap"])
+    if row.get("killed"):
+        return f"{cap:>9}  {row['way']:24} killed for its memory"
+    peak = "-" if row["peak_bytes"] is None else text_of(row["peak_bytes"])
+    return (
+        f"{cap:>9}  {row['way']:24} {row['tokens_per_second']:7.2f} tok/s, first {row['first_token_s']:5.2f} s, "
+        f"{text_of(row['bytes_read_per_token'])} read and {row['major_faults_per_token']:.0f} faults a token, "
+        f"peak {peak}, {'the same text' if row['same_text'] else 'another text'}"
+    )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--serve"]:
+        way_, folder_, cap_, plan_, tokens_, group_ = sys.argv[2:]
+        _serve(way_, Path(folder_), json.loads(cap_), json.loads(plan_), int(tokens_), json.loads(group_))
+    else:
+        main()

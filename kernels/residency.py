@@ -1,0 +1,376 @@
+"""A file of weights of which part is in memory: some of its tensors are kept there, the others are read from it, piece
+by piece, whenever they are used.
+
+Nothing else changes for who has the tensors: they are views of the mapped file, and whoever reads them gets their
+numbers, by page faults. Who reads a lot asks here first: native steps (`attach`), and products on a model's modules
+(`in_memory`). A mapping by itself would not do: a step reads all weights in the same order, and the page cache drops
+just what is needed next. Here reads are large, go past the page cache where the system can (O_DIRECT), and are ahead
+of what is computed (csrc/stream.h).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import arguments, cpu
+from .files import PAGE, READERS, anonymous
+from .groups import FORMATS, GROUP, TILE
+from .packed import PackedLinear
+from .store import Store
+
+_CODES = {form.code: form for form in FORMATS.values()}
+_FOUR = 4  # rows of a unit of matrices without groups; `unit` in csrc/step_thread.h
+_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+
+_active: list[weakref.ref[Residency]] = []
+
+
+class Residency:
+    """What of a mapped file is kept in memory.
+
+    Args:
+        store: the file.
+        streamed: names of the tensors that are read whenever they are used, unless they are kept. Others are left to
+            the page cache.
+        piece, ring: bytes that are read at once, whole pages, and of the memory that they are read into.
+        scratch: bytes that matrices may be unpacked into at once.
+        unreadable: made of a text and raised where the file cannot be read.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        streamed: Sequence[str],
+        piece: int,
+        ring: int,
+        scratch: int,
+        unreadable: Callable[[str], Exception] = OSError,
+    ) -> None:
+        self.store, self.piece, self.scratch, self._unreadable = store, piece, scratch, unreadable
+        self._base = store.memory.data_ptr()
+        self._sizes = dict(sorted(store.spans[name] for name in streamed))  # bytes by offset
+        self._offsets = list(self._sizes)
+        self._kept: dict[int, Tensor] = {}  # by offset
+        self.ring = anonymous(ring)
+        self._running: Stream | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self.lock = threading.RLock()  # of the ring
+        self.version = 0  # of what is kept
+        self.bytes_read = 0  # for products on modules
+
+    def open(self) -> None:
+        """From now on products with the file's tensors come here."""
+        _active.append(weakref.ref(self))
+
+    def close(self) -> None:
+        """The file is mapped as it was, and nothing of it kept."""
+        _active[:] = [ref for ref in _active if ref() not in (None, self)]
+        with self.lock:
+            self.use(None)
+            self._kept.clear()
+            if self._pool is not None:
+                self._pool.shutdown()
+                self._pool = None
+
+    # --- what is kept
+
+    def keep(self, name: str) -> None:
+        """Reads a tensor into memory, to stay there."""
+        at, size = self.store.spans[name]
+        copy = anonymous(size)
+
+        def read(first: int) -> None:
+            self._read(at + first, min(self.piece, size - first), copy[first:])
+
+        list(self._readers().map(read, range(0, size, self.piece)))
+        self._kept[at] = copy[:size]
+        self.version += 1
+
+    def drop(self, name: str) -> None:
+        """A tensor is not kept any longer; steps that were made before go on with what they hold."""
+        del self._kept[self.store.spans[name][0]]
+        self.version += 1
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(copy.nbytes for copy in self._kept.values())
+
+    def covers(self, weight: Tensor) -> bool:
+        """Whether these numbers are read from the file, or kept: changes to them would not act."""
+        return weight.device.type == "cpu" and self._tensor_at(weight.data_ptr()) is not None
+
+    def keeps(self, weight: Tensor) -> bool:
+        """Whether these numbers are in memory."""
+        found = self.place(weight.data_ptr())
+        return found is not None and found[0] is not None
+
+    def _tensor_at(self, address: int) -> tuple[int, int] | None:
+        """The tensor that may be streamed at this address of the mapping: its offset, and that of the address."""
+        offset = address - self._base
+        before = bisect_right(self._offsets, offset)
+        if not before:
+            return None
+        at = self._offsets[before - 1]
+        return (at, offset) if offset < at + self._sizes[at] else None
+
+    def place(self, address: int) -> tuple[int | None, int] | None:
+        """Where something at this address of the mapping is: the address in memory, or None where it is to be read,
+        and its offset in the file. None of what is not kept here."""
+        found = self._tensor_at(address)
+        if found is None:
+            return None
+        at, offset = found
+        copy = self._kept.get(at)
+        return (None if copy is None else copy.data_ptr() + offset - at), offset
+
+    def holders(self) -> list[Tensor]:
+        """What has to live as long as addresses from `place` are used."""
+        return list(self._kept.values())
+
+    # --- reading
+
+    def _read(self, at: int, size: int, to: Tensor) -> None:
+        try:
+            self.store.file.read(at, size, to)
+        except OSError as error:
+            raise self.error(str(error)) from None
+
+    def error(self, reason: str) -> Exception:
+        return self._unreadable(f"cannot read the weights any more, {reason}: load the model again")
+
+    def check(self) -> None:
+        """Raises where the file is shorter than it was: whoever reads the mapping beyond its end would be killed."""
+        if os.fstat(self.store.file.fd).st_size < self.store.memory.numel():
+            raise self.error("their file is shorter than it was")
+
+    def use(self, stream: Stream | None) -> None:
+        """Who has the ring from now on; None: this class itself. Under the lock."""
+        if self._running not in (None, stream):
+            self._running.stop()
+        self._running = stream
+
+    def runs(self, part: PackedLinear, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, PackedLinear]]:
+        """See `in_memory`; others wait meanwhile."""
+        weight = part.weight
+        found = self.place(weight.data_ptr())
+        if found is None:
+            yield 0, part
+        elif found[0] is not None:
+            yield 0, replace(part, weight=self._kept_view(weight))
+        else:
+            rows = TILE if part.grouped else 1
+            units = begin // rows, -(-(part.out_features if end is None else end) // rows)
+            with self.lock:
+                self.use(None)
+                yield from self._read_runs(part, found[1], rows, units)
+
+    def _kept_view(self, weight: Tensor) -> Tensor:
+        found = self._tensor_at(weight.data_ptr())
+        assert found is not None
+        at, offset = found
+        return self._kept[at][offset - at :][: weight.nbytes].view(weight.dtype).view(weight.shape)
+
+    def _read_runs(
+        self, part: PackedLinear, offset: int, rows: int, units: tuple[int, int]
+    ) -> Iterator[tuple[int, PackedLinear]]:
+        """Some units of a matrix, of so many rows each, as many runs ahead as the ring holds."""
+        weight = part.weight
+        unit = weight.nbytes // weight.shape[0]
+        count = max(1, self.piece // unit)
+        place = (-(-count * unit // PAGE) + 1) * PAGE  # wherever a run begins in a page
+        places = self.ring.numel() // place
+        todo = deque(enumerate(range(*units, count)))
+        reading: deque[tuple[int, int, Tensor, Future[None]]] = deque()
+
+        def begin() -> None:
+            index, first = todo.popleft()
+            n = min(count, units[1] - first)
+            to = self.ring[index % places * place :][:place]
+            reading.append((first, n, to, self._readers().submit(self._read, offset + first * unit, n * unit, to)))
+
+        try:
+            while todo and len(reading) < places:
+                begin()
+            while reading:
+                first, n, to, done = reading.popleft()
+                done.result()
+                self.bytes_read += n * unit
+                memory = to[(offset + first * unit) % PAGE :][: n * unit]
+                yield first * rows, _run(part, memory, first * rows, n)
+                if todo:
+                    begin()
+        finally:
+            for *_, done in reading:
+                done.exception()  # nothing may write into the ring any more
+
+    def _readers(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="coreskip-read")
+        return self._pool
+
+
+def _run(part: PackedLinear, memory: Tensor, first: int, units: int) -> PackedLinear:
+    """Rows of a matrix from `first` on, which lie in `memory`."""
+    weight = memory.view(part.weight.dtype).view(units, *part.weight.shape[1:])
+    last = min(first + units * (TILE if part.grouped else 1), part.out_features)
+    bias = None if part.bias is None else part.bias[first:last]
+    return replace(part, weight=weight, bias=bias, rows=last - first if part.grouped else None)
+
+
+def of(address: int) -> Residency | None:
+    """Who keeps what is at this address, if anybody does."""
+    for ref in _active:
+        found = ref()
+        if found is not None and found.place(address) is not None:
+            return found
+    return None
+
+
+def in_memory(part: PackedLinear, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, PackedLinear]]:
+    """Rows `begin` to `end` of a matrix, and perhaps some around them, in runs that are in memory, each good until the
+    next is asked for: the first row's index, and the rows. Usually it is one, the matrix.
+
+    Raises what `Residency` was told to where the file cannot be read.
+    """
+    holder = of(part.weight.data_ptr()) if _active else None
+    return iter(((0, part),)) if holder is None else holder.runs(part, begin, end)
+
+
+def copied(part: PackedLinear) -> PackedLinear:
+    """A matrix in memory for as long as it is held: itself where it is there."""
+    holder = of(part.weight.data_ptr()) if _active else None
+    if holder is None or holder.keeps(part.weight):
+        return next(in_memory(part))[1]
+    return replace(part, weight=torch.cat([run.weight.clone() for _, run in holder.runs(part)]))
+
+
+# ---- native steps ----
+
+
+class Stream:
+    """The pieces that the native step of one program reads, in its order."""
+
+    def __init__(self, residency: Residency, pieces: Sequence[tuple[int, int, int, int]]) -> None:
+        """pieces: of each its place in the file, bytes, and first and last unit."""
+        self._residency, self._held = residency, residency.holders()
+        self._pieces = _placed(pieces, residency.ring.numel())
+        self._library = cpu.library()
+        self.address = 0
+        if pieces:
+            fd, ring = residency.store.file.fd, residency.ring.data_ptr()
+            self.address = self._library.coreskip_stream(fd, ring, self._pieces, len(pieces), READERS)
+            self._end = weakref.finalize(self, self._library.coreskip_stream_end, self.address)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """For the length of native steps.
+
+        Raises what `Residency` was told to where the file cannot be read.
+        """
+        if not self.address:
+            yield
+            return
+        with self._residency.lock:
+            self._residency.use(self)
+            try:
+                yield
+            except OSError as error:
+                self.stop()
+                raise self._residency.error(str(error)) from None
+
+    def stop(self) -> None:
+        """Nothing is read any more."""
+        self._library.coreskip_stream_stop(self.address)
+
+    @property
+    def bytes_read(self) -> int:
+        return int(self._library.coreskip_stream_bytes(self.address)) if self.address else 0
+
+    @property
+    def bytes_a_step(self) -> int:
+        return sum(piece.bytes for piece in self._pieces)
+
+
+def attach(model: arguments.StepModel, layers: Iterable[arguments.StepLayer]) -> Stream | None:
+    """Lets a native step read its matrices where a `Residency` has them; None where none has any.
+
+    Of the structs what is kept gets its address, and what is read its pieces.
+    """
+    matrices = [matrix for layer in layers for matrix in _in_order(layer)] + [model.head]
+    holders = [of(matrix.weight) for matrix in matrices if matrix.weight] if _active else []
+    residency = next((holder for holder in holders if holder is not None), None)
+    if residency is None:
+        return None
+    pieces: list[tuple[int, int, int, int]] = []
+    for matrix in matrices:
+        found = residency.place(matrix.weight) if matrix.weight else None
+        if found is None:
+            continue
+        address, offset = found
+        if address is not None:
+            matrix.weight = address
+            continue
+        mine = _pieces_of(matrix, offset, residency.piece)
+        matrix.piece, matrix.pieces = len(pieces), len(mine)
+        pieces += mine
+    table = residency.place(model.embedding)
+    if table is not None and table[0] is not None:
+        model.embedding = table[0]
+    stream = Stream(residency, pieces)
+    model.stream = stream.address or None
+    return stream
+
+
+def _in_order(layer: arguments.StepLayer) -> Iterator[Any]:
+    """The matrices of a layer that a step reads, in its order; see csrc/step_walker.h."""
+    bundled = layer.mlp.weight or layer.mlp.groups.rows
+    for name in _MATRICES:
+        of_mlp = name in ("gate", "up", "down")
+        read = (layer.run_mlp and not bundled) if of_mlp else (layer.run_attention or name in ("k", "v"))
+        if read and not getattr(layer, name).columns:
+            yield getattr(layer, name)
+
+
+def _pieces_of(matrix: arguments.StepLinear, offset: int, most: int) -> list[tuple[int, int, int, int]]:
+    """A matrix in pieces of about `most` bytes: where each is, its bytes, and its first and last unit."""
+    form = _CODES.get(matrix.dtype)
+    if form is None:
+        rows, size = _FOUR, matrix.stride * (4 if matrix.dtype == 0 else 2)
+        total = matrix.out * size
+        unit = rows * size
+    else:
+        unit = matrix.stride // (GROUP * form.groups) * form.tile_bytes
+        total = -(-matrix.out // TILE) * unit
+    count, step = -(-total // unit), max(1, most // unit)
+    return [
+        (offset + first * unit, min(total, (first + step) * unit) - first * unit, first, min(count, first + step))
+        for first in range(0, count, step)
+    ]
+
+
+def _placed(pieces: Sequence[tuple[int, int, int, int]], ring: int) -> Any:
+    """The pieces with their places in the ring, one after the other, and with what has had that memory before."""
+    places, at = list[tuple[int, int]](), 0
+    for where, size, *_ in pieces:
+        room = -(-(where % PAGE + size) // PAGE) * PAGE
+        at = 0 if at + room > ring else at
+        places.append((at, at + room))
+        at += room
+    found = (arguments.StreamPiece * len(pieces))()
+    for i, ((where, size, begin, end), place) in enumerate(zip(pieces, places, strict=True)):
+        earlier = (j % len(pieces) for j in range(i - 1 + len(pieces), i - 1, -1))
+        after = next(j for j in earlier if places[j][0] < place[1] and place[0] < places[j][1])
+        found[i] = arguments.StreamPiece(where, size, place[0], after, begin, end)
+    return found

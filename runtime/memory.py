@@ -1,0 +1,498 @@
+"""A packed model under a cap on memory: which of its matrices stay there, and what else takes room.
+
+A decode step reads every matrix of its program once, in the same order at every token. So which ones stay does not
+matter for how much is read, only how many bytes; they are spread evenly, so that the disk is never idle for long
+while the rest is read ahead (kernels/residency.py). Long texts need room for keys, values and what a prompt's pass
+computes: matrices give way to them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from ..kernels.files import PAGE, look_up
+from ..kernels.ops import MAX_ROWS
+from ..kernels.packed import padded
+from ..kernels.residency import Residency
+from ..kernels.store import Store
+from ..predictors.anatomy import Anatomy, dissect, shape_of
+from ..predictors.checks import WEIGHT_FORMATS
+from ..predictors.errors import CoreskipError
+from ..predictors.plan import Plan
+from ..predictors.policies import Chooser
+from .cost import Cost, cost, read_bandwidth
+from .formats import format_takers
+from .layer_skips import LayerSkips
+from .memory_size import text_of
+from .packed_folder import reader_of, store_of
+from .packed_layer import PackedLayer
+from .program import Program, native_names
+from .selfcheck import KEYS
+from .steps import Steps
+from .unpacking import scratch_of
+
+logger = logging.getLogger("coreskip")
+
+# What is read at once: pieces below 256 KiB leave bandwidth of a disk unused, larger ones than 4 MiB gain nothing.
+_LEAST_PIECE, _MOST_PIECE = 256 << 10, 4 << 20
+_PIECES = 8  # of the ring: what two readers are at, and as much again ahead
+_SHORT = 16, 48  # tokens of a prompt, and with its continuation, for which there has to be room at least
+_FEWEST_KEYS = 16  # behind which native steps are compared with the modules
+_PACKING = 6  # bytes a weight while one matrix of an MLP is taken apart
+_REFILL = 8  # a part of the cap that has to be free before more matrices are kept again
+
+#: caps that `load` was told
+_caps: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+def check_cap(model: Any, cap: int) -> None:
+    """`model` is to be wrapped under this cap.
+
+    Raises:
+        CoreskipError: it is too small.
+    """
+    anatomy = dissect(model)
+    Capped(model, anatomy, Program.of(anatomy, Plan.dense(model)), set(), cap)
+    _caps[model] = cap
+
+
+def cap_of(model: nn.Module) -> int | None:
+    return _caps.get(model)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes that a model takes besides its matrices.
+
+    Attributes:
+        always: norms, buffers, what is read into, what matrices are unpacked into, a step's own memory.
+        entry: keys and values of one token.
+        activations: of one token of a prompt's pass.
+        fixed: neurons that the plan keeps for all texts. chosen: that one prompt chooses. packing: of a layer, while
+            these are taken out of its matrices.
+        logits: of the tokens that a step may have, in the copies that comparing takes.
+    """
+
+    always: int
+    entry: int
+    activations: int
+    logits: int
+    fixed: int
+    chosen: int
+    packing: int
+
+    def of_probe(self, keys: int) -> int:
+        """Of a comparison of native steps with the model's own modules behind so many keys, of which both have a
+        copy."""
+        return self.of_text(1, 0, keys) + keys * self.entry + self.logits
+
+    @property
+    def least(self) -> int:
+        """What has to fit beside it, with no matrix kept: a short text, and a comparison."""
+        return max(self.of_probe(_FEWEST_KEYS), self.of_text(1, *_SHORT))
+
+    def of_text(self, rows: int, prompt: int, length: int) -> int:
+        """Of so many texts at once; the KV cache grows by doubling."""
+        return rows * (self.entry * (2 * length + 128) + max(self.activations * prompt, self.packing) + self.chosen)
+
+
+class Memory:
+    """What a wrapped model may take: all that it needs."""
+
+    cap: int | None = None
+
+    def start(self) -> None:
+        """From now on matrices are read from the file."""
+
+    def settle(self) -> None:
+        """Steps have been compared with the model's own modules, which takes memory: what stays is read."""
+
+    def stop(self) -> None:
+        """Nothing stays."""
+
+    def check(self) -> None:
+        """Raises CoreskipError where the model's file is not what it was."""
+
+    def covers(self, modules: Iterable[nn.Module]) -> bool:
+        """Whether weights of these are the file's: changes to them would not act."""
+        return False
+
+    def refuse(self, what: str) -> None:
+        """Raises CoreskipError where the weights are the file's."""
+
+    def holding(self, rows: int, prompt: int, length: int) -> AbstractContextManager[None]:
+        """Room for so many texts of up to `length` tokens, `prompt` of them at once.
+
+        Raises:
+            CoreskipError: there is none.
+        """
+        return nullcontext()
+
+
+class Host(Protocol):
+    """A wrapped model, as its cap needs it."""
+
+    model: nn.Module
+    anatomy: Anatomy
+    plan: Plan
+    program: Program
+    skips: LayerSkips
+    steps: Steps
+
+    @property
+    def chooses_by_token(self) -> bool: ...
+
+
+#: ways to choose neurons or layers that a cap allows
+METHODS = ("auto", "core", "similar", "static", "layers")
+
+
+def check_method(method: str) -> None:
+    """Raises CoreskipError where plans of this method are not run under a cap."""
+    if method not in METHODS:
+        raise CoreskipError(f"under memory= no plan of method {method} is run; choose from {', '.join(METHODS)}")
+
+
+def capped_under(model: Any, plan: Plan, anatomy: Anatomy, cap: int) -> Capped:
+    """What a model would keep and read under a plan.
+
+    Raises:
+        CoreskipError: the plan does not fit, or the model cannot be capped.
+    """
+    program = Program.of(anatomy, plan)
+    return Capped(model, anatomy, program, _unread(anatomy, program, LayerSkips(anatomy, plan).skipped(None)), cap)
+
+
+def cost_under(model: Any, plan: Plan, anatomy: Anatomy, cap: int) -> Cost:
+    """`cost` where a cap leaves matrices on the disk: what is read from there takes as many bytes of memory as are read
+    meanwhile. Of a plan that does not fit, infinitely many."""
+    found = cost(model, plan, anatomy)
+    try:
+        capped = capped_under(model, plan, anatomy, cap)
+    except CoreskipError:
+        return Cost(found.moved, math.inf)
+    slower = read_bandwidth("cpu") / capped.residency.store.file.bandwidth if capped.expected[1] else 0.0
+    return Cost(found.moved, max(found.weighed, capped.expected[1] * slower))
+
+
+def recipe_under(model: Any, plan: Plan, cap: int) -> dict[str, str]:
+    """What a plan's recipe says of a cap: what stays in memory, and what a token reads."""
+    capped = capped_under(model, plan, dissect(model), cap)
+    kept, read = capped.expected
+    neurons = capped.needs.fixed + capped.needs.chosen
+    return {"memory": text_of(cap), "in_memory": text_of(kept + neurons), "read_per_token": text_of(read)}
+
+
+def memory_of(host: Host, cap: int | None, reads_all: bool) -> Memory:
+    """reads_all: whether steps leave nothing out that the plan leaves out.
+
+    Raises:
+        CoreskipError: the model, or its plan, cannot be capped, or the cap is too small.
+    """
+    if cap is None:
+        return Memory()
+    if host.plan.weights in WEIGHT_FORMATS:
+        raise CoreskipError(
+            f"under memory= a model runs in the format it was packed in, not in {host.plan.weights}: pack it so"
+        )
+    if host.chooses_by_token:
+        raise CoreskipError(
+            "under memory= no plan is run whose neurons or inputs each token chooses: leave out memory, or use a plan "
+            "of method core, similar, static or layers"
+        )
+    me: Any = weakref.proxy(host)  # who has this
+    unread = set[nn.Module]() if reads_all else _unread(host.anatomy, host.program, host.skips.skipped(None))
+    capped = Capped(host.model, host.anatomy, host.program, unread, cap, lambda: me.steps.native.renew())
+    if capped.holds_all:
+        return Memory()
+    host.steps.native.probe_keys = capped.probe_keys
+    return capped
+
+
+class Capped(Memory):
+    """A packed model whose matrices are in memory as far as a cap allows.
+
+    unread: linears that no step reads as matrices. changed: called when other matrices are in memory.
+
+    Raises:
+        CoreskipError: it is not packed, or the cap is too small.
+    """
+
+    cap: int
+
+    def __init__(
+        self,
+        model: Any,
+        anatomy: Anatomy,
+        program: Program,
+        unread: set[nn.Module],
+        cap: int,
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.cap, self._changed = cap, changed
+        store = _store(model)
+        streamed = _streamed(model, anatomy, store)
+        self._order = [name for module, names in streamed.items() if module not in unread for name in names]
+        self._order = list(dict.fromkeys(self._order))
+        names = list(dict.fromkeys(name for names in streamed.values() for name in names))
+        self._sizes = {name: -(-store.spans[name][1] // PAGE) * PAGE for name in names}
+        piece = min(max(store.memory.numel() // 256, _LEAST_PIECE), _MOST_PIECE) // PAGE * PAGE
+        ring = max(_PIECES * piece, 2 * _largest_unit(anatomy))
+        inner: list[Any] = [m for layer in anatomy.layers for m in layer.modules() if m in streamed]
+        scratch = max((scratch_of(m.weight, isinstance(m, PackedLayer)) for m in inner), default=0)
+        rest = sum(
+            size
+            for name, (_, size) in store.spans.items()
+            if name not in self._sizes and name not in _tables(model, store)
+        )
+        self.needs = Sizes(
+            always=rest + _copied(model, anatomy, streamed) + ring + scratch + _of_steps(model, anatomy),
+            entry=_entry(model, anatomy),
+            activations=4 * sum(_widths(anatomy)) * model.dtype.itemsize,
+            logits=16 * MAX_ROWS * int(model.get_input_embeddings().weight.shape[0]),
+            fixed=_of_neurons(program, Chooser.CALIBRATION),
+            chosen=_of_neurons(program, Chooser.PROMPT),
+            packing=_PACKING * math.prod(_widths(anatomy)) if program.chosen_by(Chooser.PROMPT) else 0,
+        )
+        self._looked_up = [store.spans[name] for name in _tables(model, store)]
+        self._held: list[int] = []  # of texts under way
+        self._kept: list[str] = []
+        self._lock = threading.RLock()
+        self._check(self._room(self.needs.least))
+        most = self._room(self.needs.of_probe(0)) // (3 * self.needs.entry)
+        self.probe_keys = min(KEYS, max(_FEWEST_KEYS, most))
+        self._before = reader_of(model)
+        self.residency = Residency(store, names, piece, ring, scratch, CoreskipError)
+
+    @property
+    def expected(self) -> tuple[int, int]:
+        """Bytes of matrices that stay beside a short text, and of those that a step then reads."""
+        every = sum(self._sizes[name] for name in self._order)
+        kept = min(every, self._room(self.needs.least))
+        return kept, every - kept
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether the whole model fits."""
+        return sum(self._sizes.values()) <= self._room(self.needs.least)
+
+    # --- in and out
+
+    def start(self) -> None:
+        if self._before is not None:
+            self._before.close()
+        self.residency.open()
+        for at, size in self._looked_up:
+            look_up(self.residency.store.memory[at : at + size])
+
+    def settle(self) -> None:
+        with self._lock:
+            self._keep_within(self._room(self.needs.of_text(1, *_SHORT)))
+
+    def stop(self) -> None:
+        self.residency.close()
+        self._kept.clear()
+        if self._before is not None:
+            self._before.open()
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(self._sizes[name] for name in self._kept)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Of what a step reads from the file."""
+        return sum(self._sizes[name] for name in self._order) - self.kept_bytes
+
+    def check(self) -> None:
+        self.residency.check()
+
+    def refuse(self, what: str) -> None:
+        raise CoreskipError(f"cannot {what}: under memory= its weights are those of its folder; unwrap it first")
+
+    def covers(self, modules: Iterable[nn.Module]) -> bool:
+        weights = (m.weight for m in modules if isinstance(m, nn.Linear) and not isinstance(m, PackedLayer))
+        return any(self.residency.covers(weight) for weight in weights)
+
+    # --- texts
+
+    @contextmanager
+    def holding(self, rows: int, prompt: int, length: int) -> Iterator[None]:
+        need = self.needs.of_text(rows, prompt, length)
+        with self._lock:
+            room = self._room(sum(self._held) + need)
+            if room < 0:
+                raise CoreskipError(
+                    f"memory={text_of(self.cap)} has no room for {rows} x {length} tokens: "
+                    f"give {text_of(self.cap - room)}, or shorten the text"
+                )
+            self._held.append(need)
+        try:
+            with self._lock:
+                self._keep_within(room)
+            yield
+        finally:
+            with self._lock:
+                self._held.remove(need)
+
+    def _room(self, texts: int) -> int:
+        """Bytes for matrices beside texts that take so many."""
+        return self.cap - self.needs.always - self.needs.fixed - texts
+
+    def _check(self, room: int) -> None:
+        if room < 0:
+            neurons = self.needs.fixed + self.needs.chosen
+            kept = f", {text_of(neurons)} of that for the neurons that the plan keeps" if neurons else ""
+            raise CoreskipError(
+                f"memory={text_of(self.cap)} is too little for this model: it needs at least "
+                f"{text_of(self.cap - room)}{kept}, with {text_of(sum(self._sizes.values()))} of matrices left on the "
+                "disk"
+            )
+
+    def _keep_within(self, room: int) -> None:
+        """Keeps matrices in so many bytes."""
+        before = list(self._kept)
+        while self._kept and self.kept_bytes > room:
+            over = self.kept_bytes - room
+            enough = [name for name in self._kept if self._sizes[name] >= over]
+            name = min(enough or self._kept, key=lambda name: self._sizes[name] * (1 if enough else -1))
+            self._kept.remove(name)
+            self.residency.drop(name)
+        if not before or room - self.kept_bytes > self.cap // _REFILL:
+            self._fill(room)
+        if before != self._kept:
+            self._changed()
+
+    def _fill(self, room: int) -> None:
+        there = set(self._kept)
+        rest = [(name, self._sizes[name]) for name in self._order if name not in there]
+        for name in spread(rest, room - self.kept_bytes):
+            self.residency.keep(name)
+            self._kept.append(name)
+        logger.debug("%s of matrices stay in memory, %s are read at every token",
+                     text_of(self.kept_bytes), text_of(self.streamed_bytes))  # fmt: skip
+
+
+def spread(sizes: Sequence[tuple[str, int]], room: int) -> list[str]:
+    """Which of these, in the order in which they are read, fill so many bytes: evenly, so that of any stretch about the
+    same share is among them; and then whatever else fits."""
+    total, kept, used, due = sum(size for _, size in sizes), list[str](), 0, 0.0
+    for name, size in sizes:
+        due += size * min(1.0, room / total)
+        if due >= size / 2 and used + size <= room:
+            kept.append(name)
+            used, due = used + size, due - size
+    for name, size in sorted(sizes, key=lambda pair: -pair[1]):
+        if name not in kept and used + size <= room:
+            kept.append(name)
+            used += size
+    return kept
+
+
+# ---- what is where, and how large ----
+
+
+def _store(model: Any) -> Store:
+    store = store_of(model)
+    if store is None:
+        raise CoreskipError(
+            "memory caps packed models: pack this one (`coreskip pack`, or coreskip.pack) and load the folder"
+        )
+    return store
+
+
+def _streamed(model: Any, anatomy: Anatomy, store: Store) -> dict[nn.Module, list[str]]:
+    """The linears whose matrices can be read whenever they are used, in the order of a step, and their tensors."""
+    at = {span[0]: name for name, span in store.spans.items() if span[1]}
+    found: dict[nn.Module, list[str]] = {}
+    for module in dict.fromkeys(format_takers(model, anatomy)):
+        if isinstance(module, PackedLayer):
+            weights = [part.weight for part in module.parts()]
+        elif isinstance(module, nn.Linear) and _unpadded(module.weight):
+            weights = [module.weight]
+        else:
+            continue
+        names = [at.get(weight.data_ptr() - store.memory.data_ptr()) for weight in weights]
+        if None in names:
+            raise CoreskipError("the model's weights are not its folder's any more: load it again to cap its memory")
+        found[module] = [name for name in names if name is not None]
+    return found
+
+
+def _unpadded(weight: torch.Tensor) -> bool:
+    return weight.ndim == 2 and weight.is_contiguous() and padded(weight.shape[1], weight.dtype) == weight.shape[1]
+
+
+def _unread(anatomy: Anatomy, program: Program, skipped: tuple[frozenset[int], frozenset[int]]) -> set[nn.Module]:
+    """Linears that no step reads as matrices."""
+    found: set[nn.Module] = set()
+    bundled = set(program.chosen_by(Chooser.CALIBRATION, Chooser.PROMPT))
+    for index in bundled | skipped[1]:
+        found.update(anatomy.mlps[index].owner.modules())
+    for index in skipped[0]:
+        attention = anatomy.attentions[index]
+        if attention is not None and len(attention.inputs) == 3:
+            found.update(getattr(attention.module, name) for name in (attention.inputs[0], attention.output))
+    return found
+
+
+def _tables(model: Any, store: Store) -> set[str]:
+    """Tensors of embeddings, of which rows are looked up."""
+    base = store.memory.data_ptr()
+    at = {span[0]: name for name, span in store.spans.items() if span[1]}
+    table = model.get_input_embeddings()
+    weight = table.part().weight if hasattr(table, "part") else table.weight
+    name = at.get(weight.data_ptr() - base)
+    return set() if name is None else {name}
+
+
+def _copied(model: Any, anatomy: Anatomy, streamed: dict[nn.Module, list[str]]) -> int:
+    """Bytes of matrices that steps cannot read where they lie: copies with rows of whole cache lines, or turned."""
+    total = 0
+    for module in dict.fromkeys(format_takers(model, anatomy)):
+        if module not in streamed:
+            outputs, inputs = shape_of(module)
+            total += outputs * padded(inputs, module.weight.dtype) * module.weight.element_size()
+    return total
+
+
+def _of_neurons(program: Program, chooser: Chooser) -> int:
+    """Bytes of neurons that are packed side by side, each padded to cache lines."""
+    return sum(round(brick.nbytes) + 256 * brick.kept for brick in program.chosen_by(chooser).values())
+
+
+def _widths(anatomy: Anatomy) -> tuple[int, int]:
+    """The largest hidden size and intermediate size."""
+    return max(mlp.hidden_size for mlp in anatomy.mlps), max(mlp.intermediate_size for mlp in anatomy.mlps)
+
+
+def _largest_unit(anatomy: Anatomy) -> int:
+    """Bytes of the rows that are read together at least: 16 in groups of bytes, or 4 in float32."""
+    return 17 * (max(_widths(anatomy)) + 256) + 4 * PAGE
+
+
+def _entry(model: Any, anatomy: Anatomy) -> int:
+    """Bytes of keys and values that a token adds."""
+    total = 0
+    for layer in range(len(anatomy)):
+        parts = {part: size for names in native_names(anatomy, layer).values() for part, size in names.items()}
+        total += 2 * parts.get("k", anatomy.mlps[layer].hidden_size)
+    return total * int(model.dtype.itemsize)
+
+
+def _of_steps(model: Any, anatomy: Anatomy) -> int:
+    """Bytes of a native step's own memory, and of logits."""
+    hidden, inner = _widths(anatomy)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return 16 * int(vocabulary) + 128 * (1 + torch.get_num_threads()) * (hidden + inner)
