@@ -245,6 +245,15 @@ _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "x dense": lambda row: f"{row['of_dense']:.2f}",
         "x dense, with the prompt": lambda row: f"{row['of_dense_with_prompt']:.2f}",
     },
+    "experts": {
+        "model": lambda row: str(row["model"]),
+        "way": lambda row: str(row["way"]),
+        "tok/s": lambda row: f"{row['tok_s']:.1f}",
+        "x transformers": lambda row: f"{row['of_transformers']:.1f}",
+        "MB per token": lambda row: f"{row['megabytes']:.0f}",
+        "of a token's experts": lambda row: f"{row['experts_megabytes']:.0f}",
+        "of bandwidth": lambda row: f"{row['bandwidth_share']:.0%}",
+    },
     "neuron_groups": {
         "shape": lambda row: str(row["shape"]),
         "way": lambda row: str(row["way"]),
