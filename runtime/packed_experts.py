@@ -231,7 +231,7 @@ def hold_by_name(
         wanted = (len(stacks["down"]), *(shape[::-1] if at.transposed else shape))
         if parameter is None or tuple(parameter.shape) != wanted:
             raise ValueError(f"{name} has no experts of the shape {wanted}")
-    gates = stacks.get("gate") or [None] * len(stacks["up"])
+    gates: Sequence[PackedLinear | None] = stacks.get("gate") or [None] * len(stacks["up"])
     HeldExperts.hold(module, at, list(map(Expert, gates, stacks["up"], stacks["down"])), dtype)
 
 

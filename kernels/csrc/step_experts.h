@@ -64,7 +64,7 @@ class StepExpertsLayer {
         place_ = neurons_ = 0;
         if (shared_) {
             for (int t = 0; t < thread.tokens; t++) want(t, 1.f);
-            close(&l.gate, 0);
+            close(&l.gate, 0);  // up and down follow
         }
         Chosen* next[kMaxRows];
         for (int t = 0; t < thread.tokens; t++) next[t] = own.experts_chosen + t * (r.chosen + 1);
