@@ -150,8 +150,6 @@ def _random(config: Any) -> Any:
 
 def examine(model_type: str) -> Row:
     """What one type does; see the columns of the table."""
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("coreskip").setLevel(logging.ERROR)
     row: Row = {"type": model_type, "built": False, "refused": None, "error": None}
     try:
         model = build(model_type)
@@ -349,6 +347,8 @@ def _apart(model_type: str) -> Row:
 def main(output: Path | None, one: str | None, types: str | None) -> None:
     """A census of all causal LMs of transformers."""
     torch.set_num_threads(1)  # forks have no others
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("coreskip").setLevel(logging.ERROR)
     if one is not None:
         click.echo(json.dumps(examine(one)))
         return
