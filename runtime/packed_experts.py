@@ -109,10 +109,6 @@ class HeldExperts(nn.Module):
         found = {"gate": gates, "up": [held.up for held in self._held], "down": [held.down for held in self._held]}
         return {name: parts for name, parts in found.items() if parts}
 
-    @property
-    def layout(self) -> Layout:
-        return self._layout
-
     def _check_untouched(self) -> None:
         for name, absent in self._absent.items():
             check_untouched(self._parameters[name], absent)
