@@ -21,8 +21,10 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ from coreskip.kernels.files import DirectFile
 from coreskip.predictors.checks import PACKINGS
 from coreskip.predictors.errors import CoreskipError
 from coreskip.predictors.files import check_file
+from coreskip.predictors.plan import LayerPlan, Plan, default_weights
+from coreskip.predictors.policies import Static
 from coreskip.runtime.load import load
 from coreskip.runtime.memory import Capped
 from coreskip.runtime.memory_size import bytes_of, text_of
@@ -274,6 +278,19 @@ def make_shape(name: str, weights: str, work: Path) -> tuple[Path, Path]:
     return folder, checkpoint
 
 
+def fixed_plan(folder: Path, keep: float, target: Path) -> Path:
+    """A static plan that keeps so many neurons of every layer, drawn at random: for speed, not for quality."""
+    model, _ = load(folder)
+    dense, generator = Plan.dense(model), torch.Generator().manual_seed(0)
+    layers = []
+    for width in dense.model.intermediate_sizes:
+        kept = torch.randperm(width, generator=generator)[: round(keep * width)].sort().values
+        layers.append(LayerPlan(Static(kept)))
+    plan = replace(dense, layers=tuple(layers), weights=default_weights(model), recipe={"method": "static, at random"})
+    plan.save(target)
+    return target
+
+
 @click.command(help=__doc__)
 @click.argument("folder", required=False, type=click.Path(path_type=Path))
 @click.option("--shape", help="Random weights of a real shape.")
@@ -282,12 +299,14 @@ def make_shape(name: str, weights: str, work: Path) -> tuple[Path, Path]:
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="FOLDER's model for accelerate, of transformers.")
 @click.option("--cap", "caps", multiple=True, default=("0.5", "0.25"), show_default=True)
 @click.option("--plan", "plans", multiple=True, type=click.Path(path_type=Path), help="Under the caps, too.")
+@click.option("--keep", "keeps", multiple=True, type=float, help="Under the caps, too: so many neurons, fixed.")
 @click.option("--tokens", default=32, show_default=True, help="Of our ways.")
 @click.option("--slow-tokens", default=8, show_default=True, help="Of mapping and accelerate.")
 @click.option("--rows", type=click.Path(path_type=Path), help="Where the rows go.")
 def main(
     folder: Path | None, shape: str | None, weights: str, work: Path | None, checkpoint: Path | None,
-    caps: tuple[str, ...], plans: tuple[Path, ...], tokens: int, slow_tokens: int, rows: Path | None,
+    caps: tuple[str, ...], plans: tuple[Path, ...], keeps: tuple[float, ...], tokens: int, slow_tokens: int,
+    rows: Path | None,
 ) -> None:  # fmt: skip
     if (folder is None) == (shape is None) or (shape is not None and work is None):
         raise click.UsageError("give the folder of a packed model, or a --shape and where to --work")
@@ -298,9 +317,11 @@ def main(
         folder, checkpoint = make_shape(shape, weights, work)
     assert folder is not None
     found = []
-    for row in measure(folder, caps, tokens, plans, checkpoint, slow_tokens):
-        found.append(row | provenance("python -m coreskip.bench.memory " + " ".join(sys.argv[1:])))
-        click.echo(_line(row))
+    with tempfile.TemporaryDirectory() as place:
+        plans += tuple(fixed_plan(folder, keep, Path(place) / f"keep {keep:g}") for keep in keeps)
+        for row in measure(folder, caps, tokens, plans, checkpoint, slow_tokens):
+            found.append(row | provenance("python -m coreskip.bench.memory " + " ".join(sys.argv[1:])))
+            click.echo(_line(row))
     if rows is not None:
         write_rows(rows, found)
 

@@ -118,7 +118,6 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.coreskip_stream.argtypes, lib.coreskip_stream.restype = [i, p, p, n, i], p
     lib.coreskip_stream_stop.argtypes, lib.coreskip_stream_stop.restype = [p], None
     lib.coreskip_stream_end.argtypes, lib.coreskip_stream_end.restype = [p], None
-    lib.coreskip_stream_bytes.argtypes, lib.coreskip_stream_bytes.restype = [p], n
     lib.coreskip_likeliest.argtypes, lib.coreskip_likeliest.restype = [p, i, n, n, p, p, i], None
 
 

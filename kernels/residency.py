@@ -67,8 +67,6 @@ class Residency:
         self._running: Stream | None = None
         self._pool: ThreadPoolExecutor | None = None
         self.lock = threading.RLock()  # of the ring
-        self.version = 0  # of what is kept
-        self.bytes_read = 0  # for products on modules
 
     def open(self) -> None:
         """From now on products with the file's tensors come here."""
@@ -96,16 +94,10 @@ class Residency:
 
         list(self._readers().map(read, range(0, size, self.piece)))
         self._kept[at] = copy[:size]
-        self.version += 1
 
     def drop(self, name: str) -> None:
         """A tensor is not kept any longer; steps that were made before go on with what they hold."""
         del self._kept[self.store.spans[name][0]]
-        self.version += 1
-
-    @property
-    def kept_bytes(self) -> int:
-        return sum(copy.nbytes for copy in self._kept.values())
 
     def covers(self, weight: Tensor) -> bool:
         """Whether these numbers are read from the file, or kept: changes to them would not act."""
@@ -164,23 +156,21 @@ class Residency:
     def runs(self, part: PackedLinear, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, PackedLinear]]:
         """See `in_memory`; others wait meanwhile."""
         weight = part.weight
-        found = self.place(weight.data_ptr())
+        found = self._tensor_at(weight.data_ptr())
         if found is None:
             yield 0, part
-        elif found[0] is not None:
-            yield 0, replace(part, weight=self._kept_view(weight))
+            return
+        at, offset = found
+        copy = self._kept.get(at)
+        if copy is not None:
+            mine = copy[offset - at :][: weight.nbytes]
+            yield 0, replace(part, weight=mine.view(weight.dtype).view(weight.shape))
         else:
             rows = TILE if part.grouped else 1
             units = begin // rows, -(-(part.out_features if end is None else end) // rows)
             with self.lock:
                 self.use(None)
-                yield from self._read_runs(part, found[1], rows, units)
-
-    def _kept_view(self, weight: Tensor) -> Tensor:
-        found = self._tensor_at(weight.data_ptr())
-        assert found is not None
-        at, offset = found
-        return self._kept[at][offset - at :][: weight.nbytes].view(weight.dtype).view(weight.shape)
+                yield from self._read_runs(part, offset, rows, units)
 
     def _read_runs(
         self, part: PackedLinear, offset: int, rows: int, units: tuple[int, int]
@@ -206,7 +196,6 @@ class Residency:
             while reading:
                 first, n, to, done = reading.popleft()
                 done.result()
-                self.bytes_read += n * unit
                 memory = to[(offset + first * unit) % PAGE :][: n * unit]
                 yield first * rows, _run(part, memory, first * rows, n)
                 if todo:
@@ -293,10 +282,6 @@ class Stream:
     def stop(self) -> None:
         """Nothing is read any more."""
         self._library.coreskip_stream_stop(self.address)
-
-    @property
-    def bytes_read(self) -> int:
-        return int(self._library.coreskip_stream_bytes(self.address)) if self.address else 0
 
     @property
     def bytes_a_step(self) -> int:

@@ -112,14 +112,21 @@ class Memory:
 
     cap: int | None = None
 
+    def __init__(self, model: nn.Module) -> None:
+        self._reader = reader_of(model)  # while it is not wrapped, if it was loaded sparingly
+
     def start(self) -> None:
-        """From now on matrices are read from the file."""
+        """From now on matrices are read as the cap has it."""
+        if self._reader is not None:
+            self._reader.close()
 
     def settle(self) -> None:
         """Steps have been compared with the model's own modules, which takes memory: what stays is read."""
 
     def stop(self) -> None:
         """Nothing stays."""
+        if self._reader is not None:
+            self._reader.open()
 
     def check(self) -> None:
         """Raises CoreskipError where the model's file is not what it was."""
@@ -201,7 +208,7 @@ def memory_of(host: Host, cap: int | None, reads_all: bool) -> Memory:
         CoreskipError: the model, or its plan, cannot be capped, or the cap is too small.
     """
     if cap is None:
-        return Memory()
+        return Memory(host.model)
     if host.plan.weights in WEIGHT_FORMATS:
         raise CoreskipError(
             f"under memory= a model runs in the format it was packed in, not in {host.plan.weights}: pack it so"
@@ -215,7 +222,7 @@ def memory_of(host: Host, cap: int | None, reads_all: bool) -> Memory:
     unread = set[nn.Module]() if reads_all else _unread(host.anatomy, host.program, host.skips.skipped(None))
     capped = Capped(host.model, host.anatomy, host.program, unread, cap, lambda: me.steps.native.renew())
     if capped.holds_all:
-        return Memory()
+        return Memory(host.model)
     host.steps.native.probe_keys = capped.probe_keys
     return capped
 
@@ -240,6 +247,9 @@ class Capped(Memory):
         cap: int,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
+        super().__init__(model)
+        if any(anatomy.experts):
+            raise CoreskipError("memory caps models without experts so far: leave out memory, which maps the folder")
         self.cap, self._changed = cap, changed
         store = _store(model)
         streamed = _streamed(model, anatomy, store)
@@ -251,11 +261,8 @@ class Capped(Memory):
         ring = max(_PIECES * piece, 2 * _largest_unit(anatomy))
         inner: list[Any] = [m for layer in anatomy.layers for m in layer.modules() if m in streamed]
         scratch = max((scratch_of(m.weight, isinstance(m, PackedLayer)) for m in inner), default=0)
-        rest = sum(
-            size
-            for name, (_, size) in store.spans.items()
-            if name not in self._sizes and name not in _tables(model, store)
-        )
+        tables = _tables(model, store)
+        rest = sum(size for name, (_, size) in store.spans.items() if name not in {*self._sizes, *tables})
         self.needs = Sizes(
             always=rest + _copied(model, anatomy, streamed) + ring + scratch + _of_steps(model, anatomy),
             entry=_entry(model, anatomy),
@@ -265,14 +272,13 @@ class Capped(Memory):
             chosen=_of_neurons(program, Chooser.PROMPT),
             packing=_PACKING * math.prod(_widths(anatomy)) if program.chosen_by(Chooser.PROMPT) else 0,
         )
-        self._looked_up = [store.spans[name] for name in _tables(model, store)]
+        self._looked_up = [store.spans[name] for name in tables]
         self._held: list[int] = []  # of texts under way
         self._kept: list[str] = []
         self._lock = threading.RLock()
         self._check(self._room(self.needs.least))
         most = self._room(self.needs.of_probe(0)) // (3 * self.needs.entry)
         self.probe_keys = min(KEYS, max(_FEWEST_KEYS, most))
-        self._before = reader_of(model)
         self.residency = Residency(store, names, piece, ring, scratch, CoreskipError)
 
     @property
@@ -290,8 +296,7 @@ class Capped(Memory):
     # --- in and out
 
     def start(self) -> None:
-        if self._before is not None:
-            self._before.close()
+        super().start()
         self.residency.open()
         for at, size in self._looked_up:
             look_up(self.residency.store.memory[at : at + size])
@@ -303,8 +308,7 @@ class Capped(Memory):
     def stop(self) -> None:
         self.residency.close()
         self._kept.clear()
-        if self._before is not None:
-            self._before.open()
+        super().stop()
 
     @property
     def kept_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,8 +41,10 @@ def bytes_of(memory: Any) -> int:
 
 
 def text_of(size: float) -> str:
-    """Bytes for people."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    """Bytes for people, rounded up: who is told that so many are needed can give as many."""
+    if size >= 1e9:
+        return f"{math.ceil(size / 1e7) / 100:.2f} GB"
+    return f"{math.ceil(size / 1e5) / 10:.1f} MB"
 
 
 def free_memory(root: str | Path = "/") -> int:

@@ -180,11 +180,11 @@ def _read(folder: Path, document: Mapping[str, Any], sparing: bool) -> Any:
         contents = document["tensors"], document["bytes"], document["weights_checksum"]
         store = Store(folder / WEIGHTS, *contents, sparing=sparing)
         model = _skeleton(folder, document)
-        _fill(model, document, store)
+        plain = _fill(model, document, store, sparing)
         keep(model, _fingerprint(document["fingerprint"], store))
         _stores[model] = store
         if sparing:
-            packed = [part["tensor"] for entry in document["packed"].values() for part in entry["parts"]]
+            packed = [part["tensor"] for entry in document["packed"].values() for part in entry["parts"]] + plain
             _readers[model] = Residency(store, packed, *_SPARING, CoreskipError)
             _readers[model].open()
         return model
@@ -247,7 +247,9 @@ def _skeleton(folder: Path, document: Mapping[str, Any]) -> Any:
     return model
 
 
-def _fill(model: Any, document: Mapping[str, Any], store: Store) -> None:
+def _fill(model: Any, document: Mapping[str, Any], store: Store, sparing: bool) -> list[str]:
+    """sparing: whether matrices that are not packed are held as if they were: nobody then looks at their numbers but to
+    multiply with them. Returns the names of these."""
     dtype = getattr(torch, document["dtype"])
     for name, entry in document["packed"].items():
         bias = store[entry["bias"]] if entry["bias"] is not None else None
@@ -256,15 +258,32 @@ def _fill(model: Any, document: Mapping[str, Any], store: Store) -> None:
     for name, entry in document.get("experts", {}).items():
         stacks = {kind: _stack(part, store[part["tensor"]]) for kind, part in entry["stacks"].items()}
         hold_by_name(model, name, entry["layout"], stacks, dtype)
+    held = dict[str, str]()
     for name, key in document["parameters"].items():
         put(model, name, nn.Parameter(store[key], requires_grad=False))
+        if sparing and _can_be_held(model.get_submodule(name.rpartition(".")[0]), name):
+            held[name] = key
     for name, key in document["buffers"].items():
         put(model, name, store[key])
     for name, first in document["tied"].items():
         put(model, name, model.get_parameter(first))
+        if sparing and _can_be_held(model.get_submodule(name.rpartition(".")[0]), name):
+            held[name] = document["parameters"][first]
+    for name, key in held.items():
+        place, weight = name.rpartition(".")[0], store[key]
+        bias = model.get_submodule(place).bias
+        hold(model, place, [PackedLinear(weight, weight.shape[1])], None if bias is None else bias.data, dtype)
     empty = left_empty(model, [*document["parameters"], *document["tied"]])
     if empty:
         raise ValueError(f"it has no weights for {empty[0]}")
+    return list(held.values())
+
+
+def _can_be_held(module: nn.Module, name: str) -> bool:
+    """Whether this is the matrix of a linear whose rows kernels read where they lie."""
+    if type(module) is not nn.Linear or not name.endswith(".weight"):
+        return False
+    return padded(module.in_features, module.weight.dtype) == module.in_features
 
 
 def _part(entry: Mapping[str, Any], weight: Tensor, part: Mapping[str, Any]) -> PackedLinear:

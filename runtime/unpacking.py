@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..kernels import cpu, residency
 from ..kernels.memory import allocate
+from ..kernels.ops import MAX_ROWS
 from ..kernels.packed import PackedLinear
 from ..kernels.residency import in_memory
 from .width import joined, most_rows, product
@@ -33,7 +34,9 @@ class Unpacking:
     ) -> Tensor:
         """x ``[..., inputs]`` times the matrix of `dtype` whose rows are those of `parts`, as torch multiplies or, for
         `few` rows (one for each sequence), as a native step does. bias: ``[outputs]`` or None."""
-        if few and x.numel() <= most_rows(parts) * x.shape[-1]:
+        # matrices that are held as they were loaded: as their modules would
+        most = MAX_ROWS if parts[0].weight.dtype == dtype else most_rows(parts)
+        if few and x.numel() <= most * x.shape[-1]:
             return product(x, parts)
         if _in_bfloat16(x, parts, dtype):
             xs = x.to(torch.bfloat16)

@@ -17,7 +17,7 @@ from tiny_models import greedy, plan_of, prompt, tiny
 import coreskip
 from coreskip import CoreskipError, Engine
 from coreskip.cli import main
-from coreskip.kernels import files, ops
+from coreskip.kernels import files, ops, residency
 from coreskip.kernels.store import checksum
 from coreskip.predictors.calibration import TokenText
 from coreskip.predictors.plan import Plan
@@ -263,6 +263,8 @@ def test_a_cap_for_all_of_it_changes_nothing(folders: dict[str, Path]) -> None:
     model, ids = coreskip.load(folders["int4"], memory="1GB")[0], prompt(1, 9)
     with torch.no_grad(), coreskip.wrap(model):
         assert runtime_of(model).memory.cap is None
+        layer = model.model.layers[0].mlp.up_proj
+        assert residency.of(layer.parts()[0].weight.data_ptr()) is None
         assert torch.equal(greedy(model, ids), text_of(coreskip.load(folders["int4"])[0], ids))
 
 
@@ -307,8 +309,13 @@ def test_a_folder_that_is_replaced_goes_on_as_it_was(folders: dict[str, Path], t
 
 
 def test_changes_to_weights_are_refused(folders: dict[str, Path]) -> None:
-    model, ids = capped(folders["bfloat16"], 0.3), prompt(1, 9)
-    with torch.no_grad(), coreskip.wrap(model):
+    folder, ids = folders["bfloat16"], prompt(1, 9)
+    with torch.no_grad(), coreskip.wrap(capped(folder, 0.3)) as model:
+        model.model.layers[0].mlp.up_proj.weight.mul_(2)
+        with pytest.raises(CoreskipError, match="a packed matrix cannot be changed"):
+            greedy(model, ids, 2)
+    model = coreskip.load(folder)[0]
+    with torch.no_grad(), coreskip.wrap(model, memory=cap_at(folder, 0.3)):
         greedy(model, ids, 2)
         with pytest.raises(CoreskipError, match="cannot move or cast"):
             model.float()

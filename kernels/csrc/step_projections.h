@@ -155,7 +155,7 @@ class Projections {
 
     // A matrix that comes piece by piece: who is free takes some of the piece that is there.
     void project_streamed(const StepLinear& l, float* y) {
-        const int64_t most = std::max<int64_t>(1, kPiece / unit_bytes(l));
+        const int64_t most = piece_of(unit_bytes(l));
         StepLinear piece = l;
         for (int64_t i = l.piece; i < l.piece + l.pieces; i++) {
             const char* memory = m.stream->wait(i, thread.lap);

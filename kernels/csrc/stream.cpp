@@ -97,7 +97,6 @@ bool Stream::read(const StreamPiece& piece) {
         if (got <= 0 || (at + got < end && got < kBlock)) return false;
         at += at + got < end ? got / kBlock * kBlock : got;
     }
-    bytes_read_ += last - first;
     return true;
 }
 
@@ -146,5 +145,3 @@ CORESKIP_API Stream* coreskip_stream(int fd, void* ring, const StreamPiece* piec
 CORESKIP_API void coreskip_stream_stop(Stream* stream) { stream->stop(); }
 
 CORESKIP_API void coreskip_stream_end(Stream* stream) { delete stream; }
-
-CORESKIP_API int64_t coreskip_stream_bytes(const Stream* stream) { return stream->bytes_read(); }

@@ -33,7 +33,6 @@ class Stream {
     void stop();
     // Whether a piece could not be read: what steps have computed since is void.
     bool failed() const { return failed_.load(); }
-    int64_t bytes_read() const { return bytes_read_.load(); }
 
     // The first unit of piece i.
     int64_t first(int64_t i) const { return pieces_[i].begin; }
@@ -65,7 +64,6 @@ class Stream {
     std::unique_ptr<State[]> states_;
     std::vector<std::thread> readers_;
     std::atomic<bool> failed_{false};
-    std::atomic<int64_t> bytes_read_{0};
     int64_t lap_ = -1;
     Waiting arrived_;
 
