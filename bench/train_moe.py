@@ -5,8 +5,8 @@
 
 Random routers send every token everywhere: nothing that is claimed of experts can rest on them. This is an OLMoE of
 bytes (4 layers, 16 experts of 128 neurons, 2 of them a token), trained on the first half of the text with the router's
-own balancing loss. With --rows the model that is in FOLDER, or was just trained, is calibrated on the first half and
-measured on the second.
+own balancing loss: 900 steps took 20 minutes on two busy cores, to 1.45 nats a byte. With --rows the model that is in
+FOLDER, or was just trained, is calibrated on the first half and measured on the second.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from coreskip.runtime.cost import bytes_per_token
 from coreskip.runtime.load import load
 from coreskip.runtime.quality import evaluate_all
 
-STEPS, ROWS, LENGTH, RATE = 1500, 16, 128, 3e-3
+STEPS, ROWS, LENGTH, RATE = 900, 16, 128, 3e-3
 _WARM_UP = 0.1  # of the steps: the rate rises over these and falls to zero over the rest
 
 #: What is measured: a name, `analyze`'s method, its options, the shares that are kept.
@@ -115,6 +115,8 @@ def measured(model: Any, seen: TokenText, scored: TokenText, windows: int, token
 @click.option("--tokens", default=16384, show_default=True, help="Calibration bytes.")
 def main(text: Path, folder: Path, steps: int, seed: int, output: Path | None, windows: int, tokens: int) -> None:
     command = f"python -m coreskip.bench.train_moe --text {text.name} -o {folder.name} --steps {steps} --seed {seed}"
+    if output is not None:
+        command += f" --rows {output.name} --windows {windows} --tokens {tokens}"
     about = provenance(command)
     tokenizer = ByT5Tokenizer()
     seen, scored = tokenize(tokenizer, undo_wikitext(read_text(text)), text.name).split(0.5, 0.5)

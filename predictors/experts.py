@@ -192,22 +192,20 @@ def _matrices(module: nn.Module) -> dict[str, Tensor]:
     """The 3-D parameters of a module that may be experts' matrices; none if it is something else."""
     found: dict[str, Tensor] = {n: p for n, p in module._parameters.items() if p is not None and p.ndim == 3}
     counts = {p.shape[0] for p in found.values()}
-    return (
-        found
-        if len(found) in (2, 3) and len(counts) == 1 and all(p.is_floating_point() for p in found.values())
-        else {}
-    )
+    fitting = len(found) in (2, 3) and len(counts) == 1 and all(p.is_floating_point() for p in found.values())
+    return found if fitting else {}
 
 
 # ---- matrices ----
 
 
-def _readings(module: nn.Module) -> Iterator[Experts]:
-    """Every way to read a module's parameters as experts: the caller keeps the one that reproduces its output."""
+def _readings(module: nn.Module) -> list[Experts]:
+    """Every way to read a module's parameters as experts, those first that say what is made of gate and up: the caller
+    keeps the first that reproduces its output."""
     alone = len(inspect.signature(module.forward).parameters) == 1  # nothing but inputs, already multiplied
-    for layout in _layouts(module):
-        for gating in _gatings(module, layout):
-            yield Experts(module, module, layout, gating, scaled_inputs=alone)
+    pairs = [(layout, gating) for layout in _layouts(module) for gating in _gatings(module, layout)]
+    found = [Experts(module, module, layout, gating, scaled_inputs=alone) for layout, gating in pairs]
+    return sorted(found, key=lambda experts: experts.gating is None)
 
 
 def _layouts(module: nn.Module) -> Iterator[Layout]:
@@ -225,18 +223,9 @@ def _layouts(module: nn.Module) -> Iterator[Layout]:
                     yield Layout(gate, up, down, biases[gate], biases[up], biases[down], transposed=transposed)
             elif len(others) == 1 and shapes[others[0]] in ((width, hidden), (2 * width, hidden)):
                 up, double = others[0], shapes[others[0]][0] == 2 * width
-                for interleaved in _in_turns(module) if double else (False,):
-                    yield Layout(
-                        None,
-                        up,
-                        down,
-                        None,
-                        biases[up],
-                        biases[down],
-                        double and not interleaved,
-                        interleaved,
-                        transposed,
-                    )
+                for turns in _in_turns(module) if double else (False,):
+                    stacked = double and not turns
+                    yield Layout(None, up, down, None, biases[up], biases[down], stacked, turns, transposed)
 
 
 def _in_turns(module: nn.Module) -> tuple[bool, ...]:

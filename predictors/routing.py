@@ -97,11 +97,6 @@ class Router:
     upcast: bool
 
     @property
-    def owner(self) -> nn.Module:
-        """The module that holds the matrix."""
-        return self.block.get_submodule(self.weight_at[0])
-
-    @property
     def weight(self) -> Tensor:
         """``[experts, hidden]``, as it is now."""
         return _tensor(self.block, self.weight_at)
@@ -135,9 +130,9 @@ class Seen(nn.Module):
     index: Tensor
     weights: Tensor
 
-    def __init__(self, experts: int) -> None:
+    def __init__(self, count: int) -> None:
         super().__init__()
-        self._experts, self.x, self.output, self.scaled_inputs = experts, Tensor(), Tensor(), False
+        self.count, self.x, self.output, self.scaled_inputs = count, Tensor(), Tensor(), False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
@@ -153,7 +148,7 @@ class Seen(nn.Module):
 
     def _scaled(self, copies: Tensor) -> Tensor:
         """Every expert is given every token, times what the router makes of it: nothing for one that is not chosen."""
-        copies = copies.unflatten(0, (self._experts, -1))
+        copies = copies.unflatten(0, (self.count, -1))
         self.scaled_inputs, self.x = True, copies
         self.output = copies.flip(-1) + 1.0
         return self.output.flatten(0, 1)
@@ -171,7 +166,7 @@ class Seen(nn.Module):
         """The weights of all experts, fp32 ``[tokens, experts]``, for the inputs x of the block."""
         if self.scaled_inputs:
             return ((self.x.float() * x.float()).sum(-1) / x.float().square().sum(-1)).t()
-        return spread(self.index, self.weights, self._experts)
+        return spread(self.index, self.weights, self.count)
 
 
 class Instead(nn.Module):
@@ -233,7 +228,7 @@ def read_router(block: nn.Module, probe: Probe, dtype: torch.dtype) -> Router | 
     dtype: of the model's hidden states.
     """
     probe.run(probe.samples)
-    wanted, shape = probe.seen.dense(probe.samples), (probe.seen._experts, probe.samples.shape[1])
+    wanted, shape = probe.seen.dense(probe.samples), (probe.seen.count, probe.samples.shape[1])
     places = list(probe.places())
     small = [place for place, tensor in places if tensor.numel() == shape[0]]
     for weight_at in (place for place, tensor in places if tensor.shape == shape):
@@ -274,7 +269,7 @@ def _reading(
 def _groupings(probe: Probe) -> Iterator[tuple[int, int, GroupScore]]:
     """How experts may be grouped, by the numbers that the block's modules have under a name with "group" in it."""
     yield 1, 1, "max"
-    experts = probe.seen._experts
+    experts = probe.seen.count
     modules = list(probe.block.modules())
     found = {
         int(v) for m in modules for n, v in vars(m).items() if "group" in n and type(v) is int and 0 < v <= experts

@@ -232,6 +232,7 @@ class Places:
         self._anatomy = anatomy
         parts = {anatomy.stack, *anatomy.layers, *(mlp.owner for _, mlp in anatomy.present)}
         parts |= {attention.module for attention in anatomy.attentions if attention is not None}
+        parts |= {part for found in anatomy.experts if found is not None for part in (found.block, found.module)}
         # by the dictionary that has it: to walk the tree for every step takes too long
         self._parts = [
             (parent, name, child)

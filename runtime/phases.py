@@ -111,10 +111,12 @@ def passing(step: Pass | None) -> Iterator[None]:
 
 
 def tokens_in(cache: Any) -> int:
-    """Tokens that a KV cache holds, as the layer says that holds most: a recurrent one, asked first, says none."""
+    """Tokens that a KV cache holds: in its first layer or, where that is recurrent and holds none, in another."""
+    own = int(cache.get_seq_length())
+    if own > 0:
+        return own
     layers = getattr(cache, "layers", ())
-    lengths = [int(layer.get_seq_length()) for layer in layers if hasattr(layer, "get_seq_length")]
-    return max([int(cache.get_seq_length()), *lengths])
+    return max([0, *(int(layer.get_seq_length()) for layer in layers if hasattr(layer, "get_seq_length"))])
 
 
 # ---- how decode steps are run meanwhile ----

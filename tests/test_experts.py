@@ -210,7 +210,7 @@ def test_kept_experts_are_a_model_without_the_others(family: str) -> None:
     model, twin = tiny(family), tiny(family)
     kept = torch.tensor([0, 2, 3, 6, 7])
     for experts in mixtures(twin):
-        module, router = experts.module, experts.router.owner
+        module, router = experts.module, experts.block.get_submodule(experts.router.weight_at[0])
         for owner in (module, router):
             for name, parameter in list(owner.named_parameters(recurse=False)):
                 setattr(owner, name, torch.nn.Parameter(parameter.detach()[kept]))
