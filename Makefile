@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo bench tables test test-isas lint types check sanitize clean
+.PHONY: setup demo bench tables test test-isas fuzz-serve test-clients lint types check sanitize clean
 
 setup: $(STAMP)
 
@@ -44,6 +44,18 @@ test: setup
 # every combination. ARGS adds options, for example ARGS='--times 3'.
 test-isas: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/isas.py -n $(JOBS) $(ARGS)
+
+# Ten thousand requests that nobody would send: each gets an answer, or an error that the API documents.
+fuzz-serve: setup
+	CORESKIP_FUZZ=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/test_serve_fuzz.py
+
+# The server behind clients from the registry as they are, in an environment of their own beside this one.
+CLIENTS := build/clients
+test-clients: setup
+	$(BIN)/python -m venv $(CLIENTS)
+	echo "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')" > $$($(CLIENTS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/coreskip.pth
+	$(CLIENTS)/bin/pip install --quiet 'lm_eval[api]' litellm guidellm
+	OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest -n 0 tests/test_serve_clients.py
 
 lint: setup
 	$(BIN)/ruff check .

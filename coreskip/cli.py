@@ -16,6 +16,7 @@ from coreskip.generating import chat, generate
 from coreskip.packing import pack
 from coreskip.planning import analyze, evaluate, info, show
 from coreskip.predictors.errors import CoreskipError
+from coreskip.serving import serve
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -49,7 +50,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
-for _command in (analyze, pack, show, info, generate, chat, evaluate):
+for _command in (analyze, pack, show, info, generate, chat, evaluate, serve):
     cli.add_command(_command)
 
 
@@ -67,7 +68,7 @@ def bench() -> None:
     """Measure speed and quality, side by side with other runtimes (see `coreskip bench --help`)."""
 
 
-@bench.command("run", epilog="Also: `coreskip bench report ROWS`, `bench tables`, `bench kernels`.")
+@bench.command("run", epilog="Also: `coreskip bench report ROWS`, `bench tables`, `bench kernels`, `bench serve`.")
 @click.argument("model", required=False)
 @click.option("--plan", "plans", multiple=True, type=click.Path(path_type=Path), help="A plan; may be given again.")
 @click.option("--keep", "keeps", multiple=True, type=float, help="Keep this share by core neurons, uncalibrated.")
@@ -154,6 +155,15 @@ def bench_tables(document: Path, folder: Path) -> None:
 def bench_kernels(arguments: tuple[str, ...]) -> None:
     """Time the kernels by themselves (`coreskip bench kernels --help`)."""
     from coreskip.bench.kernels import main
+
+    main(list(arguments))
+
+
+@bench.command("serve", context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench_serve(arguments: tuple[str, ...]) -> None:
+    """Time servers under concurrent clients (`coreskip bench serve --help`)."""
+    from coreskip.bench.serve import main
 
     main(list(arguments))
 

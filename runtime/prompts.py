@@ -75,8 +75,10 @@ def _check_message(message: Any) -> None:
         raise CoreskipError(f'the "content" of a chat message is {kind_of(content)}: give a text')
 
 
-def render(tokenizer: Any, messages: list[Message]) -> str:
+def render(tokenizer: Any, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> str:
     """The text that the tokenizer's chat template makes of `messages`, up to where the answer begins.
+
+    tools: that the answer may call, as the template describes them.
 
     Raises:
         CoreskipError: there is no template, or it refuses the messages.
@@ -84,7 +86,7 @@ def render(tokenizer: Any, messages: list[Message]) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise CoreskipError("this tokenizer has no chat template: pass a text instead of messages")
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program of its own, and raises whatever it likes
         reason = " ".join(str(error).split()) or type(error).__name__
         parts = " (it may want each content as one text)" if any(_has_parts(m) for m in messages) else ""

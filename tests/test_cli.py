@@ -311,6 +311,7 @@ AT_ONCE = [
     ["generate", "-p", "x", "--plain", "--exact"], ["generate", "-p", "x", "-n", "2"], ["generate", "-p", ""],
     ["chat", "--top-p", "0.5"], ["chat", "--plain", "--weights", "int4"], ["chat", "--temperature", "-1"],
     ["eval", "--window", "5"], ["eval", "--ppl-sparsity", "nan"], ["eval", "--lookup"],
+    ["serve", "--plan", "a", "--plan", "b=c"], ["serve", "--api-key", " "], ["serve", "--port", "-1"],
     ["bench", "--weights", "int3"], ["info", "--nonsense"], ["show"], ["nonsense"],
 ]  # fmt: skip
 
