@@ -224,10 +224,17 @@ class _Memory:
 def bytes_a_position(model: Any) -> int:
     """Of the keys and values of one token in all layers, by the model's configuration: at most, for some have fewer."""
     config = model.config.get_text_config()
-    heads = int(config.num_attention_heads)
-    kept = int(getattr(config, "num_key_value_heads", None) or heads)
-    size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return 2 * int(config.num_hidden_layers) * kept * size * int(model.dtype.itemsize)
+    heads = _most(config, "num_attention_heads", 1)
+    kept = _most(config, "num_key_value_heads", heads)
+    size = _most(config, "head_dim", _most(config, "hidden_size", 1) // heads)
+    return 2 * _most(config, "num_hidden_layers", 1) * kept * size * int(model.dtype.itemsize)
+
+
+def _most(config: Any, name: str, otherwise: int) -> int:
+    """A number of a configuration, the largest where it has one for each layer."""
+    found = getattr(config, name, None)
+    numbers = [n for n in (found if isinstance(found, (list, tuple)) else [found]) if isinstance(n, int) and n > 0]
+    return max(numbers, default=otherwise)
 
 
 def _free(device: torch.device) -> int:
