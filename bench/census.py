@@ -3,9 +3,9 @@
 ``python -m coreskip.bench.census -o bench/rows/census.jsonl``
 
 Each type of `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES` is built in a process of its own with one generic small configuration,
-and compared with itself: the tokens under a dense plan, decode steps with half of the neurons of its MLPs and with all
-but one of its experts left in (against twins that have the others zeroed, or their router blind to them), the logits
-after `unwrap`. A census that was stopped goes on where it was.
+and compared with itself: the tokens under a dense plan, decode steps with half of the neurons of its MLPs or one expert
+a token (against the model's own modules with the others' weights at zero), the logits after `unwrap`. A census that was
+stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ import torch
 import transformers
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers.cache_utils import Cache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from coreskip.bench.provenance import provenance, write_rows
-from coreskip.predictors.anatomy import dissect
+from coreskip.predictors.anatomy import Experts, dissect
 from coreskip.predictors.errors import CoreskipError
+from coreskip.predictors.expert_policies import AllExperts, SkipExperts
 from coreskip.predictors.plan import LayerPlan, Plan
 from coreskip.predictors.policies import CoreNeurons, Dense, Static
 from coreskip.runtime.wrap import runtime_of, unwrap, wrap
@@ -63,7 +65,7 @@ _SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
     )),
     (8, (
         "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts",
-        "qk_rope_head_dim", "sliding_window", "mamba_d_state", "ssm_state_size", "mamba_n_heads",
+        "qk_rope_head_dim", "rotary_dim", "sliding_window", "mamba_d_state", "ssm_state_size", "mamba_n_heads",
         "moe_num_primary_experts",
     )),
     (1, (
@@ -81,6 +83,21 @@ _OTHERWISE: tuple[Row, ...] = (
     {"head_dim": None, "intermediate_size": None},
     {"num_hidden_layers": 8, "num_layers": 8, "n_layer": 8},
     {"hidden_size": 128, "num_key_value_heads": _HEADS},
+    # hybrids, whose default layers are more than these few
+    {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "attn_layer_indices": [1, 3],
+        "num_kv_shared_layers": 0,
+    },
+    {"layer_types": ["mamba", "attention"] * 2, "layers_block_type": ["mamba", "attention"] * 2, "mamba_d_ssm": 128},
+    {"layer_types": ["conv", "full_attention"] * 2, "num_key_value_heads": 2},
+    {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 0},
+    {
+        "attention_types": [[["global", "local"], 2]],
+        "qk_rope_head_dim": 8,
+        "head_dim": 8,
+        "num_key_value_heads": _HEADS,
+    },
 )
 
 
@@ -133,8 +150,6 @@ def _random(config: Any) -> Any:
 
 def examine(model_type: str) -> Row:
     """What one type does; see the columns of the table."""
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("coreskip").setLevel(logging.ERROR)
     row: Row = {"type": model_type, "built": False, "refused": None, "error": None}
     try:
         model = build(model_type)
@@ -148,17 +163,20 @@ def examine(model_type: str) -> Row:
     except CoreskipError as error:
         return {**row, "refused": str(error)}
     row |= {
+        "cache": isinstance(_cache_of(model), Cache),  # without one every pass is prefill, and so dense
         "layers": len(anatomy),
         "mlps": sum(mlp is not None for mlp in anatomy.feed_forwards),
         "experts": sum(experts is not None for experts in anatomy.experts),
         "routers": sum(experts is not None and experts.router is not None for experts in anatomy.experts),
     }
-    for name, check in (("dense", _dense), ("neurons", _neurons), ("core", _core)):
+    checks = {"dense": _dense, "neurons": _neurons, "core": _core, "top_expert": _top_expert}
+    for name, check in checks.items() if row["cache"] else [("dense", _dense)]:
         try:
             row |= {name: check(model, row, expected)}
+        except CoreskipError as error:
+            row |= {name: f"refused: {error}"}
         except Exception as error:
             row |= {name: "error", "error": _text_of(error)}
-        torch.manual_seed(0)
     row["unwrap"] = bool(torch.equal(_logits(model), before))
     return row
 
@@ -217,6 +235,48 @@ def _core(model: Any, row: Row, expected: list[Tensor]) -> str:
     finally:
         unwrap(model)
     return "right" if chosen and [r.shape for r in rows] == [r.shape for r in expected] else "nothing skipped"
+
+
+def _top_expert(model: Any, row: Row, expected: list[Tensor]) -> str:
+    """Whether decode steps that skip all experts of a token but the first are the model's own with other weights."""
+    if not row["experts"]:
+        return "no experts"
+    dense, anatomy = Plan.dense(model), dissect(model)
+    policies = [SkipExperts(1.0) if count else AllExperts() for count in dense.model.experts]
+    layers = tuple(LayerPlan(experts=policy) for policy in policies)
+    wrap(model, Plan(layers, dense.model, {"method": "skip-experts"}))
+    try:
+        got, skipped = _decoded(model), runtime_of(model).usage.neuron_sparsity()
+    finally:
+        unwrap(model)
+    handles: list[Any] = []
+
+    def first_alone(experts: Experts) -> Any:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: Row) -> Any:
+            weights = experts.routed(args, kwargs)[2]
+            left = weights.masked_fill(weights < weights.amax(-1, keepdim=True), 0.0)
+            if experts.router is not None and experts.router.choice.normalised:
+                left = left * (weights.sum(-1, keepdim=True) / left.sum(-1, keepdim=True))
+            return tuple(left if value is weights else value for value in args), kwargs
+
+        return hook
+
+    def change(_: bool) -> None:
+        for experts in filter(None, anatomy.experts):
+            handles.append(experts.module.register_forward_pre_hook(first_alone(experts), with_kwargs=True))
+
+    expected_logits = _decoded(model, change)
+    for handle in handles:
+        handle.remove()
+    if skipped == 0:
+        return "nothing skipped"
+    far = float((got - expected_logits).abs().max() / expected_logits.abs().max())
+    return "right" if far < 1e-3 else f"wrong by {far:.1e}"
+
+
+def _cache_of(model: Any) -> Any:
+    with torch.no_grad():
+        return getattr(model(_prompt(1), use_cache=True), "past_key_values", None)
 
 
 def _prompt(rows: int, length: int = 12) -> Tensor:
@@ -287,6 +347,8 @@ def _apart(model_type: str) -> Row:
 def main(output: Path | None, one: str | None, types: str | None) -> None:
     """A census of all causal LMs of transformers."""
     torch.set_num_threads(1)  # forks have no others
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("coreskip").setLevel(logging.ERROR)
     if one is not None:
         click.echo(json.dumps(examine(one)))
         return

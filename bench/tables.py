@@ -228,6 +228,12 @@ _ROUNDING: dict[str, Callable[[dict[str, Any]], str]] = {
     "MB per token": lambda row: f"{row['megabytes']:.0f}",
     "rounded in": lambda row: f"{row['seconds']:.0f} s",
 }
+
+
+def _parts_of_layers(row: dict[str, Any]) -> str:
+    return f"{row['mlps']}, {row['experts']} of {row['layers']}" if "layers" in row else ""
+
+
 _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     "sharing": {
         "weights": lambda row: str(row["dtype"]),
@@ -245,12 +251,31 @@ _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "x dense": lambda row: f"{row['of_dense']:.2f}",
         "x dense, with the prompt": lambda row: f"{row['of_dense_with_prompt']:.2f}",
     },
+    "experts": {
+        "model": lambda row: str(row["model"]),
+        "way": lambda row: str(row["way"]),
+        "tok/s": lambda row: f"{row['tok_s']:.1f}",
+        "x transformers": lambda row: f"{row['of_transformers']:.1f}",
+        "MB per token": lambda row: f"{row['megabytes']:.0f}",
+        "of a token's experts": lambda row: f"{row['experts_megabytes']:.0f}",
+        "of bandwidth": lambda row: f"{row['bandwidth_share']:.0%}",
+    },
     "neuron_groups": {
         "shape": lambda row: str(row["shape"]),
         "way": lambda row: str(row["way"]),
         "neurons left out": lambda row: f"{100 * row['left_out']:.0f} %",
         "us per layer": lambda row: f"{row['us_per_layer']:.1f}",
         "of dense": lambda row: f"{row['of_dense']:.2f}",
+    },
+    "census": {
+        "type": lambda row: str(row["type"]),
+        "built": lambda row: "yes" if row["built"] else str(row["error"]),
+        "MLPs, mixtures of layers": _parts_of_layers,
+        "dense plan": lambda row: str(row.get("dense", "refused" if row.get("refused") else "")),
+        "half of the neurons": lambda row: str(row.get("neurons", "")).partition(":")[0],
+        "one expert a token": lambda row: str(row.get("top_expert", "")).partition(":")[0],
+        "unwrap": lambda row: ("exact" if row["unwrap"] else "not exact") if "unwrap" in row else "",
+        "decode steps": lambda row: "native" if row.get("native") else str(row.get("reason") or ""),
     },
     "starting": {
         "model": lambda row: f"{row['model']}, {row['weights']}",

@@ -196,7 +196,7 @@ class CpuModel:
         if isinstance(held, HeldExperts):
             experts = held.experts(whole=self._packing.weights is None)
         else:
-            experts = packed_experts(spec, self._pack_experts)
+            experts = packed_experts(spec, self._pack_experts, narrow=self._format is None)
         return lower_experts(spec, experts, logits, shared, gate)
 
     # --- matrices

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -43,13 +44,23 @@ def lower_experts(
         raise NotCovered(str(reason)) from None
 
 
-def packed_experts(spec: ExpertsSpec, pack: PackAll) -> list[Expert]:
-    """The experts' matrices, by `pack`."""
+def packed_experts(spec: ExpertsSpec, pack: PackAll, narrow: bool) -> list[Expert]:
+    """The experts' matrices, by `pack`, or as they were loaded where this is to be `narrow`, and finds forms of fewer
+    bytes for some of them that do not go together.
+
+    Raises:
+        ValueError: they have no such form.
+    """
     at = spec.layout
-    return experts_of(
-        spec.up, spec.down, spec.up_bias, spec.down_bias, gate=spec.gate, gate_bias=spec.gate_bias,
-        stacked=at.stacked, interleaved=at.interleaved, transposed=at.transposed, pack=pack,
-    )  # fmt: skip
+    parts = (spec.up, spec.down, spec.up_bias, spec.down_bias)
+    how: dict[str, Any] = {"gate": spec.gate, "gate_bias": spec.gate_bias, "transposed": at.transposed}
+    how |= {"stacked": at.stacked, "interleaved": at.interleaved}
+    try:
+        return experts_of(*parts, **how, pack=pack)
+    except ValueError:
+        if not narrow:
+            raise
+        return experts_of(*parts, **how)
 
 
 def _router(spec: RouterSpec, logits: PackedLinear) -> Router:

@@ -14,7 +14,7 @@ from ..kernels.packed import DTYPES, PackedLinear
 from ..predictors.anatomy import Experts
 from ..predictors.errors import CoreskipError
 from ..predictors.experts import Layout
-from .packed_layer import StandIn, refusing
+from .packed_layer import StandIn, check_untouched, refusing
 from .unpacking import Unpacking, unpack
 from .width import product
 
@@ -30,6 +30,7 @@ class HeldExperts(nn.Module):
 
     _held: list[Expert]
     _layout: Layout
+    _absent: dict[str, StandIn]  # in a dict, or they would be parameters
     _handles: list[Any]
 
     @staticmethod
@@ -42,6 +43,7 @@ class HeldExperts(nn.Module):
         held._handles = refusing(module)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        self._check_untouched()
         total = torch.zeros_like(hidden_states, dtype=torch.float32)
         for expert in top_k_index.unique().tolist():
             token, place = torch.where(top_k_index == expert)
@@ -64,6 +66,7 @@ class HeldExperts(nn.Module):
     def experts(self, whole: bool = True) -> list[Expert]:
         """The packed matrices with their biases. whole: whether x meets their numbers in float32, or rounded to 8
         bits."""
+        self._check_untouched()
         at, found = self._layout, []
         halves = (slice(0, None, 2), slice(1, None, 2)) if at.interleaved else None
         for index, held in enumerate(self._held):
@@ -82,21 +85,21 @@ class HeldExperts(nn.Module):
         held, at = self._held[expert], self._layout
         parts = [held.down] if name == at.down else [held.up] if held.gate is None else [held.gate, held.up]
         shape = sum(part.out_features for part in parts), parts[0].in_features
-        found = unpack(parts, torch.empty(shape, dtype=self._stand_ins[name].dtype, device="cpu"))
+        found = unpack(parts, torch.empty(shape, dtype=self._absent[name].dtype, device="cpu"))
         if name == at.up and at.interleaved:
             found = torch.stack(list(found.chunk(2)), 1).flatten(0, 1)
         return found.t() if at.transposed else found
 
     def unpack(self) -> None:
         """Becomes what it was, with the numbers that the packed matrices stand for."""
-        for name, before in self._stand_ins.items():
+        for name, before in self._absent.items():
             whole = torch.empty(before.shape, dtype=before.dtype, device="cpu")
             for expert, rows in enumerate(whole):
                 rows.copy_(self.unpacked(name, expert))
             self._parameters[name] = nn.Parameter(whole, requires_grad=False)
         for handle in self._handles:
             handle.remove()
-        del self._held, self._layout, self._handles
+        del self._held, self._layout, self._absent, self._handles
         self.__class__ = cast(Any, type(self).__bases__[0])
 
     @property
@@ -106,25 +109,21 @@ class HeldExperts(nn.Module):
         found = {"gate": gates, "up": [held.up for held in self._held], "down": [held.down for held in self._held]}
         return {name: parts for name, parts in found.items() if parts}
 
-    @property
-    def layout(self) -> Layout:
-        return self._layout
-
-    @property
-    def _stand_ins(self) -> dict[str, StandIn]:
-        return {name: cast(StandIn, self._parameters[name]) for name in (self._layout.up, self._layout.down)}
+    def _check_untouched(self) -> None:
+        for name, absent in self._absent.items():
+            check_untouched(self._parameters[name], absent)
 
     def _stand_in(self, dtype: torch.dtype) -> None:
-        for name in (self._layout.up, self._layout.down):
-            before = cast(Tensor, self._parameters[name])
-            kinds = ("down",) if name == self._layout.down else ("gate", "up")
+        self._absent = {}
+        for name, kinds in ((self._layout.up, ("gate", "up")), (self._layout.down, ("down",))):
+            shape = tuple(cast(Tensor, self._parameters[name]).shape)
             nbytes = sum(part.weight.nbytes for kind in kinds for part in self.stacks.get(kind, ()))
-            self._parameters[name] = StandIn.of(tuple(before.shape), dtype, nbytes, "meta")
+            self._parameters[name] = self._absent[name] = StandIn.of(shape, dtype, nbytes, "meta")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Casts; packed matrices stay as they are, and are unpacked on another device and in dtypes that kernels do not
         have."""
-        like = fn(torch.empty(0, dtype=self._stand_ins[self._layout.down].dtype, device="cpu"))
+        like = fn(torch.empty(0, dtype=self._absent[self._layout.down].dtype, device="cpu"))
         if like.device.type != "cpu" or like.dtype not in DTYPES:
             self.unpack()
             return nn.Module._apply(self, fn, recurse)
@@ -132,6 +131,7 @@ class HeldExperts(nn.Module):
         for name, parameter in self._parameters.items():
             if parameter is not None and not isinstance(parameter, StandIn):
                 self._parameters[name] = nn.Parameter(fn(parameter.detach()), requires_grad=False)
+        self._buffers = {name: None if buffer is None else fn(buffer) for name, buffer in self._buffers.items()}
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # the class may have been made here, where pickle looks for none
@@ -178,14 +178,8 @@ def can_be_held(found: Experts) -> bool:
     at, module = found.layout, found.module
     gated = at.stacked or at.interleaved
     computes = hasattr(module, "_apply_gate") if gated else hasattr(module, "act_fn")
-    known = found.gating is not None
-    return (
-        computes
-        and known
-        and at.gate is None
-        and not found.scaled_inputs
-        and module._parameters.get(at.down) is not None
-    )
+    known = found.gating is not None and at.gate is None and not found.scaled_inputs
+    return computes and known and module._parameters.get(at.down) is not None
 
 
 def packed_of(mixture: Experts, pack: PackAll) -> list[Expert]:
@@ -224,6 +218,9 @@ def hold_by_name(
     except AttributeError:
         raise ValueError(f"the model has no {name}") from None
     at = Layout(**layout)
+    biases = [name for name in (at.up_bias, at.down_bias) if name is not None]
+    if len({len(parts) for parts in stacks.values()}) != 1 or any(b not in module._parameters for b in biases):
+        raise ValueError(f"{name} has experts that do not go together")
     up, down = module._parameters.get(at.up), module._parameters.get(at.down)
     rows = len(stacks.get("gate", ())) and stacks["gate"][0].out_features
     found = stacks["up"][0].out_features + rows, stacks["up"][0].in_features
@@ -231,7 +228,7 @@ def hold_by_name(
         wanted = (len(stacks["down"]), *(shape[::-1] if at.transposed else shape))
         if parameter is None or tuple(parameter.shape) != wanted:
             raise ValueError(f"{name} has no experts of the shape {wanted}")
-    gates = stacks.get("gate") or [None] * len(stacks["up"])
+    gates: Sequence[PackedLinear | None] = stacks.get("gate") or [None] * len(stacks["up"])
     HeldExperts.hold(module, at, list(map(Expert, gates, stacks["up"], stacks["down"])), dtype)
 
 

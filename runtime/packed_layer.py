@@ -125,14 +125,17 @@ class PackedLayer(nn.Linear):
         self._absent = [self.weight]  # in a list, or it would be a parameter
 
     def _check_untouched(self) -> None:
-        """Raises CoreskipError where somebody gave the layer other weights, wrote to those that are not there, or wants
-        to train them: nothing of it would act."""
-        weight, absent = self.weight, self._absent[0]
-        written = not weight.is_inference() and weight._version > 0
-        if weight is not absent or written:
-            raise CoreskipError(f"a packed matrix cannot be changed: {_PLAIN_WAY}")
-        if weight.requires_grad and torch.is_grad_enabled():
-            raise CoreskipError(f"a packed matrix cannot be trained: {_PLAIN_WAY}")
+        check_untouched(self.weight, self._absent[0])
+
+
+def check_untouched(weight: Tensor | None, absent: StandIn) -> None:
+    """Raises CoreskipError where somebody gave a module another weight than what stands for its packed one, wrote to
+    what is not there, or wants to train it: nothing of it would act."""
+    written = weight is absent and not weight.is_inference() and weight._version > 0
+    if weight is not absent or written:
+        raise CoreskipError(f"a packed matrix cannot be changed: {_PLAIN_WAY}")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise CoreskipError(f"a packed matrix cannot be trained: {_PLAIN_WAY}")
 
 
 class PackedRows(nn.Embedding):

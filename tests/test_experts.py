@@ -302,6 +302,39 @@ def test_plans_over_experts_draft_for_the_dense_model(family: str) -> None:
         assert torch.equal(greedy(model, prompt(1)), expected)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v3", "lfm2_moe"])
+def test_every_way_to_generate(family: str) -> None:
+    model, new = tiny(family), 6
+    ids = prompt(3)
+    mask = torch.ones_like(ids)
+    mask[0, :4], ids[0, :4] = 0, 0
+    with coreskip.wrap(model, plan_with(model, SkipExperts(0.6))):
+        rows = greedy(model, ids, new, attention_mask=mask)
+        alone = greedy(model, ids[2:], new)
+        assert torch.equal(rows[2:], alone), "what is skipped depends on the token alone"
+        assert torch.equal(greedy(model, ids, new, attention_mask=mask), rows)
+        sampled = greedy(model, ids, new, attention_mask=mask, do_sample=True, num_return_sequences=2)
+        beams = greedy(model, ids, new, attention_mask=mask, num_beams=3, num_return_sequences=2)
+        assert sampled.shape == beams.shape == (6, ids.shape[1] + new)
+        first = model.generate(ids[2:], max_new_tokens=new, do_sample=False, return_dict_in_generate=True)
+        turn = torch.cat([first.sequences, prompt(1, 4, seed=3)], dim=1)
+        assert greedy(model, turn, new, past_key_values=first.past_key_values).shape == (1, turn.shape[1] + new)
+
+
+def test_packed_mixtures_compute_what_they_did(tmp_path: Path, embedded: tuple[Any, Any]) -> None:
+    """Linears are packed, experts stay as they were loaded; plans hold for both."""
+    model = tiny("qwen2_moe")
+    expected = greedy(model, prompt(1))
+    plan = plan_with(model, SkipExperts(0.6))
+    with coreskip.wrap(model, plan):
+        skipping = greedy(model, prompt(1))
+    coreskip.pack(model, embedded[1], tmp_path / "moe.packed", weights="as-loaded", plan=plan, progress=False)
+    packed, _ = coreskip.load(tmp_path / "moe.packed")
+    assert torch.equal(greedy(packed, prompt(1)), expected)
+    with coreskip.wrap(packed, plan):
+        assert torch.equal(greedy(packed, prompt(1)), skipping)
+
+
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2", "llama4", "granitemoeshared"])
 def test_shared_experts_leave_neurons_out(family: str) -> None:
     """Half of a shared expert's neurons against a model in which the others are zero."""

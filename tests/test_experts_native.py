@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_decode import by_modules, ragged, refusal, some_tokens, spy, teacher_forced
+from test_decode import by_modules, prefilled, ragged, refusal, some_tokens, spy, teacher_forced
 from tiny_models import greedy, prompt, tiny
 from transformers import DynamicCache
 
@@ -139,3 +139,23 @@ def test_modules_decode_with_the_plans_numbers(family: str) -> None:
     assert (native - of_modules).norm() <= 0.05 * native.norm()
     if loaded is not None:
         assert (native - of_modules).norm() < 0.3 * (native - loaded).norm()
+
+
+def test_rows_of_a_large_batch_are_what_they_are_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, through slices of eight rows and one."""
+    model, ids, tokens = tiny("qwen2_moe"), prompt(12, 9), some_tokens(12, 6)
+    mask = torch.ones_like(ids)
+    with torch.no_grad(), coreskip.wrap(model, Plan.dense(model, "int4"), keep_originals=True):
+        caches = [prefilled(model, ids[row : row + 1], mask[:1]) for row in range(12)]
+        every = DynamicCache(config=model.config)
+        for layer in range(3):
+            keys, values = (torch.cat([getattr(c.layers[layer], kind) for c in caches]) for kind in ("keys", "values"))
+            every.update(keys, values, layer)
+        teacher_forced(model, ids[:1], mask[:1], tokens[:1, :1], each=1)
+        seen = spy(model, monkeypatch)
+        together = teacher_forced(model, ids, mask, tokens, each=1, cache=every)
+        assert seen == [12] * 6
+        for row, cache in enumerate(caches):
+            of_row = slice(row, row + 1)
+            alone = teacher_forced(model, ids[of_row], mask[:1], tokens[of_row], each=1, cache=cache)
+            assert torch.equal(together[of_row], alone)

@@ -109,6 +109,25 @@ def test_copies_casts_and_unpacking(tmp_path: Path) -> None:
         packed(tiny("mixtral"), tmp_path / "m", weights="int4").model.layers[0].mlp.experts.state_dict()
 
 
+def test_what_would_not_act_is_refused(tmp_path: Path) -> None:
+    found, ids = packed(tiny("mixtral"), tmp_path / "p", weights="int4"), prompt(1, 9)
+    experts = found.model.layers[1].mlp.experts
+    before = experts.down_proj
+    experts.down_proj = torch.nn.Parameter(torch.zeros(before.shape))
+    with pytest.raises(CoreskipError, match="cannot be changed"):
+        found(ids)
+    experts.down_proj = before
+    before.requires_grad_()
+    with pytest.raises(CoreskipError, match="cannot be trained"):
+        found(ids)
+    before.requires_grad_(False)
+    greedy(found, ids, 2)
+    with torch.no_grad():
+        before.zero_()
+    with pytest.raises(CoreskipError, match="cannot be changed"):
+        found(ids)
+
+
 def test_what_cannot_be_packed_or_read_is_refused_in_a_line(tmp_path: Path) -> None:
     model = tiny("mixtral")
     with pytest.raises(CoreskipError, match="experts are not rounded with a text"):

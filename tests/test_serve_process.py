@@ -20,8 +20,8 @@ from served import MESSAGES, Served, events, serving, small_model
 from coreskip.cli import main
 from coreskip.runtime.serve_setup import Setup
 
-CONTEXT = 4096
-LONG = {"prompt": "a", "max_tokens": 4000, "ignore_eos": True, "temperature": 0, "stream": True}
+CONTEXT = 1 << 15
+LONG = {"prompt": "a", "max_tokens": 32000, "ignore_eos": True, "temperature": 0, "stream": True}
 SHORT = {"prompt": "Water", "max_tokens": 8, "temperature": 0}
 
 

@@ -47,6 +47,8 @@ class StepExpertsLayer {
     bool all_read_ = false;               // or that of all rows
     int count_ = 0;                       // active experts, the shared one among them
     bool shared_ = false;                 // that one is first
+    int place_ = 0;                       // rows that want experts so far, expert by expert
+    int64_t neurons_ = 0;                 // their neurons
 
     // The experts of all tokens, and for each one the tokens that want it.
     void choose(const StepLayer& l) {
@@ -60,11 +62,11 @@ class StepExpertsLayer {
             *end[t] = {r.count, 0.f};  // the last one's successor
         }
         count_ = 0;
-        shared_ = l.up.weight;
+        shared_ = l.up.weight != nullptr;
         place_ = neurons_ = 0;
         if (shared_) {
             for (int t = 0; t < thread.tokens; t++) want(t, 1.f);
-            close(&l.gate, 0);
+            close(&l.gate, 0);  // up and down follow
         }
         Chosen* next[kMaxRows];
         for (int t = 0; t < thread.tokens; t++) next[t] = own.experts_chosen + t * (r.chosen + 1);
@@ -79,9 +81,6 @@ class StepExpertsLayer {
         }
         ahead.enter(l, own.active, count_);
     }
-
-    int place_ = 0;            // rows that want experts so far, one by one
-    int64_t neurons_ = 0;      // their neurons
 
     void want(int row, float weight) {
         own.wanting[place_] = row;

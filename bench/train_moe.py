@@ -1,0 +1,140 @@
+"""A small mixture of experts whose routing is trained, and what leaving experts out of it costs.
+
+    python -m coreskip.bench.train_moe --text TEXT -o FOLDER
+    python -m coreskip.bench.train_moe --text TEXT -o FOLDER --rows bench/rows/experts.jsonl
+
+Random routers send every token everywhere: nothing that is claimed of experts can rest on them. This is an OLMoE of
+bytes (4 layers, 16 experts of 128 neurons, 2 of them a token), trained on the first half of the text with the router's
+own balancing loss. With --rows the model that is in FOLDER, or was just trained, is calibrated on the first half and
+measured on the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import ByT5Tokenizer, OlmoeConfig, OlmoeForCausalLM
+
+from coreskip.bench.method_quality import undo_wikitext
+from coreskip.bench.provenance import provenance, write_rows
+from coreskip.bench.tables import quality_table
+from coreskip.predictors.calibration import TokenText, read_text, tokenize
+from coreskip.predictors.files import check_file, check_folder, replaced_folder
+from coreskip.predictors.plan import Plan
+from coreskip.runtime.calibrate import Calibrator
+from coreskip.runtime.cost import bytes_per_token
+from coreskip.runtime.load import load
+from coreskip.runtime.quality import evaluate_all
+
+STEPS, ROWS, LENGTH, RATE = 1500, 16, 128, 3e-3
+_WARM_UP = 0.1  # of the steps: the rate rises over these and falls to zero over the rest
+
+#: What is measured: a name, `analyze`'s method, its options, the shares that are kept.
+PLANS: tuple[tuple[str, str, dict[str, Any], tuple[float, ...]], ...] = (
+    ("experts by REAP", "experts", {"score": "reap"}, (0.75, 0.5)),
+    ("experts by frequency", "experts", {"score": "frequency"}, (0.75, 0.5)),
+    ("experts at random", "experts", {"score": "random"}, (0.75, 0.5)),
+    ("a token's lightest skipped", "skip-experts", {}, (0.9, 0.75, 0.5)),
+)
+
+
+def tiny_moe(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    config = OlmoeConfig(
+        vocab_size=384, hidden_size=128, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, num_experts=16, num_experts_per_tok=2, max_position_embeddings=1024,
+        norm_topk_prob=True, router_aux_loss_coef=0.02, output_router_logits=True, tie_word_embeddings=True,
+        pad_token_id=0, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    return OlmoeForCausalLM(config)
+
+
+def batches(text: TokenText, steps: int, rows: int, length: int, seed: int) -> Iterator[Tensor]:
+    """`steps` times token ids, int64 ``[rows, length]``, from random places."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        starts = torch.randint(0, len(text.ids) - length, (rows,), generator=generator)
+        yield torch.stack([text.ids[start : start + length] for start in starts.tolist()])
+
+
+def train(model: Any, text: TokenText, *, steps: int, rows: int, length: int, rate: float, seed: int) -> list[float]:
+    """Trains in place by AdamW; returns the losses in nats, the balancing loss included."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.05)
+    warm_up, losses = max(1, round(_WARM_UP * steps)), []
+    model.train()
+    bar = tqdm(batches(text, steps, rows, length, seed), total=steps, desc="training", unit="step", leave=False)
+    for step, ids in enumerate(bar):
+        share = min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * share
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    model.eval()
+    return losses
+
+
+def plans(model: Any, calibration: TokenText, tokens: int) -> Iterator[tuple[str, Plan]]:
+    yield "dense", Plan.dense(model)
+    for name, method, options, keeps in PLANS:
+        calibrator = Calibrator(model, calibration, max_tokens=tokens, **options)
+        yield from ((name, calibrator.make(method, keep)) for keep in keeps)
+
+
+def measured(model: Any, seen: TokenText, scored: TokenText, windows: int, tokens: int) -> list[dict[str, Any]]:
+    """A row for each plan, made of `seen` and measured on `scored`."""
+    named = list(plans(model, seen, tokens))
+    qualities = evaluate_all(model, [plan for _, plan in named], scored, windows=windows)
+    return [
+        {
+            "name": name, "model": "trained byte MoE, 16 experts", "dtype": "float32", "keep": 1.0, **plan.recipe,
+            "weights": plan.weights, "experts_kept": plan.experts, **quality,
+            "megabytes": round(bytes_per_token(model, plan) / 1e6, 3),
+        }
+        for (name, plan), quality in zip(named, qualities, strict=True)
+    ]  # fmt: skip
+
+
+@click.command(help=__doc__)
+@click.option("--text", required=True, type=click.Path(path_type=Path), help="Its first half trains and calibrates.")
+@click.option("-o", "folder", required=True, type=click.Path(path_type=Path), help="Hugging Face folder of the model.")
+@click.option("--steps", default=STEPS, show_default=True, type=click.IntRange(1), help="Where FOLDER is not there.")
+@click.option("--seed", default=0, show_default=True, help="Of the weights and of the order of the text.")
+@click.option("--rows", "output", type=click.Path(path_type=Path), help="JSONL file to write: plans over experts.")
+@click.option("--windows", default=24, show_default=True, help="Windows of 512 bytes to score.")
+@click.option("--tokens", default=16384, show_default=True, help="Calibration bytes.")
+def main(text: Path, folder: Path, steps: int, seed: int, output: Path | None, windows: int, tokens: int) -> None:
+    command = f"python -m coreskip.bench.train_moe --text {text.name} -o {folder.name} --steps {steps} --seed {seed}"
+    about = provenance(command)
+    tokenizer = ByT5Tokenizer()
+    seen, scored = tokenize(tokenizer, undo_wikitext(read_text(text)), text.name).split(0.5, 0.5)
+    if not folder.exists():
+        check_folder(folder)
+        model = tiny_moe(seed)
+        losses = train(model, seen, steps=steps, rows=ROWS, length=LENGTH, rate=RATE, seed=seed)
+        model.config.output_router_logits = False  # which only training needs
+        with replaced_folder(folder) as draft:
+            model.save_pretrained(draft)
+            tokenizer.save_pretrained(draft)
+        click.echo(f"{folder}: {steps} steps, loss from {losses[0]:.2f} to {losses[-1]:.2f} nats a byte")
+    if output is None:
+        return
+    check_file(output)
+    model, _ = load(folder, device="cpu", dtype="float32")
+    rows = [{**row, **about} for row in measured(model, seen, scored, windows, tokens)]
+    write_rows(output, rows)
+    click.echo(quality_table(rows))
+
+
+if __name__ == "__main__":
+    main()

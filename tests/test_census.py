@@ -1,0 +1,78 @@
+"""The census of model types: rows that are right, and rows of what is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from coreskip.bench import census
+from coreskip.bench.tables import fill_tables
+from coreskip.bench.train_moe import batches, tiny_moe, train
+from coreskip.predictors.anatomy import dissect
+from coreskip.predictors.calibration import TokenText
+from coreskip.predictors.feed_forward import FeedForward
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [
+        ("llama", {"native": True, "neurons": "right", "core": "right", "top_expert": "no experts", "mlps": 4}),
+        ("mixtral", {"neurons": "no MLP", "top_expert": "right", "experts": 4, "routers": 4}),
+        ("nemotron_h", {"neurons": "right", "top_expert": "right", "mlps": 2, "experts": 1, "layers": 4}),
+        ("jetmoe", {"refused": "form that coreskip does not read"}),
+    ],
+)
+def test_types_are_compared_with_themselves(model_type: str, expected: dict[str, object]) -> None:
+    row = census.examine(model_type)
+    assert row["built"]
+    assert row["error"] is None
+    if "refused" not in expected:
+        assert (row["dense"], row["unwrap"], row["refused"]) == ("right", True, None)
+    for name, value in expected.items():
+        assert row[name] == value if name != "refused" else str(value) in row[name]
+
+
+def test_what_is_wrong_is_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode steps that leave out other neurons than the twin's."""
+    right = FeedForward.matrices
+    monkeypatch.setattr(census, "dissect", lambda model: dissect(model))
+
+    def shifted(self: FeedForward) -> object:
+        found = right(self)
+        return type(found)(found.gate, found.up.roll(1, 0), *list(vars(found).values())[2:])
+
+    model = census.build("llama")
+    monkeypatch.setattr(FeedForward, "matrices", shifted)
+    monkeypatch.setattr("coreskip.predictors.anatomy.proved", lambda mlp, empty: True)
+    assert census._neurons(model, {"mlps": 4}, []).startswith("wrong by")
+
+
+def test_a_census_goes_on_where_it_was(tmp_path: Path) -> None:
+    rows = tmp_path / "census.jsonl"
+    for types in ("llama", "xmod"):
+        result = CliRunner().invoke(census.main, ["-o", str(rows), "--types", types], catch_exceptions=False)
+        assert result.exit_code == 0
+    found = {row["type"]: row for row in map(json.loads, rows.read_text().splitlines())}
+    assert list(found) == ["llama", "xmod"]
+    assert found["llama"]["dense"] == "right"
+    assert not found["xmod"]["built"]
+    assert "2 types; dense: 1 built, 1 right, 1 native" in result.output
+    table = fill_tables("<!-- table: census -->\n<!-- end table -->", tmp_path)
+    assert "| llama | yes | 4, 0 of 4 | right | right | no experts | exact | native |" in table
+
+
+def test_training_lowers_the_loss_and_routes() -> None:
+    text = TokenText(
+        torch.randint(3, 40, (600,), generator=torch.Generator().manual_seed(0)), torch.tensor([]), "random"
+    )
+    model = tiny_moe()
+    losses = train(model, text, steps=6, rows=2, length=32, rate=3e-3, seed=0)
+    assert losses[-1] < losses[0]
+    assert [experts.count for experts in dissect(model).experts if experts] == [16] * 4
+    assert [ids.tolist() for ids in batches(text, 2, 2, 8, 1)] == [ids.tolist() for ids in batches(text, 2, 2, 8, 1)]
