@@ -161,6 +161,16 @@ def test_the_dense_lane_leaves_nothing_out(kind: str) -> None:
 
 
 @needs_kernels
+def test_exact_mode_gives_the_dense_models_text_without_drafts() -> None:
+    model = bytes_model()
+    requests = [Request(ids(20, i), 16) for i in range(3)]
+    expected = [alone(model, request) for request in requests]
+    with Engine(model, Bytes(), plan_of(model, "static", keep=0.3), exact=True, max_batch=3) as made:
+        tickets = [made.submit(request) for request in requests]
+        assert [ticket.collect().tokens for ticket in tickets] == expected
+
+
+@needs_kernels
 def test_the_model_may_be_changed_meanwhile() -> None:
     model = bytes_model()
     with Engine(model, Bytes(), max_batch=2) as made:
