@@ -27,11 +27,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Stream:
-    """One text: its tokens, seconds to the first event, and from each token to the next. Tokens that come together have
-    the mean of their event."""
+    """One text: its tokens, when the first event and the last came (seconds after the first request), and seconds from
+    each token to the next. Tokens that come together have the mean of their event."""
 
     tokens: list[int]
     first: float
+    last: float
     gaps: list[float]
 
 
@@ -60,7 +61,7 @@ def main(output: Path, model: str | None, weights: str, streams: str, tokens: in
 def _measured(model: str | None, weights: str, counts: Sequence[int], tokens: int, rounds: int) -> Iterator[Row]:
     loaded, tokenizer = load(model, device="cpu") if model is not None else load(device="cpu")
     asked = _prompts(tokenizer, max(counts))
-    with Engine(loaded, tokenizer, weights=weights, max_batch=max(counts)) as engine:
+    with Engine(loaded, tokenizer, weights=weights, max_batch=max(counts), prompt_bytes=0) as engine:
         alone = [_run(engine, [prompt], tokens)[1][0].tokens for prompt in asked]
         found: dict[int, list[tuple[float, list[Stream]]]] = {count: [] for count in counts}
         for _ in range(rounds):
@@ -85,9 +86,10 @@ def _prompts(tokenizer: Any, count: int) -> list[list[int]]:
 def _run(engine: Engine, asked: Sequence[list[int]], tokens: int) -> tuple[float, list[Stream]]:
     """Seconds from the first request to the last token, and the streams."""
 
+    start = time.perf_counter()
+
     async def read(prompt: list[int]) -> Stream:
-        start = last = time.perf_counter()
-        first, gaps, made = 0.0, list[float](), list[int]()
+        first, last, gaps, made = 0.0, start, list[float](), list[int]()
         async for event in engine.submit(Request(prompt, tokens, ignore_eos=True)):
             now = time.perf_counter()
             if not made:
@@ -96,12 +98,11 @@ def _run(engine: Engine, asked: Sequence[list[int]], tokens: int) -> tuple[float
                 gaps += [(now - last) / len(event.tokens)] * len(event.tokens)
             made += event.tokens
             last = now
-        return Stream(made, first, gaps)
+        return Stream(made, first, last - start, gaps)
 
     async def together() -> list[Stream]:
         return await asyncio.gather(*map(read, asked))
 
-    start = time.perf_counter()
     streams = asyncio.run(together())
     return time.perf_counter() - start, streams
 
@@ -119,10 +120,26 @@ def _row(
         "prompt_tokens": sum(lengths),
         "rounds": len(runs),
         "tok_s": round(count * tokens / median(seconds for seconds, _ in runs), 1),
+        "decode_tok_s": round(median(_decoding(found) for _, found in runs), 1),
         "first_token_ms": {"p50": _quantile(firsts, 0.5), "p95": _quantile(firsts, 0.95)},
         "between_tokens_ms": {"p50": _quantile(gaps, 0.5), "p95": _quantile(gaps, 0.95)},
         "same_as_alone": same,
     }
+
+
+def _decoding(streams: list[Stream]) -> float:
+    """Tokens a second of all streams together while all of them decode; from the last first token on, where the first
+    to end has ended before."""
+    begin = max(stream.first for stream in streams)
+    end = min(stream.last for stream in streams)
+    end = end if end > begin else max(stream.last for stream in streams)
+    made = 0
+    for stream in streams:
+        at = stream.first
+        for gap in stream.gaps:
+            at += gap
+            made += begin < at <= end
+    return made / (end - begin)
 
 
 def _quantile(values: list[float], share: float) -> float:

@@ -78,6 +78,7 @@ class Batching:
         reason = length_dependence(self._model, torch.empty((1, length)), _of_length(length + most))
         if reason is not None:
             raise CoreskipError(f"this request cannot be stepped beside others: {reason}")
+        self._scheduler.check(length, most)
         ticket = Ticket(length, request, self._scheduler.wake)
         ends = frozenset(request.stop_ids) | (frozenset() if request.ignore_eos else self._ends)
         self._scheduler.submit(
@@ -133,10 +134,12 @@ class Batching:
         ends = {int(t) for c in criteria if isinstance(c, EosTokenCriteria) for t in c.eos_token_id.flatten()}
         others = [c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
         length = ids.shape[1]
+        most = max(1, criteria.max_length - length)
+        self._scheduler.check(length, most)
         return Running(
             Ticket(length, None, self._scheduler.wake),
             ids[0].tolist(),
-            max(1, criteria.max_length - length),
+            most,
             frozenset(ends),
             Chooser(asked["logits_processor"], draw),
             Pieces(self._tokenizer, call.stops),

@@ -71,8 +71,8 @@ class Engine:
         plain: plain transformers, without anything of coreskip's.
         max_batch: how many sequences decode together. Calls from threads and from asyncio tasks then share steps, each
             with its own random numbers; greedy texts are those that each call gets alone. Where native steps cover the
-            model, a step of several sequences reads the weights once; elsewhere sequences take turns. None: every call
-            decodes by itself, in its own thread.
+            model, a step of several sequences reads the weights once; elsewhere sequences take turns. With ``exact`` or
+            ``lookup`` sequences decode without drafts. None: every call decodes by itself, in its own thread.
         max_waiting: of max_batch: how many requests may wait for a place; one more raises `Busy`. None: any number.
         kv_bytes: of max_batch: memory for the keys and values of all that run; None: half of what is free.
         prompt_bytes: of max_batch: memory for prompts that were read before, so that what begins alike, in whole

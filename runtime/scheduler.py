@@ -77,25 +77,32 @@ class Scheduler:
         with self._changed:
             self._changed.notify_all()
 
-    def submit(self, sequence: Running) -> None:
-        """Queue a sequence; its ticket tells what becomes of it.
-
-        Raises:
-            Busy: the queue is full. CoreskipError: it can never fit the memory for keys and values, or the scheduler is
-            closed.
+    def check(self, prompt: int, most: int) -> None:
         """
-        needed = self._memory.needed(sequence)
+        Raises:
+            CoreskipError: so many tokens can never fit the memory for keys and values.
+        """
+        needed = self._memory.needed(prompt + most)
         if needed > self._memory.limit:
             raise CoreskipError(
-                f"keys and values of {sequence.prompt} + {sequence.most} tokens take {needed / 1e6:.0f} MB, more than "
-                f"the {self._memory.limit / 1e6:.0f} MB that there are for all: ask for fewer tokens"
+                f"keys and values of {prompt} + {most} tokens take {needed / 1e6:.0f} MB, more than the "
+                f"{self._memory.limit / 1e6:.0f} MB that there are for all: ask for fewer tokens"
             )
+
+    def submit(self, sequence: Running) -> None:
+        """Queue a sequence that `check` has accepted; its ticket tells what becomes of it.
+
+        Raises:
+            Busy: the queue is full. CoreskipError: the scheduler is closed.
+        """
+        sequence.nbytes = self._memory.needed(sequence.prompt + sequence.most)
         with self._changed:
             if self._closing:
                 raise CoreskipError("the engine is closed: make another one")
-            free = len(self._running) < self._limits.batch and not self._waiting
-            if not free and self._limits.waiting is not None and len(self._waiting) >= self._limits.waiting:
-                raise Busy(len(self._waiting), self._retry_after())
+            waiting = [other for other in self._waiting if not other.ticket.cancelled]
+            held = len(waiting) + 1 - self._admissible([*waiting, sequence])
+            if self._limits.waiting is not None and held > self._limits.waiting:
+                raise Busy(held - 1, self._retry_after())
             self._waiting.append(sequence)
             self._changed.notify_all()
 
@@ -159,13 +166,18 @@ class Scheduler:
         self._waiting = deque(sequence for sequence in self._waiting if sequence.finish is None)
 
     def _admit(self) -> None:
-        while self._waiting and len(self._running) < self._limits.batch:
-            sequence = self._waiting[0]
-            sequence.nbytes = self._memory.needed(sequence)
-            used = sum(other.nbytes for other in self._running)
-            if self._running and used + sequence.nbytes > self._memory.limit:
-                return
+        for _ in range(self._admissible(list(self._waiting))):
             self._running.append(self._waiting.popleft())
+
+    def _admissible(self, waiting: list[Running]) -> int:
+        """How many of those that wait have a place now: the first ones, up to one that has none."""
+        running = [sequence for sequence in self._running if sequence.finish is None]
+        room = self._memory.limit - sum(sequence.nbytes for sequence in running)
+        for count, sequence in enumerate(waiting):
+            room -= sequence.nbytes
+            if len(running) + count >= self._limits.batch or room < 0:
+                return count
+        return len(waiting)
 
     def _turn(self) -> None:
         """One chunk of a prompt, and one step of all whose prompts have been read."""
@@ -205,17 +217,24 @@ class _Memory:
         self._each = bytes_a_position(model)
         self.limit = limit if limit is not None else int(_SHARE * _free(model.device))
 
-    def needed(self, sequence: Running) -> int:
-        return -(-(sequence.prompt + sequence.most) // _WHOLE) * _WHOLE * self._each
+    def needed(self, positions: int) -> int:
+        return -(-positions // _WHOLE) * _WHOLE * self._each
 
 
 def bytes_a_position(model: Any) -> int:
     """Of the keys and values of one token in all layers, by the model's configuration: at most, for some have fewer."""
     config = model.config.get_text_config()
-    heads = int(config.num_attention_heads)
-    kept = int(getattr(config, "num_key_value_heads", None) or heads)
-    size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return 2 * int(config.num_hidden_layers) * kept * size * int(model.dtype.itemsize)
+    heads = _most(config, "num_attention_heads", 1)
+    kept = _most(config, "num_key_value_heads", heads)
+    size = _most(config, "head_dim", _most(config, "hidden_size", 1) // heads)
+    return 2 * _most(config, "num_hidden_layers", 1) * kept * size * int(model.dtype.itemsize)
+
+
+def _most(config: Any, name: str, otherwise: int) -> int:
+    """A number of a configuration, the largest where it has one for each layer."""
+    found = getattr(config, name, None)
+    numbers = [n for n in (found if isinstance(found, (list, tuple)) else [found]) if isinstance(n, int) and n > 0]
+    return max(numbers, default=otherwise)
 
 
 def _free(device: torch.device) -> int:

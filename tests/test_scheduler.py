@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import gc
 import random
 import threading
@@ -160,6 +161,16 @@ def test_the_dense_lane_leaves_nothing_out(kind: str) -> None:
 
 
 @needs_kernels
+def test_exact_mode_gives_the_dense_models_text_without_drafts() -> None:
+    model = bytes_model()
+    requests = [Request(ids(20, i), 16) for i in range(3)]
+    expected = [alone(model, request) for request in requests]
+    with Engine(model, Bytes(), plan_of(model, "static", keep=0.3), exact=True, max_batch=3) as made:
+        tickets = [made.submit(request) for request in requests]
+        assert [ticket.collect().tokens for ticket in tickets] == expected
+
+
+@needs_kernels
 def test_the_model_may_be_changed_meanwhile() -> None:
     model = bytes_model()
     with Engine(model, Bytes(), max_batch=2) as made:
@@ -201,6 +212,15 @@ def test_a_full_queue_is_busy() -> None:
         assert tickets[2].collect().finish == "length"
 
 
+def test_nobody_waits_where_there_are_places() -> None:
+    with Engine(bytes_model(), Bytes(), max_batch=3, max_waiting=0) as made:
+        tickets = [made.submit(Request(ids(5, i), 900)) for i in range(3)]
+        with pytest.raises(Busy, match="0 requests are waiting"):
+            made.submit(Request(ids(5, 3), 5))
+        for ticket in tickets:
+            ticket.cancel()
+
+
 def test_keys_and_values_of_all_that_run_fit_the_memory() -> None:
     model = bytes_model()
     each = 2 * 3 * 2 * 16 * 4  # keys and values, layers, heads, their size, bytes
@@ -213,8 +233,9 @@ def test_keys_and_values_of_all_that_run_fit_the_memory() -> None:
             assert load.kv_bytes <= load.kv_limit == 3 * 128 * each
         assert most == 3
         assert {ticket.collect().finish for ticket in tickets} == {"length"}
-        with pytest.raises(CoreskipError, match="MB that there are for all"):
-            made.submit(Request(ids(10, 0), 500))
+        for most in (500, 10**15):
+            with pytest.raises(CoreskipError, match="MB that there are for all"):
+                made.submit(Request(ids(10, 0), most))
 
 
 def test_memory_is_flat() -> None:
@@ -267,6 +288,30 @@ def test_closing_ends_everything() -> None:
     with pytest.raises(CoreskipError, match="is closed"):
         made.submit(Request(ids(5, 0), 5))
     assert not is_wrapped(model)
+
+
+def test_an_interrupt_ends_what_it_waits_for() -> None:
+    with Engine(bytes_model(), Bytes(), max_batch=2) as made:
+        made.generate("abc", max_new_tokens=3, do_sample=False)
+        threading.Timer(0.2, _thread.interrupt_main).start()
+        with pytest.raises(KeyboardInterrupt):
+            made.generate(["abc", "def"], max_new_tokens=3000, do_sample=False)
+        settles(lambda: made.load().running == 0)
+        assert made.generate("abc", max_new_tokens=3, do_sample=False)
+
+
+@needs_kernels
+def test_an_engine_without_a_plan_gives_way_between_steps() -> None:
+    model = bytes_model()
+    with Engine(model, Bytes(), max_batch=2) as made:
+        tickets = [made.submit(Request(ids(9, i), 600)) for i in range(2)]
+        next(tickets[0])
+        with coreskip.wrap(model, plan_of(model, "static")):
+            for _ in range(50):
+                next(tickets[0])
+        assert [ticket.collect().finish for ticket in tickets] == ["length", "length"]
+        request = Request(ids(9, 5), 12)
+        assert made.submit(request).collect().tokens == alone(model, request)
 
 
 def test_an_engine_that_nobody_holds_ends() -> None:

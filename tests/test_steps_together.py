@@ -28,11 +28,11 @@ LENGTHS = (5, 1, 127, 128, 200, 9, 64, 3, 31, 12)
 KINDS = ("dense", "static", "teal", "int4", "int8")
 
 
-@pytest.fixture(params=(1, 2))
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+@pytest.fixture
+def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    torch.set_num_threads(2)
+    yield
     torch.set_num_threads(before)
 
 
@@ -81,15 +81,23 @@ def check(model: Any, lengths: tuple[int, ...], steps: int = 3) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_form_of_weights_and_plan(kind: str, isa: str, threads: int) -> None:
+def test_every_form_of_weights_and_plan(kind: str, isa: str) -> None:
     model = tiny("llama")
     with coreskip.wrap(model, plan(model, kind)):
         for rows in (1, 3, 6, 10):
             check(model, LENGTHS[:rows], steps=2)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_threads(kind: str, two_threads: None) -> None:
+    model = tiny("llama")
+    with coreskip.wrap(model, plan(model, kind)):
+        for rows in (3, 10):
+            check(model, LENGTHS[:rows], steps=2)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype: torch.dtype, isa: str, threads: int) -> None:
+def test_half_precision(dtype: torch.dtype, isa: str) -> None:
     model = tiny("llama").to(dtype)
     with coreskip.wrap(model):
         check(model, LENGTHS)
@@ -99,6 +107,14 @@ def test_half_precision(dtype: torch.dtype, isa: str, threads: int) -> None:
 def test_windows_caps_and_other_attentions(family: str, isa: str) -> None:
     model = tiny(family)
     with coreskip.wrap(model):
+        check(model, LENGTHS, steps=2)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("kind", ["dense", "int4"])
+def test_mixtures_of_experts(family: str, kind: str, two_threads: None) -> None:
+    model = tiny(family)
+    with coreskip.wrap(model, plan(model, kind)):
         check(model, LENGTHS, steps=2)
 
 
