@@ -91,8 +91,14 @@ class StepCall(ctypes.Structure):
     )
 
 
+class PrefillCall(ctypes.Structure):
+    _fields_ = (*_fields(_P, "x positions cache activations"), *_fields(_N, "length past start"), ("threads", _I))
+
+
 # in the order of coreskip_sizes
-_STRUCTS = (MlpArguments, StepNorm, StepLinear, NeuronGroups, StepMlp, StepLayer, StepModel, StepCache, StepCall)
+_STRUCTS = (
+    MlpArguments, StepNorm, StepLinear, NeuronGroups, StepMlp, StepLayer, StepModel, StepCache, StepCall, PrefillCall,
+)  # fmt: skip
 
 
 def mismatch(library: ctypes.CDLL) -> str | None:

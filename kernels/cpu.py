@@ -112,6 +112,9 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.coreskip_step.argtypes = [p, p]
     lib.coreskip_generate.argtypes = [p, p, n, p, n, p, p]
     lib.coreskip_draft.argtypes = [p, p, n, ctypes.c_float, p, p, p]
+    lib.coreskip_embed.argtypes = [p, p, n, p, i]
+    lib.coreskip_prefill.argtypes = [p, n, p]
+    lib.coreskip_head.argtypes = [p, p, n, p, i]
     lib.coreskip_likeliest.argtypes, lib.coreskip_likeliest.restype = [p, i, n, n, p, p, i], None
 
 
@@ -261,7 +264,9 @@ def exact_form(weight: Tensor) -> str | None:
     matrices to be read where they lie."""
     if os.environ.get("CORESKIP_NARROW") == "0":
         return None
-    if weight.dtype != torch.float32 or weight.dim() != 2 or weight.numel() == 0 or weight.stride(1) != 1:
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.dim() != 2:
+        return None
+    if weight.numel() == 0 or weight.stride(1) != 1:
         return None
     some = weight.detach()[:1, : 8 * GROUP]
     for form in EXACT_BYTES:

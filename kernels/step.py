@@ -139,6 +139,11 @@ class Step:
         lists = (layer.mlp.lists for layer in model.layers if isinstance(layer.mlp, SparseMLP))
         self.rows = next((found.rows for found in lists if found is not None and found.rows is not None), None)
 
+    @property
+    def address(self) -> int:
+        """Of the description that native code reads."""
+        return ctypes.addressof(self._model)
+
     def rotate_by(self, rotations: Sequence[tuple[Tensor, Tensor] | None]) -> None:
         """Uses other rotation tables, one pair a layer, from now on."""
         for layer, rotation in zip(self._layers, rotations, strict=True):
@@ -160,7 +165,7 @@ class Step:
         this model's or too small.
         """
         rows, length = tokens.shape
-        self._check(caches, rows, past, past + length)
+        self.check_caches(caches, rows, past, past + length)
         return self._sliced(tokens, positions, start, [(caches.row(row), past) for row in range(rows)], wanted)
 
     def run_each(
@@ -171,7 +176,7 @@ class Step:
         threads add up is then divided by what any of the sequences has chosen."""
         rows, length = tokens.shape
         for cache, past in zip(caches, pasts, strict=True):
-            self._check(cache, 1, past, past + length)
+            self.check_caches(cache, 1, past, past + length)
         start = torch.zeros(rows, dtype=torch.int64, device="cpu")
         places = [(cache.row(0), past) for cache, past in zip(caches, pasts, strict=True)]
         return self._sliced(tokens, positions, start, places, wanted)
@@ -240,7 +245,7 @@ class Step:
         Makes `count` tokens, for which the caches have room, or fewer where one of `ends` comes, the last then.
         Returns the tokens and the number of neurons that rules left out. The entries of all but the last are written.
         """
-        self._check(caches, 1, past, past + count)
+        self.check_caches(caches, 1, past, past + count)
         stops, made, done = (_N * len(ends))(*ends), (_N * count)(), _N(0)
         with self._of_one_token(token, position, start, caches, past) as (call, skipped):
             call_with = (
@@ -260,14 +265,14 @@ class Step:
     ) -> tuple[list[int], list[float], float]:
         """Greedy decoding as `generate` does it, up to the first token whose probability is below `least`, the last
         then. Returns the tokens, their probabilities, and the number of neurons that rules left out."""
-        self._check(caches, 1, past, past + count)
+        self.check_caches(caches, 1, past, past + count)
         made, chances, done = (_N * count)(), (_F * count)(), _N(0)
         with self._of_one_token(token, position, start, caches, past) as (call, skipped):
             call_with = (ctypes.byref(self._model), ctypes.byref(call), count, least, made, chances, ctypes.byref(done))
             cpu.check(self.library.coreskip_draft(*call_with), 0)
         return list(made[: done.value]), list(chances[: done.value]), skipped.value
 
-    def _check(self, caches: KeyValues, rows: int, past: int, end: int) -> None:
+    def check_caches(self, caches: KeyValues, rows: int, past: int, end: int) -> None:
         """Raises ValueError where native code would read or write beside the caches."""
         if not self._entries:
             return
@@ -346,6 +351,10 @@ class KeyValues:
     def row(self, row: int) -> int:
         """The address of what the native step reads of one sequence's keys and values."""
         return ctypes.addressof(self._table) + row * len(self.keys) * ctypes.sizeof(arguments.StepCache)
+
+    def entry(self, row: int, layer: int) -> int:
+        """The same of one of its layers."""
+        return self.row(row) + layer * ctypes.sizeof(arguments.StepCache)
 
 
 def _row(tensor: Tensor, row: int) -> int:

@@ -16,7 +16,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from ..predictors.errors import CoreskipError
-from .choosing import Chooser
+from .choosing import Chooser, as_transformers_draws
 from .delegates import generator_of
 from .figures import Figures
 from .generation_options import check_length, learned_positions
@@ -125,10 +125,10 @@ class Batching:
         return fresh and known and not (uncovered_call(ids, asked) or length_dependence(self._model, ids, asked))
 
     def _prepared(self, ids: Tensor, asked: dict[str, Any], call: Call) -> Running:
-        generator = None
+        draw = None
         if asked["generation_config"].do_sample:  # without a seed: by torch's own generator, as ever
-            generator = torch.Generator()
-            generator.manual_seed(int(torch.randint(2**62, ())) if call.seed is None else call.seed)
+            seed = int(torch.randint(2**62, ())) if call.seed is None else call.seed
+            draw = as_transformers_draws(torch.Generator().manual_seed(seed))
         criteria = asked["stopping_criteria"]
         ends = {int(t) for c in criteria if isinstance(c, EosTokenCriteria) for t in c.eos_token_id.flatten()}
         others = [c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
@@ -138,7 +138,7 @@ class Batching:
             ids[0].tolist(),
             max(1, criteria.max_length - length),
             frozenset(ends),
-            Chooser(asked["logits_processor"], generator=generator),
+            Chooser(asked["logits_processor"], draw),
             Pieces(self._tokenizer, call.stops),
             criteria=StoppingCriteriaList(others),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -103,6 +103,14 @@ def _spread(logits: Tensor, expected: Tensor) -> float:
     """The root mean square of the differences, in standard deviations of what is expected."""
     error = (logits.float() - expected.float()).square().mean().sqrt()
     return float(error / expected.float().std().clamp_min(1e-6))
+
+
+def positions_of(named: dict[str, Any], past: int) -> Tensor:
+    """int64 [rows, length]: the positions of a call's tokens behind `past` others. `check_call` has accepted it."""
+    (rows, length), positions = named["input_ids"].shape, named.get("position_ids")
+    if positions is None:
+        return torch.arange(past, past + length, device="cpu").expand(rows, length)
+    return cast(Tensor, positions if positions.ndim < 3 else positions[0]).expand(rows, length)
 
 
 def row_starts(mask: Any, rows: int, length: int) -> Tensor:

@@ -4,8 +4,8 @@ the bits that it gets alone, else one after another."""
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class Decoder:
         end = min(begin + self.chunk, sequence.prompt)
         keep = self._keep_last if sequence.echo is None else {}
         ids = sequence.ids[:, begin:end].to(self.model.device)
-        with prefilling():
+        with prefilling(), _lane(sequence):
             output = self.model(input_ids=ids, past_key_values=sequence.cache, use_cache=True, **keep)
         sequence.read = end
         logits: Tensor = output.logits[0]
@@ -66,7 +66,7 @@ class Decoder:
             self._echo(sequence, logits, begin, end)
         if sequence.state is self._state() and selections_in(sequence.cache) is None:
             whole = logits[-1].clone() if sequence.decodes else None
-            self._prompts.keep(sequence.ids[0, :end].tolist(), sequence.cache, begin, end, whole)
+            self._prompts.keep(sequence.dense, sequence.ids[0, :end].tolist(), sequence.cache, begin, whole)
         if sequence.decodes:
             self._first_token(sequence, logits[-1])
         return end - begin
@@ -75,7 +75,7 @@ class Decoder:
         """Gives a sequence its cache, with what was read of its prompt before; logits where that is all of it."""
         sequence.state = self._state()
         self._prompts.check(sequence.state)
-        blocks = [] if sequence.echo is not None else self._prompts.find(sequence.ids[0].tolist())
+        blocks = [] if sequence.echo is not None else self._prompts.find(sequence.dense, sequence.ids[0].tolist())
         sequence.cache = filled(self.model.config, blocks) if blocks else DynamicCache(config=self.model.config)
         sequence.read = sequence.ticket.usage.cached_tokens = sum(block.tokens for block in blocks)
         return blocks[-1].logits if sequence.decodes else None
@@ -177,10 +177,7 @@ class Decoder:
 
     def _by_the_model(self, sequence: Running, steps: Steps | None) -> None:
         turn = IN_TURN if steps is not None and steps.lowering is Lowering.CAPTURED else 1
-        with _Isolated(sequence), ExitStack() as stack:
-            if sequence.dense:
-                stack.enter_context(densely())
-                stack.enter_context(as_loaded())
+        with _Isolated(sequence), _lane(sequence):
             for _ in range(turn):
                 ids = sequence.ids[:, -1:].to(self.model.device)
                 output = self.model(input_ids=ids, past_key_values=sequence.cache, use_cache=True)
@@ -197,6 +194,16 @@ def shares_steps(program: StepProgram) -> bool:
 
 def _alike(mlp: Any) -> bool:
     return mlp.lists is None or mlp.lists.rows is None
+
+
+@contextmanager
+def _lane(sequence: Running) -> Iterator[None]:
+    """Passes inside are those of the sequence's lane."""
+    if not sequence.dense:
+        yield
+        return
+    with densely(), as_loaded():
+        yield
 
 
 class _Isolated:

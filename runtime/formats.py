@@ -1,8 +1,8 @@
 """A plan's weight format on a model's own modules.
 
-The native step reads matrices in the plan's format wherever it covers a model. Decode steps that run on the modules
-(another architecture, a hook, a static cache, more rows than the native step takes) multiply with the same numbers
-here, so that a plan has one text. Prefill, verification and passes with gradients read the originals.
+Native prompts and steps read matrices in the plan's format wherever they cover a model. What runs on the modules
+(another architecture, a hook, a static cache, more rows than the native step takes) multiplies with the same numbers
+here, so that a plan has one text. Verification, exact mode's prompts and passes with gradients read the originals.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..predictors.plan import Plan
 from .bundles import PackedBefore, known_in_groups
 from .lower_cpu import HEAD_FORMAT, KERNEL_FORMATS
 from .packed_layer import PackedLayer
-from .phases import Phase, mode
+from .phases import Pass, Phase, mode
 from .program import Program
 
 logger = logging.getLogger("coreskip")
@@ -107,9 +107,14 @@ class Formats:
         self._parts[module] = parts
 
     @staticmethod
-    def apply(phase: Phase | None) -> bool:
-        """Whether modules multiply with packed numbers in a pass of this phase."""
-        return phase is Phase.DECODE and not torch.is_grad_enabled() and not mode().as_loaded
+    def apply(step: Pass | None, verifies: bool) -> bool:
+        """Whether modules multiply with packed numbers in a pass. A prompt that nobody goes on from is scored, by the
+        dense model. verifies: whether the model is in exact mode, whose prompts are the dense model's own."""
+        if step is None or torch.is_grad_enabled() or mode().as_loaded:
+            return False
+        if step.phase is Phase.PREFILL:
+            return step.cached and not (verifies or mode().densely)
+        return step.phase is Phase.DECODE
 
     def parts(self, module: nn.Module) -> list[PackedLinear]:
         """The rows of the module's matrix in the plan's format; none where it has no such form."""

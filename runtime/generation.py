@@ -84,7 +84,9 @@ class _Wrapped(_Outer, Watched):
         plain = functools.partial(super()._sample, input_ids, **arguments, **model_kwargs)  # type: ignore[misc]
         runtime = runtime_of(cast(nn.Module, self))
         exact = runtime.exact
-        if runtime.exits_early:  # it drafts for itself by its first layers: what is measured is of all of them
+        if (
+            runtime.steps.native.exits_early
+        ):  # it drafts for itself by its first layers: what is measured is of all of them
             return plain()
         arguments["model_kwargs"] = model_kwargs
         if exact is not None:

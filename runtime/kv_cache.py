@@ -265,19 +265,12 @@ def unfit(cache: Any, entries: Entries) -> str | None:
 
     Whoever asks has the model's own modules run such a cache: they compute, or raise, what they would without coreskip.
     """
-    if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
-        return f"the KV cache is a {type(cache).__name__}"
-    if any(getattr(type(cache), name) is not getattr(DynamicCache, name) or name in vars(cache) for name in _ASKED):
-        return "the KV cache has methods of its own"
+    reason = _of_another_kind(cache, entries)
+    if reason is not None:
+        return reason
     layers: list[Any] = cache.layers
-    if len(layers) != len(entries.windows) or len({id(layer) for layer in layers}) != len(layers):
-        return f"the KV cache has not {len(entries.windows)} layers"
-    for layer in layers:
-        plain = library_class(type(layer))
-        if plain not in (DynamicLayer, DynamicSlidingWindowLayer) or any(name in vars(layer) for name in _ASKED):
-            return f"a KV cache layer is a {type(layer).__name__}, or has methods of its own"
-        if not layer.is_initialized or not _are_entries(layer.keys, layer.values, entries):
-            return f"a KV cache layer is empty, or not on the {entries.device.upper()} in the model's dtype"
+    if not all(layer.is_initialized and _are_entries(layer.keys, layer.values, entries) for layer in layers):
+        return f"a KV cache layer is empty, or not on the {entries.device.upper()} in the model's dtype"
     first = layers[0]
     if any(length_of(layer) != length_of(first) or layer.keys.shape[0] != first.keys.shape[0] for layer in layers):
         return "the KV cache's layers differ in length or rows"
@@ -289,6 +282,22 @@ def unfit(cache: Any, entries: Entries) -> str | None:
         for layer, sizes in zip(layers, entries.sizes, strict=True):
             if sizes_of(layer) != sizes:
                 return f"a KV cache layer has not the model's {sizes[0]} heads of {sizes[1]}"
+    return None
+
+
+def _of_another_kind(cache: Any, entries: Entries) -> str | None:
+    """Why a cache is not a growing one with plain layers, as many as the model has; None where it is."""
+    if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
+        return f"the KV cache is a {type(cache).__name__}"
+    if any(getattr(type(cache), name) is not getattr(DynamicCache, name) or name in vars(cache) for name in _ASKED):
+        return "the KV cache has methods of its own"
+    layers: list[Any] = cache.layers
+    if len(layers) != len(entries.windows) or len({id(layer) for layer in layers}) != len(layers):
+        return f"the KV cache has not {len(entries.windows)} layers"
+    for layer in layers:
+        plain = library_class(type(layer))
+        if plain not in (DynamicLayer, DynamicSlidingWindowLayer) or any(name in vars(layer) for name in _ASKED):
+            return f"a KV cache layer is a {type(layer).__name__}, or has methods of its own"
     return None
 
 
@@ -408,6 +417,26 @@ def make_rooms(cache: Cache, more: int, entries: Entries, snug: bool = False) ->
     for layer in cache.layers:
         _give_room(layer, more, snug)
     rooms = _ROOMS[cache] = Rooms(cache.layers, entries)
+    return rooms
+
+
+def first_rooms(cache: Cache, rows: int, more: int, entries: Entries) -> Rooms | str:
+    """Gives an empty cache room for the first `more` positions of so many rows; or says why it cannot have it, and has
+    changed nothing then."""
+    reason = _of_another_kind(cache, entries)
+    if reason is not None:
+        return reason
+    layers: list[Any] = cache.layers
+    if entries.sizes is None or entries.dtype is None or any(layer.is_initialized for layer in layers):
+        return "the KV cache is not a new one"
+    if any(layer.is_sliding and layer.sliding_window != w for layer, w in zip(layers, entries.windows, strict=True)):
+        return "the KV cache forgets what the model still sees"
+    for layer, (heads, of_key, of_value) in zip(layers, entries.sizes, strict=True):
+        keys, values = (torch.empty((rows, heads, 0, d), dtype=entries.dtype, device="cpu") for d in (of_key, of_value))
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        _give_room(layer, more)
+    rooms = _ROOMS[cache] = Rooms(layers, entries)
     return rooms
 
 

@@ -23,7 +23,7 @@ from ..predictors.policies import Chooser
 from .formats import Formats, takes_format
 from .packed_layer import PackedLayer
 from .patches import Patches, Usage
-from .phases import Pass, Phase, current_pass, current_prompt, last_phase, mode, passing
+from .phases import Pass, Phase, current_pass, current_prompt, last_pass, mode, passing
 from .prepared import Prepared
 from .program import BrickProgram, Program, linear_of
 from .release import Replaced
@@ -76,7 +76,7 @@ class ModulePatches:
             step = None
             if not host.model.training:
                 # positional arguments are rare (a caller of the bare decoder stack) and cost a binding
-                step = self._begin(signature.bind_partial(*args, **kwargs).arguments if args else kwargs)
+                step = self.begin(signature.bind_partial(*args, **kwargs).arguments if args else kwargs)
             with passing(step):
                 output = original(*args, **kwargs)
             host.noticed_in_pass()
@@ -122,7 +122,7 @@ class ModulePatches:
 
     def _patch_linear(self, module: nn.Module) -> bool:
         """Few rows go to the decode kernel, which reads the module's own weight in place; others to the module, or to
-        what has replaced its weight. Under a plan with a weight format, decode steps read that."""
+        what has replaced its weight. Under a plan with a weight format, prompts and decode steps read that."""
         host = self._host
         replaced, shareable = host.replaced, isinstance(module, nn.Linear) and _shareable(module.weight)
         packed = isinstance(module, PackedLayer)
@@ -136,11 +136,12 @@ class ModulePatches:
         @functools.wraps(original)
         def forward(input: Tensor) -> Tensor:
             # the head runs after the stack's pass is over
-            phase, plain = last_phase() if is_head else _phase(), is_plain_linear(module)
-            wanted = not host.model.training if is_head else phase not in (None, Phase.PREFILL)
+            step, plain = last_pass() if is_head else current_pass(), is_plain_linear(module)
+            decodes = step is not None and step.phase is not Phase.PREFILL
+            wanted = not host.model.training if is_head else decodes
             wanted = wanted and plain and not _computes_otherwise(input)
             few = input.numel() <= most
-            in_format = formats is not None and plain and formats.apply(phase)
+            in_format = formats is not None and plain and formats.apply(step, host.verifies)
             if replaced is not None and module in replaced:
                 # in prefill, too, the head sees one token of each sequence
                 each = not is_head or few or input.shape[-2] == 1
@@ -260,7 +261,7 @@ class ModulePatches:
 
     # --- passes
 
-    def _begin(self, named: dict[str, Any]) -> Pass:
+    def begin(self, named: dict[str, Any]) -> Pass:
         """Tell prefill from decode, and find or make the sequences' selections."""
         host = self._host
         cache = named.get("past_key_values")
@@ -285,16 +286,11 @@ class ModulePatches:
             if past and selections is not None:
                 logger.debug("%d tokens of this KV cache came before wrap: only the new ones choose neurons", past)
         if selections is None:
-            return Pass(Phase.PREFILL, rows, length, None, None)
+            return Pass(Phase.PREFILL, rows, length, None, None, cached=cache is not None)
         mask = named.get("attention_mask")
         if not (isinstance(mask, Tensor) and mask.ndim == 2):
             mask = None if prompt is None else prompt.attention_mask
-        return Pass(Phase.PREFILL, rows, length, _valid(mask, past, length), selections)
-
-
-def _phase() -> Phase | None:
-    step = current_pass()
-    return None if step is None else step.phase
+        return Pass(Phase.PREFILL, rows, length, _valid(mask, past, length), selections, cached=cache is not None)
 
 
 class _NoGradients(torch.autograd.Function):

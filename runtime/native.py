@@ -20,7 +20,7 @@ from torch import Tensor
 from ..kernels import step as kernel
 from ..kernels.ops import MAX_ROWS
 from ..predictors.anatomy import Anatomy
-from .calls import Disagrees, NotCovered, NotThisCall, check_call, check_outputs, row_starts
+from .calls import Disagrees, NotCovered, NotThisCall, check_call, check_outputs, positions_of, row_starts
 from .kv_cache import Entries, Rooms, known_rooms, make_rooms, take_back
 from .lower_cpu import CpuModel, Packed, Packing, StepProgram, check_finite, describe
 from .native_check import Comparison
@@ -348,12 +348,8 @@ class NativeSteps:
             raise NotThisCall("other rows than the KV cache's chose their neurons")
         past = rooms.length
         start = row_starts(named.get("attention_mask"), rows, past + length)
-        positions = named.get("position_ids")
-        if positions is None:
-            positions = torch.arange(past, past + length, device="cpu").expand(rows, length)
-        elif positions.shape != ids.shape:
-            positions = (positions if positions.ndim < 3 else positions[0]).expand(rows, length)
-        _check_ranges(step, model, ids, positions)
+        positions = positions_of(named, past)
+        check_ranges(step, model, ids, positions)
         return rooms, step.run(ids, positions, start, rooms.table, past, named.get("logits_to_keep") or length)
 
 
@@ -364,7 +360,8 @@ def _lower(spec: ModelSpec, rotary: RotaryTables, packing: Packing) -> CpuModel:
         raise NotCovered(str(reason)) from None
 
 
-def _check_ranges(step: kernel.Step, model: CpuModel, ids: Tensor, positions: Tensor) -> None:
+def check_ranges(step: kernel.Step, model: CpuModel, ids: Tensor, positions: Tensor) -> None:
+    """Raises IndexError for ids of no token, NotThisCall for positions that are none. Tables will reach so far."""
     tokens, places = ids.flatten().tolist(), positions.flatten().tolist()
     vocabulary = step.model.vocabulary
     if min(tokens) < 0 or max(tokens) >= vocabulary:

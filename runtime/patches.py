@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from .phases import Pass
@@ -58,16 +60,28 @@ class Usage:
     def __init__(self, neurons_per_token: int) -> None:
         self.counting = False
         self._per_token, self._lock = neurons_per_token, threading.Lock()
+        self._paused = False
         self.reset()
 
     def reset(self) -> None:
         """Forget what was counted."""
         self._possible, self._skipped = 0, 0.0
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Steps inside are nobody's."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
     def add(self, step: Pass) -> None:
         self.count(step.rows * step.length, step.skipped)
 
     def count(self, tokens: int, skipped: float) -> None:
+        if self._paused:
+            return
         with self._lock:
             self._possible += self._per_token * tokens
             self._skipped += skipped

@@ -43,6 +43,7 @@ class Pass:
         entries_only: set while a skipped attention writes its keys and values.
         norms: of the residual stream, ``[rows, length]`` before the first layer and after each; prefill of adaptive
             plans only.
+        cached: whether the caller keeps its keys and values, to go on from them.
         bypass: set between the up and the down projection of an MLP whose output is already computed.
     """
 
@@ -51,6 +52,7 @@ class Pass:
     length: int
     valid: Tensor | None
     selections: Selections | None
+    cached: bool = True
     bypass: bool = False
     skipped: float = 0
     entries_only: bool = False
@@ -59,11 +61,11 @@ class Pass:
 
 @dataclass(slots=True)
 class Call:
-    """A call of the model, or of its bare decoder stack: the pass that is under way, and the phase of the last one,
-    which the LM head needs when the pass is over."""
+    """A call of the model, or of its bare decoder stack: the pass that is under way, and the last one, which the LM
+    head asks about when the pass is over."""
 
     running: Pass | None = None
-    phase: Phase | None = None
+    last: Pass | None = None
 
 
 _CALL: ContextVar[Call | None] = ContextVar("coreskip_call", default=None)
@@ -75,15 +77,15 @@ def current_pass() -> Pass | None:
     return None if call is None else call.running
 
 
-def last_phase() -> Phase | None:
-    """The phase of the call's last pass."""
+def last_pass() -> Pass | None:
+    """The call's pass that is over."""
     call = _CALL.get()
-    return None if call is None else call.phase
+    return None if call is None else call.last
 
 
 @contextmanager
 def calling() -> Iterator[None]:
-    """A call of the whole model: the phase of its pass stays known to the end."""
+    """A call of the whole model: its pass stays known to the end."""
     token = _CALL.set(Call())
     try:
         yield
@@ -103,7 +105,7 @@ def passing(step: Pass | None) -> Iterator[None]:
     try:
         yield
     finally:
-        call.running, call.phase = None, None if step is None else step.phase
+        call.running, call.last = None, step
         if token is not None:
             _CALL.reset(token)
 
@@ -194,6 +196,16 @@ def prefilling(attention_mask: Tensor | None = None) -> Iterator[None]:
     if not isinstance(attention_mask, (Tensor, Mapping, type(None))):  # transformers itself passes tables of masks
         raise CoreskipError(f"attention_mask is {kind_of(attention_mask)}: give a tensor [rows, tokens], or None")
     token = _PROMPT.set(Prompt(attention_mask))
+    try:
+        yield
+    finally:
+        _PROMPT.reset(token)
+
+
+@contextmanager
+def unprompted() -> Iterator[None]:
+    """Passes inside are told apart by their own caches, whatever prompt is under way around them."""
+    token = _PROMPT.set(None)
     try:
         yield
     finally:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from .kv_cache import library_class
+
 
 @dataclass(frozen=True, eq=False)
 class Block:
@@ -53,11 +55,11 @@ class PromptCache:
             self._blocks.clear()
             self._stamp, self.nbytes = stamp, 0
 
-    def find(self, ids: Sequence[int]) -> list[Block]:
+    def find(self, dense: bool, ids: Sequence[int]) -> list[Block]:
         """The blocks that a prompt begins with. The last token of a prompt is in none of them, unless there are logits
-        after it."""
+        after it. dense: whether it is read by the model as it was loaded, whatever the plan."""
         found: list[tuple[bytes, Block]] = []
-        for key, end in self._keys(ids):
+        for key, end in self._keys(dense, ids):
             block = self._blocks.get(key)
             if block is None or (end == len(ids) and block.logits is None):
                 break
@@ -66,21 +68,21 @@ class PromptCache:
             self._blocks.move_to_end(key)
         return [block for _, block in found]
 
-    def keep(self, ids: Sequence[int], cache: Any, begin: int, end: int, logits: Tensor | None) -> None:
-        """Takes in the tokens from `begin`, where a block begins, to `end` of a prompt whose keys and values `cache`
-        has up to there; logits: after a whole prompt."""
+    def keep(self, dense: bool, ids: Sequence[int], cache: Any, begin: int, logits: Tensor | None) -> None:
+        """Takes in a block: the last of `ids`, from `begin` on, whose keys and values `cache` has. logits: after them,
+        where they are a whole prompt."""
         if self._stamp is None or self._limit == 0 or not _remembers_all(cache):
             return
-        key = next(key for key, at in self._keys(ids) if at == end)
+        *_, (key, end) = self._keys(dense, ids)
         block = Block([_piece(layer, begin, end) for layer in cache.layers], end - begin, logits)
         self.nbytes += block.nbytes - (self._blocks[key].nbytes if key in self._blocks else 0)
         self._blocks[key] = block
         while self.nbytes > self._limit:
             self.nbytes -= self._blocks.popitem(last=False)[1].nbytes
 
-    def _keys(self, ids: Sequence[int]) -> Iterator[tuple[bytes, int]]:
+    def _keys(self, dense: bool, ids: Sequence[int]) -> Iterator[tuple[bytes, int]]:
         """Of each block of a prompt, and where it ends."""
-        key = b""
+        key = b"dense" if dense else b""
         for begin in range(0, len(ids), self._chunk):
             end = min(begin + self._chunk, len(ids))
             key = hashlib.blake2b(key + array("q", ids[begin:end]).tobytes(), digest_size=32).digest()
@@ -97,9 +99,8 @@ def filled(config: Any, blocks: Sequence[Block]) -> DynamicCache:
 
 
 def _remembers_all(cache: Any) -> bool:
-    return isinstance(cache, DynamicCache) and all(
-        type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers
-    )
+    layers: list[Any] = cache.layers if isinstance(cache, DynamicCache) else [None]
+    return all(library_class(type(layer)) is DynamicLayer and layer.is_initialized for layer in layers)
 
 
 def _piece(layer: Any, begin: int, end: int) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from .calls import NotCovered
 from .lower_cpu import StepProgram
 from .lower_gpu import CapturedSteps
 from .native import NativeSequence, NativeSteps
+from .native_prompts import NativePrompts
 from .passes import NativePasses
 from .phases import mode
 
@@ -50,9 +51,11 @@ class Steps:
     dense: what verification computes.
     """
 
-    def __init__(self, host: Host, native: NativeSteps, captured: CapturedSteps, dense: StepProgram) -> None:
+    def __init__(
+        self, host: Host, native: NativeSteps, prompts: NativePrompts, captured: CapturedSteps, dense: StepProgram
+    ) -> None:
         self._host: Host = weakref.proxy(host)  # which has this: a cycle would outlive `unwrap`
-        self.native, self.captured, self._dense = native, captured, dense
+        self.native, self._prompts, self.captured, self._dense = native, prompts, captured, dense
         self._said: tuple[Lowering, str | None] | None = None
 
     def forget(self) -> None:
@@ -97,6 +100,12 @@ class Steps:
             program = reason or (self._dense if verifying else self._host.program_for(named["past_key_values"]))
             return self.native.forward(original, program, named)
         return None
+
+    def prompt(self, original: Callable[..., Any], named: dict[str, Any], reason: str | None) -> Any:
+        """As `forward`, of a pass over a prompt."""
+        if reason is not None or self.lowering is not Lowering.NATIVE:
+            return None
+        return self._prompts.forward(original, named)
 
     def passes(self, cache: Cache) -> NativePasses | None:
         """Passes over one sequence's cache by native steps: in exact mode the plan drafts and the dense model verifies,

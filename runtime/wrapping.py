@@ -35,8 +35,9 @@ from .lower_cpu import Packing, StepProgram, refusal
 from .lower_gpu import CapturedSteps, Settled
 from .modules import ModulePatches
 from .native import NativeSteps
+from .native_prompts import NativePrompts
 from .patches import Patches, Usage
-from .phases import calling, current_prompt
+from .phases import as_loaded, calling, current_prompt
 from .prepared import Prepared
 from .program import Program, linear_of
 from .release import Replaced, trim
@@ -116,7 +117,8 @@ class Runtime:
         native = NativeSteps(model, self.anatomy, packing, self.usage.count, lambda: me.notice())
         dense = StepProgram.dense(len(self.anatomy), as_loaded=True)
         self.prepared = Prepared(self.anatomy, self.program, self._weights, self.skips, self.altered)
-        self.steps = Steps(self, native, CapturedSteps(self), dense)
+        prompts = NativePrompts(me, native, self.anatomy, narrow=packing.narrow > 0)
+        self.steps = Steps(self, native, prompts, CapturedSteps(self), dense)
         self._demanded = options.keep_originals is False
         keeps = keeps or not (weights or self._demanded)
         # neurons that prompts choose are packed again and again
@@ -155,7 +157,7 @@ class Runtime:
 
     def install(self, cls: type) -> None:
         """Everything was checked; from here on nothing can fail but for lack of memory. cls: the model's afterwards."""
-        modules = ModulePatches(self)
+        modules = self.modules = ModulePatches(self)
         try:
             self._patch_model()
             everything = modules.patch_linears()
@@ -190,8 +192,9 @@ class Runtime:
             cache = named.get("past_key_values")
             decodes = isinstance(cache, Cache) and int(cache.get_seq_length()) > 0
             reason = self.notice(every_setting=not decodes)
-            if decodes and not (self.model.training or torch.compiler.is_compiling() or current_prompt() is not None):
-                output = self.steps.forward(original_in_call, named, reason)
+            if not (self.model.training or torch.compiler.is_compiling()):
+                carry_out = self.steps.forward if decodes and current_prompt() is None else self.steps.prompt
+                output = carry_out(original_in_call, named, reason)
                 if output is not None:
                     return output
             return original_in_call(*args, **kwargs)
@@ -215,7 +218,8 @@ class Runtime:
             ids = torch.randint(0, vocabulary, (1, 9), generator=generator, device="cpu")
             cache = DynamicCache(config=model.config)
             with inference(model):
-                model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
+                with as_loaded():  # a native prompt would have the model described before its matrices may go
+                    model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
                 named = {"input_ids": ids[:, -1:], "past_key_values": cache}
                 reason = native.replace(self._forward, self.program_for(cache), named, self._replace)
             self.usage.reset()
@@ -236,6 +240,7 @@ class Runtime:
         """
         self.check_removable()
         self.changes.stop()
+        del self.modules  # which hold the runtime
         self.model.__class__ = self._class
         if self._outer is not None:
             outer, cls = self._outer
@@ -251,7 +256,7 @@ class Runtime:
 
     @property
     def removable(self) -> bool:
-        """Whether the model's own weights are there, or can be had back bit for bit."""
+        """Whether the model's own weights can be had back bit for bit."""
         return self.replaced is None or self.replaced.reversible
 
     def refuse(self, what: str) -> None:
@@ -351,11 +356,6 @@ class Runtime:
     def _own_selections(self, cache: Cache) -> Selections | None:
         """Of a cache whose sequences decide something."""
         return selections_of(cache, self) if self._by_prompt or self.skips.adaptive else None
-
-    def packed_bytes(self) -> tuple[int, int] | None:
-        """Bytes of all matrices that a native decode step reads, and of the MLPs' share of them; None where steps are
-        not native, or read the model's own."""
-        return self.steps.native.packed_bytes()
 
 
 def runtime_of(model: nn.Module) -> Runtime:

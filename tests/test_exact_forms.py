@@ -157,7 +157,7 @@ def test_dense_steps_read_fewer_bytes_and_give_the_same(family: str) -> None:
     with coreskip.wrap(model, plan):
         assert torch.equal(tokens_alone(model), expected)
         assert runtime_of(model).steps.native.ready
-        total, _ = runtime_of(model).packed_bytes()
+        total, _ = runtime_of(model).steps.native.packed_bytes()
         assert total <= 0.25 * sum(w.nbytes for w in matrices)
         assert predicted == pytest.approx(total, rel=0.25)  # norms and embeddings count for much in a tiny model
         with torch.no_grad():
@@ -175,11 +175,11 @@ def test_halves_in_float32_are_halved_where_the_originals_may_go() -> None:
         prefilled = model(prompt(2, 30)).logits
     with coreskip.wrap(model, Plan.dense(model)):  # half as much again would be a surprise
         assert torch.equal(tokens_alone(model), expected)
-        assert runtime_of(model).packed_bytes()[0] == in_place
+        assert runtime_of(model).steps.native.packed_bytes()[0] == in_place
     for keep in (True, False):
         with coreskip.wrap(model, Plan.dense(model), keep_originals=keep):
             assert torch.equal(tokens_alone(model), expected)
-            assert runtime_of(model).packed_bytes()[0] < 0.53 * in_place  # rows of 160 are padded
+            assert runtime_of(model).steps.native.packed_bytes()[0] < 0.53 * in_place  # rows of 160 are padded
             assert linears[0].weight.is_meta != keep
             with torch.no_grad():
                 torch.testing.assert_close(model(prompt(2, 30)).logits, prefilled, rtol=1e-5, atol=1e-5)
@@ -226,7 +226,7 @@ def test_exact_mode_verifies_with_the_same_numbers() -> None:
     expected = greedy(model, prompt(1, 20), 40)
     with coreskip.wrap(model, plan_of(model, "static"), exact=True):
         assert torch.equal(greedy(model, prompt(1, 20), 40), expected)
-        assert runtime_of(model).packed_bytes()[0] < 0.2 * sum(
+        assert runtime_of(model).steps.native.packed_bytes()[0] < 0.2 * sum(
             m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear)
         )
 
@@ -237,8 +237,10 @@ def test_the_embedded_model_in_float32_reads_its_own_four_bits(embedded: tuple[A
     plan = Plan.dense(model)
     with coreskip.wrap(model, plan):
         assert torch.equal(greedy(model, prompt(1, 20), 12), expected)
-        assert runtime_of(model).packed_bytes()[0] == pytest.approx(bytes_per_token(model, plan), rel=0.002)
-        assert runtime_of(model).packed_bytes()[0] < 100e6
+        assert runtime_of(model).steps.native.packed_bytes()[0] == pytest.approx(
+            bytes_per_token(model, plan), rel=0.002
+        )
+        assert runtime_of(model).steps.native.packed_bytes()[0] < 100e6
 
 
 def test_matrices_can_be_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:

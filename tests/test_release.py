@@ -126,7 +126,7 @@ def test_by_default_what_packing_rounds_is_kept(llama: Any) -> None:
     before = bytes_of(llama)
     with coreskip.wrap(llama, Plan.dense(llama, weights="int8")):
         assert bytes_of(llama) == before
-        assert runtime_of(llama).packed_bytes() is not None
+        assert runtime_of(llama).steps.native.packed_bytes() is not None
 
 
 def test_refusals(llama: Any, tmp_path: Any) -> None:

@@ -146,11 +146,13 @@ def test_models_that_native_steps_do_not_cover_take_turns(family: str) -> None:
 
 
 @needs_kernels
-def test_the_dense_lane_leaves_nothing_out() -> None:
+@pytest.mark.parametrize("kind", ["static", "int4"])
+def test_the_dense_lane_leaves_nothing_out(kind: str) -> None:
     model = bytes_model()
     request = Request(ids(30, 3), 20)
     dense = alone(model, request)
-    with Engine(model, Bytes(), plan_of(model, "static", keep=0.3), max_batch=4) as made:
+    chosen = plan_of(model, kind, keep=0.3) if kind == "static" else plan(model, kind)
+    with Engine(model, Bytes(), chosen, keep_originals=True, max_batch=4) as made:
         sparse = alone(model, request)
         assert sparse != dense
         lanes = [made.submit(Request(ids(30, 3), 20, lane=lane)) for lane in (None, "dense", None, "dense")]

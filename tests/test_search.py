@@ -204,7 +204,7 @@ def test_bytes_of_weight_formats_are_those_that_are_packed(embedded: tuple[Any, 
     with coreskip.wrap(model, plan):
         ids = torch.tensor([[5, 6, 7]])
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
-        packed, _ = runtime_of(model).packed_bytes()
+        packed, _ = runtime_of(model).steps.native.packed_bytes()
     assert bytes_per_token(model, plan) == pytest.approx(packed, rel=0.002)
 
 
@@ -250,7 +250,8 @@ def test_bytes_of_layers_left_out_are_those_that_the_step_does_not_read(
         described = runtime.steps.native.described
         assert described is not None
         full = described.model.base.layers[0]
-        step = next(iter(described.steps.values()))[0].model.layers[0]
+        made = [step.model.layers[0] for step, _ in described.steps.values()]  # of prompts, and of the plan
+        step = next(layer for layer in made if layer.entries_only or layer.mlp is None)
     attention, mlp = full.attention, full.mlp
     unread = [attention.q, attention.o] if step.entries_only else []
     unread += [mlp.gate, mlp.up, mlp.down] if step.mlp is None else []

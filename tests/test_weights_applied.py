@@ -65,6 +65,7 @@ def differ(logits: Tensor, expected: Tensor) -> float:
 # What two orders of adding up can differ by: a few steps of float32, or an input at a half of a step of its group,
 # which falls to the other side and moves an output by a 127th of the input's share.
 ROUNDING = 0.02
+PROMPT_ROUNDING = 0.06  # of a prompt that was read so, too
 
 
 @pytest.mark.parametrize("weights", ["int4", "int8"])
@@ -72,15 +73,16 @@ ROUNDING = 0.02
 def test_decode_steps_on_modules_read_the_plans_format(family: str, weights: str) -> None:
     model, ids, more = tiny(family), prompt(2, 12), prompt(2, 3, seed=3)
     dense = after_prefill(model, model, ids, more)
-    expected = after_prefill(model, by_definition(model, weights), ids, more)
+    defined = by_definition(model, weights)
+    expected = after_prefill(defined, defined, ids, more)
     plain = model(ids).logits
     with coreskip.wrap(model, Plan.dense(model, weights=weights), keep_originals=True):
         found = after_prefill(model, model, ids, more)
-        assert differ(found, expected) < ROUNDING
+        assert differ(found, expected) < PROMPT_ROUNDING
         assert differ(expected, dense) > 3 * ROUNDING or weights == "int8"
         assert differ(found, dense) > 0.003
         with torch.no_grad():
-            torch.testing.assert_close(model(ids).logits, plain)  # prefill reads the originals
+            torch.testing.assert_close(model(ids).logits, plain)  # scoring reads the originals
     assert torch.equal(model(ids).logits, plain)
 
 
@@ -158,10 +160,11 @@ def test_memory_is_not_taken_twice(llama: Any) -> None:
 
 def test_what_stays_dense(llama: Any) -> None:
     opt, ids, more = tiny("opt"), prompt(1, 12), prompt(1, 3, seed=3)
-    plain = after_prefill(opt, opt, ids, more)
+    plain, defined = after_prefill(opt, opt, ids, more), by_definition(opt, "int4")
     with coreskip.wrap(opt, Plan.dense(opt, weights="int4")):
         with prefilling():
-            assert differ(after_prefill(opt, opt, ids, more), plain) < 1e-4
+            found = after_prefill(opt, opt, ids, more)
+        assert differ(found, after_prefill(defined, defined, ids, more)) < PROMPT_ROUNDING
         with densely():
             assert differ(after_prefill(opt, opt, ids, more), plain) < 1e-4
         cache = DynamicCache(config=opt.config)
@@ -214,7 +217,8 @@ def test_weights_loaded_anew_are_packed_anew() -> None:
         after_prefill(model, model, ids, more)
         model.load_state_dict(other.state_dict())
         found = after_prefill(model, model, ids, more)
-    assert differ(found, after_prefill(other, by_definition(other, "int4"), ids, more)) < ROUNDING
+    defined = by_definition(other, "int4")
+    assert differ(found, after_prefill(defined, defined, ids, more)) < PROMPT_ROUNDING
 
 
 def test_the_figure_knows_where_steps_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,14 +79,14 @@ def test_padding_does_not_vote(llama: Any) -> None:
 def phases(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     runtime = runtime_of(model)
-    begin = ModulePatches._begin
+    begin = ModulePatches.begin
 
     def spy(self: Any, named: dict[str, Any]) -> Any:
         step = begin(self, named)
         seen.append(step.phase.value)
         return step
 
-    monkeypatch.setattr(ModulePatches, "_begin", spy)
+    monkeypatch.setattr(ModulePatches, "begin", spy)
     monkeypatch.setattr(runtime.steps.native, "forward", lambda *_: None)  # which tells the phases apart by itself
     return seen
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "embedding.h"
 #include "logits.h"
 #include "step_attention.h"
 #include "step_mlp_layer.h"
@@ -85,21 +86,8 @@ class Walker {
     float greatest_ = 0;  // the logit that `likeliest` found
 
     void embed() {
-        for (int t = 0; t < thread.tokens; t++) {
-            float* to = own.x + t * m.hidden;
-            look_up(thread.ids[t], to);
-            for (int64_t i = 0; i < m.hidden && m.embedding_scale != 1.f; i++) to[i] *= m.embedding_scale;
-        }
-    }
-
-    void look_up(int64_t token, float* to) const {
-        if (grouped(m.embedding_dtype)) {
-            const int64_t groups = m.embedding_stride / kGroup;
-            thread.step.untile({m.embedding, m.embedding_dtype, groups, m.hidden, token, kFloat32, to}, token, token + 1);
-            return;
-        }
-        const int64_t row = m.hidden * size_of(m.embedding_dtype);
-        thread.isa.to_float(static_cast<const char*>(m.embedding) + token * row, m.embedding_dtype, to, m.hidden);
+        for (int t = 0; t < thread.tokens; t++)
+            look_up(m, thread.isa, thread.step, thread.ids[t], own.x + t * m.hidden);
     }
 
     Logits all_logits() const { return {c.logits, m.logit_dtype, own.slice}; }

@@ -12,19 +12,29 @@ static inline float widened(const T* p) {
     return lane[0];
 }
 
-// out[n] = q . k[n] for N rows of keys side by side. Several at once: the sum over one vector's lanes waits for each
-// of its additions.
-template <int N, class T>
-static inline void dot_rows(const float* q, const T* k, int64_t n, float* out) {
-    V sum[N] = {};
+constexpr int kStretch = 32;  // positions whose scores are at hand together
+
+// out[r][j] = q[r] . k[j] for Q queries and N rows of keys side by side; rows of `out` are kStretch apart. Several at
+// once: the sum over one vector's lanes waits for each of its additions.
+template <int Q, int N, class T>
+__attribute__((always_inline)) static inline void dot_rows(const float* q, const T* k, int64_t n, float* out) {
+    V sum[Q * N] = {};
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
-        const V a = load(q + i);
-        for (int j = 0; j < N; j++) sum[j] += a * load(k + j * n + i);
+        V b[N];
+        for (int j = 0; j < N; j++) b[j] = load(k + j * n + i);
+        for (int r = 0; r < Q; r++) {
+            const V a = load(q + r * n + i);
+            for (int j = 0; j < N; j++) sum[r * N + j] += a * b[j];
+        }
     }
-    totals<N>(sum, out);
-    for (int j = 0; j < N; j++)
-        for (int64_t rest = i; rest < n; rest++) out[j] += q[rest] * widened(k + j * n + rest);
+    float dots[Q * N];
+    totals<Q * N>(sum, dots);
+    for (int r = 0; r < Q; r++)
+        for (int j = 0; j < N; j++) {
+            for (int64_t rest = i; rest < n; rest++) dots[r * N + j] += q[r * n + rest] * widened(k + j * n + rest);
+            out[r * kStretch + j] = dots[r * N + j];
+        }
 }
 
 template <class T>
@@ -34,69 +44,106 @@ static inline void add_row(float* to, const T* v, float weight, int64_t n) {
     for (; i < n; i++) to[i] += weight * widened(v + i);
 }
 
-// to = fade * to + weight[0] * v[0] + ... for `count` rows of values side by side, N vectors of them at a time: what
-// goes through memory for every row waits for the row before.
-template <int N, class T>
-static inline int64_t add_vectors(float* to, const T* v, const float* weight, int count, float fade, int64_t n,
-                                  int64_t i) {
+// to[r] = fade[r] * to[r] + weight[r][0] * v[0] + ... for Q queries and `count` rows of values side by side, N vectors of
+// them at a time: what goes through memory for every row waits for the row before.
+template <int Q, int N, class T>
+__attribute__((always_inline)) static inline int64_t add_vectors(float* to, const T* v, const float* weight, int count,
+                                                                 const float* fade, int64_t n, int64_t i) {
     for (; i + N * kLanes <= n; i += N * kLanes) {
-        V sum[N];
-        for (int p = 0; p < N; p++) sum[p] = load(to + i + p * kLanes) * fade;
+        V sum[Q * N];
+        for (int r = 0; r < Q; r++)
+            for (int p = 0; p < N; p++) sum[r * N + p] = load(to + r * n + i + p * kLanes) * fade[r];
         for (int row = 0; row < count; row++)
-            for (int p = 0; p < N; p++) sum[p] += weight[row] * load(v + row * n + i + p * kLanes);
-        for (int p = 0; p < N; p++) store(to + i + p * kLanes, sum[p]);
+            for (int p = 0; p < N; p++) {
+                const V value = load(v + row * n + i + p * kLanes);
+                for (int r = 0; r < Q; r++) sum[r * N + p] += weight[r * kStretch + row] * value;
+            }
+        for (int r = 0; r < Q; r++)
+            for (int p = 0; p < N; p++) store(to + r * n + i + p * kLanes, sum[r * N + p]);
     }
     return i;
 }
 
-template <class T>
-static inline void add_rows(float* to, const T* v, const float* weight, int count, float fade, int64_t n) {
-    int64_t i = add_vectors<4>(to, v, weight, count, fade, n, 0);
-    i = add_vectors<1>(to, v, weight, count, fade, n, i);
-    for (; i < n; i++) {
-        to[i] *= fade;
-        for (int row = 0; row < count; row++) to[i] += weight[row] * widened(v + row * n + i);
+template <int Q, class T>
+static inline void add_rows(float* to, const T* v, const float* weight, int count, const float* fade, int64_t n) {
+    int64_t i = add_vectors<Q, 4>(to, v, weight, count, fade, n, 0);
+    i = add_vectors<Q, 1>(to, v, weight, count, fade, n, i);
+    for (; i < n; i++)
+        for (int r = 0; r < Q; r++) {
+            to[r * n + i] *= fade[r];
+            for (int row = 0; row < count; row++) to[r * n + i] += weight[r * kStretch + row] * widened(v + row * n + i);
+        }
+}
+
+// Q queries from the n-th on, which all see `count` positions from `from` on.
+template <int Q, class T>
+static inline void attend_stretch(const AttendJob& job, int n, int64_t from, int count) {
+    const int64_t d = job.head_dim;
+    const T* keys = static_cast<const T*>(job.keys) + from * d;
+    const float* q = job.q + n * d;
+    float score[Q * kStretch], fade[Q];
+    int done = 0;
+    for (; done + 4 <= count; done += 4) {
+        if (n == 0) fetch(*job.ahead, 2 * 4 * d * sizeof(T));
+        dot_rows<Q, 4>(q, keys + done * d, d, score + done);
     }
+    for (; done < count; done++) dot_rows<Q, 1>(q, keys + done * d, d, score + done);
+    for (int r = 0; r < Q; r++) {
+        float* mine = score + r * kStretch;
+        if (job.softcap > 0) softcap(mine, 1.f, job.softcap, count);
+        for (int i = count; i < kStretch; i++) mine[i] = -HUGE_VALF;
+        const float before = job.most[n + r];
+        V highest = splat(before), sum = {};
+        // a NaN has to reach the output, as it would in torch: this comparison lets it through to the sums
+        for (int i = 0; i < kStretch; i += kLanes) highest = load(mine + i) > highest ? load(mine + i) : highest;
+        const float most = greatest(highest);
+        for (int i = 0; i < kStretch; i += kLanes) {
+            const V weight = exp(load(mine + i) - most);
+            store(mine + i, weight);
+            sum += weight;
+        }
+        fade[r] = before == most ? 1.f : expf(before - most);
+        job.sum[n + r] = job.sum[n + r] * fade[r] + total(sum);
+        job.most[n + r] = most;
+    }
+    add_rows<Q>(job.value + n * d, static_cast<const T*>(job.values) + from * d, score, count, fade, d);
+}
+
+// Whether two queries see the same of the stretch that begins at `at`.
+static inline bool same_stretch(const AttendJob& job, int a, int b, int64_t at) {
+    const int64_t end = at + kStretch;
+    const bool alike_from = job.from[a] == job.from[b] || (job.from[a] <= at && job.from[b] <= at);
+    const bool alike_to = job.to[a] == job.to[b] || (job.to[a] >= end && job.to[b] >= end);
+    return alike_from && alike_to;
 }
 
 // A task is one chunk of positions, aligned to kChunk: what a query sums, and in which order, depends on nothing but
-// its own position, so that a token verified among others gets the same bits as a token on its own.
+// its own position, so that a token verified among others gets the same bits as a token on its own. Queries that see the
+// same positions share what is loaded of them: prompts of 2,048 tokens took XX of the time.
 template <class T>
 static void attend_as(const AttendJob& job) {
-    constexpr int step = 32;
+    constexpr int kShare = kLanes == 16 ? 4 : 2;  // queries whose sums fit into registers
     const int64_t d = job.head_dim;
-    const T* keys = static_cast<const T*>(job.keys);
-    const T* values = static_cast<const T*>(job.values);
     for (int n = 0; n < job.queries; n++) {
         job.most[n] = -HUGE_VALF;
         job.sum[n] = 0;
         memset(job.value + n * d, 0, d * sizeof(float));
     }
-    for (int64_t at = job.begin; at < job.end; at += step)
-        for (int n = 0; n < job.queries; n++) {
-            int64_t from = at > job.from[n] ? at : job.from[n], to = at + step < job.end ? at + step : job.end;
+    for (int64_t at = job.begin; at < job.end; at += kStretch)
+        for (int n = 0, next; n < job.queries; n = next) {
+            const int64_t from = at > job.from[n] ? at : job.from[n];
+            int64_t to = at + kStretch < job.end ? at + kStretch : job.end;
             if (to > job.to[n]) to = job.to[n];
+            next = n + 1;
             if (from >= to) continue;
-            float score[step];
-            float most = job.most[n];
+            while (next < job.queries && next < n + kShare && same_stretch(job, n, next, at)) next++;
             const int count = static_cast<int>(to - from);
-            int done = 0;
-            for (; done + 4 <= count; done += 4) {
-                if (n == 0) fetch(*job.ahead, 2 * 4 * d * sizeof(T));
-                dot_rows<4>(job.q + n * d, keys + (from + done) * d, d, score + done);
+            if (next == n + kShare) {
+                attend_stretch<kShare, T>(job, n, from, count);
+            } else {
+                attend_stretch<1, T>(job, n, from, count);
+                next = n + 1;
             }
-            for (; done < count; done++) dot_rows<1>(job.q + n * d, keys + (from + done) * d, d, score + done);
-            if (job.softcap > 0) softcap(score, 1.f, job.softcap, count);
-            // a NaN has to reach the output, as it would in torch: this comparison lets it through to the sums
-            for (int i = 0; i < count; i++) most = score[i] > most ? score[i] : most;
-            const float fade = job.most[n] == most ? 1.f : expf(job.most[n] - most);
-            for (int i = count; i < step; i++) score[i] = -HUGE_VALF;
-            for (int i = 0; i < step; i += kLanes) store(score + i, exp(load(score + i) - most));
-            float sum = 0;
-            for (int i = 0; i < count; i++) sum += score[i];
-            add_rows(job.value + n * d, values + from * d, score, count, fade, d);
-            job.sum[n] = job.sum[n] * fade + sum;
-            job.most[n] = most;
         }
 }
 

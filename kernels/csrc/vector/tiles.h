@@ -109,12 +109,15 @@ static void tiles_of(const TileJob& job, int64_t begin, int64_t end) {
             write_tile<G, whole, 1>, write_tile<G, whole, 2>, write_tile<G, whole, 3>, write_tile<G, whole, 4>,
             write_tile<G, whole, 5>, write_tile<G, whole, 6>, write_tile<G, whole, 7>, write_tile<G, whole, 8>,
         };
-        for (int64_t t = begin; t < end; t++) write[job.rows - 1](job, t, 0, ahead);
+        for (int64_t t = begin; t < end; t++)
+            for (int row = 0; row < job.rows; row += kMaxRows)
+                write[(job.rows - row < kMaxRows ? job.rows - row : kMaxRows) - 1](job, t, row, ahead);
         *job.ahead = ahead;
         return;
     }
     for (int64_t t = begin; t < end; t++) {
         int row = 0;
+        if (kLanes == kTile) for (; row + 8 <= job.rows; row += 8) write_tile<G, whole, 8>(job, t, row, ahead);
         for (; row + 4 <= job.rows; row += 4) write_tile<G, whole, 4>(job, t, row, ahead);
         for (; row + 2 <= job.rows; row += 2) write_tile<G, whole, 2>(job, t, row, ahead);
         for (; row < job.rows; row++) write_tile<G, whole, 1>(job, t, row, ahead);

@@ -1,0 +1,363 @@
+// A prompt's way through one layer: many tokens of one sequence, all of whose matrices are tiles.
+//
+// A step's threads each compute what is small for all tokens (step.cpp); here there are too many tokens for that, and
+// everything is shared out: by tokens, by tiles, by KV heads. Every number is computed as a step computes it, so that a
+// token's bits are the same whether it came in a prompt or was decoded.
+
+#include <stdint.h>
+#include <string.h>
+
+#include <algorithm>
+#include <atomic>
+#include <initializer_list>
+
+#include "dispatch.h"
+#include "division.h"
+#include "embedding.h"
+#include "team.h"
+#include "workspace.h"
+
+namespace coreskip {
+namespace {
+
+// Tokens that go through a layer together. Each tile is taken apart anew for every few of them, from the first cache
+// level, where 128 rows of x in 8 bits stay in the second.
+constexpr int64_t kTogether = 128;
+constexpr int64_t kTokensAPiece = 4;  // of what is shared out by tokens
+constexpr int64_t kQueriesAPiece = 32;
+
+// Of the threads that share out a call: what one piece of attention needs.
+thread_local Workspace piece_memory;
+
+// x as tiles want it: padded, and rounded to 8 bits in groups unless they meet it whole.
+struct Prepared {
+    const float* from = nullptr;
+    int64_t stride = 0;
+    bool whole = false, halves = false;
+
+    bool serves(const float* x, const StepLinear& l) const {
+        return from == x && stride == l.stride && whole == (l.whole != 0) && (halves || l.dtype != kInt6Super);
+    }
+};
+
+class LayerPass {
+  public:
+    LayerPass(const StepModel& model, const StepLayer& layer, const PrefillCall& call)
+        : m(model), l(layer), c(call), isa(*active.load()), step(*active_step.load()),
+          most_(std::min(c.length, kTogether)) {}
+
+    bool reserve() {
+        size_t bytes = 0;
+        lay_out([&](auto type, int64_t n) {
+            bytes += Workspace::room<decltype(type)>(n);
+            return static_cast<decltype(type)*>(nullptr);
+        });
+        if (!workspace.reserve(bytes)) return false;
+        lay_out([&](auto type, int64_t n) { return workspace.take<decltype(type)>(n); });
+        return true;
+    }
+
+    // Returns a Status.
+    int run() {
+        for (first_ = 0; first_ < c.length; first_ += most_) {
+            tokens_ = std::min(most_, c.length - first_);
+            x_ = c.x + first_ * m.hidden;
+            attention();
+            mlp();
+            if (failed_.load()) return kNoMemory;
+        }
+        return kOk;
+    }
+
+  private:
+    const StepModel& m;
+    const StepLayer& l;
+    const PrefillCall& c;
+    const Isa& isa;
+    const StepIsa& step;
+    Lease team_;
+    const int64_t most_;
+    int64_t first_ = 0, tokens_ = 0;  // of the call's tokens, those that are under way
+    float* x_ = nullptr;              // their residual stream, [tokens][hidden]
+    Prepared prepared_;
+    std::atomic<bool> failed_{false};
+
+    float *normed_, *q_, *k_, *v_, *attended_, *out_, *narrowed_, *gate_, *up_, *rows_, *group_scale_, *group_sum_;
+    int8_t* rounded_;
+    int32_t* group_half_;
+
+    template <class Take>
+    void lay_out(Take take) {
+        const int64_t t = most_, neurons = l.up.out;
+        int64_t stride = 0;
+        for (const StepLinear* w : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) stride = std::max(stride, w->stride);
+        normed_ = take(float(), t * m.hidden);
+        q_ = take(float(), t * l.q.out);
+        k_ = take(float(), t * l.k.out);
+        v_ = take(float(), t * l.v.out);
+        attended_ = take(float(), t * l.q.out);
+        out_ = take(float(), t * m.hidden);
+        narrowed_ = take(float(), t * m.hidden);
+        gate_ = take(float(), l.gate.weight ? t * neurons : 0);
+        up_ = take(float(), t * neurons);
+        rows_ = take(float(), t * stride);
+        rounded_ = take(int8_t(), t * stride);
+        group_scale_ = take(float(), t * (stride / kGroup));
+        group_sum_ = take(float(), t * (stride / kGroup));
+        group_half_ = take(int32_t(), 2 * t * (stride / kGroup));
+    }
+
+    // Calls work(t) for each token that is under way.
+    template <class Work>
+    void each_token(Work work) {
+        team_->each((tokens_ + kTokensAPiece - 1) / kTokensAPiece, c.threads, [&](int64_t i) {
+            const int64_t end = std::min(tokens_, (i + 1) * kTokensAPiece);
+            for (int64_t t = i * kTokensAPiece; t < end; t++) work(t);
+        });
+    }
+
+    void attention() {
+        project(normed(l.attention_in), m.hidden, {&l.q, &l.k, &l.v}, {q_, k_, v_});
+        each_token([&](int64_t t) { place(t); });
+        attend();
+        project(attended_, l.heads * l.head_dim, {&l.o}, {out_});
+        if (l.parallel) return;  // the MLP reads x as it is
+        each_token([&](int64_t t) { add_to_residual(t, l.attention_out, out_); });
+    }
+
+    void mlp() {
+        const int64_t n = l.up.out;
+        const float* x = normed(l.mlp_in);
+        if (l.gate.weight) project(x, m.hidden, {&l.gate, &l.up}, {gate_, up_});
+        else project(x, m.hidden, {&l.up}, {up_});
+        float* a = l.gate.weight ? gate_ : up_;
+        each_token([&](int64_t t) {
+            step.act(a + t * n, l.gate.weight ? up_ + t * n : nullptr, n, l.act);
+            if (c.activations) memcpy(c.activations + (first_ + t) * n, a + t * n, n * sizeof(float));
+        });
+        project(a, n, {&l.down}, {narrowed_});
+        each_token([&](int64_t t) {
+            add_to_residual(t, l.mlp_out, narrowed_);
+            if (l.parallel) add_to_residual(t, l.attention_out, out_);
+        });
+    }
+
+    const float* normed(const StepNorm& norm) {
+        if (norm.kind == kNoNorm) return x_;
+        each_token([&](int64_t t) { step.norm(norm, x_ + t * m.hidden, normed_ + t * m.hidden); });
+        return normed_;
+    }
+
+    void add_to_residual(int64_t t, const StepNorm& after, const float* y) {
+        const float* from = y + t * m.hidden;
+        if (after.kind != kNoNorm) {
+            float* to = rows_ + t * m.hidden;  // a row of x is not shorter once it is padded
+            step.norm(after, from, to);
+            from = to;
+        }
+        step.add_scaled(x_ + t * m.hidden, from, l.residual_scale, m.hidden);
+    }
+
+    // ---- products ----
+
+    void project(const float* x, int64_t width, std::initializer_list<const StepLinear*> matrices,
+                 std::initializer_list<float*> outputs) {
+        prepared_ = {};
+        const StepLinear* const* matrix = matrices.begin();
+        for (float* y : outputs) project(x, width, **matrix++, y);
+    }
+
+    void project(const float* x, int64_t width, const StepLinear& w, float* y) {
+        if (!prepared_.serves(x, w)) prepare(x, width, w);
+        const int64_t groups = w.stride / kGroup, tiles = (w.out + kTile - 1) / kTile;
+        const int64_t pieces = std::min<int64_t>(tiles, c.threads == 1 ? 1 : 8 * c.threads);
+        team_->each(pieces, c.threads, [&](int64_t piece) {
+            Ahead none{};
+            const TileJob job = {w.weight, w.dtype, w.bias, groups, w.out, static_cast<int>(tokens_),
+                                 w.whole ? rows_ : nullptr, rounded_, group_scale_, group_sum_, group_half_, y, &none};
+            const Range here = share(tiles, piece, pieces);
+            step.tiles(job, here.begin, here.end);
+        });
+    }
+
+    void prepare(const float* x, int64_t width, const StepLinear& w) {
+        prepared_ = {x, w.stride, w.whole != 0, w.dtype == kInt6Super};
+        const int64_t stride = w.stride, groups = stride / kGroup;
+        each_token([&](int64_t t) {
+            float* row = rows_ + t * stride;
+            memcpy(row, x + t * width, width * sizeof(float));
+            memset(row + width, 0, (stride - width) * sizeof(float));
+            if (w.whole) return;
+            step.quantize_groups(row, stride, rounded_ + t * stride, group_scale_ + t * groups, group_sum_ + t * groups,
+                                 prepared_.halves ? group_half_ + 2 * t * groups : nullptr);
+        });
+    }
+
+    // ---- attention ----
+
+    // A token's queries, normed, rotated and scaled where they lie, and its keys and values into the cache.
+    void place(int64_t t) {
+        float* queries = q_ + t * l.heads * l.head_dim;
+        turn(l.q_norm, queries, t, l.heads);
+        for (int64_t i = 0; i < l.heads * l.head_dim; i++) queries[i] *= l.attention_scale;
+        float* keys = k_ + t * l.kv_heads * l.head_dim;
+        turn(l.k_norm, keys, t, l.kv_heads);
+        const float* values = v_ + t * l.kv_heads * l.head_dim;
+        for (int64_t group = 0; group < l.kv_heads; group++) {
+            const int64_t to = offset_of(group) + (c.past + first_ + t) * l.head_dim;
+            put(keys + group * l.head_dim, c.cache->keys, to);
+            put(values + group * l.head_dim, c.cache->values, to);
+        }
+    }
+
+    void turn(const StepNorm& norm, float* heads, int64_t t, int64_t count) {
+        const int64_t normed = norm.size == l.head_dim ? count : 1;  // or all heads together (OLMo 2)
+        for (int64_t i = 0; norm.kind != kNoNorm && i < normed; i++)
+            step.norm(norm, heads + i * l.head_dim, heads + i * l.head_dim);
+        if (!l.cos) return;
+        const int64_t at = c.positions[first_ + t] * l.rope_dim;
+        for (int64_t i = 0; i < count; i++) step.rotate(heads + i * l.head_dim, l.cos + at, l.sin + at, l.rope_dim);
+    }
+
+    int64_t offset_of(int64_t group) const { return group * c.cache->head_stride - c.cache->first * l.head_dim; }
+
+    void put(const float* from, void* cache, int64_t to) const {
+        isa.from_float(from, static_cast<char*>(cache) + to * size_of(m.kv_dtype), m.kv_dtype, l.head_dim);
+    }
+
+    // By KV heads and some tokens, the last ones first: these look back furthest.
+    void attend() {
+        const int64_t each = l.heads / l.kv_heads, at_once = std::max<int64_t>(1, kQueriesAPiece / each);
+        const int64_t blocks = (tokens_ + at_once - 1) / at_once;
+        team_->each(blocks * l.kv_heads, c.threads, [&](int64_t i) {
+            const int64_t begin = (blocks - 1 - i / l.kv_heads) * at_once;
+            attend(i % l.kv_heads, begin, std::min(begin + at_once, tokens_));
+        });
+    }
+
+    int64_t first_seen(int64_t position) const {
+        return std::max(c.start, l.window ? position + 1 - l.window : int64_t(0));
+    }
+
+    // One KV head for tokens `begin` to `end`: in chunks at fixed positions, as a step adds them up.
+    void attend(int64_t group, int64_t begin, int64_t end) {
+        const int64_t each = l.heads / l.kv_heads, queries = (end - begin) * each, d = l.head_dim;
+        const int64_t position = c.past + first_;  // of the first token that is under way
+        const int64_t from = first_seen(position + begin) / kChunk, to = (position + end - 1) / kChunk + 1;
+        const int64_t chunks = to - from;
+        Workspace& memory = piece_memory;
+        const size_t bytes = Workspace::room<float>(queries * d) + 2 * Workspace::room<int64_t>(queries) +
+                             2 * Workspace::room<float>(chunks * queries) + Workspace::room<float>(chunks * queries * d);
+        if (!memory.reserve(bytes)) return failed_.store(true);
+        float* q = memory.take<float>(queries * d);
+        int64_t* seen_from = memory.take<int64_t>(queries);
+        int64_t* seen_to = memory.take<int64_t>(queries);
+        float* most = memory.take<float>(chunks * queries);
+        float* sum = memory.take<float>(chunks * queries);
+        float* value = memory.take<float>(chunks * queries * d);
+        for (int64_t t = begin; t < end; t++) {
+            const int64_t at = (t - begin) * each;
+            memcpy(q + at * d, q_ + (t * l.heads + group * each) * d, each * d * sizeof(float));
+            std::fill(seen_from + at, seen_from + at + each, first_seen(position + t));
+            std::fill(seen_to + at, seen_to + at + each, position + t + 1);
+        }
+        const int64_t offset = offset_of(group) * size_of(m.kv_dtype);
+        for (int64_t i = 0; i < chunks; i++) {
+            Ahead none{};
+            const int64_t chunk = (from + i) * kChunk, at = i * queries;
+            step.attend({q, static_cast<const char*>(c.cache->keys) + offset,
+                         static_cast<const char*>(c.cache->values) + offset, m.kv_dtype, static_cast<int>(queries), d,
+                         chunk, std::min(chunk + kChunk, position + end), seen_from, seen_to, l.softcap, most + at,
+                         sum + at, value + at * d, &none});
+        }
+        for (int64_t i = 0; i < queries; i++) {
+            float* out = attended_ + ((begin + i / each) * l.heads + group * each + i % each) * d;
+            step.merge(chunks, queries, most + i, sum + i, value + i * d, d, out);
+        }
+    }
+};
+
+// The last norm and the LM head, for some tokens at a time.
+class HeadPass {
+  public:
+    HeadPass(const StepModel& model, int threads)
+        : m(model), isa(*(model.kv_dtype == kBFloat16 ? active_bf16 : active).load()), step(*active_step.load()),
+          threads_(threads) {}
+
+    // x: [tokens][hidden], at most kMaxRows of them; to: their logits, [tokens][vocabulary]. False: no memory.
+    bool run(const float* x, int tokens, void* to) {
+        const StepLinear& head = m.head;
+        const int64_t groups = head.stride / kGroup;
+        if (!workspace.reserve(Workspace::room<float>(tokens * m.hidden) + rows_room(tokens, head.stride) +
+                               4 * Workspace::room<float>(tokens * groups) + Workspace::room<float>(tokens * head.out)))
+            return false;
+        float* normed = workspace.take<float>(tokens * m.hidden);
+        for (int t = 0; t < tokens; t++) step.norm(m.norm, x + t * m.hidden, normed + t * m.hidden);
+        const bool tiles = grouped(head.dtype);
+        // tiles want rows as they are, which is how float32 has them
+        const Rows rows = load_rows(isa, normed, kFloat32, tiles ? kFloat32 : head.dtype, tokens, m.hidden, head.stride,
+                                    workspace);
+        int8_t* q = const_cast<int8_t*>(rows.q);
+        float* scale = workspace.take<float>(tokens * groups);
+        float* sum = workspace.take<float>(tokens * groups);
+        int32_t* half = workspace.take<int32_t>(2 * tokens * groups);
+        if (tiles && !head.whole) step.quantize_groups(rows.x, tokens * head.stride, q, scale, sum, half);
+        float* y = m.logit_dtype == kFloat32 ? static_cast<float*>(to) : workspace.take<float>(tokens * head.out);
+        const int64_t units = (head.out + kTile - 1) / kTile, pieces = std::min<int64_t>(units, 8 * threads_);
+        Lease()->each(pieces, threads_, [&](int64_t piece) {
+            Ahead none{};
+            const Range here = share(units, piece, pieces);
+            if (tiles) {
+                step.tiles({head.weight, head.dtype, head.bias, groups, head.out, tokens, head.whole ? rows.x : nullptr, q,
+                            scale, sum, half, y, &none},
+                           here.begin, here.end);
+            } else {
+                isa.linear[head.dtype]({head.weight, head.scale, head.bias, rows, head.out, y, nullptr},
+                                       here.begin * kTile, std::min(here.end * kTile, head.out));
+            }
+        });
+        const int64_t n = tokens * head.out;
+        if (m.logit_scale != 1.f || m.logit_softcap > 0) step.softcap(y, m.logit_scale, m.logit_softcap, n);
+        if (y != to) isa.from_float(y, to, m.logit_dtype, n);
+        return true;
+    }
+
+  private:
+    const StepModel& m;
+    const Isa& isa;
+    const StepIsa& step;
+    const int threads_;
+};
+
+}  // namespace
+}  // namespace coreskip
+
+using namespace coreskip;
+
+// The embeddings of tokens, as the first layer reads them; x: [tokens][hidden]. Not by torch, whose threads would spin for
+// milliseconds after it, on the cores that the layers' threads need.
+CORESKIP_API int coreskip_embed(const StepModel* model, const int64_t* ids, int64_t tokens, float* x, int threads) {
+    const StepModel& m = *model;
+    Lease()->each(tokens, threads, [&](int64_t t) {
+        look_up(m, *active.load(), *active_step.load(), ids[t], x + t * m.hidden);
+    });
+    return kOk;
+}
+
+// Takes the tokens of a call through layer `index`. Returns a Status.
+CORESKIP_API int coreskip_prefill(const StepModel* model, int64_t index, const PrefillCall* call) {
+    LayerPass pass(*model, model->layers[index], *call);
+    return pass.reserve() ? pass.run() : kNoMemory;
+}
+
+// Logits, [tokens][vocabulary] of the model's dtype, of tokens that went through all layers; x: [tokens][hidden]. Returns a
+// Status.
+CORESKIP_API int coreskip_head(const StepModel* model, const float* x, int64_t tokens, void* logits, int threads) {
+    HeadPass pass(*model, threads);
+    for (int64_t t = 0; t < tokens; t += kMaxRows) {
+        void* to = static_cast<char*>(logits) + t * model->head.out * size_of(model->logit_dtype);
+        if (!pass.run(x + t * model->hidden, static_cast<int>(std::min<int64_t>(kMaxRows, tokens - t)), to))
+            return kNoMemory;
+    }
+    return kOk;
+}

@@ -1,0 +1,107 @@
+"""A prompt's way through a decoder that `step.Step` describes, natively and layer by layer (csrc/prefill.cpp).
+
+Many tokens of one sequence go through a layer before the next layer is looked at, so that its weights are read once for
+every 128 of them. Each token's numbers are those of a decode step, to the bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+
+from . import arguments, cpu
+from .packed import PackedLinear
+from .step import DenseMLP, KeyValues, Step, StepModel
+
+#: told of a layer, and of its activations [rows, length, neurons] in float32, zero at padding
+Observer = Callable[[int, Tensor], None]
+
+
+def uncovered(model: StepModel) -> str | None:
+    """Why prompts of a model do not go through it here; None where they do."""
+    for layer in model.layers:
+        attention, mlp = layer.attention, layer.mlp
+        if attention is None or layer.entries_only or not isinstance(mlp, DenseMLP):
+            return "a layer leaves something out"
+        matrices = (attention.q, attention.k, attention.v, attention.o, mlp.gate, mlp.up, mlp.down)
+        if not all(m is None or (isinstance(m, PackedLinear) and m.grouped) for m in matrices):
+            return "matrices lie as they were loaded, and torch multiplies many rows with these in less time"
+    return None
+
+
+class Prefill:
+    """Prompts through the decoder of a `step`, which `uncovered` has nothing against."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+
+    def run(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        start: Tensor,
+        caches: KeyValues,
+        past: int,
+        wanted: int,
+        observed: Collection[int] = (),
+        observe: Observer | None = None,
+    ) -> Tensor:
+        """Logits ``[rows, wanted, vocabulary]`` of the last tokens, in the model's dtype; all entries are written.
+
+        tokens, positions: int64 ``[rows, length]``. start: int64 ``[rows]``, the first cache position that counts: a
+        token before it is padding, whose logits, keys and values mean nothing. past: positions already in the caches,
+        which have room. observed: the layers whose activations `observe` is told of.
+        Raises ValueError for caches that are not this model's or too small, IndexError for ids of no token.
+        """
+        rows, length = tokens.shape
+        self.step.check_caches(caches, rows, past, past + length)
+        padding = [max(0, first - past) for first in start.tolist()]
+        x, positions, starts = self._embedded(tokens), positions.contiguous(), start.tolist()
+        for index, layer in enumerate(self.step.model.layers):
+            assert isinstance(layer.mlp, DenseMLP)
+            wide = (rows, length, layer.mlp.up.out_features)
+            seen = x.new_zeros(wide) if index in observed else None
+            for row, skipped in enumerate(padding):
+                some = None if seen is None else seen[row, skipped:]
+                kept = x[row, skipped:], positions[row, skipped:], some
+                self._through(index, *kept, caches.entry(row, index), past + skipped, starts[row])
+            if observe is not None and seen is not None:
+                observe(index, seen)
+        return self._logits(x[:, length - wanted :].contiguous())
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        model, tokens = self.step.model, tokens.contiguous()
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < model.vocabulary:
+            raise IndexError(f"token ids must be in [0, {model.vocabulary})")
+        x = torch.empty((*tokens.shape, model.norm.weight.shape[0]), dtype=torch.float32, device="cpu")
+        call = self.step.address, tokens.data_ptr(), tokens.numel(), x.data_ptr(), torch.get_num_threads()
+        cpu.check(cpu.library().coreskip_embed(*call), 0)
+        return x
+
+    def _through(
+        self,
+        index: int,
+        x: Tensor,
+        positions: Tensor,
+        activations: Tensor | None,
+        entries: int,
+        past: int,
+        start: int,
+    ) -> None:
+        """One row's tokens through a layer."""
+        call = arguments.PrefillCall(
+            x.data_ptr(), positions.data_ptr(), entries, cpu.address(activations),
+            x.shape[0], past, start, torch.get_num_threads(),
+        )  # fmt: skip
+        cpu.check(cpu.library().coreskip_prefill(self.step.address, index, ctypes.byref(call)), 0)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        model = self.step.model
+        rows, wanted, _ = x.shape
+        logits = torch.empty((rows, wanted, model.head.out_features), dtype=model.dtype, device="cpu")
+        call = self.step.address, x.data_ptr(), rows * wanted, logits.data_ptr(), torch.get_num_threads()
+        cpu.check(cpu.library().coreskip_head(*call), 0)
+        return logits
