@@ -145,6 +145,35 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
         "tie_word_embeddings": True,
     },
+    "olmoe-1b-7b": {
+        "model_type": "olmoe",
+        "vocab_size": 50304,
+        "hidden_size": 2048,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+        "max_position_embeddings": 4096,
+        "pad_token_id": 1,
+    },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 8192,
+    },
     "opt-1.3b": {
         "model_type": "opt",
         "vocab_size": 50272,
@@ -247,10 +276,14 @@ def _fill(module: Any, block: torch.Tensor) -> None:
         _tile(module.weight, block, module.in_features**-0.5)
         if module.bias is not None:
             module.bias.zero_()
+    elif getattr(module, "weight", None) is not None and module.weight.ndim == 2:  # a router
+        _tile(module.weight, block, module.weight.shape[1] ** -0.5)
     elif hasattr(module, "weight"):
         nn.init.ones_(module.weight)
         if getattr(module, "bias", None) is not None:
             module.bias.zero_()
+    for experts in (p for p in module.parameters(recurse=False) if p.ndim == 3):
+        _tile(experts, block, experts.shape[2] ** -0.5)
 
 
 def _tile(weight: torch.Tensor, block: torch.Tensor, scale: float) -> None:

@@ -24,7 +24,8 @@ from coreskip.predictors.files import STDOUT, check_file, keep, write_text
 
 #: Of the methods, one option for each field of their dataclasses (runtime/options.py).
 method_options = together(
-    click.option("--score", help="griffin (default), magnitude, magnitude_down, or signed as CoreInfer published."),
+    click.option("--score", help="griffin, magnitude, magnitude_down, signed; of experts: reap, frequency, random."),
+    click.option("--beta", type=float, help="Of skip-experts, in place of --keep: of a token's largest weight."),
     click.option("--alpha", type=float, show_default="0.4", help="By these: share of a token's neurons in its core."),
     click.option("--rule", show_default="teal", help="Of threshold: teal, wina or cats."),
     click.option("--all-linears", is_flag=True, help="Of threshold: the attention's linears, too."),
@@ -42,9 +43,9 @@ method_options = together(
     "--method",
     default="auto",
     show_default=True,
-    help="auto, sketch, threshold, learned, core, similar, static, topk, layers.",
+    help="auto, sketch, threshold, learned, core, similar, static, topk, layers, experts, skip-experts.",
 )
-@click.option("--keep", type=float, help="Share of neurons (0.6 by default) or layers (0.9) to keep, in (0, 1].")
+@click.option("--keep", type=float, help="Share of neurons (0.6 by default), layers (0.9) or experts (0.75) to keep.")
 @click.option("--budget", help="ppl+1%, kl<0.05 or agreement>0.95: the fastest plan found that holds it.")
 @click.option("--layers", help="Leave layers out: skip:6, skip-attention:6, skip-mlp:6, every:2 or adaptive:0.8.")
 @weights_option("Decode with weights in 4 or 8 bits; a search for a budget tries them, and mixtures, by itself.")

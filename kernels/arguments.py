@@ -56,11 +56,31 @@ class StepMlp(ctypes.Structure):
     )
 
 
+class StepRouter(ctypes.Structure):
+    _fields_ = (
+        ("logits", StepLinear),
+        *_fields(_P, "correction kept"),
+        *_fields(_N, "count chosen groups groups_kept"),
+        *_fields(_F, "added floor scale least jitter"),
+        *_fields(_I, "scoring by_pairs normalized"),
+    )
+
+
+class StepExperts(ctypes.Structure):
+    _fields_ = (
+        ("router", StepRouter),
+        ("matrices", _P),
+        ("shared_gate", StepLinear),
+        *_fields(_F, "limit slope offset"),
+    )
+
+
 class StepLayer(ctypes.Structure):
     _fields_ = (
         *_fields(StepNorm, "attention_in q_norm k_norm attention_out mlp_in mlp_out"),
         *_fields(StepLinear, "q k v o gate up down"),
         ("mlp", StepMlp),
+        ("experts", StepExperts),
         *_fields(_N, "heads kv_heads head_dim rope_dim window"),
         *_fields(_P, "cos sin"),
         *_fields(_F, "attention_scale softcap residual_scale"),
@@ -97,7 +117,8 @@ class PrefillCall(ctypes.Structure):
 
 # in the order of coreskip_sizes
 _STRUCTS = (
-    MlpArguments, StepNorm, StepLinear, NeuronGroups, StepMlp, StepLayer, StepModel, StepCache, StepCall, PrefillCall,
+    MlpArguments, StepNorm, StepLinear, NeuronGroups, StepMlp, StepRouter, StepExperts, StepLayer, StepModel, StepCache,
+    StepCall, PrefillCall,
 )  # fmt: skip
 
 

@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from . import arguments, cpu
+from .experts import SCORINGS, PackedExperts, Router
 from .neuron_groups import PackedNeurons
 from .packed import PackedLinear
 from .sparse import RowLists, SparseLinear, SparseMLP
@@ -26,6 +28,9 @@ Place = tuple[int, int]  # the address of a sequence's keys and values, and how 
 
 _NORM = {"rms": 1, "layer": 2}
 _RULE = {**cpu.RULE, "learned": 3}
+_OF_ROUTERS = (
+    "count", "chosen", "groups", "groups_kept", "by_pairs", "normalized", "added", "floor", "scale", "jitter", "least",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +53,11 @@ class DenseMLP:
     gate: Linear | None
     up: Linear
     down: Linear
+
+    @property
+    def nbytes(self) -> int:
+        linears = (self.gate, self.up, self.down)
+        return sum((m.packed if isinstance(m, SparseLinear) else m).nbytes for m in linears if m is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +91,7 @@ class StepLayer:
     """
 
     attention: Attention | None
-    mlp: DenseMLP | SparseMLP | None
+    mlp: DenseMLP | SparseMLP | PackedExperts | None
     act: str
     attention_in: Norm | None = None
     attention_out: Norm | None = None
@@ -161,8 +171,8 @@ class Step:
         [rows], the first cache position that counts (what lies before is left padding). past: positions already in the
         cache, whose capacity must suffice. wanted: of how many last tokens of each row the logits are wanted.
         Returns logits [rows, wanted, vocabulary] of the model's dtype, and the number of neurons that rules left out,
-        summed over tokens and layers. Raises ValueError for other rows than there are lists for, or caches that are not
-        this model's or too small.
+        those of whole experts among them, summed over tokens and layers. Raises ValueError for other rows than there
+        are lists for, or caches that are not this model's or too small.
         """
         rows, length = tokens.shape
         self.check_caches(caches, rows, past, past + length)
@@ -464,9 +474,42 @@ def _layer(layer: StepLayer) -> arguments.StepLayer:
         _put_attention(out, attention)
     if isinstance(mlp, DenseMLP):
         out.gate, out.up, out.down = _linear(mlp.gate), _linear(mlp.up), _linear(mlp.down)
+    elif isinstance(mlp, PackedExperts):
+        _put_experts(out, mlp)
     elif mlp is not None:
         out.mlp = _bundled(mlp)
     return out
+
+
+# Thousands of structs in a large model, which all steps over it share.
+_matrices: WeakKeyDictionary[PackedExperts, Any] = WeakKeyDictionary()
+
+
+def _put_experts(out: arguments.StepLayer, mlp: PackedExperts) -> None:
+    if mlp not in _matrices:
+        linears = [_linear(linear) for expert in mlp.experts for linear in (expert.gate, expert.up, expert.down)]
+        _matrices[mlp] = (arguments.StepLinear * len(linears))(*linears)
+    shared = mlp.shared
+    if shared is not None:
+        out.gate, out.up, out.down = _linear(shared.gate), _linear(shared.up), _linear(shared.down)
+    out.experts = arguments.StepExperts(
+        router=_router(mlp.router),
+        matrices=ctypes.addressof(_matrices[mlp]),
+        shared_gate=_linear(mlp.shared_gate),
+        limit=mlp.limit,
+        slope=mlp.slope,
+        offset=mlp.offset,
+    )
+
+
+def _router(router: Router) -> arguments.StepRouter:
+    return arguments.StepRouter(
+        logits=_linear(router.logits),
+        correction=cpu.address(router.correction),
+        kept=cpu.address(router.kept),
+        scoring=SCORINGS.index(router.scoring),
+        **{name: getattr(router, name) for name in _OF_ROUTERS},
+    )
 
 
 def _put_attention(out: arguments.StepLayer, attention: Attention) -> None:

@@ -8,20 +8,45 @@ found must reproduce what the model's own MLP module returns.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from ..kernels.packed import ACTS
 from .checks import kind_of
 from .errors import CoreskipError
+from .experts import Experts, find_experts
+from .feed_forward import (
+    Activation,
+    FeedForward,
+    Matrices,
+    canonical_activation,
+    is_linear,
+    is_packed,
+    proved,
+    readings,
+    rows_of,
+    shape_of,
+    written_out,
+)
 
-Activation = Callable[[Tensor], Tensor]
+__all__ = [
+    "FAMILIES",
+    "Activation",
+    "Anatomy",
+    "Attention",
+    "Experts",
+    "Family",
+    "FeedForward",
+    "Matrices",
+    "canonical_activation",
+    "check_model",
+    "dissect",
+    "is_packed",
+    "rows_of",
+    "shape_of",
+]
 
 
 @dataclass(frozen=True)
@@ -78,89 +103,6 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-@dataclass(frozen=True)
-class Matrices:
-    """Views of one MLP's weights, one row per neuron: gate, up, down ``[intermediate, hidden]``; gate is None
-    in a plain MLP. Biases: gate and up ``[intermediate]``, down ``[hidden]``, or None."""
-
-    gate: Tensor | None
-    up: Tensor
-    down: Tensor
-    gate_bias: Tensor | None
-    up_bias: Tensor | None
-    down_bias: Tensor | None
-
-
-@dataclass(frozen=True, eq=False)
-class FeedForward:
-    """One decoder layer's MLP, by the names under which its owner keeps it."""
-
-    owner: nn.Module
-    gate_name: str | None
-    up_name: str
-    down_name: str
-    act_name: str
-    stacked: bool
-    whole: bool
-
-    @property
-    def up(self) -> nn.Module:
-        return cast(nn.Module, getattr(self.owner, self.up_name))
-
-    @property
-    def down(self) -> nn.Module:
-        return cast(nn.Module, getattr(self.owner, self.down_name))
-
-    @property
-    def act(self) -> Activation:
-        return cast(Activation, getattr(self.owner, self.act_name))
-
-    @property
-    def gated(self) -> bool:
-        return self.stacked or self.gate_name is not None
-
-    @property
-    def hidden_size(self) -> int:
-        return _shape(self.down)[1]
-
-    @property
-    def intermediate_size(self) -> int:
-        return _shape(self.down)[0]
-
-    def matrices(self) -> Matrices:
-        """The weights as they are now, as views: nothing is copied."""
-        up, up_bias = rows_of(self.up)
-        down, down_bias = rows_of(self.down)
-        gate: Tensor | None = None
-        gate_bias: Tensor | None = None
-        if self.gate_name is not None:
-            gate, gate_bias = rows_of(getattr(self.owner, self.gate_name))
-        elif self.stacked:
-            gate, up = up.chunk(2)
-            if up_bias is not None:
-                gate_bias, up_bias = up_bias.chunk(2)
-        return Matrices(gate, up, down.t(), gate_bias, up_bias, down_bias)
-
-    def formula(self, x: Tensor) -> Tensor:
-        """``down(act(gate(x)) * up(x))`` for x ``[..., hidden]``: what the table claims this MLP computes."""
-        if is_packed(self.up):
-            return self._of_modules(x)
-        w = self.matrices()
-        h = F.linear(x, w.up, w.up_bias)
-        h = self.act(h) if w.gate is None else self.act(F.linear(x, w.gate, w.gate_bias)) * h
-        return F.linear(h, w.down.t(), w.down_bias)
-
-    def _of_modules(self, x: Tensor) -> Tensor:
-        """The formula by the linears themselves, which hold their matrices packed."""
-        h = self.up(x)
-        if self.gate_name is not None:
-            return cast(Tensor, self.down(self.act(getattr(self.owner, self.gate_name)(x)) * h))
-        if self.stacked:
-            gate, h = h.chunk(2, -1)
-            return cast(Tensor, self.down(self.act(gate) * h))
-        return cast(Tensor, self.down(self.act(h)))
-
-
 @dataclass(frozen=True, eq=False)
 class Attention:
     """One decoder layer's attention module and the names of its projections."""
@@ -177,11 +119,62 @@ class Anatomy:
     model_type: str
     stack: nn.Module  # the module that holds the decoder layers; its forward sees the KV cache
     layers: tuple[nn.Module, ...]
-    mlps: tuple[FeedForward, ...]
+    feed_forwards: tuple[FeedForward | None, ...]  # of a layer with experts the shared one, which all tokens go through
     attentions: tuple[Attention | None, ...]
+    experts: tuple[Experts | None, ...]
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    @property
+    def mlps(self) -> tuple[FeedForward, ...]:
+        """An MLP of every layer, for what needs one.
+
+        Raises:
+            CoreskipError: some layer has none: its neurons are those of experts, or of nothing that is read.
+        """
+        return tuple(map(self.mlp, range(len(self))))
+
+    def mlp(self, layer: int) -> FeedForward:
+        """The MLP of a layer.
+
+        Raises:
+            CoreskipError: it has none.
+        """
+        mlp = self.feed_forwards[layer]
+        if mlp is None:
+            what = "only experts" if self.experts[layer] is not None else "no MLP that coreskip reads"
+            raise CoreskipError(
+                f"layer {layer} of this {self.model_type!r} model has {what}: what chooses neurons needs an MLP in "
+                "every layer; leave experts out (--method experts or skip-experts), or layers (--method layers)"
+            )
+        return mlp
+
+    def half(self, layer: int) -> nn.Module:
+        """The module whose output is what a layer's MLP, or its experts, add to the residual stream.
+
+        Raises:
+            CoreskipError: it is not one module's.
+        """
+        mlp, experts = self.feed_forwards[layer], self.experts[layer]
+        if experts is None and mlp is not None:
+            return mlp.down
+        if experts is not None and experts.outputs and (mlp is None or mlp is experts.shared):
+            return experts.block
+        raise CoreskipError(
+            f"what layer {layer} of this {self.model_type!r} model adds after its attention is not one module's "
+            "output: its layers cannot be scored or skipped"
+        )
+
+    @property
+    def present(self) -> Iterator[tuple[int, FeedForward]]:
+        """The layers that have an MLP, with it."""
+        return ((index, mlp) for index, mlp in enumerate(self.feed_forwards) if mlp is not None)
+
+    @property
+    def hidden_size(self) -> int:
+        parts = [part for part in (*self.feed_forwards, *self.experts) if part is not None]
+        return parts[0].hidden_size
 
 
 def dissect(model: nn.Module, *, empty: bool = False) -> Anatomy:
@@ -190,11 +183,10 @@ def dissect(model: nn.Module, *, empty: bool = False) -> Anatomy:
     empty: the model may be on a meta device, where nothing can be computed and so no MLP is proved.
 
     Raises:
-        CoreskipError: not a causal LM, a mixture of experts, quantised or offloaded weights, or an MLP that is
-            not of the form ``down(act(gate(x)) * up(x))`` or ``down(act(up(x)))``.
+        CoreskipError: not a causal LM, quantised or offloaded weights, experts of an unknown form, or no MLP of the
+            form ``down(act(gate(x)) * up(x))`` or ``down(act(up(x)))``.
     """
     _require_causal_lm(model)
-    _refuse_experts(model)
     config = cast(Any, model).config.get_text_config()
     base = cast(nn.Module, getattr(model, "base_model", model))
     family = FAMILIES.get(config.model_type)
@@ -202,32 +194,18 @@ def dissect(model: nn.Module, *, empty: bool = False) -> Anatomy:
     if family is not None and family.layers in dict(base.named_modules()):
         anatomy = _by_table(base, config.model_type, family)
     else:
-        anatomy = _by_structure(cast(Any, model).get_decoder(), config, empty)
-    for index, mlp in enumerate(anatomy.mlps):
+        decoder = cast(Any, model).get_decoder()
+        if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
+            decoder = base  # a class may call its LM head so (ModernBERT)
+        anatomy = _by_structure(decoder, config, empty)
+    for index, mlp in anatomy.present:
         _check_linears(index, mlp, empty)
-        if mlp.whole and not _proved(mlp, empty):
+        if mlp.whole and not proved(mlp, empty):
             raise CoreskipError(
                 f"the MLP of layer {index} ({type(mlp.owner).__name__}) does not compute down(act(gate(x)) * up(x)); "
                 f"coreskip cannot make {config.model_type!r} models sparse"
             )
     return anatomy
-
-
-def canonical_activation(act: Activation) -> str | Activation:
-    """The name of an activation as the kernels know it, found by comparing values; itself if none matches.
-
-    Comparing values rather than classes is what lets BLOOM's, GPT-2's and PyTorch's tanh-GELU, three classes
-    with the same curve, share one kernel.
-    """
-    x = torch.linspace(-8.0, 8.0, 257, dtype=torch.float32, device="cpu")
-    try:
-        y = act(x)
-    except Exception:  # an activation with needs of its own (parameters on a GPU, say) stays a callable
-        return act
-    for name, reference in ACTS.items():
-        if isinstance(y, Tensor) and torch.allclose(y, reference(x), rtol=1e-5, atol=1e-6):
-            return name
-    return act
 
 
 def check_model(model: Any) -> None:
@@ -255,16 +233,6 @@ def _require_causal_lm(model: nn.Module) -> None:
         raise CoreskipError(f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM")
 
 
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
-
-
-def _refuse_experts(model: nn.Module) -> None:
-    config = cast(Any, model).config.get_text_config()
-    by_config = any((getattr(config, name, None) or 0) > 1 for name in _EXPERT_COUNTS)
-    if by_config or any("Expert" in type(m).__name__ or "SparseMoe" in type(m).__name__ for m in model.modules()):
-        raise CoreskipError(f"{config.model_type!r} is a mixture of experts: not supported yet, use a dense model")
-
-
 def _by_table(base: nn.Module, model_type: str, family: Family) -> Anatomy:
     stack = base.get_submodule(family.layers.rpartition(".")[0])
     layers = tuple(cast(nn.ModuleList, base.get_submodule(family.layers)))
@@ -275,7 +243,7 @@ def _by_table(base: nn.Module, model_type: str, family: Family) -> Anatomy:
             raise CoreskipError("BLOOM with slow_but_exact reads its weights in slices; set slow_but_exact=False")
         mlps.append(FeedForward(owner, family.gate, family.up, family.down, family.act, family.stacked, family.whole))
         attentions.append(Attention(layer.get_submodule(family.attention), family.inputs, family.output))
-    return Anatomy(model_type, stack, layers, tuple(mlps), tuple(attentions))
+    return Anatomy(model_type, stack, layers, tuple(mlps), tuple(attentions), (None,) * len(layers))
 
 
 def _by_structure(base: nn.Module, config: Any, empty: bool) -> Anatomy:
@@ -286,74 +254,54 @@ def _by_structure(base: nn.Module, config: Any, empty: bool) -> Anatomy:
         if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers
     ]
     for stack, layers in stacks:
-        mlps = [next((m for m in _mlp_candidates(layer) if _proved(m, empty)), None) for layer in layers]
-        if all(mlps):
+        parts = [_parts_of(layer, empty) for layer in layers]
+        if not any(any(part) for part in parts):
+            parts = [(mlp, None) for mlp in written_out(base, layers)]
+        if _complete(layers, parts):
             attentions = tuple(_attention_of(layer) for layer in layers)
-            return Anatomy(config.model_type, stack, layers, tuple(cast(list[FeedForward], mlps)), attentions)
+            mlps, experts = zip(*parts, strict=True)
+            return Anatomy(config.model_type, stack, layers, mlps, attentions, experts)
     for name, module in base.named_modules():
         _refuse_adapter(name, module)
+        if "Experts" in type(module).__name__:
+            raise CoreskipError(
+                f"{name}, a {type(module).__name__}, keeps the experts of this {config.model_type!r} model in a form "
+                "that coreskip does not read; use another model"
+            )
     raise CoreskipError(
         f"found no MLP of the form down(act(gate(x)) * up(x)) in every layer of this {config.model_type!r} model; "
         f"families known by name: {', '.join(sorted(FAMILIES))}"
     )
 
 
-def _mlp_candidates(layer: nn.Module) -> Iterator[FeedForward]:
-    """Every reading of the layer's submodules as an MLP: the caller keeps the one that reproduces the module."""
-    for owner in layer.modules():
-        linears = {n: m for n, m in owner.named_children() if _is_linear(m)}
-        acts = [n for n, m in owner.named_children() if n not in linears and not list(m.parameters())]
-        acts += [n for n, v in vars(owner).items() if callable(v) and not n.startswith("_")]
-        for down in linears:
-            width, hidden = _shape(linears[down])
-            ups = [n for n in linears if n != down and _shape(linears[n])[0] == hidden]
-            for act in acts:
-                if len(linears) == 3:
-                    for gate in ups:
-                        for up in ups:
-                            if gate != up and _shape(linears[up])[1] == width == _shape(linears[gate])[1]:
-                                yield FeedForward(owner, gate, up, down, act, False, True)
-                elif len(linears) == 2:
-                    for up in ups:
-                        if _shape(linears[up])[1] in (width, 2 * width):
-                            stacked = _shape(linears[up])[1] == 2 * width
-                            yield FeedForward(owner, None, up, down, act, stacked, True)
+Parts = tuple[FeedForward | None, Experts | None]
+
+
+def _complete(layers: Sequence[nn.Module], parts: Sequence[Parts]) -> bool:
+    """Whether these are a decoder's layers, with all of their MLPs and experts: layers of a hybrid may have neither,
+    but not a module like those of others that computes something else."""
+    owners = {type(mlp.owner) for mlp, _ in parts if mlp is not None and mlp.whole}
+    owners |= {type(experts.module) for _, experts in parts if experts is not None}
+    others = [layer for layer, part in zip(layers, parts, strict=True) if not any(part)]
+    return len(others) < len(layers) and not any(type(m) in owners for layer in others for m in layer.modules())
+
+
+def _parts_of(layer: nn.Module, empty: bool) -> Parts:
+    """A decoder layer's MLP and its mixture of experts; where it has both, all tokens go through the MLP."""
+
+    def mlp_in(module: nn.Module) -> FeedForward | None:
+        return next((mlp for mlp in readings(module) if proved(mlp, empty)), None)
+
+    experts = find_experts(layer, mlp_in, empty)
+    return (experts.shared if experts is not None and experts.shared else mlp_in(layer)), experts
 
 
 def _attention_of(layer: nn.Module) -> Attention | None:
     for name, module in layer.named_children():
-        linears = [n for n, m in module.named_children() if _is_linear(m)]
+        linears = [n for n, m in module.named_children() if is_linear(m)]
         if "att" in name and len(linears) >= 2:
             return Attention(module, tuple(linears[:-1]), linears[-1])
     return None
-
-
-def _proved(mlp: FeedForward, empty: bool) -> bool:
-    """Whether an MLP computes what its names claim; `empty`: or has no weights to compute with."""
-    weight = getattr(mlp.up, "weight", None)
-    return (empty and isinstance(weight, Tensor) and weight.is_meta) or _reproduces(mlp)
-
-
-def _reproduces(mlp: FeedForward) -> bool:
-    weight = cast(Tensor, mlp.up.weight)
-    device = torch.device("cpu") if is_packed(mlp.up) else weight.device
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 2, mlp.hidden_size, generator=generator, dtype=torch.float32, device="cpu")
-    x = x.to(device, weight.dtype)
-    was_training = mlp.owner.training
-    mlp.owner.eval()  # an MLP with dropout inside would differ from run to run
-    try:
-        with torch.no_grad():
-            expected = mlp.owner(x)
-            got = mlp.formula(x)
-    except (TypeError, RuntimeError, ValueError, AttributeError):
-        return False  # not an MLP of this form: the caller says what that means
-    finally:
-        mlp.owner.train(was_training)
-    if not isinstance(expected, Tensor) or expected.shape != got.shape:
-        return False
-    error = (expected.float() - got.float()).norm()
-    return bool(error <= 1e-2 * expected.float().norm())
 
 
 def _check_linears(index: int, mlp: FeedForward, empty: bool) -> None:
@@ -362,7 +310,7 @@ def _check_linears(index: int, mlp: FeedForward, empty: bool) -> None:
         module = getattr(mlp.owner, name)
         weight = getattr(module, "weight", None)
         _refuse_adapter(f"layer {index}: {name}", module)
-        if not _is_linear(module) or not isinstance(weight, Tensor) or not weight.is_floating_point():
+        if not is_linear(module) or not isinstance(weight, Tensor) or not weight.is_floating_point():
             raise CoreskipError(
                 f"layer {index}: {name} is a {type(module).__name__}, not a plain linear layer; "
                 "load the model unquantised and merge its adapters first"
@@ -378,33 +326,3 @@ def _refuse_adapter(name: str, module: nn.Module) -> None:
             f"{name} carries an adapter ({kind.__module__}.{kind.__name__}): merge it into the weights first, "
             "model = model.merge_and_unload()"
         )
-
-
-def _is_linear(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(module, (nn.Linear, Conv1D)) and isinstance(weight, Tensor) and weight.ndim == 2
-
-
-def rows_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The weight of an nn.Linear or a Conv1D as ``[outputs, inputs]``, and its bias or None, as views; of a linear that
-    holds its weight packed, a copy."""
-    bias = cast("Tensor | None", linear.bias)
-    weight = cast(Any, linear).unpacked() if is_packed(linear) else cast(Tensor, linear.weight).detach()
-    return (weight.t() if isinstance(linear, Conv1D) else weight), (None if bias is None else bias.detach())
-
-
-def is_packed(linear: nn.Module) -> bool:
-    """Whether a linear holds its weight in packed form alone (runtime/packed_layer.py): `weight` has no numbers."""
-    return hasattr(linear, "unpacked")
-
-
-def shape_of(linear: nn.Module) -> tuple[int, int]:
-    """(outputs, inputs) of an nn.Linear or a Conv1D."""
-    inputs, outputs = _shape(linear)
-    return outputs, inputs
-
-
-def _shape(linear: nn.Module) -> tuple[int, int]:
-    """(inputs, outputs) of an nn.Linear or a Conv1D, which stores its weight transposed."""
-    rows, columns = cast(Tensor, linear.weight).shape
-    return (rows, columns) if isinstance(linear, Conv1D) else (columns, rows)

@@ -13,6 +13,8 @@ from .errors import CoreskipError
 
 Score = Literal["signed", "magnitude", "magnitude_down", "griffin"]
 SCORES: tuple[Score, ...] = get_args(Score)
+ExpertScore = Literal["reap", "frequency", "random"]
+EXPERT_SCORES: tuple[ExpertScore, ...] = get_args(ExpertScore)
 Allocation = Literal["equal", "cett", "residual", "fisher", "greedy"]
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 WEIGHT_FORMATS = ("int4", "int8")

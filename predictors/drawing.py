@@ -24,20 +24,34 @@ def plan_table(plan: Plan) -> str:
         "recipe       " + _pairs({name: value for name, value in plan.recipe.items() if name != "measures"}),
         "calibration  " + (_pairs(plan.calibration) or "none"),
         "quality      " + _quality(plan.quality),
-        f"keeps        {plan.keep:.1%} of all MLP neurons at each decode step",
+        f"keeps        {plan.keep:.1%} of all MLP neurons at each decode step" + _experts(plan),
         "weights      " + (plan.weights or "as loaded") + _rounding(plan.rounding),
         "",
     ]
     policies = [_policy(layer) for layer in plan.layers]
     room = max(map(len, policies))
+    counts = model.experts or (0,) * len(plan.layers)
     rows = [
-        f"{policy:{room}} {_share(layer.kept(width), width)}"
-        for policy, layer, width in zip(policies, plan.layers, model.intermediate_sizes, strict=True)
+        f"{policy:{room}} {_share(layer.kept(width), width)}{_of_experts(layer, count)}"
+        for policy, layer, width, count in zip(policies, plan.layers, model.intermediate_sizes, counts, strict=True)
     ]
     lines.append(f"layers  {'neurons':{room}}   kept / all")
     lines += [f"{where:>6}  {row}" for where, row in _folded(rows)]
     lines += _measures(plan.recipe.get("measures"), len(plan.layers))
     return "\n".join([*lines, *_frontier(plan.frontier)])
+
+
+def _experts(plan: Plan) -> str:
+    return f", {plan.experts:.1%} of all experts" if plan.model.experts else ""
+
+
+def _of_experts(layer: LayerPlan, count: int) -> str:
+    """Which experts tokens may go to, and how many of a token's run."""
+    if count == 0:
+        return ""
+    beta = getattr(layer.experts, "beta", None)
+    below = "" if beta is None else f", {layer.experts.active:.0%} of a token's (beta {beta:.3g})"
+    return f"  {layer.experts.kept(count)} of {count} experts{below}"
 
 
 def _rounding(recipe: Any) -> str:
@@ -69,6 +83,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
             "kept": layer.kept(width),
             "of": width,
             "runs": {"policy": layer.layer.name, **_plain(layer.layer)},
+            **_document_of_experts(layer, model.experts[index] if model.experts else 0),
         }
         for index, (layer, width) in enumerate(zip(plan.layers, model.intermediate_sizes, strict=True))
     ]
@@ -83,6 +98,15 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "layers": layers,
         "frontier": [dict(row) for row in plan.frontier],
     }
+
+
+def _document_of_experts(layer: LayerPlan, count: int) -> dict[str, Any]:
+    if count == 0:
+        return {}
+    policy = layer.experts
+    chosen = {"policy": policy.name, **_plain(policy), "kept": policy.kept(count), "of": count, "active": policy.active}
+    indices = getattr(policy, "indices", None)
+    return {"experts": chosen if indices is None else {**chosen, "indices": indices.tolist()}}
 
 
 def _plain(value: Any) -> dict[str, Any]:
@@ -132,6 +156,8 @@ def _frontier(rows: Any) -> list[str]:
 
 
 def _share(kept: int, width: int) -> str:
+    if width == 0:
+        return f"{'no MLP':>15} {'':{_BAR}} {'':6}"
     bar = "█" * round(_BAR * kept / width)
     return f"{kept:6} / {width:<6} {bar:·<{_BAR}} {kept / width:6.1%}"
 

@@ -22,8 +22,11 @@ _MARK = "_coreskip_as_packed"  # of the linears that came with it; of the model,
 class Fingerprint:
     """What a Plan remembers of its model: the shapes, and a sample of the weights.
 
-    `probes`: fp32 ``[layers, 32]``, down-projection weights at fixed places. Models are compared through them in
-    the coarser of the two dtypes, so that a plan made in fp32 serves the same model loaded in bf16.
+    `intermediate_sizes`: neurons of each layer's MLP, 0 where it has none. `experts`: how many each layer has; empty
+    where none has any.
+    `probes`: fp32 ``[layers, 32]``, down-projection weights at fixed places: of a layer's experts, else of its MLP; 0
+    where it has neither. Models are compared through them in the coarser of the two dtypes, so that a plan made in
+    fp32 serves the same model loaded in bf16.
     """
 
     model_type: str
@@ -33,12 +36,15 @@ class Fingerprint:
     activation: str
     dtype: str
     probes: Tensor
+    experts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _dtype(self.dtype)
         shape = (len(self.intermediate_sizes), _PROBES_PER_LAYER)
         if self.probes.dtype != torch.float32 or self.probes.shape != shape:
             raise PlanError(f"the fingerprint's weight probes are not fp32 of shape {shape}")
+        if self.experts and len(self.experts) != len(self.intermediate_sizes):
+            raise PlanError(f"the plan names the experts of {len(self.experts)} layers, its model has {shape[0]}")
 
     @classmethod
     def of(cls, model: nn.Module, anatomy: Anatomy | None = None) -> Fingerprint:
@@ -46,21 +52,25 @@ class Fingerprint:
         if kept is not None and vars(model).get(_MARK) in (None, _marked(model)):
             return cast(Fingerprint, kept)
         anatomy = anatomy or dissect(model)
-        act = canonical_activation(anatomy.mlps[0].act)
-        weights = [mlp.matrices().down for mlp in anatomy.mlps]
+        acts = [canonical_activation(mlp.act) for _, mlp in anatomy.present]
+        gatings = [experts.gating for experts in anatomy.experts if experts is not None]
+        acts += [canonical_activation(gating.act) for gating in gatings if gating is not None]
+        weights = [_down(anatomy, layer) for layer in range(len(anatomy))]
+        mixtures = [0 if found is None else found.count for found in anatomy.experts]
         return cls(
             model_type=anatomy.model_type,
             vocab_size=int(cast(Any, model).config.get_text_config().vocab_size),
-            hidden_size=anatomy.mlps[0].hidden_size,
-            intermediate_sizes=tuple(mlp.intermediate_size for mlp in anatomy.mlps),
-            activation=act if isinstance(act, str) else type(act).__name__,
-            dtype=str(weights[0].dtype).removeprefix("torch."),
-            probes=torch.stack([_probe(w) for w in weights]),
+            hidden_size=anatomy.hidden_size,
+            intermediate_sizes=tuple(0 if mlp is None else mlp.intermediate_size for mlp in anatomy.feed_forwards),
+            activation=next((act if isinstance(act, str) else type(act).__name__ for act in acts), ""),
+            dtype=next(str(w.dtype) for w in weights if w is not None).removeprefix("torch."),
+            probes=torch.stack([torch.zeros(_PROBES_PER_LAYER) if w is None else _probe(w) for w in weights]),
+            experts=tuple(mixtures) if any(mixtures) else (),
         )
 
     def require(self, other: Fingerprint) -> None:
         """Raise `PlanError` unless `other`, a model's fingerprint, is of the model this one was taken from."""
-        for name in ("model_type", "hidden_size", "intermediate_sizes", "activation"):
+        for name in ("model_type", "hidden_size", "intermediate_sizes", "experts", "activation"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise PlanError(
@@ -87,6 +97,14 @@ def keep(model: nn.Module, fingerprint: Fingerprint) -> None:
 
 def _marked(model: nn.Module) -> int:
     return sum(_MARK in vars(module) for module in model.modules() if module is not model)
+
+
+def _down(anatomy: Anatomy, layer: int) -> Tensor | None:
+    """A matrix by which a layer is known, ``[rows, columns]``."""
+    experts, mlp = anatomy.experts[layer], anatomy.feed_forwards[layer]
+    if experts is not None:
+        return experts.down.flatten(0, 1)
+    return None if mlp is None else mlp.matrices().down
 
 
 def _probe(down: Tensor) -> Tensor:

@@ -154,11 +154,12 @@ def block_influence(model: nn.Module, batches: Sequence[Tensor]) -> list[Influen
 def _mlp_outputs(anatomy: Anatomy, found: dict[int, Tensor]) -> Iterator[None]:
     def keep(index: int) -> Callable[..., None]:
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            found[index] = output
+            found[index] = output[0] if isinstance(output, tuple) else output
 
         return after
 
-    handles = [mlp.down.register_forward_hook(keep(index)) for index, mlp in enumerate(anatomy.mlps)]
+    halves = [anatomy.half(index) for index in range(len(anatomy))]
+    handles = [half.register_forward_hook(keep(index)) for index, half in enumerate(halves)]
     try:
         yield
     finally:
@@ -196,7 +197,7 @@ def _added(anatomy: Anatomy, index: int) -> tuple[nn.Module, nn.Module]:
         return layer.post_attention_layernorm, layer.post_feedforward_layernorm
     if attention is None:
         raise CoreskipError(f"{anatomy.model_type!r} models have attention that is not known: no losses of layers")
-    return getattr(attention.module, attention.output), anatomy.mlps[index].down
+    return getattr(attention.module, attention.output), anatomy.half(index)
 
 
 _LEFT: dict[Leave, type[Run]] = {"layers": Skip, "attentions": SkipAttention, "mlps": SkipMLP}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .anatomy import Anatomy, dissect
+from .anatomy import Anatomy, FeedForward, dissect
 from .importance import SCORES, Score, token_contributions
 
 HISTOGRAM_BINS = 512
@@ -101,7 +101,13 @@ def histogram_quantile(histogram: Tensor, share: float) -> float:
 
 def down_norms(anatomy: Anatomy) -> list[Tensor]:
     """Per layer, the norms of the down projection's columns, fp32 ``[intermediate]``."""
-    return [mlp.matrices().down.float().norm(dim=1) for mlp in anatomy.mlps]
+    return [down_norm(mlp) for mlp in anatomy.mlps]
+
+
+def down_norm(mlp: FeedForward) -> Tensor:
+    """The norms of one down projection's columns, fp32 ``[intermediate]``."""
+    norms: Tensor = torch.linalg.vector_norm(mlp.matrices().down.float(), dim=1)
+    return norms
 
 
 Tap = Callable[[int, Tensor], None]
@@ -121,7 +127,7 @@ def taps(anatomy: Anatomy, on_activations: Tap, on_input: Tap | None = None) -> 
         return before
 
     try:
-        for index, mlp in enumerate(anatomy.mlps):
+        for index, mlp in anatomy.present:
             handles.append(mlp.down.register_forward_pre_hook(hook(index, on_activations)))
             if on_input is not None:
                 handles.append(mlp.up.register_forward_pre_hook(hook(index, on_input)))

@@ -15,8 +15,9 @@ from .anatomy import Anatomy, is_packed
 from .checks import AS_PACKED, kind_of
 from .drawing import plan_table
 from .errors import CoreskipError, PlanError
+from .expert_policies import EXPERT_POLICIES, AllExperts, ExpertPolicy
 from .fingerprint import Fingerprint
-from .policies import LAYER_POLICIES, NEURON_POLICIES, Clusters, Dense, LayerPolicy, NeuronPolicy, Run
+from .policies import LAYER_POLICIES, NEURON_POLICIES, Chooser, Clusters, Dense, LayerPolicy, NeuronPolicy, Run
 from .rounding_recipe import RoundingRecipe
 
 
@@ -26,6 +27,7 @@ class LayerPlan:
 
     neurons: NeuronPolicy = field(default_factory=Dense)
     layer: LayerPolicy = field(default_factory=Run)
+    experts: ExpertPolicy = field(default_factory=AllExperts)
 
     def kept(self, width: int) -> int:
         """Neurons that a decode step computes of `width`; where that depends on the prompt, as if the layer ran."""
@@ -84,11 +86,20 @@ class Plan:
             raise PlanError(f"the plan has {len(self.layers)} layers, its model {len(widths)}")
         for index, (layer, width) in enumerate(zip(self.layers, widths, strict=True)):
             try:
+                if width == 0 and layer.neurons.chooser is not Chooser.NOTHING:
+                    raise PlanError("it has no MLP to choose neurons of")
                 layer.neurons.check(width, self.model.hidden_size)
                 layer.layer.check()
+                self._check_experts(index, layer.experts)
                 self._check_clusters(layer.neurons)
             except CoreskipError as error:
                 raise PlanError(f"layer {index} of the plan: {error}") from None
+
+    def _check_experts(self, index: int, policy: ExpertPolicy) -> None:
+        count = self.model.experts[index] if self.model.experts else 0
+        if count == 0 and policy != AllExperts():
+            raise PlanError("it has no experts to choose from")
+        policy.check(count)
 
     def _check_clusters(self, policy: NeuronPolicy) -> None:
         if not policy.needs_clusters:
@@ -136,7 +147,14 @@ class Plan:
         """Planned share of all MLP neurons that a decode step computes."""
         widths = self.model.intermediate_sizes
         kept = sum(layer.kept(width) for layer, width in zip(self.layers, widths, strict=True))
-        return kept / sum(widths)
+        return kept / sum(widths) if any(widths) else 1.0
+
+    @property
+    def experts(self) -> float:
+        """Planned share of all experts that tokens may go to; 1 where there are none."""
+        counts = self.model.experts
+        kept = sum(layer.experts.kept(count) for layer, count in zip(self.layers, counts, strict=False))
+        return kept / sum(counts) if counts else 1.0
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the folder `path`. Atomic: an older Plan there survives any failure whole.
@@ -157,6 +175,8 @@ class Plan:
 
     def __repr__(self) -> str:
         words = [str(self.recipe.get("method", "no method")), f"keep {self.keep:.1%}", self.weights or "as loaded"]
+        if self.model.experts:
+            words.insert(2, f"{self.experts:.1%} of the experts")
         if self.quality is not None:
             words.append(f"ppl {self.quality['ppl_increase']:+.1%}")
         return f"Plan({', '.join(words)}; {len(self.layers)} layers of {self.model.model_type})"
@@ -174,12 +194,15 @@ def _encode(plan: Plan) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for index, layer in enumerate(plan.layers):
         values, arrays = _split(layer.neurons)
         tensors |= {f"layers.{index}.{name}": tensor for name, tensor in arrays.items()}
-        layers.append(
-            {
-                "neurons": {"policy": layer.neurons.name, **values},
-                "layer": {"policy": layer.layer.name, **_split(layer.layer)[0]},
-            },
-        )
+        entry = {
+            "neurons": {"policy": layer.neurons.name, **values},
+            "layer": {"policy": layer.layer.name, **_split(layer.layer)[0]},
+        }
+        if plan.model.experts:
+            values, arrays = _split(layer.experts)
+            tensors |= {f"layers.{index}.experts.{name}": tensor for name, tensor in arrays.items()}
+            entry["experts"] = {"policy": layer.experts.name, **values}
+        layers.append(entry)
     document: dict[str, Any] = {
         "recipe": dict(plan.recipe),
         "model": _split(plan.model)[0],
@@ -211,6 +234,7 @@ def _split(value: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _decode(document: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
     model = dict(document["model"])
     model["intermediate_sizes"] = tuple(_integers(model["intermediate_sizes"]))
+    model["experts"] = tuple(_integers(model.get("experts", [])))  # plans of dense models have none
     fingerprint = Fingerprint(**model, probes=tensors["model.probes"])
     layers = []
     for index, entry in enumerate(document["layers"]):
@@ -218,7 +242,11 @@ def _decode(document: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
         arrays = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         layer = dict(entry["layer"])
         layer_policy = _known(LAYER_POLICIES, layer.pop("policy"))
-        layers.append(LayerPlan(_neuron_policy(dict(entry["neurons"]), arrays), layer_policy(**layer)))
+        experts = dict(entry.get("experts", {"policy": AllExperts.name}))  # plans of dense models have none
+        expert_policy = _known(EXPERT_POLICIES, experts.pop("policy"))
+        chosen = {name: arrays.pop(f"experts.{name}") for name in _fields(expert_policy) if f"experts.{name}" in arrays}
+        neurons = _neuron_policy(dict(entry["neurons"]), arrays)
+        layers.append(LayerPlan(neurons, layer_policy(**layer), expert_policy(**experts, **chosen)))
     clusters = None
     if document["clusters"] is not None:
         clusters = Clusters(**document["clusters"], centroids=tensors["clusters.centroids"])
@@ -258,6 +286,10 @@ def _neuron_policy(values: dict[str, Any], arrays: dict[str, Tensor]) -> NeuronP
     return policy
 
 
+def _fields(policy: type[Any]) -> list[str]:
+    return [each.name for each in dataclasses.fields(policy)]
+
+
 def _known(registry: dict[str, type[Any]], name: object) -> type[Any]:
     if not isinstance(name, str) or name not in registry:
         raise PlanError(f"the plan uses the policy {name!r}, which this version does not know: upgrade coreskip")
@@ -282,6 +314,6 @@ def _frontier(rows: Any) -> tuple[dict[str, Any], ...]:
 
 
 def _integers(values: object) -> list[int]:
-    if not isinstance(values, list) or not all(type(v) is int and v > 0 for v in values):
-        raise PlanError("intermediate_sizes is not a list of positive numbers")
+    if not isinstance(values, list) or not all(type(v) is int and v >= 0 for v in values):
+        raise PlanError("intermediate_sizes, or experts, is not a list of numbers of at least 0")
     return values

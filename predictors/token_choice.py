@@ -321,14 +321,14 @@ class TokenCalibration:
 
     def _gates(self, layer: int) -> Tensor:
         """|act(gate)|, in a plain MLP |act(up)|, at the sampled tokens."""
-        mlp = self._anatomy.mlps[layer]
+        mlp = self._anatomy.mlp(layer)
         w = mlp.matrices()
         if w.gate is None:
             return self.samples.activations[layer].abs()
         return mlp.act(torch.nn.functional.linear(self.samples.hidden[layer], w.gate, w.gate_bias)).abs()
 
     def _input_thresholds(self, layer: int, keep: float, by_norm: bool, everywhere: bool) -> dict[str, float]:
-        mlp, attention = self._anatomy.mlps[layer], self._anatomy.attentions[layer]
+        mlp, attention = self._anatomy.mlp(layer), self._anatomy.attentions[layer]
         names = [name for name in (mlp.gate_name, mlp.up_name) if name is not None]
         inputs = {f"mlp.{name}": (mlp.owner, name, self.samples.hidden[layer]) for name in names}
         inputs[f"mlp.{mlp.down_name}"] = (mlp.owner, mlp.down_name, self.samples.activations[layer])

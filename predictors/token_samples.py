@@ -96,7 +96,7 @@ def sample_tokens(
 def _sites(anatomy: Anatomy, attention: bool) -> dict[tuple[int, str], tuple[nn.Module, int]]:
     """(layer, what) -> the module whose inputs are kept, and their number."""
     sites: dict[tuple[int, str], tuple[nn.Module, int]] = {}
-    for index, mlp in enumerate(anatomy.mlps):
+    for index, mlp in anatomy.present:
         sites[index, "hidden"] = (mlp.up, mlp.hidden_size)
         sites[index, "activations"] = (mlp.down, mlp.intermediate_size)
         found = anatomy.attentions[index]

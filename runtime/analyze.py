@@ -7,22 +7,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..predictors.anatomy import check_model, dissect
 from ..predictors.calibration import TokenText, text_of
-from ..predictors.checks import Allocation, Score
+from ..predictors.checks import Allocation, ExpertScore, Score
+from ..predictors.errors import CoreskipError
+from ..predictors.expert_policies import KeptExperts, SkipExperts
+from ..predictors.expert_scores import check_experts
 from ..predictors.layer_selection import LayerSelection
 from ..predictors.layers import with_skipped_layers
 from ..predictors.plan import Plan, default_weights
 from .calibrate import Study
 from .calibration_text import model_text
-from .options import Budget, check_options, chooses_layers_alone, given
+from .options import OF_EXPERTS, Budget, check_options, chooses_layers_alone, given
+from .program import build_experts, normed
 from .quality import WINDOW, evaluate_all
 from .search import Journal, search
 from .unknown import refuses_unknown
 from .wrap import make_way
 
 DEFAULT_KEEP = 0.6
-DEFAULT_KEEP_OF_LAYERS = 0.9
+_DEFAULT_KEEPS = {"layers": 0.9, "experts": 0.75, "skip-experts": 0.75}
 _TOKENS_OF_LAYERS = 8192  # sampled, where layers alone are chosen
 _WINDOWS_OF_LAYERS = 8
 
@@ -38,7 +44,8 @@ def analyze(
     layers: str | None = None,
     weights: str | None = None,
     text: str | os.PathLike[str] | TokenText | None = None,
-    score: Score | None = None,
+    score: Score | ExpertScore | None = None,
+    beta: float | None = None,
     alpha: float | None = None,
     first_layer: int | None = None,
     rule: str | None = None,
@@ -64,10 +71,12 @@ def analyze(
             nearest cluster of calibration sentences); by token: ``sketch`` (the high nibbles of the weights choose, of
             int4 their upper three bits), ``threshold`` (TEAL, WINA, CATS), ``learned`` (low-rank predictors), ``topk``
             (exact scores: the oracle, which saves down rows alone); ``static`` (one fixed set); ``layers`` (whole
-            layers are left out; with a budget also attentions or MLPs alone); or ``auto``: with a budget the search
-            looks at all that save time, else it is ``sketch``.
-        keep: share of the MLP neurons to keep, of ``layers`` that of the layers, in (0, 1]; where neither it nor a
-            budget is given 0.6, of ``layers`` 0.9.
+            layers are left out; with a budget also attentions or MLPs alone); of mixtures of experts ``experts`` (some
+            are left out for good) and ``skip-experts`` (those of a token whose weight is small beside its largest); or
+            ``auto``: with a budget the search looks at all that save time, else it is ``sketch``.
+        keep: share of the MLP neurons to keep, of ``layers`` that of the layers, of ``experts`` that of the experts, of
+            ``skip-experts`` that of what the router chose, in (0, 1]; where neither it nor a budget is given 0.6, of
+            ``layers`` 0.9, of both methods of experts 0.75.
         budget: ``ppl+1%``, ``kl<0.05`` or ``agreement>0.95`` (or 95%): the fastest plan found that holds it on text
             that the search did not see, with a margin; see `search`. A plan that skips nothing where none does.
         layers: layers that are left out besides: ``skip:6``, ``skip-attention:6``, ``skip-mlp:6``, ``every:2`` or
@@ -78,7 +87,9 @@ def analyze(
         text: calibration text, or the `Path` of a UTF-8 file; None samples some from the model itself. The last part
             is held out to measure on.
         score: how ``core``, ``similar`` and ``static`` rank neurons, see `token_contributions`; by default
-            ``griffin``, which measured best on the embedded model (README); CoreInfer's own is ``signed``.
+            ``griffin``, which measured best on the embedded model (README); CoreInfer's own is ``signed``. How
+            ``experts`` ranks experts: ``reap``, the default, by what they add; ``frequency``; ``random``.
+        beta: of ``skip-experts``, in place of keep: one for all layers, in (0, 1].
         alpha: share of a token's neurons that count as its core, 0.4 by default (all scores but ``griffin``).
         first_layer: layers before it stay dense, by default none (CoreInfer leaves the first 4).
         rule, all_linears: of ``threshold``: ``teal`` (default), ``wina`` or ``cats``; whether the attention's linears
@@ -103,6 +114,7 @@ def analyze(
     """
     methods: dict[str, Any] = {
         "score": score,
+        "beta": beta,
         "alpha": alpha,
         "rule": rule,
         "all_linears": all_linears,
@@ -121,6 +133,7 @@ def analyze(
     }
     check_options(method=method, keep=keep, budget=budget, layers=layers, resume=resume, **common, **methods)
     check_model(model)
+    _check_bricks(model, method, chooses_layers_alone(method, keep, budget) and layers is not None)
     if weights is None:
         common["weights"] = weights = default_weights(model)
     options = given({**methods, **common})
@@ -161,8 +174,23 @@ def _analyzed(
     study = Study(model, tokenizer, text=text, **options)
     if budget is not None:
         return search(study, Budget.parse(budget), method, journal=journal, rounds=rounds)
-    default = DEFAULT_KEEP_OF_LAYERS if method == "layers" else DEFAULT_KEEP
+    default = _DEFAULT_KEEPS.get(method, DEFAULT_KEEP)
     return study.measured(study.calibrator.make("sketch" if method == "auto" else method, keep or default))
+
+
+def _check_bricks(model: Any, method: str, layers_alone: bool) -> None:
+    """Raises CoreskipError where the model has not what the method chooses from."""
+    make_way(model)
+    anatomy = dissect(model)
+    if method in OF_EXPERTS:
+        check_experts(anatomy)
+        policy = SkipExperts(0.5) if method == "skip-experts" else KeptExperts(torch.zeros(1, dtype=torch.int64))
+        for experts in filter(None, anatomy.experts):
+            build_experts(policy, experts)
+    elif method != "layers" and not layers_alone:
+        norms = [mlp.norm_name for mlp in anatomy.mlps if mlp.norm_name is not None]
+        if norms and method != "threshold":
+            raise CoreskipError(normed(anatomy))
 
 
 def _text_of(model: Any, tokenizer: Any, text: Any, seed: int, progress: bool) -> TokenText:

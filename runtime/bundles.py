@@ -32,7 +32,7 @@ class Weights:
 
     def __init__(self, anatomy: Anatomy) -> None:
         self.anatomy = anatomy
-        self.acts = [canonical_activation(layer.act) for layer in anatomy.mlps]
+        self.acts = _acts(anatomy)
         self._mlps: dict[tuple[int, str | None], tuple[PackedMLP, Tensor | None]] = {}
         self._groups: dict[tuple[int, Form], PackedNeurons] = {}
         self._columns: dict[nn.Module, PackedColumns] = {}
@@ -47,7 +47,7 @@ class Weights:
 
     def forget(self, modules: Collection[nn.Module], layers: Collection[int]) -> None:
         """Forget what was packed of some modules, and of the MLPs of some layers: they were changed."""
-        self.acts = [canonical_activation(layer.act) for layer in self.anatomy.mlps]
+        self.acts = _acts(self.anatomy)
         self.linears.clear()
         for key in [key for key in self._mlps if key[0] in layers]:
             del self._mlps[key]
@@ -72,7 +72,7 @@ class Weights:
         found = self._groups.get((layer, form))
         if found is None:
             try:
-                parts = _int4_parts(self.anatomy.mlps[layer])
+                parts = _int4_parts(self.anatomy.mlp(layer))
             except ValueError as error:
                 raise CoreskipError(f"the MLP of layer {layer} has no 4-bit groups: {error}") from None
             found = self._groups[layer, form] = PackedNeurons.pack(*parts, act=self.acts[layer], form=form)
@@ -90,10 +90,10 @@ class Weights:
 
     def in_groups(self, layer: int) -> bool:
         """Whether a layer's MLP can be had in 4-bit groups by neuron here."""
-        return known_in_groups(self.anatomy.mlps[layer], self.acts[layer])
+        return known_in_groups(self.anatomy.mlp(layer), self.acts[layer])
 
     def _pack(self, layer: int, fmt: str | None, smooth: Tensor | None) -> PackedMLP:
-        w = self.anatomy.mlps[layer].matrices()
+        w = self.anatomy.mlp(layer).matrices()
         columns = 1 if smooth is None else smooth.to(w.up)
         return PackedMLP.pack(
             w.gate if w.gate is None or smooth is None else w.gate * columns,
@@ -142,7 +142,7 @@ class Bundles:
 
     def matrices(self) -> Matrices:
         """The weights as they are now, one row per neuron."""
-        return self.weights.anatomy.mlps[self.layer].matrices()
+        return self.weights.anatomy.mlp(self.layer).matrices()
 
     def scoring_weights(self) -> Tensor:
         """The gate's, in a plain MLP the up's, ``[neurons, hidden]``."""
@@ -173,6 +173,10 @@ class Bundles:
 
 
 # ---- MLPs in 4-bit groups ----
+
+
+def _acts(anatomy: Anatomy) -> dict[int, Act]:
+    return {index: canonical_activation(mlp.act) for index, mlp in anatomy.present}
 
 
 def known_in_groups(mlp: FeedForward, act: Act) -> bool:

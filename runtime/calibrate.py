@@ -10,13 +10,16 @@ from dataclasses import fields, replace
 from functools import cached_property
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
-from ..predictors.anatomy import dissect
+from ..predictors.anatomy import Anatomy, dissect
 from ..predictors.calibration import TokenText, most_positions, text_of
 from ..predictors.checks import AS_PACKED, Score
 from ..predictors.core_neurons import SentenceCounter, cluster_sentences, static_set
 from ..predictors.errors import CoreskipError
+from ..predictors.expert_policies import AllExperts, ExpertPolicy
+from ..predictors.expert_scores import ExpertStats, kept_experts, observe_experts, skipped_experts
 from ..predictors.fingerprint import Fingerprint
 from ..predictors.four_bits import Form
 from ..predictors.importance import kept_count
@@ -32,17 +35,19 @@ from .emulation import Emulation
 from .formats import check_format
 from .lower_cpu import refusal
 from .options import (
-    OF_METHODS,
     OPTIONS_OF,
     CoreOptions,
+    ExpertsOptions,
     LayersOptions,
     LearnedOptions,
     SimilarOptions,
     SketchOptions,
+    SkipExpertsOptions,
     StaticOptions,
     ThresholdOptions,
     TopKOptions,
     check_bits,
+    check_value,
     options_of,
 )
 from .quality import WINDOW, evaluate_all
@@ -80,7 +85,7 @@ class Study:
         depth = len(self._anatomy)
         if first_layer >= depth:
             raise CoreskipError(f"first_layer is {first_layer}; the model has layers 0..{depth - 1}")
-        _check_rank(options.get("rank"), self._anatomy.mlps[0].hidden_size)
+        _check_rank(options.get("rank"), self._anatomy.hidden_size)
         if weights is not None:
             check_format(model, self._anatomy, Plan.dense(model, weights))
         tokens, windows = (-(-tokens // 2), -(-windows // 2)) if fast else (tokens, windows)
@@ -188,7 +193,7 @@ class Calibrator:
         **options: Any,
     ) -> None:
         for name, value in options.items():
-            options_of(next(iter(OF_METHODS.get(name, ("layers",)))), {name: value})
+            check_value(name, value)
         self._model, self._text, self._progress, self._options = model, text, progress, options
         self._weights = weights
         self._first, self._seed, self._max_tokens = first_layer, seed, max_tokens
@@ -212,7 +217,7 @@ class Calibrator:
         form = self._form(method, chosen, weights or self._weights)
         key = (form, keep, chosen)
         if key not in self._made:
-            self._made[key] = getattr(self, f"_{form}")(keep, chosen)
+            self._made[key] = getattr(self, f"_{form.replace('-', '_')}")(keep, chosen)
         return self._made[key]
 
     def _form(self, method: str, options: Any, weights: str | None) -> str:
@@ -269,6 +274,38 @@ class Calibrator:
         rows = self._text.windows(length, max(1, self._max_tokens // _PER_WINDOW))
         self.observed = max(self.observed, rows.numel())
         return rows
+
+    def _experts(self, keep: float, options: ExpertsOptions) -> Plan:
+        generator = torch.Generator().manual_seed(self._seed)
+        found = self._anatomy.experts
+        policies = [
+            kept_experts(stats, options.score, keep, experts.top_k, generator) if stats and experts else AllExperts()
+            for stats, experts in zip(self._expert_stats, found, strict=True)
+        ]
+        return self._of_experts(policies, {"method": "experts", "keep": keep, "score": options.score})
+
+    def _skip_experts(self, keep: float, options: SkipExpertsOptions) -> Plan:
+        policies = [
+            AllExperts() if stats is None else skipped_experts(stats, keep, options.beta)
+            for stats in self._expert_stats
+        ]
+        how = {"keep": keep} if options.beta is None else {"beta": options.beta}
+        return self._of_experts(policies, {"method": "skip-experts", **how})
+
+    def _of_experts(self, policies: Sequence[ExpertPolicy], recipe: dict[str, Any]) -> Plan:
+        chosen = [policy if index >= self._first else AllExperts() for index, policy in enumerate(policies)]
+        recipe = {**recipe, "first_layer": self._first, "seed": self._seed}
+        layers = tuple(LayerPlan(experts=policy) for policy in chosen)
+        return Plan(layers, self._fingerprint, recipe, self._text.fingerprint())
+
+    @cached_property
+    def _anatomy(self) -> Anatomy:
+        return dissect(self._model)
+
+    @cached_property
+    def _expert_stats(self) -> list[ExpertStats | None]:
+        rows = self._windows(WINDOW)
+        return observe_experts(self._model, rows.split(1), total=len(rows), progress=self._progress)
 
     def _core(self, keep: float, options: CoreOptions) -> Plan:
         policy = CoreNeurons(options.alpha, keep, options.score)

@@ -230,7 +230,7 @@ class Places:
 
     def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
         self._anatomy = anatomy
-        parts = {anatomy.stack, *anatomy.layers, *(mlp.owner for mlp in anatomy.mlps)}
+        parts = {anatomy.stack, *anatomy.layers, *(mlp.owner for _, mlp in anatomy.present)}
         parts |= {attention.module for attention in anatomy.attentions if attention is not None}
         # by the dictionary that has it: to walk the tree for every step takes too long
         self._parts = [
@@ -240,7 +240,7 @@ class Places:
             if child in parts
         ]
         self._list = next(m for m in anatomy.stack.modules() if anatomy.layers[0] in set(m.children()))
-        self._mlp_of = {part: i for i, mlp in enumerate(anatomy.mlps) for part in mlp.owner.modules()}
+        self._mlp_of = {part: i for i, mlp in anatomy.present for part in mlp.owner.modules()}
         self._holding: bool | None = None
 
     def hold(self) -> bool:
@@ -254,13 +254,13 @@ class Places:
     def layers_of(self, changed: Iterable[nn.Module]) -> set[int]:
         """The layers with one of these modules, past or present, in their MLP; to be called after every change."""
         self._holding = None
-        present = {part: i for i, mlp in enumerate(self._anatomy.mlps) for part in mlp.owner.modules()}
+        present = {part: i for i, mlp in self._anatomy.present for part in mlp.owner.modules()}
         self._mlp_of.update(present)
         return {self._mlp_of[module] for module in changed if module in self._mlp_of}
 
     def altered(self) -> frozenset[int]:
         """The layers whose MLP has something else than plain linears in their place."""
-        return frozenset(i for i, mlp in enumerate(self._anatomy.mlps) if not all(map(_plain, _linears(mlp))))
+        return frozenset(i for i, mlp in self._anatomy.present if not all(map(_plain, _linears(mlp))))
 
 
 def _linears(mlp: FeedForward) -> list[nn.Module]:

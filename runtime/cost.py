@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -66,16 +67,23 @@ def cost(model: Any, plan: Plan, anatomy: Anatomy | None = None, *, native: bool
     program = Program.of(anatomy, plan, lambda weight: _bytes_of(weight, plan.weights, runs_in_place))
     step = _Reading(plan.weights, native)
     head = model.get_output_embeddings().weight
-    total = loaded_bytes(model) - head.nbytes + step.matrix(head, "int8" if plan.weights in FORMAT_BYTES else None)
+    total = (
+        loaded_bytes(model)
+        - sum(_bytes_of_experts(anatomy))
+        - head.nbytes
+        + step.matrix(head, "int8" if plan.weights in FORMAT_BYTES else None)
+    )
     for index, (layer, module) in enumerate(zip(program.layers, anatomy.layers, strict=True)):
-        mlp = anatomy.mlps[index]
-        in_mlp = {id(matrix.weight) for matrix in _matrices(mlp.owner) if _is_of(mlp, matrix)}
+        mlp = anatomy.feed_forwards[index]
+        inner = [] if mlp is None else [m.weight for m in _matrices(mlp.owner) if _is_of(mlp, m)]
+        in_mlp = set(map(id, inner))
         matrices = [m.weight for m in _matrices(module)]
         total -= sum(w.nbytes for w in matrices)
         total += sum(step.matrix(w, plan.weights) for w in matrices if id(w) not in in_mlp)
         total -= step.unread_attention(anatomy, index, layer)
         if layer.skips.mlp:
-            total += sum(step.brick(brick, mlp.up.weight) for brick in layer.bricks)
+            total += sum(step.brick(brick, inner[0]) for brick in layer.bricks)
+            total += 0.0 if layer.experts is None else layer.experts.nbytes
     extra = step.extra + (0.0 if native else _MODULES * len(anatomy))
     return Cost(total, total + extra)
 
@@ -128,6 +136,13 @@ class _Reading:
                     read = weight.numel() * _bytes_of(weight, self._weights, self._native)
                     unread += read - brick.share * weight.nbytes
         return unread
+
+
+def _bytes_of_experts(anatomy: Anatomy) -> Iterator[int]:
+    """Of all experts' matrices, by layer."""
+    for experts in anatomy.experts:
+        if experts is not None:
+            yield sum(p.nbytes for p in experts.module.parameters(recurse=False) if p.ndim == 3)
 
 
 def _matrices(module: nn.Module) -> list[Any]:

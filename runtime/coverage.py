@@ -15,7 +15,7 @@ from typing import Any, cast
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..predictors.anatomy import Anatomy, Attention, FeedForward
+from ..predictors.anatomy import Anatomy, Attention, Experts, FeedForward
 from .packed_layer import PackedLayer
 from .parts import unwatched_class
 
@@ -27,49 +27,68 @@ _INERT = (nn.Identity, nn.Dropout, nn.ModuleList)
 
 def uncovered(anatomy: Anatomy) -> str | None:
     """What of the decoder layers the description leaves out or cannot know; None where it accounts for everything."""
-    for layer, mlp, attention in zip(anatomy.layers, anatomy.mlps, anatomy.attentions, strict=True):
+    parts = zip(anatomy.layers, anatomy.feed_forwards, anatomy.experts, anatomy.attentions, strict=True)
+    for layer, mlp, experts, attention in parts:
         if attention is None:
             return "a layer's attention was not recognised"
-        reason = _foreign_code(layer, mlp, attention.module) or _foreign_attention(attention.module)
+        if mlp is None and experts is None:
+            return "a layer has no MLP that was recognised"
+        if experts is not None and not (experts.whole and experts.shared is mlp):
+            return "a layer computes something beside its experts"
+        owner = experts.block if experts is not None else cast(FeedForward, mlp).owner
+        reason = _foreign_code(layer, owner, experts, attention.module) or _foreign_attention(attention.module)
         if reason is not None:
             return reason
-        known = set(_described(layer, mlp, attention))
+        known = set(_described(layer, mlp, experts, attention))
         for name, module in layer.named_modules():
             if module not in known and not isinstance(module, _INERT):
                 return f"{name} of its decoder layers, a {type(module).__name__}, is not a part that is described"
             own = [*module._parameters, *module._buffers]
-            if module in (layer, mlp.owner, attention.module) and own:
+            if module in (layer, None if mlp is None else mlp.owner, attention.module) and own:
                 return f"its decoder layers have {', '.join(own)} in a {type(module).__name__}"
     return None
 
 
-def _described(layer: nn.Module, mlp: FeedForward, attention: Attention) -> Iterator[nn.Module]:
+def _described(
+    layer: nn.Module, mlp: FeedForward | None, experts: Experts | None, attention: Attention
+) -> Iterator[nn.Module]:
     """The modules of a layer whose work the native step does; of norms and activations, all that they consist of."""
-    yield from (layer, attention.module, mlp.owner, mlp.up, mlp.down)
-    if mlp.gate_name is not None:
-        yield getattr(mlp.owner, mlp.gate_name)
+    yield from (layer, attention.module)
+    if experts is not None:  # what else the block might do, a copy of it would have shown
+        yield from _beside_shared(experts)
+    acts = []
+    if mlp is not None:
+        yield from (mlp.owner, mlp.up, mlp.down)
+        acts.append(mlp.act)
+        if mlp.gate_name is not None:
+            yield getattr(mlp.owner, mlp.gate_name)
     yield from (getattr(attention.module, name) for name in (*attention.inputs, attention.output))
     norms = [getattr(layer, name, None) for name in _NORMS]
     norms += [getattr(attention.module, name, None) for name in ("q_norm", "k_norm")]
-    for found in (*norms, mlp.act):
+    for found in (*norms, *acts):
         if isinstance(found, nn.Module):
             yield from found.modules()
 
 
-def _foreign_code(layer: nn.Module, mlp: FeedForward, attention: nn.Module) -> str | None:
+def _beside_shared(experts: Experts) -> Iterator[nn.Module]:
+    """The modules of a mixture's block, but for its shared expert's."""
+    shared = set() if experts.shared is None else set(experts.shared.owner.modules())
+    return (module for module in experts.block.modules() if module not in shared)
+
+
+def _foreign_code(layer: nn.Module, owner: nn.Module, experts: Experts | None, attention: nn.Module) -> str | None:
     known = (nn.Linear.forward, PackedLayer.forward)
-    linears = [module for module in _described_linears(layer) if type(module).forward not in known]
+    probed = set() if experts is None else set(_beside_shared(experts))
+    linears = [m for m in layer.modules() if isinstance(m, nn.Linear) and m not in probed]
+    linears = [module for module in linears if type(module).forward not in known]
     if linears:
         return f"a {type(linears[0]).__name__} computes more than a linear layer"
-    for module in (layer, mlp.owner, attention):
+    shared = None if experts is None or experts.shared is None else experts.shared.owner
+    for module in (layer, owner, attention, *(() if shared is None else (shared,)), *probed):
         own = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
         if vars(own)["forward"].__module__ != own.__module__ or not _has_own_forward(module):
             return f"the forward of a {type(module).__name__} is not its class's own"
     return None
-
-
-def _described_linears(layer: nn.Module) -> Iterator[nn.Module]:
-    return (module for module in layer.modules() if isinstance(module, nn.Linear))
 
 
 def _has_own_forward(module: nn.Module) -> bool:

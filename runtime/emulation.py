@@ -31,7 +31,7 @@ from ..predictors.plan import Plan
 from ..predictors.policies import Chooser
 from .bundles import Bundles, Weights
 from .generation import runtime_of
-from .quality import WINDOW, Tally
+from .quality import WINDOW, Tally, takes_several
 from .wrap import wrapped
 
 _LOGITS = 1 << 28  # of windows side by side are kept at most, 4 bytes each
@@ -94,8 +94,10 @@ class Emulation:
         return _Window(ids, cache, first, rest[:, :-1], rest[0], log_p.half(), loss)
 
     def _continue(self, cache: Cache, first: Tensor, ids: Tensor) -> Tensor:
-        out = self._model(input_ids=ids, past_key_values=copy.deepcopy(cache), use_cache=True)
-        return torch.cat([first, out.logits[0].float()])
+        cache, logits = copy.deepcopy(cache), [first]
+        for piece in ids.split(ids.shape[1] if takes_several(cache) else 1, dim=1):
+            logits.append(self._model(input_ids=piece, past_key_values=cache, use_cache=True).logits[0].float())
+        return torch.cat(logits)
 
     def score(self, plan: Plan, windows: int | None = None, *, token_by_token: bool = False) -> dict[str, Any]:
         """`evaluate_all`'s figures for one plan, on the first `windows` windows or on all.
@@ -111,6 +113,8 @@ class Emulation:
             usage.counting = True
             bar = tqdm(total=len(scored), desc="scoring", unit="window", disable=not self._progress, leave=False)
             together = max(1, min(MAX_ROWS, _LOGITS // scored[0].dense.numel())) if real else 1
+            if not takes_several(scored[0].cache):
+                together = 1  # what recurrent layers remember has a form of its own
             for at in range(0, len(scored), together):
                 group = scored[at : at + together]
                 usage.reset()
@@ -147,9 +151,10 @@ class Emulation:
 
 
 def _side_by_side(caches: Sequence[Any]) -> Cache:
-    """One cache of a batch, from caches of one sequence each that are equally full."""
+    """One cache of a batch, from caches of one sequence each that are equally full, of keys and values alone where
+    there are several."""
     together = copy.deepcopy(caches[0])
-    for index, layer in enumerate(together.layers):
+    for index, layer in enumerate(together.layers if len(caches) > 1 else ()):
         for name in ("keys", "values"):
             setattr(layer, name, torch.cat([getattr(cache.layers[index], name) for cache in caches]))
     return cast(Cache, together)
@@ -183,7 +188,7 @@ class _FloatWeights(Weights):
         found = self._floats.get(layer)
         if found is None or found[1] is not packed.weight:
             found = _floats(packed), packed.weight
-            if found[0].high.nbytes * 3 * len(self.anatomy.mlps) <= _FLOAT_BYTES:
+            if found[0].high.nbytes * 3 * len(self.anatomy) <= _FLOAT_BYTES:
                 self._floats[layer] = found
         return _ManyRows(**vars(sparse), floats=found[0])
 

@@ -110,7 +110,7 @@ def outline(family: Family, keep: float, anatomy: Anatomy) -> tuple[LayerPlan, .
 
 
 def _neurons(family: Family, keep: float, anatomy: Anatomy, layer: int) -> NeuronPolicy:
-    mlp, attention = anatomy.mlps[layer], anatomy.attentions[layer]
+    mlp, attention = anatomy.mlp(layer), anatomy.attentions[layer]
     if family.form is not None:
         return _in_four_bits(family.form, keep, mlp.intermediate_size)
     if family.method == "sketch":

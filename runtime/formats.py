@@ -8,22 +8,25 @@ here, so that a plan has one text. Verification, exact mode's prompts and passes
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..kernels.experts import Expert, side_by_side
 from ..kernels.groups import tile_shape
 from ..kernels.ops import PackedLinear, available
 from ..kernels.packed import DTYPES
-from ..predictors.anatomy import Anatomy, canonical_activation, rows_of, shape_of
+from ..predictors.anatomy import Anatomy, Experts, canonical_activation, rows_of, shape_of
 from ..predictors.checks import AS_PACKED
 from ..predictors.errors import CoreskipError
 from ..predictors.plan import Plan
 from .bundles import PackedBefore, known_in_groups
 from .lower_cpu import HEAD_FORMAT, KERNEL_FORMATS
+from .packed_experts import HeldExperts, packed_of
 from .packed_layer import PackedLayer
 from .phases import Pass, Phase, mode
 from .program import Program
@@ -61,8 +64,8 @@ def check_format(model: Any, anatomy: Anatomy, plan: Plan) -> None:
 
 def _all_known(anatomy: Anatomy, plan: Plan) -> bool:
     """Whether every MLP whose neurons the plan chooses in 4-bit groups can be read so."""
-    layers = zip(Program.of(anatomy, plan).layers, anatomy.mlps, strict=True)
-    chosen = [mlp for layer, mlp in layers if any(brick.in_groups for brick in layer.bricks)]
+    layers = Program.of(anatomy, plan).layers
+    chosen = [mlp for index, mlp in anatomy.present if any(brick.in_groups for brick in layers[index].bricks)]
     return all(known_in_groups(mlp, canonical_activation(mlp.act)) for mlp in chosen)
 
 
@@ -76,9 +79,19 @@ def _of_packed(weights: str | None, packed: int, linears: int) -> str | None:
 
 
 def format_takers(model: Any, anatomy: Anatomy) -> list[Any]:
-    """The modules whose matrices a plan's format is for: all linears of the decoder layers, and the LM head."""
-    inner = [module for layer in anatomy.layers for module in layer.modules()]
+    """The modules whose matrices a plan's format is for: all linears of the decoder layers, but for those of routers,
+    and the LM head."""
+    choose = routing_modules(anatomy)
+    inner = [module for layer in anatomy.layers for module in layer.modules() if module not in choose]
     return [m for m in (*inner, model.get_output_embeddings()) if takes_format(m)]
+
+
+def routing_modules(anatomy: Anatomy) -> set[nn.Module]:
+    """What decides about experts: small, and read as it was loaded, for a rounded choice is another expert."""
+    found = set[nn.Module]()
+    for experts in filter(None, anatomy.experts):
+        found |= {*experts.block.modules()} - ({*experts.shared.owner.modules()} if experts.shared else set())
+    return found
 
 
 def takes_format(module: nn.Module) -> bool:
@@ -97,10 +110,12 @@ class Formats:
         self._format = KERNEL_FORMATS[weights]
         self._head, self._before = head, before
         self._parts: dict[nn.Module, list[PackedLinear]] = {}
+        self._experts: dict[nn.Module, list[Expert]] = {}
 
     def clear(self) -> None:
         """Forget everything: the model's own weights were moved, cast or loaded anew."""
         self._parts.clear()
+        self._experts.clear()
 
     def take(self, module: nn.Module, parts: list[PackedLinear]) -> None:
         """The native step has packed the module's matrix: `parts` are its rows."""
@@ -123,6 +138,30 @@ class Formats:
             parts = module.parts(whole=False) if isinstance(module, PackedLayer) else self._pack(module)
             self._parts[module] = parts
         return parts
+
+    def experts(self, mixture: Experts) -> list[Expert]:
+        """A mixture's experts in the plan's format; none where they have no such form."""
+        module = mixture.module
+        if module not in self._experts:
+            if isinstance(module, HeldExperts):
+                self._experts[module] = module.experts(whole=False)
+            else:
+                self._experts[module] = self._packed_experts(mixture)
+        return self._experts[module]
+
+    def _packed_experts(self, mixture: Experts) -> list[Expert]:
+        def pack(matrices: Sequence[tuple[Tensor, Tensor | None]]) -> list[PackedLinear]:
+            before = self._before or {}
+            keys = [(w.data_ptr(), w.shape, w.stride(), self._format) for w, _ in matrices]
+            if all(key in before for key in keys):
+                return [before[key][1] for key in keys]
+            return side_by_side((PackedLinear.pack(w, bias, fmt=self._format), w) for w, bias in matrices)
+
+        try:
+            return [] if self._format is None else packed_of(mixture, pack)
+        except (TypeError, ValueError) as reason:
+            logger.warning("the experts of a %s stay as they were loaded: %s", type(mixture.block).__name__, reason)
+            return []
 
     def _pack(self, module: nn.Module) -> list[PackedLinear]:
         if self._format is None:  # of a packed model, the linears that are not

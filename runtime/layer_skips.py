@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..predictors.anatomy import Anatomy, Attention, FeedForward
+from ..predictors.anatomy import Anatomy, Attention, Experts, FeedForward
 from ..predictors.errors import CoreskipError
 from ..predictors.layers import void
 from ..predictors.plan import Plan
@@ -47,6 +47,9 @@ class LayerSkips:
                 f"{anatomy.model_type!r} models have attention of their own that coreskip cannot skip; "
                 "a plan for them may skip MLPs (SkipMLP), not attention or whole layers"
             )
+        for index, policy in self.policies.items():
+            if policy.may_skip_mlp:
+                anatomy.half(index)  # raises where that is not known
 
     @property
     def redirects(self) -> bool:
@@ -71,7 +74,11 @@ class LayerSkips:
             if policy.may_skip_attention:
                 self._patch_attention(index, cast(Attention, self._anatomy.attentions[index]), replace)
             if policy.may_skip_mlp:
-                self._patch_mlp(index, self._anatomy.mlps[index], replace, passthrough)
+                experts = self._anatomy.experts[index]
+                if experts is not None:
+                    self._patch_experts(index, experts, replace)
+                else:
+                    self._patch_mlp(index, self._anatomy.mlp(index), replace, passthrough)
         if self.adaptive:
             for index, layer in enumerate(self._anatomy.layers):
                 self._patch_observer(index, layer, replace)
@@ -129,6 +136,26 @@ class LayerSkips:
             return output.masked_fill(skipping, 0.0) if layer.whole and isinstance(skipping, Tensor) else output
 
         replace(target, "forward", forward)
+
+    def _patch_experts(self, index: int, experts: Experts, replace: Replace) -> None:
+        original, shared = experts.block.forward, experts.shared
+        neurons = experts.top_k * experts.intermediate_size + (0 if shared is None else shared.intermediate_size)
+
+        @functools.wraps(original)
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            step, skipping = self._skipping(index)
+            if step is not None and skipping is True:
+                step.skipped += neurons * step.rows * step.length
+                nothing = x.new_zeros(x.shape)
+                return nothing if experts.outputs == 1 else (nothing, *[None] * (experts.outputs - 1))
+            output = original(x, *args, **kwargs)
+            if not isinstance(skipping, Tensor):
+                return output
+            if experts.outputs == 1:
+                return output.masked_fill(skipping, 0.0)
+            return (output[0].masked_fill(skipping, 0.0), *output[1:])
+
+        replace(experts.block, "forward", forward)
 
     def _patch_observer(self, index: int, layer: nn.Module, replace: Replace) -> None:
         """Prefill follows the norm of the residual stream from layer to layer."""

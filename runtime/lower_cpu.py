@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,16 +11,19 @@ from torch import Tensor, nn
 
 from ..kernels import cpu
 from ..kernels import step as native
+from ..kernels.experts import Expert, PackedExperts, side_by_side
 from ..kernels.ops import PackedLinear, available
 from ..kernels.packed import DTYPES, finite
 from ..kernels.sparse import SparseLinear, SparseMLP
-from ..predictors.anatomy import Anatomy, rows_of
+from ..predictors.anatomy import Anatomy, Experts, rows_of
 from ..predictors.checks import AS_PACKED
 from .bundles import PackedBefore
 from .calls import NotCovered
-from .packed_layer import PackedLayer, PackedRows
+from .lower_experts import lower_experts, packed_experts
+from .packed_experts import HeldExperts
+from .packed_layer import PackedLayer, PackedRows, StandIn
 from .rotary_tables import RotaryTables
-from .spec import AttentionSpec, BrickSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec, read_spec
+from .spec import AttentionSpec, BrickSpec, ExpertsSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec, read_spec
 
 #: told of a linear as soon as all rows of its matrix are packed
 Packed = Callable[[nn.Module, list[PackedLinear]], None]
@@ -29,6 +32,7 @@ PackedAlone = Callable[[nn.Module], "list[PackedLinear] | None"]
 
 #: the kernels' names of a plan's formats
 KERNEL_FORMATS = {None: None, "int8": "int8_groups", "int4": "int4", AS_PACKED: None}
+_OF_ATTENTION = frozenset("qkvo")  # linears by their names in `kernels.step`
 HEAD_FORMAT = "int8_groups"  # 4 bits there cost +4.6 % perplexity on the embedded model
 
 
@@ -45,6 +49,8 @@ class StepProgram:
         no_attention, no_mlp: layers that skip these halves; their attention still writes its keys and values.
         as_loaded: read the weights as they were loaded, whatever the plan's format.
         columns: by layer, the linears that leave out small inputs, by their names in `kernels.step`.
+        experts: by layer, which experts are kept, uint8 ``[experts]`` or None, and the least weight, as a share of a
+            token's greatest, at which one of its experts is computed.
     """
 
     mlps: Sequence[SparseMLP | None]
@@ -53,6 +59,7 @@ class StepProgram:
     no_mlp: frozenset[int] = frozenset()
     as_loaded: bool = False
     columns: Mapping[int, Mapping[str, SparseLinear]] = field(default_factory=dict)
+    experts: Mapping[int, tuple[Tensor | None, float]] = field(default_factory=dict)
 
     @classmethod
     def dense(cls, layers: int, *, as_loaded: bool = False) -> StepProgram:
@@ -61,8 +68,8 @@ class StepProgram:
 
     @property
     def by_rule(self) -> bool:
-        """Whether each token chooses neurons or inputs of its own."""
-        return bool(self.columns) or any(mlp is not None and mlp.rule != "listed" for mlp in self.mlps)
+        """Whether each token chooses neurons, inputs or experts of its own, beyond what a router chooses."""
+        return bool(self.columns or self.experts) or any(mlp is not None and mlp.rule != "listed" for mlp in self.mlps)
 
     @property
     def rounds(self) -> bool:
@@ -121,6 +128,11 @@ class CpuModel:
     def step(self, program: StepProgram) -> native.Step:
         layers = []
         for index, (layer, mlp) in enumerate(zip(self.base.layers, program.mlps, strict=True)):
+            if isinstance(layer.mlp, PackedExperts):
+                if mlp is not None or program.columns.get(index, {}).keys() - _OF_ATTENTION:
+                    raise NotCovered("neurons or inputs of a shared expert are left out")
+                if index in program.experts:
+                    layer = replace(layer, mlp=layer.mlp.limited(*program.experts[index]))
             kept = None if index in program.no_mlp else layer.mlp if mlp is None else mlp
             norm = layer.mlp_in if mlp is None else _scaled(layer.mlp_in, mlp.smooth)
             layer = replace(layer, mlp=kept, mlp_in=norm, entries_only=index in program.no_attention)
@@ -128,9 +140,9 @@ class CpuModel:
         return native.Step(replace(self.base, layers=layers))
 
     def nbytes(self) -> tuple[int, int]:
-        """Of all matrices, and of the dense MLPs'."""
+        """Of all matrices, and of the dense MLPs' and the experts'."""
         mlps: list[Any] = [layer.mlp for layer in self.base.layers]
-        of_mlps = sum(m.nbytes for mlp in mlps for m in (mlp.gate, mlp.up, mlp.down) if m is not None)
+        of_mlps = sum(mlp.nbytes for mlp in mlps)
         attentions: list[Any] = [layer.attention for layer in self.base.layers]
         of_attention = sum(m.nbytes for a in attentions for m in (a.q, a.k, a.v, a.o))
         return of_mlps + of_attention + self.base.head.nbytes, of_mlps
@@ -138,11 +150,16 @@ class CpuModel:
     # --- layers
 
     def _layer(self, layer: LayerSpec, bundled: bool, rotation: tuple[Tensor, Tensor] | None) -> native.StepLayer:
-        (brick,) = layer.bricks
+        mlp: native.DenseMLP | PackedExperts
+        if layer.experts is not None:
+            mlp, act = self._experts(layer.experts), layer.experts.act
+        else:
+            (brick,) = layer.bricks
+            mlp, act = _where_it_lies(brick) if bundled else self._mlp(brick), brick.act
         return native.StepLayer(
             attention=self._attention(layer.attention, rotation),
-            mlp=_where_it_lies(brick) if bundled else self._mlp(brick),
-            act=brick.act,
+            mlp=mlp,
+            act=act,
             attention_in=_norm(layer.attention_in),
             attention_out=_norm(layer.attention_out),
             mlp_in=_norm(layer.mlp_in),
@@ -168,6 +185,20 @@ class CpuModel:
         parts = [part for linear in brick.linears for part in self._parts(linear, self._format)]
         return native.DenseMLP(*parts) if len(parts) == 3 else native.DenseMLP(None, *parts)
 
+    def _experts(self, spec: ExpertsSpec) -> PackedExperts:
+        shared = None
+        if spec.shared is not None:
+            mlp: Any = self._mlp(spec.shared)
+            shared = Expert(mlp.gate, mlp.up, mlp.down)
+        gate = None if spec.shared_gate is None else self._pack(*rows_of(spec.shared_gate.module), None)
+        logits = self._pack(spec.router.weight, spec.router.bias, None)
+        held = spec.experts.module
+        if isinstance(held, HeldExperts):
+            experts = held.experts(whole=self._packing.weights is None)
+        else:
+            experts = packed_experts(spec, self._pack_experts)
+        return lower_experts(spec, experts, logits, shared, gate)
+
     # --- matrices
 
     def _parts(self, linear: LinearSpec, fmt: str | None) -> list[PackedLinear]:
@@ -191,19 +222,33 @@ class CpuModel:
         return parts
 
     def _pack(self, weight: Tensor, bias: Tensor | None, fmt: str | None) -> PackedLinear:
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
-        if fmt is None and not self._packing.narrow:  # read where it lies
-            return PackedLinear.pack(weight, bias)
+        return self._pack_all([(weight, bias)], fmt, lambda parts: [packed for packed, _ in parts])[0]
+
+    def _pack_experts(self, matrices: Sequence[tuple[Tensor, Tensor | None]]) -> list[PackedLinear]:
+        return self._pack_all(matrices, self._format, side_by_side)
+
+    def _pack_all(
+        self,
+        matrices: Sequence[tuple[Tensor, Tensor | None]],
+        fmt: str | None,
+        put: Callable[[Iterator[tuple[PackedLinear, Tensor]]], list[PackedLinear]],
+    ) -> list[PackedLinear]:
+        """Packs matrices with their biases. put: where packed ones go, with what they were packed from."""
+        given = [(weight.detach(), None if bias is None else bias.detach()) for weight, bias in matrices]
         before = self._packing.before
-        if before is None:
-            return self._packed_anew(weight, bias, fmt)
-        key = (weight.data_ptr(), weight.shape, weight.stride(), fmt or self._packing.narrow)
-        if key not in before:  # with the weight: while it is alive, its address is no other's
-            before[key] = weight, self._packed_anew(weight, bias, fmt)
-        return before[key][1]
+        if before is None or (fmt is None and not self._packing.narrow):  # read where they lie
+            return put((self._packed_anew(weight, bias, fmt), weight) for weight, bias in given)
+        keys = [(w.data_ptr(), w.shape, w.stride(), fmt or self._packing.narrow) for w, _ in given]
+        if not all(key in before for key in keys):
+            found = put((self._packed_anew(weight, bias, fmt), weight) for weight, bias in given)
+            # with the weight: while it is alive, its address is no other's
+            weights = [weight for weight, _ in given]
+            before.update(zip(keys, zip(weights, found, strict=True), strict=True))
+        return [before[key][1] for key in keys]
 
     def _packed_anew(self, weight: Tensor, bias: Tensor | None, fmt: str | None) -> PackedLinear:
-        exact = cpu.pack_exactly(weight, bias, most=self._packing.narrow) if fmt is None else None
+        narrow = self._packing.narrow if fmt is None else 0.0
+        exact = cpu.pack_exactly(weight, bias, most=narrow) if narrow else None
         return exact or PackedLinear.pack(weight, bias, fmt=fmt)
 
 
@@ -214,7 +259,7 @@ def describe(model: Any, anatomy: Anatomy, packing: Packing | None = None) -> Cp
         NotCovered: the native step does not describe the model, or cannot run here.
     """
     packing = packing or Packing()
-    _check(model, packing.packed_alone)
+    _check(model, anatomy, packing.packed_alone)
     spec = read_spec(model, anatomy)
     return CpuModel(spec, RotaryTables(spec), Packing(packed_alone=packing.packed_alone))
 
@@ -235,17 +280,27 @@ def check_finite(model: nn.Module) -> None:
         raise NotCovered("weights with infinities or NaNs have no form of 4 or 8 bits")
 
 
-def _check(model: Any, packed_alone: PackedAlone) -> None:
+def _check(model: Any, anatomy: Anatomy, packed_alone: PackedAlone) -> None:
     if available("cpu") is not None:
         raise NotCovered(str(available("cpu")))
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     gone = {id(m.weight) for m in linears if isinstance(m, PackedLayer) or packed_alone(m) is not None}
     gone |= {id(m.weight) for m in model.modules() if isinstance(m, PackedRows)}
-    parameters = [p for p in model.parameters() if id(p) not in gone]
+    gone |= {id(p) for p in model.parameters() if isinstance(p, StandIn)}
+    of_routers = {id(p) for experts in anatomy.experts if experts for p in _of_router(experts)}
+    parameters = [p for p in model.parameters() if id(p) not in gone | of_routers]
     if any(p.device.type != "cpu" for p in parameters):
         raise NotCovered("the model is not on the CPU")
     if len({p.dtype for p in parameters}) > 1 or parameters[0].dtype not in DTYPES:
         raise NotCovered("its parameters are not all float32, all bfloat16 or all float16")
+
+
+def _of_router(experts: Experts) -> Iterator[Tensor]:
+    """A router's own parameters, which may have another dtype than the model."""
+    if experts.router is not None:
+        places = (experts.router.weight_at, experts.router.bias_at, experts.router.correction_at)
+        for path, name in (place for place in places if place is not None):
+            yield getattr(experts.block.get_submodule(path), name)
 
 
 def _in_parts(packed: list[PackedLinear], rows: tuple[int, ...] | None) -> list[PackedLinear]:
@@ -309,7 +364,7 @@ def _scaled(norm: native.Norm | None, factors: Tensor | None) -> native.Norm | N
 
 def _by_columns(layer: native.StepLayer, columns: Mapping[str, SparseLinear]) -> native.StepLayer:
     """A layer some of whose linears leave out small inputs."""
-    attention: dict[str, Any] = {name: linear for name, linear in columns.items() if name in ("q", "k", "v", "o")}
+    attention: dict[str, Any] = {name: linear for name, linear in columns.items() if name in _OF_ATTENTION}
     mlp: dict[str, Any] = {name: linear for name, linear in columns.items() if name not in attention}
     if attention and layer.attention is not None:
         layer = replace(layer, attention=replace(layer.attention, **attention))

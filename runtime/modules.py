@@ -15,17 +15,20 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from ..kernels.experts import Expert
 from ..kernels.ops import MAX_ROWS, PackedLinear, available, linear
 from ..kernels.packed import DTYPES
-from ..predictors.anatomy import Activation, Anatomy, FeedForward, shape_of
+from ..predictors.anatomy import Activation, Anatomy, Experts, FeedForward, shape_of
 from ..predictors.errors import CoreskipError
 from ..predictors.policies import Chooser
-from .formats import Formats, takes_format
+from ..predictors.routing import Router
+from .formats import Formats, routing_modules, takes_format
+from .packed_experts import HeldExperts, can_be_held, few_tokens
 from .packed_layer import PackedLayer
 from .patches import Patches, Usage
-from .phases import Pass, Phase, current_pass, current_prompt, last_pass, mode, passing
+from .phases import Pass, Phase, current_pass, current_prompt, last_pass, mode, passing, tokens_in
 from .prepared import Prepared
-from .program import BrickProgram, Program, linear_of
+from .program import BrickProgram, ExpertsProgram, Program, linear_of
 from .release import Replaced
 from .selections import Observed, Selections, attach, selections_of
 from .spec import is_plain_linear
@@ -93,14 +96,15 @@ class ModulePatches:
         host.patches.set(stack, "forward", forward)
 
     def patch_linears(self) -> bool:
-        """Decode steps run every linear of the decoder layers, and the LM head, on the decode kernel. Returns whether
-        that is all of their matrices."""
+        """Decode steps run every linear of the decoder layers, but for routers, and the LM head, on the decode kernel.
+        Returns whether that is all of their matrices."""
         if available("cpu") is not None:
             return False
         host = self._host
-        inner = [module for layer in host.anatomy.layers for module in layer.modules() if _has_matrix(module)]
+        choose = routing_modules(host.anatomy)
+        inner = [m for layer in host.anatomy.layers for m in layer.modules() if _has_matrix(m) and m not in choose]
         patched = [self._patch_linear(module) for module in inner]
-        return self._patch_linear(cast(Any, host.model).get_output_embeddings()) and all(patched)
+        return self._patch_linear(cast(Any, host.model).get_output_embeddings()) and all(patched) and not choose
 
     def patch_inputs(self) -> None:
         """Decode steps leave small inputs of linears out, where the plan says so."""
@@ -112,7 +116,7 @@ class ModulePatches:
     def patch_mlps(self) -> None:
         """Decode steps compute the MLPs' neurons that the plan or the prompt chose; prefill observes them."""
         for index in sorted({*self._sparse, *self._host.observed}):
-            layer = self._host.anatomy.mlps[index]
+            layer = self._host.anatomy.mlp(index)
             if index in self._host.observed:
                 self._patch_observer(index, layer.down)
             if index in self._sparse:
@@ -165,7 +169,7 @@ class ModulePatches:
         """Decode steps leave out this linear's small inputs."""
         host, original = self._host, cast(Any, module).forward
         outputs, inputs = shape_of(module)
-        layer = host.anatomy.mlps[index]
+        layer = host.anatomy.mlp(index)
         # a neuron's worth of weights: what an unread column adds to the neurons skipped
         column = outputs / ((3 if layer.gated else 2) * layer.hidden_size) if in_mlp else 0.0
 
@@ -259,6 +263,57 @@ class ModulePatches:
             patches.set(layer.owner, layer.act_name, activation)
         patches.set(down, "forward", down_forward)
 
+    # --- experts
+
+    def patch_experts(self) -> None:
+        """Decode steps compute the experts that the plan leaves of those that the router chose, and with the numbers of
+        packed matrices where there are any."""
+        host = self._host
+        for index, experts in enumerate(host.anatomy.experts):
+            program = host.program.chosen_experts.get(index)
+            packed = experts is not None and (host.program.weights or isinstance(experts.module, HeldExperts))
+            if experts is not None and (program is not None or (packed and can_be_held(experts))):
+                self._patch_experts(experts, program)
+
+    def _patch_experts(self, experts: Experts, program: ExpertsProgram | None) -> None:
+        module = experts.module
+        original, packs = module.forward, available("cpu") is None and can_be_held(experts)
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            step = current_pass()
+            if step is None or step.phase is Phase.PREFILL or torch.is_grad_enabled():
+                return original(*args, **kwargs)
+            decides = program is not None and step.phase is Phase.DECODE
+            packed = self._experts_as_packed(experts, step) if packs else []
+            if not (decides or packed):
+                return original(*args, **kwargs)
+            x, index, weights = experts.routed(args, kwargs)
+            if decides:
+                index, weights = self._left_experts(experts, cast(ExpertsProgram, program), x, index, weights, step)
+            return few_tokens(experts, packed, x, index, weights) if packed else experts.mixture(x, index, weights)
+
+        self._host.patches.set(module, "forward", forward)
+
+    @staticmethod
+    def _left_experts(
+        experts: Experts, program: ExpertsProgram, x: Tensor, index: Tensor, given: Tensor, step: Pass
+    ) -> tuple[Tensor, Tensor]:
+        """What a plan leaves of a router's choice."""
+        if program.allowed is not None:
+            router = cast(Router, experts.router)
+            index, given = router.route(x, program.allowed.to(x.device))
+        weights = program.weights(given)
+        step.skipped += program.width * int((weights == 0).sum())
+        return index, weights
+
+    def _experts_as_packed(self, experts: Experts, step: Pass) -> list[Expert]:
+        """A mixture's matrices as a pass that is no prefill reads them; none where these are the module's own."""
+        formats, module = self._host.formats, experts.module
+        if self._host.program.weights is not None and formats.apply(step, self._host.verifies):
+            return formats.experts(experts)
+        return module.experts() if isinstance(module, HeldExperts) else []
+
     # --- passes
 
     def begin(self, named: dict[str, Any]) -> Pass:
@@ -275,12 +330,12 @@ class ModulePatches:
         if selections is not None and selections.rows != rows:
             logger.warning("the KV cache was cut to %d rows by hand: its neuron selections are dropped", rows)
             selections = None
-        if prompt is None and cache is not None and (selections is not None or int(cache.get_seq_length()) > 0):
+        if prompt is None and cache is not None and (selections is not None or tokens_in(cache) > 0):
             if selections is None and host.observed:
                 logger.debug("nothing was selected for this KV cache: layers that choose from the prompt run dense")
             verifying = mode().densely or (host.verifies and not mode().drafting)
             return Pass(Phase.VERIFY if verifying else Phase.DECODE, rows, length, None, selections)
-        past = 0 if cache is None else int(cache.get_seq_length())
+        past = 0 if cache is None else tokens_in(cache)
         if selections is None or past == 0:
             selections = host.new_selections(rows)
             if past and selections is not None:

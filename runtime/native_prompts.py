@@ -83,6 +83,8 @@ class NativePrompts:
             raise NotThisCall("there is no KV cache")
         check_call(named, "cpu", most=1 << 40)
         check_outputs(self._steps.model.config)
+        if any(self._anatomy.experts):
+            raise NotCovered("experts read a prompt on the modules, each for all of its tokens at once")
         if self._steps.refusal is not None or self._steps.exits_early:
             raise NotCovered("native steps do not cover the model")
 
@@ -104,7 +106,7 @@ class NativePrompts:
 
     def _in_groups(self) -> bool:
         """Whether native steps will read matrices in groups, as far as can be told before these are packed."""
-        up = self._anatomy.mlps[0].up
+        up = next(mlp.up for _, mlp in self._anatomy.present)
         if self._steps.weights is not None or is_packed(up):
             return True
         form = exact_form(cast(Tensor, up.weight)) if self._narrow else None

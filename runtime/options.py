@@ -11,7 +11,9 @@ from typing import Any, get_args
 
 from ..predictors.checks import (
     AS_PACKED,
+    EXPERT_SCORES,
     Allocation,
+    ExpertScore,
     Score,
     check_allocation,
     check_count,
@@ -26,7 +28,10 @@ from ..predictors.errors import CoreskipError
 from ..predictors.layer_selection import LayerSelection, Leave
 from .unknown import closest
 
-METHODS = ("auto", "core", "similar", "static", "threshold", "sketch", "learned", "topk", "layers")
+METHODS = (
+    "auto", "core", "similar", "static", "threshold", "sketch", "learned", "topk", "layers", "experts", "skip-experts",
+)  # fmt: skip
+OF_EXPERTS = ("experts", "skip-experts")  # of mixtures of experts
 RULES = ("teal", "wina", "cats")
 
 
@@ -158,6 +163,36 @@ class LayersOptions(MethodOptions):
             raise CoreskipError(f"unknown leave {self.leave!r}; choose from {', '.join(get_args(Leave))}")
 
 
+@dataclass(frozen=True)
+class ExpertsOptions(MethodOptions):
+    """Of ``experts``.
+
+    Attributes:
+        score: how experts are ranked: ``reap``, ``frequency`` or ``random``.
+    """
+
+    score: ExpertScore = "reap"
+
+    def __post_init__(self) -> None:
+        if self.score not in EXPERT_SCORES:
+            raise CoreskipError(f"unknown score {self.score!r} of experts; choose from {', '.join(EXPERT_SCORES)}")
+
+
+@dataclass(frozen=True)
+class SkipExpertsOptions(MethodOptions):
+    """Of ``skip-experts``.
+
+    Attributes:
+        beta: one for all layers, in place of those that keep the wanted share on the calibration text.
+    """
+
+    beta: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.beta is not None:
+            check_share("beta", self.beta)
+
+
 OPTIONS_OF: Mapping[str, type[MethodOptions]] = {
     "core": CoreOptions,
     "similar": SimilarOptions,
@@ -167,6 +202,8 @@ OPTIONS_OF: Mapping[str, type[MethodOptions]] = {
     "learned": LearnedOptions,
     "topk": TopKOptions,
     "layers": LayersOptions,
+    "experts": ExpertsOptions,
+    "skip-experts": SkipExpertsOptions,
     "dense": MethodOptions,
 }
 _OF_THE_SEARCH = ("leave", "gated")  # what a user cannot give
@@ -199,9 +236,20 @@ def options_of(method: str, values: Mapping[str, Any]) -> Any:
     return OPTIONS_OF[method](**values)
 
 
+def check_value(name: str, value: Any) -> None:
+    """Raise `CoreskipError` where no method can be told this."""
+    for method in reversed(OF_METHODS.get(name, ("layers",))):
+        try:
+            options_of(method, {name: value})
+            return
+        except CoreskipError as error:
+            refusal = error
+    raise refusal
+
+
 #: What a search tries for itself, method by method.
 _SEARCHED = {"rule": ("threshold",), "all_linears": ("threshold",), "allocation": ("sketch",)}
-_ALL = frozenset(METHODS) - {"auto"}
+_ALL = frozenset(METHODS) - {"auto", *OF_EXPERTS}
 _FAST = frozenset({"sketch", "threshold", "static", "layers"})  # what a fast search over all methods looks at
 _NUMBER = r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?)"
 
@@ -293,9 +341,9 @@ def check_options(
     Args:
         options: those of `OF_METHODS`; None where one was not given.
     """
-    _check_values(tokens=tokens, windows=windows, first_layer=first_layer, seed=seed, fast=fast, **options)
     if method not in METHODS:
         raise CoreskipError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+    _check_values(method, tokens=tokens, windows=windows, first_layer=first_layer, seed=seed, fast=fast, **options)
     check_weights(weights)
     if keep is not None and budget is not None:
         raise CoreskipError("give keep or budget, not both: a budget finds the keep itself")
@@ -318,6 +366,10 @@ def check_options(
         _refuse_any([*named, *(["first_layer"] if first_layer is not None else [])])
     _check_places(named, method, searching=budget is not None, fast=fast)
     _check_pairs(named)
+    if method in OF_EXPERTS and budget is not None:
+        raise CoreskipError(f"there is no search for a budget with the method {method}: give a keep, and measure")
+    if keep is not None and "beta" in named:
+        raise CoreskipError("give keep or beta, not both: a beta keeps what it keeps")
     check_bits(named.get("bits"), in_four_bits=weights in ("int4", AS_PACKED))
 
 
@@ -362,7 +414,9 @@ def _refuse_any(names: Collection[str]) -> None:
         raise CoreskipError(f"{name} is of choosing neurons, and layers alone are left out: add a method or a keep")
 
 
-def _check_values(*, tokens: Any, windows: Any, first_layer: Any, seed: Any, fast: Any, **options: Any) -> None:
+def _check_values(
+    method: str, *, tokens: Any, windows: Any, first_layer: Any, seed: Any, fast: Any, **options: Any
+) -> None:
     for name in options:
         if name not in OF_METHODS:
             known = {*OF_METHODS, "method", "keep", "budget", "layers", "weights", "tokens", "windows", "first_layer"}
@@ -378,4 +432,7 @@ def _check_values(*, tokens: Any, windows: Any, first_layer: Any, seed: Any, fas
     if first_layer is not None:
         check_count("first_layer", first_layer, 0)
     for name, value in given(options).items():
-        options_of(OF_METHODS[name][0], {name: value})
+        if method in OF_METHODS[name]:
+            options_of(method, {name: value})
+        else:
+            check_value(name, value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ..kernels.ops import available
 from ..kernels.packed import EXACT_BYTES, PackedLinear, finite
 from ..kernels.store import Writer
 from ..predictors import files
-from ..predictors.anatomy import Anatomy, check_model, dissect, rows_of
+from ..predictors.anatomy import Anatomy, Experts, check_model, dissect, rows_of
 from ..predictors.calibration import TokenText, text_of
 from ..predictors.checks import AS_PACKED, PACKINGS, WEIGHT_FORMATS, check_flag, check_share, path_of
 from ..predictors.errors import CoreskipError, reason_of
@@ -30,8 +30,9 @@ from ..predictors.rounding_recipe import RoundingRecipe
 from ..predictors.sealed import seal
 from .formats import format_takers
 from .lower_cpu import HEAD_FORMAT, KERNEL_FORMATS
+from .packed_experts import HeldExperts, can_be_held, names_of, refuse_with_text, stacks_of
 from .packed_folder import CALIBRATION, DOCUMENT, FORMAT, PLAN, VERSION, WEIGHTS, file_sums, is_packed_folder
-from .packed_layer import PackedLayer, PackedRows
+from .packed_layer import PackedLayer, PackedRows, StandIn
 from .rounded_model import rows_of_parts, split
 from .rounding import Rounded, compensate, round_by
 from .sensitivity import recipe_within
@@ -167,6 +168,8 @@ class _Source:
         self._text, self._share, self._recipe = text, share, recipe
         before = vars(model).get(PACKED_AS) if weights == AS_LOADED else None
         self.rounded = weights if weights in WEIGHT_FORMATS else before
+        if text is not None or recipe is not None:
+            refuse_with_text(anatomy.experts)
         if available("cpu") is not None:
             raise CoreskipError(f"a model is packed by the native kernels: {available('cpu')}")
         if getattr(transformers, type(model).__name__, None) is not type(model):
@@ -177,7 +180,10 @@ class _Source:
         packed = [module for module in takers if isinstance(module, PackedLayer)]
         if packed and weights != AS_LOADED:
             raise CoreskipError("the model is packed already: pack the one that it was made from, or as-loaded")
-        if weights in WEIGHT_FORMATS and not all(finite(module.weight.detach()) for module in takers):
+        self.mixtures = {m.module: m for m in anatomy.experts if m is not None and can_be_held(m)}
+        matrices = [module.weight.detach() for module in takers]
+        matrices += [p for m in self.mixtures.values() for p in (m.parameter(m.layout.up), m.down) if not p.is_meta]
+        if weights in WEIGHT_FORMATS and not all(map(finite, matrices)):
             raise CoreskipError("weights with infinities or NaNs have no form of 4 or 8 bits")
         self.names = {module: name for name, module in model.named_modules()}
         self.takers, self.rows = list(dict.fromkeys(takers)), rows_of_parts(model, anatomy)
@@ -185,8 +191,8 @@ class _Source:
 
     def _loose(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters that are no packed layer's."""
-        gone = {id(m.weight) for m in self.model.modules() if isinstance(m, (PackedLayer, PackedRows))}
-        return ((name, p) for name, p in self.model.named_parameters(remove_duplicate=False) if id(p) not in gone)
+        named = self.model.named_parameters(remove_duplicate=False)
+        return ((name, p) for name, p in named if not isinstance(p, StandIn))
 
     def check_room(self, target: Path) -> None:
         """Raises CoreskipError where the disk is too full for sure."""
@@ -194,7 +200,9 @@ class _Source:
         while not parent.exists():
             parent = parent.parent
         share = {"int4": EXACT_BYTES["int4"], "int8": EXACT_BYTES["int8_groups"]}.get(self.weights, 0.0)
-        wanted = share * sum(module.weight.numel() for module in self.takers)
+        matrices = sum(module.weight.numel() for module in self.takers)
+        matrices += sum(m.parameter(m.layout.up).numel() + m.down.numel() for m in self.mixtures.values())
+        wanted = share * matrices
         free = shutil.disk_usage(parent).free
         if free < wanted:
             raise CoreskipError(
@@ -245,6 +253,22 @@ class _Source:
         fmt = HEAD_FORMAT if head else KERNEL_FORMATS[self.weights]
         return [PackedLinear.pack(part, fmt=fmt) for part in rows]
 
+    def stacks(self, mixture: Experts) -> dict[str, list[PackedLinear]] | None:
+        """The matrices of all experts in packed form, by their kind; None where they are written as they are."""
+        if isinstance(mixture.module, HeldExperts):
+            return mixture.module.stacks
+        if self.weights == BFLOAT16:
+            return None
+        found = stacks_of(mixture, self._experts_packed)
+        alike = [{(part.fmt, part.weight.dtype) for part in parts} for parts in found.values()]
+        narrow = all(len(kinds) == 1 and next(iter(kinds))[1] != self.dtype for kinds in alike)
+        return found if narrow else None
+
+    def _experts_packed(self, matrices: Sequence[tuple[Tensor, Tensor | None]]) -> list[PackedLinear]:
+        if self.weights == AS_LOADED:
+            return [cpu.pack_exactly(w.contiguous(), most=_HALF) or PackedLinear.pack(w) for w, _ in matrices]
+        return [PackedLinear.pack(weight, fmt=KERNEL_FORMATS[self.weights]) for weight, _ in matrices]
+
     def cast(self, tensor: Tensor) -> Tensor:
         """As it is written: as it is, but for models that are to be in bfloat16."""
         return tensor.to(torch.bfloat16) if self.weights == BFLOAT16 and tensor.is_floating_point() else tensor
@@ -258,9 +282,13 @@ class _Source:
             return None
         return cpu.pack_exactly(table.weight, most=_HALF)
 
-    def written(self, packed: Iterable[nn.Module]) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What is written besides packed matrices: tensors by name, and of tied ones the name of the first."""
+    def written(
+        self, packed: Iterable[nn.Module], held: Iterable[nn.Module]
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What is written besides packed matrices, and those of the experts in `held`: tensors by name, and of tied
+        ones the name of the first."""
         own = {(module, "weight") for module in packed} | {(module, "bias") for module in packed}
+        own |= {(module, name) for module in held for name in names_of(self.mixtures[module])}
         first, tensors, tied = dict[int, str](), dict[str, Tensor](), dict[str, str]()
         for module_name, module in self.model.named_modules():
             for leaf, parameter in module._parameters.items():
@@ -282,7 +310,9 @@ def _write(draft: Path, source: _Source, tokenizer: Any, plan: Plan | None, prog
     try:
         packed = _write_packed(writer, source, progress)
         modules = {module for module in source.names if source.names[module] in packed}
-        parameters, tied = source.written(modules)
+        experts = _write_experts(writer, source)
+        held = {module for module in source.mixtures if source.names[module] in experts}
+        parameters, tied = source.written(modules, held)
         for name, tensor in parameters.items():
             writer.add(name, source.cast(tensor))
         buffers = _buffers(model)
@@ -305,6 +335,7 @@ def _write(draft: Path, source: _Source, tokenizer: Any, plan: Plan | None, prog
         "weights": source.rounded,
         "calibration": source.calibration,
         "packed": packed,
+        "experts": experts,
         "parameters": {name: name for name in parameters},
         "buffers": {name: name for name in buffers},
         "tied": tied,
@@ -341,6 +372,21 @@ def _write_packed(writer: Writer, source: _Source, progress: bool) -> dict[str, 
     return packed
 
 
+def _write_experts(writer: Writer, source: _Source) -> dict[str, Any]:
+    """Writes packed experts, those of a layer one after the other; what `packed.json` says of each mixture."""
+    found: dict[str, Any] = {}
+    for module, mixture in source.mixtures.items():
+        stacks, name, entries = source.stacks(mixture), source.names[module], dict[str, Any]()
+        for kind, parts in {} if stacks is None else stacks.items():
+            key = f"{name}.packed.{kind}"
+            writer.add(key, torch.stack([part.weight for part in parts]))
+            shape = {"rows": parts[0].out_features, "inputs": parts[0].in_features}
+            entries[kind] = {"tensor": key, "format": _format(parts[0]), **shape}
+        if entries:
+            found[name] = {"layout": vars(mixture.layout), "stacks": entries}
+    return found
+
+
 def _format(part: PackedLinear) -> str:
     return part.fmt or str(part.weight.dtype).removeprefix("torch.")
 
@@ -372,7 +418,7 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def _write_fingerprint(writer: Writer, fingerprint: Fingerprint) -> dict[str, Any]:
     writer.add("fingerprint", fingerprint.probes)
-    names = ("model_type", "vocab_size", "hidden_size", "intermediate_sizes", "activation", "dtype")
+    names = ("model_type", "vocab_size", "hidden_size", "intermediate_sizes", "activation", "dtype", "experts")
     return {**{name: getattr(fingerprint, name) for name in names}, "probes": "fingerprint"}
 
 

@@ -28,6 +28,7 @@ from ..predictors.fingerprint import Fingerprint, keep
 from ..predictors.plan import PACKED_AS
 from ..predictors.plan_file import OF_PACKED
 from ..predictors.sealed import unseal
+from .packed_experts import hold_by_name
 from .packed_layer import packed_modules, prepare
 from .skeleton import cast_parameters, hold, left_empty, put, skeleton, unpack_modules
 
@@ -81,8 +82,10 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         formats: dict[str, dict[str, int]] = {}
         tensors = dict(document["tensors"])
-        for entry in document["packed"].values():
-            for part in entry["parts"]:
+        parts = [entry["parts"] for entry in document["packed"].values()]
+        parts += [list(entry["stacks"].values()) for entry in document.get("experts", {}).values()]
+        for some in parts:
+            for part in some:
                 if part["tensor"] in tensors:  # head and embedding may share one
                     _count(formats, str(part["format"]), tensors.pop(part["tensor"]))
         for entry in tensors.values():
@@ -223,6 +226,9 @@ def _fill(model: Any, document: Mapping[str, Any], store: Store) -> None:
         bias = store[entry["bias"]] if entry["bias"] is not None else None
         own = getattr(torch, entry["dtype"]) if "dtype" in entry else dtype
         hold(model, name, [_part(entry, store[part["tensor"]], part) for part in entry["parts"]], bias, own)
+    for name, entry in document.get("experts", {}).items():
+        stacks = {kind: _stack(part, store[part["tensor"]]) for kind, part in entry["stacks"].items()}
+        hold_by_name(model, name, entry["layout"], stacks, dtype)
     for name, key in document["parameters"].items():
         put(model, name, nn.Parameter(store[key], requires_grad=False))
     for name, key in document["buffers"].items():
@@ -248,8 +254,13 @@ def _part(entry: Mapping[str, Any], weight: Tensor, part: Mapping[str, Any]) -> 
     return PackedLinear(weight, inputs, rows=rows, whole=True)
 
 
+def _stack(part: Mapping[str, Any], weights: Tensor) -> list[PackedLinear]:
+    """The matrices of one kind of all experts of a layer."""
+    return [_part(part, weight, part) for weight in weights]
+
+
 def _fingerprint(saved: Mapping[str, Any], store: Store) -> Fingerprint:
     return Fingerprint(
         saved["model_type"], saved["vocab_size"], saved["hidden_size"], tuple(saved["intermediate_sizes"]),
-        saved["activation"], saved["dtype"], store[saved["probes"]],
+        saved["activation"], saved["dtype"], store[saved["probes"]], tuple(saved.get("experts", ())),
     )  # fmt: skip

@@ -70,7 +70,7 @@ class PackedLayer(nn.Linear):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self._packed = list(parts)
         self._stand_in(dtype)
-        self._handles = _refusing(self)
+        self._handles = refusing(self)
 
     def forward(self, input: Tensor) -> Tensor:
         return self.multiply(input, few=False)
@@ -148,7 +148,7 @@ class PackedRows(nn.Embedding):
         held = cast(PackedRows, module)
         held._packed = packed
         held._stand_in(dtype)
-        held._handles = _refusing(module)
+        held._handles = refusing(module)
 
     def forward(self, input: Tensor) -> Tensor:
         return self.rows(input)
@@ -221,6 +221,7 @@ def packed_bytes_of(weight: Tensor) -> int | None:
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters, of packed matrices those that they take; what modules share counts once."""
     plain = {id(p): p.nbytes for p in model.parameters() if packed_bytes_of(p) is None}
+    plain |= {id(p): p.packed_bytes for p in model.parameters() if isinstance(p, StandIn) and p.ndim == 3}  # experts'
     tensors = [part.weight for _, layer in packed_layers(model) for part in layer.parts()]
     tensors += [module.part().weight for module in model.modules() if isinstance(module, PackedRows)]
     return sum(plain.values()) + sum({t.data_ptr(): t.nbytes for t in tensors}.values())
@@ -252,7 +253,7 @@ def refuse_resizing(*_: Any, **__: Any) -> None:
     raise CoreskipError(f"a packed model's embeddings cannot be resized: {_PLAIN_WAY}")
 
 
-def _refusing(module: Any) -> list[Any]:
+def refusing(module: Any) -> list[Any]:
     """Handles of hooks by which a module's weights are neither saved nor loaded."""
     saving: Any = module.register_state_dict_pre_hook(_no_state_dict)
     return [saving, module.register_load_state_dict_pre_hook(_no_state_dict)]

@@ -110,6 +110,13 @@ def passing(step: Pass | None) -> Iterator[None]:
             _CALL.reset(token)
 
 
+def tokens_in(cache: Any) -> int:
+    """Tokens that a KV cache holds, as the layer says that holds most: a recurrent one, asked first, says none."""
+    layers = getattr(cache, "layers", ())
+    lengths = [int(layer.get_seq_length()) for layer in layers if hasattr(layer, "get_seq_length")]
+    return max([int(cache.get_seq_length()), *lengths])
+
+
 # ---- how decode steps are run meanwhile ----
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from ..kernels.ops import PackedLinear
@@ -87,18 +88,20 @@ class Prepared:
     def _made(self, own: dict[int, SparseMLP], selections: Selections | None) -> StepProgram:
         attention, no_mlp = self._skips.skipped(selections)
         mlps = {**{layer: self.mlp(layer) for layer in self._packs}, **own}
-        width = [sum(brick.width for brick in layer.bricks) for layer in self._program.layers]
+        width = [layer.width for layer in self._program.layers]
         skipped = sum(width[layer] for layer in no_mlp)
         # what a rule leaves out the native step counts itself
         listed = {layer: mlp for layer, mlp in mlps.items() if mlp.rule == "listed" and layer not in no_mlp}
-        skipped += sum(width[layer] - mlp.listed_neurons for layer, mlp in listed.items())
+        skipped += sum(self._program.layers[i].bricks[0].width - mlp.listed_neurons for i, mlp in listed.items())
         columns = {layer: self._columns(layer) for layer in self._inputs}
         every = [mlps.get(layer) for layer in range(len(self._anatomy))]
-        return StepProgram(every, skipped, attention, no_mlp, columns=columns)
+        chosen = self._program.chosen_experts.items()
+        experts = {i: (None if e.allowed is None else e.allowed.to(torch.uint8), e.beta) for i, e in chosen}
+        return StepProgram(every, skipped, attention, no_mlp, columns=columns, experts=experts)
 
     def _columns(self, layer: int) -> dict[str, SparseLinear]:
         """The linears of a layer that leave out small inputs, as a native step names them."""
-        brick, mlp, found = self._inputs[layer], self._anatomy.mlps[layer], dict[str, SparseLinear]()
+        brick, mlp, found = self._inputs[layer], self._anatomy.mlp(layer), dict[str, SparseLinear]()
         names, neuron = native_names(self._anatomy, layer), neuron_weights(mlp.hidden_size, mlp.gated)
         for name, threshold in brick.thresholds.items():
             module, in_mlp = linear_of(self._anatomy, layer, name)

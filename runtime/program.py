@@ -21,9 +21,10 @@ from torch import Tensor
 from ..kernels.neuron_groups import Form, PackedNeurons
 from ..kernels.packed import EXACT_BYTES, PackedLinear, PackedMLP
 from ..kernels.sparse import ExactScores, SignScores, SparseMLP
-from ..predictors.anatomy import Anatomy, FeedForward, shape_of
+from ..predictors.anatomy import Anatomy, Experts, FeedForward, shape_of
 from ..predictors.checks import AS_PACKED
 from ..predictors.errors import PlanError
+from ..predictors.expert_policies import AllExperts, ExpertPolicy, KeptExperts, SkipExperts
 from ..predictors.importance import kept_count
 from ..predictors.plan import LayerPlan, Plan
 from ..predictors.policies import (
@@ -155,11 +156,65 @@ def build(policy: NeuronPolicy, brick: Brick) -> BrickProgram:
 
 
 @dataclass(frozen=True, eq=False)
+class ExpertsProgram:
+    """What a decode step does with one mixture of experts.
+
+    Attributes:
+        policy: of the plan.
+        count, width: experts, and the neurons of one.
+        top_k: experts of a token; 0: not known.
+        active: experts computed for a token; where tokens differ, on the calibration text.
+        nbytes: bytes of experts' weights that a step of one token reads; shared experts are bricks.
+        allowed: bool ``[count]``: only these can be chosen, see `Choice.of`; None: all.
+        beta: experts of a token are left out whose weight is below this share of its largest.
+        normalised: whether the weights of the others then make up for theirs.
+        native: whether native steps make the choice.
+    """
+
+    policy: ExpertPolicy
+    count: int
+    width: int
+    top_k: int
+    active: float
+    nbytes: float
+    allowed: Tensor | None = None
+    beta: float = 0.0
+    normalised: bool = False
+    native: bool = False
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it computes anything else than the model's router asks for."""
+        return self.allowed is not None or self.beta > 0
+
+    def weights(self, given: Tensor) -> Tensor:
+        """A token's weights ``[tokens, top_k]`` with 0 for the experts that are left out, fp32."""
+        given = given.float()
+        stay = given >= self.beta * given.amax(-1, keepdim=True)
+        left = given.masked_fill(~stay, 0.0)
+        return left * (given.sum(-1, keepdim=True) / left.sum(-1, keepdim=True)) if self.normalised else left
+
+
+@dataclass(frozen=True, eq=False)
 class LayerProgram:
-    """What a decode step does with one decoder layer. skips: what its layer policy leaves out."""
+    """What a decode step does with one decoder layer. bricks: its MLP, or its shared expert; experts: None where it has
+    none. skips: what its layer policy leaves out."""
 
     bricks: tuple[BrickProgram, ...]
     skips: LayerPolicy
+    experts: ExpertsProgram | None = None
+
+    @property
+    def width(self) -> int:
+        """Neurons that a token goes through where nothing is left out."""
+        experts = 0 if self.experts is None else self.experts.top_k * self.experts.width
+        return sum(brick.width for brick in self.bricks) + experts
+
+    @property
+    def native(self) -> bool:
+        """Whether native steps make every choice."""
+        of_experts = self.experts is None or self.experts.native or not self.experts.chooses
+        return of_experts and all(brick.native for brick in self.bricks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,27 +244,50 @@ class Program:
     @cached_property
     def native(self) -> bool:
         """Whether native steps make every choice."""
-        return all(brick.native for layer in self.layers for brick in layer.bricks)
+        return all(layer.native for layer in self.layers)
+
+    @cached_property
+    def chosen_experts(self) -> dict[int, ExpertsProgram]:
+        """By layer, the mixtures of which experts are left out."""
+        found = ((index, layer.experts) for index, layer in enumerate(self.layers))
+        return {index: experts for index, experts in found if experts is not None and experts.chooses}
 
     @property
     def decodes_otherwise(self) -> bool:
         """Whether decode steps compute anything else than prefill does."""
         chooses = any(brick.chooser is not Chooser.NOTHING for layer in self.layers for brick in layer.bricks)
         skips = any(layer.skips.may_skip_attention or layer.skips.may_skip_mlp for layer in self.layers)
-        return chooses or skips or self.weights is not None
+        return chooses or skips or bool(self.chosen_experts) or self.weights is not None
 
 
 def _layer(
     anatomy: Anatomy, index: int, layer: LayerPlan, weights: str | None, dense: Callable[[Tensor], float]
 ) -> LayerProgram:
-    return LayerProgram((build(layer.neurons, brick_of(anatomy, index, weights, dense)),), layer.layer)
+    found, bricks = anatomy.experts[index], tuple[BrickProgram, ...]()
+    mlp = anatomy.feed_forwards[index]
+    if mlp is not None:  # else the plan chooses no neurons there
+        if mlp.norm_name is not None and layer.neurons.chooser not in (Chooser.NOTHING, Chooser.INPUTS):
+            raise PlanError(f"layer {index}: {normed(anatomy)}")
+        bricks = (build(layer.neurons, brick_of(anatomy, index, weights, dense)),)
+    try:
+        experts = None if found is None else build_experts(layer.experts, found)
+    except PlanError as error:
+        raise PlanError(f"layer {index}: {error}") from None
+    return LayerProgram(bricks, layer.layer, experts)
+
+
+def normed(anatomy: Anatomy) -> str:
+    return (
+        f"the MLPs of {anatomy.model_type!r} models norm all activations before the down projection: none can be left "
+        "out; leave out inputs (--method threshold), or layers (--method layers)"
+    )
 
 
 def brick_of(
     anatomy: Anatomy, layer: int, weights: str | None = None, dense: Callable[[Tensor], float] | None = None
 ) -> Brick:
     """A layer's MLP; weights, dense: as for `Program.of`."""
-    mlp = anatomy.mlps[layer]
+    mlp = anatomy.mlp(layer)
     up = cast(Tensor, mlp.up.weight)
     loaded = float(up.element_size())
     return Brick(
@@ -376,6 +454,74 @@ def _by_inputs(policy: Teal | Wina, brick: Brick) -> BrickProgram:
     )  # fmt: skip
 
 
+# ---- and one for each of experts ----
+
+
+ExpertsBuilder = Callable[[Any, Experts], ExpertsProgram]
+_EXPERTS_BUILDERS: dict[type[ExpertPolicy], ExpertsBuilder] = {}
+
+
+def builds_experts(policy: type[ExpertPolicy]) -> Callable[[ExpertsBuilder], ExpertsBuilder]:
+    """Registers a function as the builder of this policy."""
+
+    def register(builder: ExpertsBuilder) -> ExpertsBuilder:
+        _EXPERTS_BUILDERS[policy] = builder
+        return builder
+
+    return register
+
+
+def build_experts(policy: ExpertPolicy, experts: Experts) -> ExpertsProgram:
+    """The program of one mixture under `policy`.
+
+    Raises:
+        PlanError: there is no builder for policies of this type, or the mixture is not one that it can be for.
+    """
+    builder = _EXPERTS_BUILDERS.get(type(policy))
+    if builder is None:
+        raise PlanError(f"nothing carries out the policy {policy.name!r}: register a builder for it")
+    return builder(policy, experts)
+
+
+def _routed(policy: ExpertPolicy, experts: Experts, active: float, **choice: Any) -> ExpertsProgram:
+    neuron = (3 if experts.gated else 2) * experts.hidden_size * experts.down.element_size()
+    read = active * experts.intermediate_size * neuron
+    return ExpertsProgram(
+        policy, experts.count, experts.intermediate_size, experts.top_k, active, read, **choice
+    )  # fmt: skip
+
+
+@builds_experts(AllExperts)
+def _all_experts(policy: ExpertPolicy, experts: Experts) -> ExpertsProgram:
+    return _routed(policy, experts, experts.top_k)
+
+
+@builds_experts(SkipExperts)
+def _skip_experts(policy: SkipExperts, experts: Experts) -> ExpertsProgram:
+    if policy.beta == 0:
+        return _all_experts(policy, experts)
+    if experts.scaled_inputs:
+        raise PlanError("every expert is given every token, multiplied by the router's weights: none can be left out")
+    normalised = experts.router is not None and experts.router.choice.normalised
+    active = max(1.0, policy.share * experts.top_k)
+    known = experts.router is not None
+    return _routed(policy, experts, active, beta=float(policy.beta), normalised=normalised, native=known)
+
+
+@builds_experts(KeptExperts)
+def _kept_experts(policy: KeptExperts, experts: Experts) -> ExpertsProgram:
+    kept = policy.kept(experts.count)
+    if kept == experts.count:
+        return _all_experts(policy, experts)
+    if experts.scaled_inputs:
+        raise PlanError("every expert is given every token, multiplied by the router's weights: none can be left out")
+    if experts.router is None:
+        raise PlanError("what its router computes is not known: --method skip-experts can leave experts out")
+    allowed = torch.zeros(experts.count, dtype=torch.bool, device="cpu")
+    allowed[policy.indices] = True
+    return _routed(policy, experts, min(kept, experts.top_k), allowed=allowed, native=True)
+
+
 # ---- the linears of a layer, as plans and native steps name them ----
 
 
@@ -384,8 +530,8 @@ def native_names(anatomy: Anatomy, layer: int) -> dict[str, dict[str, int]]:
 
     One that is fused is several.
     """
-    mlp, attention = anatomy.mlps[layer], anatomy.attentions[layer]
-    names = _names_of_mlp(mlp)
+    mlp, attention = anatomy.feed_forwards[layer], anatomy.attentions[layer]
+    names = {} if mlp is None else _names_of_mlp(mlp)
     if attention is None or len(attention.inputs) not in (1, 3):
         return names
     outputs, queries = shape_of(getattr(attention.module, attention.output))
@@ -417,8 +563,11 @@ def linear_of(anatomy: Anatomy, layer: int, name: str) -> tuple[torch.nn.Module,
     Raises:
         PlanError: the layer has no such linear.
     """
-    attention = anatomy.attentions[layer]
-    owners = {"mlp": anatomy.mlps[layer].owner, "attention": None if attention is None else attention.module}
+    mlp, attention = anatomy.feed_forwards[layer], anatomy.attentions[layer]
+    owners = {
+        "mlp": None if mlp is None else mlp.owner,
+        "attention": None if attention is None else attention.module,
+    }
     part, _, attribute = name.partition(".")
     module = getattr(owners[part], attribute, None)
     if not isinstance(module, torch.nn.Module):

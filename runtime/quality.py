@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers.cache_utils import DynamicLayer
 
 from ..kernels.ops import MAX_ROWS
 from ..predictors.anatomy import check_model, dissect
@@ -126,11 +127,19 @@ def decode_logits(model: Any, ids: Tensor, at_once: int, prompt_length: int | No
     prompt, rest = ids.tensor_split([half if prompt_length is None else prompt_length], dim=1)
     keep_last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     out = model(input_ids=prompt, use_cache=True, **keep_last)
+    at_once = at_once if takes_several(out.past_key_values) else 1
     logits = [out.logits[0, -1:]]
     for piece in rest[:, :-1].split(at_once, dim=1):
         out = model(input_ids=piece, past_key_values=out.past_key_values, use_cache=True)
         logits.append(out.logits[0])
     return torch.cat(logits).float()
+
+
+def takes_several(cache: Any) -> bool:
+    """Whether a model goes on from a filled cache with several tokens as with one after the other: some recurrent
+    layers begin anew where they are given several."""
+    keeps_all = bool(getattr(cache, "is_croppable", True))  # else something is remembered beside keys and values
+    return keeps_all and all(isinstance(layer, DynamicLayer) for layer in cache.layers)
 
 
 class Tally:

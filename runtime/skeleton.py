@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..kernels.packed import PackedLinear
-from .packed_layer import PackedLayer, PackedRows, packed_modules
+from .packed_experts import held_experts
+from .packed_layer import PackedLayer, PackedRows, StandIn, packed_modules
 from .weights import times
 
 
@@ -34,9 +35,9 @@ class _WithoutWeights(TorchFunctionMode):
 def cast_parameters(model: Any, dtype: torch.dtype) -> Any:
     """The model with parameters of `dtype`, as transformers loads one: buffers, the frequencies of rotary embeddings
     among them, stay as they are."""
-    packed = {id(module.weight) for _, module in packed_modules(model)}
-    for _, module in packed_modules(model):
+    for _, module in (*packed_modules(model), *held_experts(model)):
         module._apply(lambda t: t.to(dtype))
+    packed = {id(p) for p in model.parameters() if isinstance(p, StandIn)}
     for parameter in model.parameters():
         if id(parameter) not in packed and parameter.is_floating_point() and not parameter.is_meta:
             parameter.data = parameter.data.to(dtype)
@@ -84,13 +85,14 @@ def left_empty(model: Any, given: Iterable[str]) -> list[str]:
     """Names of parameters that were not given, and of what has no numbers."""
     packed = {f"{name}.{leaf}" for name, _ in packed_modules(model) for leaf in ("weight", "bias")}
     known = packed | set(given)
-    found = [name for name, _ in model.named_parameters() if name not in known]
+    named = ((name, p) for name, p in model.named_parameters() if not isinstance(p, StandIn))
+    found = [name for name, _ in named if name not in known]
     return found + [name for name, buffer in model.named_buffers() if buffer.is_meta]
 
 
 def unpack_modules(model: nn.Module) -> None:
     """All packed matrices become plain ones with their numbers, in the model's dtype."""
-    for _, module in packed_modules(model):
+    for _, module in (*packed_modules(model), *held_experts(model)):
         module.unpack()
 
 

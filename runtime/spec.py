@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.pytorch_utils import Conv1D
 
-from ..predictors.anatomy import Anatomy, Attention, FeedForward, canonical_activation
+from ..predictors.anatomy import Anatomy, Attention, Experts, FeedForward, canonical_activation
+from ..predictors.experts import Layout
+from ..predictors.routing import Choice
 from .calls import NotCovered
 from .coverage import uncovered
 from .packed_layer import PackedLayer, PackedRows
@@ -96,14 +98,70 @@ class BrickSpec:
 
 
 @dataclass(frozen=True, eq=False)
+class RouterSpec:
+    """Which experts a token goes to: logits = x @ weight.T + bias, and what `choice` makes of them.
+
+    Attributes:
+        weight: ``[experts, hidden]``, the module's own, as `bias` ``[experts]`` is.
+        correction: ``[experts]``, added to the scores for the choice alone; None: none is.
+        choice: scoring, top_k, groups, normalisation, scale. `Choice.of` is the definition.
+        dtype: in which logits are computed, with x and weight cast to it; all that follows is float32.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    correction: Tensor | None
+    choice: Choice
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertsSpec:
+    """A mixture of experts: the weighted sum of a token's experts, plus a shared one.
+
+    Attributes:
+        gate, up, down: of all experts, the module's own parameters, ``[experts, outputs, inputs]``, or
+            ``[experts, inputs, outputs]`` where `layout.transposed`. gate None: plain, or in `up`: before its rows
+            where `layout.stacked`, each before its row where `layout.interleaved`.
+        gate_bias, up_bias, down_bias: ``[experts, outputs]``, in the same order, or None.
+        act: the activation's name. alpha, shift, limit: see `Gating`; alpha None: act is the activation.
+        count, width: experts, and the neurons of one.
+        shared: an MLP that every token goes through; shared_gate: a linear of one output, by whose sigmoid it counts.
+        scaled_inputs: a router's weight multiplies the expert's input, not its output.
+        experts: where all this was found. `Experts.mixture` is the definition.
+    """
+
+    router: RouterSpec
+    gate: Tensor | None
+    up: Tensor
+    down: Tensor
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    layout: Layout
+    act: str
+    alpha: float | None
+    shift: float
+    limit: float | None
+    count: int
+    width: int
+    shared: BrickSpec | None
+    shared_gate: LinearSpec | None
+    scaled_inputs: bool
+    experts: Experts
+
+
+@dataclass(frozen=True, eq=False)
 class LayerSpec:
     """A decoder layer: x += after(attention(before(x))), then the same for its bricks; absent norms are None.
 
+    bricks: a dense layer's MLP; none where there are `experts`.
     parallel: the bricks read x as it was before the attention.
     """
 
     attention: AttentionSpec
     bricks: tuple[BrickSpec, ...]
+    experts: ExpertsSpec | None
     attention_in: NormSpec | None
     attention_out: NormSpec | None
     mlp_in: NormSpec | None
@@ -146,11 +204,13 @@ class ModelSpec:
 
     @property
     def linears(self) -> Iterator[LinearSpec]:
-        """Every linear once, in the order of the layers, the head last."""
+        """Every linear once, in the order of the layers, the head last; routers and experts' matrices are none."""
         for layer in self.layers:
             yield from (*layer.attention.inputs, layer.attention.output)
             for brick in layer.bricks:
                 yield from brick.linears
+            if layer.experts is not None and layer.experts.shared is not None:
+                yield from layer.experts.shared.linears
         yield self.head
 
 
@@ -217,9 +277,11 @@ def _layer(anatomy: Anatomy, index: int, window: int, config: Any, rotary: Rotar
     layer, found = anatomy.layers[index], anatomy.attentions[index]
     if found is None:
         raise NotCovered("a layer's attention was not recognised")
+    mlp, experts = anatomy.feed_forwards[index], anatomy.experts[index]
     return LayerSpec(
         attention=_attention(found, index, window, config, rotary),
-        bricks=(_brick(anatomy.mlps[index]),),
+        bricks=(_brick(mlp),) if mlp is not None and experts is None else (),
+        experts=None if experts is None else _experts(experts),
         residual_scale=float(getattr(layer, "residual_multiplier", 1.0)),
         **_norms(layer),
     )
@@ -227,6 +289,8 @@ def _layer(anatomy: Anatomy, index: int, window: int, config: Any, rotary: Rotar
 
 def _brick(mlp: FeedForward) -> BrickSpec:
     act = canonical_activation(mlp.act)
+    if mlp.norm_name is not None:
+        raise NotCovered("a norm stands before the down projection of its MLPs")
     if not isinstance(act, str):
         raise NotCovered("its activation is not one of the kernels'")
     linears = [mlp.up, mlp.down] if mlp.gate_name is None else [getattr(mlp.owner, mlp.gate_name), mlp.up, mlp.down]
@@ -236,6 +300,45 @@ def _brick(mlp: FeedForward) -> BrickSpec:
     up = LinearSpec(mlp.up, (width, width) if mlp.stacked else None)
     gate = None if mlp.gate_name is None else LinearSpec(linears[0])
     return BrickSpec(gate, up, LinearSpec(mlp.down), act, mlp)
+
+
+def _experts(found: Experts) -> ExpertsSpec:
+    router, gating, at = found.router, found.gating, found.layout
+    if router is None:
+        raise NotCovered("what its router computes is not known")
+    act = None if gating is None else canonical_activation(gating.act)
+    if gating is None or not isinstance(act, str):
+        raise NotCovered("what its experts make of gate and up is not one of the kernels' activations")
+
+    def own(name: str | None) -> Tensor | None:
+        return None if name is None else found.parameter(name)
+
+    return ExpertsSpec(
+        router=RouterSpec(
+            weight=router.weight,
+            bias=router.bias,
+            correction=router.correction,
+            choice=router.choice,
+            dtype=torch.float32 if router.upcast else router.weight.dtype,
+        ),
+        gate=own(at.gate),
+        up=found.parameter(at.up),
+        down=found.down,
+        gate_bias=own(at.gate_bias),
+        up_bias=own(at.up_bias),
+        down_bias=own(at.down_bias),
+        layout=at,
+        act=act,
+        alpha=gating.alpha,
+        shift=gating.shift,
+        limit=gating.limit,
+        count=found.count,
+        width=found.intermediate_size,
+        shared=None if found.shared is None else _brick(found.shared),
+        shared_gate=None if found.shared_gate is None else _linear(found.shared_gate),
+        scaled_inputs=found.scaled_inputs,
+        experts=found,
+    )
 
 
 def _attention(found: Attention, index: int, window: int, config: Any, rotary: RotarySpec) -> AttentionSpec:

@@ -142,9 +142,10 @@ def _refuse_hooks(model: nn.Module) -> None:
 
 def _check_dtypes(plan: Plan, anatomy: Anatomy) -> None:
     """Raises CoreskipError where the plan leaves out neurons of an MLP whose weights no kernel reads."""
-    for index, (policies, found) in enumerate(zip(plan.layers, anatomy.mlps, strict=True)):
+    for index, found in anatomy.present:
+        neurons = plan.layers[index].neurons
         dtypes = {m.dtype for m in vars(found.matrices()).values() if m is not None}
-        if policies.neurons.chooser is not Chooser.NOTHING and not (len(dtypes) == 1 and dtypes <= set(DTYPES)):
+        if neurons.chooser is not Chooser.NOTHING and not (len(dtypes) == 1 and dtypes <= set(DTYPES)):
             names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
             raise CoreskipError(
                 f"the plan leaves out neurons of layer {index}, whose MLP's weights are {names}: "

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..kernels.ops import PackedLinear
 from ..predictors.anatomy import Anatomy
 from ..predictors.errors import CoreskipError
-from ..predictors.observe import down_norms, inference
+from ..predictors.observe import down_norm, inference
 from ..predictors.plan import Plan
 from ..predictors.policies import Chooser, PromptNeurons
 from .attention import can_redirect, redirect_attention
@@ -37,7 +37,7 @@ from .modules import ModulePatches
 from .native import NativeSteps
 from .native_prompts import NativePrompts
 from .patches import Patches, Usage
-from .phases import as_loaded, calling, current_prompt
+from .phases import as_loaded, calling, current_prompt, tokens_in
 from .prepared import Prepared
 from .program import Program, linear_of
 from .release import Replaced, trim
@@ -79,7 +79,7 @@ class Runtime:
                 linear_of(anatomy, layer, name)  # raises where the plan names a linear that is not there
         self.skips = LayerSkips(anatomy, plan)
         self.patches = Patches()
-        self.usage = Usage(sum(mlp.intermediate_size for mlp in anatomy.mlps))
+        self.usage = Usage(sum(layer.width for layer in self.program.layers))
         by_prompt = self.program.chosen_by(Chooser.PROMPT)
         self._by_prompt = {layer: cast(PromptNeurons, brick.policy) for layer, brick in by_prompt.items()}
         self.observed = self._observations()
@@ -122,14 +122,13 @@ class Runtime:
         self._demanded = options.keep_originals is False
         keeps = keeps or not (weights or self._demanded)
         # neurons that prompts choose are packed again and again
-        kept = [module for index in self._by_prompt for module in self.anatomy.mlps[index].owner.modules()]
+        kept = [module for index in self._by_prompt for module in self.anatomy.mlp(index).owner.modules()]
         self.replaced = None if keeps else Replaced(model, lossy=self._demanded and bool(weights), kept=kept)
 
     def _observations(self) -> dict[int, Observed]:
         """What prefill adds up, by layer."""
         found = [policy.observes(layer, self.plan.clusters) for layer, policy in self._by_prompt.items()]
-        norms = down_norms(self.anatomy) if found else []
-        return {what.layer: Observed(what, norms[what.layer]) for what in found}
+        return {what.layer: Observed(what, down_norm(self.anatomy.mlp(what.layer))) for what in found}
 
     @property
     def verifies(self) -> bool:
@@ -143,7 +142,7 @@ class Runtime:
 
     @property
     def chooses_by_token(self) -> bool:
-        return bool(self.program.chosen_by(Chooser.TOKEN, Chooser.INPUTS))
+        return bool(self.program.chosen_by(Chooser.TOKEN, Chooser.INPUTS) or self.program.chosen_experts)
 
     @property
     def exits_early(self) -> bool:
@@ -169,6 +168,7 @@ class Runtime:
             modules.patch_stack(self.anatomy.stack)
             modules.patch_inputs()
             modules.patch_mlps()
+            modules.patch_experts()
             self.skips.install(self.patches.set, modules.patch_passthrough)
             self.patches.set(self.model, ATTRIBUTE, self)
         except BaseException:
@@ -190,7 +190,7 @@ class Runtime:
         def forward(*args: Any, **kwargs: Any) -> Any:
             named = {**signature.bind_partial(*args).arguments, **kwargs} if args else kwargs
             cache = named.get("past_key_values")
-            decodes = isinstance(cache, Cache) and int(cache.get_seq_length()) > 0
+            decodes = isinstance(cache, Cache) and tokens_in(cache) > 0
             reason = self.notice(every_setting=not decodes)
             if not (self.model.training or torch.compiler.is_compiling()):
                 carry_out = self.steps.forward if decodes and current_prompt() is None else self.steps.prompt
@@ -295,7 +295,7 @@ class Runtime:
 
     def _forget(self, changed: frozenset[nn.Module]) -> None:
         layers = self._places.layers_of(changed)
-        gone = {i for i in layers if any(m in (self.replaced or ()) for m in self.anatomy.mlps[i].owner.modules())}
+        gone = {i for i in layers if any(m in (self.replaced or ()) for m in self.anatomy.mlp(i).owner.modules())}
         self.altered = self._places.altered() | (self.altered & gone) | (gone & self._packed_apart)
         self._weights.forget(changed, layers)
         self.formats.clear()
@@ -344,6 +344,8 @@ class Runtime:
 
     def settled(self, cache: Cache) -> Settled | str:
         """What a captured step for the sequences of a cache has fixed, or why there can be none."""
+        if self.program.chosen_experts:
+            return "its tokens leave experts out, each its own"
         selections = self._own_selections(cache)
         if selections is None:
             return self.skips.skipped(None), []

@@ -399,14 +399,14 @@ def test_models_that_are_not_causal_lms(llama: Any) -> None:
     refuses(lambda: Plan.dense(bert), "head|generates")
 
 
-def test_mixtures_of_experts() -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM
+def test_experts_of_an_unknown_form_are_refused() -> None:
+    from transformers import JetMoeConfig, JetMoeForCausalLM
 
-    config = MixtralConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=2,
+    config = JetMoeConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_key_value_heads=2, kv_channels=8,
+        num_local_experts=2, num_experts_per_tok=1,
     )  # fmt: skip
-    refuses(lambda: Plan.dense(MixtralForCausalLM(config)), "mixture of experts")
+    refuses(lambda: Plan.dense(JetMoeForCausalLM(config)), "JetMoeParallelExperts.* does not read")
 
 
 def test_accelerate_hooks_are_refused(llama: Any) -> None:

@@ -10,7 +10,7 @@ from transformers import BatchEncoding
 
 from coreskip.kernels.sparse import SparseMLP
 from coreskip.predictors.plan import LayerPlan, Plan
-from coreskip.predictors.policies import Clusters, CoreNeurons, NeuronPolicy, Similar, Static
+from coreskip.predictors.policies import Clusters, CoreNeurons, Dense, NeuronPolicy, Similar, Static
 from coreskip.runtime.bundles import Weights
 from coreskip.runtime.program import brick_of, build
 
@@ -80,15 +80,94 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+_MIXTURE = {**_ROPE, "num_local_experts": 8, "num_experts_per_tok": 2}
+_SHARED = {**_ROPE, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "n_shared_experts": 1}
+_SHARED |= {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}
+_LATENT = {**_SHARED, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+_LATENT |= {"num_key_value_heads": 4}
+
+# mixtures of experts: of every kind of router, of experts' matrices and of shared expert that transformers has
+EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("MixtralConfig", _MIXTURE),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {**_ROPE, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "mlp_only_layers": [0]}
+        | {"shared_expert_intermediate_size": 96, "decoder_sparse_step": 1},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**_HEAD, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "norm_topk_prob": True},
+    ),
+    "olmoe": ("OlmoeConfig", {**_ROPE, "num_experts": 8, "num_experts_per_tok": 3}),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        {**_LATENT, "q_lora_rank": None, "topk_method": "group_limited_greedy", "routed_scaling_factor": 1.5},
+    ),
+    "deepseek_v3": ("DeepseekV3Config", {**_LATENT, "q_lora_rank": 16}),
+    "granitemoe": ("GraniteMoeConfig", _MIXTURE),
+    "phimoe": ("PhimoeConfig", _MIXTURE),
+    "gpt_oss": ("GptOssConfig", {**_MIXTURE, "head_dim": 16, "sliding_window": 8}),
+    "glm4_moe": ("Glm4MoeConfig", {**_SHARED, "head_dim": 16, "n_group": 2, "topk_group": 1}),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        {**_ROPE, "moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 48, "moe_num_shared_experts": 1}
+        | {"moe_layer_start_index": 1},
+    ),
+    "lfm2_moe": (
+        "Lfm2MoeConfig",
+        {**_ROPE, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "num_dense_layers": 1}
+        | {"layer_types": ["conv", "full_attention", "conv"]},
+    ),
+    "hunyuan_v1_moe": ("HunYuanMoEV1Config", {**_HEAD, "num_experts": 8, "moe_topk": 2}),
+    "minimax": (
+        "MiniMaxConfig",
+        {**_MIXTURE, "head_dim": 16, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    ),
+    "flex_olmo": ("FlexOlmoConfig", {**_ROPE, "num_experts": 8, "num_experts_per_tok": 2}),
+    "dots1": ("Dots1Config", {**_SHARED, "n_group": 1, "topk_group": 1}),
+    "jamba": (
+        "JambaConfig",
+        {**_ROPE, "num_experts": 8, "num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1}
+        | {"expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4},
+    ),
+    "llama4": (
+        "Llama4TextConfig",
+        {**_HEAD, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 96}
+        | {"interleave_moe_layer_step": 2, "attention_chunk_size": 64},
+    ),
+    "granitemoeshared": ("GraniteMoeSharedConfig", {**_MIXTURE, "shared_intermediate_size": 64}),
+}
+
+# dense families that differ in where their MLPs are, in what stands inside them, or in what other layers are
+ODD: dict[str, tuple[str, dict[str, Any]]] = {
+    "apertus": ("ApertusConfig", _ROPE),  # a learned activation
+    "biogpt": ("BioGptConfig", _PLAIN),  # the MLP is written out in the layer
+    "xglm": ("XGLMConfig", {**_PLAIN, "d_model": 64, "num_layers": 3, "attention_heads": 4, "ffn_dim": 160}),
+    "mpt": ("MptConfig", {**_PLAIN, "d_model": 64, "n_layers": 3, "n_heads": 4, "use_cache": True}),  # adds a residual
+    "bitnet": ("BitNetConfig", _ROPE),  # a norm before the down projection
+    "doge": ("DogeConfig", {**_ROPE, "is_moe": False}),
+    "lfm2": (  # convolutions among the attentions
+        "Lfm2Config",
+        {**_ROPE, "layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    ),
+    "modernbert_decoder": ("ModernBertDecoderConfig", _PLAIN),  # what it calls its decoder is the LM head
+    "nemotron_h": (  # layers without any MLP
+        "NemotronHConfig",
+        {**_HEAD, "layers_block_type": ["mamba", "mlp", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 32}
+        | {"ssm_state_size": 8, "n_groups": 2, "mlp_hidden_act": "relu2"},
+    ),
+}
+
+
 def tiny(family: str, seed: int = 0, **overrides: Any) -> Any:
     """A random model of `family`, scaled so that its logits are far from ties."""
-    class_name, settings = FAMILIES[family]
+    class_name, settings = (FAMILIES | EXPERTS | ODD)[family]
     torch.manual_seed(seed)
     config = getattr(transformers, class_name)(**{**settings, **overrides})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim in (2, 3):
                 parameter.normal_(0.0, 0.25 if "embed" not in name else 0.5)
             elif "bias" in name:
                 parameter.normal_(0.0, 0.1)
@@ -110,12 +189,12 @@ def plan_of(model: Any, kind: str, keep: float = 0.5) -> Plan:
 
     clusters = None
     if kind == "static":
-        policies: list[Any] = [Static(some(w)) for w in widths]
+        policies: list[Any] = [Static(some(w)) if w else Dense() for w in widths]
     elif kind == "similar":
-        policies = [Similar(torch.stack([some(w), some(w)])) for w in widths]
+        policies = [Similar(torch.stack([some(w), some(w)])) if w else Dense() for w in widths]
         clusters = Clusters(1, 0.4, keep, "signed", torch.rand(2, widths[1], generator=generator))
     else:
-        policies = [CoreNeurons(0.4, keep, kind)] * len(widths)  # type: ignore[arg-type]
+        policies = [CoreNeurons(0.4, keep, kind) if w else Dense() for w in widths]  # type: ignore[arg-type]
     layers = tuple(LayerPlan(policy) for policy in policies)
     return Plan(layers, dense.model, {"method": kind}, clusters=clusters)
 

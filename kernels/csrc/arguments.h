@@ -86,10 +86,35 @@ struct StepMlp {         // neurons bundled as in MlpJob, instead of gate, up an
     NeuronGroups groups;        // instead of all above but lists and down_bias; its rows null: there are none
 };
 
+// How a token's experts are chosen and weighed by a router's logits.
+struct StepRouter {
+    StepLinear logits;           // [count][hidden]
+    const float* correction;     // [count], added to scores where experts are chosen, or null
+    const uint8_t* kept;         // [count], 0: the expert is as if it were not there; null: all are
+    int64_t count, chosen;       // experts in all, and of a token
+    int64_t groups, groups_kept; // of neighbouring experts; a token's are in the best of these groups
+    float added, floor;          // normalized: weights are divided by their sum + added, and by no less than floor
+    float scale;                 // multiplies all weights
+    float least;                 // of the token's greatest weight: experts with a smaller share are left out
+    float jitter;                // kMixer: see there
+    int scoring, by_pairs, normalized;  // by_pairs: groups are as good as their two best in sum, else as their best
+};
+
+// A mixture of experts. The layer's gate, up and down are the expert that all tokens share, where there is one.
+// Gated experts compute down(act(gate) * (up + offset)), gate at most `limit` and up within +-limit; where act is kSilu,
+// it is gate * sigmoid(slope * gate).
+struct StepExperts {
+    StepRouter router;
+    const StepLinear* matrices;  // [count][3]: gate, up, down of each; null: there is no mixture
+    StepLinear shared_gate;      // [1][hidden]: its sigmoid weighs the shared expert; weight null: that counts whole
+    float limit, slope, offset;
+};
+
 struct StepLayer {
     StepNorm attention_in, q_norm, k_norm, attention_out, mlp_in, mlp_out;
     StepLinear q, k, v, o, gate, up, down;
     StepMlp mlp;
+    StepExperts experts;
     int64_t heads, kv_heads, head_dim, rope_dim, window;  // window 0: all of the past
     const float* cos;                                     // [positions][rope_dim], null: no rotation
     const float* sin;
@@ -121,7 +146,7 @@ struct StepCall {
     const int64_t* past;       // [rows]: positions that are in its cache already
     const StepCache* const* caches;  // [rows][layers]
     void* logits;              // [rows][length, or the last `wanted`][vocabulary]
-    double* skipped;           // neurons left out, summed over tokens and layers
+    double* skipped;           // neurons left out, those of experts included, summed over tokens and layers
     int64_t rows, length, wanted;
     int threads;
 };

@@ -80,6 +80,11 @@ constexpr int kMaxHeadDim = 512;
 
 constexpr int kLearned = 3;     // a further Rule: the threshold is one of scores before the sigmoid
 
+// How experts are scored: by the softmax of all logits, by their sigmoids, by the logits themselves, of which the chosen
+// ones' softmax weighs them, or as the sparse mixer of PhiMoE does it: the two greatest, each weighed by a softmax over
+// those logits alone that are within 2 * jitter of it, relative to their size.
+enum Scoring : int { kSoftmax = 0, kSigmoid = 1, kSoftmaxOfChosen = 2, kMixer = 3 };
+
 enum NormKind : int { kNoNorm = 0, kRms = 1, kLayer = 2 };
 
 }  // namespace coreskip

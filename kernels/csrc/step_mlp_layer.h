@@ -37,7 +37,7 @@ class StepMlpLayer {
         projections.read_from(own.h, n);
         projections.project_all(thread.narrowing(l));
         projections.meet();
-        finish(l, w.out);
+        projections.finish_layer(l, w.out);
     }
 
   private:
@@ -49,11 +49,6 @@ class StepMlpLayer {
     const Shared& w = thread.w;
     const Own& own = thread.own;
     bool second_ = false;  // which half of `acc` the next MLP over bundles uses
-
-    void finish(const StepLayer& l, const float* y) {
-        projections.add_to_residual(l, l.mlp_out, y);
-        if (l.parallel && l.run_attention) projections.add_to_residual(l, l.attention_out, own.pending);
-    }
 
     // Scores the neurons by a low-rank map of x.
     void predict(const StepLayer& l, const float* x) {
@@ -164,7 +159,7 @@ class StepMlpLayer {
             thread.isa.restore(sum, stride, dtype);
             if (l.mlp.down_bias) thread.isa.add(sum, l.mlp.down_bias, m.hidden);
         }
-        finish(l, own.rows);
+        projections.finish_layer(l, own.rows);
     }
 
     // Of rows that have several tokens each, for the neurons of this thread's share.

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "neuron_shares.h"
+#include "step_experts_way.h"
 #include "step_thread.h"
 
 namespace coreskip {
@@ -19,11 +20,9 @@ class Prefetch {
   public:
     explicit Prefetch(const StepThread& thread) : thread(thread) {}
 
-    struct Memory {
-        uintptr_t at;
-        int64_t bytes;
-    };
+    typedef ExpertsWay::Memory Memory;
 
+    ExpertsWay experts;    // of the layer that is under way
     int64_t passed = 0;    // bytes of the way that have been read
     int64_t finished = 0;  // stages up to the last one whose scattered memory has been read
 
@@ -40,6 +39,15 @@ class Prefetch {
         if (some->at >= some->end) return false;
         thread.step.fetch(*some, 8 * kLine);
         return true;
+    }
+
+    // The active experts of a layer are known: they are what is read next.
+    void enter(const StepLayer& l, ExpertPart* active, int count) {
+        experts.begin(active, count, thread);
+        ahead_ = {};
+        layer_ = &l - m.layers, stage_ = 6, entry_ = 0;
+        planned_ = passed;
+        finished = thread.stage(l, StepThread::kStages);
     }
 
     void rewind() {
@@ -129,6 +137,7 @@ class Prefetch {
     bool scattered(const StepLayer& l, int n) const {
         if (n < 4) return n != 3 && thread.inputs(l).columns.count();
         if (n == 4) return l.run_attention && l.o.columns;
+        if (l.run_mlp && l.experts.matrices) return n >= 6;
         if (!l.run_mlp || l.mlp.weight || l.mlp.groups.rows) return l.run_mlp && n == 7;
         return n == 7 ? l.down.columns : thread.widening(l).columns.count();
     }
@@ -146,6 +155,7 @@ class Prefetch {
         const bool dense = l.run_mlp && !l.mlp.weight && !l.mlp.groups.rows;
         if (scattered(l, stage_) && thread.stage(l, stage_) >= finished) return false;
         next = {0, 0};
+        if (stage_ >= 5 && l.run_mlp && l.experts.matrices) return next_of_experts(l, next);
         if (stage_ < 3) {
             next = memory_of(thread.inputs(l), stage_);
         } else if (stage_ == 3 && l.run_attention && entry_ < 2 * own_tasks(l)) {
@@ -167,6 +177,18 @@ class Prefetch {
             return true;
         }
         stage_++;
+        return true;
+    }
+
+    // The router, and once experts are chosen, these.
+    bool next_of_experts(const StepLayer& l, Memory& next) {
+        if (stage_ == 5) {
+            next = memory_of(thread.routing(l), 0);
+            stage_++;
+        } else if (!experts.next(next)) {
+            layer_++;
+            stage_ = 0;
+        }
         return true;
     }
 

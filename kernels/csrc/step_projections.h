@@ -16,9 +16,13 @@ class Projections {
   public:
     Projections(StepThread& thread, Prefetch& ahead) : thread(thread), ahead(ahead) {}
 
-    void read_from(const float* x, int64_t width) {
+    void read_from(const float* x, int64_t width) { read_from(x, width, thread.tokens); }
+
+    // x: [rows][width]
+    void read_from(const float* x, int64_t width, int rows) {
         input_ = x;
         input_width_ = width;
+        input_rows_ = rows;
         ready_ = -1;
         chosen_for_ = nullptr;
     }
@@ -32,7 +36,7 @@ class Projections {
         ready_ = dtype;
         ready_stride_ = stride;
         ready_whole_ = whole;
-        for (int t = 0; t < thread.tokens; t++) {
+        for (int t = 0; t < input_rows_; t++) {
             float* row = own.rows + t * stride;
             memcpy(row, input_ + t * input_width_, input_width_ * sizeof(float));
             memset(row + input_width_, 0, (stride - input_width_) * sizeof(float));
@@ -50,28 +54,33 @@ class Projections {
         }
     }
 
-    Rows rows_of(int64_t stride) const { return {thread.tokens, stride, own.rows, own.q, own.scale, own.sum}; }
+    Rows rows_of(int64_t stride) const { return {input_rows_, stride, own.rows, own.q, own.scale, own.sum}; }
 
-    // Calls work(begin, end) for pieces of `all` until none is left, first those of this thread's own share: that is
-    // what it fetches ahead. An output does not depend on who computes it. bytes: of memory that each reads.
-    template <class Work>
-    void share_work(int64_t all, int64_t piece, int64_t bytes, Work work) {
-        const Range mine = thread.mine(all);
-        const int64_t end = ahead.passed + (mine.end - mine.begin) * bytes;
+    // Calls work(begin, end) for pieces of what all threads have as their shares until none is left, first those of this
+    // thread's own, `mine`: that is what it fetches ahead. An output does not depend on who computes it. bytes(range): of
+    // memory that it reads.
+    template <class Bytes, class Work>
+    void share_work(Range mine, int64_t piece, Bytes bytes, Work work) {
+        const int64_t end = ahead.passed + bytes(mine);
         w.stretches[thread.part].set(mine);
         Range r{};
         while (w.stretches[thread.part].take_front(piece, r)) {
             work(r.begin, r.end);
-            ahead.passed += (r.end - r.begin) * bytes;
+            ahead.passed += bytes(r);
         }
         ahead.passed = end;
         for (int k = 1; k < thread.parts; k++)
             while (w.stretches[(thread.part + k) % thread.parts].take_back(piece, r)) work(r.begin, r.end);
     }
 
+    // The same of so many units, each of so many bytes.
+    template <class Work>
+    void share_work(int64_t all, int64_t piece, int64_t bytes, Work work) {
+        share_work(thread.mine(all), piece, [&](Range range) { return (range.end - range.begin) * bytes; }, work);
+    }
+
     void project_all(const Matrices& all) {
-        const int64_t piece = std::max<int64_t>(1, kPiece / all.bytes);
-        share_work(all.whole.count(), piece, all.bytes, [&](int64_t begin, int64_t end) {
+        share_work(all.whole.count(), piece_of(all.bytes), all.bytes, [&](int64_t begin, int64_t end) {
             for (int i = 0; i < 3; i++) {
                 const Range range = all.whole.among({begin, end}, i);
                 if (range.begin < range.end) project(*all.matrix[i], all.y[i], range.begin, range.end);
@@ -82,6 +91,26 @@ class Projections {
             if (strip.begin < strip.end) project_columns(*all.matrix[i], all.y[i], strip.begin, strip.end);
         }
         if (all.columns.count()) ahead.finished = all.next;
+    }
+
+    // One matrix's units `begin` to `end`.
+    void project(const StepLinear& l, float* y, int64_t begin, int64_t end) {
+        prepare(l.dtype, l.stride, l.whole);
+        if (grouped(l.dtype)) {
+            const float* whole = l.whole ? own.rows : nullptr;
+            const TileJob job = {l.weight, l.dtype, l.bias, l.stride / kGroup, l.out, input_rows_,
+                                 whole, own.q, own.group_scale, own.group_sum, own.group_half, y, ahead.to_fetch()};
+            thread.step.tiles(job, begin, end);
+        } else {
+            const LinearJob job = {l.weight, l.scale, l.bias, rows_of(l.stride), l.out, y, ahead.to_fetch()};
+            thread.isa.linear[l.dtype](job, begin * 4, std::min(end * 4, l.out));
+        }
+    }
+
+    // What an MLP comes to, and a parallel attention's output, which has waited for it.
+    void finish_layer(const StepLayer& l, const float* y) {
+        add_to_residual(l, l.mlp_out, y);
+        if (l.parallel && l.run_attention) add_to_residual(l, l.attention_out, own.pending);
     }
 
     void add_to_residual(const StepLayer& layer, const StepNorm& after, const float* y) {
@@ -107,8 +136,6 @@ class Projections {
     }
 
   private:
-    static constexpr int64_t kPiece = 48 << 10;  // bytes of weights. With pieces of 8 KB a step takes 5 % longer.
-
     StepThread& thread;
     Prefetch& ahead;
     const StepModel& m = thread.m;
@@ -118,24 +145,10 @@ class Projections {
     // The input that `project` reads, and for what format it has been prepared.
     const float* input_ = nullptr;
     int64_t input_width_ = 0, ready_stride_ = 0;
-    int ready_ = -1;
+    int input_rows_ = 0, ready_ = -1;
     bool ready_whole_ = false;
     const StepLinear* chosen_for_ = nullptr;  // whose inputs `list` and `selected` hold
     int64_t chosen_count_ = 0;
-
-    // One matrix's units `begin` to `end`.
-    void project(const StepLinear& l, float* y, int64_t begin, int64_t end) {
-        prepare(l.dtype, l.stride, l.whole);
-        if (grouped(l.dtype)) {
-            const float* whole = l.whole ? own.rows : nullptr;
-            const TileJob job = {l.weight, l.dtype, l.bias, l.stride / kGroup, l.out, thread.tokens,
-                                 whole, own.q, own.group_scale, own.group_sum, own.group_half, y, ahead.to_fetch()};
-            thread.step.tiles(job, begin, end);
-        } else {
-            const LinearJob job = {l.weight, l.scale, l.bias, rows_of(l.stride), l.out, y, ahead.to_fetch()};
-            thread.isa.linear[l.dtype](job, begin * 4, std::min(end * 4, l.out));
-        }
-    }
 
     // The inputs of a column-sparse linear that count for any token. Every thread makes the same choice.
     int64_t choose_inputs(const StepLinear& l) {

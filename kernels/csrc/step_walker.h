@@ -9,6 +9,7 @@
 #include "embedding.h"
 #include "logits.h"
 #include "step_attention.h"
+#include "step_experts.h"
 #include "step_mlp_layer.h"
 
 namespace coreskip {
@@ -39,7 +40,8 @@ class Walker {
             const StepLayer& layer = m.layers[i];
             if (layer.run_attention) attention_.run(layer);
             else if (layer.k.weight) attention_.write_entries(layer);
-            if (layer.run_mlp) mlp_.run(layer);
+            if (layer.run_mlp && layer.experts.matrices) experts_.run(layer);
+            else if (layer.run_mlp) mlp_.run(layer);
         }
         logits();
     }
@@ -79,6 +81,7 @@ class Walker {
     Projections projections_{thread, ahead_};
     StepAttention attention_{thread, ahead_, projections_};
     StepMlpLayer mlp_{thread, ahead_, projections_};
+    StepExpertsLayer experts_{thread, ahead_, projections_};
     const StepModel& m = thread.m;
     const StepCall& c = thread.c;
     const Shared& w = thread.w;

@@ -10,6 +10,7 @@
 #include "formats.h"
 #include "logits.h"
 #include "neuron_shares.h"
+#include "step_routing.h"
 #include "workspace.h"
 
 namespace coreskip {
@@ -19,6 +20,7 @@ struct Sizes {
     int64_t tokens, hidden, width = 0, attention = 0, queries = 0, kv = 0, neurons = 0, parts = 0, listed = 0;
     int64_t scales = 0, grouped = 0;         // of neurons in groups: room for scales, and their width
     int64_t rank = 0, inputs = 0, sums = 0;  // of learned scores; of column-sparse linears, and their outputs
+    int64_t experts = 0, pairs = 0, active = 0;  // in all; times a token each, the shared one too; their neurons, summed
 
     Sizes(const StepModel& model, const StepCall& call, int64_t ahead)
         : tokens(call.rows * call.length), hidden(model.hidden) {
@@ -38,6 +40,7 @@ struct Sizes {
                 sums = std::max(sums, w->columns ? w->out + kPad : 0);
             }
             width = std::max({width, l.mlp.stride, l.mlp.groups.width});
+            if (l.experts.matrices) add_experts(l);
         }
         width = std::max({width, model.head.stride, hidden});
         const int64_t past = *std::max_element(call.past, call.past + call.rows);
@@ -45,6 +48,19 @@ struct Sizes {
         int64_t room = 8;  // grows by doubling, so that the workspace is not made anew every kChunk tokens
         while (room < parts) room *= 2;
         parts = room;
+    }
+
+    void add_experts(const StepLayer& l) {
+        const StepExperts& e = l.experts;
+        int64_t widest = 0;
+        for (int64_t i = 0; i < 3 * e.router.count; i++) {
+            width = std::max(width, e.matrices[i].stride);
+            if (i % 3 == 1) widest = std::max(widest, e.matrices[i].out);
+        }
+        width = std::max({width, e.router.logits.stride, e.shared_gate.stride});
+        experts = std::max(experts, e.router.count);
+        pairs = std::max(pairs, tokens * (e.router.chosen + 1));
+        active = std::max(active, tokens * (e.router.chosen * widest + l.up.out));
     }
 };
 
@@ -59,6 +75,8 @@ struct Shared {
     Greatest* best;             // [threads]
     int32_t* high;
     double* left_out;           // [threads]: see Walker
+    float *routes, *shared_weight;                     // [tokens][experts], [tokens]
+    float *experts_gate, *experts_up, *experts_out;    // of each active expert, [rows that want it][its outputs]
 };
 
 // What one thread has to itself.
@@ -71,6 +89,12 @@ struct Own {
     uint8_t* selected;
     uint32_t* keys;
     float *slice, *exact, *sums, *group_scales;
+    float *logits, *gathered;   // of experts: a token's; rows of x that want one
+    Scored* scored;
+    Chosen* experts_chosen;     // [tokens][pairs of a token]
+    ExpertPart* active;
+    int* wanting;               // rows of x, by active expert
+    float* weights;             // theirs
 };
 
 template <class Take>
@@ -96,6 +120,11 @@ Shared share_out(const Sizes& s, const StepModel& m, const StepCall& c, int thre
     w.stretches = reinterpret_cast<Stretch*>(take(char(), threads * sizeof(Stretch)));
     w.best = take(Greatest(), threads);
     w.left_out = take(double(), threads);
+    w.routes = take(float(), t * s.experts);
+    w.shared_weight = take(float(), t);
+    w.experts_gate = take(float(), s.active);
+    w.experts_up = take(float(), s.active);
+    w.experts_out = take(float(), s.pairs * s.hidden);
     return w;
 }
 
@@ -127,6 +156,13 @@ Own own_share(const Sizes& s, Take take) {
     w.sums = take(float(), s.sums * t);
     w.group_scales = take(float(), s.scales);
     w.turned = take(int8_t(), s.grouped * t);
+    w.logits = take(float(), s.experts);
+    w.gathered = take(float(), s.experts ? t * s.hidden : 0);
+    w.scored = take(Scored(), s.experts);
+    w.experts_chosen = take(Chosen(), s.pairs);
+    w.active = take(ExpertPart(), s.experts ? s.experts + 1 : 0);
+    w.wanting = take(int(), s.pairs);
+    w.weights = take(float(), s.pairs);
     return w;
 }
 

@@ -1,0 +1,104 @@
+"""What a decode step may leave out of a mixture of experts: which of a token's experts run, and which exist at all.
+
+A policy is one dataclass, registered under the name that plans save; what it makes a step do is one builder in
+runtime/program.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from .checks import check_share
+from .errors import PlanError
+
+
+class ExpertPolicy:
+    """What one mixture computes at a decode step.
+
+    name: what a saved plan calls the policy.
+    """
+
+    name: ClassVar[str]
+
+    def check(self, count: int) -> None:
+        """Raise `CoreskipError` where the policy does not fit a mixture of `count` experts."""
+
+    def kept(self, count: int) -> int:
+        """Experts of `count` that tokens may go to."""
+        return count
+
+    @property
+    def active(self) -> float:
+        """Share of a token's experts that is computed, on the calibration text."""
+        return 1.0
+
+
+Policy = TypeVar("Policy", bound=type[ExpertPolicy])
+
+EXPERT_POLICIES: dict[str, type[Any]] = {}
+
+
+def expert_policy(cls: Policy) -> Policy:
+    """Registers an expert policy under its name: plans with it can be saved and loaded."""
+    if cls.name in EXPERT_POLICIES:
+        raise ValueError(f"there is an expert policy {cls.name!r} already")
+    EXPERT_POLICIES[cls.name] = cls
+    return cls
+
+
+@expert_policy
+@dataclass(frozen=True)
+class AllExperts(ExpertPolicy):
+    """The experts that the router chooses."""
+
+    name: ClassVar[str] = "all"
+
+
+@expert_policy
+@dataclass(frozen=True)
+class SkipExperts(ExpertPolicy):
+    """A token's experts whose weight is below `beta` times its largest are left out (dynamic expert skipping, arXiv
+    2402.14800, section 3.3). Where the router's weights are normalised, those that stay keep the sum.
+
+    `share`: of a token's experts that stays on the calibration text.
+    """
+
+    beta: float
+    share: float = 1.0
+    name: ClassVar[str] = "skip_experts"
+
+    def check(self, count: int) -> None:
+        if isinstance(self.beta, bool) or not isinstance(self.beta, (int, float)) or not 0 <= self.beta <= 1:
+            raise PlanError(f"beta is {self.beta}: experts are skipped below a share of the first's weight, 0 to 1")
+        check_share("share", self.share)
+
+    @property
+    def active(self) -> float:
+        return self.share
+
+
+@expert_policy
+@dataclass(frozen=True, eq=False)
+class KeptExperts(ExpertPolicy):
+    """Routing is restricted to fixed experts, as if the model had no others: their logits alone are scored, and the
+    weights normalised as the router does it (REAP, arXiv 2510.13999, prunes a model so).
+
+    `indices`: int64 ``[kept]``, ascending.
+    """
+
+    indices: Tensor
+    name: ClassVar[str] = "experts"
+
+    def check(self, count: int) -> None:
+        i = self.indices
+        if i.dtype != torch.int64 or i.ndim != 1 or i.numel() == 0 or not bool((i.diff() > 0).all()):
+            raise PlanError("the kept experts must be a non-empty int64 array, ascending without repeats")
+        if int(i[0]) < 0 or int(i[-1]) >= count:
+            raise PlanError(f"kept experts out of range: {int(i[0])}..{int(i[-1])} of {count}")
+
+    def kept(self, count: int) -> int:
+        return int(self.indices.numel())

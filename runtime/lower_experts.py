@@ -1,0 +1,68 @@
+"""A described mixture of experts as the native step of a CPU reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..kernels.experts import Expert, PackAll, PackedExperts, Router, experts_of
+from ..kernels.packed import PackedLinear
+from .calls import NotCovered
+from .spec import ExpertsSpec, RouterSpec
+
+
+def lower_experts(
+    spec: ExpertsSpec,
+    experts: Sequence[Expert],
+    logits: PackedLinear,
+    shared: Expert | None,
+    shared_gate: PackedLinear | None,
+) -> PackedExperts:
+    """experts: their matrices. logits: the router's. shared: the expert that all tokens go through.
+
+    Raises:
+        NotCovered: the native step does not compute this.
+    """
+    if spec.scaled_inputs:
+        raise NotCovered("routers multiply what experts read, not what they give")
+    if spec.shared is not None and spec.shared.act != spec.act:
+        raise NotCovered("its shared experts have another activation")
+    try:
+        return PackedExperts(
+            _router(spec.router, logits),
+            experts,
+            spec.act,
+            shared,
+            shared_gate,
+            limit=spec.limit or 0.0,
+            slope=1.0 if spec.alpha is None else spec.alpha,
+            offset=spec.shift,
+        )
+    except ValueError as reason:
+        raise NotCovered(str(reason)) from None
+
+
+def packed_experts(spec: ExpertsSpec, pack: PackAll) -> list[Expert]:
+    """The experts' matrices, by `pack`."""
+    at = spec.layout
+    return experts_of(
+        spec.up, spec.down, spec.up_bias, spec.down_bias, gate=spec.gate, gate_bias=spec.gate_bias,
+        stacked=at.stacked, interleaved=at.interleaved, transposed=at.transposed, pack=pack,
+    )  # fmt: skip
+
+
+def _router(spec: RouterSpec, logits: PackedLinear) -> Router:
+    choice = spec.choice
+    return Router(
+        logits,
+        choice.top_k,
+        choice.scoring,
+        None if spec.correction is None else spec.correction.to(torch.float32).contiguous(),
+        choice.groups,
+        choice.top_groups,
+        by_pairs=choice.group_score == "top2",
+        normalized=choice.normalised,
+        added=choice.epsilon if choice.normalised else 0.0,
+        scale=choice.scale,
+    )
