@@ -225,6 +225,7 @@ class _Answering(Response):
         except (ApiError, TimeoutError) as error:
             self._generation.cancel()
             refused = error if isinstance(error, ApiError) else self._late()
+            scope["coreskip.record"].figures["error"] = refused.code  # the status has been sent
             with anyio.move_on_after(_LAST_WORDS):
                 await _event(send, to_json(refused.body()), more=False)
 

@@ -205,10 +205,6 @@ class Sampling(Strict):
             raise _Of("stream_options", "it goes with stream: true")
         return self
 
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0
-
 
 class ChatRequest(Sampling):
     messages: list[Message] = Field(min_length=1)

@@ -73,12 +73,11 @@ class Setup:
 
     def names(self) -> list[tuple[str, str | None]]:
         """What requests may call the model, with the lane of each; the model's own name is the first."""
-        plans, model = self._plans(), self.model
-        named = [(name, None if path else "dense") for name, path in plans if name is not None]
+        model = self.model
+        named = [(name, None if path else "dense") for name, path in self._plans() if name is not None]
         here = model is not None and Path(model).exists()
         own = self.name or (Path(str(model)).resolve().name.removesuffix(".gguf") if here else model)
-        first = "dense" if plans and not any(path for _, path in plans) else None
-        return [(own or "smollm2-135m-instruct", first), *named]
+        return [(own or "smollm2-135m-instruct", None), *named]
 
     def start(self) -> Server:
         """Load the model, and make everything that the first request would wait for. Close the server afterwards.

@@ -429,13 +429,15 @@ def test_a_full_queue_is_told(embedded: tuple[Any, Any]) -> None:
     assert len({r.json()["choices"][0]["text"] for r in found if r.status_code == 200}) == 1
 
 
-def test_answers_that_take_too_long(engine: Engine) -> None:
+def test_answers_that_take_too_long(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     server = server_of(engine, request_s=0.15)
     body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "n": 4}
     assert send(server, TEXT, body).status_code == 504
-    *chunks, error = events(send(server, TEXT, {**body, "stream": True}).text)
+    with caplog.at_level(logging.INFO, logger="coreskip.requests"):
+        *chunks, error = events(send(server, TEXT, {**body, "stream": True}).text)
     assert error["error"]["code"] == "timeout"
     assert chunks
+    assert json.loads(caplog.records[-1].getMessage())["error"] == "timeout"
     idle(engine)
 
 

@@ -263,7 +263,7 @@ def test_names_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         (Setup("."), [("Llama-3.2-1B", None)]),
         (Setup(str(file)), [("model.Q4_0", None)]),
         (Setup("m", plans=("a.plan",)), [("m", None)]),
-        (Setup("m", plans=("exact",)), [("m", "dense"), ("exact", "dense")]),
+        (Setup("m", plans=("exact",)), [("m", None), ("exact", "dense")]),
         (Setup("m", plans=("exact", "fast=a.plan"), name="n"), [("n", None), ("exact", "dense"), ("fast", None)]),
     ):
         setup.check()
