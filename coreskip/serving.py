@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from coreskip.common_options import model_options, weights_option
+from coreskip.common_options import check_memory, memory_option, model_options, weights_option
 from coreskip.runtime.serve_setup import Setup, check_libraries
 
 
@@ -23,6 +23,7 @@ from coreskip.runtime.serve_setup import Setup, check_libraries
     "dense model, too, under that name.",
 )
 @weights_option("Decode with weights in 4 or 8 bits, on top of the plan or of the dense model.")
+@memory_option
 @click.option("--name", help="What requests call the model; by default its id, or its file's or folder's name.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at; 0.0.0.0 is all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
@@ -55,6 +56,7 @@ def serve(host: str, port: int, grace: float, **options: Any) -> None:
     """
     setup = Setup(**options)
     setup.check()
+    check_memory(options["memory"], options["weights"])
     check_libraries()
     from coreskip.runtime.serve_http import bind, is_local, run
 

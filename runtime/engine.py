@@ -8,6 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -65,7 +66,7 @@ class Engine:
             does not cover the model. The wrapping of an engine without a plan gives way to whoever wraps, analyses or
             evaluates the model, and comes back with the engine's next call.
         exact: as for `wrap`; without a plan, drafts come from the text alone.
-        keep_originals, lookup, memory: as for `wrap`.
+        keep_originals, lookup, memory: as for `wrap`; with max_batch, keys and values of texts are among the memory.
         weights: ``"int4"`` or ``"int8"``: the format in which decode steps read their weights, in place of the plan's
             own; None leaves the plan's.
         plain: plain transformers, without anything of coreskip's.
@@ -113,6 +114,8 @@ class Engine:
         if limits is not None:
             check_batches(model)
         cap = cap_of(model) if memory is None else bytes_of(memory)
+        if cap is not None and limits is not None:
+            cap, limits = _shared_out(cap, limits)
         settings = Settings(plan, exact, keep_originals, lookup, weights, cap)
         self._wrapping: SharedWrapping | None = None
         if plain and settings.given:
@@ -363,6 +366,14 @@ def _limits(
     check_count("max_batch", batch)
     check_count("prefill_chunk", chunk)
     return Limits(batch, waiting, kv_bytes, prompt_bytes, chunk)
+
+
+def _shared_out(cap: int, limits: Limits) -> tuple[int, Limits]:
+    """What of a cap on memory is the model's, and limits whose keys and values take the rest: a fifth by
+    default, and a quarter of that for prompts that were read before."""
+    texts = cap // 5 if limits.kv_bytes is None else limits.kv_bytes
+    prompts = texts // 4 if limits.prompt_bytes is None else limits.prompt_bytes
+    return max(1, cap - texts - prompts), replace(limits, kv_bytes=texts, prompt_bytes=prompts)
 
 
 def _check_tokenizer(tokenizer: Any) -> None:

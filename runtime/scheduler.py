@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from ..predictors.errors import CoreskipError
 from .decoding import Decoder
+from .memory_size import free_memory
 from .prompt_cache import PromptCache
 from .running import Running
 from .sequence import Busy, Load
@@ -240,4 +240,4 @@ def _most(config: Any, name: str, otherwise: int) -> int:
 def _free(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return free_memory()

@@ -24,6 +24,7 @@ class Setup:
         model, dtype, device: as `load` takes them.
         plans: each a path, ``NAME=PATH``, or ``exact``: the dense model beside the plan.
         weights: of decode steps: ``int4`` or ``int8``; None: the plan's.
+        memory: that the model and its texts may take; None: any.
         name: what requests call the model; None: its id, or its file's or folder's name.
         threads: to compute with; None: all.
         keys, max_body, timeout: of `Limits`; max_body in megabytes.
@@ -33,6 +34,7 @@ class Setup:
     model: str | None = None
     plans: Sequence[str] = ()
     weights: str | None = None
+    memory: str | None = None
     name: str | None = None
     dtype: str | None = None
     device: str | None = None
@@ -97,7 +99,7 @@ class Setup:
         folder = plan_of(self.model) if path is None else Path(path)
         plan = Plan.load(folder) if folder is not None else None
         packed = packed_for(self.model, self.weights)
-        model, tokenizer = load(self.model, dtype=self.dtype, device=self.device, packed=packed)
+        model, tokenizer = load(self.model, dtype=self.dtype, device=self.device, packed=packed, memory=self.memory)
         names = self.names()
         # nobody needs the model afterwards: its originals may go, unless texts of the dense model read them
         keep = None if any(lane == "dense" for _, lane in names) else False
