@@ -53,7 +53,7 @@ def main(output: Path, model: str | None, weights: str, streams: str, tokens: in
     about = provenance(command if model is None else f"{command} --model {model_name(model)}")
     rows: list[Row] = []
     for row in _measured(model, weights, counts, tokens, rounds):
-        rows.append({"model": model_name(model), "weights": weights, **row, **about})
+        rows.append({"kind": "concurrency", "model": model_name(model), "weights": weights, **row, **about})
         click.echo(row)
     write_rows(output, rows)
 

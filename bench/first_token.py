@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from coreskip.bench.row_schema import Row, write
+from coreskip.bench.runners import OPPONENTS
 from coreskip.bench.settings import scored_text, settings_of
 from coreskip.bench.throughput import run
 from coreskip.predictors.files import check_file
@@ -43,7 +44,8 @@ def main(output: Path, against: str, lengths: str, rounds: int) -> None:
             file = Path(place) / f"{length}.txt"
             file.write_text("\n---\n".join(_prompts(tokenizer, ids, length)), encoding="utf-8")
             asked = settings_of(model=None, against=against, tokens=16, rounds=rounds, windows=0, prompt_file=file)
-            rows += [replace(row, command=command) for row in run(asked).rows]
+            jobs = [job for job in asked.jobs if job.runner in (*OPPONENTS, "coreskip-dense")]
+            rows += [replace(row, command=command) for row in run(replace(asked, jobs=jobs)).rows]
     write(output, rows)
     for row in rows:
         click.echo(f"{row.prompt_tokens} tokens, {row.runner} {row.dtype}: {row.ttft_ms['p50']:.0f} ms")

@@ -232,7 +232,7 @@ def measure(
     """One row a way and a cap."""
     file = folder / WEIGHTS
     size, bandwidth = file.stat().st_size, DirectFile(os.open(file, os.O_RDONLY)).bandwidth
-    about = {"kind": "memory", "model": model_name(str(folder)), "weight_bytes": size, "disk_bandwidth": bandwidth}
+    about = {"kind": "capped", "model": model_name(str(folder)), "weight_bytes": size, "disk_bandwidth": bandwidth}
     free = run_way("ours", folder, None, None, tokens, None)
     assert free is not None
     expected = free["text"]

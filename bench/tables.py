@@ -230,6 +230,16 @@ _ROUNDING: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+def _quantiles_of(name: str) -> Callable[[dict[str, Any]], str]:
+    """Two quantiles of a row, in the form p50 (p95)."""
+    return lambda row: f"{row[name]['p50']:.0f} ({row[name]['p95']:.0f})" if row.get(name) else ""
+
+
+def _of_limit(row: dict[str, Any]) -> str:
+    peak, limit = row.get("peak_bytes"), row.get("limit_bytes")
+    return f"{peak / limit:.3f}" if peak and limit else ""
+
+
 def _parts_of_layers(row: dict[str, Any]) -> str:
     return f"{row['mlps']}, {row['experts']} of {row['layers']}" if "layers" in row else ""
 
@@ -266,6 +276,32 @@ _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "neurons left out": lambda row: f"{100 * row['left_out']:.0f} %",
         "us per layer": lambda row: f"{row['us_per_layer']:.1f}",
         "of dense": lambda row: f"{row['of_dense']:.2f}",
+    },
+    "concurrency": {
+        "streams": lambda row: f"{row['streams']}, {row['weights']}",
+        "tok/s of all": lambda row: f"{row['tok_s']:.0f}",
+        "x one stream": lambda row: f"{row['times_the_first']:.2f}",
+        "while all decode": lambda row: f"{row['decode_tok_s']:.0f}",
+        "first token, ms: p50 (p95)": _quantiles_of("first_token_ms"),
+        "between tokens, ms: p50 (p95)": _quantiles_of("between_tokens_ms"),
+        "texts as alone": lambda row: str(row["same_as_alone"]),
+    },
+    "serve": {
+        "server": lambda row: str(row["server"]),
+        "clients": lambda row: str(row["clients"]),
+        "tok/s of all": lambda row: f"{row['tok_s']:.0f}",
+        "first token, ms: p50 (p95)": _quantiles_of("ttft_ms"),
+        "between tokens, ms: p50 (p95)": _quantiles_of("inter_token_ms"),
+        "texts as alone": lambda row: str(row["same_as_alone"]),
+        "errors": lambda row: str(len(row["errors"])),
+    },
+    "capped": {
+        "way": lambda row: str(row["way"]),
+        "cap": lambda row: f"{row['cap'] / row['weight_bytes']:.2f} of the weights" if "cap" in row else "",
+        "tok/s": lambda row: "killed" if row.get("killed") else f"{row['tok_s']:.2f}",
+        "MB read per token": lambda row: "" if row.get("killed") else f"{row['bytes_read_per_token'] / 1e6:.0f}",
+        "peak, of the limit": _of_limit,
+        "text": lambda row: "" if row.get("killed") else "the same" if row["same_text"] else "another",
     },
     "census": {
         "type": lambda row: str(row["type"]),

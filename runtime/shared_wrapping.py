@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, cast
@@ -20,13 +19,10 @@ from torch import Tensor
 from ..predictors.errors import CoreskipError
 from ..predictors.plan import Plan
 from .delegates import generator_of
-from .wrap import is_wrapped, runtime_of, unwrap, wrap
+from .wrap import changing, is_wrapped, runtime_of, unwrap, wrap
 from .wrapping import Runtime
 
 logger = logging.getLogger("coreskip")
-
-#: Reentrant: the garbage collector may close a dropped engine while another one is being made.
-_lock = threading.RLock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +98,7 @@ class SharedWrapping:
     def acquire(self) -> None:
         """Have the model wrapped: by a wrapping that is there already, or by a new one. Without settings this is to be
         called before every use, for that wrapping gives way to others."""
-        with _lock:
+        with changing:
             if self._given and self._runtime is not None:
                 return
             if is_wrapped(self._model):
@@ -157,7 +153,7 @@ class SharedWrapping:
     def release(self) -> None:
         """Give up this engine's share; the last one unwraps the model, unless somebody has done so or its own weights
         are gone (``keep_originals=False``)."""
-        with _lock:
+        with changing:
             runtime, self._runtime = self._runtime, None
             share = None if runtime is None else _shares.get(runtime)
             if runtime is None or share is None:

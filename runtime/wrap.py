@@ -7,6 +7,7 @@ Parameters, module names, signatures and the state_dict stay as they are, but fo
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -28,6 +29,10 @@ from .memory_size import bytes_of
 from .wrapping import ATTRIBUTE, Options, Runtime
 
 Model = TypeVar("Model", bound=nn.Module)
+
+#: held while a model is wrapped or unwrapped: an engine without settings gives way to others, and wraps anew from a
+#: thread of its own. Reentrant: the garbage collector may close a dropped engine while another is being made.
+changing = threading.RLock()
 
 
 def wrap(
@@ -78,24 +83,39 @@ def wrap(
     check_flag("keep_originals", keep_originals, none=True)
     cap = None if memory is None else bytes_of(memory)
     check_model(model)
-    make_way(model)
-    if exact and keep_originals is False:
-        raise CoreskipError("exact mode verifies with the weights as they were loaded: leave out keep_originals=False")
+    with changing:
+        make_way(model)
+        if exact and keep_originals is False:
+            raise CoreskipError(
+                "exact mode verifies with the weights as they were loaded: leave out keep_originals=False"
+            )
+        inner = _wrappable(model)
+        options = Options(exact, keep_originals, lookup, cap_of(inner) if cap is None else cap)
+        _put_to_work(model, inner, Plan.of(plan, inner), options)
+    return model
+
+
+def _wrappable(model: nn.Module) -> nn.Module:
+    """The model that generates, for `model`.
+
+    Raises:
+        CoreskipError: it is spread over devices, compiled, or does not generate.
+    """
     _refuse_hooks(model)
     check_generates(model)
-    inner = generator_of(model)
-    plan = Plan.of(plan, inner)
+    return generator_of(model)
+
+
+def _put_to_work(model: nn.Module, inner: nn.Module, plan: Plan, options: Options) -> None:
     anatomy = dissect(inner)
     plan.check(inner, anatomy)
     _check_dtypes(plan, anatomy)
-    options = Options(exact, keep_originals, lookup, cap_of(inner) if cap is None else cap)
     runtime = Runtime(inner, anatomy, plan, options)
     runtime.install(wrapped_class(cast(Any, type(inner))))
     if inner is not model:
         runtime.stand_for(model, outer_class(cast(Any, type(model))))
     runtime.replace_originals()
     runtime.memory.settle()
-    return model
 
 
 def unwrap(model: Model) -> Model:
@@ -105,7 +125,8 @@ def unwrap(model: Model) -> Model:
         CoreskipError: the model is not wrapped, or its weights are gone (``keep_originals=False``); nothing changed.
     """
     check_model(model)
-    runtime_of(model).remove()
+    with changing:
+        runtime_of(model).remove()
     return model
 
 

@@ -251,13 +251,11 @@ class Runtime:
         self.memory.stop()
 
     def check_removable(self) -> None:
-        """Raises CoreskipError where `remove` would."""
         if not self.removable:
             self.refuse("unwrap the model")
 
     @property
     def removable(self) -> bool:
-        """Whether the model's own weights can be had back bit for bit."""
         return self.replaced is None or self.replaced.reversible
 
     def refuse(self, what: str) -> None:
