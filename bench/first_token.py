@@ -46,7 +46,7 @@ def main(output: Path, against: str, lengths: str, rounds: int) -> None:
             asked = settings_of(model=None, against=against, tokens=16, rounds=rounds, windows=0, prompt_file=file)
             jobs = [job for job in asked.jobs if job.runner in (*OPPONENTS, "coreskip-dense")]
             rows += [replace(row, command=command) for row in run(replace(asked, jobs=jobs)).rows]
-    write(output, rows)
+            write(output, rows)  # after each length: the longest takes minutes
     for row in rows:
         click.echo(f"{row.prompt_tokens} tokens, {row.runner} {row.dtype}: {row.ttft_ms['p50']:.0f} ms")
 

@@ -16,6 +16,7 @@ tokens; `same_text` compares it with that of the same weights without a cap.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -288,6 +289,8 @@ def fixed_plan(folder: Path, keep: float, target: Path) -> Path:
         layers.append(LayerPlan(Static(kept)))
     plan = replace(dense, layers=tuple(layers), weights=default_weights(model), recipe={"method": "static, at random"})
     plan.save(target)
+    del model
+    gc.collect()  # pages of a file that is still mapped are not dropped, and are free memory to whoever maps it
     return target
 
 

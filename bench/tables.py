@@ -298,7 +298,7 @@ _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     "capped": {
         "way": lambda row: str(row["way"]),
         "cap": lambda row: f"{row['cap'] / row['weight_bytes']:.2f} of the weights" if "cap" in row else "",
-        "tok/s": lambda row: "killed" if row.get("killed") else f"{row['tok_s']:.2f}",
+        "tok/s": lambda row: "killed" if row.get("killed") else f"{row['tokens_per_second']:.2f}",
         "MB read per token": lambda row: "" if row.get("killed") else f"{row['bytes_read_per_token'] / 1e6:.0f}",
         "peak, of the limit": _of_limit,
         "text": lambda row: "" if row.get("killed") else "the same" if row["same_text"] else "another",

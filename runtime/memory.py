@@ -50,6 +50,7 @@ _PIECES = 8  # of the ring: what two readers are at, and as much again ahead
 _SHORT = 16, 48  # tokens of a prompt, and with its continuation, for which there has to be room at least
 _FEWEST_KEYS = 16  # behind which native steps are compared with the modules
 _PACKING = 6  # bytes a weight while one matrix of an MLP is taken apart
+_PACKED = Chooser.PROMPT, Chooser.CALIBRATION  # who choose neurons that are packed by themselves
 _REFILL = 8  # a part of the cap that has to be free before more matrices are kept again
 
 #: caps that `load` was told
@@ -270,7 +271,7 @@ class Capped(Memory):
             logits=16 * MAX_ROWS * int(model.get_input_embeddings().weight.shape[0]),
             fixed=_of_neurons(program, Chooser.CALIBRATION),
             chosen=_of_neurons(program, Chooser.PROMPT),
-            packing=_PACKING * math.prod(_widths(anatomy)) if program.chosen_by(Chooser.PROMPT) else 0,
+            packing=_PACKING * math.prod(_widths(anatomy)) if program.chosen_by(*_PACKED) else 0,
         )
         self._looked_up = [store.spans[name] for name in tables]
         self._held: list[int] = []  # of texts under way

@@ -42,6 +42,10 @@ def GenerationConfig(**options):
 def TokenizedInputs(ids, mask):
     return ids
 
+class SchedulerConfig:
+    enable_prefix_caching = True
+
+
 class LLMPipeline:
     def __init__(self, path, device, **options):
         assert path.endswith(".gguf") and device == "CPU", (path, device)
