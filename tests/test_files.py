@@ -483,10 +483,11 @@ class _Runner:
 
 
 PARENT = """
-import sys
+import signal, sys
 from coreskip.bench.processes import MACHINE, Worker
 from coreskip.bench.runner import Job
 if __name__ == "__main__":
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
     worker = Worker(Job(MACHINE, "float32"))
     worker("read_gb_s")
     print(worker._process.pid, flush=True)
