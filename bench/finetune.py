@@ -13,7 +13,7 @@ errs as it does on numbers that never were on a grid, and perplexity goes from 2
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from coreskip.predictors.files import check_folder, replaced_folder
 from coreskip.runtime.load import load
 
 STEPS, LENGTH, RATE, SEED = 200, 256, 3e-4, 0
-_WARM_UP = 0.1  # of the steps: the rate rises over these and falls to zero over the rest
+_WARM_UP = 0.1  # of the steps
 
 
 def batches(text: TokenText, steps: int, length: int, seed: int) -> Iterator[Tensor]:
@@ -77,11 +77,17 @@ def finetune(
 
     The model has to be in float32. Takes memory for three more copies of its weights.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+    return descend(model, batches(text, steps, length, seed), steps=steps, rate=rate)
+
+
+def descend(model: Any, batches: Iterable[Tensor], *, steps: int, rate: float, decay: float = 0.0) -> list[float]:
+    """Trains in place by AdamW on `steps` batches of token ids; returns the losses in nats, a balancing loss of experts
+    included. The rate rises over the first tenth of the steps and falls to zero over the rest."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=decay)
     warm_up = max(1, round(_WARM_UP * steps))
     losses = []
     model.train()
-    bar = tqdm(batches(text, steps, length, seed), total=steps, desc="training", unit="step", leave=False)
+    bar = tqdm(batches, total=steps, desc="training", unit="step", leave=False)
     for step, ids in enumerate(bar):
         share = min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
         for group in optimizer.param_groups:

@@ -18,9 +18,9 @@ from typing import Any
 import click
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import ByT5Tokenizer, OlmoeConfig, OlmoeForCausalLM
 
+from coreskip.bench.finetune import descend
 from coreskip.bench.method_quality import undo_wikitext
 from coreskip.bench.provenance import provenance, write_rows
 from coreskip.bench.tables import quality_table
@@ -33,7 +33,6 @@ from coreskip.runtime.load import load
 from coreskip.runtime.quality import evaluate_all
 
 STEPS, ROWS, LENGTH, RATE = 900, 16, 128, 3e-3
-_WARM_UP = 0.1  # of the steps: the rate rises over these and falls to zero over the rest
 
 #: What is measured: a name, `analyze`'s method, its options, the shares that are kept.
 PLANS: tuple[tuple[str, str, dict[str, Any], tuple[float, ...]], ...] = (
@@ -64,24 +63,8 @@ def batches(text: TokenText, steps: int, rows: int, length: int, seed: int) -> I
 
 
 def train(model: Any, text: TokenText, *, steps: int, rows: int, length: int, rate: float, seed: int) -> list[float]:
-    """Trains in place by AdamW; returns the losses in nats, the balancing loss included."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.05)
-    warm_up, losses = max(1, round(_WARM_UP * steps)), []
-    model.train()
-    bar = tqdm(batches(text, steps, rows, length, seed), total=steps, desc="training", unit="step", leave=False)
-    for step, ids in enumerate(bar):
-        share = min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
-        for group in optimizer.param_groups:
-            group["lr"] = rate * share
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    model.eval()
-    return losses
+    """Trains in place; returns the losses in nats, the balancing loss included."""
+    return descend(model, batches(text, steps, rows, length, seed), steps=steps, rate=rate, decay=0.05)
 
 
 def plans(model: Any, calibration: TokenText, tokens: int) -> Iterator[tuple[str, Plan]]:

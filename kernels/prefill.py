@@ -61,16 +61,16 @@ class Prefill:
         """
         rows, length = tokens.shape
         self.step.check_caches(caches, rows, past, past + length)
-        padding = [max(0, first - past) for first in start.tolist()]
         x, positions, starts = self._embedded(tokens), positions.contiguous(), start.tolist()
         for index, layer in enumerate(self.step.model.layers):
             assert isinstance(layer.mlp, DenseMLP)
             wide = (rows, length, layer.mlp.up.out_features)
             seen = x.new_zeros(wide) if index in observed else None
-            for row, skipped in enumerate(padding):
+            for row, first in enumerate(starts):
+                skipped = max(0, first - past)  # padding
                 some = None if seen is None else seen[row, skipped:]
                 kept = x[row, skipped:], positions[row, skipped:], some
-                self._through(index, *kept, caches.entry(row, index), past + skipped, starts[row])
+                self._through(index, *kept, caches.entry(row, index), past + skipped, first)
             if observe is not None and seen is not None:
                 observe(index, seen)
         return self._logits(x[:, length - wanted :].contiguous())

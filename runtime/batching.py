@@ -16,7 +16,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from ..predictors.errors import CoreskipError
-from .choosing import Chooser, as_transformers_draws
+from .choosing import TokenChooser, as_transformers_draws
 from .delegates import generator_of
 from .figures import Figures
 from .generation_options import check_length, learned_positions
@@ -87,7 +87,7 @@ class Batching:
                 request.ids,
                 most,
                 ends,
-                Chooser.of(request),
+                TokenChooser.of(request),
                 Pieces(self._tokenizer, request.stop),
                 dense=request.lane == "dense",
                 echo=request.prompt_logprobs,
@@ -141,7 +141,7 @@ class Batching:
             ids[0].tolist(),
             most,
             frozenset(ends),
-            Chooser(asked["logits_processor"], draw),
+            TokenChooser(asked["logits_processor"], draw),
             Pieces(self._tokenizer, call.stops),
             criteria=StoppingCriteriaList(others),
         )

@@ -15,7 +15,7 @@ from .sequence import Constraint, Request, TokenLogprob
 _FEW = 512  # tokens that are sorted first
 
 
-class Chooser:
+class TokenChooser:
     """Chooses the tokens of one sequence.
 
     Args:
@@ -35,7 +35,7 @@ class Chooser:
         self._logprobs, self._constraint = logprobs, constraint
 
     @classmethod
-    def of(cls, request: Request) -> Chooser:
+    def of(cls, request: Request) -> TokenChooser:
         draw = _Drawn(request) if request.temperature > 0 else None
         return cls(_processors(request), draw, request.logprobs, request.constraint)
 

@@ -11,12 +11,14 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from ..kernels import prefill
 from ..kernels import step as kernel
 from ..kernels.ops import MAX_ROWS
 from ..predictors.anatomy import Anatomy
@@ -57,6 +59,11 @@ class Described:
     forward: Callable[..., Any]
     alone: bool = False
     steps: WeakKeyDictionary[StepProgram, tuple[kernel.Step, int]] = field(default_factory=WeakKeyDictionary)
+
+    @cached_property
+    def prompts_uncovered(self) -> str | None:
+        """Why prompts do not run natively; None where they do."""
+        return prefill.uncovered(self.model.base)
 
     def of(self, program: StepProgram) -> CpuModel:
         return self.loaded if program.as_loaded else self.model

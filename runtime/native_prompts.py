@@ -27,7 +27,7 @@ from .lower_cpu import StepProgram
 from .modules import ModulePatches
 from .native import Described, NativeSteps, check_ranges
 from .patches import Usage
-from .phases import Pass, mode, unprompted
+from .phases import Pass, mode, tokens_in, unprompted
 from .selections import Observed, attach
 
 
@@ -99,9 +99,8 @@ class NativePrompts:
         described = self._steps.described
         if described is None or not self._steps.ready:
             raise NotCovered("no step was compared with the model's modules yet")
-        reason = prefill.uncovered(described.model.base)
-        if reason is not None:
-            raise NotCovered(reason)
+        if described.prompts_uncovered is not None:
+            raise NotCovered(described.prompts_uncovered)
         return described
 
     def _in_groups(self) -> bool:
@@ -130,7 +129,7 @@ class NativePrompts:
     def _run(self, described: Described, named: dict[str, Any]) -> Any:
         ids, cache = named["input_ids"], named["past_key_values"]
         rows, length = ids.shape
-        past = int(cache.get_seq_length())
+        past = tokens_in(cache)
         start = row_starts(named.get("attention_mask"), rows, past + length)
         positions = positions_of(named, past)
         step = self._steps.step_of(described, self._program)

@@ -12,7 +12,7 @@ from transformers import StoppingCriteriaList
 from transformers.cache_utils import Cache
 
 from ..predictors.errors import reason_of
-from .choosing import Chooser
+from .choosing import TokenChooser
 from .lower_cpu import StepProgram
 from .native import NativeSequence
 from .pieces import Pieces
@@ -40,7 +40,7 @@ class Running:
         prompt: Sequence[int],
         most: int,
         ends: frozenset[int],
-        chooser: Chooser,
+        chooser: TokenChooser,
         pieces: Pieces,
         *,
         criteria: StoppingCriteriaList | None = None,

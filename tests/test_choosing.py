@@ -9,7 +9,7 @@ import torch
 from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper
 from transformers import TopPLogitsWarper as TopP
 
-from coreskip.runtime.choosing import Chooser
+from coreskip.runtime.choosing import TokenChooser
 from coreskip.runtime.sequence import Request
 
 DRAWS = 4000
@@ -41,7 +41,7 @@ def test_draws_follow_the_distribution_of_transformers(options: dict[str, Any], 
     logits = torch.randn(size, generator=torch.Generator().manual_seed(3)) * (2 if size < 100 else 0.5)
     logits[5] = -float("inf")
     chances = expected(logits, options)
-    chooser = Chooser.of(Request([1], 1, seed=11, **options))
+    chooser = TokenChooser.of(Request([1], 1, seed=11, **options))
     ids = torch.tensor([[1]])
     drawn = torch.tensor([chooser.choose(ids, logits)[0] for _ in range(DRAWS)]).bincount(minlength=size) / DRAWS
     assert float(drawn[chances == 0].sum()) == 0
@@ -53,6 +53,6 @@ def test_no_token_is_left() -> None:
     nothing = torch.full((9,), -float("inf"))
     for temperature in (0.0, 1.0):
         with pytest.raises(RuntimeError, match="no token"):
-            Chooser.of(Request([1], 1, temperature=temperature)).choose(torch.tensor([[1]]), nothing)
+            TokenChooser.of(Request([1], 1, temperature=temperature)).choose(torch.tensor([[1]]), nothing)
     with pytest.raises(RuntimeError, match="no token"):
-        Chooser.of(Request([1], 1, temperature=1.0)).choose(torch.tensor([[1]]), torch.tensor([1.0, float("nan")]))
+        TokenChooser.of(Request([1], 1, temperature=1.0)).choose(torch.tensor([[1]]), torch.tensor([1.0, float("nan")]))
