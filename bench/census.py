@@ -347,8 +347,6 @@ def _apart(model_type: str) -> Row:
 def main(output: Path | None, one: str | None, types: str | None) -> None:
     """A census of all causal LMs of transformers."""
     torch.set_num_threads(1)  # forks have no others
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("coreskip").setLevel(logging.ERROR)
     if one is not None:
         click.echo(json.dumps(examine(one)))
         return
@@ -381,5 +379,7 @@ def summary(rows: list[Row]) -> str:
     return f"{len(rows)} types; " + "; ".join(parts)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # a process of its own: whoever calls `main` keeps how much is logged
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("coreskip").setLevel(logging.ERROR)
     main()
