@@ -83,11 +83,11 @@ def analyze(
         check_file(options["resume"], regular=True)
 
     from coreskip.predictors.calibration import read_text, tokenize
-    from coreskip.predictors.plan_file import check_target
+    from coreskip.predictors.plan import FOLDER
     from coreskip.runtime.analyze import analyze
     from coreskip.runtime.load import load, packed_for
 
-    check_target(output)
+    FOLDER.check_target(output)
     content = read_text(text) if text is not None else None
     set_threads(threads)
     packed = packed_for(model, options.get("weights"))

@@ -1,4 +1,4 @@
-"""The Plan: which neurons and layers run, decided once, kept as a folder (plan_file.py)."""
+"""The Plan: which neurons and layers run, decided once, kept as a folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import plan_file
 from .anatomy import Anatomy, is_packed
 from .checks import AS_PACKED, kind_of
 from .drawing import plan_table
@@ -19,6 +18,7 @@ from .expert_policies import EXPERT_POLICIES, AllExperts, ExpertPolicy
 from .fingerprint import Fingerprint
 from .policies import LAYER_POLICIES, NEURON_POLICIES, Chooser, Clusters, Dense, LayerPolicy, NeuronPolicy, Run
 from .rounding_recipe import RoundingRecipe
+from .sealed_folder import SealedFolder
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,10 @@ def default_weights(model: nn.Module) -> str | None:
 
 
 WEIGHTS = (None, "int8", "int4", "packed")
+OF_PACKED = "plan"  # where a packed model has its plan
+#: ``plan.json`` holds the recipe, the fingerprints, each layer's policy and the measured quality; ``plan.safetensors``
+#: the indices, centroids, means and predictor weights
+FOLDER = SealedFolder("plan", "a plan", 1, "coreskip analyze", PlanError, inside=OF_PACKED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +166,7 @@ class Plan:
         Raises:
             CoreskipError: `path` is something other than a Plan, or cannot be written (no room, no permission).
         """
-        plan_file.write(path, *_encode(self))
+        FOLDER.write(path, *_encode(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -171,7 +175,7 @@ class Plan:
         Raises:
             PlanError: not a Plan, of a newer format, truncated, edited or inconsistent.
         """
-        return plan_file.read(path, _decode)
+        return FOLDER.read(path, _decode)
 
     def __repr__(self) -> str:
         words = [str(self.recipe.get("method", "no method")), f"keep {self.keep:.1%}", self.weights or "as loaded"]
@@ -205,7 +209,7 @@ def _encode(plan: Plan) -> tuple[dict[str, Any], dict[str, Tensor]]:
         layers.append(entry)
     document: dict[str, Any] = {
         "recipe": dict(plan.recipe),
-        "model": _split(plan.model)[0],
+        "model": plan.model.document(),
         "calibration": dict(plan.calibration),
         "quality": None if plan.quality is None else dict(plan.quality),
         "layers": layers,
@@ -232,10 +236,7 @@ def _split(value: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _decode(document: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
-    model = dict(document["model"])
-    model["intermediate_sizes"] = tuple(_integers(model["intermediate_sizes"]))
-    model["experts"] = tuple(_integers(model.get("experts", [])))  # plans of dense models have none
-    fingerprint = Fingerprint(**model, probes=tensors["model.probes"])
+    fingerprint = Fingerprint.read(document["model"], tensors["model.probes"])
     layers = []
     for index, entry in enumerate(document["layers"]):
         prefix = f"layers.{index}."
@@ -311,9 +312,3 @@ def _frontier(rows: Any) -> tuple[dict[str, Any], ...]:
         if not isinstance(row["name"], str) or not all(isinstance(row[name], (int, float)) for name in numbers):
             raise PlanError("the frontier holds something that is not a measurement")
     return tuple(rows)
-
-
-def _integers(values: object) -> list[int]:
-    if not isinstance(values, list) or not all(type(v) is int and v >= 0 for v in values):
-        raise PlanError("intermediate_sizes, or experts, is not a list of numbers of at least 0")
-    return values
