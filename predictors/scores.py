@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from .sealed_folder import SealedFolder
 Unit = Literal["neurons", "experts", "heads", "mlps"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
 Per = Literal["layer", "model"]
-_SCORES = SealedFolder("scores", "scores", 1, "coreskip scores", CoreskipError)
+_SCORES = SealedFolder("scores", "scores", 1, "", CoreskipError)
 _SET = SealedFolder("set", "a set of neurons", 1, "", CoreskipError)
 
 
@@ -53,9 +53,8 @@ class _OfLayers:
         widths = self.model.intermediate_sizes
         if len(self.layers) != len(widths):
             raise CoreskipError(f"there are {self.unit} of {len(self.layers)} layers, the model has {len(widths)}")
-        counts: Sequence[int] | None = {"neurons": widths, "experts": self.model.experts or [0] * len(widths)}.get(
-            self.unit
-        )
+        known: dict[str, Sequence[int]] = {"neurons": widths, "experts": self.model.experts or [0] * len(widths)}
+        counts = known.get(self.unit)
         for index, layer in enumerate(self.layers):
             if layer.ndim != 1 or (counts is not None and len(layer) != counts[index]):
                 expected = "one number each" if counts is None else f"{counts[index]} {self.unit}"
@@ -145,8 +144,8 @@ class NeuronScores(_OfLayers):
         return self._made({"ranks of": self._name}, [_ranks(layer) for layer in self.layers])
 
     def top(self, share: float, *, per: Per = "layer") -> NeuronSet:
-        """The `share` of the units with the highest scores, in (0, 1]: of every layer alike or, per ``model``, of all of
-        them together. Equal scores are taken in order."""
+        """The `share` of the units with the highest scores, in (0, 1]: of every layer alike or, per ``model``, of all
+        of them together. Equal scores are taken in order."""
         check_share("share", share)
         if per not in get_args(Per):
             raise CoreskipError(f"per is {per!r}; choose from {', '.join(get_args(Per))}")
@@ -174,7 +173,7 @@ class NeuronScores(_OfLayers):
         Raises:
             CoreskipError: no scores, of a newer format, truncated, edited or inconsistent.
         """
-        return _SCORES.read(path, cls._decoded)
+        return cast(NeuronScores, _SCORES.read(path, cls._decoded))
 
     @property
     def _name(self) -> Any:
@@ -338,7 +337,7 @@ class NeuronSet(_OfLayers):
         Raises:
             CoreskipError: no set, of a newer format, truncated, edited or inconsistent.
         """
-        return _SET.read(path, cls._decoded)
+        return cast(NeuronSet, _SET.read(path, cls._decoded))
 
     @property
     def _name(self) -> Any:
@@ -367,4 +366,5 @@ def _ranks(scores: Tensor) -> Tensor:
         return torch.full_like(scores, 0.5)
     last = counts.cumsum(0) - 1
     mean = last.double() - (counts - 1).double() / 2
-    return (mean[place] / (len(scores) - 1)).float()
+    ranks: Tensor = mean[place] / (len(scores) - 1)
+    return ranks.float()

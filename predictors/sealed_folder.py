@@ -105,11 +105,11 @@ class SealedFolder:
             raise self.error(f"{folder / self.tensors} is truncated or was edited: {self._again}")
         try:
             return decode(document, safetensors.torch.load(data))
-        except self.error if self.error is not CoreskipError else ():
-            raise
         # whatever a sealed but senseless document trips over (a missing key, a number where a list belongs) means one
         # thing to the user
         except (safetensors.SafetensorError, CoreskipError, KeyError, TypeError, ValueError, AttributeError) as error:
+            if self.error is not CoreskipError and isinstance(error, self.error):
+                raise
             raise self.error(f"{folder} is not a well-formed {self.word} ({error}): {self._again}") from None
 
     def check_target(self, target: Path) -> None:
