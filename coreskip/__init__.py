@@ -32,6 +32,8 @@ __version__ = VERSION
 _HOMES = {
     "CoreskipError": "coreskip.predictors.errors",
     "Engine": "coreskip.runtime.engine",
+    "NeuronScores": "coreskip.predictors.scores",
+    "NeuronSet": "coreskip.predictors.scores",
     "Plan": "coreskip.predictors.plan",
     "PlanError": "coreskip.predictors.errors",
     "analyze": "coreskip.runtime.analyze",
@@ -41,6 +43,7 @@ _HOMES = {
     "pareto": "coreskip.runtime.search",
     "ppl_sparsity": "coreskip.runtime.sparsing_law",
     "prefilling": "coreskip.runtime.phases",
+    "scores": "coreskip.runtime.scoring",
     "unwrap": "coreskip.runtime.wrap",
     "wrap": "coreskip.runtime.wrap",
 }
@@ -48,6 +51,8 @@ _HOMES = {
 __all__ = [
     "CoreskipError",
     "Engine",
+    "NeuronScores",
+    "NeuronSet",
     "Plan",
     "PlanError",
     "analyze",
@@ -57,6 +62,7 @@ __all__ = [
     "pareto",
     "ppl_sparsity",
     "prefilling",
+    "scores",
     "unwrap",
     "wrap",
 ]
@@ -64,12 +70,14 @@ __all__ = [
 if TYPE_CHECKING:
     from coreskip.predictors.errors import CoreskipError, PlanError
     from coreskip.predictors.plan import Plan
+    from coreskip.predictors.scores import NeuronScores, NeuronSet
     from coreskip.runtime.analyze import analyze
     from coreskip.runtime.engine import Engine
     from coreskip.runtime.load import load
     from coreskip.runtime.pack import pack
     from coreskip.runtime.phases import prefilling
     from coreskip.runtime.quality import evaluate
+    from coreskip.runtime.scoring import scores
     from coreskip.runtime.search import pareto
     from coreskip.runtime.sparsing_law import ppl_sparsity
     from coreskip.runtime.wrap import unwrap, wrap

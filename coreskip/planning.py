@@ -26,7 +26,10 @@ from coreskip.predictors.files import STDOUT, check_file, keep, write_text
 
 #: Of the methods, one option for each field of their dataclasses (runtime/options.py).
 method_options = together(
-    click.option("--score", help="griffin, magnitude, magnitude_down, signed; of experts: reap, frequency, random."),
+    click.option(
+        "--score",
+        help="griffin, signed, magnitude, magnitude_down, static: taylor, ...; experts: reap, frequency, random.",
+    ),
     click.option("--beta", type=float, help="Of skip-experts, in place of --keep: of a token's largest weight."),
     click.option("--alpha", type=float, show_default="0.4", help="By these: share of a token's neurons in its core."),
     click.option("--rule", show_default="teal", help="Of threshold: teal, wina or cats."),
@@ -54,6 +57,8 @@ method_options = together(
 @memory_option
 @lookup_option
 @text_option
+@click.option("--keep-for", multiple=True, type=PATH, help="In place of --text, what the plan is for; several times.")
+@click.option("--drop-for", multiple=True, type=PATH, help="What it may lose: measured beside; several times.")
 @method_options
 @click.option("--first-layer", type=int, show_default="0", help="Layers before it stay dense.")
 @click.option("--tokens", type=int, default=16384, show_default=True, help="Observe at most this many tokens.")
@@ -65,6 +70,8 @@ def analyze(
     model: str | None,
     output: Path,
     text: Path | None,
+    keep_for: tuple[Path, ...],
+    drop_for: tuple[Path, ...],
     lookup: bool,
     dtype: str | None,
     device: str | None,
@@ -88,11 +95,19 @@ def analyze(
     from coreskip.runtime.load import load, packed_for
 
     FOLDER.check_target(output)
+    if drop_for and not keep_for:
+        raise CoreskipError("--drop-for names what a plan may lose; say what it is for, too: --keep-for FILE")
+    if keep_for and text is not None:
+        raise CoreskipError("give --text or --keep-for, not both: --keep-for is the text that the plan is made from")
     content = read_text(text) if text is not None else None
+    purpose = {path: read_text(path) for path in (*keep_for, *drop_for)}
     set_threads(threads)
     packed = packed_for(model, options.get("weights"))
     loaded, tokenizer = load(model, dtype=dtype, device=device, packed=packed, memory=options.get("memory"))
     tokens = tokenize(tokenizer, content, Path(str(text)).name) if content is not None else None
+    for name, paths in (("keep_for", keep_for), ("drop_for", drop_for)):
+        if paths:
+            options[name] = [tokenize(tokenizer, purpose[path], path.name) for path in paths]
     plan = analyze(loaded, tokenizer, text=tokens, **options)
     click.echo(str(plan))
     keep(plan.save, output)

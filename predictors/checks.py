@@ -13,6 +13,8 @@ from .errors import CoreskipError
 
 Score = Literal["signed", "magnitude", "magnitude_down", "griffin"]
 SCORES: tuple[Score, ...] = get_args(Score)
+#: by which a static plan can rank neurons: the sources of scores (predictors/sources.py) that read one text
+STATIC_SCORES = (*SCORES, "bigram", "hessian", "smooth_gradient", "snmf", "taylor", "wanda")
 ExpertScore = Literal["reap", "frequency", "random"]
 EXPERT_SCORES: tuple[ExpertScore, ...] = get_args(ExpertScore)
 Allocation = Literal["equal", "cett", "residual", "fisher", "greedy"]
@@ -28,9 +30,9 @@ _TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".json", ".jsonl", ".csv", ".t
 _LONGEST_NAME = 4096  # of a path, on Linux
 
 
-def check_score(score: str) -> None:
-    if score not in SCORES:
-        raise CoreskipError(f"unknown score {score!r}; choose from {', '.join(SCORES)}")
+def check_score(score: str, known: tuple[str, ...] = SCORES) -> None:
+    if score not in known:
+        raise CoreskipError(f"unknown score {score!r}; choose from {', '.join(known)}")
 
 
 def check_allocation(allocation: str) -> None:

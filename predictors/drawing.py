@@ -13,6 +13,7 @@ Plan = Any
 LayerPlan = Any
 
 _BAR = 30
+_MEASURED = ("measures", "elsewhere")  # of the recipe, what has lines of its own
 
 
 def plan_table(plan: Plan) -> str:
@@ -21,9 +22,10 @@ def plan_table(plan: Plan) -> str:
     lines = [
         f"plan for {model.model_type}: {len(plan.layers)} layers, hidden {model.hidden_size}, "
         f"activation {model.activation}",
-        "recipe       " + _pairs({name: value for name, value in plan.recipe.items() if name != "measures"}),
+        "recipe       " + _pairs({name: value for name, value in plan.recipe.items() if name not in _MEASURED}),
         "calibration  " + (_pairs(plan.calibration) or "none"),
         "quality      " + _quality(plan.quality),
+        *(["elsewhere    " + _quality(plan.recipe["elsewhere"])] if "elsewhere" in plan.recipe else []),
         f"keeps        {plan.keep:.1%} of all MLP neurons at each decode step" + _experts(plan),
         "weights      " + (plan.weights or "as loaded") + _rounding(plan.rounding),
         "",

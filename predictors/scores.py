@@ -53,8 +53,7 @@ class _OfLayers:
         widths = self.model.intermediate_sizes
         if len(self.layers) != len(widths):
             raise CoreskipError(f"there are {self.unit} of {len(self.layers)} layers, the model has {len(widths)}")
-        known: dict[str, Sequence[int]] = {"neurons": widths, "experts": self.model.experts or [0] * len(widths)}
-        counts = known.get(self.unit)
+        counts = {"neurons": widths, "experts": self.model.experts or (0,) * len(widths)}.get(str(self.unit))
         for index, layer in enumerate(self.layers):
             if layer.ndim != 1 or (counts is not None and len(layer) != counts[index]):
                 expected = "one number each" if counts is None else f"{counts[index]} {self.unit}"
@@ -82,7 +81,7 @@ class _OfLayers:
         self._require(other.model)
 
     def _document(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        document = {"model": self.model.document(), "unit": self.unit}
+        document: dict[str, Any] = {"model": self.model.document(), "unit": self.unit}
         document |= {"recipe": dict(self.recipe), "calibration": dict(self.calibration), "depth": len(self)}
         tensors = {f"layers.{index}": layer for index, layer in enumerate(self.layers)}
         return document, {**tensors, "model.probes": self.model.probes}

@@ -41,14 +41,14 @@ class Reading:
         anatomy: its parts.
         texts: by name, token ids ``[rows, length]`` without padding, the source's own `window` long at most. One text
             is called ``text``, of two that are contrasted the second ``against``.
-        tokenizer: the model's.
+        prefix: ids that the tokenizer puts before every text (a BOS token, or nothing), which begin every row.
         seed: of whatever is drawn.
     """
 
     model: Any
     anatomy: Anatomy
     texts: Mapping[str, Tensor]
-    tokenizer: Any
+    prefix: Tensor
     seed: int
     progress: bool
 

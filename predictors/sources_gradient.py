@@ -47,7 +47,7 @@ def embedded(model: Any, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """The token embeddings go through `change`, from where gradients are followed."""
 
     def after(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return change(output.detach()).requires_grad_(True)
+        return change(output.detach()).requires_grad_(True).clone()  # a copy, as some models add to it in place
 
     handle = model.get_input_embeddings().register_forward_hook(after)
     try:
@@ -203,7 +203,7 @@ def _shifted_gradient(model: Any, down: nn.Module, ids: Tensor, plain: Tensor, b
     def shifted(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         o = output.detach()
         held.append((o + by * o.float().square().mean().sqrt().to(o.dtype)).requires_grad_(True))
-        return held[-1]
+        return held[-1].clone()
 
     handle = down.register_forward_hook(shifted)
     try:
@@ -236,12 +236,11 @@ class Bigram(Source):
         before, after = reading.rows[:, :-1].flatten(), reading.rows[:, 1:].flatten()
         found, counts = before.unique(return_counts=True)
         common = found[counts.argsort(descending=True, stable=True)[: self.contexts]]
-        prefix = _prefix(reading)
         with differentiable(reading.model), embedded(reading.model, lambda x: x):
             for some in reading.bar(common.split(32), "scoring by bigram", -(-len(common) // 32)):
                 following = [after[before == token].bincount(minlength=int(after.max()) + 1) for token in some]
                 wanted = torch.stack(following).float().to(reading.device)
-                ids = torch.cat([prefix.expand(len(some), -1), some[:, None]], 1).to(reading.device)
+                ids = torch.cat([reading.prefix.expand(len(some), -1), some[:, None]], 1).to(reading.device)
 
                 def loss(logits: Tensor, wanted: Tensor = wanted) -> Tensor:
                     return -(wanted * logits[:, -1].float().log_softmax(-1)[:, : wanted.shape[1]]).sum()
@@ -249,9 +248,3 @@ class Bigram(Source):
                 for layer, (a, g) in activation_gradients(reading, ids, loss).items():
                     sums[layer] += (a * g).abs().sum(0, dtype=torch.float64)
         return sums
-
-
-def _prefix(reading: Reading) -> Tensor:
-    bos = reading.tokenizer.bos_token_id
-    added = bos is not None and bool((reading.rows[:, 0] == bos).all())
-    return torch.tensor([[bos]] if added else [[]], dtype=torch.int64)

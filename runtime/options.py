@@ -12,6 +12,7 @@ from typing import Any, get_args
 from ..predictors.checks import (
     AS_PACKED,
     EXPERT_SCORES,
+    STATIC_SCORES,
     Allocation,
     ExpertScore,
     Score,
@@ -34,6 +35,7 @@ METHODS = (
 )  # fmt: skip
 OF_EXPERTS = ("experts", "skip-experts")  # of mixtures of experts
 RULES = ("teal", "wina", "cats")
+WITH_ALPHA = ("magnitude", "magnitude_down", "signed")  # of the scores, those by which tokens have a core
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,12 @@ class MethodOptions:
 
 
 @dataclass(frozen=True)
-class StaticOptions(MethodOptions):
-    """Of ``static``, ``core`` and ``similar``.
+class ByPromptOptions(MethodOptions):
+    """Of ``core`` and ``similar``.
 
     Attributes:
         score: how neurons are ranked.
-        alpha: share of a token's neurons that count as its core, CoreInfer's (section 3); ``griffin`` has none.
+        alpha: share of a token's neurons that count as its core, CoreInfer's (section 3); of the scores `WITH_ALPHA`.
     """
 
     score: Score = "griffin"
@@ -59,13 +61,25 @@ class StaticOptions(MethodOptions):
 
 
 @dataclass(frozen=True)
-class CoreOptions(StaticOptions):
+class CoreOptions(ByPromptOptions):
     """Of ``core``."""
 
 
 @dataclass(frozen=True)
-class SimilarOptions(StaticOptions):
+class SimilarOptions(ByPromptOptions):
     """Of ``similar``."""
+
+
+@dataclass(frozen=True)
+class StaticOptions(MethodOptions):
+    """Of ``static``: as of ``core``, and more scores, see `scores`."""
+
+    score: str = "griffin"
+    alpha: float = 0.4
+
+    def __post_init__(self) -> None:
+        check_score(self.score, STATIC_SCORES)
+        check_share("alpha", self.alpha)
 
 
 @dataclass(frozen=True)
@@ -405,7 +419,7 @@ def check_bits(bits: int | None, *, in_four_bits: bool) -> None:
 
 def _check_pairs(named: Mapping[str, Any]) -> None:
     """Raise where an option makes another one meaningless."""
-    if "alpha" in named and named.get("score", "griffin") == "griffin":
+    if "alpha" in named and named.get("score") not in WITH_ALPHA:
         raise CoreskipError("alpha is of the scores magnitude, magnitude_down and signed: add one of them")
     if named.get("bits") == 1 and "allocation" in named:
         raise CoreskipError("a sketch of signs keeps the same share of every layer: leave out allocation, or bits")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -74,17 +74,26 @@ def scores(
     check_tokenizer(tokenizer)
     make_way(model)
     texts = _texts(model, tokenizer, chosen, text, against, tokens, seed, progress)
-    rows = {name: _rows(model, each, chosen.window, tokens, name) for name, each in texts.items()}
-    reading = Reading(model, dissect(model), rows, tokenizer, seed, progress)
+    return scored(model, chosen, texts, tokens=tokens, seed=seed, progress=progress)
+
+
+def scored(
+    model: Any, source: Source, texts: Mapping[str, TokenText], *, tokens: int, seed: int = 0, progress: bool = True
+) -> NeuronScores:
+    """`scores` of an unwrapped model by a source, from the texts that it wants, by name."""
+    rows = {name: _rows(model, each, source.window, tokens, name) for name, each in texts.items()}
+    prefix = next((each.prefix for each in texts.values()), torch.zeros(0, dtype=torch.int64))
+    reading = Reading(model, dissect(model), rows, prefix, seed, progress)
     with inference(model):
-        layers = [layer.detach().float().cpu() for layer in chosen.score(reading)]
+        layers = [layer.detach().float().cpu() for layer in source.score(reading)]
     about = {name: each.fingerprint() for name, each in texts.items()}
-    recipe = {"method": method, **{each.name: getattr(chosen, each.name) for each in fields(chosen)}, "seed": seed}
+    options: dict[str, Any] = {each.name: getattr(source, each.name) for each in fields(cast(Any, source))}
     calibration = about["text"] if set(about) == {"text"} else about
-    return NeuronScores(tuple(layers), Fingerprint.of(model), chosen.unit, recipe, calibration)
+    recipe = {"method": source.name, **options, "seed": seed}
+    return NeuronScores(tuple(layers), Fingerprint.of(model), source.unit, recipe, calibration)
 
 
-def source_of(method: str, options: Mapping[str, Any]) -> Any:
+def source_of(method: str, options: Mapping[str, Any]) -> Source:
     """The source of this name, with these options.
 
     Raises:
