@@ -201,6 +201,7 @@ def dissect(model: nn.Module, *, empty: bool = False) -> Anatomy:
     for index, mlp in anatomy.present:
         _check_linears(index, mlp, empty)
         if mlp.whole and not proved(mlp, empty):
+            _check_finite(index, mlp)
             raise CoreskipError(
                 f"the MLP of layer {index} ({type(mlp.owner).__name__}) does not compute down(act(gate(x)) * up(x)); "
                 f"coreskip cannot make {config.model_type!r} models sparse"
@@ -317,6 +318,14 @@ def _check_linears(index: int, mlp: FeedForward, empty: bool) -> None:
             )
         if weight.device.type == "meta" and not (empty or is_packed(module)):
             raise CoreskipError(f"layer {index}: {name} has no weights in memory (offloaded); load it on one device")
+
+
+def _check_finite(index: int, mlp: FeedForward) -> None:
+    """Raise where an MLP computes no numbers, which is no question of its form."""
+    for name in (n for n in (mlp.gate_name, mlp.up_name, mlp.down_name) if n is not None):
+        weight = rows_of(getattr(mlp.owner, name))[0]
+        if weight.device.type != "meta" and not bool(weight.isfinite().all()):
+            raise CoreskipError(f"layer {index}: {name} holds NaN or infinity: load a checkpoint with finite weights")
 
 
 def _refuse_adapter(name: str, module: nn.Module) -> None:

@@ -166,7 +166,7 @@ class PerturbationHessian(Source):
     backward per layer and row: `rows` bounds how many are read."""
 
     epsilon: float = 0.01
-    rows: int = 8
+    rows: int = 4
     name: ClassVar[str] = "hessian"
     window: ClassVar[int] = 128
 

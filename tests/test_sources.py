@@ -170,7 +170,7 @@ def test_the_perturbation_hessian_is_a_difference_of_slopes() -> None:
         a = activations(model, ids)[LAYER]
     curve = perturbation_hessian(model, down, ids, plain, 0.05)
     for neuron in (2, 77):
-        cost = [float((curve.double() * (a[t, neuron] * down.weight[:, neuron]) ** 2).sum()) for t in range(8)]
+        cost = [float((curve.double() * (a[t, neuron] * down.weight.detach()[:, neuron]) ** 2).sum()) for t in range(8)]
         assert float(values.layers[LAYER][neuron]) == pytest.approx(sum(cost) / 8, rel=1e-3)
 
 
