@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from .spec import ModelSpec
+from .calls import NotCovered
+from .spec import ModelSpec, RotarySpec
 
 Table = tuple[Tensor, Tensor]
 _FIRST = 1024  # positions that tables are made for at first
@@ -18,17 +19,18 @@ class RotaryTables:
     """(cos, sin) of each layer of a model, float32 ``[positions, rotated dimensions]`` on the CPU.
 
     Attributes:
-        positions: how many there are tables for.
+        positions: how many there are tables for. end: how many there can be; None: as many as are asked for.
         version: rises whenever the tables are made anew.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
-        self._module: Any = spec.rotary.module
-        self._by_type = spec.rotary.by_type
+        self._rotary = spec.rotary
         self._kinds = [layer.attention.rotation for layer in spec.layers]
         self._lock = threading.Lock()
+        kept = None if spec.rotary is None else spec.rotary.table
+        self.end = None if kept is None else kept.shape[0]
         self._outgrown: list[Any] = []  # a step in another thread may still read them; together as large as the present
-        self.positions, self.version = _FIRST, 0
+        self.positions, self.version = min(_FIRST, self.end or _FIRST), 0
         self._tables = {kind: self._make(kind) for kind in dict.fromkeys(self._kinds) if kind != ""}
 
     def tables(self) -> list[Table | None]:
@@ -45,14 +47,35 @@ class RotaryTables:
         with self._lock:
             if positions <= self.positions:
                 return
-            self.positions = max(positions, 2 * self.positions)
+            self.positions = min(max(positions, 2 * self.positions), self.end or 1 << 62)
             self._outgrown.append(self._tables)
             self._tables = {kind: self._make(kind) for kind in self._tables}
             self.version += 1
 
     def _make(self, kind: str | None, positions: Tensor | None = None) -> Table:
+        assert self._rotary is not None  # else no layer has a kind
         positions = torch.arange(self.positions, device="cpu") if positions is None else positions
-        like = torch.zeros(1, dtype=torch.float32, device="cpu")
-        with torch.no_grad():
-            cos, sin = self._module(like, positions[None], *([kind] if self._by_type else []))
-        return cos[0].float().contiguous(), sin[0].float().contiguous()
+        return table_of(self._rotary, kind, positions)
+
+
+def table_of(rotary: RotarySpec, kind: str | None, positions: Tensor) -> Table:
+    """(cos, sin) of `positions` int64 [n], float32 ``[n, rotated dimensions]`` on the CPU: those of the first halves of
+    turned pairs, then of the second."""
+    if rotary.table is not None:
+        sin, cos = rotary.table.detach()[positions.to(rotary.table.device)].float().cpu().chunk(2, -1)
+        return torch.cat([cos, cos], -1).contiguous(), torch.cat([sin, sin], -1).contiguous()
+    like, module = torch.zeros(1, dtype=torch.float32, device="cpu"), cast(Any, rotary.module)
+    with torch.no_grad():
+        made = module(like, positions[None], *([kind] if rotary.by_type else []))
+    if isinstance(made, Tensor):  # as complex numbers (Llama 4)
+        if not made.is_complex():
+            raise NotCovered("its rotary embeddings are neither cosines and sines nor complex numbers")
+        made = made.real.repeat(1, 1, 2), made.imag.repeat(1, 1, 2)
+    return _by_halves(made[0][0].float()), _by_halves(made[1][0].float())
+
+
+def _by_halves(table: Tensor) -> Tensor:
+    """A table as it is used: some have an angle's cosine twice in a row (Cohere)."""
+    if torch.equal(table[:, ::2], table[:, 1::2]):
+        return torch.cat([table[:, ::2], table[:, ::2]], -1).contiguous()
+    return table.contiguous()

@@ -1,0 +1,168 @@
+"""Where a decoder layer has its norms and how its halves are added up, found in a pass of a few tokens: whatever the
+parts are called, x += out(attention(in(x))), x = after(x), then the same for the MLP, has to give what the layer gave.
+
+Without a pass, on a meta device, the names that many architectures share have to do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..predictors.anatomy import Anatomy
+from .attention_reading import near
+from .calls import NotCovered
+from .norms import read_norm
+from .spec import NormSpec
+from .tracing import Trace
+
+_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+
+@dataclass(frozen=True, eq=False)
+class Composition:
+    """How a layer is put together: see `LayerSpec`. norms: the modules by the names of their places there."""
+
+    norms: dict[str, nn.Module]
+    parallel: bool
+    residual_scale: float
+
+    def specs(self, size: int | None = None) -> dict[str, NormSpec | None]:
+        places = ("attention_in", "attention_out", "attention_after", "mlp_in", "mlp_out", "mlp_after")
+        return {place: read_norm(self.norms[place], size) if place in self.norms else None for place in places}
+
+
+def by_name(layer: nn.Module) -> Composition:
+    """Norms before a layer's halves (Llama), after them (OLMo 2), or both (Gemma 2).
+
+    Raises:
+        NotCovered: it has others.
+    """
+    has = {name: module for name in _NORMS if isinstance(module := getattr(layer, name, None), nn.Module)}
+    names, parallel = set(has), bool(getattr(layer, "use_parallel_residual", False))
+    if names == {"input_layernorm"}:
+        places, parallel = {"attention_in": "input_layernorm", "mlp_in": "input_layernorm"}, True
+    elif names == {"input_layernorm", "post_attention_layernorm"}:
+        places = {"attention_in": "input_layernorm", "mlp_in": "post_attention_layernorm"}
+    elif names == {"post_attention_layernorm", "post_feedforward_layernorm"}:
+        places = {"attention_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
+    elif len(names) == 4:
+        places = dict(zip(("attention_in", "attention_out", "mlp_in", "mlp_out"), _NORMS, strict=True))
+    else:
+        raise NotCovered("its decoder layers have other norms than decode steps know")
+    scale = float(getattr(layer, "residual_multiplier", 1.0))
+    return Composition({place: has[name] for place, name in places.items()}, parallel, scale)
+
+
+def by_values(anatomy: Anatomy, index: int, seen: Trace) -> Composition:
+    """The composition of layer `index` in a pass.
+
+    Raises:
+        NotCovered: what the layer gave is not put together so.
+    """
+    return _Layer(anatomy, index, seen).read()
+
+
+class _Layer:
+    """One layer in a pass: what it was given and gave, as its halves were, and the norms around these."""
+
+    def __init__(self, anatomy: Anatomy, index: int, seen: Trace) -> None:
+        layer, attention = anatomy.layers[index], anatomy.attentions[index]
+        assert attention is not None
+        owner: Any = attention.module
+        self._x, self._y = seen.given(layer), seen.gave(layer)
+        self._attention = seen.given(getattr(owner, attention.inputs[0])), seen.gave(getattr(owner, attention.output))
+        self._mlp, of_mlp = _mlp(anatomy, index, seen)
+        told = getattr(layer, "residual_multiplier", None)
+        self._told = [1.0, float(told)] if isinstance(told, (int, float)) else [1.0]
+        inside = {*owner.modules(), *of_mlp}
+        self._norms = [module for module in layer.modules() if module not in inside and self._changes(module, seen)]
+        self._seen = seen
+
+    def _changes(self, module: nn.Module, seen: Trace) -> bool:
+        """Whether a module, in one call, makes something else of as many numbers."""
+        calls = seen.calls.get(module, [])
+        if any(module.children()) or len(calls) != 1:
+            return False
+        given, gave = calls[0].given, calls[0].gave
+        return given is not None and gave is not None and given.shape == self._x.shape and not torch.equal(given, gave)
+
+    def read(self) -> Composition:
+        norms: dict[str, nn.Module] = {}
+        reads, gave = self._attention
+        attention_in = self._giving(reads)
+        if attention_in is not None:
+            norms["attention_in"], reads = attention_in, self._seen.given(attention_in)
+        if not near(reads, self._x):
+            raise NotCovered("its attention reads something else than the residual stream")
+        gave = self._normed(norms, "attention_out", gave)
+        for kind in (self._before_mlp, self._after_attention):
+            found = kind(dict(norms), gave)
+            if found is not None:
+                return found
+        raise NotCovered("what its decoder layers add up is not what decode steps do")
+
+    def _before_mlp(self, norms: dict[str, nn.Module], attended: Tensor) -> Composition | None:
+        """A norm, or none, between the residual stream and the MLP."""
+        reads = self._mlp[0]
+        mlp_in = self._giving(reads)
+        if mlp_in is not None:
+            norms["mlp_in"], reads = mlp_in, self._seen.given(mlp_in)
+        if near(reads, self._x):
+            return self._closed(norms, self._x, attended, parallel=True)
+        scale = self._scale(reads - self._x, attended)
+        return self._closed(norms, reads, scale=scale) if near(self._x + scale * attended, reads) else None
+
+    def _after_attention(self, norms: dict[str, nn.Module], attended: Tensor) -> Composition | None:
+        """A norm of the residual stream after the attention, which the MLP reads as it is."""
+        after = self._giving(self._mlp[0])
+        if after is None:
+            return None
+        norms["attention_after"], given = after, self._seen.given(after)
+        scale = self._scale(given - self._x, attended)
+        return self._closed(norms, self._mlp[0], scale=scale) if near(self._x + scale * attended, given) else None
+
+    def _closed(
+        self,
+        norms: dict[str, nn.Module],
+        x: Tensor,
+        attended: Tensor | float = 0.0,
+        parallel: bool = False,
+        scale: float | None = None,
+    ) -> Composition | None:
+        """The composition, if the residual stream x and what the MLP gives come to what the layer gave. attended: what a
+        parallel attention gives. scale: of what the halves give, where that is known."""
+        more = self._normed(norms, "mlp_out", self._mlp[1]) + attended
+        y, after = self._y, self._giving(self._y)
+        if after is not None:
+            norms["mlp_after"], y = after, self._seen.given(after)
+        scale = self._scale(y - x, more) if scale is None else scale
+        return Composition(norms, parallel, scale) if near(x + scale * more, y) else None
+
+    def _giving(self, value: Tensor) -> nn.Module | None:
+        return next((m for m in self._norms if torch.equal(self._seen.gave(m), value)), None)
+
+    def _normed(self, norms: dict[str, nn.Module], place: str, value: Tensor) -> Tensor:
+        """What a norm that is given `value` makes of it, if there is one."""
+        norm = next((m for m in self._norms if torch.equal(self._seen.given(m), value)), None)
+        if norm is None:
+            return value
+        norms[place] = norm
+        return self._seen.gave(norm)
+
+    def _scale(self, added: Tensor, gave: Tensor) -> float:
+        """By what a half's output is multiplied; as the layer says it, where that is about the same."""
+        found = float((added * gave).sum() / (gave * gave).sum().clamp_min(1e-30))
+        return next((told for told in self._told if abs(found - told) <= 1e-2 * abs(told)), found)
+
+
+def _mlp(anatomy: Anatomy, index: int, seen: Trace) -> tuple[tuple[Tensor, Tensor], list[nn.Module]]:
+    """What a layer's MLP, or its experts, were given and gave, and the modules inside."""
+    mlp, experts = anatomy.feed_forwards[index], anatomy.experts[index]
+    if experts is not None:
+        return (seen.given(experts.block), seen.gave(experts.block)), list(experts.block.modules())
+    assert mlp is not None
+    return (seen.given(mlp.up), seen.gave(mlp.down)), list(mlp.owner.modules()) if mlp.whole else [mlp.up, mlp.down]
