@@ -151,7 +151,8 @@ def _readings(
     heads = evidence.attended.shape[-1] // spec.head_dim
     rotations = [(spec.rotation, False), (spec.rotation, True), ("", False)] if spec.rotation != "" else [("", False)]
     scales = list(dict.fromkeys([spec.scale, *_told_scales(module), spec.head_dim**-0.5, 1.0]))
-    slopes = _slopes(named)
+    biases_of_keys = alibi(named)
+    slopes = None if biases_of_keys is None else biases_of_keys.float()[:, 0].diff(dim=-1)[:, -1].cpu().contiguous()
     biases = [None] if slopes is None else [slopes, *(slopes * scale for scale in scales)]
     norms = [False] if spec.q_norm is None and spec.k_norm is None else [False, True]
     orders = [None] if len(spec.inputs) == 3 else [None, *_orders(heads, evidence.keys.shape[0], spec.head_dim)]
@@ -168,14 +169,10 @@ def _told_scales(module: Any) -> list[float]:
     return [float(scale) for scale in told if isinstance(scale, (int, float))]
 
 
-def _slopes(named: dict[str, Any]) -> Tensor | None:
-    """ALiBi's, from the biases that a layer was given: [heads, ..., keys]."""
-    for name in ("alibi", "position_bias"):
-        bias = named.get(name)
-        if isinstance(bias, Tensor) and bias.is_floating_point() and bias.shape[-1] > 1:
-            bias = bias.float().flatten(0, -2)[:, -2:] if bias.ndim == 3 and bias.shape[1] == 1 else bias.float()
-            return (bias[..., -1] - bias[..., -2]).reshape(-1).cpu().contiguous()
-    return None
+def alibi(named: dict[str, Any]) -> Tensor | None:
+    """The biases of scores that an attention was given, ``[heads, 1, keys]``, if it was given any."""
+    biases = (named.get(name) for name in ("alibi", "position_bias"))
+    return next((bias for bias in biases if isinstance(bias, Tensor) and bias.ndim == 3 and bias.shape[1] == 1), None)
 
 
 def _orders(heads: int, kv_heads: int, d: int) -> Iterator[Order]:

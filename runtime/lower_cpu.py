@@ -142,17 +142,10 @@ class CpuModel:
             layers.append(_by_columns(layer, program.columns.get(index, {})))
         return native.Step(replace(self.base, layers=layers))
 
-    @property
-    def end(self) -> int | None:
-        """How many positions the model knows; None where there is no end."""
-        places = self.spec.places
-        ends = [end for end in (self.rotary.end, None if places is None else places.count) if end is not None]
-        return min(ends, default=None)
-
     def check_end(self, positions: int) -> None:
         """Raises NotThisCall where the model cannot come to so many positions."""
-        if self.end is not None and positions > self.end:
-            raise NotThisCall(f"the model knows {self.end} positions")
+        if self.spec.end is not None and positions > self.spec.end:
+            raise NotThisCall(f"the model knows {self.spec.end} positions")
 
     def reach(self, positions: int) -> None:
         """Makes sure that steps can come to so many positions; raises as `check_end` does."""

@@ -100,8 +100,8 @@ class Comparison:
         """Compares steps at positions far apart, and behind many keys: what texts will come to."""
         config = self._steps.model.config.get_text_config()
         far, keys = far_positions(config)[:, None], self._steps.probe_keys
-        if loaded.end is not None:
-            far, keys = far[far[:, 0] < loaded.end], min(keys, loaded.end - MAX_ROWS)
+        if loaded.spec.end is not None:
+            far, keys = far[far[:, 0] < loaded.spec.end], min(keys, loaded.spec.end - MAX_ROWS)
         if loaded.spec.places is not None and not loaded.spec.places.given:  # no text could be at these
             far = far[:0]
         behind = torch.arange(keys, keys + MAX_ROWS, device="cpu")[None]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..predictors.anatomy import Anatomy, Experts, FeedForward, canonical_activation
-from .attention_reading import linear, near, read_attention
+from .attention_reading import alibi, linear, near, read_attention
 from .calls import NotCovered
 from .coverage import uncovered
 from .layer_reading import Composition, by_name, by_values
@@ -75,6 +75,7 @@ def read_spec(model: Any, anatomy: Anatomy) -> ModelSpec:
         logit_softcap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
         places=places,
         embedding_norm=embedding_norm,
+        end=_end(anatomy, rotary, places, seen),
     )
 
 
@@ -197,6 +198,19 @@ def _rotary(anatomy: Anatomy) -> RotarySpec | None:
         if isinstance(table, Tensor) and table.ndim == 2:  # each layer has the same
             return RotarySpec(None, table=table)
     return None
+
+
+def _end(
+    anatomy: Anatomy, rotary: RotarySpec | None, places: PlacesSpec | None, seen: Trace | None
+) -> int | None:
+    """How many positions the model knows, where it has a table of them."""
+    ends = [] if places is None else [places.count]
+    if rotary is not None and rotary.table is not None:
+        ends.append(rotary.table.shape[0])
+    if seen is not None:  # biases of scores that were made for all positions before (MPT)
+        biases = alibi(seen.named(cast(Any, anatomy.attentions[0]).module))
+        ends += [biases.shape[-1]] if biases is not None and biases.shape[-1] > seen.ids.numel() else []
+    return min(ends, default=None)
 
 
 def _check_table(module: nn.Module) -> None:

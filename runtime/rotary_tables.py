@@ -19,18 +19,16 @@ class RotaryTables:
     """(cos, sin) of each layer of a model, float32 ``[positions, rotated dimensions]`` on the CPU.
 
     Attributes:
-        positions: how many there are tables for. end: how many there can be; None: as many as are asked for.
+        positions: how many there are tables for.
         version: rises whenever the tables are made anew.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
-        self._rotary = spec.rotary
+        self._rotary, self._end = spec.rotary, spec.end
         self._kinds = [layer.attention.rotation for layer in spec.layers]
         self._lock = threading.Lock()
-        kept = None if spec.rotary is None else spec.rotary.table
-        self.end = None if kept is None else kept.shape[0]
         self._outgrown: list[Any] = []  # a step in another thread may still read them; together as large as the present
-        self.positions, self.version = min(_FIRST, self.end or _FIRST), 0
+        self.positions, self.version = min(_FIRST, spec.end or _FIRST), 0
         self._tables = {kind: self._make(kind) for kind in dict.fromkeys(self._kinds) if kind != ""}
 
     def tables(self) -> list[Table | None]:
@@ -47,7 +45,7 @@ class RotaryTables:
         with self._lock:
             if positions <= self.positions:
                 return
-            self.positions = min(max(positions, 2 * self.positions), self.end or 1 << 62)
+            self.positions = min(max(positions, 2 * self.positions), self._end or 1 << 62)
             self._outgrown.append(self._tables)
             self._tables = {kind: self._make(kind) for kind in self._tables}
             self.version += 1

@@ -227,6 +227,7 @@ class ModelSpec:
     table: the module of the tokens' embeddings.
     embedding_scale: what embeddings are multiplied by; None where that cannot be seen, on a meta device.
     places: what positions add to them. embedding_norm: of the sum.
+    end: how many positions the model knows; None: no end is known.
     """
 
     table: nn.Module
@@ -240,6 +241,7 @@ class ModelSpec:
     logit_softcap: float
     places: PlacesSpec | None = None
     embedding_norm: NormSpec | None = None
+    end: int | None = None
 
     @property
     def embedding(self) -> Tensor:
