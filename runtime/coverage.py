@@ -29,12 +29,15 @@ _TABLES = ("masked_bias", "embed_positions")
 
 
 def uncovered(
-    anatomy: Anatomy, norms: Sequence[Iterable[nn.Module]] | None = None, called: Container[nn.Module] | None = None
+    anatomy: Anatomy,
+    norms: Sequence[Iterable[nn.Module]] | None = None,
+    called: Container[nn.Module] | None = None,
+    beside: Container[int] = (),
 ) -> str | None:
     """What of the decoder layers the description leaves out or cannot know; None where it accounts for everything.
 
     norms: by layer, those that are described; None: by the names that many architectures share. called: the modules
-    that a pass calls, where that is known.
+    that a pass calls, where that is known. beside: the layers whose MLP stands beside their experts.
     """
     parts = zip(anatomy.layers, anatomy.feed_forwards, anatomy.experts, anatomy.attentions, strict=True)
     for index, (layer, mlp, experts, attention) in enumerate(parts):
@@ -42,7 +45,7 @@ def uncovered(
             return "a layer's attention was not recognised"
         if mlp is None and experts is None:
             return "a layer has no MLP that was recognised"
-        if experts is not None and not (experts.whole and experts.shared is mlp):
+        if experts is not None and not (experts.whole and (experts.shared is mlp or index in beside)):
             return "a layer computes something beside its experts"
         owner = experts.block if experts is not None else cast(FeedForward, mlp).owner
         reason = _foreign_code(layer, owner, experts, attention.module) or _foreign_attention(attention.module)

@@ -24,11 +24,13 @@ _NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layern
 
 @dataclass(frozen=True, eq=False)
 class Composition:
-    """How a layer is put together: see `LayerSpec`. norms: the modules by the names of their places there."""
+    """How a layer is put together: see `LayerSpec`. norms: the modules by the names of their places there. beside:
+    whether its MLP reads what its experts read, and is added to what they give."""
 
     norms: dict[str, nn.Module]
     parallel: bool
     residual_scale: float
+    beside: bool = False
 
     def specs(self, size: int | None = None) -> dict[str, NormSpec | None]:
         places = ("attention_in", "attention_out", "attention_after", "mlp_in", "mlp_out", "mlp_after")
@@ -75,7 +77,7 @@ class _Layer:
         owner: Any = attention.module
         self._x, self._y = seen.given(layer), seen.gave(layer)
         self._attention = seen.given(getattr(owner, attention.inputs[0])), seen.gave(getattr(owner, attention.output))
-        self._mlp, of_mlp = _mlp(anatomy, index, seen)
+        self._mlp, of_mlp, self._beside = _mlp(anatomy, index, seen)
         told = getattr(layer, "residual_multiplier", None)
         self._told = [1.0, float(told)] if isinstance(told, (int, float)) else [1.0]
         inside = {*owner.modules(), *of_mlp}
@@ -140,7 +142,7 @@ class _Layer:
         if after is not None:
             norms["mlp_after"], y = after, self._seen.given(after)
         scale = self._scale(y - x, more) if scale is None else scale
-        return Composition(norms, parallel, scale) if near(x + scale * more, y) else None
+        return Composition(norms, parallel, scale, self._beside) if near(x + scale * more, y) else None
 
     def _giving(self, value: Tensor) -> nn.Module | None:
         return next((m for m in self._norms if torch.equal(self._seen.gave(m), value)), None)
@@ -159,10 +161,17 @@ class _Layer:
         return next((told for told in self._told if abs(found - told) <= 1e-2 * abs(told)), found)
 
 
-def _mlp(anatomy: Anatomy, index: int, seen: Trace) -> tuple[tuple[Tensor, Tensor], list[nn.Module]]:
-    """What a layer's MLP, or its experts, were given and gave, and the modules inside."""
+def _mlp(anatomy: Anatomy, index: int, seen: Trace) -> tuple[tuple[Tensor, Tensor], list[nn.Module], bool]:
+    """What a layer's MLP, or its experts, were given and gave, the modules inside, and whether an MLP beside the experts
+    (Granite) is counted in."""
     mlp, experts = anatomy.feed_forwards[index], anatomy.experts[index]
-    if experts is not None:
-        return (seen.given(experts.block), seen.gave(experts.block)), list(experts.block.modules())
-    assert mlp is not None
-    return (seen.given(mlp.up), seen.gave(mlp.down)), list(mlp.owner.modules()) if mlp.whole else [mlp.up, mlp.down]
+    inside = [] if mlp is None else list(mlp.owner.modules()) if mlp.whole else [mlp.up, mlp.down]
+    if experts is None:
+        if mlp is None:
+            raise NotCovered("a layer has no MLP that was recognised")
+        return (seen.given(mlp.up), seen.gave(mlp.down)), inside, False
+    inside += experts.block.modules()
+    reads, gave = seen.given(experts.block), seen.gave(experts.block)
+    if mlp is None or mlp is experts.shared or not torch.equal(seen.given(mlp.up).view_as(reads), reads):
+        return (reads, gave), inside, False
+    return (reads, gave + seen.gave(mlp.down).view_as(gave)), inside, True

@@ -10,13 +10,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..predictors.anatomy import Anatomy, Experts, FeedForward, canonical_activation
+from ..predictors.anatomy import Anatomy, Attention, Experts, FeedForward, canonical_activation
 from .attention_reading import alibi, linear, near, read_attention
 from .calls import NotCovered
 from .coverage import uncovered
@@ -25,6 +26,7 @@ from .norms import normed, read_norm
 from .packed_layer import PackedRows
 from .spec import (
     STATIC_ROPE,
+    AttentionSpec,
     BrickSpec,
     ExpertsSpec,
     LayerSpec,
@@ -49,17 +51,19 @@ def read_spec(model: Any, anatomy: Anatomy) -> ModelSpec:
     _check_table(table)
     if any(attention is None for attention in anatomy.attentions):
         raise NotCovered("a layer's attention was not recognised")
-    windows_of = windows(model.config, len(anatomy))
+    windows(model.config, len(anatomy))  # before anything is computed
     seen = None if table.weight.is_meta and not isinstance(table, PackedRows) else trace(model, anatomy)
     found = [by_name(layer) if seen is None else by_values(anatomy, i, seen) for i, layer in enumerate(anatomy.layers)]
-    reason = uncovered(anatomy, [layer.norms.values() for layer in found], seen and seen.calls)
+    beside = [index for index, layer in enumerate(found) if layer.beside]
+    reason = uncovered(anatomy, [layer.norms.values() for layer in found], seen and seen.calls, beside)
     if reason is not None:
         raise NotCovered(reason)
     config = model.config.get_text_config()
-    rotary, size = _rotary(anatomy), table.weight.shape[-1]
+    size = table.weight.shape[-1]
+    rotary, attentions = _attentions(anatomy, config, windows(model.config, len(anatomy)), seen)
     layers = tuple(
-        _layer(anatomy, index, layer, read_attention(attention, index, window, config, rotary, seen), size)  # type: ignore[arg-type]
-        for index, (layer, attention, window) in enumerate(zip(found, anatomy.attentions, windows_of, strict=True))
+        _layer(anatomy, index, layer, attention, size)
+        for index, (layer, attention) in enumerate(zip(found, attentions, strict=True))
     )
     scale, places, embedding_norm = _embedding(anatomy, table, seen)
     divisor = getattr(config, "logits_scaling", None)
@@ -94,12 +98,30 @@ def windows(config: Any, layers: int) -> list[int]:
 # ---- layers ----
 
 
+def _attentions(
+    anatomy: Anatomy, config: Any, windows_of: list[int], seen: Trace | None
+) -> tuple[RotarySpec | None, list[AttentionSpec]]:
+    """How the layers rotate, and attend."""
+    rotary = _rotary(anatomy)
+    variants = [rotary] if rotary is None or seen is None else [rotary, replace(rotary, backwards=True)]
+    refused: NotCovered | None = None
+    for variant in variants:
+        try:
+            return variant, [
+                read_attention(cast(Attention, attention), index, window, config, variant, seen)
+                for index, (attention, window) in enumerate(zip(anatomy.attentions, windows_of, strict=True))
+            ]
+        except NotCovered as reason:
+            refused = refused or reason
+    raise cast(NotCovered, refused)
+
+
 def _layer(anatomy: Anatomy, index: int, found: Composition, attention: Any, size: int) -> LayerSpec:
     mlp, experts = anatomy.feed_forwards[index], anatomy.experts[index]
     return LayerSpec(
         attention=attention,
         bricks=(_brick(mlp),) if mlp is not None and experts is None else (),
-        experts=None if experts is None else _experts(experts),
+        experts=None if experts is None else _experts(experts, mlp if found.beside else experts.shared),
         residual_scale=found.residual_scale,
         parallel=found.parallel,
         **cast(Any, found.specs(size)),
@@ -121,7 +143,8 @@ def _brick(mlp: FeedForward) -> BrickSpec:
     return BrickSpec(gate, up, LinearSpec(mlp.down), act, mlp)
 
 
-def _experts(found: Experts) -> ExpertsSpec:
+def _experts(found: Experts, shared: FeedForward | None) -> ExpertsSpec:
+    """shared: an MLP that every token goes through, in the mixture's block or beside it."""
     router, gating, at = found.router, found.gating, found.layout
     if router is None:
         raise NotCovered("what its router computes is not known")
@@ -153,7 +176,7 @@ def _experts(found: Experts) -> ExpertsSpec:
         limit=gating.limit,
         count=found.count,
         width=found.intermediate_size,
-        shared=None if found.shared is None else _brick(found.shared),
+        shared=None if shared is None else _brick(shared),
         shared_gate=None if found.shared_gate is None else linear(found.shared_gate),
         scaled_inputs=found.scaled_inputs,
         experts=found,

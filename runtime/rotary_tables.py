@@ -59,21 +59,29 @@ class RotaryTables:
 def table_of(rotary: RotarySpec, kind: str | None, positions: Tensor) -> Table:
     """(cos, sin) of `positions` int64 [n], float32 ``[n, rotated dimensions]`` on the CPU: those of the first halves of
     turned pairs, then of the second."""
+    cos, sin = _made(rotary, kind, positions)
+    return cos, -sin if rotary.backwards else sin
+
+
+def _made(rotary: RotarySpec, kind: str | None, positions: Tensor) -> Table:
     if rotary.table is not None:
         sin, cos = rotary.table.detach()[positions.to(rotary.table.device)].float().cpu().chunk(2, -1)
-        return torch.cat([cos, cos], -1).contiguous(), torch.cat([sin, sin], -1).contiguous()
+        return _twice(cos), _twice(sin)
     like, module = torch.zeros(1, dtype=torch.float32, device="cpu"), cast(Any, rotary.module)
     with torch.no_grad():
         made = module(like, positions[None], *([kind] if rotary.by_type else []))
     if isinstance(made, Tensor):  # as complex numbers (Llama 4)
         if not made.is_complex():
             raise NotCovered("its rotary embeddings are neither cosines and sines nor complex numbers")
-        made = made.real.repeat(1, 1, 2), made.imag.repeat(1, 1, 2)
-    return _by_halves(made[0][0].float()), _by_halves(made[1][0].float())
+        return _twice(made[0].real.float()), _twice(made[0].imag.float())
+    cos, sin = made[0][0].float(), made[1][0].float()
+    angles = getattr(module, "inv_freq" if kind is None else f"{kind}_inv_freq", None)
+    if isinstance(angles, Tensor) and cos.shape[-1] == angles.shape[-1]:  # of the first halves alone (GPT-OSS)
+        return _twice(cos), _twice(sin)
+    if torch.equal(cos[:, ::2], cos[:, 1::2]) and torch.equal(sin[:, ::2], sin[:, 1::2]):  # each one twice in a row
+        return _twice(cos[:, ::2]), _twice(sin[:, ::2])
+    return cos.contiguous(), sin.contiguous()
 
 
-def _by_halves(table: Tensor) -> Tensor:
-    """A table as it is used: some have an angle's cosine twice in a row (Cohere)."""
-    if torch.equal(table[:, ::2], table[:, 1::2]):
-        return torch.cat([table[:, ::2], table[:, ::2]], -1).contiguous()
-    return table.contiguous()
+def _twice(half: Tensor) -> Tensor:
+    return torch.cat([half, half], -1).contiguous()

@@ -194,11 +194,13 @@ class RotarySpec:
 
     module: makes them; by_type: whether it makes a kind for each type of layer.
     table: or they are kept, ``[positions, rotated dimensions]``: sines, then cosines (GPT-J).
+    backwards: whether everything is turned the other way (NanoChat).
     """
 
     module: nn.Module | None
     by_type: bool = False
     table: Tensor | None = None
+    backwards: bool = False
 
 
 @dataclass(frozen=True, eq=False)
