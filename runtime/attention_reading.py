@@ -23,7 +23,6 @@ from .tracing import Trace
 
 _SCALES = ("scaling", "scale", "inv_norm_factor", "softmax_scale")
 _DIVISORS = ("norm_factor", "scale_attn")
-_NEAR = 2e-2  # of what is compared: bfloat16 rounds at every operation, another reading is far off
 
 Order = tuple[HeadsSpec, HeadsSpec, HeadsSpec]
 
@@ -52,7 +51,7 @@ def read_attention(
         return spec
     evidence = _evidence(found, index, seen)
     for reading in _readings(spec, evidence, cast(Any, found.module), seen.named(found.module)):
-        if _gives(reading, evidence, rotary):
+        if _gives(reading, evidence, rotary, seen):
             return reading
     raise NotCovered("what its attention computes is not known")
 
@@ -185,19 +184,14 @@ def _orders(heads: int, kv_heads: int, d: int) -> Iterator[Order]:
         yield tuple(HeadsSpec(at * run * d, run, 3 * run * d) for at in (0, 2, 1))  # type: ignore[misc]
 
 
-def _gives(spec: AttentionSpec, evidence: _Evidence, rotary: RotarySpec | None) -> bool:
+def _gives(spec: AttentionSpec, evidence: _Evidence, rotary: RotarySpec | None, seen: Trace) -> bool:
     """Whether an attention of this description gives what was seen."""
     q, k, v = _heads(spec, evidence)
-    if not near(v, evidence.values):
+    if not seen.near(v, evidence.values):
         return False
     table = None if spec.rotation == "" or rotary is None else table_of(rotary, spec.rotation, _places(q))
     q, k = (_prepared(spec, x, norm, table) for x, norm in ((q, spec.q_norm), (k, spec.k_norm)))
-    return near(k, evidence.keys) and near(_attended(spec, q, k, v), evidence.attended)
-
-
-def near(got: Tensor, expected: Tensor) -> bool:
-    """Whether these are the same but for rounding."""
-    return got.shape == expected.shape and bool((got - expected).norm() <= _NEAR * expected.norm().clamp_min(1e-9))
+    return seen.near(k, evidence.keys) and seen.near(_attended(spec, q, k, v), evidence.attended)
 
 
 def _places(x: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..predictors.anatomy import Anatomy
-from .attention_reading import near
 from .calls import NotCovered
 from .norms import read_norm
 from .spec import NormSpec
@@ -80,9 +79,8 @@ class _Layer:
         self._mlp, of_mlp, self._beside = _mlp(anatomy, index, seen)
         told = getattr(layer, "residual_multiplier", None)
         self._told = [1.0, float(told)] if isinstance(told, (int, float)) else [1.0]
-        inside = {*owner.modules(), *of_mlp}
+        inside, self._seen = {*owner.modules(), *of_mlp}, seen
         self._norms = [module for module in layer.modules() if module not in inside and self._changes(module, seen)]
-        self._seen = seen
 
     def _changes(self, module: nn.Module, seen: Trace) -> bool:
         """Whether a module, in one call, makes something else of as many numbers."""
@@ -98,7 +96,7 @@ class _Layer:
         attention_in = self._giving(reads)
         if attention_in is not None:
             norms["attention_in"], reads = attention_in, self._seen.given(attention_in)
-        if not near(reads, self._x):
+        if not torch.equal(reads, self._x):
             raise NotCovered("its attention reads something else than the residual stream")
         gave = self._normed(norms, "attention_out", gave)
         for kind in (self._before_mlp, self._after_attention):
@@ -113,10 +111,10 @@ class _Layer:
         mlp_in = self._giving(reads)
         if mlp_in is not None:
             norms["mlp_in"], reads = mlp_in, self._seen.given(mlp_in)
-        if near(reads, self._x):
+        if torch.equal(reads, self._x):
             return self._closed(norms, self._x, attended, parallel=True)
-        scale = self._scale(reads - self._x, attended)
-        return self._closed(norms, reads, scale=scale) if near(self._x + scale * attended, reads) else None
+        scale = self._scale(self._x, attended, reads)
+        return None if scale is None else self._closed(norms, reads, scale=scale)
 
     def _after_attention(self, norms: dict[str, nn.Module], attended: Tensor) -> Composition | None:
         """A norm of the residual stream after the attention, which the MLP reads as it is."""
@@ -124,8 +122,8 @@ class _Layer:
         if after is None:
             return None
         norms["attention_after"], given = after, self._seen.given(after)
-        scale = self._scale(given - self._x, attended)
-        return self._closed(norms, self._mlp[0], scale=scale) if near(self._x + scale * attended, given) else None
+        scale = self._scale(self._x, attended, given)
+        return None if scale is None else self._closed(norms, self._mlp[0], scale=scale)
 
     def _closed(
         self,
@@ -141,8 +139,8 @@ class _Layer:
         y, after = self._y, self._giving(self._y)
         if after is not None:
             norms["mlp_after"], y = after, self._seen.given(after)
-        scale = self._scale(y - x, more) if scale is None else scale
-        return Composition(norms, parallel, scale, self._beside) if near(x + scale * more, y) else None
+        scale = self._scale(x, more, y, scale)
+        return None if scale is None else Composition(norms, parallel, scale, self._beside)
 
     def _giving(self, value: Tensor) -> nn.Module | None:
         return next((m for m in self._norms if torch.equal(self._seen.gave(m), value)), None)
@@ -155,10 +153,12 @@ class _Layer:
         norms[place] = norm
         return self._seen.gave(norm)
 
-    def _scale(self, added: Tensor, gave: Tensor) -> float:
-        """By what a half's output is multiplied; as the layer says it, where that is about the same."""
-        found = float((added * gave).sum() / (gave * gave).sum().clamp_min(1e-30))
-        return next((told for told in self._told if abs(found - told) <= 1e-2 * abs(told)), found)
+    def _scale(self, x: Tensor, gave: Tensor, total: Tensor, known: float | None = None) -> float | None:
+        """By what a half's output is multiplied before it is added to x; None where the total is no such sum. known:
+        what it has to be."""
+        found = float(((total - x) * gave).sum() / (gave * gave).sum().clamp_min(1e-30))
+        scales = [*self._told, found] if known is None else [known]
+        return next((scale for scale in scales if self._seen.sums(x, scale * gave, total)), None)
 
 
 def _mlp(anatomy: Anatomy, index: int, seen: Trace) -> tuple[tuple[Tensor, Tensor], list[nn.Module], bool]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..predictors.anatomy import Anatomy, Attention, Experts, FeedForward, canonical_activation
-from .attention_reading import alibi, linear, near, read_attention
+from .attention_reading import alibi, linear, read_attention
 from .calls import NotCovered
 from .coverage import uncovered
 from .layer_reading import Composition, by_name, by_values
@@ -186,17 +186,13 @@ def _experts(found: Experts, shared: FeedForward | None) -> ExpertsSpec:
 def _last_norm(anatomy: Anatomy, seen: Trace | None, size: int) -> NormSpec | None:
     """The norm between the last layer and what the decoder gives."""
     if seen is not None:
-        last, given = seen.gave(anatomy.layers[-1]), seen.last
-        if given is not None and torch.equal(last, given):
+        last, gave = seen.gave(anatomy.layers[-1]), cast(Tensor, seen.last)
+        if torch.equal(last, gave):
             return None
-        inside = {module for layer in anatomy.layers for module in layer.modules()}
-        for module in anatomy.stack.modules():
-            if module not in inside and len(seen.calls.get(module, ())) == 1 and not any(module.children()):
-                call = seen.calls[module][0]
-                if call.given is not None and call.gave is not None and given is not None:
-                    if torch.equal(call.given, last) and torch.equal(call.gave, given):
-                        return read_norm(module, size)
-        raise NotCovered("what the decoder gives is not its last layer's output, normed or as it is")
+        norm = next((module for module, calls in seen.calls.items() if any(c.made(last, gave) for c in calls)), None)
+        if norm is None:
+            raise NotCovered("what the decoder gives is not its last layer's output, normed or as it is")
+        return read_norm(norm, size)
     for name in ("norm", "final_layernorm", "final_layer_norm", "ln_f"):
         module = getattr(anatomy.stack, name, None)
         if isinstance(module, nn.Module):
@@ -255,16 +251,15 @@ def _embedding(anatomy: Anatomy, module: Any, seen: Trace | None) -> Embedding:
     rows = module.rows(ids.cpu()) if isinstance(module, PackedRows) else module.weight.detach()[ids]
     w, x, norm = rows.float(), seen.given(anatomy.layers[0]), None
     for part in seen.before:
-        call = seen.calls[part][0]
-        if call.given is not None and call.gave is not None and not any(part.children()):
-            if torch.equal(call.gave, x) and not torch.equal(call.given, x):
-                norm, x = read_norm(part, x.shape[-1]), call.given
-                break
+        given = seen.calls[part][0].given
+        if given is not None and not torch.equal(given, x) and seen.calls[part][0].made(given, x):
+            norm, x = read_norm(part, x.shape[-1]), given
+            break
     scale = float((x * w).sum() / (w * w).sum())
-    if near(scale * w, x):
+    if seen.near(scale * w, x):
         return 1.0 if abs(scale - 1.0) < 1e-3 else scale, None, norm
     for scale, table in ((s, t) for s in (1.0, math.sqrt(w.shape[-1])) for t in _tables(anatomy, module, seen)):
-        first = _first_row(table, x - scale * w)
+        first = _first_row(seen, table, x, scale * w)
         if first is not None:
             return scale, _places(anatomy, seen, norm, scale * w, table, first), norm
     raise NotCovered("the first layer does not read plain token embeddings, nor with what positions add to them")
@@ -277,14 +272,14 @@ def _tables(anatomy: Anatomy, module: Any, seen: Trace) -> Iterator[Tensor]:
         named = {**part._parameters, **part._buffers, **vars(part)}
         for value in named.values():
             fits = isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == hidden
-            if fits and value is not module.weight and value.is_floating_point():
+            if fits and not value.is_meta and value is not module.weight and value.is_floating_point():
                 yield value.detach()
 
 
-def _first_row(table: Tensor, wanted: Tensor) -> int | None:
-    """The first of the rows of a table that are `wanted`, one after the other."""
-    for first in range(min(8, table.shape[0] - len(wanted) + 1)):
-        if near(table[first : first + len(wanted)].float(), wanted):
+def _first_row(seen: Trace, table: Tensor, x: Tensor, tokens: Tensor) -> int | None:
+    """The first of the rows of a table that give x when they are added to the tokens' embeddings."""
+    for first in range(min(8, table.shape[0] - len(x) + 1)):
+        if seen.sums(tokens, table[first : first + len(x)].float(), x):
             return first
     return None
 
@@ -309,13 +304,13 @@ def _counted(anatomy: Anatomy, seen: Trace, made: Callable[[int], Tensor]) -> tu
     mask = torch.ones_like(ids)
     mask[:, 0] = 0
     found = first_input(anatomy, ids, attention_mask=mask)[1:]
-    by_mask = near(found, made(-1)[1:])
-    if not by_mask and not near(found, usual[1:]):
+    by_mask = seen.near(found, made(-1)[1:])
+    if not by_mask and not seen.near(found, usual[1:]):
         raise NotCovered("positions are counted in a way of their own where there is padding")
     try:
         found = first_input(anatomy, ids, position_ids=torch.arange(1, len(later) + 1, device=ids.device)[None])
     except NotCovered:  # it takes none
         return by_mask, False
-    if not near(found, later) and not near(found, usual):
+    if not seen.near(found, later) and not seen.near(found, usual):
         raise NotCovered("positions that are given count in a way of their own")
-    return by_mask, near(found, later)
+    return by_mask, seen.near(found, later)

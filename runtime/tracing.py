@@ -33,19 +33,39 @@ class Call:
     named: dict[str, Any]
     gave: Tensor | None
 
+    def made(self, given: Tensor, gave: Tensor) -> bool:
+        """Whether this call made the one of the other."""
+        return all(x is not None and torch.equal(x, y) for x, y in ((self.given, given), (self.gave, gave)))
+
 
 @dataclass(eq=False)
 class Trace:
-    """ids: int64 ``[1, tokens]``. calls: by module, in the order in which they were made. before: the modules that were
+    """ids: int64 ``[1, tokens]``. dtype: the model's. calls: by module, in the order in which they were made. before: the modules that were
     called before the first layer. keys, values: by layer, as the cache has them, ``[kv_heads, tokens, size]``. last:
     what the decoder gave."""
 
     ids: Tensor
+    dtype: torch.dtype
     calls: dict[nn.Module, list[Call]] = field(default_factory=dict)
     before: list[nn.Module] = field(default_factory=list)
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     last: Tensor | None = None
+
+    @property
+    def _halves(self) -> bool:
+        return self.dtype in (torch.bfloat16, torch.float16)
+
+    def near(self, got: Tensor, expected: Tensor) -> bool:
+        """Whether these are the same but for rounding, all in all."""
+        most = 2e-2 if self._halves else 1e-3
+        return got.shape == expected.shape and bool((got - expected).norm() <= most * expected.norm().clamp_min(1e-9))
+
+    def sums(self, x: Tensor, more: Tensor, total: Tensor) -> bool:
+        """Whether `total` is the sum of the others, number by number: a residual stream has a few channels that are
+        hundreds of times as large as the rest."""
+        error, size = (x + more - total).abs(), x.abs() + more.abs() + total.abs()
+        return bool((error <= (2**-6 if self._halves else 1e-5) * size + 1e-9).float().mean() >= 0.99)
 
     def given(self, module: nn.Module) -> Tensor:
         """What a module's only call was given.
@@ -82,11 +102,13 @@ def trace(model: Any, anatomy: Anatomy) -> Trace:
     Raises:
         NotCovered: a pass is not possible so, or leaves no keys and values of every layer.
     """
-    rows, device = model.get_input_embeddings().num_embeddings, next(anatomy.stack.parameters()).device
-    ids = torch.arange(_FIRST, _FIRST + TOKENS, device=device)[None] % rows
-    found, cache = Trace(ids), DynamicCache(config=model.config)
+    table = model.get_input_embeddings()
+    ids = torch.arange(_FIRST, _FIRST + TOKENS, device=_device(anatomy))[None] % table.num_embeddings
+    found, cache = Trace(ids, table.weight.dtype), DynamicCache(config=model.config)
     output = _pass(anatomy, found, input_ids=ids, past_key_values=cache, use_cache=True)
     found.last = _plain(output[0])
+    if found.last is None:
+        raise NotCovered("its decoder gives no hidden states")
     for layer in cast(Any, cache.layers):
         if not isinstance(layer.keys, Tensor) or layer.keys.ndim != 4:
             raise NotCovered("a layer keeps no keys and values in its cache")
@@ -95,13 +117,17 @@ def trace(model: Any, anatomy: Anatomy) -> Trace:
     return found
 
 
+def _device(anatomy: Anatomy) -> torch.device:
+    return next((p.device for p in anatomy.stack.parameters() if not p.is_meta), torch.device("cpu"))
+
+
 def first_input(anatomy: Anatomy, ids: Tensor, **call: Any) -> Tensor:
     """What the first layer is given in a pass of these tokens, ``[tokens, hidden]``.
 
     Raises:
         NotCovered: the decoder does not take such a call.
     """
-    found = Trace(ids)
+    found = Trace(ids, torch.float32)
     _pass(anatomy, found, input_ids=ids, use_cache=False, **call)
     return found.given(anatomy.layers[0])
 
