@@ -87,9 +87,7 @@ def _by_name(
     )
 
 
-def _fused(
-    module: Any, head_dim: int, config: Any, found: Attention, index: int, seen: Trace | None
-) -> LinearSpec:
+def _fused(module: Any, head_dim: int, config: Any, found: Attention, index: int, seen: Trace | None) -> LinearSpec:
     """One projection whose rows are those of q, then k, then v, as far as is known yet."""
     if seen is None:
         heads = config.num_attention_heads
@@ -143,9 +141,7 @@ def _evidence(found: Attention, index: int, seen: Trace) -> _Evidence:
     return _Evidence(projected, keys, values, seen.given(getattr(module, found.output)))
 
 
-def _readings(
-    spec: AttentionSpec, evidence: _Evidence, module: Any, named: dict[str, Any]
-) -> Iterator[AttentionSpec]:
+def _readings(spec: AttentionSpec, evidence: _Evidence, module: Any, named: dict[str, Any]) -> Iterator[AttentionSpec]:
     """What the attention may be, the likeliest first."""
     heads = evidence.attended.shape[-1] // spec.head_dim
     rotations = [(spec.rotation, False), (spec.rotation, True), ("", False)] if spec.rotation != "" else [("", False)]
@@ -205,7 +201,9 @@ def _heads(spec: AttentionSpec, evidence: _Evidence) -> list[Tensor]:
     if spec.order is not None:
         (whole,) = evidence.projected
         parts = [
-            torch.stack([whole[:, at : at + d] for h in range(n) for at in [o.offset + h // o.run * o.step + h % o.run * d]])
+            torch.stack(
+                [whole[:, at : at + d] for h in range(n) for at in [o.offset + h // o.run * o.step + h % o.run * d]]
+            )
             for o, n in zip(spec.order, counts, strict=True)
         ]
         return parts
@@ -222,7 +220,11 @@ def _prepared(spec: AttentionSpec, x: Tensor, norm: NormSpec | None, table: tupl
         if norm is None or norm.size == spec.head_dim:
             return x if norm is None else normed(norm, x)
         together = x.transpose(0, 1).flatten(1)
-        return x if together.shape[-1] != norm.size else normed(norm, together).unflatten(-1, (-1, x.shape[-1])).transpose(0, 1)
+        return (
+            x
+            if together.shape[-1] != norm.size
+            else normed(norm, together).unflatten(-1, (-1, x.shape[-1])).transpose(0, 1)
+        )
 
     x = x if spec.turned else norm_heads(x)
     if table is not None:

@@ -23,7 +23,7 @@ from .spec import is_plain_linear
 _HERE = str(Path(__file__).parent)
 _NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 #: without effect when a model is not being trained
-_INERT = (nn.Identity, nn.Dropout, nn.ModuleList)
+INERT = (nn.Identity, nn.Dropout, nn.ModuleList)
 _CROSS = ("encoder_attn", "cross_attn", "crossattention", "ln_cross_attn")
 _TABLES = ("masked_bias", "embed_positions")
 
@@ -55,7 +55,7 @@ def uncovered(
         known = set(_described(layer, mlp, experts, attention, of_layer))
         idle = set() if called is None else set(_idle(layer, called))
         for name, module in layer.named_modules():
-            if module not in known and module not in idle and not isinstance(module, _INERT):
+            if module not in known and module not in idle and not isinstance(module, INERT):
                 return f"{name} of its decoder layers, a {type(module).__name__}, is not a part that is described"
             own = [*(module._parameters.keys() - {"sinks"} if module is attention.module else module._parameters)]
             own += [name for name, value in module._buffers.items() if not _is_table(name, value)]

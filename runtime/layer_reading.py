@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..predictors.anatomy import Anatomy
 from .calls import NotCovered
+from .coverage import INERT
 from .norms import read_norm
 from .spec import NormSpec
 from .tracing import Trace
@@ -83,12 +84,12 @@ class _Layer:
         self._norms = [module for module in layer.modules() if module not in inside and self._changes(module, seen)]
 
     def _changes(self, module: nn.Module, seen: Trace) -> bool:
-        """Whether a module, in one call, makes something else of as many numbers."""
+        """Whether a module, in one call, may make something else of as many numbers."""
         calls = seen.calls.get(module, [])
-        if any(module.children()) or len(calls) != 1:
+        if any(module.children()) or isinstance(module, INERT) or len(calls) != 1:
             return False
         given, gave = calls[0].given, calls[0].gave
-        return given is not None and gave is not None and given.shape == self._x.shape and not torch.equal(given, gave)
+        return given is not None and gave is not None and given.shape == self._x.shape == gave.shape
 
     def read(self) -> Composition:
         norms: dict[str, nn.Module] = {}

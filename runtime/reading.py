@@ -219,9 +219,7 @@ def _rotary(anatomy: Anatomy) -> RotarySpec | None:
     return None
 
 
-def _end(
-    anatomy: Anatomy, rotary: RotarySpec | None, places: PlacesSpec | None, seen: Trace | None
-) -> int | None:
+def _end(anatomy: Anatomy, rotary: RotarySpec | None, places: PlacesSpec | None, seen: Trace | None) -> int | None:
     """How many positions the model knows, where it has a table of them."""
     ends = [] if places is None else [places.count]
     if rotary is not None and rotary.table is not None:
