@@ -19,7 +19,7 @@ from torch import Tensor
 from . import arguments, cpu, residency
 from .experts import SCORINGS, PackedExperts, Router
 from .neuron_groups import PackedNeurons
-from .packed import PackedLinear
+from .packed import PackedColumns, PackedLinear
 from .sparse import RowLists, SparseLinear, SparseMLP
 
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -28,6 +28,7 @@ Place = tuple[int, int]  # the address of a sequence's keys and values, and how 
 
 _NORM = {"rms": 1, "layer": 2}
 _RULE = {**cpu.RULE, "learned": 3}
+_NORMS = ("attention_in", "attention_out", "attention_after", "mlp_in", "mlp_out", "mlp_after")
 _OF_ROUTERS = (
     "count", "chosen", "groups", "groups_kept", "by_pairs", "normalized", "added", "floor", "scale", "jitter", "least",
 )  # fmt: skip
@@ -60,17 +61,24 @@ class DenseMLP:
         return sum((m.packed if isinstance(m, SparseLinear) else m).nbytes for m in linears if m is not None)
 
 
+Heads = tuple[int, int, int]  # offset, run and step: head h is at offset + h // run * step + h % run * head_dim
+
+
 @dataclass(frozen=True, eq=False)
 class Attention:
     """Grouped-query attention. Projections q, k, v to heads of `head_dim`, and o back.
 
-    rotation: (cos, sin), each float32 [positions, rope_dim], applied to the first rope_dim dimensions by halves; None:
-    none. window: how many positions a token sees, itself included; 0: all. softcap: of the scores; 0: none.
+    order: where `q` holds k and v, too (which are None then): the places of q's, k's and v's heads among its outputs.
+    rotation: (cos, sin), each float32 [positions, rope_dim], applied to the first rope_dim dimensions, by halves or, if
+    `paired`, to neighbours, each with the angles of the first half; None: none. turned: norms come after it. window: how
+    many positions a token sees, itself included; 0: all. softcap: of the scores; 0: none. slopes: float32 [heads], what a
+    score loses for each position that its key lies back (ALiBi). sinks: float32 [heads], a further score in each
+    softmax, which no value belongs to.
     """
 
     q: Linear
-    k: Linear
-    v: Linear
+    k: Linear | None
+    v: Linear | None
     o: Linear
     head_dim: int
     scale: float
@@ -79,11 +87,30 @@ class Attention:
     k_norm: Norm | None = None
     window: int = 0
     softcap: float = 0.0
+    order: tuple[Heads, Heads, Heads] | None = None
+    paired: bool = False
+    turned: bool = False
+    slopes: Tensor | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def heads(self) -> int:
+        return _packed(self.o).in_features // self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        if self.k is not None:
+            return self.k.out_features // self.head_dim
+        return (self.q.out_features // self.head_dim - self.heads) // 2
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return tuple(linear for linear in (self.q, self.k, self.v, self.o) if linear is not None)
 
 
 @dataclass(frozen=True, eq=False)
 class StepLayer:
-    """A decoder layer: x += after(attention(before(x))), then the same for the MLP; absent norms are None.
+    """A decoder layer: x += out(attention(in(x))), x = after(x), then the same for the MLP; absent norms are None.
 
     parallel: the MLP reads x as it was before the attention. mlp None: it is skipped. entries_only: the attention is
     skipped but for the keys and values of the new tokens, which are written to the cache. attention None: there
@@ -100,20 +127,32 @@ class StepLayer:
     residual_scale: float = 1.0
     parallel: bool = False
     entries_only: bool = False
+    attention_after: Norm | None = None
+    mlp_after: Norm | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class StepModel:
-    """A decoder: embedding [vocabulary, hidden], or in tiles, layers, a last norm, and the LM head."""
+    """A decoder: embedding [vocabulary, hidden], or in tiles, layers, a last norm, and the LM head.
+
+    places: [positions, hidden], added to embeddings by position, and embedding_norm, of the sum; None: there is none.
+    """
 
     embedding: Tensor | PackedLinear
     layers: Sequence[StepLayer]
-    norm: Norm
+    norm: Norm | None
     head: PackedLinear
     dtype: torch.dtype  # of logits, keys and values
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
+    places: Tensor | None = None
+    embedding_norm: Norm | None = None
+
+    @property
+    def hidden(self) -> int:
+        table = self.embedding
+        return table.in_features if isinstance(table, PackedLinear) else table.shape[1]
 
     @property
     def vocabulary(self) -> int:
@@ -132,12 +171,15 @@ class Step:
         self._model = arguments.StepModel(
             layers=ctypes.cast(self._layers, _P),
             norm=_norm(model.norm),
+            embedding_norm=_norm(model.embedding_norm),
             head=_linear(model.head),
             layer_count=len(model.layers),
             embedding_scale=model.embedding_scale,
             logit_scale=model.logit_scale,
             logit_softcap=model.logit_softcap,
             **_embedding(model.embedding),
+            places=cpu.address(model.places),
+            places_dtype=0 if model.places is None else cpu.DTYPE[model.places.dtype],
             kv_dtype=cpu.DTYPE[model.dtype],
             logit_dtype=cpu.DTYPE[model.dtype],
         )
@@ -146,7 +188,7 @@ class Step:
         self._rotations: list[tuple[Tensor, Tensor] | None] = []
         self._parts: dict[tuple[int, int], Step] = {}
         attentions = [layer.attention for layer in model.layers if layer.attention is not None]
-        self._entries = [(model.dtype, a.k.out_features // a.head_dim, a.head_dim) for a in attentions]
+        self._entries = [(model.dtype, a.kv_heads, a.head_dim) for a in attentions]
         self._windows = [a.window for a in attentions]
         lists = (layer.mlp.lists for layer in model.layers if isinstance(layer.mlp, SparseMLP))
         self.rows = next((found.rows for found in lists if found is not None and found.rows is not None), None)
@@ -163,6 +205,11 @@ class Step:
         self._rotations = list(rotations)
         for part in list(self._parts.values()):
             part.rotate_by(rotations)
+
+    def place_by(self, places: Tensor) -> None:
+        """Adds other rows to embeddings, [positions, hidden], from now on."""
+        self._places = places.contiguous()
+        self._model.places = self._places.data_ptr()
 
     def run(
         self, tokens: Tensor, positions: Tensor, start: Tensor, caches: KeyValues, past: int, wanted: int
@@ -406,10 +453,14 @@ def _norm(norm: Norm | None) -> arguments.StepNorm:
     )
 
 
+def _packed(linear: Linear) -> PackedLinear | PackedColumns:
+    return linear.packed if isinstance(linear, SparseLinear) else linear
+
+
 def _linear(linear: Linear | None) -> arguments.StepLinear:
     if linear is None:
         return arguments.StepLinear()
-    packed = linear.packed if isinstance(linear, SparseLinear) else linear
+    packed = _packed(linear)
     weight = packed.weight
     out = arguments.StepLinear(
         weight=weight.data_ptr(), bias=cpu.address(packed.bias), in_=packed.in_features, out=packed.out_features
@@ -471,7 +522,7 @@ def _least(mlp: SparseMLP) -> float:
 def _layer(layer: StepLayer) -> arguments.StepLayer:
     attention, mlp = layer.attention, layer.mlp
     out = arguments.StepLayer(
-        **{name: _norm(getattr(layer, name)) for name in ("attention_in", "attention_out", "mlp_in", "mlp_out")},
+        **{name: _norm(getattr(layer, name)) for name in _NORMS},
         residual_scale=layer.residual_scale,
         act=cpu.ACT[layer.act],
         run_attention=attention is not None and not layer.entries_only,
@@ -520,12 +571,21 @@ def _router(router: Router) -> arguments.StepRouter:
     )
 
 
+def _apart(attention: Attention) -> tuple[Heads, Heads, Heads]:
+    """The places of heads that lie one after the other."""
+    return (0, attention.heads, 0), (0, attention.kv_heads, 0), (0, attention.kv_heads, 0)
+
+
 def _put_attention(out: arguments.StepLayer, attention: Attention) -> None:
     for name in ("q", "k", "v", "o"):
         setattr(out, name, _linear(getattr(attention, name)))
     out.q_norm, out.k_norm = _norm(attention.q_norm), _norm(attention.k_norm)
-    out.heads = attention.q.out_features // attention.head_dim
-    out.kv_heads = attention.k.out_features // attention.head_dim
+    out.heads, out.kv_heads = attention.heads, attention.kv_heads
+    out.fused, out.paired, out.turned = attention.order is not None, attention.paired, attention.turned
+    for place, name in zip(attention.order or _apart(attention), "qkv", strict=True):
+        linear = attention.q if attention.order else getattr(attention, name)
+        setattr(out, f"{name}_heads", arguments.StepHeads(*place, linear.out_features))
+    out.slopes, out.sinks = cpu.address(attention.slopes), cpu.address(attention.sinks)
     out.head_dim, out.window = attention.head_dim, attention.window
     out.attention_scale, out.softcap = attention.scale, attention.softcap
     if attention.rotation is not None:

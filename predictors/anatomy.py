@@ -298,11 +298,22 @@ def _parts_of(layer: nn.Module, empty: bool) -> Parts:
 
 
 def _attention_of(layer: nn.Module) -> Attention | None:
-    for name, module in layer.named_children():
-        linears = [n for n, m in module.named_children() if is_linear(m)]
-        if "att" in name and len(linears) >= 2:
-            return Attention(module, tuple(linears[:-1]), linears[-1])
+    for name, child in layer.named_children():
+        if "att" not in name:
+            continue
+        for module in (child, *child.children()):  # some have it in a module of its own (GPT-Neo)
+            linears = [n for n, m in module.named_children() if is_linear(m)]
+            if len(linears) >= 2:
+                return Attention(module, _in_order(linears[:-1]), linears[-1])
     return None
+
+
+def _in_order(names: list[str]) -> tuple[str, ...]:
+    """Projections as q, k and v, where there are three whose names say which each is."""
+    found = {letter: [n for n in names if n.lower().removeprefix("w").startswith(letter)] for letter in "qkv"}
+    if len(names) == 3 and all(len(some) == 1 for some in found.values()):
+        return tuple(some[0] for some in found.values())
+    return tuple(names)
 
 
 def _check_linears(index: int, mlp: FeedForward, empty: bool) -> None:

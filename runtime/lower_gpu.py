@@ -32,7 +32,7 @@ from .kv_cache import Entries, Rooms, known_rooms, leave_rooms, lend_rooms, leng
 from .patches import Usage
 from .phases import Pass, tallied
 from .selections import share_selections
-from .spec import windows
+from .reading import windows
 
 logger = logging.getLogger("coreskip")
 

@@ -17,7 +17,8 @@ from .bundles import Weights
 from .calls import NotCovered
 from .packed_layer import PackedLayer
 from .rounding import Rounded
-from .spec import LinearSpec, read_spec
+from .reading import read_spec
+from .spec import LinearSpec
 from .wrap import wrapped
 
 

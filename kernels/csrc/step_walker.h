@@ -39,9 +39,10 @@ class Walker {
         for (int64_t i = 0; i < m.layer_count; i++) {
             const StepLayer& layer = m.layers[i];
             if (layer.run_attention) attention_.run(layer);
-            else if (layer.k.weight) attention_.write_entries(layer);
+            else if (layer.k.weight || layer.fused) attention_.write_entries(layer);
             if (layer.run_mlp && layer.experts.matrices) experts_.run(layer);
             else if (layer.run_mlp) mlp_.run(layer);
+            else projections_.norm_residual(layer.mlp_after);
         }
         logits();
     }
@@ -90,7 +91,7 @@ class Walker {
 
     void embed() {
         for (int t = 0; t < thread.tokens; t++)
-            look_up(m, thread.isa, thread.step, thread.ids[t], own.x + t * m.hidden);
+            look_up(m, thread.isa, thread.step, thread.ids[t], thread.places[t], own.h, own.x + t * m.hidden);
     }
 
     Logits all_logits() const { return {c.logits, m.logit_dtype, own.slice}; }

@@ -17,7 +17,7 @@ namespace coreskip {
 
 // The largest sizes of all layers.
 struct Sizes {
-    int64_t tokens, hidden, width = 0, attention = 0, queries = 0, kv = 0, neurons = 0, parts = 0, listed = 0;
+    int64_t tokens, hidden, width = 0, projected = 0, attention = 0, queries = 0, kv = 0, neurons = 0, parts = 0, listed = 0;
     int64_t scales = 0, grouped = 0;         // of neurons in groups: room for scales, and their width
     int64_t rank = 0, inputs = 0, sums = 0;  // of learned scores; of column-sparse linears, and their outputs
     int64_t experts = 0, pairs = 0, active = 0;  // in all; times a token each, the shared one too; their neurons, summed
@@ -27,6 +27,7 @@ struct Sizes {
         for (int64_t i = 0; i < model.layer_count; i++) {
             const StepLayer& l = model.layers[i];
             attention = std::max(attention, l.heads * l.head_dim);
+            projected = std::max({projected, l.q.out, l.heads * l.head_dim});
             kv = std::max(kv, l.kv_heads * l.head_dim);
             queries = std::max(queries, l.heads);
             neurons = std::max({neurons, l.gate.out, l.up.out, l.mlp.neurons, l.mlp.groups.neurons});
@@ -101,7 +102,7 @@ template <class Take>
 Shared share_out(const Sizes& s, const StepModel& m, const StepCall& c, int threads, Take take) {
     Shared w{};
     const int64_t t = s.tokens;
-    w.q = take(float(), t * s.attention);
+    w.q = take(float(), t * s.projected);
     w.k = take(float(), t * s.kv);
     w.v = take(float(), t * s.kv);
     w.out = take(float(), t * s.hidden);
