@@ -30,41 +30,51 @@ __version__ = VERSION
 
 # public name -> where it lives; loaded on first use, so that `coreskip --help` does not wait for torch
 _HOMES = {
+    "ControlVector": "coreskip.predictors.control_vectors",
     "CoreskipError": "coreskip.predictors.errors",
     "Engine": "coreskip.runtime.engine",
     "Plan": "coreskip.predictors.plan",
     "PlanError": "coreskip.predictors.errors",
     "analyze": "coreskip.runtime.analyze",
+    "control_vector": "coreskip.runtime.steer_vectors",
     "evaluate": "coreskip.runtime.quality",
     "load": "coreskip.runtime.load",
     "pack": "coreskip.runtime.pack",
     "pareto": "coreskip.runtime.search",
     "ppl_sparsity": "coreskip.runtime.sparsing_law",
     "prefilling": "coreskip.runtime.phases",
+    "steer": "coreskip.runtime.steer",
+    "switch_off": "coreskip.runtime.behaviour_plans",
     "unwrap": "coreskip.runtime.wrap",
     "wrap": "coreskip.runtime.wrap",
 }
 
 __all__ = [
+    "ControlVector",
     "CoreskipError",
     "Engine",
     "Plan",
     "PlanError",
     "analyze",
+    "control_vector",
     "evaluate",
     "load",
     "pack",
     "pareto",
     "ppl_sparsity",
     "prefilling",
+    "steer",
+    "switch_off",
     "unwrap",
     "wrap",
 ]
 
 if TYPE_CHECKING:
+    from coreskip.predictors.control_vectors import ControlVector
     from coreskip.predictors.errors import CoreskipError, PlanError
     from coreskip.predictors.plan import Plan
     from coreskip.runtime.analyze import analyze
+    from coreskip.runtime.behaviour_plans import switch_off
     from coreskip.runtime.engine import Engine
     from coreskip.runtime.load import load
     from coreskip.runtime.pack import pack
@@ -72,6 +82,8 @@ if TYPE_CHECKING:
     from coreskip.runtime.quality import evaluate
     from coreskip.runtime.search import pareto
     from coreskip.runtime.sparsing_law import ppl_sparsity
+    from coreskip.runtime.steer import steer
+    from coreskip.runtime.steer_vectors import control_vector
     from coreskip.runtime.wrap import unwrap, wrap
 
 

@@ -68,22 +68,21 @@ class Fingerprint:
             experts=tuple(mixtures) if any(mixtures) else (),
         )
 
-    def require(self, other: Fingerprint) -> None:
-        """Raise `PlanError` unless `other`, a model's fingerprint, is of the model this one was taken from."""
+    def require(self, other: Fingerprint, what: str = "plan", again: str = "run `coreskip analyze`") -> None:
+        """Raise `PlanError` unless `other`, a model's fingerprint, is of the model this one was taken from. what: that
+        was made for that model; again: how one is made for another."""
         for name in ("model_type", "hidden_size", "intermediate_sizes", "experts", "activation"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise PlanError(
-                    f"the plan was made for a model with {name} {_short(mine)}, this one has {_short(theirs)}: "
-                    "run `coreskip analyze` on this model"
+                    f"the {what} was made for a model with {name} {_short(mine)}, this one has {_short(theirs)}: "
+                    f"{again} on this model"
                 )
         coarse = max((_dtype(self.dtype), _dtype(other.dtype)), key=lambda dtype: torch.finfo(dtype).eps)
         same = self.dtype == other.dtype
         tolerance = 0.0 if same else torch.finfo(coarse).eps
         if not torch.allclose(self.probes, other.probes, rtol=tolerance, atol=0.0 if same else 1e-7):
-            raise PlanError(
-                "the plan was made for a model of this shape with other weights: run `coreskip analyze` on this model"
-            )
+            raise PlanError(f"the {what} was made for a model of this shape with other weights: {again} on this model")
 
 
 def keep(model: nn.Module, fingerprint: Fingerprint) -> None:

@@ -22,15 +22,16 @@ from .checks import path_of
 from .errors import CoreskipError, PlanError
 from .sealed import seal, unseal
 
-_FORMAT, FORMAT_VERSION = "coreskip.plan", 1
+_FORMAT, FORMAT_VERSION = "coreskip.plan", 2  # the newest that is read: 2 has interventions
 _JSON, _TENSORS = "plan.json", "plan.safetensors"
 OF_PACKED = "plan"  # where a packed model has its plan
 
 _T = TypeVar("_T")
 
 
-def write(path: str | os.PathLike[str], document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write the folder `path`. Atomic: an older Plan there survives any failure whole.
+def write(path: str | os.PathLike[str], document: dict[str, Any], tensors: dict[str, Tensor], version: int) -> None:
+    """Write the folder `path`. Atomic: an older Plan there survives any failure whole. version: the oldest that says it
+    all, so that older readers take what they understand.
 
     Raises:
         CoreskipError: `path` is something other than a Plan, or cannot be written (no room, no permission).
@@ -40,7 +41,7 @@ def write(path: str | os.PathLike[str], document: dict[str, Any], tensors: dict[
     # layers may share a tensor, which safetensors refuses
     data = safetensors.torch.save({name: t.cpu().contiguous().clone() for name, t in tensors.items()})
     checksum = hashlib.sha256(data).hexdigest()
-    sealed = seal({"format": _FORMAT, "version": FORMAT_VERSION, **document, "tensors_sha256": checksum})
+    sealed = seal({"format": _FORMAT, "version": version, **document, "tensors_sha256": checksum})
     try:
         with files.replaced_folder(target) as draft:
             files.write_durably(draft / _TENSORS, data)

@@ -44,6 +44,8 @@ class Host(Protocol):
 
     def program_for(self, cache: Cache) -> StepProgram | str: ...
 
+    def withholds(self, cache: Cache) -> bool: ...
+
 
 class Steps:
     """The decode steps of one wrapped model.
@@ -125,7 +127,7 @@ class Steps:
         `dense`: the one that leaves nothing out. None where native steps do not cover the model and its plan."""
         self._host.notice()
         program = self._dense if dense or self._host.verifies else self._host.program_for(cache)
-        if not self.native.ready or isinstance(program, str):
+        if not self.native.ready or isinstance(program, str) or self._host.withholds(cache):
             return None
         try:
             return NativeSequence(self.native, cache, most), program

@@ -25,6 +25,7 @@ from ..predictors.observe import down_norm, inference
 from ..predictors.plan import Plan
 from ..predictors.policies import Chooser, PromptNeurons
 from .attention import can_redirect, redirect_attention
+from .behaviour import Behaviour
 from .bundles import Weights
 from .changes import Changes, Places
 from .cost import LITTLE
@@ -80,6 +81,7 @@ class Runtime:
             for name in brick.thresholds:
                 linear_of(anatomy, layer, name)  # raises where the plan names a linear that is not there
         self.skips = LayerSkips(anatomy, plan)
+        self.behaviour = Behaviour(model, anatomy, plan, options.exact)
         self.patches = Patches()
         self.usage = Usage(sum(layer.width for layer in self.program.layers))
         by_prompt = self.program.chosen_by(Chooser.PROMPT)
@@ -168,6 +170,7 @@ class Runtime:
             modules.patch_inputs()
             modules.patch_mlps()
             modules.patch_experts()
+            self.behaviour.install(self.patches.set)
             self.skips.install(self.patches.set, modules.patch_passthrough)
             self.patches.set(self.model, ATTRIBUTE, self)
         except BaseException:
@@ -193,15 +196,17 @@ class Runtime:
             decodes = isinstance(cache, Cache) and tokens_in(cache) > 0
             reason = self.notice(every_setting=not decodes)
             if not (self.model.training or torch.compiler.is_compiling()):
-                carry_out = self.steps.forward if decodes and current_prompt() is None else self.steps.prompt
-                output = carry_out(original_in_call, named, reason)
+                decodes = decodes and current_prompt() is None
+                carry_out = self.steps.forward if decodes else self.steps.prompt
+                output = carry_out(original_in_call, named, reason or self.behaviour.obstacle(decodes))
                 if output is not None:
                     return output
             return original_in_call(*args, **kwargs)
 
         def original_in_call(*args: Any, **kwargs: Any) -> Any:
             with calling():
-                return original(*args, **kwargs)
+                output = original(*args, **kwargs)
+                return self.behaviour.withheld(output) if self.behaviour.abstains else output
 
         self.patches.set(self.model, "forward", forward)
 
@@ -210,7 +215,7 @@ class Runtime:
         if self.replaced is None:
             self.changes.start()
             return
-        reason = refusal(self.model, self.anatomy)
+        reason = self.behaviour.obstacle(decodes=True) or refusal(self.model, self.anatomy)
         model, generator = cast(Any, self.model), torch.Generator().manual_seed(0)
         native = self.steps.native
         while reason is None and not native.ready:
@@ -288,7 +293,7 @@ class Runtime:
             self._written_in_vain = in_vain or self.memory.covers(changed)
         if self._written_in_vain:
             self.refuse("write to its weights")
-        return self.changes.obstacle()
+        return self.changes.obstacle() or self.behaviour.obstacle(decodes=True)
 
     def noticed_in_pass(self) -> None:
         """Takes note of what has changed in a pass of the model's modules, but for what parts do to themselves."""
@@ -329,7 +334,7 @@ class Runtime:
 
     def new_selections(self, rows: int) -> Selections | None:
         """For sequences that begin; None where their prompts decide nothing."""
-        if not (self.observed or self.skips.adaptive):
+        if not (self.observed or self.skips.adaptive or self.behaviour.abstains):
             return None
         return Selections(self, rows, self.observed, self._by_prompt, self.plan.clusters)
 
@@ -339,13 +344,22 @@ class Runtime:
             return "no kernel of the native step makes its choice"
         if not self._places.hold() or self.altered & self._packed_apart:
             return "parts of the model were replaced by others"
+        if self.withholds(cache):
+            return "nothing is to be said after a prompt"
         selections = self._own_selections(cache)
         if selections is not None and self.skips.disputed(selections):
             return "its sequences skip different layers"
         return self.prepared.step_program(selections)
 
+    def withholds(self, cache: Cache) -> bool:
+        """Whether nothing is to be said after some prompt of these sequences."""
+        selections = selections_of(cache, self) if self.behaviour.abstains else None
+        return selections is not None and selections.abstained is not None and bool(selections.abstained.any())
+
     def settled(self, cache: Cache) -> Settled | str:
         """What a captured step for the sequences of a cache has fixed, or why there can be none."""
+        if self.withholds(cache):
+            return "nothing is to be said after a prompt"
         if self.program.chosen_experts:
             return "its tokens leave experts out, each its own"
         selections = self._own_selections(cache)
