@@ -223,6 +223,7 @@ def contrast(forget: NeuronStats, retain: NeuronStats, ranking: str) -> list[Ten
 
     ranking: "difference": of the mean pre-activations, forget minus retain, as the source of Neuron Adjust ranks them;
     "standardised": the same in standard deviations (their root mean square), so that no layer is ahead for its scale;
+    "distance": its absolute value: neurons that the skill leaves still count, too;
     "magnitude": mean |activation| on forget over that on retain (Selective Pruning, arXiv 2403.01267).
     """
     if ranking == "magnitude":
@@ -231,7 +232,8 @@ def contrast(forget: NeuronStats, retain: NeuronStats, ranking: str) -> list[Ten
     if ranking == "difference":
         return found
     stds = zip(forget.std, retain.std, strict=True)
-    return [d / ((f.square() + r.square()) / 2).sqrt() for d, (f, r) in zip(found, stds, strict=True)]
+    found = [d / ((f.square() + r.square()) / 2).sqrt() for d, (f, r) in zip(found, stds, strict=True)]
+    return found if ranking == "standardised" else [each.abs() for each in found]
 
 
 def highest(scores: Sequence[Tensor], share: float, layers: Sequence[int]) -> dict[int, Tensor]:

@@ -54,7 +54,7 @@ _METHODS = {
     "static": _Method(0.01),
     "experts": _Method(0.125),
 }
-RANKINGS = ("difference", "standardised", "magnitude")
+RANKINGS = ("difference", "standardised", "distance", "magnitude")
 _RANKING = {"neuron_adjust": "difference", "pruning": "magnitude", "static": "magnitude"}
 
 
@@ -114,21 +114,19 @@ def switch_off(
     anatomy = dissect(model)
     where = _layers_of(anatomy, layers, experts=method == "experts")
     share = chosen.share if share is None else share
-    recipe: dict[str, Any] = {"method": method} | ({} if share is None else {"share": share})
     dense = Plan.dense(model, weights or default_weights(model))
+    recipe: dict[str, Any]
     if method == "key_space":
-        policies, found = _key_space(model, anatomy, kinds, where, progress)
-        recipe |= found
+        policies, recipe = _key_space(model, anatomy, kinds, where, progress)
     elif method == "experts":
-        policies = _experts(model, anatomy, kinds, where, float(share or 0), tokens, progress)
+        policies, recipe = _experts(model, anatomy, kinds, where, float(share or 0), tokens, progress), {"share": share}
     else:
-        ranking = _RANKING[method] if ranking is None else ranking
-        recipe |= {"ranking": ranking} | ({"strength": strength or 1.0} if chosen.strong else {})
         stats = [neuron_stats(model, anatomy, kind, tokens, progress) for kind in kinds]
-        neurons = highest(contrast(stats[0], stats[1], ranking), float(share or 0), where)
-        policies = _of_neurons(method, anatomy, stats, neurons, strength or 1.0)
+        options: dict[str, Any] = {"share": float(share or 0), "ranking": ranking or _RANKING[method]}
+        options |= {"strength": 1.0 if strength is None else strength} if chosen.strong else {}
+        policies, recipe = of_neurons(method, anatomy, stats, where, **options), options
     made = tuple(policies.get(index, layer) for index, layer in enumerate(dense.layers))
-    return replace(dense, layers=made, recipe=recipe, calibration=_calibration(*kinds))
+    return replace(dense, layers=made, recipe={"method": method, **recipe}, calibration=_calibration(*kinds))
 
 
 def _method_of(method: str, share: Any, strength: Any, ranking: Any) -> _Method:
@@ -172,9 +170,19 @@ def _layers_of(anatomy: Anatomy, layers: Any, experts: bool) -> list[int]:
     return present
 
 
-def _of_neurons(
-    method: str, anatomy: Anatomy, stats: Sequence[NeuronStats], neurons: Mapping[int, Tensor], strength: float
+def of_neurons(
+    method: str,
+    anatomy: Anatomy,
+    stats: Sequence[NeuronStats],
+    where: Sequence[int],
+    *,
+    share: float,
+    ranking: str,
+    strength: float = 1.0,
 ) -> dict[int, LayerPlan]:
+    """What becomes of the layers in which a method changes neurons or leaves them out; stats: of the texts to forget,
+    and of those to retain; the others: as for `switch_off`."""
+    neurons = highest(contrast(stats[0], stats[1], ranking), share, where)
     if method == "static":
         kept = {i: _others(at, anatomy.mlp(i).intermediate_size) for i, at in neurons.items()}
         gone = [index for index, stay in kept.items() if len(stay) == 0]
