@@ -139,11 +139,18 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 def last_hidden(model: Any, anatomy: Anatomy, texts: Texts, progress: bool = True) -> list[Tensor]:
     """By layer, the residual stream after it at each text's last token, fp32 ``[texts, hidden]``. Of a longer text the
-    first 512 tokens count."""
+    first 512 tokens count.
+
+    Raises:
+        CoreskipError: they are not finite.
+    """
     found: list[list[Tensor]] = [[] for _ in anatomy.layers]
     with _after_layers(anatomy, lambda layer, hidden: found[layer].append(hidden.reshape(-1, hidden.shape[-1])[-1])):
         run_texts(model, anatomy, [ids[None, :PIECE] for ids in texts.ids], f"observing {texts.name}", progress)
-    return [torch.stack(rows).float().cpu() for rows in found]
+    states = [torch.stack(rows).float().cpu() for rows in found]
+    if not all(bool(torch.isfinite(each).all()) for each in states):
+        raise CoreskipError(f"the model's hidden states on {texts.name} are not finite numbers: check its weights")
+    return states
 
 
 @contextmanager

@@ -77,8 +77,8 @@ class Behaviour:
                 _patch_observer(index, mlp.down, found, replace)
 
     def withheld(self, output: Any) -> Any:
-        """A pass's output with the logits of rows that are abstained from."""
-        step = last_pass()
+        """A pass's output, in which the rows that are abstained from have logits of their own."""
+        step = last_pass() if self.abstains else None
         rows = None if step is None or step.selections is None else step.selections.abstained
         if rows is None or not bool(rows.any()):
             return output
@@ -87,6 +87,12 @@ class Behaviour:
             return (*output[:place], self._only_the_end(output[place], rows), *output[place + 1 :])
         output.logits = self._only_the_end(output.logits, rows)
         return output
+
+    def withholds(self, cache: object) -> bool:
+        """Whether nothing is to be said after some prompt of a KV cache's sequences."""
+        selections = selections_in(cache) if self.abstains else None
+        rows = None if selections is None else selections.abstained
+        return rows is not None and bool(rows.any())
 
     def _only_the_end(self, logits: Tensor, rows: Tensor) -> Tensor:
         # the least finite number: where an option forbids the end of the text, scores must not become NaN

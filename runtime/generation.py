@@ -129,7 +129,7 @@ class _Wrapped(_Outer, Watched):
     ) -> Any:
         options = {"generation_config": generation_config, "inputs_tensor": inputs_tensor, **options}
         plain = super()._assisted_decoding  # type: ignore[misc]
-        if not runtime_of(cast(nn.Module, self)).decodes_otherwise:
+        if not runtime_of(cast(nn.Module, self)).program.decodes_otherwise:
             return plain(input_ids, **options)
         return assisted.decode(plain.__func__, self, input_ids, options)
 

@@ -60,7 +60,7 @@ def control_vector(
     wanted = range(len(anatomy)) if layers is None else checked_layers(layers, len(anatomy))
     states = [last_hidden(model, anatomy, kind, progress) for kind in kinds]
     found = {index: direction(states[0][index], states[1][index], method) for index in wanted}
-    if not all(float(each.norm()) > 0 for each in found.values()):  # a NaN, too
+    if not all(float(each.norm()) > 0 for each in found.values()):
         raise CoreskipError("the model's hidden states do not tell positive from negative texts: give other ones")
     calibration = {kind.name: kind.fingerprint() for kind in kinds}
     return ControlVector(found, Fingerprint.of(model, anatomy), {"method": method}, calibration)

@@ -94,7 +94,7 @@ class Runtime:
         self._weights = weights or Weights(anatomy)
         self._prepare(options, searching=weights is not None)
         self.memory = memory_of(self, options.memory, reads_all=options.exact)
-        self.exact = SpeculativeDecoder(has_draft=self.decodes_otherwise) if options.exact else None
+        self.exact = SpeculativeDecoder(has_draft=self.program.decodes_otherwise) if options.exact else None
         self.lookup = SpeculativeDecoder(has_draft=False) if options.lookup and not options.exact else None
         self.gives_way = False  # to whoever wraps or reads the model: see `make_way`
         self._class, self._outer = type(model), cast("tuple[nn.Module, type] | None", None)
@@ -134,11 +134,6 @@ class Runtime:
     def verifies(self) -> bool:
         """Whether decode steps are the dense model's own, but for drafts."""
         return self.exact is not None
-
-    @property
-    def decodes_otherwise(self) -> bool:
-        """Whether decode steps compute anything else than prefill does."""
-        return self.program.decodes_otherwise
 
     @property
     def chooses_by_token(self) -> bool:
@@ -196,17 +191,15 @@ class Runtime:
             decodes = isinstance(cache, Cache) and tokens_in(cache) > 0
             reason = self.notice(every_setting=not decodes)
             if not (self.model.training or torch.compiler.is_compiling()):
-                decodes = decodes and current_prompt() is None
-                carry_out = self.steps.forward if decodes else self.steps.prompt
-                output = carry_out(original_in_call, named, reason or self.behaviour.obstacle(decodes))
+                carry_out = self.steps.forward if decodes and current_prompt() is None else self.steps.prompt
+                output = carry_out(original_in_call, named, reason)
                 if output is not None:
                     return output
             return original_in_call(*args, **kwargs)
 
         def original_in_call(*args: Any, **kwargs: Any) -> Any:
             with calling():
-                output = original(*args, **kwargs)
-                return self.behaviour.withheld(output) if self.behaviour.abstains else output
+                return self.behaviour.withheld(original(*args, **kwargs))
 
         self.patches.set(self.model, "forward", forward)
 
@@ -344,21 +337,14 @@ class Runtime:
             return "no kernel of the native step makes its choice"
         if not self._places.hold() or self.altered & self._packed_apart:
             return "parts of the model were replaced by others"
-        if self.withholds(cache):
-            return "nothing is to be said after a prompt"
         selections = self._own_selections(cache)
         if selections is not None and self.skips.disputed(selections):
             return "its sequences skip different layers"
         return self.prepared.step_program(selections)
 
-    def withholds(self, cache: Cache) -> bool:
-        """Whether nothing is to be said after some prompt of these sequences."""
-        selections = selections_of(cache, self) if self.behaviour.abstains else None
-        return selections is not None and selections.abstained is not None and bool(selections.abstained.any())
-
     def settled(self, cache: Cache) -> Settled | str:
         """What a captured step for the sequences of a cache has fixed, or why there can be none."""
-        if self.withholds(cache):
+        if self.behaviour.withholds(cache):
             return "nothing is to be said after a prompt"
         if self.program.chosen_experts:
             return "its tokens leave experts out, each its own"
