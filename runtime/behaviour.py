@@ -1,8 +1,9 @@
 """Interventions carried out: what a plan changes about a layer's MLP, and prompts after which nothing is said.
 
-An intervention acts on the model's own modules, in every pass, whatever its phase: a skill that was switched off in
-decode steps alone would come back from the prompt's keys and values. No kernel carries interventions out. A plan that
-changes activations runs on the modules throughout; one that looks at prompts reads these there, and decodes as ever.
+An intervention acts on the model's own modules, in every pass but those of training, whatever its phase: a skill that
+was switched off in decode steps alone would come back from the prompt's keys and values. No kernel carries
+interventions out. A plan that changes activations runs on the modules throughout; one that looks at prompts reads these
+there, and decodes as ever.
 
 After a prompt that is abstained from, every token but the end of the text is impossible: generation ends at once,
 whichever way it chooses tokens, and no loop has to know about it.
@@ -10,12 +11,13 @@ whichever way it chooses tokens, and no loop has to know about it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +45,13 @@ class Behaviour:
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, plan: Plan, exact: bool) -> None:
         self._anatomy = anatomy
+        device = next(model.parameters()).device
         every = {index: layer.intervention for index, layer in enumerate(plan.layers)}
-        self._interventions = {i: found for i, found in every.items() if found.site is not Site.NOWHERE}
+        self._interventions = {i: _placed(f, device) for i, f in every.items() if f.site is not Site.NOWHERE}
         if exact and plan.intervenes:
-            raise CoreskipError("exact mode gives the dense model's text, with the skill that the plan switches off")
+            raise CoreskipError(
+                "exact mode gives the dense model's text, with the skill that this plan switches off: leave exact out"
+            )
         self.abstains = plan.abstains
         self._ends = sorted(end_ids(model)) if self.abstains else []
         if self.abstains and not self._ends:
@@ -99,6 +104,13 @@ class Behaviour:
         end = torch.full_like(logits[0], torch.finfo(logits.dtype).min)
         end[..., self._ends] = 0.0
         return torch.where(rows.to(logits.device).view(-1, 1, 1), end, logits)
+
+
+def _placed(found: Intervention, device: torch.device) -> Intervention:
+    """With its tensors where the model is; of a model that is moved later they follow at every pass."""
+    fields = {each.name: getattr(found, each.name) for each in dataclasses.fields(cast(Any, found))}
+    moved = {name: value.to(device) for name, value in fields.items() if isinstance(value, Tensor)}
+    return cast(Intervention, dataclasses.replace(cast(Any, found), **moved))
 
 
 def _patch_output(module: nn.Module, found: Intervention, replace: Replace) -> None:

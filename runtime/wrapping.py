@@ -182,7 +182,7 @@ class Runtime:
     def _patch_model(self) -> None:
         """Decode steps go to the lowering that carries them out, where it covers the call."""
         original = self._forward = self.model.forward
-        signature = inspect.signature(original)
+        signature, behaviour = inspect.signature(original), self.behaviour
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -199,7 +199,7 @@ class Runtime:
 
         def original_in_call(*args: Any, **kwargs: Any) -> Any:
             with calling():
-                return self.behaviour.withheld(original(*args, **kwargs))
+                return behaviour.withheld(original(*args, **kwargs))
 
         self.patches.set(self.model, "forward", forward)
 
