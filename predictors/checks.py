@@ -58,6 +58,12 @@ def check_above_zero(name: str, value: Any) -> None:
         raise CoreskipError(f"{name} is {value!r}; it must be a number above 0")
 
 
+def check_number(name: str, value: Any) -> None:
+    """A finite number."""
+    if not _is_number(value):
+        raise CoreskipError(f"{name} is {value!r}; it must be a finite number")
+
+
 def check_temperature(name: str, value: Any) -> None:
     """What scores can be divided by."""
     check_above_zero(name, value)

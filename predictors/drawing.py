@@ -86,6 +86,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
             "of": width,
             "runs": {"policy": layer.layer.name, **_plain(layer.layer)},
             **_document_of_experts(layer, model.experts[index] if model.experts else 0),
+            **_document_of_intervention(layer),
         }
         for index, (layer, width) in enumerate(zip(plan.layers, model.intermediate_sizes, strict=True))
     ]
@@ -109,6 +110,11 @@ def _document_of_experts(layer: LayerPlan, count: int) -> dict[str, Any]:
     chosen = {"policy": policy.name, **_plain(policy), "kept": policy.kept(count), "of": count, "active": policy.active}
     indices = getattr(policy, "indices", None)
     return {"experts": chosen if indices is None else {**chosen, "indices": indices.tolist()}}
+
+
+def _document_of_intervention(layer: LayerPlan) -> dict[str, Any]:
+    found = layer.intervention
+    return {"intervention": {"policy": found.name, **_plain(found)}} if found.words else {}
 
 
 def _plain(value: Any) -> dict[str, Any]:
@@ -179,6 +185,8 @@ def _policy(layer: LayerPlan) -> str:
     details += [f"with {name}" for name in ("norm", "smooth", "mean") if getattr(policy, name, None) is not None]
     if layer.layer.name != "run":
         details.append("+ " + " ".join([layer.layer.name, *(f"{k}={v}" for k, v in vars(layer.layer).items())]))
+    if layer.intervention.words:
+        details.append(f"+ {layer.intervention.name} ({layer.intervention.words})")
     return " ".join([policy.name, *details])
 
 

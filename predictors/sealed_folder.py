@@ -57,8 +57,16 @@ class SealedFolder:
     def _again(self) -> str:
         return f"make the {self.word} again"
 
-    def write(self, path: str | os.PathLike[str], document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def write(
+        self,
+        path: str | os.PathLike[str],
+        document: dict[str, Any],
+        tensors: dict[str, Tensor],
+        version: int | None = None,
+    ) -> None:
         """Write the folder `path`. Atomic: an older one of its kind there survives any failure whole.
+
+        version: the oldest that says it all, so that older readers take what they understand; by default the newest.
 
         Raises:
             CoreskipError: `path` is something else, or cannot be written (no room, no permission).
@@ -68,7 +76,7 @@ class SealedFolder:
         # layers may share a tensor, which safetensors refuses
         data = safetensors.torch.save({name: t.cpu().contiguous().clone() for name, t in tensors.items()})
         checksum = hashlib.sha256(data).hexdigest()
-        about = {"format": f"coreskip.{self.word}", "version": self.version}
+        about = {"format": f"coreskip.{self.word}", "version": version or self.version}
         sealed = seal({**about, **document, "tensors_sha256": checksum})
         try:
             with files.replaced_folder(target) as draft:

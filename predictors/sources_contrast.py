@@ -112,8 +112,7 @@ def gates(anatomy: Anatomy, tap: Tap) -> Iterator[None]:
 
     try:
         for index, mlp in anatomy.present:
-            module = mlp.up if mlp.gate_name is None else cast(nn.Module, getattr(mlp.owner, mlp.gate_name))
-            handles.append(module.register_forward_hook(hook(index, mlp)))
+            handles.append(mlp.pre_activation.register_forward_hook(hook(index, mlp)))
         yield
     finally:
         for handle in handles:

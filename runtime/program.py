@@ -26,6 +26,7 @@ from ..predictors.checks import AS_PACKED
 from ..predictors.errors import PlanError
 from ..predictors.expert_policies import AllExperts, ExpertPolicy, KeptExperts, SkipExperts
 from ..predictors.importance import kept_count
+from ..predictors.interventions import Site
 from ..predictors.plan import LayerPlan, Plan
 from ..predictors.policies import (
     Cats,
@@ -198,11 +199,13 @@ class ExpertsProgram:
 @dataclass(frozen=True, eq=False)
 class LayerProgram:
     """What a decode step does with one decoder layer. bricks: its MLP, or its shared expert; experts: None where it has
-    none. skips: what its layer policy leaves out."""
+    none. skips: what its layer policy leaves out. changed: whether something changes its activations, which no kernel
+    does."""
 
     bricks: tuple[BrickProgram, ...]
     skips: LayerPolicy
     experts: ExpertsProgram | None = None
+    changed: bool = False
 
     @property
     def width(self) -> int:
@@ -214,7 +217,7 @@ class LayerProgram:
     def native(self) -> bool:
         """Whether native steps make every choice."""
         of_experts = self.experts is None or self.experts.native or not self.experts.chooses
-        return of_experts and all(brick.native for brick in self.bricks)
+        return of_experts and not self.changed and all(brick.native for brick in self.bricks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,7 +276,8 @@ def _layer(
         experts = None if found is None else build_experts(layer.experts, found)
     except PlanError as error:
         raise PlanError(f"layer {index}: {error}") from None
-    return LayerProgram(bricks, layer.layer, experts)
+    changed = layer.intervention.site in (Site.PRE_ACTIVATION, Site.ACTIVATION)
+    return LayerProgram(bricks, layer.layer, experts, changed)
 
 
 def normed(anatomy: Anatomy) -> str:
