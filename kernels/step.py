@@ -70,10 +70,10 @@ class Attention:
 
     order: where `q` holds k and v, too (which are None then): the places of q's, k's and v's heads among its outputs.
     rotation: (cos, sin), each float32 [positions, rope_dim], applied to the first rope_dim dimensions, by halves or, if
-    `paired`, to neighbours, each with the angles of the first half; None: none. turned: norms come after it. window: how
-    many positions a token sees, itself included; 0: all. softcap: of the scores; 0: none. slopes: float32 [heads], what a
-    score loses for each position that its key lies back (ALiBi). sinks: float32 [heads], a further score in each
-    softmax, which no value belongs to.
+    `paired`, to neighbours, each with the angles of the first half; None: none. turned: norms come after it.
+    window: how many positions a token sees, itself included; 0: all. softcap: of the scores; 0: none.
+    slopes: float32 [heads], what a score loses for each position that its key lies back (ALiBi). sinks: float32
+    [heads], a further score in each softmax, which no value belongs to.
     """
 
     q: Linear

@@ -14,17 +14,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..kernels.step import Heads
 from ..predictors.anatomy import Attention
 from .calls import NotCovered
 from .norms import normed, read_norm
 from .rotary_tables import table_of
-from .spec import AttentionSpec, HeadsSpec, LinearSpec, NormSpec, RotarySpec, is_plain_linear
+from .spec import AttentionSpec, LinearSpec, NormSpec, RotarySpec, is_plain_linear
 from .tracing import Trace
 
 _SCALES = ("scaling", "scale", "inv_norm_factor", "softmax_scale")
 _DIVISORS = ("norm_factor", "scale_attn")
 
-Order = tuple[HeadsSpec, HeadsSpec, HeadsSpec]
+Order = tuple[Heads, Heads, Heads]
 
 
 def linear(module: Any, rows: tuple[int, ...] | None = None) -> LinearSpec:
@@ -174,10 +175,10 @@ def _orders(heads: int, kv_heads: int, d: int) -> Iterator[Order]:
     """In which orders one projection may hold q, k and v."""
     each = heads // kv_heads
     step = (each + 2) * d  # of a KV head with its queries (GPT-NeoX, BLOOM, Falcon)
-    yield HeadsSpec(0, each, step), HeadsSpec(each * d, 1, step), HeadsSpec((each + 1) * d, 1, step)
+    yield (0, each, step), (each * d, 1, step), ((each + 1) * d, 1, step)
     if heads == kv_heads and heads % 4 == 0:  # four parts, each with q, v and k of its heads (CodeGen)
         run = heads // 4
-        yield tuple(HeadsSpec(at * run * d, run, 3 * run * d) for at in (0, 2, 1))  # type: ignore[misc]
+        yield (0, run, 3 * run * d), (2 * run * d, run, 3 * run * d), (run * d, run, 3 * run * d)
 
 
 def _gives(spec: AttentionSpec, evidence: _Evidence, rotary: RotarySpec | None, seen: Trace) -> bool:
@@ -200,17 +201,17 @@ def _heads(spec: AttentionSpec, evidence: _Evidence) -> list[Tensor]:
     counts = (evidence.attended.shape[-1] // d, kv_heads, kv_heads)
     if spec.order is not None:
         (whole,) = evidence.projected
-        parts = [
-            torch.stack(
-                [whole[:, at : at + d] for h in range(n) for at in [o.offset + h // o.run * o.step + h % o.run * d]]
-            )
-            for o, n in zip(spec.order, counts, strict=True)
-        ]
-        return parts
+        return [_in_turn(whole, place, n, d) for place, n in zip(spec.order, counts, strict=True)]
     given = evidence.projected
     if len(given) == 1:
         given = list(given[0].split([n * d for n in counts], -1))
     return [x.unflatten(-1, (-1, d)).transpose(0, 1) for x in given]
+
+
+def _in_turn(whole: Tensor, place: Heads, count: int, d: int) -> Tensor:
+    offset, run, step = place
+    begins = [offset + head // run * step + head % run * d for head in range(count)]
+    return torch.stack([whole[:, at : at + d] for at in begins])
 
 
 def _prepared(spec: AttentionSpec, x: Tensor, norm: NormSpec | None, table: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -134,8 +134,10 @@ class _Layer:
         parallel: bool = False,
         scale: float | None = None,
     ) -> Composition | None:
-        """The composition, if the residual stream x and what the MLP gives come to what the layer gave. attended: what a
-        parallel attention gives. scale: of what the halves give, where that is known."""
+        """The composition, if the residual stream x and what the MLP gives come to what the layer gave.
+
+        attended: what a parallel attention gives. scale: of what the halves give, where that is known.
+        """
         more = self._normed(norms, "mlp_out", self._mlp[1]) + attended
         y, after = self._y, self._giving(self._y)
         if after is not None:
@@ -163,8 +165,8 @@ class _Layer:
 
 
 def _mlp(anatomy: Anatomy, index: int, seen: Trace) -> tuple[tuple[Tensor, Tensor], list[nn.Module], bool]:
-    """What a layer's MLP, or its experts, were given and gave, the modules inside, and whether an MLP beside the experts
-    (Granite) is counted in."""
+    """What a layer's MLP, or its experts, were given and gave, the modules inside, and whether an MLP beside the
+    experts (Granite) is counted in."""
     mlp, experts = anatomy.feed_forwards[index], anatomy.experts[index]
     inside = [] if mlp is None else list(mlp.owner.modules()) if mlp.whole else [mlp.up, mlp.down]
     if experts is None:

@@ -22,8 +22,8 @@ from .calls import NotCovered, NotThisCall, positions_of
 from .lower_experts import lower_experts, packed_experts
 from .packed_experts import HeldExperts
 from .packed_layer import PackedLayer, PackedRows, StandIn
-from .rotary_tables import RotaryTables
 from .reading import read_spec
+from .rotary_tables import RotaryTables
 from .spec import AttentionSpec, BrickSpec, ExpertsSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec
 
 #: told of a linear as soon as all rows of its matrix are packed
@@ -193,8 +193,8 @@ class CpuModel:
         )
 
     def _attention(self, attention: AttentionSpec, rotation: tuple[Tensor, Tensor] | None) -> native.Attention:
-        inputs = [part for linear in attention.inputs for part in self._parts(linear, self._format)]
-        q, k, v = inputs if attention.order is None else (*inputs, None, None)
+        q, *others = (part for linear in attention.inputs for part in self._parts(linear, self._format))
+        k, v = others or (None, None)
         return native.Attention(
             q, k, v, self._parts(attention.output, self._format)[0],
             head_dim=attention.head_dim,
@@ -204,7 +204,7 @@ class CpuModel:
             k_norm=_norm(attention.k_norm),
             window=attention.window,
             softcap=attention.softcap,
-            order=None if attention.order is None else tuple((h.offset, h.run, h.step) for h in attention.order),
+            order=attention.order,
             paired=attention.paired,
             turned=attention.turned,
             slopes=attention.slopes,

@@ -55,7 +55,7 @@ def read_spec(model: Any, anatomy: Anatomy) -> ModelSpec:
     seen = None if table.weight.is_meta and not isinstance(table, PackedRows) else trace(model, anatomy)
     found = [by_name(layer) if seen is None else by_values(anatomy, i, seen) for i, layer in enumerate(anatomy.layers)]
     beside = [index for index, layer in enumerate(found) if layer.beside]
-    reason = uncovered(anatomy, [layer.norms.values() for layer in found], seen and seen.calls, beside)
+    reason = uncovered(anatomy, [layer.norms.values() for layer in found], None if seen is None else seen.calls, beside)
     if reason is not None:
         raise NotCovered(reason)
     config = model.config.get_text_config()

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..kernels.step import Heads
 from ..predictors.anatomy import Experts, FeedForward
 from ..predictors.experts import Layout
 from ..predictors.routing import Choice
@@ -51,16 +52,6 @@ class LinearSpec:
         return 1 if self.rows is None else len(self.rows)
 
 
-@dataclass(frozen=True)
-class HeadsSpec:
-    """Where heads of one kind lie among a projection's outputs: head h begins at
-    offset + h // run * step + h % run * head_dim."""
-
-    offset: int
-    run: int
-    step: int
-
-
 @dataclass(frozen=True, eq=False)
 class AttentionSpec:
     """Grouped-query attention.
@@ -86,7 +77,7 @@ class AttentionSpec:
     k_norm: NormSpec | None
     window: int
     softcap: float
-    order: tuple[HeadsSpec, HeadsSpec, HeadsSpec] | None = None
+    order: tuple[Heads, Heads, Heads] | None = None
     paired: bool = False
     turned: bool = False
     slopes: Tensor | None = None

@@ -40,9 +40,16 @@ class Call:
 
 @dataclass(eq=False)
 class Trace:
-    """ids: int64 ``[1, tokens]``. dtype: the model's. calls: by module, in the order in which they were made. before: the modules that were
-    called before the first layer. keys, values: by layer, as the cache has them, ``[kv_heads, tokens, size]``. last:
-    what the decoder gave."""
+    """What happened in a pass.
+
+    Attributes:
+        ids: int64 ``[1, tokens]``.
+        dtype: the model's.
+        calls: by module, in the order in which they were made.
+        before: the modules that were called before the first layer.
+        keys, values: by layer, as the cache has them, ``[kv_heads, tokens, size]``.
+        last: what the decoder gave.
+    """
 
     ids: Tensor
     dtype: torch.dtype
@@ -133,16 +140,12 @@ def first_input(anatomy: Anatomy, ids: Tensor, **call: Any) -> Tensor:
 
 
 def _pass(anatomy: Anatomy, found: Trace, **call: Any) -> Any:
-    stack, was_training = anatomy.stack, anatomy.stack.training
+    stack = anatomy.stack
     try:
-        stack.eval()
         with torch.no_grad(), densely(), unprompted(), _watching(anatomy, found):
             return type(stack).forward(stack, **call)  # past what wrap has patched
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
         raise NotCovered(f"a pass through its decoder alone fails: {type(error).__name__}") from None
-    finally:
-        if was_training:
-            stack.train()
 
 
 @contextmanager

@@ -26,8 +26,8 @@ from coreskip.runtime import program
 from coreskip.runtime.calls import NotCovered
 from coreskip.runtime.cost import bytes_per_token
 from coreskip.runtime.lower_cpu import lower_norm
-from coreskip.runtime.program import BrickProgram, Program, build, builds
 from coreskip.runtime.norms import read_norm
+from coreskip.runtime.program import BrickProgram, Program, build, builds
 from coreskip.runtime.reading import read_spec
 from coreskip.runtime.spec import ModelSpec, NormSpec
 from coreskip.runtime.wrap import runtime_of
