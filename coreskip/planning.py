@@ -37,6 +37,9 @@ method_options = together(
     click.option("--allocation", show_default="greedy", help="Of sketch, topk: equal, cett, residual, fisher, greedy."),
     click.option("--bits", type=int, help="Of sketch: 3 in int4 and else 4 by default, or 1 for ReLU models."),
     click.option("--refine", is_flag=True, help="Of sketch: exact scores drop some of what it chose."),
+    click.option("--bricks", type=int, show_default="64", help="Of bricks: how many a layer's neurons are in."),
+    click.option("--cluster", show_default="coactivation", help="Of bricks: coactivation, or weights."),
+    click.option("--router", show_default="linear", help="Of bricks: linear, or centroids."),
     click.option("--rank", type=int, show_default="64", help="Of learned; at most the model's hidden size."),
 )
 
@@ -48,7 +51,7 @@ method_options = together(
     "--method",
     default="auto",
     show_default=True,
-    help="auto, sketch, threshold, learned, core, similar, static, topk, layers, experts, skip-experts.",
+    help="auto, sketch, threshold, learned, bricks, core, similar, static, topk, layers, experts, skip-experts.",
 )
 @click.option("--keep", type=float, help="Share of neurons (0.6 by default), layers (0.9) or experts (0.75) to keep.")
 @click.option("--budget", help="ppl+1%, kl<0.05 or agreement>0.95: the fastest plan found that holds it.")
@@ -133,6 +136,8 @@ def show(plan: Path, as_json: bool) -> None:
         raise CoreskipError(
             f"{plan} is a model, and neither a plan nor a packed one: `coreskip info {plan}` tells of it"
         )
+    if any((plan / f"{word}.json").is_file() for word in ("scores", "set")):
+        raise CoreskipError(f"{plan} holds scores, or a set of neurons: `coreskip explain {plan}` tells of them")
     from coreskip.predictors.drawing import plan_document, plan_table
     from coreskip.predictors.plan import Plan
 

@@ -62,6 +62,9 @@ def analyze(
     bits: int | None = None,
     refine: bool | None = None,
     rank: int | None = None,
+    bricks: int | None = None,
+    cluster: str | None = None,
+    router: str | None = None,
     tokens: int = 16384,
     windows: int | None = None,
     seed: int = 0,
@@ -79,7 +82,8 @@ def analyze(
         method: by prompt: ``core`` (stability-guided core neurons), ``similar`` (similarity-guided: the set of the
             nearest cluster of calibration sentences); by token: ``sketch`` (the high nibbles of the weights choose, of
             int4 their upper three bits), ``threshold`` (TEAL, WINA, CATS), ``learned`` (low-rank predictors), ``topk``
-            (exact scores: the oracle, which saves down rows alone); ``static`` (one fixed set); ``layers`` (whole
+            (exact scores: the oracle, which saves down rows alone), ``bricks`` (neurons in groups that a token takes
+            as a whole); ``static`` (one fixed set); ``layers`` (whole
             layers are left out; with a budget also attentions or MLPs alone); of mixtures of experts ``experts`` (some
             are left out for good) and ``skip-experts`` (those of a token whose weight is small beside its largest); or
             ``auto``: with a budget the search looks at all that save time, else it is ``sketch``.
@@ -113,6 +117,8 @@ def analyze(
         refine: of ``sketch``: whether a second threshold, on exact scores, drops some of what the sketch chose: more is
             left out at the same loss of quality, in more time.
         rank: of ``learned``, 64 by default; at most the model's hidden size.
+        bricks, cluster, router: of ``bricks``: how many there are in a layer, 64 by default; made of neurons that fire
+            together, ``coactivation``, or of alike ``weights``; chosen by a ``linear`` map or by their ``centroids``.
         tokens: at most this many are observed.
         windows: held-out windows of 512 tokens per measurement: by default 12, with `layers` 8.
         seed: of sampling, clustering and training.
@@ -138,6 +144,9 @@ def analyze(
         "bits": bits,
         "refine": refine,
         "rank": rank,
+        "bricks": bricks,
+        "cluster": cluster,
+        "router": router,
     }
     common: dict[str, Any] = {
         "weights": weights,

@@ -38,6 +38,7 @@ from .lower_cpu import refusal
 from .options import (
     OPTIONS_OF,
     WITH_ALPHA,
+    BricksOptions,
     ByPromptOptions,
     CoreOptions,
     ExpertsOptions,
@@ -373,6 +374,10 @@ class Calibrator:
         policies = self.tokens.learned(keep, options.rank)
         found = sum(policy.recall or 0.0 for policy in policies) / len(policies)
         return self._by_token("learned", keep, policies, rank=options.rank, recall=round(found, 4))
+
+    def _bricks(self, keep: float, options: BricksOptions) -> Plan:
+        how = vars(options)
+        return self._by_token("bricks", keep, self.tokens.bricks(keep, **how), **how)
 
     def _threshold(self, keep: float, options: ThresholdOptions) -> Plan:
         policies = self.tokens.threshold(keep, cast(Any, options.rule), everywhere=options.all_linears)

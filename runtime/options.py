@@ -14,6 +14,8 @@ from ..predictors.checks import (
     EXPERT_SCORES,
     STATIC_SCORES,
     Allocation,
+    BrickRouter,
+    Clustering,
     ExpertScore,
     Score,
     check_allocation,
@@ -31,9 +33,11 @@ from .memory_size import bytes_of
 from .unknown import closest
 
 METHODS = (
-    "auto", "core", "similar", "static", "threshold", "sketch", "learned", "topk", "layers", "experts", "skip-experts",
+    "auto", "core", "similar", "static", "threshold", "sketch", "learned", "topk", "bricks", "layers", "experts",
+    "skip-experts",
 )  # fmt: skip
 OF_EXPERTS = ("experts", "skip-experts")  # of mixtures of experts
+UNSEARCHED = (*OF_EXPERTS, "bricks")  # no search for a budget looks at them
 RULES = ("teal", "wina", "cats")
 WITH_ALPHA = ("magnitude", "magnitude_down", "signed")  # of the scores, those by which tokens have a core
 
@@ -208,6 +212,27 @@ class SkipExpertsOptions(MethodOptions):
             check_share("beta", self.beta)
 
 
+@dataclass(frozen=True)
+class BricksOptions(MethodOptions):
+    """Of ``bricks``.
+
+    Attributes:
+        bricks: how many a layer's neurons are in.
+        cluster: by what neurons go together: ``coactivation`` on the calibration text, or the gate's ``weights``.
+        router: by what a token takes them: a ``linear`` map fitted to what bricks are worth, or their ``centroids``.
+    """
+
+    bricks: int = 64
+    cluster: Clustering = "coactivation"
+    router: BrickRouter = "linear"
+
+    def __post_init__(self) -> None:
+        check_count("bricks", self.bricks, 2)
+        for name, known in (("cluster", get_args(Clustering)), ("router", get_args(BrickRouter))):
+            if getattr(self, name) not in known:
+                raise CoreskipError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(known)}")
+
+
 OPTIONS_OF: Mapping[str, type[MethodOptions]] = {
     "core": CoreOptions,
     "similar": SimilarOptions,
@@ -215,6 +240,7 @@ OPTIONS_OF: Mapping[str, type[MethodOptions]] = {
     "threshold": ThresholdOptions,
     "sketch": SketchOptions,
     "learned": LearnedOptions,
+    "bricks": BricksOptions,
     "topk": TopKOptions,
     "layers": LayersOptions,
     "experts": ExpertsOptions,
@@ -264,7 +290,7 @@ def check_value(name: str, value: Any) -> None:
 
 #: What a search tries for itself, method by method.
 _SEARCHED = {"rule": ("threshold",), "all_linears": ("threshold",), "allocation": ("sketch",)}
-_ALL = frozenset(METHODS) - {"auto", *OF_EXPERTS}
+_ALL = frozenset(METHODS) - {"auto", *UNSEARCHED}
 _FAST = frozenset({"sketch", "threshold", "static", "layers"})  # what a fast search over all methods looks at
 _NUMBER = r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?)"
 
@@ -384,7 +410,7 @@ def check_options(
         _refuse_any([*named, *(["first_layer"] if first_layer is not None else [])])
     _check_places(named, method, searching=budget is not None, fast=fast)
     _check_pairs(named)
-    if method in OF_EXPERTS and budget is not None:
+    if method in UNSEARCHED and budget is not None:
         raise CoreskipError(f"there is no search for a budget with the method {method}: give a keep, and measure")
     if keep is not None and "beta" in named:
         raise CoreskipError("give keep or beta, not both: a beta keeps what it keeps")

@@ -11,7 +11,7 @@ A neuron policy comes in by one builder, registered for its type with `builds`: 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from ..predictors.importance import kept_count
 from ..predictors.interventions import Site
 from ..predictors.plan import LayerPlan, Plan
 from ..predictors.policies import (
+    Bricks,
     Cats,
     Chooser,
     CoreNeurons,
@@ -427,6 +428,15 @@ def _learned(policy: Learned, brick: Brick) -> BrickProgram:
         return SparseMLP(packed, "learned", keep, policy.threshold, predictor=predictor)
 
     return BrickProgram(policy, policy.chooser, kept, brick.width, read, pack=pack)
+
+
+@builds(Bricks)
+def _bricks(policy: Bricks, brick: Brick) -> BrickProgram:
+    """A neuron has its brick's score: a learned predictor whose second map hands the scores on."""
+    handed_on = torch.nn.functional.one_hot(policy.assignment, policy.count).float()
+    bias = policy.bias[policy.assignment]
+    scores = Learned(keep=policy.keep, mean=policy.mean, reduce=policy.route, expand=handed_on, bias=bias)
+    return replace(_learned(scores, brick), policy=policy)
 
 
 @builds(Cats)
