@@ -84,6 +84,15 @@ class StepHeads(ctypes.Structure):
     _fields_ = tuple(_fields(_N, "offset run step width"))
 
 
+class StepLatentPart(ctypes.Structure):
+    _fields_ = (
+        *_fields(StepLinear, "q_low kv_low"),
+        *_fields(StepNorm, "q_low_norm kv_low_norm"),
+        *_fields(_N, "rank nope rope value"),
+        ("apart", _I),
+    )
+
+
 class StepLayer(ctypes.Structure):
     _fields_ = (
         *_fields(StepNorm, "attention_in q_norm k_norm attention_out mlp_in mlp_out attention_after mlp_after"),
@@ -91,6 +100,7 @@ class StepLayer(ctypes.Structure):
         ("mlp", StepMlp),
         ("experts", StepExperts),
         *_fields(StepHeads, "q_heads k_heads v_heads"),
+        ("latent", StepLatentPart),
         *_fields(_N, "heads kv_heads head_dim rope_dim window"),
         *_fields(_P, "cos sin slopes sinks"),
         *_fields(_F, "attention_scale softcap residual_scale"),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import arguments, cpu, residency
 from .packed import PackedLinear
-from .step import DenseMLP, KeyValues, Step, StepModel
+from .step import DenseMLP, KeyValues, LatentAttention, Step, StepModel
 
 #: told of a layer, and of its activations [rows, length, neurons] in float32, zero at padding
 Observer = Callable[[int, Tensor], None]
@@ -26,6 +26,8 @@ def uncovered(model: StepModel) -> str | None:
         attention, mlp = layer.attention, layer.mlp
         if attention is None or layer.entries_only or not isinstance(mlp, DenseMLP):
             return "a layer leaves something out"
+        if isinstance(attention, LatentAttention):
+            return "latents of many tokens are expanded once for all of their heads by the modules"
         found = [m for m in (*attention.linears, mlp.gate, mlp.up, mlp.down) if m is not None]
         if not all(isinstance(m, PackedLinear) and m.grouped for m in found):
             return "matrices lie as they were loaded, and torch multiplies many rows with these in less time"

@@ -98,6 +98,11 @@ class Attention:
         return _packed(self.o).in_features // self.head_dim
 
     @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Of a position's entries: heads, and the size of each one's key and value."""
+        return self.kv_heads, self.head_dim, self.head_dim
+
+    @property
     def kv_heads(self) -> int:
         if self.k is not None:
             return self.k.out_features // self.head_dim
@@ -109,6 +114,56 @@ class Attention:
 
 
 @dataclass(frozen=True, eq=False)
+class LatentAttention:
+    """Latent attention (DeepSeek-V2, 2405.04434), whose cache has a latent and a turned key for each position.
+
+    q gives nope + rope dimensions of each head, from what q_low gives, normed, where there is one, else from x. kv_low
+    gives a latent, which is normed, and `rope` dimensions that are turned, as q's are. expand: floats, from a latent to
+    nope dimensions of keys and `value` ones of values, head by head. rotation, paired: as for `Attention`, of those
+    that are turned; apart: neighbours are turned, and come to lie half of what is turned apart.
+    """
+
+    q_low: Linear | None
+    q_low_norm: Norm | None
+    q: Linear
+    kv_low: Linear
+    kv_low_norm: Norm
+    expand: PackedLinear
+    o: Linear
+    heads: int
+    rope: int
+    scale: float
+    rotation: tuple[Tensor, Tensor]
+    paired: bool = False
+    apart: bool = False
+    window: int = 0
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.expand.in_features
+
+    @property
+    def nope(self) -> int:
+        return _packed(self.q).out_features // self.heads - self.rope
+
+    @property
+    def value(self) -> int:
+        return self.expand.out_features // self.heads - self.nope
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """See `Attention.sizes`."""
+        return 1, self.rank, self.rope
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        found = (self.q_low, self.q, self.kv_low, self.expand, self.o)
+        return tuple(linear for linear in found if linear is not None)
+
+
+@dataclass(frozen=True, eq=False)
 class StepLayer:
     """A decoder layer: x += out(attention(in(x))), x = after(x), then the same for the MLP; absent norms are None.
 
@@ -117,7 +172,7 @@ class StepLayer:
     is none.
     """
 
-    attention: Attention | None
+    attention: Attention | LatentAttention | None
     mlp: DenseMLP | SparseMLP | PackedExperts | None
     act: str
     attention_in: Norm | None = None
@@ -188,7 +243,7 @@ class Step:
         self._rotations: list[tuple[Tensor, Tensor] | None] = []
         self._parts: dict[tuple[int, int], Step] = {}
         attentions = [layer.attention for layer in model.layers if layer.attention is not None]
-        self._entries = [(model.dtype, a.kv_heads, a.head_dim) for a in attentions]
+        self._entries = [(model.dtype, *a.sizes) for a in attentions]
         self._windows = [a.window for a in attentions]
         lists = (layer.mlp.lists for layer in model.layers if isinstance(layer.mlp, SparseMLP))
         self.rows = next((found.rows for found in lists if found is not None and found.rows is not None), None)
@@ -388,7 +443,7 @@ class KeyValues:
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
     first: Sequence[int]
-    entries: list[tuple[torch.dtype, int, int]] = field(init=False)  # per layer, heads and their size
+    entries: list[tuple[torch.dtype, int, int, int]] = field(init=False)  # per layer: heads, sizes of keys and values
     rows: int = field(init=False)
     longest: int = field(init=False)  # positions that all layers have memory for
     begins_late: bool = field(init=False)  # whether a layer has forgotten the first of them
@@ -396,10 +451,14 @@ class KeyValues:
 
     def __post_init__(self) -> None:
         for k, v in zip(self.keys, self.values, strict=True):
-            alike = (k.shape, k.stride(), k.dtype, k.device) == (v.shape, v.stride(), v.dtype, v.device)
-            if not alike or k.device.type != "cpu" or k.ndim != 4 or k.stride()[2:] != (k.shape[3], 1):
+            alike = (k.shape[:3], k.dtype, k.device) == (v.shape[:3], v.dtype, v.device)
+            if k.shape == v.shape:
+                alike = alike and k.stride() == v.stride()
+            dense = all(x.ndim == 4 and x.stride()[2:] == (x.shape[3], 1) for x in (k, v))
+            if not alike or not dense or k.device.type != "cpu":
                 raise ValueError("keys and values are not [rows, heads, capacity, head_dim] on the CPU, alike")
-        self.entries = [(k.dtype, k.shape[1], k.shape[3]) for k in self.keys]
+        pairs = zip(self.keys, self.values, strict=True)
+        self.entries = [(k.dtype, k.shape[1], k.shape[3], v.shape[3]) for k, v in pairs]
         self.rows = min((k.shape[0] for k in self.keys), default=0)
         capacities = (k.shape[2] + first for k, first in zip(self.keys, self.first, strict=True))
         self.longest = min(capacities, default=0)
@@ -529,7 +588,9 @@ def _layer(layer: StepLayer) -> arguments.StepLayer:
         run_mlp=mlp is not None,
         parallel=layer.parallel,
     )
-    if attention is not None:
+    if isinstance(attention, LatentAttention):
+        _put_latent(out, attention)
+    elif attention is not None:
         _put_attention(out, attention)
     if isinstance(mlp, DenseMLP):
         out.gate, out.up, out.down = _linear(mlp.gate), _linear(mlp.up), _linear(mlp.down)
@@ -591,3 +652,20 @@ def _put_attention(out: arguments.StepLayer, attention: Attention) -> None:
     if attention.rotation is not None:
         cos, sin = attention.rotation
         out.rope_dim, out.cos, out.sin = cos.shape[1], cos.data_ptr(), sin.data_ptr()
+
+
+def _put_latent(out: arguments.StepLayer, attention: LatentAttention) -> None:
+    cos, sin = attention.rotation
+    out.q, out.k, out.o = _linear(attention.q), _linear(attention.expand), _linear(attention.o)
+    out.latent = arguments.StepLatentPart(
+        q_low=_linear(attention.q_low),
+        kv_low=_linear(attention.kv_low),
+        q_low_norm=_norm(attention.q_low_norm),
+        kv_low_norm=_norm(attention.kv_low_norm),
+        apart=attention.apart,
+        **{name: getattr(attention, name) for name in ("rank", "nope", "rope", "value")},
+    )
+    out.heads, out.kv_heads, out.head_dim = attention.heads, 1, attention.rank
+    out.rope_dim, out.cos, out.sin, out.paired = cos.shape[1], cos.data_ptr(), sin.data_ptr(), attention.paired
+    out.window, out.attention_scale, out.softcap = attention.window, attention.scale, attention.softcap
+    out.sinks = cpu.address(attention.sinks)

@@ -16,37 +16,29 @@ from torch import Tensor, nn
 
 from ..kernels.step import Heads
 from ..predictors.anatomy import Attention
+from .attention_formula import Table, attended, turned
+from .attention_names import kind_of_rotation, linear, told_scales
 from .calls import NotCovered
+from .latent_reading import read_latent
 from .norms import normed, read_norm
 from .rotary_tables import table_of
-from .spec import AttentionSpec, LinearSpec, NormSpec, RotarySpec, is_plain_linear
+from .spec import AttentionSpec, LatentSpec, LinearSpec, NormSpec, RotarySpec
 from .tracing import Trace
-
-_SCALES = ("scaling", "scale", "inv_norm_factor", "softmax_scale")
-_DIVISORS = ("norm_factor", "scale_attn")
 
 Order = tuple[Heads, Heads, Heads]
 
 
-def linear(module: Any, rows: tuple[int, ...] | None = None) -> LinearSpec:
-    """A projection, which holds several where there are `rows`.
-
-    Raises:
-        NotCovered: it does more than its matrix and bias say.
-    """
-    if not isinstance(module, nn.Module) or not is_plain_linear(module):
-        raise NotCovered(f"a projection is a {type(module).__name__}")
-    return LinearSpec(module, rows)
-
-
 def read_attention(
     found: Attention, index: int, window: int, config: Any, rotary: RotarySpec | None, seen: Trace | None
-) -> AttentionSpec:
+) -> AttentionSpec | LatentSpec:
     """Describes the attention of layer `index`.
 
     Raises:
         NotCovered: it is of no kind that is described, or, in a pass, gave something else.
     """
+    latent = None if seen is None else read_latent(found, index, window, rotary, seen)
+    if latent is not None:
+        return latent
     spec = _by_name(found, index, window, config, rotary, seen)
     if seen is None:
         return spec
@@ -79,7 +71,7 @@ def _by_name(
         output=linear(getattr(module, found.output)),
         head_dim=head_dim,
         scale=float(scale) if isinstance(scale, (int, float)) else head_dim**-0.5,
-        rotation=_kind_of_rotation(module, index, rotary),
+        rotation=kind_of_rotation(module, index, rotary),
         q_norm=_head_norm(module, "q", head_dim),
         k_norm=_head_norm(module, "k", head_dim),
         window=window,
@@ -101,15 +93,6 @@ def _fused(module: Any, head_dim: int, config: Any, found: Attention, index: int
     if sum(sizes) != (seen.gave(module).shape[-1] if seen else getattr(module, "out_features", None)):
         raise NotCovered("a fused projection does not hold q, k and v")
     return plain
-
-
-def _kind_of_rotation(attention: Any, index: int, rotary: RotarySpec | None) -> str | None:
-    if rotary is None or not getattr(attention, "use_rope", True):
-        return ""
-    if rotary.by_type:
-        kind: str = getattr(attention, "layer_type", None) or attention.config.layer_types[index]
-        return kind
-    return None
 
 
 def _head_norm(attention: nn.Module, letter: str, head_dim: int) -> NormSpec | None:
@@ -146,23 +129,17 @@ def _readings(spec: AttentionSpec, evidence: _Evidence, module: Any, named: dict
     """What the attention may be, the likeliest first."""
     heads = evidence.attended.shape[-1] // spec.head_dim
     rotations = [(spec.rotation, False), (spec.rotation, True), ("", False)] if spec.rotation != "" else [("", False)]
-    scales = list(dict.fromkeys([spec.scale, *_told_scales(module), spec.head_dim**-0.5, 1.0]))
+    scales = list(dict.fromkeys([spec.scale, *told_scales(module), spec.head_dim**-0.5, 1.0]))
     biases_of_keys = alibi(named)
     slopes = None if biases_of_keys is None else biases_of_keys.float()[:, 0].diff(dim=-1)[:, -1].cpu().contiguous()
     biases = [None] if slopes is None else [slopes, *(slopes * scale for scale in scales)]
     norms = [False] if spec.q_norm is None and spec.k_norm is None else [False, True]
     orders = [None] if len(spec.inputs) == 3 else [None, *_orders(heads, evidence.keys.shape[0], spec.head_dim)]
-    for order, (rotation, paired), turned in itertools.product(orders, rotations, norms):
+    for order, (rotation, paired), after in itertools.product(orders, rotations, norms):
         inputs = spec.inputs if order is None else (LinearSpec(spec.inputs[0].module),)
-        some = replace(spec, inputs=inputs, order=order, rotation=rotation, paired=paired, turned=turned)
+        some = replace(spec, inputs=inputs, order=order, rotation=rotation, paired=paired, turned=after)
         for scale, bias in itertools.product(scales, biases):
             yield replace(some, scale=scale, slopes=bias)
-
-
-def _told_scales(module: Any) -> list[float]:
-    told = [getattr(module, name, None) for name in _SCALES]
-    told += [1 / float(getattr(module, name)) for name in _DIVISORS if getattr(module, name, None)]
-    return [float(scale) for scale in told if isinstance(scale, (int, float))]
 
 
 def alibi(named: dict[str, Any]) -> Tensor | None:
@@ -188,7 +165,10 @@ def _gives(spec: AttentionSpec, evidence: _Evidence, rotary: RotarySpec | None, 
         return False
     table = None if spec.rotation == "" or rotary is None else table_of(rotary, spec.rotation, _places(q))
     q, k = (_prepared(spec, x, norm, table) for x, norm in ((q, spec.q_norm), (k, spec.k_norm)))
-    return seen.near(k, evidence.keys) and seen.near(_attended(spec, q, k, v), evidence.attended)
+    if not seen.near(k, evidence.keys) or (spec.slopes is not None and spec.slopes.numel() != q.shape[0]):
+        return False
+    found = attended((q, k, v), spec.scale, spec.window, spec.softcap, spec.slopes, spec.sinks)
+    return seen.near(found, evidence.attended)
 
 
 def _places(x: Tensor) -> Tensor:
@@ -214,47 +194,17 @@ def _in_turn(whole: Tensor, place: Heads, count: int, d: int) -> Tensor:
     return torch.stack([whole[:, at : at + d] for at in begins])
 
 
-def _prepared(spec: AttentionSpec, x: Tensor, norm: NormSpec | None, table: tuple[Tensor, Tensor] | None) -> Tensor:
+def _prepared(spec: AttentionSpec, x: Tensor, norm: NormSpec | None, table: Table | None) -> Tensor:
     """q or k as they meet: normed and turned."""
 
     def norm_heads(x: Tensor) -> Tensor:
         if norm is None or norm.size == spec.head_dim:
             return x if norm is None else normed(norm, x)
         together = x.transpose(0, 1).flatten(1)
-        return (
-            x
-            if together.shape[-1] != norm.size
-            else normed(norm, together).unflatten(-1, (-1, x.shape[-1])).transpose(0, 1)
-        )
+        if together.shape[-1] != norm.size:
+            raise NotCovered("a norm of its heads is neither of each nor of all together")
+        return normed(norm, together).unflatten(-1, (-1, x.shape[-1])).transpose(0, 1)
 
     x = x if spec.turned else norm_heads(x)
-    if table is not None:
-        cos, sin = (t.to(x.device) for t in table)
-        half = cos.shape[-1] // 2
-        turned, rest = x[..., : 2 * half], x[..., 2 * half :]
-        pairs = turned.unflatten(-1, (half, 2)).unbind(-1) if spec.paired else turned.chunk(2, -1)
-        a, b = pairs
-        new = a * cos[:, :half] - b * sin[:, :half], b * cos[:, half:] + a * sin[:, half:]
-        x = torch.cat([torch.stack(new, -1).flatten(-2) if spec.paired else torch.cat(new, -1), rest], -1)
+    x = x if table is None else turned(x, table, spec.paired)
     return norm_heads(x) if spec.turned else x
-
-
-def _attended(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What the output projection is given, ``[tokens, heads * head_dim]``: the definition of an attention."""
-    each = q.shape[0] // k.shape[0]
-    k, v = (x.repeat_interleave(each, 0) for x in (k, v))
-    scores = q @ k.transpose(1, 2) * spec.scale
-    if spec.softcap:
-        scores = spec.softcap * torch.tanh(scores / spec.softcap)
-    place = torch.arange(q.shape[1], device=q.device)
-    back = place[:, None] - place
-    if spec.slopes is not None:
-        if spec.slopes.numel() != q.shape[0]:
-            raise NotCovered("its biases of scores are not one slope for each head")
-        scores = scores - spec.slopes.to(q.device)[:, None, None] * back
-    hidden = back < 0 if not spec.window else (back < 0) | (back >= spec.window)
-    scores = scores.masked_fill(hidden, float("-inf"))
-    if spec.sinks is not None:
-        sinks = spec.sinks.detach().float().to(q.device).view(-1, 1, 1).expand(-1, q.shape[1], 1)
-        return (torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ v).transpose(0, 1).flatten(1)
-    return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)

@@ -24,7 +24,7 @@ from .packed_experts import HeldExperts
 from .packed_layer import PackedLayer, PackedRows, StandIn
 from .reading import read_spec
 from .rotary_tables import RotaryTables
-from .spec import AttentionSpec, BrickSpec, ExpertsSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec
+from .spec import AttentionSpec, BrickSpec, ExpertsSpec, LatentSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec
 
 #: told of a linear as soon as all rows of its matrix are packed
 Packed = Callable[[nn.Module, list[PackedLinear]], None]
@@ -192,7 +192,28 @@ class CpuModel:
             mlp_after=_norm(layer.mlp_after),
         )
 
-    def _attention(self, attention: AttentionSpec, rotation: tuple[Tensor, Tensor] | None) -> native.Attention:
+    def _latent(self, attention: LatentSpec, rotation: tuple[Tensor, Tensor] | None) -> native.LatentAttention:
+        weight, bias = rows_of(attention.expand.module)
+        if rotation is None or bias is not None:
+            raise NotCovered("its latent attention has no rotation, or a bias where it expands latents")
+        low = attention.q_low
+        return native.LatentAttention(
+            q_low=None if low is None else self._parts(low, self._format)[0],
+            q_low_norm=_norm(attention.q_low_norm),
+            q=self._parts(attention.q, self._format)[0],
+            kv_low=self._parts(attention.kv_low, self._format)[0],
+            kv_low_norm=lower_norm(attention.kv_low_norm),
+            expand=self._pack_all([(weight, None)], None, lambda parts: [packed for packed, _ in parts])[0],
+            o=self._parts(attention.output, self._format)[0],
+            rotation=rotation,
+            **{name: getattr(attention, name) for name in ("heads", "rope", "scale", "paired", "apart", "window")},
+        )
+
+    def _attention(
+        self, attention: AttentionSpec | LatentSpec, rotation: tuple[Tensor, Tensor] | None
+    ) -> native.Attention | native.LatentAttention:
+        if isinstance(attention, LatentSpec):
+            return self._latent(attention, rotation)
         q, *others = (part for linear in attention.inputs for part in self._parts(linear, self._format))
         k, v = others or (None, None)
         return native.Attention(
@@ -396,8 +417,9 @@ def _by_columns(layer: native.StepLayer, columns: Mapping[str, SparseLinear]) ->
     """A layer some of whose linears leave out small inputs."""
     attention: dict[str, Any] = {name: linear for name, linear in columns.items() if name in _OF_ATTENTION}
     mlp: dict[str, Any] = {name: linear for name, linear in columns.items() if name not in attention}
-    if attention.keys() & {"q", "k", "v"} and layer.attention is not None and layer.attention.order is not None:
-        raise NotCovered("inputs are left out of a projection that has the heads of q, k and v in turn")
+    whole = isinstance(layer.attention, native.Attention) and layer.attention.order is None
+    if attention.keys() & {"q", "k", "v"} and not whole:
+        raise NotCovered("inputs are left out of a projection that is not one of q, k or v alone")
     if attention and layer.attention is not None:
         layer = replace(layer, attention=replace(layer.attention, **attention))
     if mlp and isinstance(layer.mlp, native.DenseMLP):

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..predictors.anatomy import Anatomy, Attention, Experts, FeedForward, canonical_activation
-from .attention_reading import alibi, linear, read_attention
+from .attention_names import linear
+from .attention_reading import alibi, read_attention
 from .calls import NotCovered
 from .coverage import uncovered
 from .layer_reading import Composition, by_name, by_values
@@ -29,6 +30,7 @@ from .spec import (
     AttentionSpec,
     BrickSpec,
     ExpertsSpec,
+    LatentSpec,
     LayerSpec,
     LinearSpec,
     ModelSpec,
@@ -100,7 +102,7 @@ def windows(config: Any, layers: int) -> list[int]:
 
 def _attentions(
     anatomy: Anatomy, config: Any, windows_of: list[int], seen: Trace | None
-) -> tuple[RotarySpec | None, list[AttentionSpec]]:
+) -> tuple[RotarySpec | None, list[AttentionSpec | LatentSpec]]:
     """How the layers rotate, and attend."""
     rotary = _rotary(anatomy)
     variants = [rotary] if rotary is None or seen is None else [rotary, replace(rotary, backwards=True)]

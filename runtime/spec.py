@@ -85,6 +85,41 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, eq=False)
+class LatentSpec:
+    """Latent attention (DeepSeek-V2, 2405.04434), whose cache has a latent and a turned key for each position.
+
+    Attributes:
+        q_low, q_low_norm: where queries have a latent of their own.
+        q: the queries of all heads, the last `rope` dimensions of each turned.
+        kv_low: a position's latent, normed by kv_low_norm, and the key's part that is turned, the same for all heads.
+        expand: from a latent to the rest of the keys, and to the values, head by head.
+        apart: neighbours are turned, and come to lie half of what is turned apart (DeepSeek-V3).
+        others: see `AttentionSpec`.
+    """
+
+    q_low: LinearSpec | None
+    q_low_norm: NormSpec | None
+    q: LinearSpec
+    kv_low: LinearSpec
+    kv_low_norm: NormSpec
+    expand: LinearSpec
+    output: LinearSpec
+    heads: int
+    rope: int
+    scale: float
+    rotation: str | None
+    window: int
+    paired: bool = False
+    apart: bool = False
+
+    @property
+    def inputs(self) -> tuple[LinearSpec, ...]:
+        """All linears but the output."""
+        low = () if self.q_low is None else (self.q_low,)
+        return (*low, self.q, self.kv_low, self.expand)
+
+
+@dataclass(frozen=True, eq=False)
 class BrickSpec:
     """A run of neurons: gate, up and down rows, and the activation's name. gate None: plain, or in `up` before its own
     rows where that is `stacked`."""
@@ -166,7 +201,7 @@ class LayerSpec:
     parallel: the bricks read x as it was before the attention.
     """
 
-    attention: AttentionSpec
+    attention: AttentionSpec | LatentSpec
     bricks: tuple[BrickSpec, ...]
     experts: ExpertsSpec | None
     attention_in: NormSpec | None

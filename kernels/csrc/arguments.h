@@ -129,6 +129,15 @@ struct StepHeads {
     int64_t offset, run, step, width;
 };
 
+// Latent attention, see step_latent.h. The layer's `q` are the queries of all heads, nope + rope of each, of what q_low gives
+// or else of x; its `k`, floats, expands a latent to keys and values, nope + value of each head.
+struct StepLatentPart {
+    StepLinear q_low, kv_low;        // kv_low gives a latent, and what is turned; its weight null: no latent attention
+    StepNorm q_low_norm, kv_low_norm;
+    int64_t rank, nope, rope, value;
+    int apart;                       // neighbours are turned, and come to lie half of what is turned apart
+};
+
 struct StepLayer {
     StepNorm attention_in, q_norm, k_norm, attention_out, mlp_in, mlp_out;
     StepNorm attention_after, mlp_after;  // of the residual stream, once a half has been added to it (BART)
@@ -136,6 +145,7 @@ struct StepLayer {
     StepMlp mlp;
     StepExperts experts;
     StepHeads q_heads, k_heads, v_heads;
+    StepLatentPart latent;                                // its keys and values: one head of latents, one of what is turned
     int64_t heads, kv_heads, head_dim, rope_dim, window;  // window 0: all of the past
     const float* cos;                                     // [positions][rope_dim], null: no rotation
     const float* sin;

@@ -160,6 +160,9 @@ struct AttendJob {
     float* sum;            // [queries]
     float* value;          // [queries][head_dim]
     Ahead* ahead;
+    const float* more;     // [queries][more_dim], scaled: scores have a second part, by further keys; or null
+    const void* more_keys;
+    int64_t more_dim;
 };
 
 struct StepIsa {

@@ -75,6 +75,18 @@ static inline void add_rows(float* to, const T* v, const float* weight, int coun
         }
 }
 
+// The second part of scores.
+template <int Q, class T>
+static inline void add_more(const AttendJob& job, int n, int64_t from, int count, float* score) {
+    const int64_t d = job.more_dim;
+    const T* keys = static_cast<const T*>(job.more_keys) + from * d;
+    float more[Q * kStretch];
+    for (int i = 0; i < count; i++) {
+        dot_rows<Q, 1>(job.more + n * d, keys + i * d, d, more + i);
+        for (int r = 0; r < Q; r++) score[r * kStretch + i] += more[r * kStretch + i];
+    }
+}
+
 // Q queries from the n-th on, which all see `count` positions from `from` on.
 template <int Q, class T>
 static inline void attend_stretch(const AttendJob& job, int n, int64_t from, int count) {
@@ -88,6 +100,7 @@ static inline void attend_stretch(const AttendJob& job, int n, int64_t from, int
         dot_rows<Q, 4>(q, keys + done * d, d, score + done);
     }
     for (; done < count; done++) dot_rows<Q, 1>(q, keys + done * d, d, score + done);
+    if (job.more) add_more<Q, T>(job, n, from, count, score);
     for (int r = 0; r < Q; r++) {
         float* mine = score + r * kStretch;
         if (job.softcap > 0) softcap(mine, 1.f, job.softcap, count);
