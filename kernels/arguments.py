@@ -76,7 +76,8 @@ class StepExperts(ctypes.Structure):
         ("router", StepRouter),
         ("matrices", _P),
         ("shared_gate", StepLinear),
-        *_fields(_F, "limit slope offset"),
+        *_fields(_F, "limit slope offset shared_scale"),
+        ("by_inputs", _I),
     )
 
 

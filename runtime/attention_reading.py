@@ -203,7 +203,8 @@ def _prepared(spec: AttentionSpec, x: Tensor, norm: NormSpec | None, table: Tabl
         together = x.transpose(0, 1).flatten(1)
         if together.shape[-1] != norm.size:
             raise NotCovered("a norm of its heads is neither of each nor of all together")
-        return normed(norm, together).unflatten(-1, (-1, x.shape[-1])).transpose(0, 1)
+        all_normed = normed(norm, together)
+        return all_normed.view(len(all_normed), -1, x.shape[-1]).transpose(0, 1)
 
     x = x if spec.turned else norm_heads(x)
     x = x if table is None else turned(x, table, spec.paired)

@@ -26,7 +26,7 @@ def read_latent(found: Attention, index: int, window: int, rotary: RotarySpec | 
         NotCovered: it is one, but gave something else in the pass.
     """
     keys, values = seen.keys[index], seen.values[index]
-    if len(found.inputs) not in (3, 4) or keys.shape[0] != 1 or keys.shape == values.shape or rotary is None:
+    if len(found.inputs) not in (3, 4) or keys.shape[0] != 1 or rotary is None:
         return None
     module = cast(Any, found.module)
     *queries, low, expand = (getattr(module, name) for name in found.inputs)

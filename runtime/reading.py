@@ -181,6 +181,8 @@ def _experts(found: Experts, shared: FeedForward | None) -> ExpertsSpec:
         shared=None if shared is None else _brick(shared),
         shared_gate=None if found.shared_gate is None else linear(found.shared_gate),
         scaled_inputs=found.scaled_inputs,
+        routed_scale=found.routed_scale,
+        shared_scale=found.shared_scale,
         experts=found,
     )
 

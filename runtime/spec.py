@@ -170,6 +170,7 @@ class ExpertsSpec:
         count, width: experts, and the neurons of one.
         shared: an MLP that every token goes through; shared_gate: a linear of one output, by whose sigmoid it counts.
         scaled_inputs: a router's weight multiplies the expert's input, not its output.
+        routed_scale, shared_scale: multiply what the experts, and the shared one, give.
         experts: where all this was found. `Experts.mixture` is the definition.
     """
 
@@ -190,6 +191,8 @@ class ExpertsSpec:
     shared: BrickSpec | None
     shared_gate: LinearSpec | None
     scaled_inputs: bool
+    routed_scale: float
+    shared_scale: float
     experts: Experts
 
 

@@ -120,6 +120,8 @@ struct StepExperts {
     const StepLinear* matrices;  // [count][3]: gate, up, down of each; null: there is no mixture
     StepLinear shared_gate;      // [1][hidden]: its sigmoid weighs the shared expert; weight null: that counts whole
     float limit, slope, offset;
+    float shared_scale;          // what the shared expert's output is multiplied by, where no gate weighs it
+    int by_inputs;               // an expert's weight multiplies what it reads, not what it gives (Llama 4)
 };
 
 // Where the heads of one kind lie among a projection's outputs, of which a token has `width`: head h begins at
