@@ -232,7 +232,7 @@ def _good_share(model: Any, tokenizer: Any) -> float:
     shares = []
     with inference(model):
         for asked in _ASKED:
-            ids = tokenizer(asked, return_tensors="pt").input_ids
+            ids = torch.tensor([tokenizer(asked).input_ids])
             chances = model(input_ids=ids).logits[0, -1].float().softmax(-1)
             good, bad = (float(chances[list(set(tokens))].sum()) for tokens in firsts)
             shares.append(good / (good + bad))
