@@ -50,7 +50,7 @@ _WAYS: tuple[tuple[str, float, float, str], ...] = (
     *(("neuron_adjust", share, 1.0, "difference") for share in (0.01, 0.02, 0.03, 0.05)),
     ("neuron_adjust", 0.03, 0.5, "difference"),
     ("neuron_adjust", 0.03, 1.0, "standardised"),
-    *(("neuron_adjust", share, 1.0, "distance") for share in (0.03, 0.05)),
+    *(("neuron_adjust", share, 1.0, "distance") for share in (0.03, 0.05, 0.07, 0.1)),
     *(("pruning", share, 1.0, "magnitude") for share in (0.01, 0.02, 0.03)),
     *(("static", share, 1.0, "magnitude") for share in (0.01, 0.03)),
     *(("random", share, 1.0, "") for share in (0.01, 0.03)),
@@ -232,7 +232,7 @@ def _good_share(model: Any, tokenizer: Any) -> float:
     shares = []
     with inference(model):
         for asked in _ASKED:
-            ids = tokenizer(asked, return_tensors="pt").input_ids
+            ids = torch.tensor([tokenizer(asked).input_ids])
             chances = model(input_ids=ids).logits[0, -1].float().softmax(-1)
             good, bad = (float(chances[list(set(tokens))].sum()) for tokens in firsts)
             shares.append(good / (good + bad))

@@ -248,7 +248,8 @@ def _increase_on_prose(row: dict[str, Any]) -> str:
     if "prose" not in row:
         return ""
     found = row["prose"]
-    return f"{100 * found['increase']:+.1f} ± {100 * found['increase_stderr']:.1f} %"
+    error = found["increase_stderr"]  # of one window there is none
+    return f"{100 * found['increase']:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + " %"
 
 
 def _parts_of_layers(row: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from .errors import CoreskipError
 from .files import read_bytes, write_bytes
 from .fingerprint import Fingerprint
 from .sealed import seal, unseal
-from .skills import PIECE, Texts, run_texts
+from .skills import Texts, observed_length, run_texts
 
 _FORMAT, _VERSION = "coreskip.control_vector", 1
 _MOST_BYTES = 1 << 30
@@ -139,14 +139,15 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 def last_hidden(model: Any, anatomy: Anatomy, texts: Texts, progress: bool = True) -> list[Tensor]:
     """By layer, the residual stream after it at each text's last token, fp32 ``[texts, hidden]``. Of a longer text the
-    first 512 tokens count.
+    first tokens count, see `observed_length`.
 
     Raises:
         CoreskipError: they are not finite.
     """
+    length = observed_length(model)
     found: list[list[Tensor]] = [[] for _ in anatomy.layers]
     with _after_layers(anatomy, lambda layer, hidden: found[layer].append(hidden.reshape(-1, hidden.shape[-1])[-1])):
-        run_texts(model, anatomy, [ids[None, :PIECE] for ids in texts.ids], f"observing {texts.name}", progress)
+        run_texts(model, anatomy, [ids[None, :length] for ids in texts.ids], f"observing {texts.name}", progress)
     states = [torch.stack(rows).float().cpu() for rows in found]
     if not all(bool(torch.isfinite(each).all()) for each in states):
         raise CoreskipError(f"the model's hidden states on {texts.name} are not finite numbers: check its weights")
@@ -176,9 +177,9 @@ def direction(positive: Tensor, negative: Tensor, method: str) -> Tensor:
     hidden]``.
 
     mean: the difference of the means. pca: the first principal component of the pairs' differences, each pair taken in
-    both orders, as the paper shuffles them: centred on their own mean, all pairs alike would leave nothing. It points
-    from negative to positive, and is as long as the differences are along it on average, so that strength 1 means the
-    same for both methods.
+    both orders (the paper draws an order by chance): centred on their own mean, all pairs alike would leave nothing. It
+    points from negative to positive, and is as long as the differences are along it on average: strength 1 is the same
+    for both methods.
     """
     if method == "mean":
         return positive.mean(0) - negative.mean(0)

@@ -165,12 +165,11 @@ def neuron_stats(model: Any, anatomy: Anatomy, texts: Texts, tokens: int, progre
     """
     device = next(model.parameters()).device
     sums = {index: _Sums(mlp.intermediate_size, device) for index, mlp in anatomy.present}
-    length = min(PIECE, most_positions(model, PIECE))
     with (
         taps(anatomy, lambda index, a: sums[index].see_activations(a)),
         _pre_activations(anatomy, sums),
     ):
-        run_texts(model, anatomy, texts.pieces(length, tokens), f"observing {texts.name}", progress)
+        run_texts(model, anatomy, texts.pieces(observed_length(model), tokens), f"observing {texts.name}", progress)
     nothing = torch.empty(0, dtype=torch.float32, device="cpu")
     found = [sums[i].result() if i in sums else (nothing, nothing, nothing) for i in range(len(anatomy))]
     if not all(bool(torch.isfinite(value).all()) for layer in found for value in layer):
@@ -197,6 +196,11 @@ def _pre_activations(anatomy: Anatomy, sums: dict[int, _Sums]) -> Iterator[None]
             handle.remove()
 
 
+def observed_length(model: Any) -> int:
+    """Tokens of a text that are observed together: as many as the model has positions for, at most 512."""
+    return min(PIECE, most_positions(model, PIECE))
+
+
 def run_texts(model: Any, anatomy: Anatomy, pieces: Sequence[Tensor], what: str, progress: bool) -> None:
     """Dense passes over token ids ``[1, length]``, one after the other, for those who watch."""
     device = next(model.parameters()).device
@@ -208,7 +212,7 @@ def run_texts(model: Any, anatomy: Anatomy, pieces: Sequence[Tensor], what: str,
 def last_keys(model: Any, anatomy: Anatomy, texts: Texts, progress: bool = True) -> dict[int, Tensor]:
     """By layer, what the down projection is given for each text's last token, fp32 ``[texts, width]``. Of a longer text
     the first tokens count, as many as the model has positions for and at most 512."""
-    length = min(PIECE, most_positions(model, PIECE))
+    length = observed_length(model)
     found: dict[int, list[Tensor]] = {index: [] for index, _ in anatomy.present}
     with taps(anatomy, lambda index, a: found[index].append(a[-1].float().cpu())):
         run_texts(model, anatomy, [ids[None, :length] for ids in texts.ids], f"observing {texts.name}", progress)
@@ -283,6 +287,7 @@ def key_space(keys: Tensor, held_out: Tensor, retain: Tensor) -> tuple[KeySpace,
     edges = torch.cat([inside, outside]).unique()
     edges = edges[torch.isfinite(edges)]
     alphas = torch.cat([(edges[:-1] + edges[1:]) / 2, edges[-1:] * 1.01]).clamp(min=1e-6)
+    alphas = alphas if len(alphas) else torch.ones(1)  # of keys that lie in no hypercube
     gains = (inside[:, None] <= alphas).double().mean(0) - (outside[:, None] <= alphas).double().mean(0)
     best = (gains >= gains.max() - 1e-12).nonzero()[:, 0]
     alpha = float(alphas[best[len(best) // 2]])

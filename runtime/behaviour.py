@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -52,6 +53,7 @@ class Behaviour:
             raise CoreskipError(
                 "exact mode gives the dense model's text, with the skill that this plan switches off: leave exact out"
             )
+        self._acting: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the linears in which they act
         self.abstains = plan.abstains
         self._ends = sorted(end_ids(model)) if self.abstains else []
         if self.abstains and not self._ends:
@@ -71,15 +73,18 @@ class Behaviour:
         return "the plan looks at the prompt's last token" if self.abstains and not decodes else None
 
     def install(self, replace: Replace) -> None:
-        """To be called after linears and MLPs are patched: what they compute is changed."""
+        """To be called after linears and MLPs are patched, for what they compute is changed; and again where others may
+        have put linears of their own in their places."""
         for index, found in self._interventions.items():
             mlp = self._anatomy.mlp(index)
-            if found.site is Site.PRE_ACTIVATION:
-                _patch_output(mlp.pre_activation, found, replace)
-            elif found.site is Site.ACTIVATION:
-                _patch_input(mlp.down, found, replace)
+            module = mlp.pre_activation if found.site is Site.PRE_ACTIVATION else mlp.down
+            if module in self._acting:
+                continue
+            self._acting.add(module)
+            if found.site is Site.PROMPT:
+                _patch_observer(index, module, found, replace)
             else:
-                _patch_observer(index, mlp.down, found, replace)
+                (_patch_output if found.site is Site.PRE_ACTIVATION else _patch_input)(module, found, replace)
 
     def withheld(self, output: Any) -> Any:
         """A pass's output, in which the rows that are abstained from have logits of their own."""

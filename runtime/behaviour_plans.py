@@ -19,7 +19,6 @@ from ..predictors.interventions import Intervention
 from ..predictors.plan import LayerPlan, Plan, default_weights
 from ..predictors.policies import Static
 from ..predictors.skills import (
-    PIECE,
     NeuronStats,
     SomeTexts,
     Texts,
@@ -33,6 +32,7 @@ from ..predictors.skills import (
     last_keys,
     neuron_adjust,
     neuron_stats,
+    observed_length,
     pruned,
 )
 from .unknown import refuses_unknown
@@ -87,7 +87,8 @@ def switch_off(
             skill: ``static`` (its neurons are left out), ``experts`` (of mixtures, those that tokens of the skill go to
             more often than others do, over all layers, as MoTE finds them, arXiv 2502.11096; the router then chooses
             among the others).
-        share: of all MLP neurons, of ``experts`` of all experts, that are changed or left out, in (0, 1].
+        share: of all MLP neurons, of ``experts`` of all experts, that are changed or left out, in (0, 1]; by default
+            0.03 for ``neuron_adjust``, 0.01 for ``pruning`` and ``static``, 0.125 for ``experts``.
         strength: of ``neuron_adjust``: how far values are moved, 1 by default.
         ranking: which neurons these are: see `predictors.skills.contrast`.
         layers: where neurons may be changed or left out, or hypercubes tried; by default all.
@@ -239,7 +240,7 @@ def _experts(
 
 def _frequencies(model: Any, kind: Texts, tokens: int, progress: bool) -> dict[int, Tensor]:
     """By layer with experts, the share of all choices that each of them gets, float64 ``[experts]``."""
-    pieces = kind.pieces(PIECE, tokens)
+    pieces = kind.pieces(observed_length(model), tokens)
     stats = observe_experts(model, pieces, total=len(pieces), progress=progress)
     counts = {index: found.tokens.double() for index, found in enumerate(stats) if found is not None}
     return {index: count / count.sum().clamp(min=1) for index, count in counts.items()}

@@ -304,6 +304,7 @@ class Runtime:
             self.packed_alone(module)  # a bias may be another
         self.prepared = Prepared(self.anatomy, self.program, self._weights, self.skips, self.altered)
         self.steps.forget()
+        self.behaviour.install(self.patches.set)
         if self.observed and not self.altered:
             self.observed = _observed(self.anatomy, self.plan, self._by_prompt)
         for drafter in filter(None, (self.exact, self.lookup)):

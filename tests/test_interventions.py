@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -248,6 +249,19 @@ def test_unwrap_leaves_nothing_behind() -> None:
             greedy(model, prompt(1, 5), 4)
         assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
         assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["adjust", "pruned"])
+def test_linears_that_others_put_in_place_are_changed_too(kind: str) -> None:
+    model, ids = tiny("llama"), prompt(2, 9)
+    own, twin = model.model.layers[1].mlp, copy.deepcopy(model.model.layers[1].mlp)
+    with coreskip.wrap(model, with_interventions(model, lambda width: made(kind, width))):
+        before, text = model(ids).logits, greedy(model, ids)
+        own.gate_proj, own.down_proj = twin.gate_proj, twin.down_proj
+        torch.testing.assert_close(model(ids).logits, before)
+        assert torch.equal(greedy(model, ids), text)
+    assert "forward" not in vars(own.gate_proj) | vars(own.down_proj)
 
 
 def test_scored_under_decode_policy_and_priced_as_modules() -> None:

@@ -147,6 +147,14 @@ def test_the_alpha_is_the_best_there_is() -> None:
     assert separation.gain > 0.5
 
 
+def test_keys_that_never_vary_and_keys_in_no_hypercube() -> None:
+    same, other = torch.ones(8, 5), torch.zeros(8, 5)
+    cube, separation = key_space(same, same, other)
+    assert (separation.true_positives, separation.false_positives) == (1.0, 0.0)
+    assert cube.abstains(torch.cat([same[:1], same[:1] + 1e-3])).tolist() == [True, False]
+    assert key_space(same, other, other)[1].gain == 0
+
+
 # --- every method -----------------------------------------------------------------------------------------------------
 
 
@@ -202,7 +210,7 @@ def test_layers_can_be_named() -> None:
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_experts_that_the_skill_goes_to_more_often_are_left_out(family: str) -> None:
-    model = tiny(family)
+    model = tiny(family, max_position_embeddings=512)
     plan = coreskip.switch_off(model, Spelled(), method="experts", share=0.25, **kinds())
     anatomy = dissect(model)
     shares = []
