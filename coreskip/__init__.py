@@ -36,6 +36,7 @@ _HOMES = {
     "PlanError": "coreskip.predictors.errors",
     "analyze": "coreskip.runtime.analyze",
     "evaluate": "coreskip.runtime.quality",
+    "export": "coreskip.runtime.export",
     "load": "coreskip.runtime.load",
     "pack": "coreskip.runtime.pack",
     "pareto": "coreskip.runtime.search",
@@ -52,6 +53,7 @@ __all__ = [
     "PlanError",
     "analyze",
     "evaluate",
+    "export",
     "load",
     "pack",
     "pareto",
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     from coreskip.predictors.plan import Plan
     from coreskip.runtime.analyze import analyze
     from coreskip.runtime.engine import Engine
+    from coreskip.runtime.export import export
     from coreskip.runtime.load import load
     from coreskip.runtime.pack import pack
     from coreskip.runtime.phases import prefilling
