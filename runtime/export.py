@@ -106,12 +106,23 @@ def export(
     for note in notes:
         logger.warning("%s", note)
     _check_room(target, writer.nbytes)
-    about = {"name": name_of(model), "to": to, "weights": writer.weights, "usage": writer.usage, "notes": notes}
-    text = card(plan, found, **about, command=command or f'coreskip.export(model, tokenizer, "FOLDER", to="{to}")')
+    command = command or f'coreskip.export(model, tokenizer, "FOLDER", to="{to}")'
+    text = card(
+        plan,
+        found,
+        name=name_of(model),
+        to=to,
+        weights=writer.weights,
+        usage=writer.usage,
+        notes=notes,
+        command=command,
+    )
     try:
         with files.replaced_folder(target) as draft:
             _write(writer, draft, progress)
             files.write_text(draft / CARD, text)
+            for path in draft.iterdir():  # safetensors writes files that nobody else may read
+                shutil.copymode(draft / CARD, path)
     except OSError as error:
         reason = "no room on the disk" if error.errno == errno.ENOSPC else error.strerror or str(error)
         raise CoreskipError(f"cannot write {target}: {reason}; nothing of it is left") from None

@@ -69,7 +69,8 @@ def _halves(found: Smaller) -> str:
 def _quality(plan: Plan, smaller: bool) -> list[str]:
     found = [_PREFILL] if smaller else []
     if plan.quality is not None:
-        found.append(f"Measured on the whole model under this plan, before the export:\n\n```\n{summary(dict(plan.quality))}\n```")
+        measured = summary(dict(plan.quality))
+        found.append(f"Measured on the whole model under this plan, before the export:\n\n```\n{measured}\n```")
     elif smaller:
         found.append("What it costs was not measured: `coreskip eval --plan PLAN` does.")
     return found

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from .export_weights import Smaller
 from .skeleton import cast_parameters
@@ -30,7 +31,7 @@ class Checkpoint:
     @property
     def nbytes(self) -> float:
         """Of the weights."""
-        return self._found.nbytes(lambda tensor: WEIGHTS[self.weights].itemsize)
+        return self._found.numbers * WEIGHTS[self.weights].itemsize
 
     @property
     def usage(self) -> str:
@@ -47,4 +48,11 @@ class Checkpoint:
         model = self._found.model
         if model.dtype != WEIGHTS[self.weights]:
             cast_parameters(model, WEIGHTS[self.weights])
-        model.save_pretrained(folder)
+        shown = logging.is_progress_bar_enabled()
+        if not progress:
+            logging.disable_progress_bar()
+        try:
+            model.save_pretrained(folder)
+        finally:
+            if shown:
+                logging.enable_progress_bar()

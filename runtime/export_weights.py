@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from ..predictors.anatomy import Anatomy, Experts, FeedForward
-from ..predictors.errors import CoreskipError, PlanError
+from ..predictors.errors import CoreskipError, PlanError, reason_of
 from ..predictors.observe import inference
 from ..predictors.plan import Plan
 from ..predictors.policies import Chooser
@@ -107,9 +107,10 @@ class Smaller:
     layers: tuple[RemainingLayer, ...]
     notes: tuple[str, ...] = field(default=())
 
-    def nbytes(self, of: Callable[[Tensor], float] = lambda tensor: tensor.element_size()) -> float:
-        """Bytes of all parameters; of: bytes of one number of each."""
-        return sum(tensor.numel() * of(tensor) for tensor in self.model.parameters())
+    @property
+    def numbers(self) -> int:
+        """Of all parameters."""
+        return sum(tensor.numel() for tensor in self.model.parameters())
 
 
 def smaller(model: Any, anatomy: Anatomy, layers: tuple[RemainingLayer, ...], pad: Pad) -> Smaller:
@@ -172,7 +173,9 @@ class _Cut:
         model without weights is what is wanted."""
         settings = self._config.get_text_config().to_dict()
         named = [name for name, value in settings.items() if type(value) is int and value == old]
-        named += [name for name, value in settings.items() if value is None and re.search("inner|ffn|intermediate", name)]
+        named += [
+            name for name, value in settings.items() if value is None and re.search("inner|ffn|intermediate", name)
+        ]
         for name in named:
             tried = copy.deepcopy(self._config)
             try:
@@ -201,7 +204,7 @@ class _Cut:
 
     def _tell_experts(self) -> None:
         found = [(self._anatomy.experts[left.index], left) for left in self._layers]
-        mixtures = [(cast(Experts, experts), left) for experts, left in found if experts is not None]
+        mixtures = [(experts, left) for experts, left in found if experts is not None]
         if not any(left.experts is not None for _, left in mixtures):
             return
         counts = {experts.count if left.experts is None else len(left.experts) for experts, left in mixtures}
@@ -228,49 +231,42 @@ class _Cut:
                 setattr(text, name, kept)
 
     def _widths(self) -> dict[int, int]:
-        """By layer (in the whole model), how wide its MLP is written, where that is not its own width."""
+        """By layer (of the whole model), how wide its MLP is written, where that is not its own width."""
         mlps = [(self._anatomy.feed_forwards[left.index], left) for left in self._layers]
-        present = [(cast(FeedForward, mlp), left) for mlp, left in mlps if mlp is not None]
-        kept = {left.index: mlp.intermediate_size if left.neurons is None else len(left.neurons) for mlp, left in present}
+        present = [(mlp, left) for mlp, left in mlps if mlp is not None]
         if self._pad == "none":
-            return {left.index: kept[left.index] for _, left in present if left.neurons is not None}
+            return {left.index: _kept(mlp, left) for mlp, left in present if left.neurons is not None or not left.mlp}
         written: dict[int, int] = {}
         for old in {mlp.intermediate_size for mlp, _ in present}:
-            group = [(mlp, left.index) for mlp, left in present if mlp.intermediate_size == old]
-            # of a layer whose MLP is skipped no neuron is needed
-            needed = [kept[i] for (_, i), left in zip(group, self._layers_of(group), strict=True) if left.mlp]
-            new = max(needed, default=1)
-            new = min(old, -(-new // _BLOCK) * _BLOCK) if self._pad == "blocks" else new
-            if new < old and (self._pad == "blocks" or self._tell(old, new, lambda shell: self._fits(shell, group, new))):
-                written |= {index: new for _, index in group}
-            elif new < old:
-                self._notes.append(
-                    f"{self._anatomy.model_type!r} models have no setting for the width of their MLPs: neurons that "
-                    "the plan leaves out are zeros"
-                )
-                written |= {index: old for _, index in group}
+            group = [(mlp, left) for mlp, left in present if mlp.intermediate_size == old]
+            new = self._width_of(old, group)
+            written |= {left.index: new for _, left in group if new < old or left.neurons is not None}
         return written
 
-    def _layers_of(self, group: Sequence[tuple[FeedForward, int]]) -> list[RemainingLayer]:
-        by_index = {left.index: left for left in self._layers}
-        return [by_index[index] for _, index in group]
+    def _width_of(self, old: int, group: Sequence[tuple[FeedForward, RemainingLayer]]) -> int:
+        """One width for MLPs that are all `old` wide."""
+        new = max(_kept(mlp, left) for mlp, left in group)
+        if self._pad == "blocks":
+            return min(old, -(-new // _BLOCK) * _BLOCK)
+        mlps = [mlp for mlp, _ in group]
+        if new == old or self._tell(old, new, lambda shell: self._fits(shell, mlps, new)):
+            return new
+        self._notes.append(
+            f"{self._anatomy.model_type!r} models have no setting for the width of their MLPs: neurons that the plan "
+            "leaves out are zeros"
+        )
+        return old
 
-    def _fits(self, shell: Any, group: Sequence[tuple[FeedForward, int]], width: int) -> bool:
-        """Whether the MLPs of a group have this width in a shell, and nothing else differs."""
+    def _fits(self, shell: Any, mlps: Sequence[FeedForward], width: int) -> bool:
+        """Whether these MLPs have this width in a shell, and nothing else differs."""
         changed = set()
-        for mlp, _ in group:
-            own = self._parallel(shell, mlp.owner)
-            inside = replace(mlp, owner=own)
+        for mlp in mlps:
+            inside = replace(mlp, owner=self._parallel(shell, mlp.owner))
             if inside.intermediate_size != width:
                 return False
-            names = (mlp.gate_name, mlp.up_name, mlp.down_name)
-            changed |= {getattr(own, name) for name in names if name is not None}
-        before = self._shell()
-        return all(
-            a in changed or [p.shape for p in a._parameters.values() if p is not None]
-            == [p.shape for p in b._parameters.values() if p is not None]
-            for a, b in zip(shell.modules(), before.modules(), strict=True)
-        )  # fmt: skip
+            changed |= set(_linears(inside))
+        pairs = zip(shell.modules(), self._shell().modules(), strict=True)
+        return all(one in changed or _shapes(one) == _shapes(other) for one, other in pairs)
 
     # --- the weights
 
@@ -330,11 +326,31 @@ class _Cut:
         return found
 
 
+def _kept(mlp: FeedForward, left: RemainingLayer) -> int:
+    """Neurons that are needed of an MLP: of one that is skipped one, for a matrix has rows."""
+    if not left.mlp:
+        return 1
+    return mlp.intermediate_size if left.neurons is None else len(left.neurons)
+
+
+def _linears(mlp: FeedForward) -> list[nn.Module]:
+    return [getattr(mlp.owner, name) for name in (mlp.gate_name, mlp.up_name, mlp.down_name) if name is not None]
+
+
+def _shapes(module: nn.Module) -> list[tuple[int, ...]]:
+    return [tuple(parameter.shape) for parameter in module._parameters.values() if parameter is not None]
+
+
 def _kinds(layer: nn.Module) -> list[tuple[str, type]]:
-    """What a layer consists of: packed linears count as linears."""
-    plain = {PackedLayer: nn.Linear}
-    found = [(name, plain.get(type(module), type(module))) for name, module in layer.named_modules()]
-    return [(name, kind.__bases__[0] if issubclass(kind, HeldExperts) else kind) for name, kind in found]
+    """What a layer consists of, as if nothing were packed."""
+    return [(name, _plain_class(module)) for name, module in layer.named_modules()]
+
+
+def _plain_class(module: nn.Module) -> type:
+    kind: type = type(module)
+    if kind is PackedLayer:
+        return nn.Linear
+    return kind.__bases__[0] if isinstance(module, HeldExperts) else kind
 
 
 def _with_layers(config: Any, indices: list[int]) -> Any:
@@ -452,14 +468,34 @@ def prove(model: Any, anatomy: Anatomy, plan: Plan, found: Smaller) -> None:
     ids = torch.randint(vocabulary, (1, _PROBE), generator=torch.Generator().manual_seed(0)).to(model.device)
     with inference(model):
         cache = model(input_ids=ids[:, :1], use_cache=True).past_key_values
-        own = DynamicCache(config=found.model.config)
-        own.layers = [copy.deepcopy(cache.layers[left.index]) for left in found.layers]
+        own = _without_layers(cache, anatomy, found)
         with wrapped(model, plan, Weights(anatomy)):
-            wanted = [model(input_ids=token, past_key_values=cache).logits for token in ids[:, 1:].split(1, 1)]
-        got = [found.model(input_ids=token, past_key_values=own).logits for token in ids[:, 1:].split(1, 1)]
-    expected, off = torch.cat(wanted).float(), (torch.cat(got).float() - torch.cat(wanted).float()).norm()
-    if not off <= _TOLERANCE[model.dtype] * expected.norm():
+            wanted = _decoded(model, cache, ids)
+        try:
+            got = _decoded(found.model, own, ids)
+        except Exception as error:  # with too few experts, say, whatever a class trips over
+            raise CoreskipError(
+                f"a {anatomy.model_type!r} model without what the plan leaves out does not run: {reason_of(error)}"
+            ) from error
+    off = float((got - wanted).norm() / wanted.norm())
+    if not off <= _TOLERANCE[model.dtype]:
         raise CoreskipError(
             f"a {anatomy.model_type!r} model without what the plan leaves out computes something else than under the "
-            f"plan (by {float(off / expected.norm()):.1%}): it cannot be exported"
+            f"plan (by {off:.1%}): it cannot be exported"
         )
+
+
+def _without_layers(cache: Any, anatomy: Anatomy, found: Smaller) -> DynamicCache:
+    """A copy of what a cache holds of the layers that remain."""
+    layers = getattr(cache, "layers", ())
+    if len(layers) != len(anatomy):
+        raise CoreskipError(f"{anatomy.model_type!r} models have no KV cache layer for each decoder layer")
+    own = DynamicCache(config=found.model.config)
+    own.layers = [copy.deepcopy(layers[left.index]) for left in found.layers]
+    return own
+
+
+def _decoded(model: Any, cache: Any, ids: Tensor) -> Tensor:
+    """fp32 logits of all tokens but the first, one a step."""
+    steps = ids[:, 1:].split(1, 1)
+    return torch.cat([model(input_ids=token, past_key_values=cache).logits.float() for token in steps])
