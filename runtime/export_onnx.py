@@ -44,7 +44,11 @@ class OnnxFolder:
             anatomy = dissect(found.model)
             self._spec = read_spec(found.model, anatomy)
             self._decoder = Decoder(
-                self._spec, found.layers, heads=text.num_attention_heads, weights=self.weights, positions=self._positions
+                self._spec,
+                found.layers,
+                heads=text.num_attention_heads,
+                weights=self.weights,
+                positions=self._positions,
             )
         except NotCovered as reason:
             raise CoreskipError(f"{text.model_type!r} models cannot be written as ONNX: {reason}") from None
@@ -131,7 +135,6 @@ class OnnxFolder:
             raise CoreskipError(
                 f"{kind!r} models cannot be written as ONNX: ONNX Runtime's logits are off by {off:.1%} of their size"
             )
-
 
     def _round(self) -> None:
         """Gives the smaller model the numbers that were written."""

@@ -7,7 +7,7 @@ its inputs, and for matrices in 4 or 8 bits. Inputs and outputs are named as onn
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -73,10 +73,11 @@ class Decoder:
         ids = self._input("input_ids", ir.DataType.INT64, ["batch", "length"])
         mask = self._input("attention_mask", ir.DataType.INT64, ["batch", "total"])
         self._lengths = self._lengths_of(mask)
-        x = self._embedded(ids)
+        x, y = self._embedded(ids), None
         for index, (layer, left) in enumerate(zip(spec.layers, layers, strict=True)):
-            x = self._layer(index, layer, left, x)
-        logits = self._linear("lm_head", self._norm("norm", spec.norm, x), [_rows(spec.head)], bits=8)
+            x, y = self._layer(index, layer, left, x, y)
+        last, _ = self._read("norm", spec.norm, x, y)
+        logits = self._linear("lm_head", last, [_rows(spec.head)], bits=8)
         if spec.logit_scale != 1.0:
             logits = self._op("Mul", logits, self._number("logit_scale", spec.logit_scale))
         if spec.logit_softcap:
@@ -108,38 +109,58 @@ class Decoder:
         assert scale is not None  # the weights are there
         return x if scale == 1.0 else self._op("Mul", x, self._number("embedding_scale", scale))
 
-    def _layer(self, index: int, layer: LayerSpec, left: RemainingLayer, x: ir.Value) -> ir.Value:
-        name = f"layers.{index}"
+    def _layer(
+        self, index: int, layer: LayerSpec, left: RemainingLayer, x: ir.Value, y: ir.Value | None
+    ) -> tuple[ir.Value, ir.Value | None]:
+        """The residual stream comes and goes as a sum that is still to be taken: norms take it on the way."""
         if layer.experts is not None:
             raise NotCovered("mixtures of experts are not written")
-        given = x
+        name, after = f"layers.{index}", layer.residual_scale
         if left.attention:
-            read = self._norm(f"{name}.attention_in", layer.attention_in, x)
+            read, x = self._read(f"{name}.attention_in", layer.attention_in, x, y)
             y = self._attention(name, layer.attention, read, self._tables[index])
-            x = self._add(x, self._norm(f"{name}.attention_out", layer.attention_out, y), layer.residual_scale)
-        if left.mlp:
-            (brick,) = layer.bricks
-            read = self._norm(f"{name}.mlp_in", layer.mlp_in, given if layer.parallel else x)
-            y = self._mlp(f"{name}.mlp", brick, read)
-            x = self._add(x, self._norm(f"{name}.mlp_out", layer.mlp_out, y), layer.residual_scale)
-        return x
+            y = self._scaled(self._norm(f"{name}.attention_out", layer.attention_out, y), after)
+        if not left.mlp:
+            return x, y
+        (brick,), before = layer.bricks, y
+        beside = layer.parallel and left.attention
+        read, x = self._read(f"{name}.mlp_in", layer.mlp_in, x, None if beside else y)
+        y = self._mlp(f"{name}.mlp", brick, read)
+        y = self._scaled(self._norm(f"{name}.mlp_out", layer.mlp_out, y), after)
+        return x, self._op("Add", before, y) if beside else y
 
-    def _add(self, x: ir.Value, y: ir.Value, scale: float) -> ir.Value:
-        y = y if scale == 1.0 else self._op("Mul", y, self._number("residual_scale", scale))
-        return self._op("Add", x, y)
+    def _read(self, name: str, norm: NormSpec | None, x: ir.Value, y: ir.Value | None) -> tuple[ir.Value, ir.Value]:
+        """norm(x + y), and x + y."""
+        if y is None:
+            return self._norm(name, norm, x), x
+        if norm is None or norm.kind != "rms":
+            x = self._op("Add", x, y)
+            return self._norm(name, norm, x), x
+        found = self._op(
+            "SkipSimplifiedLayerNormalization", x, y, self._factor(name, norm), domain=_MS, count=4, epsilon=norm.eps
+        )
+        found[1].name = found[2].name = ""  # statistics that nobody asks for
+        return found[0], found[3]
+
+    def _scaled(self, y: ir.Value, scale: float) -> ir.Value:
+        return y if scale == 1.0 else self._op("Mul", y, self._number("residual_scale", scale))
 
     def _norm(self, name: str, norm: NormSpec | None, x: ir.Value) -> ir.Value:
         if norm is None:
             return x
-        weight = torch.full((norm.size,), norm.offset)
-        if norm.weight is not None:
-            weight = norm.slope * norm.weight.detach().float() + norm.offset
-        factor = self._weight(f"{name}.weight", weight)
+        factor = self._factor(name, norm)
         if norm.kind == "rms":
             way = {"axis": -1, "epsilon": norm.eps, "stash_type": 1}
             return self._op("SimplifiedLayerNormalization", x, factor, **way)
         biases = [] if norm.bias is None else [self._weight(f"{name}.bias", norm.bias.detach())]
         return self._op("LayerNormalization", x, factor, *biases, axis=-1, epsilon=norm.eps)
+
+    def _factor(self, name: str, norm: NormSpec) -> ir.Value:
+        """What a norm's outputs are multiplied by."""
+        weight = torch.full((norm.size,), norm.offset)
+        if norm.weight is not None:
+            weight = norm.slope * norm.weight.detach().float() + norm.offset
+        return self._weight(f"{name}.weight", weight)
 
     # --- attention
 
@@ -147,9 +168,11 @@ class Decoder:
         rows = [part for linear in attention.inputs for part in _parts(linear)]
         sizes = [len(weight) for weight, _ in rows]
         joined = self._linear(f"{name}.qkv", x, rows)
-        q, k, v = self._op("Split", joined, self._integers(f"{name}.sizes", sizes), count=3, axis=-1)
-        q = self._head_norm(f"{name}.q_norm", attention.q_norm, q, attention.head_dim)
-        k = self._head_norm(f"{name}.k_norm", attention.k_norm, k, attention.head_dim)
+        q, k, v = joined, None, None  # side by side, as the operator takes them, too
+        if attention.q_norm is not None or attention.k_norm is not None:
+            q, k, v = self._op("Split", joined, self._integers(f"{name}.sizes", sizes), count=3, axis=-1)
+            q = self._head_norm(f"{name}.q_norm", attention.q_norm, q, attention.head_dim)
+            k = self._head_norm(f"{name}.k_norm", attention.k_norm, k, attention.head_dim)
         kv_heads = sizes[1] // attention.head_dim
         past = self._cache(kv_heads, attention.head_dim)
         rotary, way = self._rotation(attention, table)
@@ -224,13 +247,15 @@ class Decoder:
     def _in_blocks(self, name: str, x: ir.Value, weight: Tensor, bits: int) -> ir.Value:
         data, scales, zeros = _blocks(weight, bits)
         packed = (data, scales.reshape(-1), zeros.reshape(-1))
-        arrays = [self._constant(f"{name}.{part}", a) for part, a in zip(("blocks", "scales", "zeros"), packed, strict=True)]
+        arrays = [
+            self._constant(f"{name}.{part}", a) for part, a in zip(("blocks", "scales", "zeros"), packed, strict=True)
+        ]
         way = {"K": weight.shape[1], "N": weight.shape[0], "bits": bits, "block_size": _BLOCK}
         return self._op("MatMulNBits", x, *arrays, domain=_MS, accuracy_level=_INT8_INPUTS, **way)
 
     # --- values
 
-    def _op(self, kind: str, *inputs: ir.Value, domain: str = "", count: int = 1, **attributes: Any) -> Any:
+    def _op(self, kind: str, *inputs: ir.Value | None, domain: str = "", count: int = 1, **attributes: Any) -> Any:
         node = ir.node(kind, inputs, attributes, domain=domain, num_outputs=count)
         number = len(self._nodes)
         node.name = f"{kind}.{number}"
