@@ -42,7 +42,6 @@ class Architecture:
     Attributes:
         name: llama.cpp's.
         turned: whether rows of q and k are in the order of neighbouring pairs.
-        fused: whether q, k and v are one matrix, and gate and up as well.
         after: whether each half has a norm before and one after it ("both"), or one after it alone ("only").
         period: of sliding windows: all layers but the last of each so many have one; 0: none has.
         unturned: positions are not turned in the last layer of each so many; 0: in all they are.
@@ -55,7 +54,6 @@ class Architecture:
     act: str = "silu"
     gated: bool = True
     turned: bool = False
-    fused: bool = False
     after: str = ""
     head_norms: str = ""
     period: int = 0
@@ -75,7 +73,6 @@ ARCHITECTURES = {
     "gemma": Architecture("gemma", act="gelu_tanh", scales="gemma"),
     "gemma2": Architecture("gemma2", act="gelu_tanh", scales="gemma", after="both", period=2, softcaps=True),
     "gemma3_text": Architecture("gemma3", act="gelu_tanh", scales="gemma", after="both", head_norms="heads", period=6),
-    "phi3": Architecture("phi3", fused=True),
     "starcoder2": Architecture("starcoder2", norm="layer", act="gelu_tanh", gated=False, biases=_ALL),
     "olmo2": Architecture("olmo2", after="only", head_norms="all"),
     "granite": Architecture("granite", turned=True, scales="all", biases=_ALL),
@@ -141,7 +138,7 @@ class GgufFolder:
 
     def _describe(self, writer: Any) -> None:
         text, spec, attention = self._text, self._spec, self._spec.layers[0].attention
-        writer.add_name(self._found.model.config.get_text_config().model_type)
+        writer.add_name(self._arch.name)
         writer.add_file_type(_TYPES[self.weights][1])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_vocab_size(spec.embedding.shape[0])
@@ -201,17 +198,16 @@ def _check_scales(spec: ModelSpec, arch: Architecture) -> None:
 
 
 def _check_layer(index: int, layer: LayerSpec, arch: Architecture, text: Any) -> None:
-    if layer.experts is not None or layer.parallel:
-        raise NotCovered("its layers have experts, or halves side by side")
+    if layer.experts is not None or layer.parallel or len(layer.attention.inputs) != 3:
+        raise NotCovered("its layers have experts, halves side by side, or q, k and v in one matrix")
     (brick,), attention = layer.bricks, layer.attention
     norms = {"": (True, False), "both": (True, True), "only": (False, True)}[arch.after]
     found = layer.attention_in is not None, layer.attention_out is not None
     heads = attention.q_norm is not None
-    gated = brick.gate is not None or brick.stacked
     kinds = {norm.kind for norm in (layer.attention_in, layer.mlp_in, layer.attention_out) if norm is not None}
     if found != norms or kinds != {arch.norm} or heads != bool(arch.head_norms):
         raise NotCovered("its layers have other norms")
-    if brick.act != arch.act or gated != arch.gated:
+    if brick.act != arch.act or (brick.gate is not None) != arch.gated or brick.stacked:
         raise NotCovered(f"its MLPs are not those of llama.cpp's {arch.name}")
     windowed = bool(arch.period) and index % arch.period < arch.period - 1
     window = attention.window if attention.window < text.max_position_embeddings else 0
@@ -263,17 +259,13 @@ def _layer_tensors(layer: LayerSpec, arch: Architecture) -> Iterator[tuple[str, 
     names |= {"attn_q_norm": attention.q_norm, "attn_k_norm": attention.k_norm}
     for name, norm in names.items():
         yield from _norm(name, norm)
-    if arch.fused:
-        yield from _linear("attn_qkv", attention.inputs[0])
-        yield from _linear("ffn_up", brick.up)
-    else:
-        for part, linear in zip("qkv", attention.inputs, strict=True):
-            for name, tensor in _linear(f"attn_{part}", linear):
-                turned = arch.turned and part != "v"
-                yield name, _neighbours(tensor, attention.head_dim) if turned else tensor
-        if brick.gate is not None:
-            yield from _linear("ffn_gate", brick.gate)
-        yield from _linear("ffn_up", brick.up)
+    for part, linear in zip("qkv", attention.inputs, strict=True):
+        for name, tensor in _linear(f"attn_{part}", linear):
+            turned = arch.turned and part != "v"
+            yield name, _neighbours(tensor, attention.head_dim) if turned else tensor
+    if brick.gate is not None:
+        yield from _linear("ffn_gate", brick.gate)
+    yield from _linear("ffn_up", brick.up)
     yield from _linear("attn_output", attention.output)
     yield from _linear("ffn_down", brick.down)
 
