@@ -14,6 +14,8 @@ WEIGHTS = {
     "gguf": ("float16", "q8_0", "q4_0", "q4_1"),
 }
 
+ONNX_SETTINGS = "genai_config.json"  # by which an exported ONNX model is known
+
 
 def check_format(to: Any, weights: Any) -> None:
     """Raises CoreskipError unless there is such a format, and it has such weights; None: its default."""
@@ -21,5 +23,7 @@ def check_format(to: Any, weights: Any) -> None:
         raise CoreskipError(f"a model is exported to {', '.join(WEIGHTS)}, not to {to!r}")
     if weights is not None and weights not in WEIGHTS[to]:
         raise CoreskipError(f"{to} has no weights {weights!r}: choose from {', '.join(WEIGHTS[to])}")
-    if to == "onnx" and importlib.util.find_spec("onnx") is None:
-        raise CoreskipError("ONNX models are written by the onnx package: pip install 'coreskip[export]'")
+    if to == "onnx" and not all(map(importlib.util.find_spec, ("onnx_ir", "onnxruntime"))):
+        raise CoreskipError(
+            "ONNX models are written by onnx-ir and checked by onnxruntime: pip install 'coreskip[export]'"
+        )

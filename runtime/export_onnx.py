@@ -14,11 +14,12 @@ from ..predictors.anatomy import dissect
 from ..predictors.errors import CoreskipError
 from ..predictors.observe import inference
 from .calls import NotCovered
+from .export_formats import ONNX_SETTINGS
 from .export_onnx_graph import Decoder, rounded
 from .export_weights import Smaller
 from .spec import ModelSpec, read_spec
 
-MODEL, DATA, SETTINGS = "model.onnx", "model.onnx.data", "genai_config.json"
+MODEL, DATA = "model.onnx", "model.onnx.data"
 _BYTES = {"float32": 4.0, "float16": 2.0, "int4": 0.7}  # of a number, about; LM heads and embeddings have 8 bits
 _PROBE = 8  # tokens on which ONNX Runtime is compared with the smaller model
 #: of the logits' norm; with weights in int4 inputs are rounded to 8 bits, too
@@ -71,7 +72,7 @@ class OnnxFolder:
         """
         self._tokenizer.save_pretrained(folder)
         ir.save(self._decoder.model(), folder / MODEL, external_data=DATA)
-        (folder / SETTINGS).write_text(json.dumps(self._settings(), indent=1))
+        (folder / ONNX_SETTINGS).write_text(json.dumps(self._settings(), indent=1))
         self._check(folder / MODEL)
 
     def _settings(self) -> dict[str, Any]:
