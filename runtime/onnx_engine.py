@@ -86,11 +86,13 @@ class OnnxEngine:
         return list(found["input_ids"])
 
 
-def open_model(folder: Path, threads: int | None) -> Any:
-    """onnxruntime-genai's model of a folder; threads: to compute with, None: all."""
+def open_model(folder: Path, threads: int | None, settings: dict[str, Any] | None = None) -> Any:
+    """onnxruntime-genai's model of a folder; threads: to compute with, None: all. settings: laid over its own."""
     import onnxruntime_genai as og
 
     config = og.Config(str(folder))
+    if settings is not None:
+        config.overlay(json.dumps(settings))
     if threads is not None:
         overlay = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
         config.overlay(json.dumps(overlay))
