@@ -18,7 +18,9 @@ from coreskip.bench.clock import Generation, Stopwatch
 from coreskip.bench.runner import Job, Runner, Scored
 from coreskip.predictors.calibration import TokenText
 from coreskip.predictors.errors import CoreskipError
+from coreskip.runtime.export_formats import ONNX_SETTINGS
 from coreskip.runtime.load import embedded_gguf
+from coreskip.runtime.onnx_engine import open_model
 from coreskip.runtime.quality import WINDOW
 
 
@@ -67,25 +69,22 @@ class Peer(Runner):
 SCRATCH = "coreskip-onnx-"  # how the temporary folders of a runner begin, its process id next
 
 
-class OnnxRuntime(Peer):
-    """onnxruntime-genai, over what its own model builder makes of the checkpoint; greedy search of its own."""
+class OnnxFolder(Peer):
+    """onnxruntime-genai over a folder as it is, the job's model; greedy search of its own."""
 
     package: str | None = "onnxruntime-genai"
 
     def load(self) -> None:
+        self._open(Path(str(self.job.model)))
+
+    def _open(self, built: Path) -> None:
         import onnxruntime_genai as og
 
         og.disable_telemetry_events()
-        self._folder = tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{os.getpid()}-")
-        built = Path(self._folder.name) / "onnx"
-        _in_own_process(_BUILD_ONNX, self.job.model or "", str(built), {"float32": "fp32"}.get(self.job.dtype, "int4"))
-        settings = json.loads((built / "genai_config.json").read_text())
-        settings["model"]["eos_token_id"] = []  # nothing ends a generation early
-        decoder = settings["model"]["decoder"]
-        decoder["session_options"]["intra_op_num_threads"] = self.job.threads
-        (built / "genai_config.json").write_text(json.dumps(settings))
-        self._bytes = onnx_weight_bytes(built / decoder["filename"])
-        self._model = og.Model(str(built))
+        settings = json.loads((built / ONNX_SETTINGS).read_text())
+        # nothing ends a generation early
+        self._model = open_model(built, self.job.threads, {"model": {"eos_token_id": []}})
+        self._bytes = onnx_weight_bytes(built / settings["model"]["decoder"]["filename"])
 
     def generate(self, ids: Sequence[int], new: int) -> Generation:
         watch = Stopwatch()
@@ -114,6 +113,19 @@ class OnnxRuntime(Peer):
 
     def close(self) -> None:
         self._generator = self._model = None
+
+
+class OnnxRuntime(OnnxFolder):
+    """The same over what onnxruntime-genai's own model builder makes of the checkpoint."""
+
+    def load(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{os.getpid()}-")
+        built = Path(self._folder.name) / "onnx"
+        _in_own_process(_BUILD_ONNX, self.job.model or "", str(built), {"float32": "fp32"}.get(self.job.dtype, "int4"))
+        self._open(built)
+
+    def close(self) -> None:
+        super().close()
         self._folder.cleanup()
 
 

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable
 
 from coreskip.bench.openvino_peer import PYTHON_VARIABLE, OpenVino
-from coreskip.bench.peers import LlamaCpp, OnnxRuntime
+from coreskip.bench.peers import LlamaCpp, OnnxFolder, OnnxRuntime
 from coreskip.bench.runner import Runner
 from coreskip.bench.torch_runners import Compiled, Coreskip, CoreskipEngine, CoreskipExact, CoreskipLookup, HuggingFace
 
@@ -16,6 +16,7 @@ RUNNERS: dict[str, type[Runner]] = {
     "hf": HuggingFace,
     "hf-compile": Compiled,
     "onnxruntime": OnnxRuntime,
+    "onnxruntime-folder": OnnxFolder,
     "openvino": OpenVino,
     "llama.cpp": LlamaCpp,
     "coreskip-dense": Coreskip,
@@ -27,11 +28,13 @@ RUNNERS: dict[str, type[Runner]] = {
 OPPONENTS = ("hf", "hf-compile", "onnxruntime", "openvino", "llama.cpp")
 _MODULES = {
     "onnxruntime": ("onnxruntime_genai", "onnx_ir"),
+    "onnxruntime-folder": ("onnxruntime_genai", "onnx_ir"),
     "openvino": ("openvino_genai",),
     "llama.cpp": ("llama_cpp",),
 }
 _PACKAGES = {
     "onnxruntime": "onnxruntime-genai onnx-ir",
+    "onnxruntime-folder": "onnxruntime-genai onnx-ir",
     "openvino": "openvino-genai",
     "llama.cpp": "llama-cpp-python",
 }

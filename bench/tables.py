@@ -282,6 +282,21 @@ _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "of a token's experts": lambda row: f"{row['experts_megabytes']:.0f}",
         "of bandwidth": lambda row: f"{row['bandwidth_share']:.0%}",
     },
+    "export": {
+        "runtime": lambda row: str(row["runtime"]),
+        "weights": lambda row: str(row["weights"]),
+        "plan": lambda row: str(row["plan"]),
+        "tok/s": lambda row: f"{row['tok_s']:.1f}",
+        "x dense": lambda row: f"{row['of_dense']:.2f}",
+        "first token, ms": lambda row: f"{row['ttft_ms']:.0f}",
+        "MB per token": lambda row: f"{row['megabytes']:.0f}",
+        "of bandwidth": lambda row: f"{row['bandwidth_share']:.0%}",
+    },
+    "export_rules": {
+        "way": lambda row: str(row["way"]),
+        "us per layer": lambda row: f"{row['us_per_layer']:.1f}",
+        "x dense": lambda row: f"{row['of_dense']:.2f}",
+    },
     "neuron_groups": {
         "shape": lambda row: str(row["shape"]),
         "way": lambda row: str(row["way"]),

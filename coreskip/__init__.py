@@ -40,6 +40,7 @@ _HOMES = {
     "analyze": "coreskip.runtime.analyze",
     "control_vector": "coreskip.runtime.steer_vectors",
     "evaluate": "coreskip.runtime.quality",
+    "export": "coreskip.runtime.export",
     "load": "coreskip.runtime.load",
     "pack": "coreskip.runtime.pack",
     "pareto": "coreskip.runtime.search",
@@ -63,6 +64,7 @@ __all__ = [
     "analyze",
     "control_vector",
     "evaluate",
+    "export",
     "load",
     "pack",
     "pareto",
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
     from coreskip.runtime.analyze import analyze
     from coreskip.runtime.behaviour_plans import switch_off
     from coreskip.runtime.engine import Engine
+    from coreskip.runtime.export import export
     from coreskip.runtime.load import load
     from coreskip.runtime.pack import pack
     from coreskip.runtime.phases import prefilling

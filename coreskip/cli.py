@@ -13,6 +13,7 @@ import click
 
 from coreskip import __version__, streams
 from coreskip.explaining import explain
+from coreskip.exporting import export
 from coreskip.generating import chat, generate
 from coreskip.packing import pack
 from coreskip.planning import analyze, evaluate, info, show
@@ -51,7 +52,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
-for _command in (analyze, pack, show, explain, info, generate, chat, evaluate, serve):
+for _command in (analyze, pack, export, show, explain, info, generate, chat, evaluate, serve):
     cli.add_command(_command)
 
 

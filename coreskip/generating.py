@@ -38,6 +38,7 @@ _END = ("/exit", "/quit")
 @click.option("--chat", is_flag=True, help="Put the prompt through the tokenizer's chat template.")
 @sampling_options
 @click.option("-n", "--num-samples", type=click.IntRange(1), default=1, help="So many texts: with a --temperature.")
+@click.option("--backend", type=click.Choice(["onnxruntime"]), help="Run MODEL, a folder of `export --to onnx`, there.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a result on stdout, with its figures.")
 def generate(
     model: str | None,
@@ -47,6 +48,7 @@ def generate(
     num_samples: int,
     stats: bool,
     as_json: bool,
+    backend: str | None,
     dtype: str | None,
     device: str | None,
     threads: int | None,
@@ -60,7 +62,13 @@ def generate(
     if (prompt is None) == (prompt_file is None):
         raise CoreskipError("give one of --prompt and --prompt-file: the text to go on from")
     prompts = list(_prompts(prompt, prompt_file, chat))
-    with _engine(model, dtype, device, threads, running) as engine:
+    if backend is None:
+        opened = _engine(model, dtype, device, threads, running)
+    else:
+        given = {"--dtype": dtype, "--device": device, "--stop": options["stop_strings"], **_named(running)}
+        opened = _onnx_engine(model, threads, {**given, "--num-samples": num_samples > 1})
+        del options["stop_strings"]
+    with opened as engine:
         report = _Report(engine, stats or (sys.stderr.isatty() and not as_json))
         for index, message in enumerate(prompts):
             if index and not as_json:
@@ -107,6 +115,23 @@ def _engine(
     # nobody needs the model afterwards: its originals may go
     keep = None if running["exact"] or running["plain"] else False
     return Engine(loaded, tokenizer, plan, keep_originals=keep, **running)
+
+
+def _named(running: dict[str, Any]) -> dict[str, Any]:
+    """The ways of running by the names of their options."""
+    return {f"--{'plan' if name == 'folder' else name}": value for name, value in running.items()}
+
+
+def _onnx_engine(model: str | None, threads: int | None, others: dict[str, Any]) -> Any:
+    """others: options that are coreskip's own, by name, each of which should not be set."""
+    given = [name for name, value in others.items() if value]
+    if given:
+        raise CoreskipError(f"an exported model runs in onnxruntime as it was written: leave out {given[0]}")
+    if model is None:
+        raise CoreskipError("--backend onnxruntime runs a folder of `coreskip export --to onnx`: name it")
+    from coreskip.runtime.onnx_engine import OnnxEngine
+
+    return OnnxEngine(model, threads)
 
 
 def _prompts(prompt: str | None, file: Path | None, chat: bool) -> Iterator[Any]:
@@ -192,17 +217,19 @@ class _Report:
         from coreskip.runtime.wrap import is_wrapped, runtime_of
 
         model = self._engine.model
-        return runtime_of(model).usage if is_wrapped(model) else None
+        return runtime_of(model).usage if model is not None and is_wrapped(model) else None
 
     def figures(self) -> dict[str, Any]:
         """Of the generation that ended last; seconds, bytes, and shares from 0 to 1."""
+        import torch
+
         from coreskip.runtime.figures import peak_memory
 
         found, usage = self._engine.figures, self._usage()
         return {
             **(found.as_dict() if found is not None else {}),
             "neuron_sparsity": 0.0 if usage is None else usage.neuron_sparsity(),
-            "peak_memory": peak_memory(self._engine.model.device),
+            "peak_memory": peak_memory(getattr(self._engine.model, "device", torch.device("cpu"))),
         }
 
     def end(self) -> None:

@@ -15,6 +15,7 @@ from ..kernels.ops import available
 from ..predictors.checks import WEIGHT_FORMATS, check_flag, path_of
 from ..predictors.errors import CoreskipError, one_line
 from .cache import load_cached
+from .export_formats import ONNX_SETTINGS
 from .gguf_state import NotAsItIs
 from .load_gguf import load_gguf
 from .memory import check_cap
@@ -65,7 +66,7 @@ def load(
     if model is None:
         loaded, tokenizer = load_cached(embedded_gguf(), wanted, _load_gguf, _from_pretrained)
     else:
-        name = str(path_of(model, "the model"))
+        name = str(_file_in(path_of(model, "the model")))
         if is_packed_folder(Path(name)):
             return load_packed(Path(name), wanted, place, packed)
         if name.endswith(".gguf"):
@@ -129,6 +130,12 @@ def check_gguf(path: Path) -> None:
         raise CoreskipError(f"cannot load {path}: it is not a GGUF file")
 
 
+def _file_in(path: Path) -> Path:
+    """The one GGUF file of a folder that holds nothing else to load."""
+    files = list(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").is_file() else []
+    return files[0] if len(files) == 1 else path
+
+
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if isinstance(dtype, str):
         if dtype not in _DTYPES:
@@ -182,6 +189,8 @@ def _load_folder_or_id(name: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
     path = Path(name)
     if path.is_file():
         raise CoreskipError(f"{path} is a file; give a model folder, a .gguf file or a hub id")
+    if (path / ONNX_SETTINGS).is_file():
+        raise CoreskipError(f"{path} is an ONNX model: run it, coreskip generate --backend onnxruntime {path}")
     if path.is_dir() and not (path / "config.json").is_file():
         raise CoreskipError(f"the folder {path} holds no model: it has no config.json")
     if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):

@@ -1,0 +1,169 @@
+"""A smaller model as an ONNX decoder with the settings and the tokenizer that onnxruntime-genai reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from ..predictors.anatomy import dissect
+from ..predictors.errors import CoreskipError
+from ..predictors.observe import inference
+from .calls import NotCovered
+from .export_formats import ONNX_SETTINGS
+from .export_onnx_graph import Decoder, rounded
+from .export_weights import Smaller
+from .spec import ModelSpec, read_spec
+
+MODEL, DATA = "model.onnx", "model.onnx.data"
+_BYTES = {"float32": 4.0, "float16": 2.0, "int4": 0.7}  # of a number, about; LM heads and embeddings have 8 bits
+_PROBE = 8  # tokens on which ONNX Runtime is compared with the smaller model
+#: of the logits' norm; with weights in int4 inputs are rounded to 8 bits, too
+_TOLERANCE = {"float32": 1e-3, "float16": 3e-2, "int4": 0.2}
+
+
+class OnnxFolder:
+    """model.onnx, its data, genai_config.json and tokenizer of a smaller model.
+
+    Raises:
+        CoreskipError: the description, or ONNX Runtime's operators, do not know the architecture.
+    """
+
+    PAD = "none"
+
+    def __init__(self, found: Smaller, tokenizer: Any, weights: str | None) -> None:
+        self._found, self._tokenizer = found, tokenizer
+        self.weights = weights or "float32"
+        self.notes: tuple[str, ...] = ()
+        text = found.model.config.get_text_config()
+        self._positions = int(getattr(text, "max_position_embeddings", 0) or 2048)
+        try:
+            anatomy = dissect(found.model)
+            self._spec = read_spec(found.model, anatomy)
+            self._decoder = Decoder(
+                self._spec,
+                found.layers,
+                heads=text.num_attention_heads,
+                weights=self.weights,
+                positions=self._positions,
+            )
+        except NotCovered as reason:
+            raise CoreskipError(f"{text.model_type!r} models cannot be written as ONNX: {reason}") from None
+
+    @property
+    def nbytes(self) -> float:
+        """Of the weights, about."""
+        return self._found.numbers * _BYTES[self.weights]
+
+    @property
+    def usage(self) -> str:
+        """How it is run."""
+        return 'coreskip generate --backend onnxruntime FOLDER -p "Once upon a time"'
+
+    def write(self, folder: Path, progress: bool) -> None:
+        """Into an empty folder.
+
+        Raises:
+            CoreskipError: ONNX Runtime computes something else than the model.
+        """
+        self._tokenizer.save_pretrained(folder)
+        ir.save(self._decoder.model(), folder / MODEL, external_data=DATA)
+        (folder / ONNX_SETTINGS).write_text(json.dumps(self._settings(), indent=1))
+        self._check(folder / MODEL)
+
+    def _settings(self) -> dict[str, Any]:
+        """What onnxruntime-genai has to know of the graph and of its texts."""
+        attention, text = self._spec.layers[0].attention, self._found.model.config.get_text_config()
+        ends = getattr(self._found.model.generation_config, "eos_token_id", None)
+        ends = text.eos_token_id if ends is None else ends
+        ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+        pad = text.pad_token_id if text.pad_token_id is not None else (ends or [0])[0]
+        past, present = "past_key_values.%d", "present.%d"
+        decoder = {
+            "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+            "filename": MODEL,
+            "head_size": attention.head_dim,
+            "hidden_size": text.hidden_size,
+            "num_attention_heads": text.num_attention_heads,
+            "num_key_value_heads": _kv_heads(self._spec),
+            "num_hidden_layers": self._decoder.caches,
+            "inputs": {
+                "input_ids": "input_ids",
+                "attention_mask": "attention_mask",
+                "past_key_names": f"{past}.key",
+                "past_value_names": f"{past}.value",
+            },
+            "outputs": {
+                "logits": "logits",
+                "present_key_names": f"{present}.key",
+                "present_value_names": f"{present}.value",
+            },
+        }
+        model = {
+            # of the types that it knows this is the one for a decoder with these inputs and nothing besides
+            "type": "llama",
+            "bos_token_id": text.bos_token_id if text.bos_token_id is not None else pad,
+            "eos_token_id": ends,
+            "pad_token_id": pad,
+            "vocab_size": text.vocab_size,
+            "context_length": self._positions,
+            "decoder": decoder,
+        }
+        search = {"do_sample": False, "max_length": self._positions, "past_present_share_buffer": True}
+        return {"model": model, "search": search}
+
+    def _check(self, path: Path) -> None:
+        """Compares a prompt and a decode step in ONNX Runtime with the model's own."""
+        from onnxruntime import InferenceSession, SessionOptions
+
+        options = SessionOptions()
+        options.log_severity_level = 4  # what it says of errors is said once, by us
+        session = InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        vocabulary = self._spec.embedding.shape[0]
+        ids = torch.randint(vocabulary, (1, _PROBE), generator=torch.Generator().manual_seed(0))
+        if self.weights == "int4":
+            self._round()
+        with inference(self._found.model):
+            wanted = self._found.model(input_ids=ids).logits.float()
+        got = torch.from_numpy(decoded(session, ids.numpy(), _PROBE - 2).astype(np.float32))
+        off = float((got - wanted).norm() / wanted.norm())
+        if not off <= _TOLERANCE[self.weights]:
+            kind = self._found.model.config.get_text_config().model_type
+            raise CoreskipError(
+                f"{kind!r} models cannot be written as ONNX: ONNX Runtime's logits are off by {off:.1%} of their size"
+            )
+
+    def _round(self) -> None:
+        """Gives the smaller model the numbers that were written."""
+        modules: dict[Any, int] = {linear.module: 4 for linear in self._spec.linears}
+        modules |= {self._spec.head.module: 8, self._spec.table: 8}
+        for module, bits in modules.items():
+            weight = module.weight.detach()
+            module.weight = torch.nn.Parameter(rounded(weight, bits), requires_grad=False)
+
+
+def decoded(session: Any, ids: np.ndarray[Any, Any], prompt: int) -> np.ndarray[Any, Any]:
+    """Logits ``[1, tokens, vocabulary]`` of ids int64 ``[1, tokens]``: the first `prompt` in one pass, then one a
+    step."""
+    given = {entry.name: entry for entry in session.get_inputs() if entry.name.startswith("past")}
+    kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    cache = {n: np.zeros((1, e.shape[1], 0, e.shape[3]), kinds[e.type]) for n, e in given.items()}
+    names = [entry.name for entry in session.get_outputs()]
+    logits = []
+    for first, last in [(0, prompt), *((at, at + 1) for at in range(prompt, ids.shape[1]))]:
+        feeds = {"input_ids": ids[:, first:last], "attention_mask": np.ones((1, last), np.int64)}
+        outputs = dict(zip(names, session.run(None, {**feeds, **cache}), strict=True))
+        logits.append(outputs["logits"])
+        cache = {name: outputs[name.replace("past_key_values", "present")] for name in cache}
+    return np.concatenate(logits, 1)
+
+
+def _kv_heads(spec: ModelSpec) -> int:
+    attention = spec.layers[0].attention
+    inputs = attention.inputs
+    rows = inputs[0].rows[1] if len(inputs) == 1 and inputs[0].rows is not None else inputs[1].module.weight.shape[0]
+    return int(rows) // attention.head_dim
