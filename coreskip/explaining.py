@@ -44,6 +44,8 @@ def explain(
     from coreskip.runtime import explain as words
     from coreskip.runtime.load import load
 
+    if picture is not None:
+        words.check_picture(picture)
     found = _read(plan)
     beside = {path.name: _set_of(_read(path), path) for path in others}
     _refuse_of_scores(found, bool(others), picture is not None, as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,18 +151,19 @@ def scores_table(scores: NeuronScores, count: int, tokenizer: Any, model: Any) -
     return "\n".join(lines)
 
 
-def picture(sets: Mapping[str, NeuronSet], path: Path) -> None:
-    """The share of neurons that each of the sets keeps of every layer, as a heat map: png, svg or pdf by its name.
-
-    Raises:
-        CoreskipError: matplotlib is not installed, or the file has another ending.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise CoreskipError("a picture needs matplotlib: pip install 'coreskip[plots]'") from None
+def check_picture(path: Path) -> None:
+    """Raise `CoreskipError` where no picture can be drawn: matplotlib is not installed, or the file has another
+    ending."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise CoreskipError("a picture needs matplotlib: pip install 'coreskip[plots]'")
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise CoreskipError(f"a picture's name ends in .png, .svg or .pdf, not {path.name!r}")
+
+
+def picture(sets: Mapping[str, NeuronSet], path: Path) -> None:
+    """The share of neurons that each of the sets keeps of every layer, as a heat map: png, svg or pdf by its name."""
+    from matplotlib.figure import Figure
+
     shares = [list(each.shares) for each in sets.values()]
     figure = Figure(figsize=(max(6.0, 0.25 * len(shares[0])), 1.2 + 0.4 * len(shares)), layout="constrained")
     axes = figure.add_subplot()
