@@ -75,7 +75,6 @@ def test_overlaps_stand_beside_chance(llama: Any) -> None:
 
 
 def test_single_neurons(llama: Any) -> None:
-    _chosen, _ = made(llama)
     generator = torch.Generator().manual_seed(4)
     layers = tuple(torch.randn(160, generator=generator) for _ in range(3))
     scores = NeuronScores(layers, Fingerprint.of(llama), recipe={"method": "drawn"})
@@ -87,7 +86,7 @@ def test_single_neurons(llama: Any) -> None:
     best = int(torch.cat(layers).argmax())
     assert scores_table(scores, 1, Letters(), llama).splitlines()[-1].split()[:2] == [str(best // 160), str(best % 160)]
     for layer, index in ((3, 0), (0, 160)):
-        with pytest.raises(CoreskipError, match="there is no layer 3|has no neuron 160"):
+        with pytest.raises(CoreskipError, match=r"there is no layer 3|has no neuron 160"):
             neuron(layer, index, llama, Letters())
 
 
