@@ -32,6 +32,9 @@ TYPES = {
     "norms of other names": ["vaultgemma", "exaone4", "hyperclovax", "olmo"],
     "sinks": ["gpt_oss", "granite_swa", "flint"],
     "an MLP beside experts": ["granitemoeshared"],
+    "experts whose inputs are weighed": ["llama4_text"],
+    "a mean of routed and shared experts": ["cohere2_moe"],
+    "latents": ["deepseek_v2", "deepseek_v3", "minicpm3", "youtu"],
 }
 ALL = [name for some in TYPES.values() for name in some]
 
@@ -76,8 +79,8 @@ def test_in_groups_steps_agree_with_modules(name: str, weights: str) -> None:
         assert native.ready, native.refusal
         described = native.described
         assert described is not None
-        if any(runtime_of(model).anatomy.experts):
-            return
+        if any(runtime_of(model).anatomy.experts) or name in TYPES["latents"]:
+            return  # prompts of these run on the modules
         assert described.prompts_uncovered is None
         prompts = [logits_of(model, ids, options["attention_mask"], steps) for steps in (0, 1, 5)]
     assert torch.equal(prompts[0], prompts[1])
