@@ -106,3 +106,22 @@ def test_in_bfloat16_it_is_read_as_well(name: str) -> None:
             greedy(model, prompt(1), 4)
         native = runtime_of(model).steps.native
         assert native.described is not None, native.refusal
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_tokens_bits_do_not_depend_on_its_neighbours(name: str) -> None:
+    """Three tokens of each of two texts in a step, and in steps one by one."""
+    model, ids = build(name), prompt(2, 12)
+    with torch.no_grad(), coreskip.wrap(model, Plan.dense(model)):
+        greedy(model, prompt(1), 4)
+        found = []
+        for lengths in ([3], [1, 1, 1]):
+            cache, at = DynamicCache(config=model.config), 9
+            model(ids[:, :at], past_key_values=cache, use_cache=True)
+            for length in lengths:
+                logits = model(ids[:, at : at + length], past_key_values=cache, use_cache=True).logits[:, -1]
+                at += length
+            found.append(logits)
+        native = runtime_of(model).steps.native
+        assert native.ready, native.refusal
+    assert torch.equal(*found)
