@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packed_models import packed
 from tiny_models import greedy, prompt
 from transformers import DynamicCache
 
@@ -125,3 +127,15 @@ def test_a_tokens_bits_do_not_depend_on_its_neighbours(name: str) -> None:
         native = runtime_of(model).steps.native
         assert native.ready, native.refusal
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "bart", "bloom", "deepseek_v3", "minicpm3", "llama4_text"])
+def test_packed(name: str, tmp_path: Path) -> None:
+    """Matrices in groups, and their very numbers in float32."""
+    model = packed(build(name), tmp_path / "packed", weights="int4")
+    plain = greedy(model, prompt(1), 6)
+    assert plain.shape == (1, 15)
+    with coreskip.wrap(model, Plan.dense(model)):
+        assert torch.equal(greedy(model, prompt(1), 6), plain)
+        native = runtime_of(model).steps.native
+        assert native.ready, native.refusal
