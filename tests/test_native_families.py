@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from packed_models import packed
+from test_memory import capped
 from tiny_models import greedy, prompt
 from transformers import DynamicCache
 
@@ -137,5 +138,19 @@ def test_packed(name: str, tmp_path: Path) -> None:
     assert plain.shape == (1, 15)
     with coreskip.wrap(model, Plan.dense(model)):
         assert torch.equal(greedy(model, prompt(1), 6), plain)
+        native = runtime_of(model).steps.native
+        assert native.ready, native.refusal
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "bart", "minicpm3", "youtu"])
+@pytest.mark.parametrize("weights", ["int4", "as-loaded"])
+def test_under_a_cap(name: str, weights: str, tmp_path: Path) -> None:
+    """Matrices come from the disk in the order in which a step reads them."""
+    plain = packed(build(name), tmp_path / "packed", weights=weights)
+    model = capped(tmp_path / "packed", 0.25)
+    with coreskip.wrap(plain):
+        expected = greedy(plain, prompt(1), 8)
+    with coreskip.wrap(model):
+        assert torch.equal(greedy(model, prompt(1), 8), expected)
         native = runtime_of(model).steps.native
         assert native.ready, native.refusal
