@@ -15,7 +15,10 @@ from transformers import DynamicCache
 import coreskip
 from coreskip.bench.census import build
 from coreskip.kernels.ops import available
+from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.plan import Plan
+from coreskip.runtime.reading import read_spec
+from coreskip.runtime.spec import beyond_llama
 from coreskip.runtime.wrap import runtime_of
 
 pytestmark = [
@@ -42,6 +45,17 @@ TYPES = {
 ALL = [name for some in TYPES.values() for name in some]
 
 
+def made(name: str) -> Any:
+    """A tiny model whose norms have weights of their own, so that it matters where these stand."""
+    model = build(name)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 def padded() -> torch.Tensor:
     ids = prompt(2, 11)
     ids[1, :4] = 0
@@ -60,7 +74,7 @@ def texts(model: Any, new: int = 12) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("name", ALL)
 def test_tokens_are_the_models_own(name: str) -> None:
-    model = build(name)
+    model = made(name)
     expected = texts(model)
     for mode in ({}, {"exact": True}):
         with coreskip.wrap(model, Plan.dense(model), **mode):
@@ -75,7 +89,7 @@ def test_tokens_are_the_models_own(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_in_groups_steps_agree_with_modules(name: str, weights: str) -> None:
     """Prompts run natively, too, unless a mixture is in the way."""
-    model, (ids, options) = build(name), calls()[1]
+    model, (ids, options) = made(name), calls()[1]
     with coreskip.wrap(model, Plan.dense(model, weights)):
         greedy(model, ids, 12, **options)
         native = runtime_of(model).steps.native
@@ -103,7 +117,7 @@ def logits_of(model: Any, ids: torch.Tensor, mask: torch.Tensor, steps: int) -> 
 
 @pytest.mark.parametrize("name", ALL)
 def test_in_bfloat16_it_is_read_as_well(name: str) -> None:
-    model = build(name).to(torch.bfloat16)
+    model = made(name).to(torch.bfloat16)
     with coreskip.wrap(model, Plan.dense(model)):
         for _ in range(4):
             greedy(model, prompt(1), 4)
@@ -114,7 +128,7 @@ def test_in_bfloat16_it_is_read_as_well(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_a_tokens_bits_do_not_depend_on_its_neighbours(name: str) -> None:
     """Three tokens of each of two texts in a step, and in steps one by one."""
-    model, ids = build(name), prompt(2, 12)
+    model, ids = made(name), prompt(2, 12)
     with torch.no_grad(), coreskip.wrap(model, Plan.dense(model)):
         greedy(model, prompt(1), 4)
         found = []
@@ -133,7 +147,7 @@ def test_a_tokens_bits_do_not_depend_on_its_neighbours(name: str) -> None:
 @pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "bart", "bloom", "deepseek_v3", "minicpm3", "llama4_text"])
 def test_packed(name: str, tmp_path: Path) -> None:
     """Matrices in groups, and their very numbers in float32."""
-    model = packed(build(name), tmp_path / "packed", weights="int4")
+    model = packed(made(name), tmp_path / "packed", weights="int4")
     plain = greedy(model, prompt(1), 6)
     assert plain.shape == (1, 15)
     with coreskip.wrap(model, Plan.dense(model)):
@@ -146,7 +160,7 @@ def test_packed(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("weights", ["int4", "as-loaded"])
 def test_under_a_cap(name: str, weights: str, tmp_path: Path) -> None:
     """Matrices come from the disk in the order in which a step reads them."""
-    plain = packed(build(name), tmp_path / "packed", weights=weights)
+    plain = packed(made(name), tmp_path / "packed", weights=weights)
     model = capped(tmp_path / "packed", 0.25)
     with coreskip.wrap(plain):
         expected = greedy(plain, prompt(1), 8)
@@ -154,3 +168,13 @@ def test_under_a_cap(name: str, weights: str, tmp_path: Path) -> None:
         assert torch.equal(greedy(model, prompt(1), 8), expected)
         native = runtime_of(model).steps.native
         assert native.ready, native.refusal
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name not in TYPES["norms of other names"]])
+def test_who_knows_only_common_models_is_told(name: str) -> None:
+    model = made(name)
+    plain = name in ("granitemoeshared", "falcon")
+    reason = beyond_llama(read_spec(model, dissect(model)))
+    assert plain or reason is not None
+    common = made("llama")
+    assert beyond_llama(read_spec(common, dissect(common))) is None
