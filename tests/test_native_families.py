@@ -16,7 +16,8 @@ import coreskip
 from coreskip.bench.census import build
 from coreskip.kernels.ops import available
 from coreskip.predictors.anatomy import dissect
-from coreskip.predictors.plan import Plan
+from coreskip.predictors.plan import LayerPlan, Plan
+from coreskip.predictors.policies import Skip, SkipAttention, SkipMLP
 from coreskip.runtime.reading import read_spec
 from coreskip.runtime.spec import beyond_llama
 from coreskip.runtime.wrap import runtime_of
@@ -178,3 +179,25 @@ def test_who_knows_only_common_models_is_told(name: str) -> None:
     assert plain or reason is not None
     common = made("llama")
     assert beyond_llama(read_spec(common, dissect(common))) is None
+
+
+@pytest.mark.parametrize("policy", [Skip(), SkipAttention(), SkipMLP()], ids=lambda policy: policy.name)
+@pytest.mark.parametrize("name", ["bart", "gpt_neox", "deepseek_v3", "minicpm3"])
+def test_a_layer_that_is_left_out(name: str, policy: Any) -> None:
+    """Its entries are written, and norms of the residual stream stay."""
+    model, ids = made(name), prompt(1, 12)
+    dense = Plan.dense(model)
+    layers = tuple(LayerPlan(layer=policy) if index == 1 else LayerPlan() for index in range(len(dense.layers)))
+    found = []
+    for natively in (True, False):
+        with torch.no_grad(), coreskip.wrap(model, Plan(layers, dense.model, {"method": "layers"})):
+            native = runtime_of(model).steps.native
+            if not natively:
+                native._refuse("the modules are what is compared with")
+            cache = DynamicCache(config=model.config)
+            model(ids[:, :8], past_key_values=cache, use_cache=True)
+            for at in range(8, 12):
+                logits = model(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits
+            assert native.ready is natively
+            found.append(logits)
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4 * float(found[1].std()))
