@@ -32,7 +32,6 @@ from .store import Store
 
 _CODES = {form.code: form for form in FORMATS.values()}
 _FOUR = 4  # rows of a unit of matrices without groups; `unit` in csrc/step_thread.h
-_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 _active: list[weakref.ref[Residency]] = []
 
@@ -320,12 +319,17 @@ def attach(model: arguments.StepModel, layers: Iterable[arguments.StepLayer]) ->
 
 def _in_order(layer: arguments.StepLayer) -> Iterator[Any]:
     """The matrices of a layer that a step reads, in its order; see csrc/step_walker.h."""
+    latent = layer.latent
+    if latent.kv_low.weight:  # what expands latents is read by heads, where it lies
+        first = (latent.q_low, latent.kv_low, layer.q) if latent.q_low.weight else (layer.q, latent.kv_low)
+        attention = [*first, *((layer.o,) if layer.run_attention else ())]
+    elif layer.run_attention:
+        attention = [layer.q, layer.k, layer.v, layer.o]
+    else:  # its keys and values alone
+        attention = [layer.q] if layer.fused else [layer.k, layer.v]
     bundled = layer.mlp.weight or layer.mlp.groups.rows
-    for name in _MATRICES:
-        of_mlp = name in ("gate", "up", "down")
-        read = (layer.run_mlp and not bundled) if of_mlp else (layer.run_attention or name in ("k", "v"))
-        if read and not getattr(layer, name).columns:
-            yield getattr(layer, name)
+    mlp = [layer.gate, layer.up, layer.down] if layer.run_mlp and not bundled else []
+    yield from (matrix for matrix in (*attention, *mlp) if not matrix.columns)
 
 
 def _pieces_of(matrix: arguments.StepLinear, offset: int, most: int) -> list[tuple[int, int, int, int]]:

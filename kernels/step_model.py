@@ -72,6 +72,22 @@ class Attention:
     slopes: Tensor | None = None
     sinks: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where native code would read beside what it is given."""
+        counts = (self.heads, self.kv_heads, self.kv_heads)
+        for (offset, run, step), count in zip(self.order or (), counts, strict=False):
+            last = offset + (count - 1) // run * step + min(run, count) * self.head_dim
+            if last > self.q.out_features:
+                raise ValueError("heads of q, k or v lie beyond the projection's outputs")
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None and norm.weight.numel() != self.head_dim and (self.order is not None or self.turned):
+                raise ValueError("heads that lie in turn, or were turned, are normed one by one alone")
+        for per_head in (self.slopes, self.sinks):
+            if per_head is not None and per_head.numel() != self.heads:
+                raise ValueError("there is not one slope, or one sink, for each head")
+        if self.rotation is not None and self.rotation[0].shape[1] > self.head_dim:
+            raise ValueError("more dimensions are turned than a head has")
+
     @property
     def heads(self) -> int:
         return packed_of(self.o).in_features // self.head_dim
@@ -118,6 +134,12 @@ class LatentAttention:
     window: int = 0
     softcap: float = 0.0
     sinks: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.expand.grouped or self.expand.scale is not None or self.expand.bias is not None:
+            raise ValueError("what expands latents must be floats, without a bias")
+        if self.rotation[0].shape[1] > self.rope:
+            raise ValueError("more dimensions are turned than a head has for it")
 
     @property
     def rank(self) -> int:

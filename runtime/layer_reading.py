@@ -78,6 +78,8 @@ class _Layer:
         self._x, self._y = seen.given(layer), seen.gave(layer)
         self._attention = seen.given(getattr(owner, attention.inputs[0])), seen.gave(getattr(owner, attention.output))
         self._mlp, of_mlp, self._beside = _mlp(anatomy, index, seen)
+        if any(part.shape != self._x.shape for part in (*self._attention, *self._mlp, self._y)):
+            raise NotCovered("a half of its decoder layers gives something else than the size of what it reads")
         told = getattr(layer, "residual_multiplier", None)
         self._told = [1.0, float(told)] if isinstance(told, (int, float)) else [1.0]
         inside, self._seen = {*owner.modules(), *of_mlp}, seen
@@ -175,6 +177,6 @@ def _mlp(anatomy: Anatomy, index: int, seen: Trace) -> tuple[tuple[Tensor, Tenso
         return (seen.given(mlp.up), seen.gave(mlp.down)), inside, False
     inside += experts.block.modules()
     reads, gave = seen.given(experts.block), seen.gave(experts.block)
-    if mlp is None or mlp is experts.shared or not torch.equal(seen.given(mlp.up).view_as(reads), reads):
+    if mlp is None or mlp is experts.shared or not torch.equal(seen.given(mlp.up), reads):
         return (reads, gave), inside, False
-    return (reads, gave + seen.gave(mlp.down).view_as(gave)), inside, True
+    return (reads, gave + seen.gave(mlp.down)), inside, True

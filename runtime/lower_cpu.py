@@ -203,7 +203,7 @@ class CpuModel:
             q=self._parts(attention.q, self._format)[0],
             kv_low=self._parts(attention.kv_low, self._format)[0],
             kv_low_norm=lower_norm(attention.kv_low_norm),
-            expand=self._pack_all([(weight, None)], None, lambda parts: [packed for packed, _ in parts])[0],
+            expand=PackedLinear.pack(weight),  # read by rows and by columns: no form of fewer bytes is
             o=self._parts(attention.output, self._format)[0],
             rotation=rotation,
             **{name: getattr(attention, name) for name in ("heads", "rope", "scale", "paired", "apart", "window")},
@@ -312,7 +312,10 @@ def describe(model: Any, anatomy: Anatomy, packing: Packing | None = None) -> Cp
     packing = packing or Packing()
     _check(model, anatomy, packing.packed_alone)
     spec = read_spec(model, anatomy)
-    return CpuModel(spec, RotaryTables(spec), Packing(packed_alone=packing.packed_alone))
+    try:
+        return CpuModel(spec, RotaryTables(spec), Packing(packed_alone=packing.packed_alone))
+    except ValueError as reason:
+        raise NotCovered(str(reason)) from None
 
 
 def refusal(model: Any, anatomy: Anatomy) -> str | None:

@@ -67,9 +67,12 @@ def _made(rotary: RotarySpec, kind: str | None, positions: Tensor) -> Table:
     if rotary.table is not None:
         sin, cos = rotary.table.detach()[positions.to(rotary.table.device)].float().cpu().chunk(2, -1)
         return _twice(cos), _twice(sin)
-    like, module = torch.zeros(1, dtype=torch.float32, device="cpu"), cast(Any, rotary.module)
+    module = cast(Any, rotary.module)
+    device = next((buffer.device for buffer in module.buffers()), torch.device("cpu"))
+    like = torch.zeros(1, dtype=torch.float32, device=device)
     with torch.no_grad():
-        made = module(like, positions[None], *([kind] if rotary.by_type else []))
+        made = module(like, positions[None].to(device), *([kind] if rotary.by_type else []))
+    made = made.cpu() if isinstance(made, Tensor) else [part.cpu() for part in made]
     if isinstance(made, Tensor):  # as complex numbers (Llama 4)
         if not made.is_complex():
             raise NotCovered("its rotary embeddings are neither cosines and sines nor complex numbers")

@@ -298,3 +298,31 @@ def is_plain_linear(module: nn.Module) -> bool:
     known = (nn.Linear.forward, Conv1D.forward, PackedLayer.forward)
     plain = forward in known or forward.__qualname__ == "FalconLinear.forward"
     return plain and "weight" in module._parameters
+
+
+def beyond_llama(spec: ModelSpec) -> str | None:
+    """What of a model is beyond norms before or after the halves of a layer, rotation by halves and grouped-query
+    attention; None: nothing. Who carries a description out and does not know every field of it asks first."""
+    rotary = spec.rotary
+    if spec.places is not None or spec.embedding_norm is not None:
+        return "positions are added to its embeddings, or these are normed"
+    if rotary is None or rotary.module is None or rotary.backwards:
+        return "its positions are not rotary embeddings as most models have them"
+    if spec.norm is None:
+        return "no norm comes before its LM head"
+    return next(filter(None, map(_beyond_llama, spec.layers)), None)
+
+
+def _beyond_llama(layer: LayerSpec) -> str | None:
+    attention, experts = layer.attention, layer.experts
+    if isinstance(attention, LatentSpec):
+        return "its attention is over latents"
+    if attention.order is not None or attention.paired or attention.turned:
+        return "heads of its attention lie in turn, or are turned by neighbours, or before their norm"
+    if attention.slopes is not None or attention.sinks is not None:
+        return "its attention has slopes or sinks"
+    if layer.attention_after is not None or layer.mlp_after is not None:
+        return "the residual stream itself is normed"
+    if experts is not None and (experts.routed_scale, experts.shared_scale) != (1.0, 1.0):
+        return "what its experts give is multiplied by numbers"
+    return None
