@@ -75,7 +75,7 @@ def measure(model: Any, tokenizer: Any, plan: Plan, text: str, rounds: int) -> l
     threads = threads_available()
     machine, ids = Machine("cpu", threads), list(tokenizer(text).input_ids[:_PROMPT])
     with tempfile.TemporaryDirectory() as scratch:
-        contenders = []
+        contenders = list[Contender]()
         for to, weights in _FORMS:
             for name, each in (("dense", None), (_name(plan), plan)):
                 folder = Path(scratch) / f"{to}-{weights}-{len(contenders)}"

@@ -186,13 +186,13 @@ def _check(spec: ModelSpec, arch: Architecture, text: Any) -> None:
 
 def _check_scales(spec: ModelSpec, arch: Architecture) -> None:
     attention = spec.layers[0].attention
-    usual = {"embeddings": spec.embedding_scale, "logits": spec.logit_scale}
-    usual |= {"residuals": spec.layers[0].residual_scale, "attention": attention.scale * attention.head_dim**0.5}
+    usual = {"embedding": spec.embedding_scale, "logit": spec.logit_scale}
+    usual |= {"residual stream": spec.layers[0].residual_scale, "attention": attention.scale * attention.head_dim**0.5}
     if arch.scales == "gemma":
-        usual["embeddings"] = (spec.embedding_scale or 0) / spec.embedding.shape[1] ** 0.5
+        usual["embedding"] = (spec.embedding_scale or 0) / spec.embedding.shape[1] ** 0.5
     for name, value in usual.items() if arch.scales != "all" else ():
         if abs((value or 0) - 1) > 1e-2:  # embeddings' was measured
-            raise NotCovered(f"its {name} are scaled otherwise than by llama.cpp's {arch.name}")
+            raise NotCovered(f"its {name} is scaled otherwise than by llama.cpp's {arch.name}")
     if not arch.softcaps and (spec.logit_softcap or attention.softcap):
         raise NotCovered("its scores are capped")
 

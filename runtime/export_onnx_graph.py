@@ -7,6 +7,7 @@ its inputs, and for matrices in 4 or 8 bits. Inputs and outputs are named as onn
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ OPSET, IR_VERSION = 22, 10
 _MS = "com.microsoft"
 _PAIRS = 8
 _BLOCK = 32  # inputs of a group of integers with one scale
-_INT8_INPUTS = 4  # an accuracy level: inputs are rounded to 8 bits in blocks, which is several times as fast
+_EXACT, _FAST = 1, 4  # of inputs of products with blocks: float32, or 8 bits in blocks, several times as fast
 Rows = tuple[Tensor, Tensor | None]  # a matrix [outputs, inputs] and its bias
 
 
@@ -101,7 +102,7 @@ class Decoder:
             data, scales, zeros = _blocks(rows, 8)
             flat = self._constant(f"{name}.quantized", data.reshape(len(data), -1))
             parts = flat, ids, self._constant(f"{name}.scales", scales), self._constant(f"{name}.zeros", zeros)
-            way = {"gather_axis": 0, "quantize_axis": 1, "block_size": _BLOCK, "bits": 8}
+            way: dict[str, Any] = {"gather_axis": 0, "quantize_axis": 1, "block_size": _BLOCK, "bits": 8}
             x = self._op("GatherBlockQuantized", *parts, domain=_MS, **way)
         else:
             x = self._op("Gather", self._weight(f"{name}.weight", rows), ids, axis=0)
@@ -150,8 +151,7 @@ class Decoder:
             return x
         factor = self._factor(name, norm)
         if norm.kind == "rms":
-            way = {"axis": -1, "epsilon": norm.eps, "stash_type": 1}
-            return self._op("SimplifiedLayerNormalization", x, factor, **way)
+            return self._op("SimplifiedLayerNormalization", x, factor, axis=-1, epsilon=norm.eps, stash_type=1)
         biases = [] if norm.bias is None else [self._weight(f"{name}.bias", norm.bias.detach())]
         return self._op("LayerNormalization", x, factor, *biases, axis=-1, epsilon=norm.eps)
 
@@ -250,8 +250,8 @@ class Decoder:
         arrays = [
             self._constant(f"{name}.{part}", a) for part, a in zip(("blocks", "scales", "zeros"), packed, strict=True)
         ]
-        way = {"K": weight.shape[1], "N": weight.shape[0], "bits": bits, "block_size": _BLOCK}
-        return self._op("MatMulNBits", x, *arrays, domain=_MS, accuracy_level=_INT8_INPUTS, **way)
+        way: dict[str, Any] = {"K": weight.shape[1], "N": weight.shape[0], "bits": bits, "block_size": _BLOCK}
+        return self._op("MatMulNBits", x, *arrays, domain=_MS, accuracy_level=_EXACT, **way)
 
     # --- values
 
@@ -304,6 +304,15 @@ def _parts(linear: LinearSpec) -> list[Rows]:
     sizes = [len(weight) // linear.parts] * linear.parts if sum(linear.rows) != len(weight) else list(linear.rows)
     biases = [None] * len(sizes) if bias is None else bias.split(sizes)
     return list(zip(weight.split(sizes), biases, strict=True))
+
+
+def make_fast(path: Path) -> None:
+    """Has products with blocks in a model that was saved round their inputs to 8 bits, too."""
+    model = ir.load(path)
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", _FAST)
+    ir.save(model, path)
 
 
 def rounded(weight: Tensor, bits: int) -> Tensor:
