@@ -119,22 +119,25 @@ class GgufFolder:
         writer = gguf.GGUFWriter(folder / MODEL, self._arch.name)
         self._describe(writer)
         self._vocabulary.write(writer)
-        kind, _ = _TYPES[self.weights]
         tensors = list(_tensors(self._spec, self._arch))
         for name, tensor in tqdm(tensors, desc="packing", unit="tensor", disable=not progress, leave=False):
-            array = tensor.float().numpy()
-            # of embeddings and head 4 bits cost more than of all the rest
-            own = gguf.GGMLQuantizationType.Q8_0 if name in ("token_embd", "output") and kind.name[:2] == "Q4" else kind
-            own = gguf.GGMLQuantizationType.F16 if array.shape[-1] % _BLOCK else own
-            leaf = "bias" if name.endswith(".bias") else "weight"
+            array, whole = tensor.float().numpy(), name if name.endswith(".bias") else f"{name}.weight"
             if array.ndim == 1:
-                writer.add_tensor(f"{name.removesuffix('.bias')}.{leaf}", np.ascontiguousarray(array))
+                writer.add_tensor(whole, np.ascontiguousarray(array))
             else:
-                writer.add_tensor(f"{name}.weight", gguf.quantize(array, own), raw_dtype=own)
+                kind = self._kind(name, array.shape[1])
+                writer.add_tensor(whole, gguf.quantize(array, kind), raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+    def _kind(self, name: str, inputs: int) -> gguf.GGMLQuantizationType:
+        """The type of a matrix: where 4 bits are asked for, embeddings and head, which lose most by them, have 8."""
+        if inputs % _BLOCK:
+            return gguf.GGMLQuantizationType.F16
+        of_tokens = name in ("token_embd", "output") and self.weights.startswith("q4")
+        return gguf.GGMLQuantizationType.Q8_0 if of_tokens else _TYPES[self.weights][0]
 
     def _describe(self, writer: Any) -> None:
         text, spec, attention = self._text, self._spec, self._spec.layers[0].attention
@@ -260,20 +263,21 @@ def _layer_tensors(layer: LayerSpec, arch: Architecture) -> Iterator[tuple[str, 
     for name, norm in names.items():
         yield from _norm(name, norm)
     for part, linear in zip("qkv", attention.inputs, strict=True):
-        for name, tensor in _linear(f"attn_{part}", linear):
+        for name, tensor in _linear(f"attn_{part}", linear, part in arch.biases):
             turned = arch.turned and part != "v"
             yield name, _neighbours(tensor, attention.head_dim) if turned else tensor
-    if brick.gate is not None:
-        yield from _linear("ffn_gate", brick.gate)
-    yield from _linear("ffn_up", brick.up)
-    yield from _linear("attn_output", attention.output)
-    yield from _linear("ffn_down", brick.down)
+    yield from _linear("attn_output", attention.output, "o" in arch.biases)
+    linears = {"ffn_gate": brick.gate, "ffn_up": brick.up, "ffn_down": brick.down}
+    for name, part_of_mlp in linears.items():
+        if part_of_mlp is not None:
+            yield from _linear(name, part_of_mlp, "mlp" in arch.biases)
 
 
-def _linear(name: str, linear: LinearSpec) -> Iterator[tuple[str, Tensor]]:
+def _linear(name: str, linear: LinearSpec, biased: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """biased: whether there is a place for a bias, which else is zero."""
     weight, bias = rows_of(linear.module)
     yield name, weight
-    if bias is not None:
+    if bias is not None and biased:
         yield f"{name}.bias", bias
 
 

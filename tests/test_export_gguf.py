@@ -28,7 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "llama_bias": {},
     "mistral": {"sliding_window": None},
     "qwen2": {},
-    "qwen3": {},
+    "qwen3": {"attention_bias": True},  # which are zeros
     "gemma": {},
     "gemma2": {"query_pre_attn_scalar": 16},
     "gemma3_text": {"query_pre_attn_scalar": 16},
@@ -60,7 +60,11 @@ def tokenizer(*, pieces: bool = False, before: Any = None) -> Any:
 
 
 def model_of(family: str) -> Any:
-    return tiny(family, vocab_size=SIZE, **SETTINGS.get(family, {}))
+    model = tiny(family, vocab_size=SIZE, **SETTINGS.get(family, {}))
+    if family == "qwen3":
+        for name, parameter in model.named_parameters():
+            parameter.data.mul_(not name.endswith("bias"))
+    return model
 
 
 def both(family: str, folder: Path, *, skips: bool = True, **options: Any) -> Any:
