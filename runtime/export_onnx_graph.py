@@ -144,7 +144,7 @@ class Decoder:
         return found[0], found[3]
 
     def _scaled(self, y: ir.Value, scale: float) -> ir.Value:
-        return y if scale == 1.0 else self._op("Mul", y, self._number("residual_scale", scale))
+        return y if scale == 1.0 else self._op("Mul", y, self._number(f"residual_scale.{scale}", scale))
 
     def _norm(self, name: str, norm: NormSpec | None, x: ir.Value) -> ir.Value:
         if norm is None:
@@ -197,7 +197,7 @@ class Decoder:
         """Over each head, or over all of a projection's outputs."""
         if norm is None or norm.size != head_dim:
             return self._norm(name, norm, x)
-        heads = self._op("Reshape", x, self._integers("heads", [0, 0, -1, head_dim]))
+        heads = self._op("Reshape", x, self._integers(f"heads.{head_dim}", [0, 0, -1, head_dim]))
         return self._op("Reshape", self._norm(name, norm, heads), self._integers("joined", [0, 0, -1]))
 
     def _rotation(self, attention: AttentionSpec, table: Table | None) -> tuple[list[ir.Value], dict[str, Any]]:
@@ -301,9 +301,8 @@ def _parts(linear: LinearSpec) -> list[Rows]:
     weight, bias = rows_of(linear.module)
     if linear.rows is None:
         return [(weight, bias)]
-    sizes = [len(weight) // linear.parts] * linear.parts if sum(linear.rows) != len(weight) else list(linear.rows)
-    biases = [None] * len(sizes) if bias is None else bias.split(sizes)
-    return list(zip(weight.split(sizes), biases, strict=True))
+    biases = [None] * linear.parts if bias is None else bias.split(linear.rows)
+    return list(zip(weight.split(linear.rows), biases, strict=True))
 
 
 def make_fast(path: Path) -> None:

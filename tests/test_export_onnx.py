@@ -13,7 +13,7 @@ from tiny_models import greedy, plan_of, prompt, tiny
 from transformers import AutoModelForCausalLM
 
 import coreskip
-from coreskip import CoreskipError
+from coreskip import CoreskipError, cli
 from coreskip.predictors.plan import LayerPlan, Plan
 from coreskip.predictors.policies import Run, Skip, SkipAttention, SkipMLP
 
@@ -121,3 +121,19 @@ def test_an_onnx_model_is_not_loaded_as_a_model(tmp_path: Path) -> None:
     out = coreskip.export(tiny("llama"), tokenizer(), tmp_path / "out", to="onnx", progress=False)
     with pytest.raises(CoreskipError, match="generate --backend onnxruntime"):
         coreskip.load(out)
+
+
+def test_generate_runs_it(embedded: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    words, model = embedded[1], tiny("llama", vocab_size=49152)
+    out = coreskip.export(model, words, tmp_path / "out", to="onnx", progress=False)
+    with pytest.raises(SystemExit) as end:
+        cli.main(
+            ["generate", "--backend", "onnxruntime", str(out), "-p", "The ferry", "--max-new-tokens", "8", "--stats"]
+        )
+    shown = capsys.readouterr()
+    ids = torch.tensor([words("The ferry").input_ids])
+    new = greedy(model, ids, 8)[0, ids.shape[1] :]
+    assert end.value.code == 0
+    assert shown.out.strip() == words.decode(new, skip_special_tokens=True).strip()
+    assert "8 tokens" in shown.err
