@@ -103,7 +103,7 @@ def _packed_bytes(native: NativeSteps) -> tuple[float, float]:
     every, active = float(base.head.nbytes), 0.0
     for layer in base.layers:
         attention, mlp = layer.attention, layer.mlp
-        parts: list[Any] = [] if attention is None else [attention.q, attention.k, attention.v, attention.o]
+        parts: list[Any] = [] if attention is None else list(attention.linears)
         every += sum(part.nbytes for part in parts)
         if isinstance(mlp, PackedExperts):
             active += mlp.routed_bytes

@@ -60,6 +60,21 @@ BY_TOKEN: tuple[tuple[str, str, dict[str, Any], tuple[float, ...]], ...] = (
     ("WINA on the MLP", "threshold", {"rule": "wina"}, (0.6, 0.5)),
     ("TEAL on all linears", "threshold", {"rule": "teal", "all_linears": True}, (0.6, 0.5)),
     ("learned, rank 64 (Deja Vu)", "learned", {}, (0.6, 0.5)),
+    *(
+        (
+            f"bricks, {count} of {cluster}, router {router}",
+            "bricks",
+            {"bricks": count, "cluster": cluster, "router": router},
+            keeps,
+        )
+        for count, cluster, router, keeps in (
+            (64, "coactivation", "linear", (0.8, 0.7, 0.5)),
+            (64, "coactivation", "centroids", (0.7,)),
+            (64, "weights", "linear", (0.7,)),
+            (64, "weights", "centroids", (0.7,)),
+            (256, "coactivation", "linear", (0.7, 0.5)),
+        )
+    ),
 )
 KEEPS = (0.7, 0.5)  # of methods that choose by prompt
 

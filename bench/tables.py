@@ -240,6 +240,18 @@ def _of_limit(row: dict[str, Any]) -> str:
     return f"{peak / limit:.3f}" if peak and limit else ""
 
 
+def _given(value: Any, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _increase_on_prose(row: dict[str, Any]) -> str:
+    if "prose" not in row:
+        return ""
+    found = row["prose"]
+    error = found["increase_stderr"]  # of one window there is none
+    return f"{100 * found['increase']:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + " %"
+
+
 def _parts_of_layers(row: dict[str, Any]) -> str:
     return f"{row['mlps']}, {row['experts']} of {row['layers']}" if "layers" in row else ""
 
@@ -317,6 +329,57 @@ _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "MB read per token": lambda row: "" if row.get("killed") else f"{row['bytes_read_per_token'] / 1e6:.0f}",
         "peak, of the limit": _of_limit,
         "text": lambda row: "" if row.get("killed") else "the same" if row["same_text"] else "another",
+    },
+    "sources": {
+        "score": lambda row: str(row["name"]),
+        "chosen": lambda row: {"prompt": "from each prompt"}.get(row["chosen"], "once"),
+        "keep": lambda row: f"{row['keep']:g}",
+        "increase of perplexity": _increase,
+        "KL": lambda row: f"{row['kl']:.3f}",
+        "top-1 agreement": lambda row: f"{100 * row['top1_agreement']:.0f} %",
+    },
+    "purpose": {
+        "plan made for": lambda row: str(row["name"]),
+        "score": lambda row: str(row["score"]),
+        "measured on": lambda row: str(row["on"]),
+        "keep": lambda row: f"{row['keep']:g}",
+        "increase of perplexity": _increase,
+        "KL": lambda row: f"{row['kl']:.3f}",
+    },
+    "lm_head": {
+        "neuron": lambda row: f"{row['layer']}:{row['neuron']}",
+        "token": lambda row: repr(row["token"]),
+        "clearness": lambda row: f"{row['clearness']:.0f}",
+        "clamped at": lambda row: f"{row['clamped_at']:.1f}",
+        "its probability": lambda row: f"{row['plain']:.2g}",
+        "clamped": lambda row: f"{row['clamped']:.2g}",
+        "times": lambda row: f"{row['clamped'] / row['plain']:.1f}",
+    },
+    "drafts": {
+        "score": lambda row: str(row["name"]),
+        "keep": lambda row: f"{row['keep']:g}",
+        "drafted": lambda row: str(row["drafted"]),
+        "accepted": lambda row: f"{100 * row['share']:.0f} %",
+    },
+    "behaviour": {
+        "way": lambda row: str(row["name"]),
+        "of the neurons": lambda row: _given(row.get("share"), "{:.1%}"),
+        "by": lambda row: _given(row.get("ranking"), "{}"),
+        "strength": lambda row: _given(row.get("strength"), "{:g}"),
+        "perplexity on code": lambda row: f"{row['code']['ppl']:.1f}" if "code" in row else "",
+        "times": lambda row: f"{1 + row['code']['increase']:.2f}" if "code" in row else "",
+        "on prose": lambda row: f"{row['prose']['ppl']:.2f}" if "prose" in row else "",
+        "increase": _increase_on_prose,
+        "abstains from code": lambda row: _given(row.get("abstained_code"), "{:.1%}"),
+        "from prose": lambda row: _given(row.get("abstained_prose"), "{:.1%}"),
+        "from the language reference": lambda row: _given(row.get("abstained_reference"), "{:.1%}"),
+    },
+    "steering": {
+        "direction": lambda row: str(row["method"]),
+        "added after": lambda row: str(row["layers"]),
+        "strength": lambda row: f"{row['strength']:+g}",
+        "chances of good words": lambda row: f"{row['good_share']:.3f}",
+        "perplexity on prose": lambda row: f"{row['ppl']:.2f}",
     },
     "census": {
         "type": lambda row: str(row["type"]),

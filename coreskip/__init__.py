@@ -30,11 +30,15 @@ __version__ = VERSION
 
 # public name -> where it lives; loaded on first use, so that `coreskip --help` does not wait for torch
 _HOMES = {
+    "ControlVector": "coreskip.predictors.control_vectors",
     "CoreskipError": "coreskip.predictors.errors",
     "Engine": "coreskip.runtime.engine",
+    "NeuronScores": "coreskip.predictors.scores",
+    "NeuronSet": "coreskip.predictors.scores",
     "Plan": "coreskip.predictors.plan",
     "PlanError": "coreskip.predictors.errors",
     "analyze": "coreskip.runtime.analyze",
+    "control_vector": "coreskip.runtime.steer_vectors",
     "evaluate": "coreskip.runtime.quality",
     "export": "coreskip.runtime.export",
     "load": "coreskip.runtime.load",
@@ -42,16 +46,23 @@ _HOMES = {
     "pareto": "coreskip.runtime.search",
     "ppl_sparsity": "coreskip.runtime.sparsing_law",
     "prefilling": "coreskip.runtime.phases",
+    "scores": "coreskip.runtime.scoring",
+    "steer": "coreskip.runtime.steer",
+    "switch_off": "coreskip.runtime.behaviour_plans",
     "unwrap": "coreskip.runtime.wrap",
     "wrap": "coreskip.runtime.wrap",
 }
 
 __all__ = [
+    "ControlVector",
     "CoreskipError",
     "Engine",
+    "NeuronScores",
+    "NeuronSet",
     "Plan",
     "PlanError",
     "analyze",
+    "control_vector",
     "evaluate",
     "export",
     "load",
@@ -59,22 +70,31 @@ __all__ = [
     "pareto",
     "ppl_sparsity",
     "prefilling",
+    "scores",
+    "steer",
+    "switch_off",
     "unwrap",
     "wrap",
 ]
 
 if TYPE_CHECKING:
+    from coreskip.predictors.control_vectors import ControlVector
     from coreskip.predictors.errors import CoreskipError, PlanError
     from coreskip.predictors.plan import Plan
+    from coreskip.predictors.scores import NeuronScores, NeuronSet
     from coreskip.runtime.analyze import analyze
+    from coreskip.runtime.behaviour_plans import switch_off
     from coreskip.runtime.engine import Engine
     from coreskip.runtime.export import export
     from coreskip.runtime.load import load
     from coreskip.runtime.pack import pack
     from coreskip.runtime.phases import prefilling
     from coreskip.runtime.quality import evaluate
+    from coreskip.runtime.scoring import scores
     from coreskip.runtime.search import pareto
     from coreskip.runtime.sparsing_law import ppl_sparsity
+    from coreskip.runtime.steer import steer
+    from coreskip.runtime.steer_vectors import control_vector
     from coreskip.runtime.wrap import unwrap, wrap
 
 

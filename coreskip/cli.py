@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from coreskip import __version__, streams
+from coreskip.explaining import explain
 from coreskip.exporting import export
 from coreskip.generating import chat, generate
 from coreskip.packing import pack
@@ -51,7 +52,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
-for _command in (analyze, pack, export, show, info, generate, chat, evaluate, serve):
+for _command in (analyze, pack, export, show, explain, info, generate, chat, evaluate, serve):
     cli.add_command(_command)
 
 

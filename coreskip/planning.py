@@ -26,7 +26,10 @@ from coreskip.predictors.files import STDOUT, check_file, keep, write_text
 
 #: Of the methods, one option for each field of their dataclasses (runtime/options.py).
 method_options = together(
-    click.option("--score", help="griffin, magnitude, magnitude_down, signed; of experts: reap, frequency, random."),
+    click.option(
+        "--score",
+        help="griffin, signed, magnitude, magnitude_down, static: taylor, ...; experts: reap, frequency, random.",
+    ),
     click.option("--beta", type=float, help="Of skip-experts, in place of --keep: of a token's largest weight."),
     click.option("--alpha", type=float, show_default="0.4", help="By these: share of a token's neurons in its core."),
     click.option("--rule", show_default="teal", help="Of threshold: teal, wina or cats."),
@@ -34,6 +37,9 @@ method_options = together(
     click.option("--allocation", show_default="greedy", help="Of sketch, topk: equal, cett, residual, fisher, greedy."),
     click.option("--bits", type=int, help="Of sketch: 3 in int4 and else 4 by default, or 1 for ReLU models."),
     click.option("--refine", is_flag=True, help="Of sketch: exact scores drop some of what it chose."),
+    click.option("--bricks", type=int, show_default="64", help="Of bricks: how many a layer's neurons are in."),
+    click.option("--cluster", show_default="coactivation", help="Of bricks: coactivation, or weights."),
+    click.option("--router", show_default="linear", help="Of bricks: linear, or centroids."),
     click.option("--rank", type=int, show_default="64", help="Of learned; at most the model's hidden size."),
 )
 
@@ -45,7 +51,7 @@ method_options = together(
     "--method",
     default="auto",
     show_default=True,
-    help="auto, sketch, threshold, learned, core, similar, static, topk, layers, experts, skip-experts.",
+    help="auto, sketch, threshold, learned, bricks, core, similar, static, topk, layers, experts, skip-experts.",
 )
 @click.option("--keep", type=float, help="Share of neurons (0.6 by default), layers (0.9) or experts (0.75) to keep.")
 @click.option("--budget", help="ppl+1%, kl<0.05 or agreement>0.95: the fastest plan found that holds it.")
@@ -54,6 +60,8 @@ method_options = together(
 @memory_option
 @lookup_option
 @text_option
+@click.option("--keep-for", multiple=True, type=PATH, help="In place of --text, what the plan is for; several times.")
+@click.option("--drop-for", multiple=True, type=PATH, help="What it may lose: measured beside; several times.")
 @method_options
 @click.option("--first-layer", type=int, show_default="0", help="Layers before it stay dense.")
 @click.option("--tokens", type=int, default=16384, show_default=True, help="Observe at most this many tokens.")
@@ -65,6 +73,8 @@ def analyze(
     model: str | None,
     output: Path,
     text: Path | None,
+    keep_for: tuple[Path, ...],
+    drop_for: tuple[Path, ...],
     lookup: bool,
     dtype: str | None,
     device: str | None,
@@ -83,16 +93,24 @@ def analyze(
         check_file(options["resume"], regular=True)
 
     from coreskip.predictors.calibration import read_text, tokenize
-    from coreskip.predictors.plan_file import check_target
+    from coreskip.predictors.plan import FOLDER
     from coreskip.runtime.analyze import analyze
     from coreskip.runtime.load import load, packed_for
 
-    check_target(output)
+    FOLDER.check_target(output)
+    if drop_for and not keep_for:
+        raise CoreskipError("--drop-for names what a plan may lose; say what it is for, too: --keep-for FILE")
+    if keep_for and text is not None:
+        raise CoreskipError("give --text or --keep-for, not both: --keep-for is the text that the plan is made from")
     content = read_text(text) if text is not None else None
+    purpose = {path: read_text(path) for path in (*keep_for, *drop_for)}
     set_threads(threads)
     packed = packed_for(model, options.get("weights"))
     loaded, tokenizer = load(model, dtype=dtype, device=device, packed=packed, memory=options.get("memory"))
     tokens = tokenize(tokenizer, content, Path(str(text)).name) if content is not None else None
+    for name, paths in (("keep_for", keep_for), ("drop_for", drop_for)):
+        if paths:
+            options[name] = [tokenize(tokenizer, purpose[path], path.name) for path in paths]
     plan = analyze(loaded, tokenizer, text=tokens, **options)
     click.echo(str(plan))
     keep(plan.save, output)
@@ -118,6 +136,8 @@ def show(plan: Path, as_json: bool) -> None:
         raise CoreskipError(
             f"{plan} is a model, and neither a plan nor a packed one: `coreskip info {plan}` tells of it"
         )
+    if any((plan / f"{word}.json").is_file() for word in ("scores", "set")):
+        raise CoreskipError(f"{plan} holds scores, or a set of neurons: `coreskip explain {plan}` tells of them")
     from coreskip.predictors.drawing import plan_document, plan_table
     from coreskip.predictors.plan import Plan
 

@@ -76,32 +76,48 @@ class StepExperts(ctypes.Structure):
         ("router", StepRouter),
         ("matrices", _P),
         ("shared_gate", StepLinear),
-        *_fields(_F, "limit slope offset"),
+        *_fields(_F, "limit slope offset shared_scale"),
+        ("by_inputs", _I),
+    )
+
+
+class StepHeads(ctypes.Structure):
+    _fields_ = tuple(_fields(_N, "offset run step width"))
+
+
+class StepLatentPart(ctypes.Structure):
+    _fields_ = (
+        *_fields(StepLinear, "q_low kv_low"),
+        *_fields(StepNorm, "q_low_norm kv_low_norm"),
+        *_fields(_N, "rank nope rope value"),
+        ("apart", _I),
     )
 
 
 class StepLayer(ctypes.Structure):
     _fields_ = (
-        *_fields(StepNorm, "attention_in q_norm k_norm attention_out mlp_in mlp_out"),
+        *_fields(StepNorm, "attention_in q_norm k_norm attention_out mlp_in mlp_out attention_after mlp_after"),
         *_fields(StepLinear, "q k v o gate up down"),
         ("mlp", StepMlp),
         ("experts", StepExperts),
+        *_fields(StepHeads, "q_heads k_heads v_heads"),
+        ("latent", StepLatentPart),
         *_fields(_N, "heads kv_heads head_dim rope_dim window"),
-        *_fields(_P, "cos sin"),
+        *_fields(_P, "cos sin slopes sinks"),
         *_fields(_F, "attention_scale softcap residual_scale"),
-        *_fields(_I, "act run_attention run_mlp parallel"),
+        *_fields(_I, "act run_attention run_mlp parallel fused paired turned"),
     )
 
 
 class StepModel(ctypes.Structure):
     _fields_ = (
-        *_fields(_P, "layers embedding"),
-        ("norm", StepNorm),
+        *_fields(_P, "layers embedding places"),
+        *_fields(StepNorm, "embedding_norm norm"),
         ("head", StepLinear),
         ("stream", _P),
         *_fields(_N, "layer_count hidden embedding_stride"),
         *_fields(_F, "embedding_scale logit_scale logit_softcap"),
-        *_fields(_I, "embedding_dtype kv_dtype logit_dtype"),
+        *_fields(_I, "embedding_dtype places_dtype kv_dtype logit_dtype"),
     )
 
 

@@ -112,7 +112,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.coreskip_step.argtypes = [p, p]
     lib.coreskip_generate.argtypes = [p, p, n, p, n, p, p]
     lib.coreskip_draft.argtypes = [p, p, n, ctypes.c_float, p, p, p]
-    lib.coreskip_embed.argtypes = [p, p, n, p, i]
+    lib.coreskip_embed.argtypes = [p, p, p, n, p, i]
     lib.coreskip_prefill.argtypes = [p, n, p]
     lib.coreskip_head.argtypes = [p, p, n, p, i]
     lib.coreskip_stream.argtypes, lib.coreskip_stream.restype = [i, p, p, n, i], p

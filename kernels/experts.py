@@ -170,6 +170,8 @@ class PackedExperts:
         shared_gate: ``[1, hidden]``, whose sigmoid weighs the shared expert; None: it counts whole.
         limit: gates are at most this, and ups within plus and minus it; 0: any. slope: of a gate's sigmoid, where `act`
             is "silu": gate * sigmoid(slope * gate). offset: added to ups. (gpt-oss; gated experts alone.)
+        shared_scale: multiplies what the shared expert gives.
+        by_inputs: whether an expert's weight multiplies what it reads, not what it gives (Llama 4).
     """
 
     router: Router
@@ -180,6 +182,8 @@ class PackedExperts:
     limit: float = 0.0
     slope: float = 1.0
     offset: float = 0.0
+    shared_scale: float = 1.0
+    by_inputs: bool = False
 
     def __post_init__(self) -> None:
         if len(self.experts) != self.router.count:
@@ -188,6 +192,8 @@ class PackedExperts:
             raise ValueError(f"there is no slope of {self.act}")
         if self.shared_gate is not None and self.shared is None:
             raise ValueError("shared_gate given without a shared expert")
+        if self.shared_gate is not None and self.shared_scale != 1:
+            raise ValueError("a shared expert is weighed by a gate or by a number, not by both")
 
     def limited(self, kept: Tensor | None, least: float) -> PackedExperts:
         """The same mixture under a router with another `kept` and `least`."""
@@ -233,10 +239,12 @@ class PackedExperts:
         for expert in chosen.unique().tolist():
             if expert >= 0:
                 at, place = (chosen == expert).nonzero(as_tuple=True)
-                found = self._of(self.experts[expert], rows[at], multiply).float()
-                y.index_add_(0, at, found * weights[at, place, None].float())
+                weight = weights[at, place, None]
+                given = (rows[at] * weight).to(rows.dtype) if self.by_inputs else rows[at]
+                found = self._of(self.experts[expert], given, multiply).float()
+                y.index_add_(0, at, found if self.by_inputs else found * weight.float())
         if self.shared is not None:
-            found = self._of(self.shared, rows, multiply).float()
+            found = self._of(self.shared, rows, multiply).float() * self.shared_scale
             y += found if self.shared_gate is None else found * multiply(rows, self.shared_gate).float().sigmoid()
         return y.to(rows.dtype)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import arguments, cpu, residency
 from .packed import PackedLinear
-from .step import DenseMLP, KeyValues, Step, StepModel
+from .step import DenseMLP, KeyValues, LatentAttention, Step, StepModel
 
 #: told of a layer, and of its activations [rows, length, neurons] in float32, zero at padding
 Observer = Callable[[int, Tensor], None]
@@ -26,8 +26,9 @@ def uncovered(model: StepModel) -> str | None:
         attention, mlp = layer.attention, layer.mlp
         if attention is None or layer.entries_only or not isinstance(mlp, DenseMLP):
             return "a layer leaves something out"
-        matrices = (attention.q, attention.k, attention.v, attention.o, mlp.gate, mlp.up, mlp.down)
-        found = [m for m in matrices if m is not None]
+        if isinstance(attention, LatentAttention):
+            return "latents of many tokens are expanded once for all of their heads by the modules"
+        found = [m for m in (*attention.linears, mlp.gate, mlp.up, mlp.down) if m is not None]
         if not all(isinstance(m, PackedLinear) and m.grouped for m in found):
             return "matrices lie as they were loaded, and torch multiplies many rows with these in less time"
         if any(isinstance(m, PackedLinear) and residency.of(m.weight.data_ptr()) is not None for m in found):
@@ -61,7 +62,7 @@ class Prefill:
         """
         rows, length = tokens.shape
         self.step.check_caches(caches, rows, past, past + length)
-        x, positions, starts = self._embedded(tokens), positions.contiguous(), start.tolist()
+        x, positions, starts = self._embedded(tokens, positions), positions.contiguous(), start.tolist()
         for index, layer in enumerate(self.step.model.layers):
             assert isinstance(layer.mlp, DenseMLP)
             wide = (rows, length, layer.mlp.up.out_features)
@@ -75,13 +76,13 @@ class Prefill:
                 observe(index, seen)
         return self._logits(x[:, length - wanted :].contiguous())
 
-    def _embedded(self, tokens: Tensor) -> Tensor:
-        model, tokens = self.step.model, tokens.contiguous()
+    def _embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        model, tokens, positions = self.step.model, tokens.contiguous(), positions.contiguous()
         if not 0 <= int(tokens.min()) <= int(tokens.max()) < model.vocabulary:
             raise IndexError(f"token ids must be in [0, {model.vocabulary})")
-        x = torch.empty((*tokens.shape, model.norm.weight.shape[0]), dtype=torch.float32, device="cpu")
-        call = self.step.address, tokens.data_ptr(), tokens.numel(), x.data_ptr(), torch.get_num_threads()
-        cpu.check(cpu.library().coreskip_embed(*call), 0)
+        x = torch.empty((*tokens.shape, model.hidden), dtype=torch.float32, device="cpu")
+        call = tokens.data_ptr(), positions.data_ptr(), tokens.numel(), x.data_ptr(), torch.get_num_threads()
+        cpu.check(cpu.library().coreskip_embed(self.step.address, *call), 0)
         return x
 
     def _through(

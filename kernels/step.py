@@ -1,4 +1,4 @@
-"""A whole decode step as data, and the one native call that carries it out (csrc/arguments.h, csrc/step.cpp).
+"""The one native call that carries out a decode step (csrc/step.cpp).
 
 The runtime describes an architecture once with `StepModel`; `Step` keeps that description in the form the native code
 reads, together with every tensor it points to.
@@ -11,115 +11,32 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from . import arguments, cpu, residency
-from .experts import SCORINGS, PackedExperts, Router
-from .neuron_groups import PackedNeurons
-from .packed import PackedLinear
-from .sparse import RowLists, SparseLinear, SparseMLP
+from .sparse import SparseMLP
+from .step_model import Attention, DenseMLP, Heads, LatentAttention, Linear, Norm, StepLayer, StepModel
+from .step_structs import embedding_struct, layer_struct, linear_struct, norm_struct
+
+__all__ = [
+    "Attention",
+    "DenseMLP",
+    "Heads",
+    "KeyValues",
+    "LatentAttention",
+    "Linear",
+    "Norm",
+    "Step",
+    "StepLayer",
+    "StepModel",
+    "likeliest",
+]
 
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 Place = tuple[int, int]  # the address of a sequence's keys and values, and how many positions are in them already
-
-_NORM = {"rms": 1, "layer": 2}
-_RULE = {**cpu.RULE, "learned": 3}
-_OF_ROUTERS = (
-    "count", "chosen", "groups", "groups_kept", "by_pairs", "normalized", "added", "floor", "scale", "jitter", "least",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class Norm:
-    """RMSNorm ("rms") or LayerNorm ("layer"): weight and bias are float32 of the normed size."""
-
-    weight: Tensor
-    bias: Tensor | None
-    eps: float
-    kind: str
-
-
-Linear = PackedLinear | SparseLinear
-
-
-@dataclass(frozen=True, eq=False)
-class DenseMLP:
-    """down(act(gate(x)) * up(x)), each matrix where it lies; gate is None in a plain MLP."""
-
-    gate: Linear | None
-    up: Linear
-    down: Linear
-
-    @property
-    def nbytes(self) -> int:
-        linears = (self.gate, self.up, self.down)
-        return sum((m.packed if isinstance(m, SparseLinear) else m).nbytes for m in linears if m is not None)
-
-
-@dataclass(frozen=True, eq=False)
-class Attention:
-    """Grouped-query attention. Projections q, k, v to heads of `head_dim`, and o back.
-
-    rotation: (cos, sin), each float32 [positions, rope_dim], applied to the first rope_dim dimensions by halves; None:
-    none. window: how many positions a token sees, itself included; 0: all. softcap: of the scores; 0: none.
-    """
-
-    q: Linear
-    k: Linear
-    v: Linear
-    o: Linear
-    head_dim: int
-    scale: float
-    rotation: tuple[Tensor, Tensor] | None = None
-    q_norm: Norm | None = None
-    k_norm: Norm | None = None
-    window: int = 0
-    softcap: float = 0.0
-
-
-@dataclass(frozen=True, eq=False)
-class StepLayer:
-    """A decoder layer: x += after(attention(before(x))), then the same for the MLP; absent norms are None.
-
-    parallel: the MLP reads x as it was before the attention. mlp None: it is skipped. entries_only: the attention is
-    skipped but for the keys and values of the new tokens, which are written to the cache. attention None: there
-    is none.
-    """
-
-    attention: Attention | None
-    mlp: DenseMLP | SparseMLP | PackedExperts | None
-    act: str
-    attention_in: Norm | None = None
-    attention_out: Norm | None = None
-    mlp_in: Norm | None = None
-    mlp_out: Norm | None = None
-    residual_scale: float = 1.0
-    parallel: bool = False
-    entries_only: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class StepModel:
-    """A decoder: embedding [vocabulary, hidden], or in tiles, layers, a last norm, and the LM head."""
-
-    embedding: Tensor | PackedLinear
-    layers: Sequence[StepLayer]
-    norm: Norm
-    head: PackedLinear
-    dtype: torch.dtype  # of logits, keys and values
-    embedding_scale: float = 1.0
-    logit_scale: float = 1.0
-    logit_softcap: float = 0.0
-
-    @property
-    def vocabulary(self) -> int:
-        """How many tokens have an embedding."""
-        table = self.embedding
-        return table.out_features if isinstance(table, PackedLinear) else table.shape[0]
 
 
 class Step:
@@ -128,16 +45,19 @@ class Step:
     def __init__(self, model: StepModel) -> None:
         self.model = model
         self.library = cpu.library()
-        self._layers = (arguments.StepLayer * len(model.layers))(*(_layer(layer) for layer in model.layers))
+        self._layers = (arguments.StepLayer * len(model.layers))(*(layer_struct(layer) for layer in model.layers))
         self._model = arguments.StepModel(
             layers=ctypes.cast(self._layers, _P),
-            norm=_norm(model.norm),
-            head=_linear(model.head),
+            norm=norm_struct(model.norm),
+            embedding_norm=norm_struct(model.embedding_norm),
+            head=linear_struct(model.head),
             layer_count=len(model.layers),
             embedding_scale=model.embedding_scale,
             logit_scale=model.logit_scale,
             logit_softcap=model.logit_softcap,
-            **_embedding(model.embedding),
+            **embedding_struct(model.embedding),
+            places=cpu.address(model.places),
+            places_dtype=0 if model.places is None else cpu.DTYPE[model.places.dtype],
             kv_dtype=cpu.DTYPE[model.dtype],
             logit_dtype=cpu.DTYPE[model.dtype],
         )
@@ -146,7 +66,7 @@ class Step:
         self._rotations: list[tuple[Tensor, Tensor] | None] = []
         self._parts: dict[tuple[int, int], Step] = {}
         attentions = [layer.attention for layer in model.layers if layer.attention is not None]
-        self._entries = [(model.dtype, a.k.out_features // a.head_dim, a.head_dim) for a in attentions]
+        self._entries = [(model.dtype, *a.sizes) for a in attentions]
         self._windows = [a.window for a in attentions]
         lists = (layer.mlp.lists for layer in model.layers if isinstance(layer.mlp, SparseMLP))
         self.rows = next((found.rows for found in lists if found is not None and found.rows is not None), None)
@@ -163,6 +83,11 @@ class Step:
         self._rotations = list(rotations)
         for part in list(self._parts.values()):
             part.rotate_by(rotations)
+
+    def place_by(self, places: Tensor) -> None:
+        """Adds other rows to embeddings, [positions, hidden], from now on."""
+        self._places = places.contiguous()
+        self._model.places = self._places.data_ptr()
 
     def run(
         self, tokens: Tensor, positions: Tensor, start: Tensor, caches: KeyValues, past: int, wanted: int
@@ -341,7 +266,7 @@ class KeyValues:
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
     first: Sequence[int]
-    entries: list[tuple[torch.dtype, int, int]] = field(init=False)  # per layer, heads and their size
+    entries: list[tuple[torch.dtype, int, int, int]] = field(init=False)  # per layer: heads, sizes of keys and values
     rows: int = field(init=False)
     longest: int = field(init=False)  # positions that all layers have memory for
     begins_late: bool = field(init=False)  # whether a layer has forgotten the first of them
@@ -349,10 +274,14 @@ class KeyValues:
 
     def __post_init__(self) -> None:
         for k, v in zip(self.keys, self.values, strict=True):
-            alike = (k.shape, k.stride(), k.dtype, k.device) == (v.shape, v.stride(), v.dtype, v.device)
-            if not alike or k.device.type != "cpu" or k.ndim != 4 or k.stride()[2:] != (k.shape[3], 1):
+            alike = (k.shape[:3], k.dtype, k.device) == (v.shape[:3], v.dtype, v.device)
+            if k.shape == v.shape:
+                alike = alike and k.stride() == v.stride()
+            dense = all(x.ndim == 4 and x.stride()[2:] == (x.shape[3], 1) for x in (k, v))
+            if not alike or not dense or k.device.type != "cpu":
                 raise ValueError("keys and values are not [rows, heads, capacity, head_dim] on the CPU, alike")
-        self.entries = [(k.dtype, k.shape[1], k.shape[3]) for k in self.keys]
+        pairs = zip(self.keys, self.values, strict=True)
+        self.entries = [(k.dtype, k.shape[1], k.shape[3], v.shape[3]) for k, v in pairs]
         self.rows = min((k.shape[0] for k in self.keys), default=0)
         capacities = (k.shape[2] + first for k, first in zip(self.keys, self.first, strict=True))
         self.longest = min(capacities, default=0)
@@ -385,149 +314,3 @@ def _part(layer: StepLayer, first: int, last: int) -> StepLayer:
     if not isinstance(layer.mlp, SparseMLP) or layer.mlp.lists is None:
         return layer
     return replace(layer, mlp=replace(layer.mlp, lists=layer.mlp.lists.part(first, last)))
-
-
-# ---- as the structs of csrc/arguments.h ----
-
-
-def _embedding(table: Tensor | PackedLinear) -> dict[str, int]:
-    if isinstance(table, PackedLinear):
-        where, hidden, dtype, stride = table.weight.data_ptr(), table.in_features, table.code, table.stride
-    else:
-        where, hidden, dtype, stride = table.data_ptr(), table.shape[1], cpu.DTYPE[table.dtype], table.shape[1]
-    return {"embedding": where, "hidden": hidden, "embedding_dtype": dtype, "embedding_stride": stride}
-
-
-def _norm(norm: Norm | None) -> arguments.StepNorm:
-    if norm is None:
-        return arguments.StepNorm()
-    return arguments.StepNorm(
-        cpu.address(norm.weight), cpu.address(norm.bias), norm.weight.numel(), norm.eps, _NORM[norm.kind]
-    )
-
-
-def _linear(linear: Linear | None) -> arguments.StepLinear:
-    if linear is None:
-        return arguments.StepLinear()
-    packed = linear.packed if isinstance(linear, SparseLinear) else linear
-    weight = packed.weight
-    out = arguments.StepLinear(
-        weight=weight.data_ptr(), bias=cpu.address(packed.bias), in_=packed.in_features, out=packed.out_features
-    )
-    if isinstance(linear, SparseLinear):
-        out.norm = linear.packed.norm.data_ptr() if linear.by_norm else None
-        out.stride, out.dtype, out.columns = weight.stride(0), cpu.DTYPE[weight.dtype], True
-        out.least, out.neurons = linear.threshold, linear.neurons
-    else:
-        out.scale, out.stride, out.whole = cpu.address(linear.scale), linear.stride, linear.whole
-        out.dtype = linear.code if linear.grouped else cpu.DTYPE[weight.dtype]
-    return out
-
-
-def _bundled(mlp: SparseMLP) -> arguments.StepMlp:
-    packed, lists = mlp.packed, mlp.lists
-    if isinstance(packed, PackedNeurons):
-        return arguments.StepMlp(
-            **_lists(lists),
-            down_bias=cpu.address(packed.down_bias),
-            groups=packed.argument(mlp.threshold or 0.0, mlp.refine),
-        )
-    names = ("weight", "low", "scale", "norm", "gate_bias", "up_bias", "down_bias", "mean")
-    sliced = packed.low is not None
-    reduce, expand = mlp.predictor or (None, None)
-    return arguments.StepMlp(
-        **{name: cpu.address(getattr(packed, name)) for name in names},
-        **_lists(lists),
-        neurons=packed.intermediate_size,
-        stride=packed.weight.shape[2] * (2 if sliced else 1),
-        keep=-1 if mlp.keep is None else mlp.keep,
-        threshold=_least(mlp),
-        refine=mlp.refine,
-        dtype=cpu.SLICED if sliced else cpu.DTYPE[packed.weight.dtype],
-        gated=packed.gated,
-        rule=_RULE[mlp.rule],
-        reduce=_linear(reduce),
-        expand=_linear(expand),
-    )
-
-
-def _lists(lists: RowLists | None) -> dict[str, int | None]:
-    if lists is None:
-        return {}
-    return {
-        "list": lists.listed.data_ptr(),
-        "selected": cpu.address(lists.wanted),
-        "listed": lists.listed.numel(),
-    }
-
-
-def _least(mlp: SparseMLP) -> float:
-    """The threshold of what the native code compares: of learned scores what goes into the sigmoid, which rises."""
-    if mlp.rule != "learned" or mlp.threshold is None:
-        return mlp.threshold or 0.0
-    return torch.tensor(min(mlp.threshold, 1.0), dtype=torch.float64).logit().item()
-
-
-def _layer(layer: StepLayer) -> arguments.StepLayer:
-    attention, mlp = layer.attention, layer.mlp
-    out = arguments.StepLayer(
-        **{name: _norm(getattr(layer, name)) for name in ("attention_in", "attention_out", "mlp_in", "mlp_out")},
-        residual_scale=layer.residual_scale,
-        act=cpu.ACT[layer.act],
-        run_attention=attention is not None and not layer.entries_only,
-        run_mlp=mlp is not None,
-        parallel=layer.parallel,
-    )
-    if attention is not None:
-        _put_attention(out, attention)
-    if isinstance(mlp, DenseMLP):
-        out.gate, out.up, out.down = _linear(mlp.gate), _linear(mlp.up), _linear(mlp.down)
-    elif isinstance(mlp, PackedExperts):
-        _put_experts(out, mlp)
-    elif mlp is not None:
-        out.mlp = _bundled(mlp)
-    return out
-
-
-# Thousands of structs in a large model, which all steps over it share.
-_matrices: WeakKeyDictionary[PackedExperts, Any] = WeakKeyDictionary()
-
-
-def _put_experts(out: arguments.StepLayer, mlp: PackedExperts) -> None:
-    if mlp not in _matrices:
-        linears = [_linear(linear) for expert in mlp.experts for linear in (expert.gate, expert.up, expert.down)]
-        _matrices[mlp] = (arguments.StepLinear * len(linears))(*linears)
-    shared = mlp.shared
-    if shared is not None:
-        out.gate, out.up, out.down = _linear(shared.gate), _linear(shared.up), _linear(shared.down)
-    out.experts = arguments.StepExperts(
-        router=_router(mlp.router),
-        matrices=ctypes.addressof(_matrices[mlp]),
-        shared_gate=_linear(mlp.shared_gate),
-        limit=mlp.limit,
-        slope=mlp.slope,
-        offset=mlp.offset,
-    )
-
-
-def _router(router: Router) -> arguments.StepRouter:
-    return arguments.StepRouter(
-        logits=_linear(router.logits),
-        correction=cpu.address(router.correction),
-        kept=cpu.address(router.kept),
-        scoring=SCORINGS.index(router.scoring),
-        **{name: getattr(router, name) for name in _OF_ROUTERS},
-    )
-
-
-def _put_attention(out: arguments.StepLayer, attention: Attention) -> None:
-    for name in ("q", "k", "v", "o"):
-        setattr(out, name, _linear(getattr(attention, name)))
-    out.q_norm, out.k_norm = _norm(attention.q_norm), _norm(attention.k_norm)
-    out.heads = attention.q.out_features // attention.head_dim
-    out.kv_heads = attention.k.out_features // attention.head_dim
-    out.head_dim, out.window = attention.head_dim, attention.window
-    out.attention_scale, out.softcap = attention.scale, attention.softcap
-    if attention.rotation is not None:
-        cos, sin = attention.rotation
-        out.rope_dim, out.cos, out.sin = cos.shape[1], cos.data_ptr(), sin.data_ptr()

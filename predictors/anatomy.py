@@ -201,6 +201,7 @@ def dissect(model: nn.Module, *, empty: bool = False) -> Anatomy:
     for index, mlp in anatomy.present:
         _check_linears(index, mlp, empty)
         if mlp.whole and not proved(mlp, empty):
+            _check_finite(index, mlp)
             raise CoreskipError(
                 f"the MLP of layer {index} ({type(mlp.owner).__name__}) does not compute down(act(gate(x)) * up(x)); "
                 f"coreskip cannot make {config.model_type!r} models sparse"
@@ -297,11 +298,22 @@ def _parts_of(layer: nn.Module, empty: bool) -> Parts:
 
 
 def _attention_of(layer: nn.Module) -> Attention | None:
-    for name, module in layer.named_children():
-        linears = [n for n, m in module.named_children() if is_linear(m)]
-        if "att" in name and len(linears) >= 2:
-            return Attention(module, tuple(linears[:-1]), linears[-1])
+    for name, child in layer.named_children():
+        if "att" not in name:
+            continue
+        for module in (child, *child.children()):  # some have it in a module of its own (GPT-Neo)
+            linears = [n for n, m in module.named_children() if is_linear(m)]
+            if len(linears) >= 2:
+                return Attention(module, _in_order(linears[:-1]), linears[-1])
     return None
+
+
+def _in_order(names: list[str]) -> tuple[str, ...]:
+    """Projections as q, k and v, where there are three whose names say which each is."""
+    found = {letter: [n for n in names if n.lower().removeprefix("w").startswith(letter)] for letter in "qkv"}
+    if len(names) == 3 and all(len(some) == 1 for some in found.values()):
+        return tuple(some[0] for some in found.values())
+    return tuple(names)
 
 
 def _check_linears(index: int, mlp: FeedForward, empty: bool) -> None:
@@ -317,6 +329,14 @@ def _check_linears(index: int, mlp: FeedForward, empty: bool) -> None:
             )
         if weight.device.type == "meta" and not (empty or is_packed(module)):
             raise CoreskipError(f"layer {index}: {name} has no weights in memory (offloaded); load it on one device")
+
+
+def _check_finite(index: int, mlp: FeedForward) -> None:
+    """Raise where an MLP computes no numbers, which is no question of its form."""
+    for name in (n for n in (mlp.gate_name, mlp.up_name, mlp.down_name) if n is not None):
+        weight = rows_of(getattr(mlp.owner, name))[0]
+        if weight.device.type != "meta" and not bool(weight.isfinite().all()):
+            raise CoreskipError(f"layer {index}: {name} holds NaN or infinity: load a checkpoint with finite weights")
 
 
 def _refuse_adapter(name: str, module: nn.Module) -> None:

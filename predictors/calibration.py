@@ -6,7 +6,7 @@ import codecs
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,15 @@ class TokenText:
             parts.append(TokenText(self.ids[low:high], self.prefix, self.source))
             start += share
         return parts
+
+    @classmethod
+    def joined(cls, texts: Sequence[TokenText]) -> TokenText:
+        """Several texts as one, a piece of each in turn, so that every part of it has of all of them in proportion."""
+        if len(texts) == 1:
+            return texts[0]
+        pieces = [text.ids.tensor_split(_PIECES) for text in texts]
+        ids = torch.cat([piece for turn in zip(*pieces, strict=True) for piece in turn])
+        return cls(ids, texts[0].prefix, " and ".join(dict.fromkeys(text.source for text in texts)))
 
     def windows(self, length: int, most: int) -> Tensor:
         """Up to `most` windows of `length` tokens each (the prefix included), evenly spread, not overlapping.

@@ -13,10 +13,14 @@ from .errors import CoreskipError
 
 Score = Literal["signed", "magnitude", "magnitude_down", "griffin"]
 SCORES: tuple[Score, ...] = get_args(Score)
+#: by which a static plan can rank neurons: the sources of scores (predictors/sources.py) that read one text
+STATIC_SCORES = (*SCORES, "bigram", "hessian", "smooth_gradient", "snmf", "taylor", "wanda")
 ExpertScore = Literal["reap", "frequency", "random"]
 EXPERT_SCORES: tuple[ExpertScore, ...] = get_args(ExpertScore)
 Allocation = Literal["equal", "cett", "residual", "fisher", "greedy"]
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
+Clustering = Literal["coactivation", "weights"]
+BrickRouter = Literal["linear", "centroids"]
 WEIGHT_FORMATS = ("int4", "int8")
 WIDTHS = ("int4", "int5", "int8")  # of matrices that are rounded with a text, the fewest bytes first
 AS_PACKED = "packed"  # a packed model's own format
@@ -28,9 +32,9 @@ _TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".json", ".jsonl", ".csv", ".t
 _LONGEST_NAME = 4096  # of a path, on Linux
 
 
-def check_score(score: str) -> None:
-    if score not in SCORES:
-        raise CoreskipError(f"unknown score {score!r}; choose from {', '.join(SCORES)}")
+def check_score(score: str, known: tuple[str, ...] = SCORES) -> None:
+    if score not in known:
+        raise CoreskipError(f"unknown score {score!r}; choose from {', '.join(known)}")
 
 
 def check_allocation(allocation: str) -> None:
@@ -54,6 +58,12 @@ def check_above_zero(name: str, value: Any) -> None:
     """A finite number above 0."""
     if not (_is_number(value) and value > 0):
         raise CoreskipError(f"{name} is {value!r}; it must be a number above 0")
+
+
+def check_number(name: str, value: Any) -> None:
+    """A finite number."""
+    if not _is_number(value):
+        raise CoreskipError(f"{name} is {value!r}; it must be a finite number")
 
 
 def check_temperature(name: str, value: Any) -> None:

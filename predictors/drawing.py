@@ -13,6 +13,7 @@ Plan = Any
 LayerPlan = Any
 
 _BAR = 30
+_MEASURED = ("measures", "elsewhere")  # of the recipe, what has lines of its own
 
 
 def plan_table(plan: Plan) -> str:
@@ -21,9 +22,10 @@ def plan_table(plan: Plan) -> str:
     lines = [
         f"plan for {model.model_type}: {len(plan.layers)} layers, hidden {model.hidden_size}, "
         f"activation {model.activation}",
-        "recipe       " + _pairs({name: value for name, value in plan.recipe.items() if name != "measures"}),
+        "recipe       " + _pairs({name: value for name, value in plan.recipe.items() if name not in _MEASURED}),
         "calibration  " + (_pairs(plan.calibration) or "none"),
         "quality      " + _quality(plan.quality),
+        *(["elsewhere    " + _quality(plan.recipe["elsewhere"])] if "elsewhere" in plan.recipe else []),
         f"keeps        {plan.keep:.1%} of all MLP neurons at each decode step" + _experts(plan),
         "weights      " + (plan.weights or "as loaded") + _rounding(plan.rounding),
         "",
@@ -84,6 +86,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
             "of": width,
             "runs": {"policy": layer.layer.name, **_plain(layer.layer)},
             **_document_of_experts(layer, model.experts[index] if model.experts else 0),
+            **_document_of_intervention(layer),
         }
         for index, (layer, width) in enumerate(zip(plan.layers, model.intermediate_sizes, strict=True))
     ]
@@ -107,6 +110,11 @@ def _document_of_experts(layer: LayerPlan, count: int) -> dict[str, Any]:
     chosen = {"policy": policy.name, **_plain(policy), "kept": policy.kept(count), "of": count, "active": policy.active}
     indices = getattr(policy, "indices", None)
     return {"experts": chosen if indices is None else {**chosen, "indices": indices.tolist()}}
+
+
+def _document_of_intervention(layer: LayerPlan) -> dict[str, Any]:
+    found = layer.intervention
+    return {"intervention": {"policy": found.name, **_plain(found)}} if found.words else {}
 
 
 def _plain(value: Any) -> dict[str, Any]:
@@ -177,6 +185,8 @@ def _policy(layer: LayerPlan) -> str:
     details += [f"with {name}" for name in ("norm", "smooth", "mean") if getattr(policy, name, None) is not None]
     if layer.layer.name != "run":
         details.append("+ " + " ".join([layer.layer.name, *(f"{k}={v}" for k, v in vars(layer.layer).items())]))
+    if layer.intervention.words:
+        details.append(f"+ {layer.intervention.name} ({layer.intervention.words})")
     return " ".join([policy.name, *details])
 
 

@@ -78,6 +78,7 @@ class Experts:
         shared: an MLP that every token goes through, whose output is added. shared_gate: a linear with one output, by
             whose sigmoid that is multiplied first.
         scaled_inputs: whether a router's weight multiplies the expert's input, not its output (Llama 4).
+        routed_scale, shared_scale: what the block multiplies the experts' output, and the shared expert's, by.
         whole: whether router, experts and shared expert are all that the block computes.
         top_k: experts of a token; 0: not known.
         outputs: how many things the block returns, the mixture's output first; 0: not known.
@@ -91,6 +92,8 @@ class Experts:
     shared: FeedForward | None = None
     shared_gate: nn.Module | None = None
     scaled_inputs: bool = False
+    routed_scale: float = 1.0
+    shared_scale: float = 1.0
     whole: bool = False
     top_k: int = 0
     outputs: int = 0
@@ -304,6 +307,7 @@ def _in_block(block: nn.Module, found: Experts, shared: FeedForward | None) -> E
         if probe.seen.is_given(probe.samples):
             read |= {"router": read_router(block, probe, found.down.dtype)}
             read |= {} if gate is None else {"shared_gate": gate.module, "whole": True}
+            read |= {} if gate is None else {"routed_scale": gate.routed, "shared_scale": gate.shared}
     except (TypeError, RuntimeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError):
         pass  # a block that wants more than hidden states, or does not hand its experts what others do
     if found.scaled_inputs and read.get("router") is None:
@@ -314,6 +318,8 @@ def _in_block(block: nn.Module, found: Experts, shared: FeedForward | None) -> E
 @dataclass(frozen=True, eq=False)
 class _Gate:
     module: nn.Module | None
+    routed: float = 1.0
+    shared: float = 1.0
 
 
 def _shared_gate(block: nn.Module, probe: Probe, output: Tensor, shared: FeedForward | None) -> _Gate | None:
@@ -325,8 +331,20 @@ def _shared_gate(block: nn.Module, probe: Probe, output: Tensor, shared: FeedFor
     added = 3.0 - x.roll(1, -1)
     if torch.allclose(rest, added, rtol=1e-4, atol=1e-4):
         return _Gate(None)
+    found = _scales(routed.sum(0) if probe.seen.scaled_inputs else routed, added, output)
+    if found is not None:
+        return _Gate(None, *found)
     for name, child in probe.block.named_children():
         one_output = isinstance(child, nn.Linear) and child.weight.shape == (1, x.shape[1])
         if one_output and torch.allclose(rest, torch.sigmoid(child(x)) * added, rtol=1e-4, atol=1e-4):
             return _Gate(cast(nn.Module, getattr(block, name)))
     return None
+
+
+def _scales(routed: Tensor, shared: Tensor, output: Tensor) -> tuple[float, float] | None:
+    """The two numbers by which these are multiplied where their sum is the output, if it is: Cohere takes the mean."""
+    parts = torch.stack([routed.flatten(), shared.flatten()], 1).double()
+    solved = torch.linalg.lstsq(parts, output.double().flatten()[:, None]).solution
+    fits = torch.allclose((parts @ solved)[:, 0], output.double().flatten(), rtol=1e-4, atol=1e-4)
+    a, b = (round(value, 6) for value in solved[:, 0].tolist())
+    return (a, b) if fits else None

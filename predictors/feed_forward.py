@@ -58,6 +58,11 @@ class FeedForward:
         return cast(nn.Module, getattr(self.owner, self.down_name))
 
     @property
+    def pre_activation(self) -> nn.Module:
+        """The linear whose output, or its first half where gate and up are stacked, the activation is given."""
+        return self.up if self.gate_name is None else cast(nn.Module, getattr(self.owner, self.gate_name))
+
+    @property
     def act(self) -> Activation:
         written_out = FUNCTIONS.get(self.act_name)
         return written_out or cast(Activation, getattr(self.owner, self.act_name))

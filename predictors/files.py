@@ -63,6 +63,18 @@ def write_text(path: Path, text: str) -> None:
         raise CoreskipError(f"cannot write {path}: {_reason(error)}") from None
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all; of a link the file behind it.
+
+    Raises:
+        CoreskipError: the file cannot be written.
+    """
+    try:
+        _replace(Path(os.path.realpath(path)), data)
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        raise CoreskipError(f"cannot write {path}: {_reason(error)}") from None
+
+
 def _send(path: Path, data: bytes) -> None:
     """Into a pipe or a device as it is. A pipe is opened once: whoever reads it takes the first close for its end."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -68,22 +69,40 @@ class Fingerprint:
             experts=tuple(mixtures) if any(mixtures) else (),
         )
 
-    def require(self, other: Fingerprint) -> None:
-        """Raise `PlanError` unless `other`, a model's fingerprint, is of the model this one was taken from."""
+    def document(self) -> dict[str, Any]:
+        """All but the probes, as plain JSON values."""
+        fields = {name: value for name, value in vars(self).items() if name != "probes"}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    @classmethod
+    def read(cls, document: Mapping[str, Any], probes: Tensor) -> Fingerprint:
+        """From what `document` gave, and the probes.
+
+        Raises:
+            PlanError: the numbers make no sense.
+        """
+        sizes = tuple(_counts(document["intermediate_sizes"]))
+        experts = tuple(_counts(document.get("experts", [])))  # plans of dense models have none
+        return cls(**{**document, "intermediate_sizes": sizes, "experts": experts}, probes=probes)
+
+    def require(
+        self, other: Fingerprint, what: str = "the plan was", again: str = "run `coreskip analyze` on this model"
+    ) -> None:
+        """Raise `PlanError` unless `other`, a model's fingerprint, is of the model this one was taken from.
+
+        what, again: what remembers it, and how to have it for another model, for people.
+        """
         for name in ("model_type", "hidden_size", "intermediate_sizes", "experts", "activation"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise PlanError(
-                    f"the plan was made for a model with {name} {_short(mine)}, this one has {_short(theirs)}: "
-                    "run `coreskip analyze` on this model"
+                    f"{what} made for a model with {name} {_short(mine)}, this one has {_short(theirs)}: {again}"
                 )
         coarse = max((_dtype(self.dtype), _dtype(other.dtype)), key=lambda dtype: torch.finfo(dtype).eps)
         same = self.dtype == other.dtype
         tolerance = 0.0 if same else torch.finfo(coarse).eps
         if not torch.allclose(self.probes, other.probes, rtol=tolerance, atol=0.0 if same else 1e-7):
-            raise PlanError(
-                "the plan was made for a model of this shape with other weights: run `coreskip analyze` on this model"
-            )
+            raise PlanError(f"{what} made for a model of this shape with other weights: {again}")
 
 
 def keep(model: nn.Module, fingerprint: Fingerprint) -> None:
@@ -118,6 +137,12 @@ def _dtype(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise PlanError(f"the plan names an unknown dtype {name!r}")
     return dtype
+
+
+def _counts(values: object) -> list[int]:
+    if not isinstance(values, list) or not all(type(v) is int and v >= 0 for v in values):
+        raise PlanError("intermediate_sizes, or experts, is not a list of numbers of at least 0")
+    return values
 
 
 def _short(value: object) -> str:

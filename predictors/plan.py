@@ -1,4 +1,4 @@
-"""The Plan: which neurons and layers run, decided once, kept as a folder (plan_file.py)."""
+"""The Plan: which neurons and layers run, decided once, kept as a folder."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import plan_file
 from .anatomy import Anatomy, is_packed
 from .checks import AS_PACKED, kind_of
 from .drawing import plan_table
 from .errors import CoreskipError, PlanError
 from .expert_policies import EXPERT_POLICIES, AllExperts, ExpertPolicy
 from .fingerprint import Fingerprint
+from .interventions import INTERVENTIONS, Intervention, Site, Untouched
 from .policies import LAYER_POLICIES, NEURON_POLICIES, Chooser, Clusters, Dense, LayerPolicy, NeuronPolicy, Run
 from .rounding_recipe import RoundingRecipe
+from .sealed_folder import SealedFolder
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one decoder layer does while decoding."""
+    """What one decoder layer does while decoding; and what is changed about it always, in prompts, too."""
 
     neurons: NeuronPolicy = field(default_factory=Dense)
     layer: LayerPolicy = field(default_factory=Run)
     experts: ExpertPolicy = field(default_factory=AllExperts)
+    intervention: Intervention = field(default_factory=Untouched)
 
     def kept(self, width: int) -> int:
         """Neurons that a decode step computes of `width`; where that depends on the prompt, as if the layer ran."""
@@ -46,6 +48,10 @@ def default_weights(model: nn.Module) -> str | None:
 
 
 WEIGHTS = (None, "int8", "int4", "packed")
+OF_PACKED = "plan"  # where a packed model has its plan
+#: ``plan.json`` holds the recipe, the fingerprints, each layer's policy and the measured quality; ``plan.safetensors``
+#: the indices, centroids, means and predictor weights. Version 2 has interventions.
+FOLDER = SealedFolder("plan", "a plan", 2, "coreskip analyze", PlanError, inside=OF_PACKED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +98,7 @@ class Plan:
                 layer.layer.check()
                 self._check_experts(index, layer.experts)
                 self._check_clusters(layer.neurons)
+                _check_intervention(layer, width)
             except CoreskipError as error:
                 raise PlanError(f"layer {index} of the plan: {error}") from None
 
@@ -109,6 +116,16 @@ class Plan:
         self.clusters.check(self.model.intermediate_sizes)
         if len(getattr(policy, "clusters", ())) != len(self.clusters.centroids):
             raise PlanError(f"centroids of shape {tuple(self.clusters.centroids.shape)} do not fit the plan's clusters")
+
+    @property
+    def intervenes(self) -> bool:
+        """Whether it changes what layers compute, or says nothing after some prompts: nothing exact comes of it."""
+        return any(layer.intervention.site is not Site.NOWHERE for layer in self.layers)
+
+    @property
+    def abstains(self) -> bool:
+        """Whether there are prompts after which it says nothing."""
+        return any(layer.intervention.site is Site.PROMPT for layer in self.layers)
 
     @classmethod
     def dense(cls, model: nn.Module, weights: str | None = None) -> Plan:
@@ -162,7 +179,8 @@ class Plan:
         Raises:
             CoreskipError: `path` is something other than a Plan, or cannot be written (no room, no permission).
         """
-        plan_file.write(path, *_encode(self))
+        # a version that knows of no interventions must not run a plan without them
+        FOLDER.write(path, *_encode(self), version=2 if self.intervenes else 1)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -171,7 +189,7 @@ class Plan:
         Raises:
             PlanError: not a Plan, of a newer format, truncated, edited or inconsistent.
         """
-        return plan_file.read(path, _decode)
+        return FOLDER.read(path, _decode)
 
     def __repr__(self) -> str:
         words = [str(self.recipe.get("method", "no method")), f"keep {self.keep:.1%}", self.weights or "as loaded"]
@@ -183,6 +201,17 @@ class Plan:
 
     def __str__(self) -> str:
         return plan_table(self)
+
+
+def _check_intervention(layer: LayerPlan, width: int) -> None:
+    found = layer.intervention
+    if found.site is Site.NOWHERE:
+        return
+    if width == 0:
+        raise PlanError(f"it has no MLP for {found.name} to act in")
+    if found.site is not Site.PROMPT and layer.neurons.chooser is not Chooser.NOTHING:
+        raise PlanError(f"{found.name} changes neurons of an MLP that computes all of them: leave none out there")
+    found.check(width)
 
 
 # --- as plain JSON values and tensors --------------------------------------------------------------------------------
@@ -202,10 +231,14 @@ def _encode(plan: Plan) -> tuple[dict[str, Any], dict[str, Tensor]]:
             values, arrays = _split(layer.experts)
             tensors |= {f"layers.{index}.experts.{name}": tensor for name, tensor in arrays.items()}
             entry["experts"] = {"policy": layer.experts.name, **values}
+        if layer.intervention.site is not Site.NOWHERE:
+            values, arrays = _split(layer.intervention)
+            tensors |= {f"layers.{index}.intervention.{name}": tensor for name, tensor in arrays.items()}
+            entry["intervention"] = {"policy": layer.intervention.name, **values}
         layers.append(entry)
     document: dict[str, Any] = {
         "recipe": dict(plan.recipe),
-        "model": _split(plan.model)[0],
+        "model": plan.model.document(),
         "calibration": dict(plan.calibration),
         "quality": None if plan.quality is None else dict(plan.quality),
         "layers": layers,
@@ -232,10 +265,7 @@ def _split(value: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _decode(document: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
-    model = dict(document["model"])
-    model["intermediate_sizes"] = tuple(_integers(model["intermediate_sizes"]))
-    model["experts"] = tuple(_integers(model.get("experts", [])))  # plans of dense models have none
-    fingerprint = Fingerprint(**model, probes=tensors["model.probes"])
+    fingerprint = Fingerprint.read(document["model"], tensors["model.probes"])
     layers = []
     for index, entry in enumerate(document["layers"]):
         prefix = f"layers.{index}."
@@ -244,9 +274,12 @@ def _decode(document: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
         layer_policy = _known(LAYER_POLICIES, layer.pop("policy"))
         experts = dict(entry.get("experts", {"policy": AllExperts.name}))  # plans of dense models have none
         expert_policy = _known(EXPERT_POLICIES, experts.pop("policy"))
-        chosen = {name: arrays.pop(f"experts.{name}") for name in _fields(expert_policy) if f"experts.{name}" in arrays}
+        chosen = _arrays_of(expert_policy, "experts", arrays)
+        changes = dict(entry.get("intervention", {"policy": Untouched.name}))
+        intervention = _known(INTERVENTIONS, changes.pop("policy"))
+        changed = intervention(**changes, **_arrays_of(intervention, "intervention", arrays))
         neurons = _neuron_policy(dict(entry["neurons"]), arrays)
-        layers.append(LayerPlan(neurons, layer_policy(**layer), expert_policy(**experts, **chosen)))
+        layers.append(LayerPlan(neurons, layer_policy(**layer), expert_policy(**experts, **chosen), changed))
     clusters = None
     if document["clusters"] is not None:
         clusters = Clusters(**document["clusters"], centroids=tensors["clusters.centroids"])
@@ -286,8 +319,10 @@ def _neuron_policy(values: dict[str, Any], arrays: dict[str, Tensor]) -> NeuronP
     return policy
 
 
-def _fields(policy: type[Any]) -> list[str]:
-    return [each.name for each in dataclasses.fields(policy)]
+def _arrays_of(policy: type[Any], kind: str, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Takes a policy's own tensors out of a layer's."""
+    names = [each.name for each in dataclasses.fields(policy)]
+    return {name: arrays.pop(f"{kind}.{name}") for name in names if f"{kind}.{name}" in arrays}
 
 
 def _known(registry: dict[str, type[Any]], name: object) -> type[Any]:
@@ -311,9 +346,3 @@ def _frontier(rows: Any) -> tuple[dict[str, Any], ...]:
         if not isinstance(row["name"], str) or not all(isinstance(row[name], (int, float)) for name in numbers):
             raise PlanError("the frontier holds something that is not a measurement")
     return tuple(rows)
-
-
-def _integers(values: object) -> list[int]:
-    if not isinstance(values, list) or not all(type(v) is int and v >= 0 for v in values):
-        raise PlanError("intermediate_sizes, or experts, is not a list of numbers of at least 0")
-    return values

@@ -403,6 +403,41 @@ class Learned(ScoredNeurons):
             raise PlanError(f"recall is {self.recall}; it is a share")
 
 
+@neuron_policy
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Bricks(ScoredNeurons):
+    """Neurons in bricks of one size; a token takes those of the highest score, route @ x + bias (MoEfication, arXiv
+    2110.01786, sections 3.1 and 3.2; see `bricks.py`).
+
+    `assignment`: int64 ``[width]``, each neuron's brick. `route`: fp32 ``[bricks, hidden]``, `bias`: ``[bricks]``.
+    """
+
+    assignment: Tensor
+    route: Tensor
+    bias: Tensor
+    name: ClassVar[str] = "bricks"
+
+    @property
+    def count(self) -> int:
+        """Bricks."""
+        return int(self.route.shape[0])
+
+    def check(self, width: int, hidden: int) -> None:
+        super().check(width, hidden)
+        if self.threshold is not None:
+            raise PlanError("a token takes a number of bricks, not those above a threshold")
+        if self.route.ndim != 2 or self.count < 1:
+            raise PlanError("a router of bricks is a matrix with a row for each")
+        _check_floats("route", self.route, tuple(self.route.shape))
+        _check_inputs(self.route.shape[1], hidden)
+        _check_floats("bias", self.bias, (self.count,))
+        places = self.assignment
+        if places.dtype != torch.int64 or places.shape != (width,):
+            raise PlanError(f"assignment is not int64 of shape {(width,)}")
+        if int(places.min()) < 0 or int(places.max()) >= self.count:
+            raise PlanError(f"neurons in bricks {int(places.min())}..{int(places.max())} of {self.count}")
+
+
 @dataclass(frozen=True)
 class Run:
     """The layer runs.

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
+from .behaviour import counting_abstentions
 from .figures import Figures
 from .generation_options import samples
 from .stop_strings import StopStrings
@@ -45,8 +46,9 @@ class Alone:
             options = {**options, "stopping_criteria": StoppingCriteriaList(criteria)}
         streamer = options.get("streamer")
         new, start = 0, 0.0
+        abstained = list[int]()
         try:
-            with self._randomness(options, seed):
+            with self._randomness(options, seed), counting_abstentions() as abstained:
                 start = time.perf_counter()
                 output = self._model.generate(**inputs, **options)
             output = cast(torch.Tensor, getattr(output, "sequences", output))
@@ -57,7 +59,8 @@ class Alone:
         finally:
             if new:
                 end, first = time.perf_counter(), getattr(streamer, "first_at", None)
-                self._latest.figures = Figures(ids.numel(), new, end - start, None if first is None else first - start)
+                begun = None if first is None else first - start
+                self._latest.figures = Figures(ids.numel(), new, end - start, begun, sum(abstained))
         return output
 
     def pieces(

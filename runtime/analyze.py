@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 
 from ..predictors.anatomy import check_model, dissect
 from ..predictors.calibration import TokenText, text_of
-from ..predictors.checks import Allocation, ExpertScore, Score
+from ..predictors.checks import Allocation
 from ..predictors.errors import CoreskipError
 from ..predictors.expert_policies import KeptExperts, SkipExperts
 from ..predictors.expert_scores import check_experts
@@ -26,6 +26,7 @@ from .memory_size import bytes_of
 from .options import OF_EXPERTS, Budget, check_options, chooses_layers_alone, given
 from .program import build_experts, normed
 from .quality import WINDOW, evaluate_all
+from .scoring import Text, check_different
 from .search import Journal, search
 from .unknown import refuses_unknown
 from .wrap import make_way
@@ -35,6 +36,7 @@ _DEFAULT_KEEPS = {"layers": 0.9, "experts": 0.75, "skip-experts": 0.75}
 CAPPED_METHOD = "static"  # under a cap on memory, where nothing else is asked for
 _TOKENS_OF_LAYERS = 8192  # sampled, where layers alone are chosen
 _WINDOWS_OF_LAYERS = 8
+_LEAST_ELSEWHERE = 16  # tokens
 
 
 @refuses_unknown
@@ -47,8 +49,10 @@ def analyze(
     budget: str | None = None,
     layers: str | None = None,
     weights: str | None = None,
-    text: str | os.PathLike[str] | TokenText | None = None,
-    score: Score | ExpertScore | None = None,
+    text: Text | None = None,
+    keep_for: Text | Sequence[Text] | None = None,
+    drop_for: Text | Sequence[Text] | None = None,
+    score: str | None = None,
     beta: float | None = None,
     alpha: float | None = None,
     first_layer: int | None = None,
@@ -58,6 +62,9 @@ def analyze(
     bits: int | None = None,
     refine: bool | None = None,
     rank: int | None = None,
+    bricks: int | None = None,
+    cluster: str | None = None,
+    router: str | None = None,
     tokens: int = 16384,
     windows: int | None = None,
     seed: int = 0,
@@ -75,7 +82,8 @@ def analyze(
         method: by prompt: ``core`` (stability-guided core neurons), ``similar`` (similarity-guided: the set of the
             nearest cluster of calibration sentences); by token: ``sketch`` (the high nibbles of the weights choose, of
             int4 their upper three bits), ``threshold`` (TEAL, WINA, CATS), ``learned`` (low-rank predictors), ``topk``
-            (exact scores: the oracle, which saves down rows alone); ``static`` (one fixed set); ``layers`` (whole
+            (exact scores: the oracle, which saves down rows alone), ``bricks`` (neurons in groups that a token takes
+            as a whole); ``static`` (one fixed set); ``layers`` (whole
             layers are left out; with a budget also attentions or MLPs alone); of mixtures of experts ``experts`` (some
             are left out for good) and ``skip-experts`` (those of a token whose weight is small beside its largest); or
             ``auto``: with a budget the search looks at all that save time, else it is ``sketch``.
@@ -91,8 +99,12 @@ def analyze(
             makes with it.
         text: calibration text, or the `Path` of a UTF-8 file; None samples some from the model itself. The last part
             is held out to measure on.
+        keep_for: in place of `text`, the text or texts that the plan is for: calibrated on and measured on a part of
+            all of them. `drop_for`: of what it may lose: what it costs there is measured, too, and stands in the plan's
+            recipe as ``elsewhere``.
         score: how ``core``, ``similar`` and ``static`` rank neurons, see `token_contributions`; by default
-            ``griffin``, which measured best on the embedded model (README); CoreInfer's own is ``signed``. How
+            ``griffin``, which measured best on the embedded model (README); CoreInfer's own is ``signed``; ``static``
+            also by ``wanda``, ``taylor``, ``hessian``, ``smooth_gradient``, ``snmf`` or ``bigram``, see `scores`. How
             ``experts`` ranks experts: ``reap``, the default, by what they add; ``frequency``; ``random``.
         beta: of ``skip-experts``, in place of keep: one for all layers, in (0, 1].
         alpha: share of a token's neurons that count as its core, 0.4 by default (all scores but ``griffin``).
@@ -105,6 +117,8 @@ def analyze(
         refine: of ``sketch``: whether a second threshold, on exact scores, drops some of what the sketch chose: more is
             left out at the same loss of quality, in more time.
         rank: of ``learned``, 64 by default; at most the model's hidden size.
+        bricks, cluster, router: of ``bricks``: how many there are in a layer, 64 by default; made of neurons that fire
+            together, ``coactivation``, or of alike ``weights``; chosen by a ``linear`` map or by their ``centroids``.
         tokens: at most this many are observed.
         windows: held-out windows of 512 tokens per measurement: by default 12, with `layers` 8.
         seed: of sampling, clustering and training.
@@ -130,6 +144,9 @@ def analyze(
         "bits": bits,
         "refine": refine,
         "rank": rank,
+        "bricks": bricks,
+        "cluster": cluster,
+        "router": router,
     }
     common: dict[str, Any] = {
         "weights": weights,
@@ -144,6 +161,7 @@ def analyze(
     )
     check_model(model)
     _check_bricks(model, method, chooses_layers_alone(method, keep, budget) and layers is not None)
+    text, elsewhere = _purpose(tokenizer, text, keep_for, drop_for)
     cap = cap_of(model) if memory is None else bytes_of(memory)
     if cap is not None:
         check_method(method)
@@ -154,7 +172,7 @@ def analyze(
     options = given({**methods, **common})
     if layers is None:
         plan = _analyzed(model, tokenizer, text, method, keep, budget, resume, {**options, "progress": progress})
-        return _within(cap, model, plan)
+        return _within(cap, model, _beside(model, plan, elsewhere, windows, progress))
     selection = LayerSelection.parse(layers)
     selection.check(len(dissect(model)))
     seen, held_out = _text_of(model, tokenizer, text, seed, progress).split(0.8, 0.2)
@@ -169,7 +187,44 @@ def analyze(
     window = min(WINDOW, len(held_out.ids) // 2 * 2)
     windows = windows or _WINDOWS_OF_LAYERS
     quality = evaluate_all(model, [plan], held_out, windows=windows, window=window, progress=progress)[0]
-    return _within(cap, model, replace(plan, quality=quality))
+    plan = _beside(model, replace(plan, quality=quality), elsewhere, windows, progress)
+    return _within(cap, model, plan)
+
+
+def _purpose(tokenizer: Any, text: Any, keep_for: Any, drop_for: Any) -> tuple[Any, TokenText | None]:
+    """The text that a plan is made from, and the one that it may fail on."""
+    if drop_for is not None and keep_for is None:
+        raise CoreskipError("drop_for names what a plan may lose; say what it is for, too: keep_for=...")
+    if keep_for is None:
+        return text, None
+    if text is not None:
+        raise CoreskipError("give text or keep_for, not both: keep_for is the text that the plan is made from")
+    wanted = _texts_of(tokenizer, "keep_for", keep_for)
+    others = [] if drop_for is None else _texts_of(tokenizer, "drop_for", drop_for)
+    named = {f"keep_for[{i}]": each for i, each in enumerate(wanted)}
+    check_different(named | {f"drop_for[{i}]": each for i, each in enumerate(others)})
+    elsewhere = TokenText.joined(others) if others else None
+    if elsewhere is not None and len(elsewhere.ids) < _LEAST_ELSEWHERE:
+        raise CoreskipError(
+            f"drop_for has {len(elsewhere.ids)} tokens, at least {_LEAST_ELSEWHERE} are needed to measure on: give more"
+        )
+    return TokenText.joined(wanted), elsewhere
+
+
+def _texts_of(tokenizer: Any, name: str, texts: Any) -> list[TokenText]:
+    several = list(texts) if isinstance(texts, (list, tuple)) else [texts]
+    if not several:
+        raise CoreskipError(f"{name} is empty: give a text, or a list of texts")
+    return [text_of(tokenizer, each) for each in several]
+
+
+def _beside(model: Any, plan: Plan, elsewhere: TokenText | None, windows: int | None, progress: bool) -> Plan:
+    """The plan, with what it costs on the text that it is not for."""
+    if elsewhere is None or plan.rounding is not None:  # the latter is of a model that has to be packed first
+        return plan
+    window = min(WINDOW, len(elsewhere.ids) // 2 * 2)
+    found = evaluate_all(model, [plan], elsewhere, windows=windows or 12, window=window, progress=progress)[0]
+    return replace(plan, recipe={**plan.recipe, "elsewhere": found})
 
 
 def _check_fits(model: Any, method: str, keep: float | None, budget: str | None, cap: int) -> None:

@@ -241,4 +241,5 @@ def figures_of(tickets: Sequence[Ticket]) -> Figures:
     prompt = sum(ticket.usage.prompt_tokens for ticket in tickets)
     new = sum(ticket.usage.completion_tokens for ticket in tickets)
     first = tickets[0].timings.first_token if len(tickets) == 1 else None
-    return Figures(prompt, new, end - begin, None if first is None else first - begin)
+    abstained = sum(ticket.usage.abstained for ticket in tickets)
+    return Figures(prompt, new, end - begin, None if first is None else first - begin, abstained)

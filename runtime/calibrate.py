@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..predictors.anatomy import Anatomy, dissect
 from ..predictors.calibration import TokenText, most_positions, text_of
-from ..predictors.checks import AS_PACKED, Score
+from ..predictors.checks import AS_PACKED, SCORES, Score
 from ..predictors.core_neurons import SentenceCounter, cluster_sentences, static_set
 from ..predictors.errors import CoreskipError
 from ..predictors.expert_policies import AllExperts, ExpertPolicy
@@ -28,6 +28,7 @@ from ..predictors.layers import block_influence, half_losses, skip_policies, ski
 from ..predictors.observe import LayerStats, down_norms, observe
 from ..predictors.plan import PACKED_AS, LayerPlan, Plan
 from ..predictors.policies import Chooser, Clusters, CoreNeurons, NeuronPolicy, Similar, Static
+from ..predictors.scores import NeuronScores
 from ..predictors.token_choice import TokenCalibration
 from .calibration_text import model_text
 from .cost import runs_natively
@@ -36,6 +37,9 @@ from .formats import check_format
 from .lower_cpu import refusal
 from .options import (
     OPTIONS_OF,
+    WITH_ALPHA,
+    BricksOptions,
+    ByPromptOptions,
     CoreOptions,
     ExpertsOptions,
     LayersOptions,
@@ -51,8 +55,10 @@ from .options import (
     options_of,
 )
 from .quality import WINDOW, evaluate_all
+from .scoring import scored, source_of
 from .wrap import make_way
 
+Scored = StaticOptions | ByPromptOptions  # methods that rank neurons by a score
 _PER_WINDOW = 2048  # tokens observed, to one window that tells what layers are worth
 _SENTENCE = 256  # tokens; CoreInfer finds core neurons stable from 200-300 tokens on
 
@@ -203,6 +209,7 @@ class Calibrator:
         self._fingerprint = Fingerprint.of(model)
         _check_rank(options.get("rank"), self._fingerprint.hidden_size)
         self._stats: dict[tuple[Score, float], list[LayerStats]] = {}
+        self._scored: dict[str, NeuronScores] = {}
         self._sentences: dict[tuple[Score, float], list[Tensor]] = {}
         self._made: dict[tuple[Any, ...], Plan] = {}
 
@@ -314,9 +321,22 @@ class Calibrator:
         return self._by_score("core", keep, [policy] * len(self._fingerprint.intermediate_sizes), options)
 
     def _static(self, keep: float, options: StaticOptions) -> Plan:
-        stats = self._observe(options, sentences=False)
-        policies = [Static(static_set(s, options.score, keep).cpu()) for s in stats]
-        return self._by_score("static", keep, policies, options)
+        if options.score in SCORES:
+            stats = self._observe(options, sentences=False)
+            sets = [static_set(each, options.score, keep).cpu() for each in stats]
+        else:
+            sets = list(self._scores(options.score).top(keep))
+        return self._by_score("static", keep, [Static(kept) for kept in sets], options)
+
+    def _scores(self, method: str) -> NeuronScores:
+        """By a source of scores other than those that `observe` sums up."""
+        if method not in self._scored:
+            self._scored[method] = scored(
+                self._model, source_of(method, {}), {"text": self._text},
+                tokens=self._max_tokens, seed=self._seed, progress=self._progress,
+            )  # fmt: skip
+            self.observed = max(self.observed, min(self._max_tokens, len(self._text.ids)))
+        return self._scored[method]
 
     def _similar(self, keep: float, options: SimilarOptions) -> Plan:
         self._observe(options, sentences=True)
@@ -355,6 +375,10 @@ class Calibrator:
         found = sum(policy.recall or 0.0 for policy in policies) / len(policies)
         return self._by_token("learned", keep, policies, rank=options.rank, recall=round(found, 4))
 
+    def _bricks(self, keep: float, options: BricksOptions) -> Plan:
+        how = vars(options)
+        return self._by_token("bricks", keep, self.tokens.bricks(keep, **how), **how)
+
     def _threshold(self, keep: float, options: ThresholdOptions) -> Plan:
         policies = self.tokens.threshold(keep, cast(Any, options.rule), everywhere=options.all_linears)
         return self._by_token("threshold", keep, policies, rule=options.rule, all_linears=options.all_linears)
@@ -367,11 +391,11 @@ class Calibrator:
         method: str,
         keep: float,
         policies: Sequence[NeuronPolicy],
-        options: StaticOptions,
+        options: Scored,
         clusters: Clusters | None = None,
     ) -> Plan:
         recipe: dict[str, Any] = {"method": method, "keep": keep, "score": options.score}
-        if options.score != "griffin":
+        if options.score in WITH_ALPHA:
             recipe["alpha"] = options.alpha
         return self._plan(policies, keep, recipe, clusters)
 
@@ -386,9 +410,9 @@ class Calibrator:
         recipe = {**recipe, "first_layer": self._first, "seed": self._seed}
         return Plan(tuple(layers), self._fingerprint, recipe, self._text.fingerprint(), None, clusters)
 
-    def _observe(self, options: StaticOptions, sentences: bool) -> list[LayerStats]:
+    def _observe(self, options: Scored, sentences: bool) -> list[LayerStats]:
         """One pass over the text, with the sentences' own counts where a method needs them."""
-        key = options.score, options.alpha
+        key = cast(Score, options.score), options.alpha
         if key in self._stats and (key in self._sentences or not sentences):
             return self._stats[key]
         rows = self._windows(_SENTENCE)
@@ -397,7 +421,7 @@ class Calibrator:
             self._model,
             rows.split(1),
             alpha=options.alpha,
-            scores=[options.score],
+            scores=[key[0]],
             total=len(rows),
             progress=self._progress,
             tap=counter,

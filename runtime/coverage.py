@@ -8,52 +8,84 @@ because a parameter is still zero.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..predictors.anatomy import Anatomy, Attention, Experts, FeedForward
-from .packed_layer import PackedLayer
 from .parts import unwatched_class
+from .spec import is_plain_linear
 
 _HERE = str(Path(__file__).parent)
 _NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 #: without effect when a model is not being trained
-_INERT = (nn.Identity, nn.Dropout, nn.ModuleList)
+INERT = (nn.Identity, nn.Dropout, nn.ModuleList)
+_CROSS = ("encoder_attn", "cross_attn", "crossattention", "ln_cross_attn")
+_TABLES = ("masked_bias", "embed_positions")
 
 
-def uncovered(anatomy: Anatomy) -> str | None:
-    """What of the decoder layers the description leaves out or cannot know; None where it accounts for everything."""
+def uncovered(
+    anatomy: Anatomy,
+    norms: Sequence[Iterable[nn.Module]] | None = None,
+    called: Container[nn.Module] | None = None,
+    beside: Container[int] = (),
+) -> str | None:
+    """What of the decoder layers the description leaves out or cannot know; None where it accounts for everything.
+
+    norms: by layer, those that are described; None: by the names that many architectures share. called: the modules
+    that a pass calls, where that is known. beside: the layers whose MLP stands beside their experts.
+    """
     parts = zip(anatomy.layers, anatomy.feed_forwards, anatomy.experts, anatomy.attentions, strict=True)
-    for layer, mlp, experts, attention in parts:
+    for index, (layer, mlp, experts, attention) in enumerate(parts):
         if attention is None:
             return "a layer's attention was not recognised"
         if mlp is None and experts is None:
             return "a layer has no MLP that was recognised"
-        if experts is not None and not (experts.whole and experts.shared is mlp):
+        if experts is not None and not (experts.whole and (experts.shared is mlp or index in beside)):
             return "a layer computes something beside its experts"
         owner = experts.block if experts is not None else cast(FeedForward, mlp).owner
         reason = _foreign_code(layer, owner, experts, attention.module) or _foreign_attention(attention.module)
         if reason is not None:
             return reason
-        known = set(_described(layer, mlp, experts, attention))
+        of_layer = [getattr(layer, name, None) for name in _NORMS] if norms is None else norms[index]
+        known = set(_described(layer, mlp, experts, attention, of_layer))
+        idle = set() if called is None else set(_idle(layer, called))
         for name, module in layer.named_modules():
-            if module not in known and not isinstance(module, _INERT):
+            if module not in known and module not in idle and not isinstance(module, INERT):
                 return f"{name} of its decoder layers, a {type(module).__name__}, is not a part that is described"
-            own = [*module._parameters, *module._buffers]
+            own = [*(module._parameters.keys() - {"sinks"} if module is attention.module else module._parameters)]
+            own += [name for name, value in module._buffers.items() if not _is_table(name, value)]
             if module in (layer, None if mlp is None else mlp.owner, attention.module) and own:
                 return f"its decoder layers have {', '.join(own)} in a {type(module).__name__}"
     return None
 
 
+def _idle(layer: nn.Module, called: Container[nn.Module]) -> Iterator[nn.Module]:
+    """What a decoder has to attend to an encoder with, and no pass calls that has none."""
+    for name, module in layer.named_children():
+        if name.startswith(_CROSS) and not any(part in called for part in module.modules()):
+            yield from module.modules()
+
+
+def _is_table(name: str, buffer: Tensor | None) -> bool:
+    """Whether a buffer is a mask, or of positions: what an attention makes of these shows in its output."""
+    return buffer is None or buffer.dtype is torch.bool or name in _TABLES
+
+
 def _described(
-    layer: nn.Module, mlp: FeedForward | None, experts: Experts | None, attention: Attention
+    layer: nn.Module,
+    mlp: FeedForward | None,
+    experts: Experts | None,
+    attention: Attention,
+    of_layer: Iterable[nn.Module | None],
 ) -> Iterator[nn.Module]:
     """The modules of a layer whose work the native step does; of norms and activations, all that they consist of."""
     yield from (layer, attention.module)
+    yield from (module for module in layer.modules() if attention.module in module.children())
     if experts is not None:  # what else the block might do, a copy of it would have shown
         yield from _beside_shared(experts)
     acts = []
@@ -63,9 +95,8 @@ def _described(
         if mlp.gate_name is not None:
             yield getattr(mlp.owner, mlp.gate_name)
     yield from (getattr(attention.module, name) for name in (*attention.inputs, attention.output))
-    norms = [getattr(layer, name, None) for name in _NORMS]
-    norms += [getattr(attention.module, name, None) for name in ("q_norm", "k_norm")]
-    for found in (*norms, *acts):
+    of_heads = (m for name, m in attention.module.named_children() if "norm" in name and name.startswith(("q", "k")))
+    for found in (*of_layer, *of_heads, *acts):
         if isinstance(found, nn.Module):
             yield from found.modules()
 
@@ -77,10 +108,9 @@ def _beside_shared(experts: Experts) -> Iterator[nn.Module]:
 
 
 def _foreign_code(layer: nn.Module, owner: nn.Module, experts: Experts | None, attention: nn.Module) -> str | None:
-    known = (nn.Linear.forward, PackedLayer.forward)
     probed = set() if experts is None else set(_beside_shared(experts))
     linears = [m for m in layer.modules() if isinstance(m, nn.Linear) and m not in probed]
-    linears = [module for module in linears if type(module).forward not in known]
+    linears = [module for module in linears if not is_plain_linear(module)]
     if linears:
         return f"a {type(linears[0]).__name__} computes more than a linear layer"
     shared = None if experts is None or experts.shared is None else experts.shared.owner

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from ..kernels.step import likeliest
+from .behaviour import note_abstentions
 from .calls import NotCovered
 from .lower_cpu import StepProgram
 from .native import NativeSequence
@@ -68,6 +69,7 @@ class Decoder:
             whole = logits[-1].clone() if sequence.decodes else None
             self._prompts.keep(sequence.dense, sequence.ids[0, :end].tolist(), sequence.cache, begin, whole)
         if sequence.decodes:
+            sequence.ticket.usage.abstained = bool(note_abstentions(sequence.cache))
             self._first_token(sequence, logits[-1])
         return end - begin
 

@@ -18,12 +18,14 @@ class Figures:
         new_tokens: generated, of all rows together.
         seconds: from the prompt's tokens to the last new one.
         first_token_s: seconds up to the first new token; None where nothing was streamed.
+        abstained: prompts of them after which the plan has nothing said.
     """
 
     prompt_tokens: int
     new_tokens: int
     seconds: float
     first_token_s: float | None
+    abstained: int = 0
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..predictors.errors import CoreskipError
 from . import assisted, loop
+from .behaviour import note_abstentions
 from .delegates import generator_of
 from .parts import Watched
 from .phases import prefilling
@@ -61,7 +62,9 @@ class _Wrapped(_Outer, Watched):
         if not is_first_iteration:  # an assistant goes on drafting: its cache's state tells
             return super()._prefill(*arguments)  # type: ignore[misc]
         with prefilling(model_kwargs.get("attention_mask")):
-            return super()._prefill(*arguments)  # type: ignore[misc]
+            output = super()._prefill(*arguments)  # type: ignore[misc]
+        note_abstentions(getattr(output, "past_key_values", None))
+        return output
 
     def _sample(
         self,
@@ -126,7 +129,7 @@ class _Wrapped(_Outer, Watched):
     ) -> Any:
         options = {"generation_config": generation_config, "inputs_tensor": inputs_tensor, **options}
         plain = super()._assisted_decoding  # type: ignore[misc]
-        if not runtime_of(cast(nn.Module, self)).decodes_otherwise:
+        if not runtime_of(cast(nn.Module, self)).program.decodes_otherwise:
             return plain(input_ids, **options)
         return assisted.decode(plain.__func__, self, input_ids, options)
 

@@ -252,7 +252,7 @@ class Entries:
     def of(cls, model: StepModel) -> Entries:
         """Of a model that the native step runs."""
         attentions = [cast(Any, layer.attention) for layer in model.layers]
-        sizes = [(a.k.out_features // a.head_dim, a.head_dim, a.head_dim) for a in attentions]
+        sizes = [a.sizes for a in attentions]
         return cls("cpu", [a.window for a in attentions], sizes, model.dtype)
 
 

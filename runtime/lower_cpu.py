@@ -18,12 +18,13 @@ from ..kernels.sparse import SparseLinear, SparseMLP
 from ..predictors.anatomy import Anatomy, Experts, rows_of
 from ..predictors.checks import AS_PACKED
 from .bundles import PackedBefore
-from .calls import NotCovered
+from .calls import NotCovered, NotThisCall, positions_of
 from .lower_experts import lower_experts, packed_experts
 from .packed_experts import HeldExperts
 from .packed_layer import PackedLayer, PackedRows, StandIn
+from .reading import read_spec
 from .rotary_tables import RotaryTables
-from .spec import AttentionSpec, BrickSpec, ExpertsSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec, read_spec
+from .spec import AttentionSpec, BrickSpec, ExpertsSpec, LatentSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec
 
 #: told of a linear as soon as all rows of its matrix are packed
 Packed = Callable[[nn.Module, list[PackedLinear]], None]
@@ -117,12 +118,14 @@ class CpuModel:
         self.base = native.StepModel(
             embedding=_table(spec),
             layers=layers,
-            norm=lower_norm(spec.norm),
+            norm=_norm(spec.norm),
             head=self._parts(spec.head, HEAD_FORMAT if self._format else None)[0],
             dtype=spec.dtype,
             embedding_scale=spec.embedding_scale,
             logit_scale=spec.logit_scale,
             logit_softcap=spec.logit_softcap,
+            places=None if spec.places is None else spec.places.table[spec.places.first :].contiguous(),
+            embedding_norm=_norm(spec.embedding_norm),
         )
 
     def step(self, program: StepProgram) -> native.Step:
@@ -139,12 +142,31 @@ class CpuModel:
             layers.append(_by_columns(layer, program.columns.get(index, {})))
         return native.Step(replace(self.base, layers=layers))
 
+    def check_end(self, positions: int) -> None:
+        """Raises NotThisCall where the model cannot come to so many positions."""
+        if self.spec.end is not None and positions > self.spec.end:
+            raise NotThisCall(f"the model knows {self.spec.end} positions")
+
+    def reach(self, positions: int) -> None:
+        """Makes sure that steps can come to so many positions; raises as `check_end` does."""
+        self.check_end(positions)
+        self.rotary.reach(positions)
+
+    def positions_of(self, named: dict[str, Any], past: int, start: Tensor) -> Tensor:
+        """int64 [rows, length]: the positions of a call's tokens behind `past` others, where each row's text begins at
+        `start` int64 [rows]."""
+        places = self.spec.places
+        if places is None or (places.given and named.get("position_ids") is not None):
+            return positions_of(named, past)
+        positions = positions_of({**named, "position_ids": None}, past)
+        return (positions - start[:, None]).clamp_min(0) if places.by_mask else positions
+
     def nbytes(self) -> tuple[int, int]:
         """Of all matrices, and of the dense MLPs' and the experts'."""
         mlps: list[Any] = [layer.mlp for layer in self.base.layers]
         of_mlps = sum(mlp.nbytes for mlp in mlps)
         attentions: list[Any] = [layer.attention for layer in self.base.layers]
-        of_attention = sum(m.nbytes for a in attentions for m in (a.q, a.k, a.v, a.o))
+        of_attention = sum(m.nbytes for a in attentions for m in a.linears)
         return of_mlps + of_attention + self.base.head.nbytes, of_mlps
 
     # --- layers
@@ -166,10 +188,34 @@ class CpuModel:
             mlp_out=_norm(layer.mlp_out),
             residual_scale=layer.residual_scale,
             parallel=layer.parallel,
+            attention_after=_norm(layer.attention_after),
+            mlp_after=_norm(layer.mlp_after),
         )
 
-    def _attention(self, attention: AttentionSpec, rotation: tuple[Tensor, Tensor] | None) -> native.Attention:
-        q, k, v = (part for linear in attention.inputs for part in self._parts(linear, self._format))
+    def _latent(self, attention: LatentSpec, rotation: tuple[Tensor, Tensor] | None) -> native.LatentAttention:
+        weight, bias = rows_of(attention.expand.module)
+        if rotation is None or bias is not None:
+            raise NotCovered("its latent attention has no rotation, or a bias where it expands latents")
+        low = attention.q_low
+        return native.LatentAttention(
+            q_low=None if low is None else self._parts(low, self._format)[0],
+            q_low_norm=_norm(attention.q_low_norm),
+            q=self._parts(attention.q, self._format)[0],
+            kv_low=self._parts(attention.kv_low, self._format)[0],
+            kv_low_norm=lower_norm(attention.kv_low_norm),
+            expand=self._pack_all([(weight, None)], None, lambda parts: [packed for packed, _ in parts])[0],
+            o=self._parts(attention.output, self._format)[0],
+            rotation=rotation,
+            **{name: getattr(attention, name) for name in ("heads", "rope", "scale", "paired", "apart", "window")},
+        )
+
+    def _attention(
+        self, attention: AttentionSpec | LatentSpec, rotation: tuple[Tensor, Tensor] | None
+    ) -> native.Attention | native.LatentAttention:
+        if isinstance(attention, LatentSpec):
+            return self._latent(attention, rotation)
+        q, *others = (part for linear in attention.inputs for part in self._parts(linear, self._format))
+        k, v = others or (None, None)
         return native.Attention(
             q, k, v, self._parts(attention.output, self._format)[0],
             head_dim=attention.head_dim,
@@ -179,6 +225,11 @@ class CpuModel:
             k_norm=_norm(attention.k_norm),
             window=attention.window,
             softcap=attention.softcap,
+            order=attention.order,
+            paired=attention.paired,
+            turned=attention.turned,
+            slopes=attention.slopes,
+            sinks=None if attention.sinks is None else attention.sinks.detach().float().contiguous(),
         )  # fmt: skip
 
     def _mlp(self, brick: BrickSpec) -> native.DenseMLP:
@@ -366,6 +417,9 @@ def _by_columns(layer: native.StepLayer, columns: Mapping[str, SparseLinear]) ->
     """A layer some of whose linears leave out small inputs."""
     attention: dict[str, Any] = {name: linear for name, linear in columns.items() if name in _OF_ATTENTION}
     mlp: dict[str, Any] = {name: linear for name, linear in columns.items() if name not in attention}
+    whole = isinstance(layer.attention, native.Attention) and layer.attention.order is None
+    if attention.keys() & {"q", "k", "v"} and not whole:
+        raise NotCovered("inputs are left out of a projection that is not one of q, k or v alone")
     if attention and layer.attention is not None:
         layer = replace(layer, attention=replace(layer.attention, **attention))
     if mlp and isinstance(layer.mlp, native.DenseMLP):

@@ -25,13 +25,11 @@ def lower_experts(
     Raises:
         NotCovered: the native step does not compute this.
     """
-    if spec.scaled_inputs:
-        raise NotCovered("routers multiply what experts read, not what they give")
     if spec.shared is not None and spec.shared.act != spec.act:
         raise NotCovered("its shared experts have another activation")
     try:
         return PackedExperts(
-            _router(spec.router, logits),
+            _router(spec.router, logits, spec.routed_scale),
             experts,
             spec.act,
             shared,
@@ -39,6 +37,8 @@ def lower_experts(
             limit=spec.limit or 0.0,
             slope=1.0 if spec.alpha is None else spec.alpha,
             offset=spec.shift,
+            shared_scale=spec.shared_scale,
+            by_inputs=spec.scaled_inputs,
         )
     except ValueError as reason:
         raise NotCovered(str(reason)) from None
@@ -63,7 +63,8 @@ def packed_experts(spec: ExpertsSpec, pack: PackAll, narrow: bool) -> list[Exper
         return experts_of(*parts, **how)
 
 
-def _router(spec: RouterSpec, logits: PackedLinear) -> Router:
+def _router(spec: RouterSpec, logits: PackedLinear, scale: float) -> Router:
+    """scale: multiplies all weights besides."""
     choice = spec.choice
     return Router(
         logits,
@@ -75,5 +76,5 @@ def _router(spec: RouterSpec, logits: PackedLinear) -> Router:
         by_pairs=choice.group_score == "top2",
         normalized=choice.normalised,
         added=choice.epsilon if choice.normalised else 0.0,
-        scale=choice.scale,
+        scale=choice.scale * scale,
     )

@@ -31,8 +31,8 @@ from .calls import NotCovered, check_call, compare
 from .kv_cache import Entries, Rooms, known_rooms, leave_rooms, lend_rooms, length_of, sizes_of, unfit
 from .patches import Usage
 from .phases import Pass, tallied
+from .reading import windows
 from .selections import share_selections
-from .spec import windows
 
 logger = logging.getLogger("coreskip")
 

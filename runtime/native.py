@@ -22,7 +22,7 @@ from ..kernels import prefill
 from ..kernels import step as kernel
 from ..kernels.ops import MAX_ROWS
 from ..predictors.anatomy import Anatomy
-from .calls import Disagrees, NotCovered, NotThisCall, check_call, check_outputs, positions_of, row_starts
+from .calls import Disagrees, NotCovered, NotThisCall, check_call, check_outputs, row_starts
 from .kv_cache import Entries, Rooms, known_rooms, make_rooms, take_back
 from .lower_cpu import CpuModel, Packed, Packing, StepProgram, check_finite, describe
 from .native_check import Comparison
@@ -363,7 +363,7 @@ class NativeSteps:
             raise NotThisCall("other rows than the KV cache's chose their neurons")
         past = rooms.length
         start = row_starts(named.get("attention_mask"), rows, past + length)
-        positions = positions_of(named, past)
+        positions = model.positions_of(named, past, start)
         check_ranges(step, model, ids, positions)
         return rooms, step.run(ids, positions, start, rooms.table, past, named.get("logits_to_keep") or length)
 
@@ -383,6 +383,7 @@ def check_ranges(step: kernel.Step, model: CpuModel, ids: Tensor, positions: Ten
         raise IndexError(f"token ids must be in [0, {vocabulary})")
     if min(places) < 0:
         raise NotThisCall("a position is negative")
+    model.check_end(max(places) + 1)
     if max(places) >= model.rotary.positions:
         model.rotary.reach(max(places) + 1)
         step.rotate_by(model.rotary.tables())
@@ -426,7 +427,7 @@ class NativeSequence:
             steps.compare({"input_ids": places, "position_ids": places, "past_key_values": self._cache})
         if not self._rooms.fits(more):
             self._rooms = steps.admit(self._cache, more)
-        self._described.of(program).rotary.reach(self.length + more)
+        self._described.of(program).reach(self.length + more)
 
     def step(self, tokens: Sequence[int], program: StepProgram) -> Tensor:
         """Logits ``[tokens, vocabulary]`` of 1 to 8 tokens that are appended."""

@@ -100,8 +100,13 @@ class Comparison:
         """Compares steps at positions far apart, and behind many keys: what texts will come to."""
         config = self._steps.model.config.get_text_config()
         far, keys = far_positions(config)[:, None], self._steps.probe_keys
+        if loaded.spec.end is not None:
+            far, keys = far[far[:, 0] < loaded.spec.end], min(keys, loaded.spec.end - MAX_ROWS)
+        if loaded.spec.places is not None and not loaded.spec.places.given:  # no text could be at these
+            far = far[:0]
         behind = torch.arange(keys, keys + MAX_ROWS, device="cpu")[None]
-        if not (self._agrees_at(far, FEW, loaded, like) and self._agrees_at(behind, keys, loaded, like)):
+        afar = not len(far) or self._agrees_at(far, FEW, loaded, like)
+        if not (afar and self._agrees_at(behind, keys, loaded, like)):
             raise NotCovered("at other positions its logits differ from the model's own")
 
     def _agrees_at(self, places: Tensor, keys: int, loaded: CpuModel, like: Any) -> bool:
@@ -110,6 +115,8 @@ class Comparison:
         step = loaded.step(self._nothing_chosen(loaded))
         # what the positions are rotated by, and no table up to there, which may be large
         step.rotate_by(loaded.rotary.at(places.flatten()))
+        if loaded.base.places is not None:
+            step.place_by(loaded.base.places[places.flatten()])
         rooms = self._steps.admit(cache, places.shape[1], self.entries)
         indices = torch.arange(places.numel(), device="cpu").view_as(places)
         start = torch.zeros(places.shape[0], dtype=torch.int64, device="cpu")

@@ -131,7 +131,7 @@ class NativePrompts:
         rows, length = ids.shape
         past = tokens_in(cache)
         start = row_starts(named.get("attention_mask"), rows, past + length)
-        positions = positions_of(named, past)
+        positions = described.model.positions_of(named, past, start)
         step = self._steps.step_of(described, self._program)
         check_ranges(step, described.model, ids, positions)
         rooms = self._rooms(described, cache, rows, past, length)

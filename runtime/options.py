@@ -12,7 +12,10 @@ from typing import Any, get_args
 from ..predictors.checks import (
     AS_PACKED,
     EXPERT_SCORES,
+    STATIC_SCORES,
     Allocation,
+    BrickRouter,
+    Clustering,
     ExpertScore,
     Score,
     check_allocation,
@@ -30,10 +33,13 @@ from .memory_size import bytes_of
 from .unknown import closest
 
 METHODS = (
-    "auto", "core", "similar", "static", "threshold", "sketch", "learned", "topk", "layers", "experts", "skip-experts",
+    "auto", "core", "similar", "static", "threshold", "sketch", "learned", "topk", "bricks", "layers", "experts",
+    "skip-experts",
 )  # fmt: skip
 OF_EXPERTS = ("experts", "skip-experts")  # of mixtures of experts
+UNSEARCHED = (*OF_EXPERTS, "bricks")  # no search for a budget looks at them
 RULES = ("teal", "wina", "cats")
+WITH_ALPHA = ("magnitude", "magnitude_down", "signed")  # of the scores, those by which tokens have a core
 
 
 @dataclass(frozen=True)
@@ -42,12 +48,12 @@ class MethodOptions:
 
 
 @dataclass(frozen=True)
-class StaticOptions(MethodOptions):
-    """Of ``static``, ``core`` and ``similar``.
+class ByPromptOptions(MethodOptions):
+    """Of ``core`` and ``similar``.
 
     Attributes:
         score: how neurons are ranked.
-        alpha: share of a token's neurons that count as its core, CoreInfer's (section 3); ``griffin`` has none.
+        alpha: share of a token's neurons that count as its core, CoreInfer's (section 3); of the scores `WITH_ALPHA`.
     """
 
     score: Score = "griffin"
@@ -59,13 +65,25 @@ class StaticOptions(MethodOptions):
 
 
 @dataclass(frozen=True)
-class CoreOptions(StaticOptions):
+class CoreOptions(ByPromptOptions):
     """Of ``core``."""
 
 
 @dataclass(frozen=True)
-class SimilarOptions(StaticOptions):
+class SimilarOptions(ByPromptOptions):
     """Of ``similar``."""
+
+
+@dataclass(frozen=True)
+class StaticOptions(MethodOptions):
+    """Of ``static``: as of ``core``, and more scores, see `scores`."""
+
+    score: str = "griffin"
+    alpha: float = 0.4
+
+    def __post_init__(self) -> None:
+        check_score(self.score, STATIC_SCORES)
+        check_share("alpha", self.alpha)
 
 
 @dataclass(frozen=True)
@@ -194,6 +212,27 @@ class SkipExpertsOptions(MethodOptions):
             check_share("beta", self.beta)
 
 
+@dataclass(frozen=True)
+class BricksOptions(MethodOptions):
+    """Of ``bricks``.
+
+    Attributes:
+        bricks: how many a layer's neurons are in.
+        cluster: by what neurons go together: ``coactivation`` on the calibration text, or the gate's ``weights``.
+        router: by what a token takes them: a ``linear`` map fitted to what bricks are worth, or their ``centroids``.
+    """
+
+    bricks: int = 64
+    cluster: Clustering = "coactivation"
+    router: BrickRouter = "linear"
+
+    def __post_init__(self) -> None:
+        check_count("bricks", self.bricks, 2)
+        for name, known in (("cluster", get_args(Clustering)), ("router", get_args(BrickRouter))):
+            if getattr(self, name) not in known:
+                raise CoreskipError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(known)}")
+
+
 OPTIONS_OF: Mapping[str, type[MethodOptions]] = {
     "core": CoreOptions,
     "similar": SimilarOptions,
@@ -201,6 +240,7 @@ OPTIONS_OF: Mapping[str, type[MethodOptions]] = {
     "threshold": ThresholdOptions,
     "sketch": SketchOptions,
     "learned": LearnedOptions,
+    "bricks": BricksOptions,
     "topk": TopKOptions,
     "layers": LayersOptions,
     "experts": ExpertsOptions,
@@ -250,7 +290,7 @@ def check_value(name: str, value: Any) -> None:
 
 #: What a search tries for itself, method by method.
 _SEARCHED = {"rule": ("threshold",), "all_linears": ("threshold",), "allocation": ("sketch",)}
-_ALL = frozenset(METHODS) - {"auto", *OF_EXPERTS}
+_ALL = frozenset(METHODS) - {"auto", *UNSEARCHED}
 _FAST = frozenset({"sketch", "threshold", "static", "layers"})  # what a fast search over all methods looks at
 _NUMBER = r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?)"
 
@@ -370,7 +410,7 @@ def check_options(
         _refuse_any([*named, *(["first_layer"] if first_layer is not None else [])])
     _check_places(named, method, searching=budget is not None, fast=fast)
     _check_pairs(named)
-    if method in OF_EXPERTS and budget is not None:
+    if method in UNSEARCHED and budget is not None:
         raise CoreskipError(f"there is no search for a budget with the method {method}: give a keep, and measure")
     if keep is not None and "beta" in named:
         raise CoreskipError("give keep or beta, not both: a beta keeps what it keeps")
@@ -405,7 +445,7 @@ def check_bits(bits: int | None, *, in_four_bits: bool) -> None:
 
 def _check_pairs(named: Mapping[str, Any]) -> None:
     """Raise where an option makes another one meaningless."""
-    if "alpha" in named and named.get("score", "griffin") == "griffin":
+    if "alpha" in named and named.get("score") not in WITH_ALPHA:
         raise CoreskipError("alpha is of the scores magnitude, magnitude_down and signed: add one of them")
     if named.get("bits") == 1 and "allocation" in named:
         raise CoreskipError("a sketch of signs keeps the same share of every layer: leave out allocation, or bits")

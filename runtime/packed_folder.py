@@ -27,8 +27,7 @@ from ..kernels.residency import Residency
 from ..kernels.store import DTYPES, Damaged, Store
 from ..predictors.errors import CoreskipError, one_line, reason_of
 from ..predictors.fingerprint import Fingerprint, keep
-from ..predictors.plan import PACKED_AS
-from ..predictors.plan_file import OF_PACKED
+from ..predictors.plan import OF_PACKED, PACKED_AS
 from ..predictors.sealed import unseal
 from .packed_experts import hold_by_name
 from .packed_layer import packed_modules, prepare

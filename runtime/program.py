@@ -11,7 +11,7 @@ A neuron policy comes in by one builder, registered for its type with `builds`: 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -26,8 +26,10 @@ from ..predictors.checks import AS_PACKED
 from ..predictors.errors import PlanError
 from ..predictors.expert_policies import AllExperts, ExpertPolicy, KeptExperts, SkipExperts
 from ..predictors.importance import kept_count
+from ..predictors.interventions import Site
 from ..predictors.plan import LayerPlan, Plan
 from ..predictors.policies import (
+    Bricks,
     Cats,
     Chooser,
     CoreNeurons,
@@ -198,11 +200,13 @@ class ExpertsProgram:
 @dataclass(frozen=True, eq=False)
 class LayerProgram:
     """What a decode step does with one decoder layer. bricks: its MLP, or its shared expert; experts: None where it has
-    none. skips: what its layer policy leaves out."""
+    none. skips: what its layer policy leaves out. changed: whether something changes its activations, which no kernel
+    does."""
 
     bricks: tuple[BrickProgram, ...]
     skips: LayerPolicy
     experts: ExpertsProgram | None = None
+    changed: bool = False
 
     @property
     def width(self) -> int:
@@ -214,7 +218,7 @@ class LayerProgram:
     def native(self) -> bool:
         """Whether native steps make every choice."""
         of_experts = self.experts is None or self.experts.native or not self.experts.chooses
-        return of_experts and all(brick.native for brick in self.bricks)
+        return of_experts and not self.changed and all(brick.native for brick in self.bricks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,7 +277,8 @@ def _layer(
         experts = None if found is None else build_experts(layer.experts, found)
     except PlanError as error:
         raise PlanError(f"layer {index}: {error}") from None
-    return LayerProgram(bricks, layer.layer, experts)
+    changed = layer.intervention.site in (Site.PRE_ACTIVATION, Site.ACTIVATION)
+    return LayerProgram(bricks, layer.layer, experts, changed)
 
 
 def normed(anatomy: Anatomy) -> str:
@@ -423,6 +428,15 @@ def _learned(policy: Learned, brick: Brick) -> BrickProgram:
         return SparseMLP(packed, "learned", keep, policy.threshold, predictor=predictor)
 
     return BrickProgram(policy, policy.chooser, kept, brick.width, read, pack=pack)
+
+
+@builds(Bricks)
+def _bricks(policy: Bricks, brick: Brick) -> BrickProgram:
+    """A neuron has its brick's score: a learned predictor whose second map hands the scores on."""
+    handed_on = torch.nn.functional.one_hot(policy.assignment, policy.count).float()
+    bias = policy.bias[policy.assignment]
+    scores = Learned(keep=policy.keep, mean=policy.mean, reduce=policy.route, expand=handed_on, bias=bias)
+    return replace(_learned(scores, brick), policy=policy)
 
 
 @builds(Cats)

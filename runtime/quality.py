@@ -95,6 +95,10 @@ def evaluate_all(
     anatomy = dissect(model)
     for plan in plans:
         plan.check(model, anatomy)
+        if plan.abstains:
+            raise CoreskipError(
+                "a plan that ends texts before they begin has no perplexity: count what it abstains from"
+            )
     rows = text.windows(min(window, most_positions(model, window) // 2 * 2), windows)
     tallies, weights = [Tally() for _ in plans], Weights(anatomy)
     group = max(1, _DENSE_LOGITS // (rows.shape[1] // 2 * model.config.get_text_config().vocab_size))

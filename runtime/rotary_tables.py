@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from .spec import ModelSpec
+from .calls import NotCovered
+from .spec import ModelSpec, RotarySpec
 
 Table = tuple[Tensor, Tensor]
 _FIRST = 1024  # positions that tables are made for at first
@@ -23,12 +24,11 @@ class RotaryTables:
     """
 
     def __init__(self, spec: ModelSpec) -> None:
-        self._module: Any = spec.rotary.module
-        self._by_type = spec.rotary.by_type
+        self._rotary, self._end = spec.rotary, spec.end
         self._kinds = [layer.attention.rotation for layer in spec.layers]
         self._lock = threading.Lock()
         self._outgrown: list[Any] = []  # a step in another thread may still read them; together as large as the present
-        self.positions, self.version = _FIRST, 0
+        self.positions, self.version = min(_FIRST, spec.end or _FIRST), 0
         self._tables = {kind: self._make(kind) for kind in dict.fromkeys(self._kinds) if kind != ""}
 
     def tables(self) -> list[Table | None]:
@@ -45,14 +45,43 @@ class RotaryTables:
         with self._lock:
             if positions <= self.positions:
                 return
-            self.positions = max(positions, 2 * self.positions)
+            self.positions = min(max(positions, 2 * self.positions), self._end or 1 << 62)
             self._outgrown.append(self._tables)
             self._tables = {kind: self._make(kind) for kind in self._tables}
             self.version += 1
 
     def _make(self, kind: str | None, positions: Tensor | None = None) -> Table:
+        assert self._rotary is not None  # else no layer has a kind
         positions = torch.arange(self.positions, device="cpu") if positions is None else positions
-        like = torch.zeros(1, dtype=torch.float32, device="cpu")
-        with torch.no_grad():
-            cos, sin = self._module(like, positions[None], *([kind] if self._by_type else []))
-        return cos[0].float().contiguous(), sin[0].float().contiguous()
+        return table_of(self._rotary, kind, positions)
+
+
+def table_of(rotary: RotarySpec, kind: str | None, positions: Tensor) -> Table:
+    """(cos, sin) of `positions` int64 [n], float32 ``[n, rotated dimensions]`` on the CPU: those of the first halves of
+    turned pairs, then of the second."""
+    cos, sin = _made(rotary, kind, positions)
+    return cos, -sin if rotary.backwards else sin
+
+
+def _made(rotary: RotarySpec, kind: str | None, positions: Tensor) -> Table:
+    if rotary.table is not None:
+        sin, cos = rotary.table.detach()[positions.to(rotary.table.device)].float().cpu().chunk(2, -1)
+        return _twice(cos), _twice(sin)
+    like, module = torch.zeros(1, dtype=torch.float32, device="cpu"), cast(Any, rotary.module)
+    with torch.no_grad():
+        made = module(like, positions[None], *([kind] if rotary.by_type else []))
+    if isinstance(made, Tensor):  # as complex numbers (Llama 4)
+        if not made.is_complex():
+            raise NotCovered("its rotary embeddings are neither cosines and sines nor complex numbers")
+        return _twice(made[0].real.float()), _twice(made[0].imag.float())
+    cos, sin = made[0][0].float(), made[1][0].float()
+    angles = getattr(module, "inv_freq" if kind is None else f"{kind}_inv_freq", None)
+    if isinstance(angles, Tensor) and cos.shape[-1] == angles.shape[-1]:  # of the first halves alone (GPT-OSS)
+        return _twice(cos), _twice(sin)
+    if torch.equal(cos[:, ::2], cos[:, 1::2]) and torch.equal(sin[:, ::2], sin[:, 1::2]):  # each one twice in a row
+        return _twice(cos[:, ::2]), _twice(sin[:, ::2])
+    return cos.contiguous(), sin.contiguous()
+
+
+def _twice(half: Tensor) -> Tensor:
+    return torch.cat([half, half], -1).contiguous()

@@ -16,8 +16,9 @@ from ..predictors.plan import PACKED_AS, Plan
 from .bundles import Weights
 from .calls import NotCovered
 from .packed_layer import PackedLayer
+from .reading import read_spec
 from .rounding import Rounded
-from .spec import LinearSpec, read_spec
+from .spec import LinearSpec
 from .wrap import wrapped
 
 

@@ -70,6 +70,7 @@ class Selections:
         self._ties: dict[int, Tensor] = {}
         self._void: dict[int, Tensor] = {}  # per adaptive layer, tokens void less tokens not, [rows]
         self._void_rows: dict[int, Tensor | bool] = {}
+        self._abstained: dict[int, Tensor] = {}  # by layer that looks at prompts, its verdicts, bool [rows]
         self._distinct: dict[int, Tensor] = {}  # by layer, the neurons of each distinct selection, [groups, kept]
         self._group_of_row: Tensor | None = None
         self._selected: SelectedNeurons | None = None
@@ -80,6 +81,7 @@ class Selections:
         twin = Selections(self.owner, self.rows, self._observed, self._policies, self._clusters)
         twin._scores, twin._ties = dict(self._scores), dict(self._ties)
         twin._void, twin._void_rows = dict(self._void), dict(self._void_rows)
+        twin._abstained = dict(self._abstained)
         twin._distinct, twin._group_of_row, twin._selected = self._distinct, self._group_of_row, self._selected
         twin.packed_of = self.packed_of
         return twin
@@ -108,6 +110,19 @@ class Selections:
         self._void[layer] = total if previous is None else previous + total
         self._void_rows.pop(layer, None)
         self._group_of_row = None
+
+    def judge(self, layer: int, verdict: Tensor, seen: Tensor | None) -> None:
+        """What a layer says of each prompt so far, bool ``[rows]``: whether nothing is to be said after it. The last
+        pass over a prompt decides. seen: the rows that had a token in it; None: all."""
+        verdict, before = verdict.cpu(), self._abstained.get(layer)
+        if seen is not None and before is not None:
+            verdict = torch.where(seen, verdict, before)
+        self._abstained[layer] = verdict
+
+    @property
+    def abstained(self) -> Tensor | None:
+        """After which prompts nothing is to be said, as any layer says: bool ``[rows]``; None where none looks."""
+        return torch.stack(list(self._abstained.values())).any(0) if self._abstained else None
 
     # --- decode
 
@@ -176,7 +191,7 @@ class Selections:
         """Row i becomes what row `index[i]` was: beam reordering, repeating and selecting batch rows."""
         self.rows = int(index.shape[0])
         self._void_rows.clear()
-        for tally in (self._scores, self._ties, self._void):
+        for tally in (self._scores, self._ties, self._void, self._abstained):
             for layer, value in tally.items():
                 tally[layer] = value[index.to(value.device)]
         if self._group_of_row is not None:

@@ -193,11 +193,13 @@ class Event:
 
 @dataclass
 class Usage:
-    """Tokens of one request. cached_tokens: of the prompt, whose keys and values were there already."""
+    """Tokens of one request. cached_tokens: of the prompt, whose keys and values were there already. abstained: whether
+    the plan has nothing said after it."""
 
     prompt_tokens: int
     cached_tokens: int = 0
     completion_tokens: int = 0
+    abstained: bool = False
 
 
 @dataclass

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..predictors.errors import CoreskipError
 from ..predictors.plan import Plan
 from .delegates import generator_of
-from .wrap import changing, is_wrapped, runtime_of, unwrap, wrap
+from .wrap import changing, is_wrapped, runtime_of, wrap
 from .wrapping import Runtime
 
 logger = logging.getLogger("coreskip")
@@ -161,4 +161,4 @@ class SharedWrapping:
             share.engines -= 1
             current = is_wrapped(self._model) and runtime_of(self._model) is runtime
             if share.engines == 0 and current and runtime.removable:
-                unwrap(self._model)
+                runtime.remove()

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from transformers.cache_utils import Cache
 
+from .behaviour import Behaviour
 from .calls import NotCovered
 from .lower_cpu import StepProgram
 from .lower_gpu import CapturedSteps
@@ -36,6 +37,8 @@ class Lowering(Enum):
 
 class Host(Protocol):
     """A wrapped model, as the choice of its lowering needs it."""
+
+    behaviour: Behaviour
 
     @property
     def verifies(self) -> bool: ...
@@ -97,21 +100,28 @@ class Steps:
             # verification's tokens are the dense model's own to the last bit: so are its steps
             return None if verifying or reason is not None else self.captured.forward(original, named)
         if lowering is Lowering.NATIVE:
-            program = reason or (self._dense if verifying else self._host.program_for(named["past_key_values"]))
+            program = reason or self._program(named["past_key_values"], dense=verifying)
             return self.native.forward(original, program, named)
         return None
 
     def prompt(self, original: Callable[..., Any], named: dict[str, Any], reason: str | None) -> Any:
         """As `forward`, of a pass over a prompt."""
+        reason = reason or self._host.behaviour.obstacle(decodes=False)
         if reason is not None or self.lowering is not Lowering.NATIVE:
             return None
         return self._prompts.forward(original, named)
+
+    def _program(self, cache: Cache, dense: bool) -> StepProgram | str:
+        """What a native step computes for the sequences of a cache, or why none can; dense: leaving nothing out."""
+        if self._host.behaviour.withholds(cache):
+            return "nothing is to be said after a prompt"
+        return self._dense if dense else self._host.program_for(cache)
 
     def passes(self, cache: Cache) -> NativePasses | None:
         """Passes over one sequence's cache by native steps: in exact mode the plan drafts and the dense model verifies,
         else the plan does both. None where these do not cover the model and its plan."""
         self._host.notice()
-        draft = self._host.program_for(cache)
+        draft = self._program(cache, dense=False)
         if not self.native.ready or isinstance(draft, str):
             return None
         try:
@@ -124,7 +134,7 @@ class Steps:
         """What steps one sequence natively, by `most` tokens at most, and the program that decides about its text;
         `dense`: the one that leaves nothing out. None where native steps do not cover the model and its plan."""
         self._host.notice()
-        program = self._dense if dense or self._host.verifies else self._host.program_for(cache)
+        program = self._program(cache, dense or self._host.verifies)
         if not self.native.ready or isinstance(program, str):
             return None
         try:

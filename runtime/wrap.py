@@ -26,6 +26,7 @@ from .generation import outer_class, wrapped_class
 from .generation import runtime_of as runtime_of
 from .memory import cap_of
 from .memory_size import bytes_of
+from .steer import is_steered, stop_steering
 from .wrapping import ATTRIBUTE, Options, Runtime
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -119,14 +120,17 @@ def _put_to_work(model: nn.Module, inner: nn.Module, plan: Plan, options: Option
 
 
 def unwrap(model: Model) -> Model:
-    """Undo `wrap`: the model is bit for bit what it was before.
+    """Undo `wrap` and `steer`: the model is bit for bit what it was before.
 
     Raises:
-        CoreskipError: the model is not wrapped, or its weights are gone (``keep_originals=False``); nothing changed.
+        CoreskipError: the model is neither wrapped nor steered, or its weights are gone (``keep_originals=False``);
+            nothing changed.
     """
     check_model(model)
     with changing:
-        runtime_of(model).remove()
+        if is_wrapped(model) or not is_steered(model):
+            runtime_of(model).remove()
+        stop_steering(model)
     return model
 
 
@@ -142,7 +146,7 @@ def wrapped(model: Model, plan: Plan, weights: Weights) -> Iterator[Model]:
     try:
         yield model
     finally:
-        unwrap(model)
+        runtime_of(model).remove()
 
 
 def make_way(model: nn.Module) -> None:
@@ -155,7 +159,7 @@ def make_way(model: nn.Module) -> None:
         return
     if not runtime_of(model).gives_way:
         raise CoreskipError("the model is wrapped already: call coreskip.unwrap(model) first")
-    unwrap(model)
+    runtime_of(model).remove()
 
 
 def is_wrapped(model: nn.Module) -> bool:

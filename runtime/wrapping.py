@@ -25,6 +25,7 @@ from ..predictors.observe import down_norm, inference
 from ..predictors.plan import Plan
 from ..predictors.policies import Chooser, PromptNeurons
 from .attention import can_redirect, redirect_attention
+from .behaviour import Behaviour
 from .bundles import Weights
 from .changes import Changes, Places
 from .cost import LITTLE
@@ -80,6 +81,7 @@ class Runtime:
             for name in brick.thresholds:
                 linear_of(anatomy, layer, name)  # raises where the plan names a linear that is not there
         self.skips = LayerSkips(anatomy, plan)
+        self.behaviour = Behaviour(model, anatomy, plan, options.exact)
         self.patches = Patches()
         self.usage = Usage(sum(layer.width for layer in self.program.layers))
         by_prompt = self.program.chosen_by(Chooser.PROMPT)
@@ -92,7 +94,7 @@ class Runtime:
         self._weights = weights or Weights(anatomy)
         self._prepare(options, searching=weights is not None)
         self.memory = memory_of(self, options.memory, reads_all=options.exact)
-        self.exact = SpeculativeDecoder(has_draft=self.decodes_otherwise) if options.exact else None
+        self.exact = SpeculativeDecoder(has_draft=self.program.decodes_otherwise) if options.exact else None
         self.lookup = SpeculativeDecoder(has_draft=False) if options.lookup and not options.exact else None
         self.gives_way = False  # to whoever wraps or reads the model: see `make_way`
         self._class, self._outer = type(model), cast("tuple[nn.Module, type] | None", None)
@@ -134,11 +136,6 @@ class Runtime:
         return self.exact is not None
 
     @property
-    def decodes_otherwise(self) -> bool:
-        """Whether decode steps compute anything else than prefill does."""
-        return self.program.decodes_otherwise
-
-    @property
     def chooses_by_token(self) -> bool:
         return bool(self.program.chosen_by(Chooser.TOKEN, Chooser.INPUTS) or self.program.chosen_experts)
 
@@ -168,6 +165,7 @@ class Runtime:
             modules.patch_inputs()
             modules.patch_mlps()
             modules.patch_experts()
+            self.behaviour.install(self.patches.set)
             self.skips.install(self.patches.set, modules.patch_passthrough)
             self.patches.set(self.model, ATTRIBUTE, self)
         except BaseException:
@@ -184,7 +182,7 @@ class Runtime:
     def _patch_model(self) -> None:
         """Decode steps go to the lowering that carries them out, where it covers the call."""
         original = self._forward = self.model.forward
-        signature = inspect.signature(original)
+        signature, behaviour = inspect.signature(original), self.behaviour
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -201,7 +199,7 @@ class Runtime:
 
         def original_in_call(*args: Any, **kwargs: Any) -> Any:
             with calling():
-                return original(*args, **kwargs)
+                return behaviour.withheld(original(*args, **kwargs))
 
         self.patches.set(self.model, "forward", forward)
 
@@ -210,7 +208,7 @@ class Runtime:
         if self.replaced is None:
             self.changes.start()
             return
-        reason = refusal(self.model, self.anatomy)
+        reason = self.behaviour.obstacle(decodes=True) or refusal(self.model, self.anatomy)
         model, generator = cast(Any, self.model), torch.Generator().manual_seed(0)
         native = self.steps.native
         while reason is None and not native.ready:
@@ -288,7 +286,7 @@ class Runtime:
             self._written_in_vain = in_vain or self.memory.covers(changed)
         if self._written_in_vain:
             self.refuse("write to its weights")
-        return self.changes.obstacle()
+        return self.changes.obstacle() or self.behaviour.obstacle(decodes=True)
 
     def noticed_in_pass(self) -> None:
         """Takes note of what has changed in a pass of the model's modules, but for what parts do to themselves."""
@@ -306,6 +304,7 @@ class Runtime:
             self.packed_alone(module)  # a bias may be another
         self.prepared = Prepared(self.anatomy, self.program, self._weights, self.skips, self.altered)
         self.steps.forget()
+        self.behaviour.install(self.patches.set)
         if self.observed and not self.altered:
             self.observed = _observed(self.anatomy, self.plan, self._by_prompt)
         for drafter in filter(None, (self.exact, self.lookup)):
@@ -329,7 +328,7 @@ class Runtime:
 
     def new_selections(self, rows: int) -> Selections | None:
         """For sequences that begin; None where their prompts decide nothing."""
-        if not (self.observed or self.skips.adaptive):
+        if not (self.observed or self.skips.adaptive or self.behaviour.abstains):
             return None
         return Selections(self, rows, self.observed, self._by_prompt, self.plan.clusters)
 
@@ -346,6 +345,8 @@ class Runtime:
 
     def settled(self, cache: Cache) -> Settled | str:
         """What a captured step for the sequences of a cache has fixed, or why there can be none."""
+        if self.behaviour.withholds(cache):
+            return "nothing is to be said after a prompt"
         if self.program.chosen_experts:
             return "its tokens leave experts out, each its own"
         selections = self._own_selections(cache)

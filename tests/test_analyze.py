@@ -15,6 +15,7 @@ from coreskip import CoreskipError, analyze
 from coreskip.kernels.ops import available
 from coreskip.predictors.calibration import TokenText
 from coreskip.predictors.policies import (
+    Bricks,
     CoreNeurons,
     Dense,
     Learned,
@@ -47,6 +48,7 @@ def run(model: Any, **options: Any) -> coreskip.Plan:
         ("sketch", Sketch),
         ("topk", TopK),
         ("learned", Learned),
+        ("bricks", Bricks),
     ],
 )
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -57,7 +59,9 @@ def test_methods(family: str, method: str, policy: type) -> None:
     # thresholds keep what they keep: on the text measured about what they did in calibration
     assert plan.keep == pytest.approx(0.5, abs=0.03)
     assert plan.quality is not None
-    assert plan.quality["neuron_sparsity"] == pytest.approx(0.5, abs=0.1 if method in ("sketch", "topk") else 0.01)
+    assert plan.quality["neuron_sparsity"] == pytest.approx(
+        0.5, abs={"sketch": 0.1, "topk": 0.1, "bricks": 0.03}.get(method, 0.01)
+    )
     assert plan.calibration["tokens"] == 1200
     with coreskip.wrap(model, plan):
         greedy(model, prompt(), 4)
@@ -188,3 +192,54 @@ def test_mistakes(llama: Any, options: dict[str, Any], match: str) -> None:
         run(llama, **options)
     with coreskip.wrap(llama, coreskip.Plan.dense(llama)), pytest.raises(CoreskipError, match="wrapped already"):
         run(llama)
+
+
+# ---- plans for a purpose ----
+
+
+def letters(tokens: int, seed: int) -> TokenText:
+    return TokenText(prompt(1, tokens, seed)[0], torch.tensor([], dtype=torch.int64), f"letters {seed}")
+
+
+def test_a_plan_for_some_texts_says_what_it_costs_on_others(llama: Any) -> None:
+    mine, others = [letters(900, 2), letters(700, 3)], letters(400, 4)
+    plan = run(llama, text=None, keep_for=mine, drop_for=others, method="static", keep=0.5)
+    joined = TokenText.joined(mine)
+    assert plan.calibration["tokens"] == 1600
+    assert plan.calibration["sha256"] == joined.fingerprint()["sha256"]
+    elsewhere = plan.recipe["elsewhere"]
+    expected = coreskip.evaluate(llama, NoTokenizer(), plan, others, windows=2, window=400 // 2 * 2, progress=False)
+    assert elsewhere["ppl_increase"] == pytest.approx(expected["ppl_increase"], rel=1e-3)
+    assert elsewhere["text"] == "letters 4"
+    assert str(plan).count("elsewhere    ppl") == 1
+    again = run(llama, text=joined, method="static", keep=0.5)
+    assert all(
+        torch.equal(a.neurons.indices, b.neurons.indices) for a, b in zip(plan.layers, again.layers, strict=True)
+    )
+
+
+def test_every_part_of_joined_texts_has_of_all_of_them() -> None:
+    joined = TokenText.joined(
+        [TokenText(torch.full((n,), n), torch.tensor([], dtype=torch.int64), "x") for n in (640, 64)]
+    )
+    assert len(joined.ids) == 704
+    for part in joined.split(0.25, 0.25, 0.5):
+        assert int((part.ids == 64).sum()) == pytest.approx(len(part.ids) / 11, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"drop_for": letters(200, 2)}, "say what it is for"),
+        ({"keep_for": letters(900, 2), "text": letters(900, 3)}, "give text or keep_for"),
+        ({"keep_for": []}, "keep_for is empty"),
+        ({"keep_for": letters(900, 2), "drop_for": letters(900, 2)}, "the same text"),
+        ({"keep_for": [letters(900, 2), letters(900, 2)]}, "the same text"),
+        ({"keep_for": letters(900, 2), "drop_for": letters(9, 3)}, "drop_for has 9 tokens"),
+        ({"keep_for": letters(20, 2)}, "at least 100 are needed"),
+        ({"keep_for": 3}, "given as an int"),
+    ],
+)
+def test_purposes_that_make_no_sense(llama: Any, options: dict[str, Any], line: str) -> None:
+    with pytest.raises(CoreskipError, match=line):
+        run(llama, **{"text": None, "method": "static", **options})

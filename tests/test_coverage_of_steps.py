@@ -285,7 +285,7 @@ def test_a_twin_of_a_cache(family: str) -> None:
 
 
 def zero_parameter(layer: Any) -> None:
-    layer.self_attn.register_parameter("sinks", torch.nn.Parameter(torch.zeros(4)))
+    layer.self_attn.register_parameter("lambda_q1", torch.nn.Parameter(torch.zeros(4)))
 
 
 def buffer(layer: Any) -> None:

@@ -24,7 +24,7 @@ from coreskip.predictors.policies import SkipMLP, Static
 from coreskip.predictors.routing import Choice
 from coreskip.runtime.cost import bytes_per_token
 from coreskip.runtime.program import build_experts
-from coreskip.runtime.spec import read_spec
+from coreskip.runtime.reading import read_spec
 from coreskip.runtime.wrap import runtime_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import coreskip
+from coreskip.predictors.interventions import INTERVENTIONS
 from coreskip.predictors.policies import LAYER_POLICIES, NEURON_POLICIES
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +93,8 @@ def test_no_file_is_longer_than_600_lines_and_no_class_than_300() -> None:
 
 def test_nothing_but_the_registry_asks_what_type_a_policy_has() -> None:
     """A policy says what it is by its fields and class attributes; what it computes is one builder's."""
-    policies = {cls.__name__ for cls in (*NEURON_POLICIES.values(), *LAYER_POLICIES.values())}
+    every = (*NEURON_POLICIES.values(), *LAYER_POLICIES.values(), *INTERVENTIONS.values())
+    policies = {cls.__name__ for cls in every}
     for path in modules():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":

@@ -24,6 +24,7 @@ from coreskip.kernels.packed import quantize
 from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.plan import LayerPlan
 from coreskip.predictors.policies import (
+    Bricks,
     Cats,
     Dense,
     InputThresholds,
@@ -51,6 +52,7 @@ NAMES = (
     "sketch_refined",
     "signs",
     "learned",
+    "bricks",
 )
 
 
@@ -86,6 +88,9 @@ def some_policy(model: Any, name: str) -> Any:
             return Sketch(keep=KEEP, threshold=0.5, refine=1.0, candidates=0.7, norm=norm, mean=mean)
         threshold = 1.0 if "threshold" in name else None
         return Sketch(keep=KEEP, threshold=threshold, norm=norm, mean=mean, smooth=smooth)
+    if name == "bricks":
+        route, assignment = torch.randn(8, hidden, generator=rng), torch.randperm(width, generator=rng) % 8
+        return Bricks(keep=KEEP, assignment=assignment, route=route, bias=torch.zeros(8), mean=mean)
     if name == "signs":
         return Sketch(keep=KEEP, bits=1)
     return Learned(
@@ -96,6 +101,11 @@ def some_policy(model: Any, name: str) -> Any:
         bias=torch.zeros(width),
         mean=mean,
     )
+
+
+def bricks(assignment: Tensor, route: Tensor | None = None, threshold: float | None = None) -> Bricks:
+    route = torch.ones(4, 64) if route is None else route
+    return Bricks(keep=KEEP, assignment=assignment, route=route, bias=torch.zeros(4), threshold=threshold)
 
 
 # ---- the definitions, written down a second time and run as masks over dense products ----
@@ -146,6 +156,8 @@ def defined(policy: Any, layer: Any, x: Tensor) -> Tensor:
             wanted = inner.abs() >= policy.threshold
         elif isinstance(policy, TopK):
             wanted = best(a.abs() * policy.norm, policy)
+        elif isinstance(policy, Bricks):
+            wanted = best((x @ policy.route.t())[:, policy.assignment], policy)
         elif isinstance(policy, Learned):
             wanted = best(x @ policy.reduce.t() @ policy.expand.t(), policy)
         else:
@@ -518,6 +530,10 @@ def test_plans_keep_them(llama: Any, tmp_path: Path, name: str) -> None:
         (Sketch(keep=0.5, norm=torch.ones(160).double()), "norm is not fp32"),
         (Learned(keep=0.5, reduce=torch.ones(2, 7), expand=torch.ones(160, 2), bias=torch.ones(160)), "reads 7 inputs"),
         (Learned(keep=0.5, reduce=torch.ones(2, 64), expand=torch.ones(160, 3), bias=torch.ones(160)), "expand is not"),
+        (bricks(torch.arange(160) % 4, route=torch.ones(4, 7)), "reads 7 inputs"),
+        (bricks(torch.arange(160) % 5), "neurons in bricks 0..4 of 4"),
+        (bricks(torch.arange(159) % 4), "assignment is not int64"),
+        (bricks(torch.arange(160) % 4, threshold=0.5), "not those above a threshold"),
     ],
 )
 def test_senseless_policies(llama: Any, policy: Any, match: str) -> None:

@@ -71,5 +71,6 @@ def test_its_python_runs_as_printed(
         assert not is_wrapped(model), f"left wrapped by:\n{block}"
         if "exact=True" in block:
             assert torch.equal(found["output"], expected)
-    assert coreskip.Plan.load("smollm2.plan").recipe == found["plan"].recipe
+    assert coreskip.Plan.load("smollm2.plan").recipe["budget"] == "ppl+1%"
+    assert 0.6 <= found["plan"].keep <= 0.7
     assert capsys.readouterr().out

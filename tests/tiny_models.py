@@ -224,3 +224,19 @@ class NoTokenizer:
 
     def batch_decode(self, ids: torch.Tensor, **options: Any) -> list[str]:
         return [""] * len(ids)
+
+
+class Spelled(NoTokenizer):
+    """A token for every character."""
+
+    eos_token_id = 3
+
+    def __call__(self, text: Any, **options: Any) -> Any:
+        ids = [[5 + ord(c) % 100 for c in row] for row in ([text] if isinstance(text, str) else text)]
+        return BatchEncoding({"input_ids": ids[0] if isinstance(text, str) else ids})
+
+    def batch_decode(self, ids: Any, **options: Any) -> list[str]:
+        return ["".join("x" for token in row if token not in (0, 3)) for row in ids]
+
+    def decode(self, ids: Any, **options: Any) -> str:
+        return self.batch_decode([ids])[0]

@@ -120,29 +120,57 @@ struct StepExperts {
     const StepLinear* matrices;  // [count][3]: gate, up, down of each; null: there is no mixture
     StepLinear shared_gate;      // [1][hidden]: its sigmoid weighs the shared expert; weight null: that counts whole
     float limit, slope, offset;
+    float shared_scale;          // what the shared expert's output is multiplied by, where no gate weighs it
+    int by_inputs;               // an expert's weight multiplies what it reads, not what it gives (Llama 4)
+};
+
+// Where the heads of one kind lie among a projection's outputs, of which a token has `width`: head h begins at
+// offset + h / run * step + h % run * head_dim. A projection of q, k and v in one has them in turn, head by head (GPT-NeoX),
+// group by group (Falcon), or otherwise.
+struct StepHeads {
+    int64_t offset, run, step, width;
+};
+
+// Latent attention, see step_latent.h. The layer's `q` are the queries of all heads, nope + rope of each, of what q_low gives
+// or else of x; its `k`, floats, expands a latent to keys and values, nope + value of each head.
+struct StepLatentPart {
+    StepLinear q_low, kv_low;        // kv_low gives a latent, and what is turned; its weight null: no latent attention
+    StepNorm q_low_norm, kv_low_norm;
+    int64_t rank, nope, rope, value;
+    int apart;                       // neighbours are turned, and come to lie half of what is turned apart
 };
 
 struct StepLayer {
     StepNorm attention_in, q_norm, k_norm, attention_out, mlp_in, mlp_out;
+    StepNorm attention_after, mlp_after;  // of the residual stream, once a half has been added to it (BART)
     StepLinear q, k, v, o, gate, up, down;
     StepMlp mlp;
     StepExperts experts;
+    StepHeads q_heads, k_heads, v_heads;
+    StepLatentPart latent;                                // its keys and values: one head of latents, one of what is turned
     int64_t heads, kv_heads, head_dim, rope_dim, window;  // window 0: all of the past
     const float* cos;                                     // [positions][rope_dim], null: no rotation
     const float* sin;
+    const float* slopes;                                  // [heads]: ALiBi's, which a score loses for each position back; or null
+    const float* sinks;                                   // [heads]: a further score, which no value belongs to; or null
     float attention_scale, softcap, residual_scale;       // softcap 0: none
     int act, run_attention, run_mlp, parallel;            // parallel: attention and MLP read the same residual
+    int fused;      // `q` holds k and v, too
+    int paired;     // rotation turns neighbours, not halves
+    int turned;     // heads of q and k are normed after the rotation
 };
 
 struct StepModel {
     const StepLayer* layers;
     const void* embedding;  // [vocabulary][hidden] of `embedding_dtype`, or tiles of that format
+    const void* places;     // [positions][hidden] of `places_dtype`, added to embeddings by position; null: nothing is
+    StepNorm embedding_norm;  // of the sum
     StepNorm norm;
     StepLinear head;
     Stream* stream;         // brings what is not in memory, or null
     int64_t layer_count, hidden, embedding_stride;  // of tiles: inputs of one row with its padding
     float embedding_scale, logit_scale, logit_softcap;
-    int embedding_dtype, kv_dtype, logit_dtype;
+    int embedding_dtype, places_dtype, kv_dtype, logit_dtype;
 };
 
 struct StepCache {        // one layer's keys and values of one sequence: [kv_heads][capacity][head_dim]

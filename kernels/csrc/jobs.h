@@ -154,10 +154,15 @@ struct AttendJob {
     const int64_t* from;   // [queries]: the first position each may see
     const int64_t* to;     // [queries]: one past the last
     float softcap;
+    const float* slopes;   // [slope_count], the queries' in turn: what a score loses for each position back; or null
+    int slope_count;
     float* most;           // [queries]
     float* sum;            // [queries]
     float* value;          // [queries][head_dim]
     Ahead* ahead;
+    const float* more;     // [queries][more_dim], scaled: scores have a second part, by further keys; or null
+    const void* more_keys;
+    int64_t more_dim;
 };
 
 struct StepIsa {
@@ -165,10 +170,11 @@ struct StepIsa {
     // half: see TileJob; null: not wanted.
     void (*quantize_groups)(const float* x, int64_t n, int8_t* q, float* scale, float* sum, int32_t* half);
     void (*norm)(const StepNorm& norm, const float* x, float* y);
-    void (*rotate)(float* x, const float* cos, const float* sin, int64_t size);
+    // paired: neighbours are turned, each by the angle that halves have at the same place; else x[i] with x[i + size / 2]
+    void (*rotate)(float* x, const float* cos, const float* sin, int64_t size, bool paired);
     void (*attend)(const AttendJob& job);
     void (*merge)(int64_t parts, int64_t stride, const float* most, const float* sum, const float* value,
-                  int64_t head_dim, float* out);
+                  int64_t head_dim, float* out, const float* sink);  // sink: a score without a value, or null
     void (*act)(float* gate, const float* up, int64_t n, int act);  // gate <- act(gate) * up; up null: act(gate)
     void (*add_scaled)(float* to, const float* from, float scale, int64_t n);
     void (*softcap)(float* x, float scale, float cap, int64_t n);

@@ -82,7 +82,7 @@ class LayerPass {
     Prepared prepared_;
     std::atomic<bool> failed_{false};
 
-    float *normed_, *q_, *k_, *v_, *attended_, *out_, *narrowed_, *gate_, *up_, *rows_, *group_scale_, *group_sum_;
+    float *normed_, *fused_, *q_, *k_, *v_, *attended_, *out_, *narrowed_, *gate_, *up_, *rows_, *group_scale_, *group_sum_;
     int8_t* rounded_;
     int32_t* group_half_;
 
@@ -92,10 +92,11 @@ class LayerPass {
         int64_t stride = 0;
         for (const StepLinear* w : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) stride = std::max(stride, w->stride);
         normed_ = take(float(), t * m.hidden);
-        q_ = take(float(), t * l.q.out);
-        k_ = take(float(), t * l.k.out);
-        v_ = take(float(), t * l.v.out);
-        attended_ = take(float(), t * l.q.out);
+        fused_ = take(float(), l.fused ? t * l.q.out : 0);
+        q_ = take(float(), t * l.heads * l.head_dim);
+        k_ = take(float(), t * l.kv_heads * l.head_dim);
+        v_ = take(float(), t * l.kv_heads * l.head_dim);
+        attended_ = take(float(), t * l.heads * l.head_dim);
         out_ = take(float(), t * m.hidden);
         narrowed_ = take(float(), t * m.hidden);
         gate_ = take(float(), l.gate.weight ? t * neurons : 0);
@@ -117,12 +118,20 @@ class LayerPass {
     }
 
     void attention() {
-        project(normed(l.attention_in), m.hidden, {&l.q, &l.k, &l.v}, {q_, k_, v_});
-        each_token([&](int64_t t) { place(t); });
+        const float* x = normed(l.attention_in);
+        if (l.fused) project(x, m.hidden, {&l.q}, {fused_});
+        else project(x, m.hidden, {&l.q, &l.k, &l.v}, {q_, k_, v_});
+        each_token([&](int64_t t) {
+            if (l.fused) take_apart(t);
+            place(t);
+        });
         attend();
         project(attended_, l.heads * l.head_dim, {&l.o}, {out_});
         if (l.parallel) return;  // the MLP reads x as it is
-        each_token([&](int64_t t) { add_to_residual(t, l.attention_out, out_); });
+        each_token([&](int64_t t) {
+            add_to_residual(t, l.attention_out, out_);
+            norm_residual(t, l.attention_after);
+        });
     }
 
     void mlp() {
@@ -139,6 +148,7 @@ class LayerPass {
         each_token([&](int64_t t) {
             add_to_residual(t, l.mlp_out, narrowed_);
             if (l.parallel) add_to_residual(t, l.attention_out, out_);
+            norm_residual(t, l.mlp_after);
         });
     }
 
@@ -146,6 +156,10 @@ class LayerPass {
         if (norm.kind == kNoNorm) return x_;
         each_token([&](int64_t t) { step.norm(norm, x_ + t * m.hidden, normed_ + t * m.hidden); });
         return normed_;
+    }
+
+    void norm_residual(int64_t t, const StepNorm& after) {
+        if (after.kind != kNoNorm) step.norm(after, x_ + t * m.hidden, x_ + t * m.hidden);
     }
 
     void add_to_residual(int64_t t, const StepNorm& after, const float* y) {
@@ -195,6 +209,19 @@ class LayerPass {
 
     // ---- attention ----
 
+    // A token's queries, keys and values, each by themselves.
+    void take_apart(int64_t t) {
+        const auto take = [&](const StepHeads& heads, int64_t count, float* to) {
+            for (int64_t i = 0; i < count; i++) {
+                const int64_t at = heads.offset + i / heads.run * heads.step + i % heads.run * l.head_dim;
+                memcpy(to + (t * count + i) * l.head_dim, fused_ + t * heads.width + at, l.head_dim * sizeof(float));
+            }
+        };
+        take(l.q_heads, l.heads, q_);
+        take(l.k_heads, l.kv_heads, k_);
+        take(l.v_heads, l.kv_heads, v_);
+    }
+
     // A token's queries, normed, rotated and scaled where they lie, and its keys and values into the cache.
     void place(int64_t t) {
         float* queries = q_ + t * l.heads * l.head_dim;
@@ -212,11 +239,15 @@ class LayerPass {
 
     void turn(const StepNorm& norm, float* heads, int64_t t, int64_t count) {
         const int64_t normed = norm.size == l.head_dim ? count : 1;  // or all heads together (OLMo 2)
-        for (int64_t i = 0; norm.kind != kNoNorm && i < normed; i++)
-            step.norm(norm, heads + i * l.head_dim, heads + i * l.head_dim);
-        if (!l.cos) return;
-        const int64_t at = c.positions[first_ + t] * l.rope_dim;
-        for (int64_t i = 0; i < count; i++) step.rotate(heads + i * l.head_dim, l.cos + at, l.sin + at, l.rope_dim);
+        const auto norm_all = [&](bool turned) {
+            for (int64_t i = 0; norm.kind != kNoNorm && turned == (l.turned != 0) && i < normed; i++)
+                step.norm(norm, heads + i * l.head_dim, heads + i * l.head_dim);
+        };
+        norm_all(false);
+        const int64_t at = l.cos ? c.positions[first_ + t] * l.rope_dim : 0;
+        for (int64_t i = 0; l.cos && i < count; i++)
+            step.rotate(heads + i * l.head_dim, l.cos + at, l.sin + at, l.rope_dim, l.paired != 0);
+        norm_all(true);
     }
 
     int64_t offset_of(int64_t group) const { return group * c.cache->head_stride - c.cache->first * l.head_dim; }
@@ -267,12 +298,14 @@ class LayerPass {
             const int64_t chunk = (from + i) * kChunk, at = i * queries;
             step.attend({q, static_cast<const char*>(c.cache->keys) + offset,
                          static_cast<const char*>(c.cache->values) + offset, m.kv_dtype, static_cast<int>(queries), d,
-                         chunk, std::min(chunk + kChunk, position + end), seen_from, seen_to, l.softcap, most + at,
-                         sum + at, value + at * d, &none});
+                         chunk, std::min(chunk + kChunk, position + end), seen_from, seen_to, l.softcap,
+                         l.slopes ? l.slopes + group * each : nullptr, static_cast<int>(each), most + at, sum + at,
+                         value + at * d, &none});
         }
         for (int64_t i = 0; i < queries; i++) {
             float* out = attended_ + ((begin + i / each) * l.heads + group * each + i % each) * d;
-            step.merge(chunks, queries, most + i, sum + i, value + i * d, d, out);
+            const float* sink = l.sinks ? l.sinks + group * each + i % each : nullptr;
+            step.merge(chunks, queries, most + i, sum + i, value + i * d, d, out, sink);
         }
     }
 };
@@ -292,7 +325,10 @@ class HeadPass {
                                4 * Workspace::room<float>(tokens * groups) + Workspace::room<float>(tokens * head.out)))
             return false;
         float* normed = workspace.take<float>(tokens * m.hidden);
-        for (int t = 0; t < tokens; t++) step.norm(m.norm, x + t * m.hidden, normed + t * m.hidden);
+        for (int t = 0; t < tokens; t++) {
+            if (m.norm.kind == kNoNorm) memcpy(normed + t * m.hidden, x + t * m.hidden, m.hidden * sizeof(float));
+            else step.norm(m.norm, x + t * m.hidden, normed + t * m.hidden);
+        }
         const bool tiles = grouped(head.dtype);
         // tiles want rows as they are, which is how float32 has them
         const Rows rows = load_rows(isa, normed, kFloat32, tiles ? kFloat32 : head.dtype, tokens, m.hidden, head.stride,
@@ -334,12 +370,17 @@ class HeadPass {
 
 using namespace coreskip;
 
-// The embeddings of tokens, as the first layer reads them; x: [tokens][hidden]. Not by torch, whose threads would spin for
+// The embeddings of tokens at these places, as the first layer reads them; x: [tokens][hidden]. Returns a Status. Not by torch, whose threads would spin for
 // milliseconds after it, on the cores that the layers' threads need.
-CORESKIP_API int coreskip_embed(const StepModel* model, const int64_t* ids, int64_t tokens, float* x, int threads) {
+CORESKIP_API int coreskip_embed(const StepModel* model, const int64_t* ids, const int64_t* places, int64_t tokens, float* x,
+                                int threads) {
     const StepModel& m = *model;
+    const int64_t wanted = m.places ? tokens * m.hidden : 0;
+    if (!workspace.reserve(Workspace::room<float>(wanted))) return kNoMemory;
+    float* room = workspace.take<float>(wanted);
     Lease()->each(tokens, threads, [&](int64_t t) {
-        look_up(m, *active.load(), *active_step.load(), ids[t], x + t * m.hidden);
+        look_up(m, *active.load(), *active_step.load(), ids[t], places[t], m.places ? room + t * m.hidden : nullptr,
+                x + t * m.hidden);
     });
     return kOk;
 }

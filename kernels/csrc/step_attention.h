@@ -28,13 +28,14 @@ class StepAttention {
             const int64_t chunks = thread.chunks_of(l, row);
             for (int64_t q = row * of_row; q < (row + 1) * of_row; q++)
                 thread.step.merge(chunks, queries, w.most + q, w.sum + q, w.value + q * l.head_dim, l.head_dim,
-                                  own.attended + q * l.head_dim);
+                                  own.attended + q * l.head_dim, sink_of(l, q % l.heads));
         }
         projections.read_from(own.attended, l.heads * l.head_dim);
         projections.project_all(thread.output(l));
         projections.meet();
         if (l.parallel && l.run_mlp) memcpy(own.pending, w.out, thread.tokens * m.hidden * sizeof(float));
         else projections.add_to_residual(l, l.attention_out, w.out);
+        projections.norm_residual(l.attention_after);
     }
 
     // What a skipped attention leaves behind: the entries of the new tokens.
@@ -48,6 +49,7 @@ class StepAttention {
             put_entries(l, row, task % l.kv_heads, past, past + c.length);
         });
         projections.meet();
+        projections.norm_residual(l.attention_after);
     }
 
   private:
@@ -63,10 +65,10 @@ class StepAttention {
     void put_entries(const StepLayer& l, int64_t row, int64_t group, int64_t begin, int64_t end) {
         const StepCache& cache = thread.cache_of(l, row);
         for (int64_t position = begin; position < end; position++) {
-            const int64_t token = row * c.length + position - thread.past[row], from = token * l.kv_heads + group;
+            const int64_t token = row * c.length + position - thread.past[row];
             const int64_t to = thread.offset_of(l, cache, group) + position * l.head_dim;
-            put(prepared(l, l.k_norm, w.k, from, token, l.kv_heads), cache.keys, to, l.head_dim);
-            put(w.v + from * l.head_dim, cache.values, to, l.head_dim);
+            put(prepared(l, l.k_norm, l.fused ? w.q : w.k, l.k_heads, group, token), cache.keys, to, l.head_dim);
+            put(head_of(l, l.fused ? w.q : w.v, l.v_heads, group, token), cache.values, to, l.head_dim);
         }
     }
 
@@ -83,7 +85,7 @@ class StepAttention {
             const int64_t at = part + query;
             for (int64_t i = 0; i < each; i++) {
                 float* to = own.queries + i * l.head_dim;
-                memcpy(to, prepared(l, l.q_norm, w.q, query + i, token, l.heads), l.head_dim * sizeof(float));
+                memcpy(to, prepared(l, l.q_norm, w.q, l.q_heads, task.group * each + i, token), l.head_dim * sizeof(float));
                 for (int64_t e = 0; e < l.head_dim; e++) to[e] *= l.attention_scale;
                 own.from[i] = thread.first_seen(l, task.row, past + j);
                 own.to[i] = past + j + 1;
@@ -91,6 +93,7 @@ class StepAttention {
             thread.step.attend({own.queries, static_cast<const char*>(cache.keys) + offset * bytes,
                                 static_cast<const char*>(cache.values) + offset * bytes, m.kv_dtype,
                                 static_cast<int>(each), l.head_dim, begin, end, own.from, own.to, l.softcap,
+                                l.slopes ? l.slopes + task.group * each : nullptr, static_cast<int>(each),
                                 w.most + at, w.sum + at, w.value + at * l.head_dim, ahead.to_fetch()});
         }
         // chunks that lie wholly after a token: nothing to see
@@ -99,24 +102,32 @@ class StepAttention {
                 w.sum[part + (task.row * c.length + j) * l.heads + task.group * each + i] = 0;
     }
 
+    static const float* head_of(const StepLayer& l, const float* outputs, const StepHeads& heads, int64_t head,
+                                int64_t token) {
+        const int64_t at = heads.offset + head / heads.run * heads.step + head % heads.run * l.head_dim;
+        return outputs + token * heads.width + at;
+    }
+
+    static const float* sink_of(const StepLayer& l, int64_t head) { return l.sinks ? l.sinks + head : nullptr; }
+
     // A head of q or k, normed and rotated, in the scratch.
-    const float* prepared(const StepLayer& l, const StepNorm& norm, const float* heads, int64_t at, int64_t token,
-                          int64_t count) {
+    const float* prepared(const StepLayer& l, const StepNorm& norm, const float* outputs, const StepHeads& heads,
+                          int64_t head, int64_t token) {
         float* to = own.scratch;
-        const float* from = heads + at * l.head_dim;
-        if (norm.kind == kNoNorm) {
-            memcpy(to, from, l.head_dim * sizeof(float));
-        } else if (norm.size == l.head_dim) {
-            thread.step.norm(norm, from, to);
-        } else {  // over all heads together (OLMo 2)
-            float* all = own.attended;
-            thread.step.norm(norm, heads + token * count * l.head_dim, all);
-            memcpy(to, all + (at - token * count) * l.head_dim, l.head_dim * sizeof(float));
+        const float* from = head_of(l, outputs, heads, head, token);
+        const bool together = norm.kind != kNoNorm && norm.size != l.head_dim;  // over all heads (OLMo 2)
+        if (together) {
+            const float* first = head_of(l, outputs, heads, 0, token);
+            thread.step.norm(norm, first, own.attended);
+            from = own.attended + (from - first);
         }
+        if (norm.kind == kNoNorm || together || l.turned) memcpy(to, from, l.head_dim * sizeof(float));
+        else thread.step.norm(norm, from, to);
         if (l.cos) {
             const int64_t position = thread.places[token] * l.rope_dim;
-            thread.step.rotate(to, l.cos + position, l.sin + position, l.rope_dim);
+            thread.step.rotate(to, l.cos + position, l.sin + position, l.rope_dim, l.paired != 0);
         }
+        if (l.turned && norm.kind != kNoNorm) thread.step.norm(norm, to, to);
         return to;
     }
 

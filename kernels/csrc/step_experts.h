@@ -47,6 +47,7 @@ class StepExpertsLayer {
     bool all_read_ = false;               // or that of all rows
     int count_ = 0;                       // active experts, the shared one among them
     bool shared_ = false;                 // that one is first
+    bool by_inputs_ = false;              // weights multiply what experts read
     int place_ = 0;                       // rows that want experts so far, expert by expert
     int64_t neurons_ = 0;                 // their neurons
 
@@ -62,10 +63,11 @@ class StepExpertsLayer {
             *end[t] = {r.count, 0.f};  // the last one's successor
         }
         count_ = 0;
+        by_inputs_ = l.experts.by_inputs;
         shared_ = l.up.weight != nullptr;
         place_ = neurons_ = 0;
         if (shared_) {
-            for (int t = 0; t < thread.tokens; t++) want(t, 1.f);
+            for (int t = 0; t < thread.tokens; t++) want(t, l.experts.shared_scale);
             close(&l.gate, 0);  // up and down follow
         }
         Chosen* next[kMaxRows];
@@ -133,10 +135,13 @@ class StepExpertsLayer {
     void add(const ExpertPart& part, bool by_gate) {
         for (int i = 0; i < part.count; i++) {
             const int row = own.wanting[part.first + i];
-            const float weight = by_gate ? 1 / (1 + expf(-w.shared_weight[row])) : own.weights[part.first + i];
+            const float given = weighs_inputs(part) ? 1.f : own.weights[part.first + i];
+            const float weight = by_gate ? 1 / (1 + expf(-w.shared_weight[row])) : given;
             thread.step.add_scaled(own.rows + row * m.hidden, w.experts_out + part.out_at + i * m.hidden, weight, m.hidden);
         }
     }
+
+    bool weighs_inputs(const ExpertPart& part) const { return by_inputs_ && !(shared_ && &part == own.active); }
 
     template <class Work>
     void share_pass(int pass, Work work) {
@@ -148,13 +153,16 @@ class StepExpertsLayer {
 
     // Prepares the rows of x that want an expert, unless they are.
     void read_rows(const ExpertPart& part) {
-        const bool all = part.count == thread.tokens;
+        const bool scaled = weighs_inputs(part), all = part.count == thread.tokens && !scaled;
         if (all ? all_read_ : read_ == &part) return;
         if (all) {
             projections.read_from(x_, m.hidden);
         } else {
-            for (int r = 0; r < part.count; r++)
-                memcpy(own.gathered + r * m.hidden, x_ + own.wanting[part.first + r] * m.hidden, m.hidden * sizeof(float));
+            for (int r = 0; r < part.count; r++) {
+                const float* from = x_ + own.wanting[part.first + r] * m.hidden;
+                const float weight = scaled ? own.weights[part.first + r] : 1.f;
+                for (int64_t i = 0; i < m.hidden; i++) own.gathered[r * m.hidden + i] = from[i] * weight;
+            }
             projections.read_from(own.gathered, m.hidden, part.count);
         }
         all_read_ = all;

@@ -63,6 +63,7 @@ class Prefetch {
         const int64_t end = std::min(task.begin + kChunk, past);
         if (begin >= end) return {0, 0};
         const StepCache& cache = thread.cache_of(l, task.row);
+        if (values && l.latent.kv_low.weight) return {0, 0};  // few, and read between latents
         const int64_t at = thread.offset_of(l, cache, task.group) + begin * l.head_dim;
         const int64_t size = size_of(m.kv_dtype);
         const auto base = reinterpret_cast<uintptr_t>(values ? cache.values : cache.keys);

@@ -114,6 +114,7 @@ class Projections {
     void finish_layer(const StepLayer& l, const float* y) {
         add_to_residual(l, l.mlp_out, y);
         if (l.parallel && l.run_attention) add_to_residual(l, l.attention_out, own.pending);
+        norm_residual(l.mlp_after);
     }
 
     void add_to_residual(const StepLayer& layer, const StepNorm& after, const float* y) {
@@ -125,6 +126,11 @@ class Projections {
             }
             thread.step.add_scaled(own.x + t * m.hidden, from, layer.residual_scale, m.hidden);
         }
+    }
+
+    void norm_residual(const StepNorm& after) {
+        if (after.kind == kNoNorm) return;
+        for (int t = 0; t < thread.tokens; t++) thread.step.norm(after, own.x + t * m.hidden, own.x + t * m.hidden);
     }
 
     // Waits until all threads have come this far.

@@ -109,7 +109,11 @@ struct StepThread {
     int64_t stage(const StepLayer& l, int n) const { return kStages * (&l - m.layers) + n; }
 
     Matrices inputs(const StepLayer& l) const {
-        if (!l.run_attention) return {{&l.k, &l.v}, {w.k, w.v}, stage(l, 3)};
+        if (l.latent.kv_low.weight) {
+            const bool low = l.latent.q_low.weight;
+            return {{low ? &l.latent.q_low : &l.q, &l.latent.kv_low}, {low ? w.v : w.q, w.k}, stage(l, 3)};
+        }
+        if (!l.run_attention && !l.fused) return {{&l.k, &l.v}, {w.k, w.v}, stage(l, 3)};
         return {{&l.q, &l.k, &l.v}, {w.q, w.k, w.v}, stage(l, 3)};
     }
     Matrices output(const StepLayer& l) const { return {{&l.o}, {w.out}, stage(l, 5)}; }

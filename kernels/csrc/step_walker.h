@@ -10,6 +10,7 @@
 #include "logits.h"
 #include "step_attention.h"
 #include "step_experts.h"
+#include "step_latent.h"
 #include "step_mlp_layer.h"
 
 namespace coreskip {
@@ -38,10 +39,12 @@ class Walker {
         embed();
         for (int64_t i = 0; i < m.layer_count; i++) {
             const StepLayer& layer = m.layers[i];
-            if (layer.run_attention) attention_.run(layer);
-            else if (layer.k.weight) attention_.write_entries(layer);
+            if (layer.latent.kv_low.weight) latent(layer);
+            else if (layer.run_attention) attention_.run(layer);
+            else if (layer.k.weight || layer.fused) attention_.write_entries(layer);
             if (layer.run_mlp && layer.experts.matrices) experts_.run(layer);
             else if (layer.run_mlp) mlp_.run(layer);
+            else projections_.norm_residual(layer.mlp_after);
         }
         logits();
     }
@@ -80,6 +83,7 @@ class Walker {
     Prefetch ahead_{thread};
     Projections projections_{thread, ahead_};
     StepAttention attention_{thread, ahead_, projections_};
+    StepLatent latent_{thread, ahead_, projections_};
     StepMlpLayer mlp_{thread, ahead_, projections_};
     StepExpertsLayer experts_{thread, ahead_, projections_};
     const StepModel& m = thread.m;
@@ -88,9 +92,14 @@ class Walker {
     const Own& own = thread.own;
     float greatest_ = 0;  // the logit that `likeliest` found
 
+    void latent(const StepLayer& layer) {
+        if (layer.run_attention) latent_.run(layer);
+        else latent_.write_entries(layer);
+    }
+
     void embed() {
         for (int t = 0; t < thread.tokens; t++)
-            look_up(m, thread.isa, thread.step, thread.ids[t], own.x + t * m.hidden);
+            look_up(m, thread.isa, thread.step, thread.ids[t], thread.places[t], own.h, own.x + t * m.hidden);
     }
 
     Logits all_logits() const { return {c.logits, m.logit_dtype, own.slice}; }

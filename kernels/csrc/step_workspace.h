@@ -17,7 +17,8 @@ namespace coreskip {
 
 // The largest sizes of all layers.
 struct Sizes {
-    int64_t tokens, hidden, width = 0, attention = 0, queries = 0, kv = 0, neurons = 0, parts = 0, listed = 0;
+    int64_t tokens, hidden, width = 0, projected = 0, attention = 0, queries = 0, kv = 0, neurons = 0, parts = 0, listed = 0;
+    int64_t absorbed = 0;                    // of latent attention: all heads' queries
     int64_t scales = 0, grouped = 0;         // of neurons in groups: room for scales, and their width
     int64_t rank = 0, inputs = 0, sums = 0;  // of learned scores; of column-sparse linears, and their outputs
     int64_t experts = 0, pairs = 0, active = 0;  // in all; times a token each, the shared one too; their neurons, summed
@@ -27,6 +28,7 @@ struct Sizes {
         for (int64_t i = 0; i < model.layer_count; i++) {
             const StepLayer& l = model.layers[i];
             attention = std::max(attention, l.heads * l.head_dim);
+            projected = std::max({projected, l.q.out, l.heads * l.head_dim});
             kv = std::max(kv, l.kv_heads * l.head_dim);
             queries = std::max(queries, l.heads);
             neurons = std::max({neurons, l.gate.out, l.up.out, l.mlp.neurons, l.mlp.groups.neurons});
@@ -34,6 +36,7 @@ struct Sizes {
             scales = std::max(scales, scales_room(l.mlp.groups));
             grouped = std::max(grouped, l.mlp.groups.width);
             rank = std::max(rank, l.mlp.reduce.out);
+            if (l.latent.kv_low.weight) add_latent(l);
             for (const StepLinear* w : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down, &l.mlp.reduce, &l.mlp.expand}) {
                 width = std::max(width, w->columns ? 0 : w->stride);
                 inputs = std::max(inputs, w->columns ? w->in : 0);
@@ -48,6 +51,15 @@ struct Sizes {
         int64_t room = 8;  // grows by doubling, so that the workspace is not made anew every kChunk tokens
         while (room < parts) room *= 2;
         parts = room;
+    }
+
+    void add_latent(const StepLayer& l) {
+        const StepLatentPart& p = l.latent;
+        projected = std::max(projected, l.heads * p.value);
+        kv = std::max({kv, p.kv_low.out, p.q_low.out, l.heads * p.rope});
+        width = std::max({width, p.kv_low.stride, p.q_low.stride, p.q_low.out});
+        absorbed = std::max(absorbed, l.heads * p.rank);
+        inputs = std::max(inputs, p.nope), sums = std::max(sums, l.k.stride);
     }
 
     void add_experts(const StepLayer& l) {
@@ -68,6 +80,7 @@ struct Sizes {
 struct Shared {
     float *q, *k, *v, *out, *gate, *up, *logits;
     float *most, *sum, *value;  // attention: [parts][tokens][heads], value times [head_dim]
+    float* absorbed;            // of latent attention, [tokens][heads][rank]
     float* acc;                 // bundled MLPs: [2][threads][tokens][stride], used in turn
     float *score, *known_gate, *reduced;
     int64_t* dropped;           // [2][threads]: neurons that `refine` left out, used as `acc` is
@@ -101,7 +114,7 @@ template <class Take>
 Shared share_out(const Sizes& s, const StepModel& m, const StepCall& c, int threads, Take take) {
     Shared w{};
     const int64_t t = s.tokens;
-    w.q = take(float(), t * s.attention);
+    w.q = take(float(), t * s.projected);
     w.k = take(float(), t * s.kv);
     w.v = take(float(), t * s.kv);
     w.out = take(float(), t * s.hidden);
@@ -111,6 +124,7 @@ Shared share_out(const Sizes& s, const StepModel& m, const StepCall& c, int thre
     w.most = take(float(), s.parts * t * s.queries);
     w.sum = take(float(), s.parts * t * s.queries);
     w.value = take(float(), s.parts * t * s.attention);
+    w.absorbed = take(float(), t * s.absorbed);
     w.acc = take(float(), s.listed ? 2 * threads * t * s.width : 0);
     w.score = take(float(), s.listed * t);
     w.known_gate = take(float(), s.listed * t);

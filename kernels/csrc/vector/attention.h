@@ -75,6 +75,18 @@ static inline void add_rows(float* to, const T* v, const float* weight, int coun
         }
 }
 
+// The second part of scores.
+template <int Q, class T>
+static inline void add_more(const AttendJob& job, int n, int64_t from, int count, float* score) {
+    const int64_t d = job.more_dim;
+    const T* keys = static_cast<const T*>(job.more_keys) + from * d;
+    float more[Q * kStretch];
+    for (int i = 0; i < count; i++) {
+        dot_rows<Q, 1>(job.more + n * d, keys + i * d, d, more + i);
+        for (int r = 0; r < Q; r++) score[r * kStretch + i] += more[r * kStretch + i];
+    }
+}
+
 // Q queries from the n-th on, which all see `count` positions from `from` on.
 template <int Q, class T>
 static inline void attend_stretch(const AttendJob& job, int n, int64_t from, int count) {
@@ -88,9 +100,15 @@ static inline void attend_stretch(const AttendJob& job, int n, int64_t from, int
         dot_rows<Q, 4>(q, keys + done * d, d, score + done);
     }
     for (; done < count; done++) dot_rows<Q, 1>(q, keys + done * d, d, score + done);
+    if (job.more) add_more<Q, T>(job, n, from, count, score);
     for (int r = 0; r < Q; r++) {
         float* mine = score + r * kStretch;
         if (job.softcap > 0) softcap(mine, 1.f, job.softcap, count);
+        if (job.slopes) {
+            const float slope = job.slopes[(n + r) % job.slope_count];
+            const int64_t ahead = from + 1 - job.to[n + r];  // of the first position, from the query's own
+            for (int i = 0; i < count; i++) mine[i] += slope * static_cast<float>(ahead + i);
+        }
         for (int i = count; i < kStretch; i++) mine[i] = -HUGE_VALF;
         const float before = job.most[n + r];
         V highest = splat(before), sum = {};
@@ -155,11 +173,12 @@ static void attend(const AttendJob& job) {
 
 // One query's output from its parts, which lie `stride` queries apart.
 static void merge(int64_t parts, int64_t stride, const float* most, const float* sum, const float* value,
-                  int64_t head_dim, float* out) {
-    float top = -HUGE_VALF, whole = 0;
+                  int64_t head_dim, float* out, const float* sink) {
+    float top = sink ? *sink : -HUGE_VALF, whole = 0;
     // a part that this query did not see has no greatest score: what lies there is another step's
     for (int64_t p = 0; p < parts; p++)
         if (sum[p * stride] != 0 && most[p * stride] > top) top = most[p * stride];
+    if (sink) whole = expf(*sink - top);
     memset(out, 0, head_dim * sizeof(float));
     for (int64_t p = 0; p < parts; p++) {
         if (sum[p * stride] == 0) continue;

@@ -25,8 +25,14 @@ static void norm(const StepNorm& job, const float* x, float* y) {
     for (int64_t i = 0; i < n; i++) y[i] = x[i] * scale * job.weight[i] + (job.bias ? job.bias[i] : 0.f);
 }
 
-static void rotate(float* x, const float* cos, const float* sin, int64_t size) {
+static void rotate(float* x, const float* cos, const float* sin, int64_t size, bool paired) {
     const int64_t half = size / 2;
+    for (int64_t i = 0; paired && i < half; i++) {
+        const float a = x[2 * i], b = x[2 * i + 1];
+        x[2 * i] = a * cos[i] - b * sin[i];
+        x[2 * i + 1] = b * cos[i] + a * sin[i];
+    }
+    if (paired) return;
     for (int64_t i = 0; i < half; i++) {
         const float a = x[i], b = x[i + half];
         x[i] = a * cos[i] - b * sin[i];

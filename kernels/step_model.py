@@ -1,0 +1,200 @@
+"""A whole decode step as data: what `step.Step` carries out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .experts import PackedExperts
+from .packed import PackedColumns, PackedLinear
+from .sparse import SparseLinear, SparseMLP
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """RMSNorm ("rms") or LayerNorm ("layer"): weight and bias are float32 of the normed size."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    kind: str
+
+
+Linear = PackedLinear | SparseLinear
+
+
+@dataclass(frozen=True, eq=False)
+class DenseMLP:
+    """down(act(gate(x)) * up(x)), each matrix where it lies; gate is None in a plain MLP."""
+
+    gate: Linear | None
+    up: Linear
+    down: Linear
+
+    @property
+    def nbytes(self) -> int:
+        linears = (self.gate, self.up, self.down)
+        return sum((m.packed if isinstance(m, SparseLinear) else m).nbytes for m in linears if m is not None)
+
+
+Heads = tuple[int, int, int]  # offset, run and step: head h is at offset + h // run * step + h % run * head_dim
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Grouped-query attention. Projections q, k, v to heads of `head_dim`, and o back.
+
+    order: where `q` holds k and v, too (which are None then): the places of q's, k's and v's heads among its outputs.
+    rotation: (cos, sin), each float32 [positions, rope_dim], applied to the first rope_dim dimensions, by halves or, if
+    `paired`, to neighbours, each with the angles of the first half; None: none. turned: norms come after it.
+    window: how many positions a token sees, itself included; 0: all. softcap: of the scores; 0: none.
+    slopes: float32 [heads], what a score loses for each position that its key lies back (ALiBi). sinks: float32
+    [heads], a further score in each softmax, which no value belongs to.
+    """
+
+    q: Linear
+    k: Linear | None
+    v: Linear | None
+    o: Linear
+    head_dim: int
+    scale: float
+    rotation: tuple[Tensor, Tensor] | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    window: int = 0
+    softcap: float = 0.0
+    order: tuple[Heads, Heads, Heads] | None = None
+    paired: bool = False
+    turned: bool = False
+    slopes: Tensor | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def heads(self) -> int:
+        return packed_of(self.o).in_features // self.head_dim
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Of a position's entries: heads, and the size of each one's key and value."""
+        return self.kv_heads, self.head_dim, self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        if self.k is not None:
+            return self.k.out_features // self.head_dim
+        return (self.q.out_features // self.head_dim - self.heads) // 2
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return tuple(linear for linear in (self.q, self.k, self.v, self.o) if linear is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class LatentAttention:
+    """Latent attention (DeepSeek-V2, 2405.04434), whose cache has a latent and a turned key for each position.
+
+    q gives nope + rope dimensions of each head, from what q_low gives, normed, where there is one, else from x. kv_low
+    gives a latent, which is normed, and `rope` dimensions that are turned, as q's are. expand: floats, from a latent to
+    nope dimensions of keys and `value` ones of values, head by head. rotation, paired: as for `Attention`, of those
+    that are turned; apart: neighbours are turned, and come to lie half of what is turned apart.
+    """
+
+    q_low: Linear | None
+    q_low_norm: Norm | None
+    q: Linear
+    kv_low: Linear
+    kv_low_norm: Norm
+    expand: PackedLinear
+    o: Linear
+    heads: int
+    rope: int
+    scale: float
+    rotation: tuple[Tensor, Tensor]
+    paired: bool = False
+    apart: bool = False
+    window: int = 0
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.expand.in_features
+
+    @property
+    def nope(self) -> int:
+        return packed_of(self.q).out_features // self.heads - self.rope
+
+    @property
+    def value(self) -> int:
+        return self.expand.out_features // self.heads - self.nope
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """See `Attention.sizes`."""
+        return 1, self.rank, self.rope
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        found = (self.q_low, self.q, self.kv_low, self.expand, self.o)
+        return tuple(linear for linear in found if linear is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class StepLayer:
+    """A decoder layer: x += out(attention(in(x))), x = after(x), then the same for the MLP; absent norms are None.
+
+    parallel: the MLP reads x as it was before the attention. mlp None: it is skipped. entries_only: the attention is
+    skipped but for the keys and values of the new tokens, which are written to the cache. attention None: there
+    is none.
+    """
+
+    attention: Attention | LatentAttention | None
+    mlp: DenseMLP | SparseMLP | PackedExperts | None
+    act: str
+    attention_in: Norm | None = None
+    attention_out: Norm | None = None
+    mlp_in: Norm | None = None
+    mlp_out: Norm | None = None
+    residual_scale: float = 1.0
+    parallel: bool = False
+    entries_only: bool = False
+    attention_after: Norm | None = None
+    mlp_after: Norm | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class StepModel:
+    """A decoder: embedding [vocabulary, hidden], or in tiles, layers, a last norm, and the LM head.
+
+    places: [positions, hidden], added to embeddings by position, and embedding_norm, of the sum; None: there is none.
+    """
+
+    embedding: Tensor | PackedLinear
+    layers: Sequence[StepLayer]
+    norm: Norm | None
+    head: PackedLinear
+    dtype: torch.dtype  # of logits, keys and values
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
+    places: Tensor | None = None
+    embedding_norm: Norm | None = None
+
+    @property
+    def hidden(self) -> int:
+        table = self.embedding
+        return table.in_features if isinstance(table, PackedLinear) else table.shape[1]
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens have an embedding."""
+        table = self.embedding
+        return table.out_features if isinstance(table, PackedLinear) else table.shape[0]
+
+
+def packed_of(linear: Linear) -> PackedLinear | PackedColumns:
+    """The matrix of a linear, by rows or by columns."""
+    return linear.packed if isinstance(linear, SparseLinear) else linear

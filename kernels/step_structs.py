@@ -1,0 +1,197 @@
+"""A described decode step in the structs that native code reads (csrc/arguments.h)."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from . import arguments, cpu
+from .experts import SCORINGS, PackedExperts, Router
+from .neuron_groups import PackedNeurons
+from .packed import PackedLinear
+from .sparse import RowLists, SparseLinear, SparseMLP
+from .step_model import Attention, DenseMLP, Heads, LatentAttention, Linear, Norm, StepLayer, packed_of
+
+_NORM = {"rms": 1, "layer": 2}
+_RULE = {**cpu.RULE, "learned": 3}
+_NORMS = ("attention_in", "attention_out", "attention_after", "mlp_in", "mlp_out", "mlp_after")
+_OF_ROUTERS = (
+    "count", "chosen", "groups", "groups_kept", "by_pairs", "normalized", "added", "floor", "scale", "jitter", "least",
+)  # fmt: skip
+
+
+def embedding_struct(table: Tensor | PackedLinear) -> dict[str, int]:
+    if isinstance(table, PackedLinear):
+        where, hidden, dtype, stride = table.weight.data_ptr(), table.in_features, table.code, table.stride
+    else:
+        where, hidden, dtype, stride = table.data_ptr(), table.shape[1], cpu.DTYPE[table.dtype], table.shape[1]
+    return {"embedding": where, "hidden": hidden, "embedding_dtype": dtype, "embedding_stride": stride}
+
+
+def norm_struct(norm: Norm | None) -> arguments.StepNorm:
+    if norm is None:
+        return arguments.StepNorm()
+    return arguments.StepNorm(
+        cpu.address(norm.weight), cpu.address(norm.bias), norm.weight.numel(), norm.eps, _NORM[norm.kind]
+    )
+
+
+def linear_struct(linear: Linear | None) -> arguments.StepLinear:
+    if linear is None:
+        return arguments.StepLinear()
+    packed = packed_of(linear)
+    weight = packed.weight
+    out = arguments.StepLinear(
+        weight=weight.data_ptr(), bias=cpu.address(packed.bias), in_=packed.in_features, out=packed.out_features
+    )
+    if isinstance(linear, SparseLinear):
+        out.norm = linear.packed.norm.data_ptr() if linear.by_norm else None
+        out.stride, out.dtype, out.columns = weight.stride(0), cpu.DTYPE[weight.dtype], True
+        out.least, out.neurons = linear.threshold, linear.neurons
+    else:
+        out.scale, out.stride, out.whole = cpu.address(linear.scale), linear.stride, linear.whole
+        out.dtype = linear.code if linear.grouped else cpu.DTYPE[weight.dtype]
+    return out
+
+
+def _bundled(mlp: SparseMLP) -> arguments.StepMlp:
+    packed, lists = mlp.packed, mlp.lists
+    if isinstance(packed, PackedNeurons):
+        return arguments.StepMlp(
+            **_lists(lists),
+            down_bias=cpu.address(packed.down_bias),
+            groups=packed.argument(mlp.threshold or 0.0, mlp.refine),
+        )
+    names = ("weight", "low", "scale", "norm", "gate_bias", "up_bias", "down_bias", "mean")
+    sliced = packed.low is not None
+    reduce, expand = mlp.predictor or (None, None)
+    return arguments.StepMlp(
+        **{name: cpu.address(getattr(packed, name)) for name in names},
+        **_lists(lists),
+        neurons=packed.intermediate_size,
+        stride=packed.weight.shape[2] * (2 if sliced else 1),
+        keep=-1 if mlp.keep is None else mlp.keep,
+        threshold=_least(mlp),
+        refine=mlp.refine,
+        dtype=cpu.SLICED if sliced else cpu.DTYPE[packed.weight.dtype],
+        gated=packed.gated,
+        rule=_RULE[mlp.rule],
+        reduce=linear_struct(reduce),
+        expand=linear_struct(expand),
+    )
+
+
+def _lists(lists: RowLists | None) -> dict[str, int | None]:
+    if lists is None:
+        return {}
+    return {
+        "list": lists.listed.data_ptr(),
+        "selected": cpu.address(lists.wanted),
+        "listed": lists.listed.numel(),
+    }
+
+
+def _least(mlp: SparseMLP) -> float:
+    """The threshold of what the native code compares: of learned scores what goes into the sigmoid, which rises."""
+    if mlp.rule != "learned" or mlp.threshold is None:
+        return mlp.threshold or 0.0
+    return torch.tensor(min(mlp.threshold, 1.0), dtype=torch.float64).logit().item()
+
+
+def layer_struct(layer: StepLayer) -> arguments.StepLayer:
+    attention, mlp = layer.attention, layer.mlp
+    out = arguments.StepLayer(
+        **{name: norm_struct(getattr(layer, name)) for name in _NORMS},
+        residual_scale=layer.residual_scale,
+        act=cpu.ACT[layer.act],
+        run_attention=attention is not None and not layer.entries_only,
+        run_mlp=mlp is not None,
+        parallel=layer.parallel,
+    )
+    if isinstance(attention, LatentAttention):
+        _put_latent(out, attention)
+    elif attention is not None:
+        _put_attention(out, attention)
+    if isinstance(mlp, DenseMLP):
+        out.gate, out.up, out.down = linear_struct(mlp.gate), linear_struct(mlp.up), linear_struct(mlp.down)
+    elif isinstance(mlp, PackedExperts):
+        _put_experts(out, mlp)
+    elif mlp is not None:
+        out.mlp = _bundled(mlp)
+    return out
+
+
+# Thousands of structs in a large model, which all steps over it share.
+_matrices: WeakKeyDictionary[PackedExperts, Any] = WeakKeyDictionary()
+
+
+def _put_experts(out: arguments.StepLayer, mlp: PackedExperts) -> None:
+    if mlp not in _matrices:
+        linears = [linear_struct(linear) for expert in mlp.experts for linear in (expert.gate, expert.up, expert.down)]
+        _matrices[mlp] = (arguments.StepLinear * len(linears))(*linears)
+    shared = mlp.shared
+    if shared is not None:
+        out.gate, out.up, out.down = linear_struct(shared.gate), linear_struct(shared.up), linear_struct(shared.down)
+    out.experts = arguments.StepExperts(
+        router=_router(mlp.router),
+        matrices=ctypes.addressof(_matrices[mlp]),
+        shared_gate=linear_struct(mlp.shared_gate),
+        limit=mlp.limit,
+        slope=mlp.slope,
+        offset=mlp.offset,
+        shared_scale=mlp.shared_scale,
+        by_inputs=mlp.by_inputs,
+    )
+
+
+def _router(router: Router) -> arguments.StepRouter:
+    return arguments.StepRouter(
+        logits=linear_struct(router.logits),
+        correction=cpu.address(router.correction),
+        kept=cpu.address(router.kept),
+        scoring=SCORINGS.index(router.scoring),
+        **{name: getattr(router, name) for name in _OF_ROUTERS},
+    )
+
+
+def _apart(attention: Attention) -> tuple[Heads, Heads, Heads]:
+    """The places of heads that lie one after the other."""
+    return (0, attention.heads, 0), (0, attention.kv_heads, 0), (0, attention.kv_heads, 0)
+
+
+def _put_attention(out: arguments.StepLayer, attention: Attention) -> None:
+    for name in ("q", "k", "v", "o"):
+        setattr(out, name, linear_struct(getattr(attention, name)))
+    out.q_norm, out.k_norm = norm_struct(attention.q_norm), norm_struct(attention.k_norm)
+    out.heads, out.kv_heads = attention.heads, attention.kv_heads
+    out.fused, out.paired, out.turned = attention.order is not None, attention.paired, attention.turned
+    for place, name in zip(attention.order or _apart(attention), "qkv", strict=True):
+        linear = attention.q if attention.order else getattr(attention, name)
+        setattr(out, f"{name}_heads", arguments.StepHeads(*place, linear.out_features))
+    out.slopes, out.sinks = cpu.address(attention.slopes), cpu.address(attention.sinks)
+    out.head_dim, out.window = attention.head_dim, attention.window
+    out.attention_scale, out.softcap = attention.scale, attention.softcap
+    if attention.rotation is not None:
+        cos, sin = attention.rotation
+        out.rope_dim, out.cos, out.sin = cos.shape[1], cos.data_ptr(), sin.data_ptr()
+
+
+def _put_latent(out: arguments.StepLayer, attention: LatentAttention) -> None:
+    cos, sin = attention.rotation
+    out.q, out.k, out.o = linear_struct(attention.q), linear_struct(attention.expand), linear_struct(attention.o)
+    out.latent = arguments.StepLatentPart(
+        q_low=linear_struct(attention.q_low),
+        kv_low=linear_struct(attention.kv_low),
+        q_low_norm=norm_struct(attention.q_low_norm),
+        kv_low_norm=norm_struct(attention.kv_low_norm),
+        apart=attention.apart,
+        **{name: getattr(attention, name) for name in ("rank", "nope", "rope", "value")},
+    )
+    out.heads, out.kv_heads, out.head_dim = attention.heads, 1, attention.rank
+    out.rope_dim, out.cos, out.sin, out.paired = cos.shape[1], cos.data_ptr(), sin.data_ptr(), attention.paired
+    out.window, out.attention_scale, out.softcap = attention.window, attention.scale, attention.softcap
+    out.sinks = cpu.address(attention.sinks)

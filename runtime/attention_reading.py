@@ -1,0 +1,211 @@
+"""What a decoder layer's attention computes, found by trying what models do: the first reading that gives the keys and
+values in the cache, and what the output projection was given, in a pass of a few tokens, is the model's.
+
+Without a pass, on a meta device, names and sizes have to do.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.step import Heads
+from ..predictors.anatomy import Attention
+from .attention_formula import Table, attended, turned
+from .attention_names import kind_of_rotation, linear, told_scales
+from .calls import NotCovered
+from .latent_reading import read_latent
+from .norms import normed, read_norm
+from .rotary_tables import table_of
+from .spec import AttentionSpec, LatentSpec, LinearSpec, NormSpec, RotarySpec
+from .tracing import Trace
+
+Order = tuple[Heads, Heads, Heads]
+
+
+def read_attention(
+    found: Attention, index: int, window: int, config: Any, rotary: RotarySpec | None, seen: Trace | None
+) -> AttentionSpec | LatentSpec:
+    """Describes the attention of layer `index`.
+
+    Raises:
+        NotCovered: it is of no kind that is described, or, in a pass, gave something else.
+    """
+    latent = None if seen is None else read_latent(found, index, window, rotary, seen)
+    if latent is not None:
+        return latent
+    spec = _by_name(found, index, window, config, rotary, seen)
+    if seen is None:
+        return spec
+    evidence = _evidence(found, index, seen)
+    for reading in _readings(spec, evidence, cast(Any, found.module), seen.named(found.module)):
+        if _gives(reading, evidence, rotary, seen):
+            return reading
+    raise NotCovered("what its attention computes is not known")
+
+
+# ---- by names ----
+
+
+def _by_name(
+    found: Attention, index: int, window: int, config: Any, rotary: RotarySpec | None, seen: Trace | None
+) -> AttentionSpec:
+    module = cast(Any, found.module)
+    head_dim = getattr(module, "head_dim", None) if seen is None else seen.keys[index].shape[-1]
+    if not isinstance(head_dim, int):
+        raise NotCovered("the attention does not say its head size")
+    if len(found.inputs) == 3:
+        inputs = tuple(linear(getattr(module, name)) for name in found.inputs)
+    elif len(found.inputs) == 1:
+        inputs = (_fused(getattr(module, found.inputs[0]), head_dim, config, found, index, seen),)
+    else:
+        raise NotCovered(f"its attention has {len(found.inputs)} projections before it")
+    scale = getattr(module, "scaling", getattr(module, "scale", None))
+    return AttentionSpec(
+        inputs=inputs,
+        output=linear(getattr(module, found.output)),
+        head_dim=head_dim,
+        scale=float(scale) if isinstance(scale, (int, float)) else head_dim**-0.5,
+        rotation=kind_of_rotation(module, index, rotary),
+        q_norm=_head_norm(module, "q", head_dim),
+        k_norm=_head_norm(module, "k", head_dim),
+        window=window,
+        softcap=float(getattr(module, "attn_logit_softcapping", None) or 0.0),
+        sinks=getattr(module, "sinks", None),
+    )
+
+
+def _fused(module: Any, head_dim: int, config: Any, found: Attention, index: int, seen: Trace | None) -> LinearSpec:
+    """One projection whose rows are those of q, then k, then v, as far as is known yet."""
+    if seen is None:
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", heads)
+    else:
+        output = getattr(found.module, found.output)
+        heads, kv_heads = seen.given(output).shape[-1] // head_dim, seen.keys[index].shape[0]
+    sizes = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+    plain = linear(module, sizes)
+    if sum(sizes) != (seen.gave(module).shape[-1] if seen else getattr(module, "out_features", None)):
+        raise NotCovered("a fused projection does not hold q, k and v")
+    return plain
+
+
+def _head_norm(attention: nn.Module, letter: str, head_dim: int) -> NormSpec | None:
+    """The norm of q's heads, or of k's, or of both: whose name says so."""
+    for name, module in attention.named_children():
+        if "norm" in name and name.partition("_")[0] in (letter, {"q": "query", "k": "key"}[letter], "qk"):
+            return None if isinstance(module, nn.Identity) else read_norm(module, head_dim)
+    return None
+
+
+# ---- by values ----
+
+
+@dataclass(frozen=True, eq=False)
+class _Evidence:
+    """Of one layer in a pass: what the projections gave, the cache has, and the output projection was given."""
+
+    projected: list[Tensor]  # [tokens, outputs]
+    keys: Tensor  # [kv_heads, tokens, head_dim]
+    values: Tensor
+    attended: Tensor  # [tokens, heads * head_dim]
+
+
+def _evidence(found: Attention, index: int, seen: Trace) -> _Evidence:
+    module = cast(Any, found.module)
+    keys, values = seen.keys[index], seen.values[index]
+    if keys.shape != values.shape:
+        raise NotCovered("its keys and values have heads of different sizes")
+    projected = [seen.gave(getattr(module, name)) for name in found.inputs]
+    return _Evidence(projected, keys, values, seen.given(getattr(module, found.output)))
+
+
+def _readings(spec: AttentionSpec, evidence: _Evidence, module: Any, named: dict[str, Any]) -> Iterator[AttentionSpec]:
+    """What the attention may be, the likeliest first."""
+    heads = evidence.attended.shape[-1] // spec.head_dim
+    rotations = [(spec.rotation, False), (spec.rotation, True), ("", False)] if spec.rotation != "" else [("", False)]
+    scales = list(dict.fromkeys([spec.scale, *told_scales(module), spec.head_dim**-0.5, 1.0]))
+    biases_of_keys = alibi(named)
+    slopes = None if biases_of_keys is None else biases_of_keys.float()[:, 0].diff(dim=-1)[:, -1].cpu().contiguous()
+    biases = [None] if slopes is None else [slopes, *(slopes * scale for scale in scales)]
+    norms = [False] if spec.q_norm is None and spec.k_norm is None else [False, True]
+    orders = [None] if len(spec.inputs) == 3 else [None, *_orders(heads, evidence.keys.shape[0], spec.head_dim)]
+    for order, (rotation, paired), after in itertools.product(orders, rotations, norms):
+        inputs = spec.inputs if order is None else (LinearSpec(spec.inputs[0].module),)
+        some = replace(spec, inputs=inputs, order=order, rotation=rotation, paired=paired, turned=after)
+        for scale, bias in itertools.product(scales, biases):
+            yield replace(some, scale=scale, slopes=bias)
+
+
+def alibi(named: dict[str, Any]) -> Tensor | None:
+    """The biases of scores that an attention was given, ``[heads, 1, keys]``, if it was given any."""
+    biases = (named.get(name) for name in ("alibi", "position_bias"))
+    return next((bias for bias in biases if isinstance(bias, Tensor) and bias.ndim == 3 and bias.shape[1] == 1), None)
+
+
+def _orders(heads: int, kv_heads: int, d: int) -> Iterator[Order]:
+    """In which orders one projection may hold q, k and v."""
+    each = heads // kv_heads
+    step = (each + 2) * d  # of a KV head with its queries (GPT-NeoX, BLOOM, Falcon)
+    yield (0, each, step), (each * d, 1, step), ((each + 1) * d, 1, step)
+    if heads == kv_heads and heads % 4 == 0:  # four parts, each with q, v and k of its heads (CodeGen)
+        run = heads // 4
+        yield (0, run, 3 * run * d), (2 * run * d, run, 3 * run * d), (run * d, run, 3 * run * d)
+
+
+def _gives(spec: AttentionSpec, evidence: _Evidence, rotary: RotarySpec | None, seen: Trace) -> bool:
+    """Whether an attention of this description gives what was seen."""
+    q, k, v = _heads(spec, evidence)
+    if not seen.near(v, evidence.values):
+        return False
+    table = None if spec.rotation == "" or rotary is None else table_of(rotary, spec.rotation, _places(q))
+    q, k = (_prepared(spec, x, norm, table) for x, norm in ((q, spec.q_norm), (k, spec.k_norm)))
+    if not seen.near(k, evidence.keys) or (spec.slopes is not None and spec.slopes.numel() != q.shape[0]):
+        return False
+    found = attended((q, k, v), spec.scale, spec.window, spec.softcap, spec.slopes, spec.sinks)
+    return seen.near(found, evidence.attended)
+
+
+def _places(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[1], device="cpu")
+
+
+def _heads(spec: AttentionSpec, evidence: _Evidence) -> list[Tensor]:
+    """q, k and v, each ``[heads, tokens, head_dim]``."""
+    d, kv_heads = spec.head_dim, evidence.keys.shape[0]
+    counts = (evidence.attended.shape[-1] // d, kv_heads, kv_heads)
+    if spec.order is not None:
+        (whole,) = evidence.projected
+        return [_in_turn(whole, place, n, d) for place, n in zip(spec.order, counts, strict=True)]
+    given = evidence.projected
+    if len(given) == 1:
+        given = list(given[0].split([n * d for n in counts], -1))
+    return [x.unflatten(-1, (-1, d)).transpose(0, 1) for x in given]
+
+
+def _in_turn(whole: Tensor, place: Heads, count: int, d: int) -> Tensor:
+    offset, run, step = place
+    begins = [offset + head // run * step + head % run * d for head in range(count)]
+    return torch.stack([whole[:, at : at + d] for at in begins])
+
+
+def _prepared(spec: AttentionSpec, x: Tensor, norm: NormSpec | None, table: Table | None) -> Tensor:
+    """q or k as they meet: normed and turned."""
+
+    def norm_heads(x: Tensor) -> Tensor:
+        if norm is None or norm.size == spec.head_dim:
+            return x if norm is None else normed(norm, x)
+        together = x.transpose(0, 1).flatten(1)
+        if together.shape[-1] != norm.size:
+            raise NotCovered("a norm of its heads is neither of each nor of all together")
+        all_normed = normed(norm, together)
+        return all_normed.view(len(all_normed), -1, x.shape[-1]).transpose(0, 1)
+
+    x = x if spec.turned else norm_heads(x)
+    x = x if table is None else turned(x, table, spec.paired)
+    return norm_heads(x) if spec.turned else x

@@ -1,0 +1,318 @@
+"""Describes a model (spec.py), as far as it can be described.
+
+A pass of a few tokens shows what the parts do to each other (tracing.py); on a meta device, where there is none, the
+attribute names that many architectures share have to do. What is read may still be wrong elsewhere than in this pass:
+before a lowering's first step is used, its logits are compared with those of the model's own modules.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ..predictors.anatomy import Anatomy, Attention, Experts, FeedForward, canonical_activation
+from .attention_names import linear
+from .attention_reading import alibi, read_attention
+from .calls import NotCovered
+from .coverage import uncovered
+from .layer_reading import Composition, by_name, by_values
+from .norms import normed, read_norm
+from .packed_layer import PackedRows
+from .spec import (
+    STATIC_ROPE,
+    AttentionSpec,
+    BrickSpec,
+    ExpertsSpec,
+    LatentSpec,
+    LayerSpec,
+    LinearSpec,
+    ModelSpec,
+    NormSpec,
+    PlacesSpec,
+    RotarySpec,
+    RouterSpec,
+    is_plain_linear,
+)
+from .tracing import Trace, first_input, trace
+
+
+def read_spec(model: Any, anatomy: Anatomy) -> ModelSpec:
+    """Describes `model`.
+
+    Raises:
+        NotCovered: something of it is not described by the classes of spec.py.
+    """
+    table = model.get_input_embeddings()
+    _check_table(table)
+    if any(attention is None for attention in anatomy.attentions):
+        raise NotCovered("a layer's attention was not recognised")
+    windows(model.config, len(anatomy))  # before anything is computed
+    seen = None if table.weight.is_meta and not isinstance(table, PackedRows) else trace(model, anatomy)
+    found = [by_name(layer) if seen is None else by_values(anatomy, i, seen) for i, layer in enumerate(anatomy.layers)]
+    beside = [index for index, layer in enumerate(found) if layer.beside]
+    reason = uncovered(anatomy, [layer.norms.values() for layer in found], None if seen is None else seen.calls, beside)
+    if reason is not None:
+        raise NotCovered(reason)
+    config = model.config.get_text_config()
+    size = table.weight.shape[-1]
+    rotary, attentions = _attentions(anatomy, config, windows(model.config, len(anatomy)), seen)
+    layers = tuple(
+        _layer(anatomy, index, layer, attention, size)
+        for index, (layer, attention) in enumerate(zip(found, attentions, strict=True))
+    )
+    scale, places, embedding_norm = _embedding(anatomy, table, seen)
+    divisor = getattr(config, "logits_scaling", None)
+    return ModelSpec(
+        table=table,
+        layers=layers,
+        norm=_last_norm(anatomy, seen, size),
+        head=linear(model.get_output_embeddings()),
+        rotary=rotary,
+        dtype=table.weight.dtype,
+        embedding_scale=scale,
+        logit_scale=1.0 / float(divisor) if divisor else float(getattr(config, "logit_scale", None) or 1.0),
+        logit_softcap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
+        places=places,
+        embedding_norm=embedding_norm,
+        end=_end(anatomy, rotary, places, seen),
+    )
+
+
+def windows(config: Any, layers: int) -> list[int]:
+    """How far back each layer sees (0: all), as the cache that `generate` makes says it."""
+    cache = DynamicCache(config=config)
+    if len(cache.layers) != layers:
+        raise NotCovered("the model does not keep one KV cache layer for each decoder layer")
+    kept: Any = cache.layers
+    for layer in kept:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise NotCovered(f"its KV cache has layers of type {type(layer).__name__}")
+    return [int(layer.sliding_window) if layer.is_sliding else 0 for layer in kept]
+
+
+# ---- layers ----
+
+
+def _attentions(
+    anatomy: Anatomy, config: Any, windows_of: list[int], seen: Trace | None
+) -> tuple[RotarySpec | None, list[AttentionSpec | LatentSpec]]:
+    """How the layers rotate, and attend."""
+    rotary = _rotary(anatomy)
+    variants = [rotary] if rotary is None or seen is None else [rotary, replace(rotary, backwards=True)]
+    refused: NotCovered | None = None
+    for variant in variants:
+        try:
+            return variant, [
+                read_attention(cast(Attention, attention), index, window, config, variant, seen)
+                for index, (attention, window) in enumerate(zip(anatomy.attentions, windows_of, strict=True))
+            ]
+        except NotCovered as reason:
+            refused = refused or reason
+    raise cast(NotCovered, refused)
+
+
+def _layer(anatomy: Anatomy, index: int, found: Composition, attention: Any, size: int) -> LayerSpec:
+    mlp, experts = anatomy.feed_forwards[index], anatomy.experts[index]
+    return LayerSpec(
+        attention=attention,
+        bricks=(_brick(mlp),) if mlp is not None and experts is None else (),
+        experts=None if experts is None else _experts(experts, mlp if found.beside else experts.shared),
+        residual_scale=found.residual_scale,
+        parallel=found.parallel,
+        **cast(Any, found.specs(size)),
+    )
+
+
+def _brick(mlp: FeedForward) -> BrickSpec:
+    act = canonical_activation(mlp.act)
+    if mlp.norm_name is not None:
+        raise NotCovered("a norm stands before the down projection of its MLPs")
+    if not isinstance(act, str):
+        raise NotCovered("its activation is not one of the kernels'")
+    linears = [mlp.up, mlp.down] if mlp.gate_name is None else [getattr(mlp.owner, mlp.gate_name), mlp.up, mlp.down]
+    if not all(map(is_plain_linear, linears)):
+        raise NotCovered("a projection of an MLP is not a plain linear layer")
+    width = mlp.intermediate_size
+    up = LinearSpec(mlp.up, (width, width) if mlp.stacked else None)
+    gate = None if mlp.gate_name is None else LinearSpec(linears[0])
+    return BrickSpec(gate, up, LinearSpec(mlp.down), act, mlp)
+
+
+def _experts(found: Experts, shared: FeedForward | None) -> ExpertsSpec:
+    """shared: an MLP that every token goes through, in the mixture's block or beside it."""
+    router, gating, at = found.router, found.gating, found.layout
+    if router is None:
+        raise NotCovered("what its router computes is not known")
+    act = None if gating is None else canonical_activation(gating.act)
+    if gating is None or not isinstance(act, str):
+        raise NotCovered("what its experts make of gate and up is not one of the kernels' activations")
+
+    def own(name: str | None) -> Tensor | None:
+        return None if name is None else found.parameter(name)
+
+    return ExpertsSpec(
+        router=RouterSpec(
+            weight=router.weight,
+            bias=router.bias,
+            correction=router.correction,
+            choice=router.choice,
+            dtype=torch.float32 if router.upcast else router.weight.dtype,
+        ),
+        gate=own(at.gate),
+        up=found.parameter(at.up),
+        down=found.down,
+        gate_bias=own(at.gate_bias),
+        up_bias=own(at.up_bias),
+        down_bias=own(at.down_bias),
+        layout=at,
+        act=act,
+        alpha=gating.alpha,
+        shift=gating.shift,
+        limit=gating.limit,
+        count=found.count,
+        width=found.intermediate_size,
+        shared=None if shared is None else _brick(shared),
+        shared_gate=None if found.shared_gate is None else linear(found.shared_gate),
+        scaled_inputs=found.scaled_inputs,
+        routed_scale=found.routed_scale,
+        shared_scale=found.shared_scale,
+        experts=found,
+    )
+
+
+def _last_norm(anatomy: Anatomy, seen: Trace | None, size: int) -> NormSpec | None:
+    """The norm between the last layer and what the decoder gives."""
+    if seen is not None:
+        last, gave = seen.gave(anatomy.layers[-1]), cast(Tensor, seen.last)
+        if torch.equal(last, gave):
+            return None
+        norm = next((module for module, calls in seen.calls.items() if any(c.made(last, gave) for c in calls)), None)
+        if norm is None:
+            raise NotCovered("what the decoder gives is not its last layer's output, normed or as it is")
+        return read_norm(norm, size)
+    for name in ("norm", "final_layernorm", "final_layer_norm", "ln_f"):
+        module = getattr(anatomy.stack, name, None)
+        if isinstance(module, nn.Module):
+            return read_norm(module, size)
+    raise NotCovered("no norm before the LM head was found")
+
+
+# ---- positions and embeddings ----
+
+
+def _rotary(anatomy: Anatomy) -> RotarySpec | None:
+    """How the layers rotate, if they do."""
+    module = getattr(anatomy.stack, "rotary_emb", None)
+    if isinstance(module, nn.Module):
+        kinds = getattr(module, "rope_type", "default")
+        names = set(cast(Any, kinds).values()) if isinstance(kinds, dict) else {kinds}
+        if not names <= set(STATIC_ROPE):
+            raise NotCovered(f"rotary embeddings of type {', '.join(sorted(names))} change with the length of the text")
+        return RotarySpec(module, "layer_type" in inspect.signature(module.forward).parameters)
+    for attention in anatomy.attentions:
+        table = getattr(cast(Any, attention).module, "embed_positions", None)
+        if isinstance(table, Tensor) and table.ndim == 2:  # each layer has the same
+            return RotarySpec(None, table=table)
+    return None
+
+
+def _end(anatomy: Anatomy, rotary: RotarySpec | None, places: PlacesSpec | None, seen: Trace | None) -> int | None:
+    """How many positions the model knows, where it has a table of them."""
+    ends = [] if places is None else [places.count]
+    if rotary is not None and rotary.table is not None:
+        ends.append(rotary.table.shape[0])
+    if seen is not None:  # biases of scores that were made for all positions before (MPT)
+        biases = alibi(seen.named(cast(Any, anatomy.attentions[0]).module))
+        ends += [biases.shape[-1]] if biases is not None and biases.shape[-1] > seen.ids.numel() else []
+    return min(ends, default=None)
+
+
+def _check_table(module: nn.Module) -> None:
+    """Raises NotCovered where tokens' embeddings are not the rows of a matrix."""
+    weight, own = module._parameters.get("weight"), type(module).forward.__module__.partition(".")[0]
+    known = own in ("torch", "transformers") or isinstance(module, PackedRows)
+    if not isinstance(module, nn.Embedding) or weight is None or not known:
+        raise NotCovered(f"the token embeddings are a {type(module).__name__}")
+
+
+Embedding = tuple["float | None", "PlacesSpec | None", "NormSpec | None"]
+
+
+def _embedding(anatomy: Anatomy, module: Any, seen: Trace | None) -> Embedding:
+    """What embeddings are multiplied by (Gemma, Granite), what positions add to them, and the norm of the sum."""
+    if seen is None:
+        return None, None, None
+    ids = seen.ids[0]
+    rows = module.rows(ids.cpu()) if isinstance(module, PackedRows) else module.weight.detach()[ids]
+    w, x, norm = rows.float(), seen.given(anatomy.layers[0]), None
+    for part in seen.before:
+        given = seen.calls[part][0].given
+        if given is not None and not torch.equal(given, x) and seen.calls[part][0].made(given, x):
+            norm, x = read_norm(part, x.shape[-1]), given
+            break
+    scale = float((x * w).sum() / (w * w).sum())
+    if seen.near(scale * w, x):
+        return 1.0 if abs(scale - 1.0) < 1e-3 else scale, None, norm
+    for scale, table in ((s, t) for s in (1.0, math.sqrt(w.shape[-1])) for t in _tables(anatomy, module, seen)):
+        first = _first_row(seen, table, x, scale * w)
+        if first is not None:
+            return scale, _places(anatomy, seen, norm, scale * w, table, first), norm
+    raise NotCovered("the first layer does not read plain token embeddings, nor with what positions add to them")
+
+
+def _tables(anatomy: Anatomy, module: Any, seen: Trace) -> Iterator[Tensor]:
+    """What may be a table of positions' embeddings."""
+    hidden = module.weight.shape[-1]
+    for part in (anatomy.stack, *seen.before):
+        named = {**part._parameters, **part._buffers, **vars(part)}
+        for value in named.values():
+            fits = isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == hidden
+            if fits and not value.is_meta and value is not module.weight and value.is_floating_point():
+                yield value.detach()
+
+
+def _first_row(seen: Trace, table: Tensor, x: Tensor, tokens: Tensor) -> int | None:
+    """The first of the rows of a table that give x when they are added to the tokens' embeddings."""
+    for first in range(min(8, table.shape[0] - len(x) + 1)):
+        if seen.sums(tokens, table[first : first + len(x)].float(), x):
+            return first
+    return None
+
+
+def _places(
+    anatomy: Anatomy, seen: Trace, norm: NormSpec | None, tokens: Tensor, table: Tensor, first: int
+) -> PlacesSpec:
+    """tokens: their embeddings."""
+
+    def made(begin: int) -> Tensor:
+        rows = torch.arange(first + begin, first + begin + len(tokens), device=table.device).clamp_min(0)
+        x = tokens + table[rows].float()
+        return x if norm is None else normed(norm, x)
+
+    return PlacesSpec(table, first, *_counted(anatomy, seen, made))
+
+
+def _counted(anatomy: Anatomy, seen: Trace, made: Callable[[int], Tensor]) -> tuple[bool, bool]:
+    """Whether positions are counted from the first token that the mask does not hide, where none are given; and whether
+    those that are given count. made: what the first layer is given where positions begin with a number."""
+    ids, usual, later = seen.ids, made(0), made(1)
+    mask = torch.ones_like(ids)
+    mask[:, 0] = 0
+    found = first_input(anatomy, ids, attention_mask=mask)[1:]
+    by_mask = seen.near(found, made(-1)[1:])
+    if not by_mask and not seen.near(found, usual[1:]):
+        raise NotCovered("positions are counted in a way of their own where there is padding")
+    try:
+        found = first_input(anatomy, ids, position_ids=torch.arange(1, len(later) + 1, device=ids.device)[None])
+    except NotCovered:  # it takes none
+        return by_mask, False
+    if not seen.near(found, later) and not seen.near(found, usual):
+        raise NotCovered("positions that are given count in a way of their own")
+    return by_mask, seen.near(found, later)
