@@ -10,14 +10,15 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from ..predictors.anatomy import dissect, shape_of
+from ..predictors.anatomy import shape_of
 from ..predictors.errors import CoreskipError
 from ..predictors.observe import inference
 from .calls import NotCovered
 from .export_formats import ONNX_SETTINGS
 from .export_onnx_graph import Decoder, make_fast, rounded
+from .export_spec import attention_of, plain_spec
 from .export_weights import Smaller
-from .spec import ModelSpec, read_spec
+from .spec import ModelSpec
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 _BYTES = {"float32": 4.0, "float16": 2.0, "int4": 0.7}  # of a number, about; LM heads and embeddings have 8 bits
@@ -42,8 +43,7 @@ class OnnxFolder:
         text = found.model.config.get_text_config()
         self._positions = int(getattr(text, "max_position_embeddings", 0) or 2048)
         try:
-            anatomy = dissect(found.model)
-            self._spec = read_spec(found.model, anatomy)
+            self._spec = plain_spec(found.model)
             self._decoder = Decoder(
                 self._spec,
                 found.layers,
@@ -79,7 +79,7 @@ class OnnxFolder:
 
     def _settings(self) -> dict[str, Any]:
         """What onnxruntime-genai has to know of the graph and of its texts."""
-        attention, text = self._spec.layers[0].attention, self._found.model.config.get_text_config()
+        attention, text = attention_of(self._spec.layers[0]), self._found.model.config.get_text_config()
         ends = getattr(self._found.model.generation_config, "eos_token_id", None)
         ends = text.eos_token_id if ends is None else ends
         ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
@@ -166,7 +166,7 @@ def decoded(session: Any, ids: np.ndarray[Any, Any], prompt: int) -> np.ndarray[
 
 
 def _kv_heads(spec: ModelSpec) -> int:
-    attention = spec.layers[0].attention
+    attention = attention_of(spec.layers[0])
     first, *others = attention.inputs
     rows = first.rows[1] if first.rows is not None else shape_of(others[0].module)[0]
     return rows // attention.head_dim

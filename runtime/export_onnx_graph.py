@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..predictors.anatomy import rows_of
 from .calls import NotCovered
+from .export_spec import attention_of
 from .export_weights import RemainingLayer
 from .rotary_tables import RotaryTables, Table
 from .spec import AttentionSpec, BrickSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec
@@ -114,12 +115,10 @@ class Decoder:
         self, index: int, layer: LayerSpec, left: RemainingLayer, x: ir.Value, y: ir.Value | None
     ) -> tuple[ir.Value, ir.Value | None]:
         """The residual stream comes and goes as a sum that is still to be taken: norms take it on the way."""
-        if layer.experts is not None:
-            raise NotCovered("mixtures of experts are not written")
         name, after = f"layers.{index}", layer.residual_scale
         if left.attention:
             read, x = self._read(f"{name}.attention_in", layer.attention_in, x, y)
-            y = self._attention(name, layer.attention, read, self._tables[index])
+            y = self._attention(name, attention_of(layer), read, self._tables[index])
             y = self._scaled(self._norm(f"{name}.attention_out", layer.attention_out, y), after)
         if not left.mlp:
             return x, y
@@ -207,13 +206,11 @@ class Decoder:
         half = cos.shape[1] // 2
         if half % _PAIRS:
             raise NotCovered(f"ONNX Runtime turns multiples of {_PAIRS} pairs of a head, not {half}")
-        turns = torch.equal(cos[:, ::2], cos[:, 1::2])
-        if not turns and not torch.equal(cos[:, :half], cos[:, half:]):
-            raise NotCovered("its rotary positions turn other pairs than halves or neighbours")
-        step = slice(None, None, 2) if turns else slice(half)
+        if not torch.equal(cos[:, :half], cos[:, half:]):
+            raise NotCovered("its rotary positions turn the two of a pair by different angles")
         name = f"rotary.{attention.rotation or 'all'}"
-        tables = [self._weight(f"{name}.{part}", t[:, step]) for part, t in (("cos", cos), ("sin", sin))]
-        return tables, {"do_rotary": 1, "rotary_interleaved": int(turns)}
+        tables = [self._weight(f"{name}.{part}", t[:, :half]) for part, t in (("cos", cos), ("sin", sin))]
+        return tables, {"do_rotary": 1, "rotary_interleaved": int(attention.paired)}
 
     # --- MLPs
 

@@ -135,8 +135,8 @@ def continued(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
     + [(family, kind) for family in ("qwen2", "smollm3") for kind in ("dense", "every third layer skipped", "halves")],
 )
 def test_decode_steps_are_the_wrapped_models(family: str, kind: str, tmp_path: Path) -> None:
-    """After one dense token, by the same kernels: bit for bit where these add up in the same order, which listed
-    neurons are not."""
+    """After one dense token: bit for bit where the same native steps run, which neither listed neurons do nor layers of
+    zeros, whose parts cannot be told."""
     model = tiny(family)
     plan, ids = PLANS[kind](model), prompt(1, 20)
     found = exported(model, tmp_path / "out", plan)
@@ -157,7 +157,7 @@ def test_decode_steps_are_the_wrapped_models(family: str, kind: str, tmp_path: P
             got = continued(found, own, ids[:, 1:])
     usual = (plain - exact).abs().max()
     assert (expected - exact).abs().max() <= 2 * usual + 1e-6 * exact.abs().max()
-    if kind != "both":
+    if kind in ("dense", "every third layer skipped"):
         assert torch.equal(got, expected)
 
 

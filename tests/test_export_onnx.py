@@ -93,7 +93,7 @@ def test_a_graph_that_computes_something_else_is_refused(tmp_path: Path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("family", ["opt", "mixtral", "phi", "bloom"])
+@pytest.mark.parametrize("family", ["opt", "mixtral", "phi", "bloom", "deepseek_v3"])
 def test_what_the_description_or_the_operators_do_not_know(family: str, tmp_path: Path) -> None:
     with pytest.raises(CoreskipError, match="models cannot be written as ONNX: ") as refusal:
         coreskip.export(tiny(family), tokenizer(), tmp_path / "out", to="onnx", progress=False)
