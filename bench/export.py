@@ -1,6 +1,6 @@
 """Times what `export` writes where other tools run it: the dense model beside a plan's, in one interleaved run.
 
-python -m coreskip.bench.export speed [MODEL] [--plan PLAN | --keep 0.5 --text FILE] [--rounds N] [--rows FILE]
+python -m coreskip.bench.export speed [MODEL] [--plan PLAN | --keep 0.5] [--text FILE] [--rounds N] [--rows FILE]
 python -m coreskip.bench.export rules [--rounds N] [--rows FILE]
 
 `speed`: each format of `export` in a process of its own, generating in turn: ONNX Runtime in float32 and int4,
@@ -28,8 +28,8 @@ from coreskip.bench.machine import Machine
 from coreskip.bench.processes import Worker
 from coreskip.bench.provenance import model_name, provenance, write_rows
 from coreskip.bench.runner import Job
+from coreskip.bench.settings import scored_text
 from coreskip.bench.workloads import threads_available
-from coreskip.predictors.calibration import read_text
 from coreskip.predictors.plan import Plan
 from coreskip.runtime.analyze import analyze
 from coreskip.runtime.export import export
@@ -75,7 +75,7 @@ def measure(model: Any, tokenizer: Any, plan: Plan, text: str, rounds: int) -> l
     threads = threads_available()
     machine, ids = Machine("cpu", threads), list(tokenizer(text).input_ids[:_PROMPT])
     with tempfile.TemporaryDirectory() as scratch:
-        contenders = []
+        contenders = list[Contender]()
         for to, weights in _FORMS:
             for name, each in (("dense", None), (_name(plan), plan)):
                 folder = Path(scratch) / f"{to}-{weights}-{len(contenders)}"
@@ -222,13 +222,15 @@ def main() -> None:
 @click.argument("model", required=False)
 @click.option("--plan", "folder", type=click.Path(path_type=Path), help="That can travel; else a static one is made.")
 @click.option("--keep", default=0.5, show_default=True, help="Of the static plan.")
-@click.option("--text", type=click.Path(path_type=Path), required=True, help="Calibrates it, and is the prompt.")
+@click.option("--text", type=click.Path(path_type=Path), help="Calibrates it, and is the prompt; else Python's manual.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--rows", type=click.Path(path_type=Path), help="Where the rows go.")
-def speed(model: str | None, folder: Path | None, keep: float, text: Path, rounds: int, rows: Path | None) -> None:
+def speed(
+    model: str | None, folder: Path | None, keep: float, text: Path | None, rounds: int, rows: Path | None
+) -> None:
     """Dense against a plan, in every format."""
     loaded, tokenizer = load(model, device="cpu", packed=False)
-    content = read_text(text)
+    content, _ = scored_text(text)
     if folder is not None:
         plan = Plan.load(folder)
     else:

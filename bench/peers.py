@@ -82,8 +82,10 @@ class OnnxFolder(Peer):
 
         og.disable_telemetry_events()
         settings = json.loads((built / ONNX_SETTINGS).read_text())
-        # nothing ends a generation early
-        self._model = open_model(built, self.job.threads, {"model": {"eos_token_id": []}})
+        # nothing ends a generation early: it wants a token that does, and takes what pads where it is told none
+        never = int(settings["model"]["vocab_size"]) - 1
+        ends = {"model": {"eos_token_id": [never], "pad_token_id": never}}
+        self._model = open_model(built, self.job.threads, ends)
         self._bytes = onnx_weight_bytes(built / settings["model"]["decoder"]["filename"])
 
     def generate(self, ids: Sequence[int], new: int) -> Generation:

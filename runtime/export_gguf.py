@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..predictors.anatomy import dissect, rows_of
+from ..predictors.anatomy import rows_of
 from ..predictors.errors import CoreskipError
 from .calls import NotCovered
 from .export_gguf_tokenizer import Vocabulary
+from .export_spec import attention_of, plain_spec
 from .export_weights import Smaller
-from .spec import LayerSpec, LinearSpec, ModelSpec, NormSpec, read_spec
+from .spec import LayerSpec, LinearSpec, ModelSpec, NormSpec
 
 MODEL = "model.gguf"
 _TYPES = {
@@ -98,7 +99,7 @@ class GgufFolder:
             raise CoreskipError(f"{kind!r} models are not written as GGUF: {', '.join(ARCHITECTURES)} are")
         self._arch = ARCHITECTURES[kind]
         try:
-            self._spec = read_spec(found.model, dissect(found.model))
+            self._spec = plain_spec(found.model)
             _check(self._spec, self._arch, self._text)
         except NotCovered as reason:
             raise CoreskipError(f"this {kind!r} model has no form in GGUF: {reason}") from None
@@ -119,25 +120,28 @@ class GgufFolder:
         writer = gguf.GGUFWriter(folder / MODEL, self._arch.name)
         self._describe(writer)
         self._vocabulary.write(writer)
-        kind, _ = _TYPES[self.weights]
         tensors = list(_tensors(self._spec, self._arch))
         for name, tensor in tqdm(tensors, desc="packing", unit="tensor", disable=not progress, leave=False):
-            array = tensor.float().numpy()
-            # of embeddings and head 4 bits cost more than of all the rest
-            own = gguf.GGMLQuantizationType.Q8_0 if name in ("token_embd", "output") and kind.name[:2] == "Q4" else kind
-            own = gguf.GGMLQuantizationType.F16 if array.shape[-1] % _BLOCK else own
-            leaf = "bias" if name.endswith(".bias") else "weight"
+            array, whole = tensor.float().numpy(), name if name.endswith(".bias") else f"{name}.weight"
             if array.ndim == 1:
-                writer.add_tensor(f"{name.removesuffix('.bias')}.{leaf}", np.ascontiguousarray(array))
+                writer.add_tensor(whole, np.ascontiguousarray(array))
             else:
-                writer.add_tensor(f"{name}.weight", gguf.quantize(array, own), raw_dtype=own)
+                kind = self._kind(name, array.shape[1])
+                writer.add_tensor(whole, gguf.quantize(array, kind), raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
 
+    def _kind(self, name: str, inputs: int) -> gguf.GGMLQuantizationType:
+        """The type of a matrix: where 4 bits are asked for, embeddings and head, which lose most by them, have 8."""
+        if inputs % _BLOCK:
+            return gguf.GGMLQuantizationType.F16
+        of_tokens = name in ("token_embd", "output") and self.weights.startswith("q4")
+        return gguf.GGMLQuantizationType.Q8_0 if of_tokens else _TYPES[self.weights][0]
+
     def _describe(self, writer: Any) -> None:
-        text, spec, attention = self._text, self._spec, self._spec.layers[0].attention
+        text, spec, attention = self._text, self._spec, attention_of(self._spec.layers[0])
         writer.add_name(self._arch.name)
         writer.add_file_type(_TYPES[self.weights][1])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -152,9 +156,10 @@ class GgufFolder:
         writer.add_value_length(attention.head_dim)
         writer.add_rope_dimension_count(attention.head_dim)
         writer.add_rope_freq_base(_theta(text))
+        assert spec.norm is not None  # as `plain_spec` has it
         (writer.add_layer_norm_rms_eps if self._arch.norm == "rms" else writer.add_layer_norm_eps)(spec.norm.eps)
         if self._arch.period:
-            writer.add_sliding_window(max(layer.attention.window for layer in spec.layers) or 2**31 - 1)
+            writer.add_sliding_window(max(attention_of(layer).window for layer in spec.layers) or 2**31 - 1)
         if self._arch.softcaps:
             writer.add_attn_logit_softcapping(attention.softcap)
             writer.add_final_logit_softcapping(spec.logit_softcap)
@@ -185,22 +190,22 @@ def _check(spec: ModelSpec, arch: Architecture, text: Any) -> None:
 
 
 def _check_scales(spec: ModelSpec, arch: Architecture) -> None:
-    attention = spec.layers[0].attention
-    usual = {"embeddings": spec.embedding_scale, "logits": spec.logit_scale}
-    usual |= {"residuals": spec.layers[0].residual_scale, "attention": attention.scale * attention.head_dim**0.5}
+    attention = attention_of(spec.layers[0])
+    usual = {"embedding": spec.embedding_scale, "logit": spec.logit_scale}
+    usual |= {"residual stream": spec.layers[0].residual_scale, "attention": attention.scale * attention.head_dim**0.5}
     if arch.scales == "gemma":
-        usual["embeddings"] = (spec.embedding_scale or 0) / spec.embedding.shape[1] ** 0.5
+        usual["embedding"] = (spec.embedding_scale or 0) / spec.embedding.shape[1] ** 0.5
     for name, value in usual.items() if arch.scales != "all" else ():
         if abs((value or 0) - 1) > 1e-2:  # embeddings' was measured
-            raise NotCovered(f"its {name} are scaled otherwise than by llama.cpp's {arch.name}")
+            raise NotCovered(f"its {name} is scaled otherwise than by llama.cpp's {arch.name}")
     if not arch.softcaps and (spec.logit_softcap or attention.softcap):
         raise NotCovered("its scores are capped")
 
 
 def _check_layer(index: int, layer: LayerSpec, arch: Architecture, text: Any) -> None:
-    if layer.experts is not None or layer.parallel or len(layer.attention.inputs) != 3:
-        raise NotCovered("its layers have experts, halves side by side, or q, k and v in one matrix")
-    (brick,), attention = layer.bricks, layer.attention
+    (brick,), attention = layer.bricks, attention_of(layer)
+    if layer.parallel or attention.paired or len(attention.inputs) != 3:
+        raise NotCovered("its layers have halves side by side, neighbours turned, or q, k and v in one matrix")
     norms = {"": (True, False), "both": (True, True), "only": (False, True)}[arch.after]
     found = layer.attention_in is not None, layer.attention_out is not None
     heads = attention.q_norm is not None
@@ -224,7 +229,7 @@ def _check_layer(index: int, layer: LayerSpec, arch: Architecture, text: Any) ->
 
 
 def _biases(layer: LayerSpec) -> Iterator[tuple[str, Tensor]]:
-    (brick,), attention = layer.bricks, layer.attention
+    (brick,), attention = layer.bricks, attention_of(layer)
     linears = [*zip(("q", "k", "v"), attention.inputs, strict=False), ("o", attention.output)]
     for name, linear in [*linears, *(("mlp", linear) for linear in brick.linears)]:
         bias = rows_of(linear.module)[1]
@@ -253,27 +258,28 @@ def _tensors(spec: ModelSpec, arch: Architecture) -> Iterator[tuple[str, Tensor]
 
 
 def _layer_tensors(layer: LayerSpec, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
-    attention, (brick,) = layer.attention, layer.bricks
+    attention, (brick,) = attention_of(layer), layer.bricks
     names = {"attn_norm": layer.attention_in, "post_attention_norm": layer.attention_out}
     names |= {"ffn_norm": layer.mlp_in, "post_ffw_norm": layer.mlp_out}
     names |= {"attn_q_norm": attention.q_norm, "attn_k_norm": attention.k_norm}
     for name, norm in names.items():
         yield from _norm(name, norm)
     for part, linear in zip("qkv", attention.inputs, strict=True):
-        for name, tensor in _linear(f"attn_{part}", linear):
+        for name, tensor in _linear(f"attn_{part}", linear, part in arch.biases):
             turned = arch.turned and part != "v"
             yield name, _neighbours(tensor, attention.head_dim) if turned else tensor
-    if brick.gate is not None:
-        yield from _linear("ffn_gate", brick.gate)
-    yield from _linear("ffn_up", brick.up)
-    yield from _linear("attn_output", attention.output)
-    yield from _linear("ffn_down", brick.down)
+    yield from _linear("attn_output", attention.output, "o" in arch.biases)
+    linears = {"ffn_gate": brick.gate, "ffn_up": brick.up, "ffn_down": brick.down}
+    for name, part_of_mlp in linears.items():
+        if part_of_mlp is not None:
+            yield from _linear(name, part_of_mlp, "mlp" in arch.biases)
 
 
-def _linear(name: str, linear: LinearSpec) -> Iterator[tuple[str, Tensor]]:
+def _linear(name: str, linear: LinearSpec, biased: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """biased: whether there is a place for a bias, which else is zero."""
     weight, bias = rows_of(linear.module)
     yield name, weight
-    if bias is not None:
+    if bias is not None and biased:
         yield f"{name}.bias", bias
 
 

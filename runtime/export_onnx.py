@@ -10,20 +10,21 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from ..predictors.anatomy import dissect
+from ..predictors.anatomy import shape_of
 from ..predictors.errors import CoreskipError
 from ..predictors.observe import inference
 from .calls import NotCovered
 from .export_formats import ONNX_SETTINGS
-from .export_onnx_graph import Decoder, rounded
+from .export_onnx_graph import Decoder, make_fast, rounded
+from .export_spec import attention_of, plain_spec
 from .export_weights import Smaller
-from .spec import ModelSpec, read_spec
+from .spec import ModelSpec
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 _BYTES = {"float32": 4.0, "float16": 2.0, "int4": 0.7}  # of a number, about; LM heads and embeddings have 8 bits
 _PROBE = 8  # tokens on which ONNX Runtime is compared with the smaller model
-#: of the logits' norm; with weights in int4 inputs are rounded to 8 bits, too
-_TOLERANCE = {"float32": 1e-3, "float16": 3e-2, "int4": 0.2}
+#: of the logits' norm: how far apart the two may be, by rounding
+_TOLERANCE = {"float32": 1e-3, "float16": 3e-2, "int4": 1e-3}
 
 
 class OnnxFolder:
@@ -42,8 +43,7 @@ class OnnxFolder:
         text = found.model.config.get_text_config()
         self._positions = int(getattr(text, "max_position_embeddings", 0) or 2048)
         try:
-            anatomy = dissect(found.model)
-            self._spec = read_spec(found.model, anatomy)
+            self._spec = plain_spec(found.model)
             self._decoder = Decoder(
                 self._spec,
                 found.layers,
@@ -74,14 +74,17 @@ class OnnxFolder:
         ir.save(self._decoder.model(), folder / MODEL, external_data=DATA)
         (folder / ONNX_SETTINGS).write_text(json.dumps(self._settings(), indent=1))
         self._check(folder / MODEL)
+        if self.weights == "int4":
+            make_fast(folder / MODEL)  # of a model with outliers what it computes then may be far off
 
     def _settings(self) -> dict[str, Any]:
         """What onnxruntime-genai has to know of the graph and of its texts."""
-        attention, text = self._spec.layers[0].attention, self._found.model.config.get_text_config()
+        attention, text = attention_of(self._spec.layers[0]), self._found.model.config.get_text_config()
         ends = getattr(self._found.model.generation_config, "eos_token_id", None)
         ends = text.eos_token_id if ends is None else ends
         ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-        pad = text.pad_token_id if text.pad_token_id is not None else (ends or [0])[0]
+        # where nothing ends a text, it takes what pads for an end: a token that is hardly ever generated
+        pad = text.pad_token_id if ends and text.pad_token_id is not None else (ends or [text.vocab_size - 1])[0]
         past, present = "past_key_values.%d", "present.%d"
         decoder = {
             "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -163,7 +166,7 @@ def decoded(session: Any, ids: np.ndarray[Any, Any], prompt: int) -> np.ndarray[
 
 
 def _kv_heads(spec: ModelSpec) -> int:
-    attention = spec.layers[0].attention
-    inputs = attention.inputs
-    rows = inputs[0].rows[1] if len(inputs) == 1 and inputs[0].rows is not None else inputs[1].module.weight.shape[0]
-    return int(rows) // attention.head_dim
+    attention = attention_of(spec.layers[0])
+    first, *others = attention.inputs
+    rows = first.rows[1] if first.rows is not None else shape_of(others[0].module)[0]
+    return rows // attention.head_dim

@@ -7,6 +7,7 @@ its inputs, and for matrices in 4 or 8 bits. Inputs and outputs are named as onn
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..predictors.anatomy import rows_of
 from .calls import NotCovered
+from .export_spec import attention_of
 from .export_weights import RemainingLayer
 from .rotary_tables import RotaryTables, Table
 from .spec import AttentionSpec, BrickSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec
@@ -24,7 +26,7 @@ OPSET, IR_VERSION = 22, 10
 _MS = "com.microsoft"
 _PAIRS = 8
 _BLOCK = 32  # inputs of a group of integers with one scale
-_INT8_INPUTS = 4  # an accuracy level: inputs are rounded to 8 bits in blocks, which is several times as fast
+_EXACT, _FAST = 1, 4  # of inputs of products with blocks: float32, or 8 bits in blocks, several times as fast
 Rows = tuple[Tensor, Tensor | None]  # a matrix [outputs, inputs] and its bias
 
 
@@ -101,7 +103,7 @@ class Decoder:
             data, scales, zeros = _blocks(rows, 8)
             flat = self._constant(f"{name}.quantized", data.reshape(len(data), -1))
             parts = flat, ids, self._constant(f"{name}.scales", scales), self._constant(f"{name}.zeros", zeros)
-            way = {"gather_axis": 0, "quantize_axis": 1, "block_size": _BLOCK, "bits": 8}
+            way: dict[str, Any] = {"gather_axis": 0, "quantize_axis": 1, "block_size": _BLOCK, "bits": 8}
             x = self._op("GatherBlockQuantized", *parts, domain=_MS, **way)
         else:
             x = self._op("Gather", self._weight(f"{name}.weight", rows), ids, axis=0)
@@ -113,12 +115,10 @@ class Decoder:
         self, index: int, layer: LayerSpec, left: RemainingLayer, x: ir.Value, y: ir.Value | None
     ) -> tuple[ir.Value, ir.Value | None]:
         """The residual stream comes and goes as a sum that is still to be taken: norms take it on the way."""
-        if layer.experts is not None:
-            raise NotCovered("mixtures of experts are not written")
         name, after = f"layers.{index}", layer.residual_scale
         if left.attention:
             read, x = self._read(f"{name}.attention_in", layer.attention_in, x, y)
-            y = self._attention(name, layer.attention, read, self._tables[index])
+            y = self._attention(name, attention_of(layer), read, self._tables[index])
             y = self._scaled(self._norm(f"{name}.attention_out", layer.attention_out, y), after)
         if not left.mlp:
             return x, y
@@ -143,15 +143,14 @@ class Decoder:
         return found[0], found[3]
 
     def _scaled(self, y: ir.Value, scale: float) -> ir.Value:
-        return y if scale == 1.0 else self._op("Mul", y, self._number("residual_scale", scale))
+        return y if scale == 1.0 else self._op("Mul", y, self._number(f"residual_scale.{scale}", scale))
 
     def _norm(self, name: str, norm: NormSpec | None, x: ir.Value) -> ir.Value:
         if norm is None:
             return x
         factor = self._factor(name, norm)
         if norm.kind == "rms":
-            way = {"axis": -1, "epsilon": norm.eps, "stash_type": 1}
-            return self._op("SimplifiedLayerNormalization", x, factor, **way)
+            return self._op("SimplifiedLayerNormalization", x, factor, axis=-1, epsilon=norm.eps, stash_type=1)
         biases = [] if norm.bias is None else [self._weight(f"{name}.bias", norm.bias.detach())]
         return self._op("LayerNormalization", x, factor, *biases, axis=-1, epsilon=norm.eps)
 
@@ -197,7 +196,7 @@ class Decoder:
         """Over each head, or over all of a projection's outputs."""
         if norm is None or norm.size != head_dim:
             return self._norm(name, norm, x)
-        heads = self._op("Reshape", x, self._integers("heads", [0, 0, -1, head_dim]))
+        heads = self._op("Reshape", x, self._integers(f"heads.{head_dim}", [0, 0, -1, head_dim]))
         return self._op("Reshape", self._norm(name, norm, heads), self._integers("joined", [0, 0, -1]))
 
     def _rotation(self, attention: AttentionSpec, table: Table | None) -> tuple[list[ir.Value], dict[str, Any]]:
@@ -207,13 +206,11 @@ class Decoder:
         half = cos.shape[1] // 2
         if half % _PAIRS:
             raise NotCovered(f"ONNX Runtime turns multiples of {_PAIRS} pairs of a head, not {half}")
-        turns = torch.equal(cos[:, ::2], cos[:, 1::2])
-        if not turns and not torch.equal(cos[:, :half], cos[:, half:]):
-            raise NotCovered("its rotary positions turn other pairs than halves or neighbours")
-        step = slice(None, None, 2) if turns else slice(half)
+        if not torch.equal(cos[:, :half], cos[:, half:]):
+            raise NotCovered("its rotary positions turn the two of a pair by different angles")
         name = f"rotary.{attention.rotation or 'all'}"
-        tables = [self._weight(f"{name}.{part}", t[:, step]) for part, t in (("cos", cos), ("sin", sin))]
-        return tables, {"do_rotary": 1, "rotary_interleaved": int(turns)}
+        tables = [self._weight(f"{name}.{part}", t[:, :half]) for part, t in (("cos", cos), ("sin", sin))]
+        return tables, {"do_rotary": 1, "rotary_interleaved": int(attention.paired)}
 
     # --- MLPs
 
@@ -250,8 +247,8 @@ class Decoder:
         arrays = [
             self._constant(f"{name}.{part}", a) for part, a in zip(("blocks", "scales", "zeros"), packed, strict=True)
         ]
-        way = {"K": weight.shape[1], "N": weight.shape[0], "bits": bits, "block_size": _BLOCK}
-        return self._op("MatMulNBits", x, *arrays, domain=_MS, accuracy_level=_INT8_INPUTS, **way)
+        way: dict[str, Any] = {"K": weight.shape[1], "N": weight.shape[0], "bits": bits, "block_size": _BLOCK}
+        return self._op("MatMulNBits", x, *arrays, domain=_MS, accuracy_level=_EXACT, **way)
 
     # --- values
 
@@ -301,9 +298,17 @@ def _parts(linear: LinearSpec) -> list[Rows]:
     weight, bias = rows_of(linear.module)
     if linear.rows is None:
         return [(weight, bias)]
-    sizes = [len(weight) // linear.parts] * linear.parts if sum(linear.rows) != len(weight) else list(linear.rows)
-    biases = [None] * len(sizes) if bias is None else bias.split(sizes)
-    return list(zip(weight.split(sizes), biases, strict=True))
+    biases = [None] * linear.parts if bias is None else bias.split(linear.rows)
+    return list(zip(weight.split(linear.rows), biases, strict=True))
+
+
+def make_fast(path: Path) -> None:
+    """Has products with blocks in a model that was saved round their inputs to 8 bits, too."""
+    model = ir.load(path)
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", _FAST)
+    ir.save(model, path)
 
 
 def rounded(weight: Tensor, bits: int) -> Tensor:

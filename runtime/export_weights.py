@@ -150,7 +150,7 @@ class _Cut:
         values = self._values(widths)
         shell = self._shell()
         assert shell is not None
-        _fill(shell, self._named(shell, values))
+        _fill(shell, self._named(values))
         shell.generation_config = copy.deepcopy(self._model.generation_config)
         return Smaller(shell, self._layers, tuple(self._notes))
 
@@ -302,10 +302,10 @@ class _Cut:
         found = {place: values.get(place, _own(*place)) for place in silent}
         return {place: torch.zeros_like(value) for place, value in found.items() if value is not None}
 
-    def _named(self, shell: Any, values: dict[tuple[nn.Module, str], Tensor]) -> dict[str, nn.Parameter | Tensor]:
+    def _named(self, values: dict[tuple[nn.Module, str], Tensor]) -> dict[str, nn.Parameter | Tensor]:
         """Every tensor of the smaller model by its name; of tied ones the same."""
-        gone = {layer for i, layer in enumerate(self._anatomy.layers) if i not in {left.index for left in self._layers}}
-        absent = {module for layer in gone for module in layer.modules()}
+        stay = {left.index for left in self._layers}
+        absent = {m for i, layer in enumerate(self._anatomy.layers) if i not in stay for m in layer.modules()}
         shared: dict[int, nn.Parameter] = {}
         found: dict[str, nn.Parameter | Tensor] = {}
         for name, module in self._model.named_modules(remove_duplicate=False):

@@ -82,7 +82,7 @@ class OnnxEngine:
     def _encoded(self, message: Any) -> list[int]:
         if isinstance(message, str):
             return list(self._tokenizer(message).input_ids)
-        found = self._tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
+        found: Any = self._tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
         return list(found["input_ids"])
 
 
