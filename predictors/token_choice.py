@@ -15,14 +15,13 @@ from ..kernels.packed import PackedMLP
 from ..kernels.reference import sketch_scores
 from ..kernels.sparse import signs
 from .anatomy import Anatomy, canonical_activation, dissect, rows_of
-from .bricks import make_bricks
 from .checks import Allocation, check_allocation
 from .errors import CoreskipError
 from .four_bits import Form, FourBits
 from .importance import kept_count
 from .learned import best, train_predictors
 from .observe import down_norms
-from .policies import Bricks, Cats, Dense, InputThresholds, Learned, NeuronPolicy, Sketch, Teal, TopK, Wina
+from .policies import Cats, Dense, InputThresholds, Learned, NeuronPolicy, Sketch, Teal, TopK, Wina
 from .token_samples import (
     TokenSamples,
     cett_threshold,
@@ -215,14 +214,6 @@ class TokenCalibration:
         return train_predictors(
             self.samples.hidden, scores, keep=keep, rank=rank, seed=self._seed, progress=self._progress
         )
-
-    def bricks(self, keep: float, **how: Any) -> list[Bricks]:
-        """Per layer its neurons in bricks; `how`: see `make_bricks`."""
-        seen = self.samples
-        return make_bricks(
-            list(self._anatomy.mlps), seen.hidden, seen.activations, self._norms,
-            keep=keep, seed=self._seed, progress=self._progress, **how,
-        )  # fmt: skip
 
     @cached_property
     def _norms(self) -> list[Tensor]:

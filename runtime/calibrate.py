@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..predictors.anatomy import Anatomy, dissect
+from ..predictors.bricks import make_bricks
 from ..predictors.calibration import TokenText, most_positions, text_of
 from ..predictors.checks import AS_PACKED, SCORES, Score
 from ..predictors.core_neurons import SentenceCounter, cluster_sentences, static_set
@@ -376,8 +377,12 @@ class Calibrator:
         return self._by_token("learned", keep, policies, rank=options.rank, recall=round(found, 4))
 
     def _bricks(self, keep: float, options: BricksOptions) -> Plan:
-        how = vars(options)
-        return self._by_token("bricks", keep, self.tokens.bricks(keep, **how), **how)
+        seen, mlps = self.tokens.samples, list(self._anatomy.mlps)
+        made = make_bricks(
+            mlps, seen.hidden, seen.activations, down_norms(self._anatomy),
+            keep=keep, seed=self._seed, progress=self._progress, **vars(options),
+        )  # fmt: skip
+        return self._by_token("bricks", keep, made, **vars(options))
 
     def _threshold(self, keep: float, options: ThresholdOptions) -> Plan:
         policies = self.tokens.threshold(keep, cast(Any, options.rule), everywhere=options.all_linears)

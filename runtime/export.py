@@ -101,6 +101,11 @@ def export(
     anatomy = dissect(model)
     plan = Plan.of(plan, model)
     plan.check(model, anatomy)
+    if plan.intervenes:
+        raise CoreskipError(
+            "the plan changes activations, or is silent after some prompts, which no checkpoint can say: it would have the "
+            "skill that is switched off; plans of switch_off with method static or experts travel"
+        )
     writer, found = _prepared(model, tokenizer, anatomy, plan, to, weights)
     notes = [*found.notes, *writer.notes]
     for note in notes:

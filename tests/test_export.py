@@ -26,6 +26,7 @@ import coreskip
 from coreskip import CoreskipError, cli
 from coreskip.predictors.anatomy import FeedForward, dissect
 from coreskip.predictors.expert_policies import KeptExperts, SkipExperts
+from coreskip.predictors.interventions import PrunedNeurons
 from coreskip.predictors.plan import LayerPlan, Plan
 from coreskip.predictors.policies import Adaptive, Run, Skip, SkipAttention, SkipMLP, Static
 from coreskip.runtime import export as exporting
@@ -247,6 +248,7 @@ def _umask() -> int:
         ("llama", lambda m: plan_of(m, "griffin"), "chooses by each prompt .core_neurons.: plans that can travel"),
         ("llama", lambda m: skipping(Plan.dense(m), Adaptive(0.5)), "by each prompt .adaptive.: plans that can travel"),
         ("llama", lambda m: skipping(Plan.dense(m), Skip()), "skips every layer"),
+        ("llama", lambda m: _silencing(m), "would have the skill that is switched off"),
         ("mixtral", lambda m: _with_experts(m, SkipExperts(0.5)), "skips experts by each token"),
         ("mixtral", lambda m: _with_experts(m, *(KeptExperts(torch.arange(k)) for k in (4, 5, 6))), "keeps 4 to 6"),
         ("deepseek_v3", lambda m: _with_experts(m, KeptExperts(torch.arange(4))), "chooses groups of experts"),
@@ -258,6 +260,13 @@ def test_plans_that_cannot_travel(family: str, change: Any, said: str, tmp_path:
         coreskip.export(model, tokenizer(), tmp_path / "out", plan=change(model))
     assert "\n" not in str(refusal.value)
     assert not list(tmp_path.iterdir())
+
+
+def _silencing(model: Any) -> Plan:
+    plan = Plan.dense(model)
+    return replace(
+        plan, layers=(replace(plan.layers[0], intervention=PrunedNeurons(torch.arange(3))), *plan.layers[1:])
+    )
 
 
 def _with_experts(model: Any, *policies: Any) -> Plan:
