@@ -103,7 +103,7 @@ def export(
     plan.check(model, anatomy)
     if plan.intervenes:
         raise CoreskipError(
-            "the plan changes activations, or is silent after some prompts, which no checkpoint can say: it would have the "
+            "the plan changes activations, or ends some texts at once, which no checkpoint can say: it would have the "
             "skill that is switched off; plans of switch_off with method static or experts travel"
         )
     writer, found = _prepared(model, tokenizer, anatomy, plan, to, weights)
