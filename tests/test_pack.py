@@ -53,9 +53,6 @@ def test_in_bfloat16(family: str, tmp_path: Path) -> None:
     assert greedy(found, prompt(2, 9), 4).shape == (2, 13)
 
 
-COVERED = ("llama", "llama_bias", "phi3", "gemma2")
-
-
 def decoded(model: Any, ids: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Logits of a prompt's last token and of `tokens`, one after the other."""
     out = model(ids, use_cache=True)
@@ -87,7 +84,7 @@ def test_decodes_as_the_original_in_that_format(family: str, weights: str, tmp_p
         with coreskip.wrap(found):  # whose decode steps round inputs to 8 bits
             assert runtime_of(found).plan.weights == "packed"
             error = decoded(found, ids, tokens) - expected
-            assert (runtime_of(found).steps.native.refusal is None) == (family in COVERED)
+            assert runtime_of(found).steps.native.refusal is None
     assert error[:, -1].square().mean().sqrt() < 0.08 * expected.std()
     assert error[:, -1].abs().max() > 0
 

@@ -136,7 +136,7 @@ def test_a_sequence_alone_makes_several_tokens_a_call(engine: Engine) -> None:
     assert max(seen) > 4
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt"])
+@pytest.mark.parametrize("family", ["apertus", "bitnet"])
 def test_models_that_native_steps_do_not_cover_take_turns(family: str) -> None:
     model = tiny(family, vocab_size=256)
     requests = [Request(ids(4 + i, i), 10) for i in range(5)]
