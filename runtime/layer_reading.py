@@ -6,6 +6,7 @@ Without a pass, on a meta device, the names that many architectures share have t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +97,7 @@ class _Layer:
     def read(self) -> Composition:
         norms: dict[str, nn.Module] = {}
         reads, gave = self._attention
-        attention_in = self._giving(reads)
+        attention_in = self._giving(reads, norms)
         if attention_in is not None:
             norms["attention_in"], reads = attention_in, self._seen.given(attention_in)
         if not torch.equal(reads, self._x):
@@ -111,7 +112,7 @@ class _Layer:
     def _before_mlp(self, norms: dict[str, nn.Module], attended: Tensor) -> Composition | None:
         """A norm, or none, between the residual stream and the MLP."""
         reads = self._mlp[0]
-        mlp_in = self._giving(reads)
+        mlp_in = self._giving(reads, norms)
         if mlp_in is not None:
             norms["mlp_in"], reads = mlp_in, self._seen.given(mlp_in)
         if torch.equal(reads, self._x):
@@ -121,7 +122,7 @@ class _Layer:
 
     def _after_attention(self, norms: dict[str, nn.Module], attended: Tensor) -> Composition | None:
         """A norm of the residual stream after the attention, which the MLP reads as it is."""
-        after = self._giving(self._mlp[0])
+        after = self._giving(self._mlp[0], norms)
         if after is None:
             return None
         norms["attention_after"], given = after, self._seen.given(after)
@@ -141,14 +142,17 @@ class _Layer:
         attended: what a parallel attention gives. scale: of what the halves give, where that is known.
         """
         more = self._normed(norms, "mlp_out", self._mlp[1]) + attended
-        y, after = self._y, self._giving(self._y)
+        y, after = self._y, self._giving(self._y, norms)
         if after is not None:
             norms["mlp_after"], y = after, self._seen.given(after)
         scale = self._scale(x, more, y, scale)
         return None if scale is None else Composition(norms, parallel, scale, self._beside)
 
-    def _giving(self, value: Tensor) -> nn.Module | None:
-        return next((m for m in self._norms if torch.equal(self._seen.gave(m), value)), None)
+    def _giving(self, value: Tensor, others: Mapping[str, nn.Module]) -> nn.Module | None:
+        """The norm that gave `value`, one of the `others` last: beside a half that adds nothing, two norms give the
+        same."""
+        found = [m for m in self._norms if torch.equal(self._seen.gave(m), value)]
+        return next((m for m in found if m not in others.values()), next(iter(found), None))
 
     def _normed(self, norms: dict[str, nn.Module], place: str, value: Tensor) -> Tensor:
         """What a norm that is given `value` makes of it, if there is one."""

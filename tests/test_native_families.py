@@ -201,3 +201,17 @@ def test_a_layer_that_is_left_out(name: str, policy: Any) -> None:
             assert native.ready is natively
             found.append(logits)
     torch.testing.assert_close(*found, rtol=0, atol=1e-4 * float(found[1].std()))
+
+
+def test_halves_that_add_nothing() -> None:
+    """Two norms then give the same, and the MLP reads what the attention reads."""
+    model = build("llama")
+    layer = model.model.layers[1]
+    with torch.no_grad():
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    expected = texts(model)
+    with coreskip.wrap(model, Plan.dense(model)):
+        assert all(map(torch.equal, texts(model), expected))
+        native = runtime_of(model).steps.native
+        assert native.ready, native.refusal
