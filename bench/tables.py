@@ -355,6 +355,14 @@ _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "clamped": lambda row: f"{row['clamped']:.2g}",
         "times": lambda row: f"{row['clamped'] / row['plain']:.1f}",
     },
+    "export_texts": {
+        "plan": lambda row: str(row["plan"]),
+        "runtime": lambda row: str(row["runtime"]),
+        "texts equal": lambda row: f"{row['equal']} of {row['texts']}",
+        "tokens before they part": lambda row: f"{row['before_they_part']:.0f} of {row['tokens']}",
+        "largest error of logits": lambda row: _given(row.get("error"), "{:.1e}"),
+        "of float32 itself": lambda row: _given(row.get("error_of_float32"), "{:.1e}"),
+    },
     "drafts": {
         "score": lambda row: str(row["name"]),
         "keep": lambda row: f"{row['keep']:g}",

@@ -1,0 +1,140 @@
+"""Whether exported plans write the same texts where other tools run them.
+
+    python -m coreskip.bench.export_texts --text TEXT --rows bench/rows/export_texts.jsonl
+
+The embedded model dense, with 70 % of the neurons (static, calibrated on the first half of the text), without every
+third layer, and with both: exported as a checkpoint, to ONNX in float32 and to GGUF in float16, greedy texts after
+prompts of the second half against transformers on the checkpoint, and the largest error of ONNX Runtime's logits
+beside that of float32 itself, both against the checkpoint in float64.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM
+
+from coreskip.bench.processes import Worker
+from coreskip.bench.provenance import provenance, write_rows
+from coreskip.bench.runner import Job
+from coreskip.bench.workloads import threads_available
+from coreskip.predictors.calibration import read_text, tokenize
+from coreskip.predictors.files import check_file
+from coreskip.predictors.observe import inference
+from coreskip.predictors.plan import Plan
+from coreskip.predictors.policies import Skip
+from coreskip.runtime.analyze import analyze
+from coreskip.runtime.export import export
+from coreskip.runtime.load import load
+
+_PROMPT = 40
+
+
+def plans(model: Any, tokenizer: Any, text: Any) -> dict[str, Plan]:
+    """What is exported, by name."""
+    dense = Plan.dense(model)
+    static = analyze(model, tokenizer, method="static", keep=0.7, text=text)
+    names = {"dense": dense, "static 0.7": static}
+    return names | {"every third layer skipped": _thinned(dense), "both": _thinned(static)}
+
+
+def _thinned(plan: Plan) -> Plan:
+    layers = (replace(layer, layer=Skip()) if i % 3 == 1 else layer for i, layer in enumerate(plan.layers))
+    return replace(plan, layers=tuple(layers))
+
+
+def measure(
+    model: Any, tokenizer: Any, named: dict[str, Plan], prompts: list[list[int]], tokens: int
+) -> Iterator[dict[str, Any]]:
+    """A row for every plan and runtime."""
+    for name, plan in named.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            folders = {to: Path(scratch) / to for to in ("hf", "onnx", "gguf")}
+            for to, folder in folders.items():
+                export(model, tokenizer, folder, plan=plan, to=to, progress=False)
+            checkpoint = AutoModelForCausalLM.from_pretrained(folders["hf"]).eval()
+            expected = [_greedy(checkpoint, ids, tokens) for ids in tqdm(prompts, desc=name, leave=False)]
+            runners = {
+                "ONNX Runtime": Job(
+                    "onnxruntime-folder", "float32", model=str(folders["onnx"]), context=_PROMPT + tokens
+                ),
+                "llama.cpp": Job("llama.cpp", "float16", gguf=folders["gguf"] / "model.gguf", context=_PROMPT + tokens),
+            }
+            for runtime, job in runners.items():
+                same = _same(job, prompts, expected, tokens)
+                row = {
+                    "kind": "export_texts",
+                    "plan": name,
+                    "runtime": runtime,
+                    "texts": len(prompts),
+                    "tokens": tokens,
+                }
+                row |= {"equal": sum(n == tokens for n in same), "before_they_part": float(np.mean(same))}
+                yield row | (_errors(checkpoint, folders["onnx"], prompts[0]) if runtime == "ONNX Runtime" else {})
+
+
+def _greedy(model: Any, ids: list[int], tokens: int) -> list[int]:
+    given = torch.tensor([ids])
+    model.generation_config.eos_token_id = None
+    out = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=tokens, do_sample=False)
+    found: list[int] = out[0, len(ids) :].tolist()
+    return found
+
+
+def _same(job: Job, prompts: list[list[int]], expected: list[list[int]], tokens: int) -> list[int]:
+    """By prompt, how many tokens are the expected ones, from the first on."""
+    worker = Worker(replace(job, threads=threads_available()))
+    try:
+        worker("load")
+        found = [list(worker("generate", ids, tokens).tokens) for ids in prompts]
+    finally:
+        worker.close()
+    pairs = [list(zip(got, wanted, strict=False)) for got, wanted in zip(found, expected, strict=True)]
+    return [next((i for i, (x, y) in enumerate(pair) if x != y), len(pair)) for pair in pairs]
+
+
+def _errors(checkpoint: Any, folder: Path, prompt: list[int]) -> dict[str, float]:
+    import onnxruntime
+
+    from coreskip.runtime.export_onnx import decoded
+
+    ids = np.array([prompt])
+    found = torch.from_numpy(
+        decoded(onnxruntime.InferenceSession(folder / "model.onnx"), ids, len(prompt) // 2)
+    ).double()
+    with inference(checkpoint):
+        usual = checkpoint(torch.from_numpy(ids)).logits.double()
+        exact = checkpoint.double()(torch.from_numpy(ids)).logits
+    return {"error": float((found - exact).abs().max()), "error_of_float32": float((usual - exact).abs().max())}
+
+
+@click.command()
+@click.option("--text", required=True, type=click.Path(path_type=Path), help="Half of it calibrates.")
+@click.option("--rows", "output", required=True, type=click.Path(path_type=Path))
+@click.option("--prompts", default=20, show_default=True)
+@click.option("--tokens", default=64, show_default=True)
+def main(text: Path, output: Path, prompts: int, tokens: int) -> None:
+    """Texts of exported plans in ONNX Runtime and llama.cpp against transformers."""
+    check_file(output)
+    options = f"--text {text.name} --rows {output.name} --prompts {prompts} --tokens {tokens}"
+    about = provenance(f"python -m coreskip.bench.export_texts {options}")
+    model, tokenizer = load(device="cpu", dtype="float32", packed=False)
+    calibration, unseen = tokenize(tokenizer, read_text(text), text.name).split(0.5, 0.5)
+    begins = [ids.tolist() for ids in unseen.windows(_PROMPT, prompts)]
+    rows: list[dict[str, Any]] = []
+    for row in measure(model, tokenizer, plans(model, tokenizer, calibration), begins, tokens):
+        rows.append({"model": "SmolLM2-135M-Instruct", **row, **about})
+        write_rows(output, rows)
+        click.echo(f"{row['plan']:26} {row['runtime']:13} {row['equal']} of {row['texts']} texts equal")
+
+
+if __name__ == "__main__":
+    main()
