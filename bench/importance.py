@@ -29,7 +29,7 @@ from coreskip.predictors.files import check_file
 from coreskip.predictors.lm_head import LMHead, standardised
 from coreskip.predictors.observe import inference, taps
 from coreskip.predictors.plan import Plan
-from coreskip.predictors.scores import NeuronScores, NeuronSet
+from coreskip.predictors.scores import NeuronScores, NeuronSet, Per
 from coreskip.runtime.bundles import Weights
 from coreskip.runtime.engine import Engine
 from coreskip.runtime.load import load
@@ -108,18 +108,28 @@ def command(*options: Any) -> Callable[[Callable[..., Iterator[dict[str, Any]]]]
 @command(
     click.option("--windows", default=12, show_default=True, help="Windows of 512 tokens to score."),
     click.option("--tokens", default=8192, show_default=True, help="Calibration tokens."),
+    click.option("--per", default="layer", show_default=True, help="Share of every layer, or of the whole model."),
+    click.option("--only", default="all", show_default=True, help="One source."),
 )
 def sources(
-    model: Any, tokenizer: Any, calibration: TokenText, unseen: TokenText, windows: int, tokens: int
+    model: Any,
+    tokenizer: Any,
+    calibration: TokenText,
+    unseen: TokenText,
+    windows: int,
+    tokens: int,
+    per: Per,
+    only: str,
 ) -> Iterator[dict[str, Any]]:
     """Every source of one text, and the LM head's: static sets of 0.7 and 0.5, and sets of 0.5 from each window's own
     prompt."""
-    for name in (*STATIC_SCORES, "lm_head", "random"):
+    for name in (*STATIC_SCORES, "lm_head", "random") if only == "all" else (only,):
         found = _scores(model, calibration, name, tokens)
-        plans = [_top(model, found, share) for share in (0.7, 0.5)]
+        plans = [_top(model, found, share, per) for share in (0.7, 0.5)]
         for share, quality in zip((0.7, 0.5), evaluate_all(model, plans, unseen, windows=windows), strict=True):
-            yield {"kind": "sources", "name": name, "chosen": "static", "keep": share, **figures(quality)}
-    for name in STATIC_SCORES:
+            about = {"kind": "sources", "name": name, "chosen": "static", "per": per, "keep": share}
+            yield {**about, **figures(quality)}
+    for name in STATIC_SCORES if only == "all" else ():
         yield {
             "kind": "sources",
             "name": name,
@@ -136,8 +146,8 @@ def _scores(model: Any, text: TokenText, name: str, tokens: int) -> NeuronScores
     return scored(model, source_of(name, {}), texts, tokens=tokens)
 
 
-def _top(model: Any, found: NeuronScores | None, share: float) -> Plan:
-    return (NeuronSet.random(model, share) if found is None else found.top(share)).plan(model)
+def _top(model: Any, found: NeuronScores | None, share: float, per: Per = "layer") -> Plan:
+    return (NeuronSet.random(model, share) if found is None else found.top(share, per=per)).plan(model)
 
 
 def _by_prompt(model: Any, text: TokenText, name: str, windows: int) -> dict[str, Any]:

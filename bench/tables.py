@@ -332,7 +332,9 @@ _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     },
     "sources": {
         "score": lambda row: str(row["name"]),
-        "chosen": lambda row: {"prompt": "from each prompt"}.get(row["chosen"], "once"),
+        "chosen": lambda row: (
+            "from each prompt" if row["chosen"] == "prompt" else f"once, per {row.get('per', 'layer')}"
+        ),
         "keep": lambda row: f"{row['keep']:g}",
         "increase of perplexity": _increase,
         "KL": lambda row: f"{row['kl']:.3f}",
