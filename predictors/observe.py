@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,6 +114,16 @@ def down_norm(mlp: FeedForward) -> Tensor:
 Tap = Callable[[int, Tensor], None]
 
 
+def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that acts in passes of the calling thread alone: others may use the model meanwhile."""
+    mine = threading.get_ident()
+
+    def only(*arguments: Any) -> Any:
+        return hook(*arguments) if threading.get_ident() == mine else None
+
+    return only
+
+
 @contextmanager
 def taps(anatomy: Anatomy, on_activations: Tap, on_input: Tap | None = None) -> Iterator[None]:
     """Call `on_activations(layer, a)` with every down projection's input, `on_input(layer, x)` with every up
@@ -124,7 +135,7 @@ def taps(anatomy: Anatomy, on_activations: Tap, on_input: Tap | None = None) -> 
             tensor = cast(Tensor, args[0])
             tap(index, tensor.reshape(-1, tensor.shape[-1]))
 
-        return before
+        return of_this_thread(before)
 
     try:
         for index, mlp in anatomy.present:
@@ -139,14 +150,16 @@ def taps(anatomy: Anatomy, on_activations: Tap, on_input: Tap | None = None) -> 
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, restored afterwards."""
-    was_training = model.training
-    model.eval()
+    """Evaluation mode without gradients; every module's own mode is restored afterwards."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
 
 
 def observe(

@@ -158,7 +158,9 @@ class NeuronScores(_OfLayers):
         return replace((-self).top(share, per=per), recipe={"of": self._name, "bottom": share, "per": per})
 
     def above(self, least: float) -> NeuronSet:
-        """All units whose score is above `least`."""
+        """All units whose score is above `least`, a finite number."""
+        if isinstance(least, bool) or not isinstance(least, (int, float)) or not math.isfinite(least):
+            raise CoreskipError(f"a set is of scores above a finite number, not above {least!r}")
         return self._set([layer > least for layer in self.layers], {"above": least})
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -214,6 +216,12 @@ class NeuronSet(_OfLayers):
         Raises:
             CoreskipError: some layer's neurons are chosen while it runs.
         """
+        if not isinstance(plan, Plan):
+            raise CoreskipError(f"a set is of a coreskip.Plan, not of {kind_of(plan)}: Plan.load reads one")
+        if plan.intervenes:
+            raise CoreskipError(
+                "the plan changes what neurons compute, in place of leaving a fixed set out: it has none"
+            )
         members = []
         for index, (layer, width) in enumerate(zip(plan.layers, plan.model.intermediate_sizes, strict=True)):
             policy: Any = layer.neurons

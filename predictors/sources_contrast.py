@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .anatomy import Anatomy, Attention, FeedForward, shape_of
 from .checks import check_share
 from .errors import CoreskipError
-from .observe import Tap, taps
+from .observe import Tap, of_this_thread, taps
 from .scores import Unit
 from .sources import AGAINST, Reading, Source, Wants, needs_mlps, source
 from .sources_gradient import next_token_loss
@@ -66,6 +66,8 @@ class Lape(Source):
 
     def check(self) -> None:
         check_share("quantile", self.quantile)
+        if self.of is not None and not isinstance(self.of, str):
+            raise CoreskipError(f"of is {self.of!r}: give the name of one text")
 
     def score(self, reading: Reading) -> list[Tensor]:
         needs_mlps(reading, self.name)
@@ -112,7 +114,7 @@ def gates(anatomy: Anatomy, tap: Tap) -> Iterator[None]:
 
     try:
         for index, mlp in anatomy.present:
-            handles.append(mlp.pre_activation.register_forward_hook(hook(index, mlp)))
+            handles.append(mlp.pre_activation.register_forward_hook(of_this_thread(hook(index, mlp))))
         yield
     finally:
         for handle in handles:
@@ -230,7 +232,7 @@ def _silenced(module: nn.Module, columns: slice) -> Iterator[None]:
         x[..., columns] = 0
         return (x, *args[1:])
 
-    handle = module.register_forward_pre_hook(before)
+    handle = module.register_forward_pre_hook(of_this_thread(before))
     try:
         yield
     finally:

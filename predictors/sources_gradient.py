@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from .anatomy import Anatomy, is_packed
 from .checks import check_above_zero, check_count
 from .errors import CoreskipError
+from .observe import of_this_thread
 from .sources import Reading, Source, needs_mlps, source
 
 Loss = Callable[[Tensor], Tensor]
+_LEAST_STEP = 1e-4  # of a layer's output, relative to its size
 
 
 @contextmanager
@@ -31,6 +33,8 @@ def differentiable(model: nn.Module) -> Iterator[None]:
             "gradients need a model with plain matrices: load it with coreskip.load(..., packed=False), and use the "
             "scores for both"
         )
+    if torch.is_inference_mode_enabled():
+        raise CoreskipError("gradients are not followed in torch.inference_mode(): call this outside of it")
     owned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in owned:
@@ -49,7 +53,7 @@ def embedded(model: Any, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     def after(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return change(output.detach()).requires_grad_(True).clone()  # a copy, as some models add to it in place
 
-    handle = model.get_input_embeddings().register_forward_hook(after)
+    handle = model.get_input_embeddings().register_forward_hook(of_this_thread(after))
     try:
         yield
     finally:
@@ -67,7 +71,7 @@ def captured(anatomy: Anatomy) -> Iterator[dict[int, Tensor]]:
         def before(module: nn.Module, args: tuple[Any, ...], layer: int = index) -> None:
             seen[layer] = cast(Tensor, args[0])
 
-        handles.append(mlp.down.register_forward_pre_hook(before))
+        handles.append(mlp.down.register_forward_pre_hook(of_this_thread(before)))
     try:
         yield seen
     finally:
@@ -172,6 +176,10 @@ class PerturbationHessian(Source):
 
     def check(self) -> None:
         check_above_zero("epsilon", self.epsilon)
+        if not _LEAST_STEP <= self.epsilon <= 1:
+            raise CoreskipError(
+                f"epsilon is {self.epsilon}: below {_LEAST_STEP:g} it is lost in rounding, above 1 no step"
+            )
         check_count("rows", self.rows)
 
     def score(self, reading: Reading) -> list[Tensor]:
@@ -205,7 +213,7 @@ def _shifted_gradient(model: Any, down: nn.Module, ids: Tensor, plain: Tensor, b
         held.append((o + by * o.float().square().mean().sqrt().to(o.dtype)).requires_grad_(True))
         return held[-1].clone()
 
-    handle = down.register_forward_hook(shifted)
+    handle = down.register_forward_hook(of_this_thread(shifted))
     try:
         disturbed = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
     finally:

@@ -135,7 +135,7 @@ def _method_of(method: str, share: Any, strength: Any, ranking: Any) -> _Method:
     Raises:
         CoreskipError: there is no such method, or an option is not one of its.
     """
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise CoreskipError(f"method is {method!r}; choose from {', '.join(_METHODS)}")
     chosen = _METHODS[method]
     if share is not None:

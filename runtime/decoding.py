@@ -88,7 +88,8 @@ class Decoder:
             return None
         runtime = runtime_of(self.model)
         runtime.notice(every_setting=True)
-        return runtime.prepared
+        # hooks (a steered model's) may come to something else for the same tokens
+        return None if runtime.changes.obstacle() is not None else runtime.prepared
 
     @staticmethod
     def _first_token(sequence: Running, logits: Tensor) -> None:

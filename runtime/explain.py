@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..predictors.errors import CoreskipError
+from ..predictors.interventions import Site
 from ..predictors.lm_head import LMHead, Side, standardised
 from ..predictors.plan import Plan
 from ..predictors.policies import Chooser
@@ -59,7 +60,9 @@ def _layer(index: int, layer: Any, head: LMHead, tokenizer: Any) -> LayerWords:
     mlp, policy = head.anatomy.feed_forwards[index], layer.neurons
     width = 0 if mlp is None else mlp.intermediate_size
     if width == 0:
-        return LayerWords(index, 0, 0, "no MLP", (), ())
+        return LayerWords(index, 0, None, _experts(head.anatomy.experts[index], layer), (), ())
+    if layer.intervention.site is not Site.NOWHERE:
+        return LayerWords(index, width, None, f"{layer.intervention.name}: {layer.intervention.words}", (), ())
     if policy.chooser not in (Chooser.NOTHING, Chooser.CALIBRATION):
         why = f"{layer.kept(width) / width:.0%}, chosen at run time by {policy.chooser.value} ({policy.name})"
         return LayerWords(index, width, None, why, (), ())
@@ -70,6 +73,15 @@ def _layer(index: int, layer: Any, head: LMHead, tokenizer: Any) -> LayerWords:
     lost, held = (_words(tokenizer, (token for neuron, token in tokens if bool(kept[neuron]) == own)) for own in (0, 1))
     why = policy.name if layer.layer.mlp else layer.layer.name
     return LayerWords(index, width, int(kept.sum()), why, lost, held)
+
+
+def _experts(experts: Any, layer: Any) -> str:
+    """What a layer without an MLP of its own keeps."""
+    if experts is None:
+        return "no MLP"
+    kept = getattr(layer.experts, "indices", None)
+    names = "" if kept is None else ": " + ", ".join(map(str, kept.tolist()))
+    return f"{layer.experts.kept(experts.count)} of {experts.count} experts ({layer.experts.name}){names}"
 
 
 def _clearest(layer: int, head: LMHead) -> list[tuple[int, int]]:

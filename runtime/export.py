@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from ..predictors import files
 from ..predictors.anatomy import Anatomy, check_model, dissect
+from ..predictors.calibration import check_tokenizer
 from ..predictors.checks import check_flag, path_of
 from ..predictors.errors import CoreskipError, reason_of
 from ..predictors.plan import Plan
@@ -94,6 +95,7 @@ def export(
     check_format(to, weights)
     check_flag("progress", progress)
     check_model(model)
+    check_tokenizer(tokenizer)
     target = check_target(folder)
     make_way(model)
     if any(p.device.type not in ("cpu", "meta") for p in model.parameters()):

@@ -19,7 +19,7 @@ ONNX_SETTINGS = "genai_config.json"  # by which an exported ONNX model is known
 
 def check_format(to: Any, weights: Any) -> None:
     """Raises CoreskipError unless there is such a format, and it has such weights; None: its default."""
-    if to not in WEIGHTS:
+    if not isinstance(to, str) or to not in WEIGHTS:
         raise CoreskipError(f"a model is exported to {', '.join(WEIGHTS)}, not to {to!r}")
     if weights is not None and weights not in WEIGHTS[to]:
         raise CoreskipError(f"{to} has no weights {weights!r}: choose from {', '.join(WEIGHTS[to])}")

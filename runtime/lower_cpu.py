@@ -25,6 +25,7 @@ from .packed_layer import PackedLayer, PackedRows, StandIn
 from .reading import read_spec
 from .rotary_tables import RotaryTables
 from .spec import AttentionSpec, BrickSpec, ExpertsSpec, LatentSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec
+from .unpacking import Unpacking
 
 #: told of a linear as soon as all rows of its matrix are packed
 Packed = Callable[[nn.Module, list[PackedLinear]], None]
@@ -194,6 +195,9 @@ class CpuModel:
 
     def _latent(self, attention: LatentSpec, rotation: tuple[Tensor, Tensor] | None) -> native.LatentAttention:
         weight, bias = rows_of(attention.expand.module)
+        if self._format is not None:  # the numbers that the patched modules multiply with, as floats
+            parts = self._parts(attention.expand, self._format)
+            weight = torch.cat([rows for _, rows in Unpacking().rows(parts, torch.float32, fresh=True)])
         if rotation is None or bias is not None:
             raise NotCovered("its latent attention has no rotation, or a bias where it expands latents")
         low = attention.q_low

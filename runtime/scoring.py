@@ -99,7 +99,7 @@ def source_of(method: str, options: Mapping[str, Any]) -> Source:
     Raises:
         CoreskipError: there is no such source, or it has no such option.
     """
-    if method not in SOURCES:
+    if not isinstance(method, str) or method not in SOURCES:
         raise CoreskipError(f"unknown method {method!r}: {closest(str(method), set(SOURCES))}")
     known = {each.name for each in fields(SOURCES[method])}
     for name in options:
@@ -129,7 +129,9 @@ def _texts(
     if isinstance(text, Mapping):
         if len(text) < 2:
             raise CoreskipError(f"{name} compares texts: give two of them at least")
-        found = {str(key): text_of(tokenizer, value) for key, value in text.items()}
+        if not all(isinstance(key, str) for key in text):
+            raise CoreskipError(f"{name} takes texts by name, and a name is a str")
+        found = {key: text_of(tokenizer, value) for key, value in text.items()}
     elif text is None and wants is Wants.TEXT:
         found = {"text": model_text(model, tokenizer, tokens=-(-tokens // 2), length=256, seed=seed, progress=progress)}
     else:

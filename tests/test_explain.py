@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from tiny_models import plan_of, tiny
 
 import coreskip
 from coreskip import CoreskipError, NeuronScores, NeuronSet, Plan
+from coreskip.predictors.expert_policies import KeptExperts
 from coreskip.predictors.fingerprint import Fingerprint
+from coreskip.predictors.interventions import PrunedNeurons
 from coreskip.predictors.lm_head import LMHead
 from coreskip.predictors.plan import LayerPlan
 from coreskip.predictors.policies import SkipMLP
@@ -64,6 +67,18 @@ def test_layers_that_choose_or_skip_are_said_to(llama: Any) -> None:
     assert (found[1].kept, found[1].lost) == (160, ())
     with pytest.raises(CoreskipError, match="other weights"):
         explain(dense, tiny("llama", seed=1), Letters(), progress=False)
+
+
+def test_experts_and_interventions_are_named(llama: Any) -> None:
+    model = tiny("olmoe")
+    dense = Plan.dense(model)
+    kept = tuple(replace(layer, experts=KeptExperts(torch.tensor([1, 4, 6]))) for layer in dense.layers)
+    found = explain(replace(dense, layers=kept), model, Letters(), progress=False)
+    assert found[0].why == "3 of 8 experts (experts): 1, 4, 6"
+    dense = Plan.dense(llama)
+    layers = (replace(dense.layers[0], intervention=PrunedNeurons(torch.arange(3))), *dense.layers[1:])
+    found = explain(replace(dense, layers=layers), llama, Letters(), progress=False)
+    assert (found[0].kept, found[0].why) == (None, "pruned_neurons: 3 neurons")
 
 
 def test_overlaps_stand_beside_chance(llama: Any) -> None:

@@ -15,6 +15,7 @@ from coreskip import CoreskipError, NeuronScores, NeuronSet, Plan
 from coreskip.predictors.calibration import TokenText
 from coreskip.predictors.expert_policies import KeptExperts
 from coreskip.predictors.fingerprint import Fingerprint
+from coreskip.predictors.interventions import PrunedNeurons
 from coreskip.predictors.policies import Dense, Static
 
 WIDTH = 160
@@ -173,3 +174,15 @@ def test_mistakes(llama: Any) -> None:
         _ = a * float("inf")
     with pytest.raises(CoreskipError, match="choose from layer, model"):
         a.top(0.5, per="network")  # type: ignore[arg-type]
+
+
+def test_plans_that_change_activations_have_no_set(llama: Any) -> None:
+    dense = Plan.dense(llama)
+    layers = (dataclasses.replace(dense.layers[0], intervention=PrunedNeurons(torch.arange(3))), *dense.layers[1:])
+    with pytest.raises(CoreskipError, match="changes what neurons compute"):
+        NeuronSet.of(dataclasses.replace(dense, layers=layers))
+    with pytest.raises(CoreskipError, match="not of a str"):
+        NeuronSet.of("my.plan")  # type: ignore[arg-type]
+    for least in (float("nan"), "x", None, True):
+        with pytest.raises(CoreskipError, match="above a finite number"):
+            drawn(llama).above(least)  # type: ignore[arg-type]

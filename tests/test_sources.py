@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import FAMILIES, NoTokenizer, prompt, tiny
+from tiny_models import FAMILIES, NoTokenizer, greedy, prompt, tiny
 
 import coreskip
 from coreskip import CoreskipError, NeuronScores
@@ -399,6 +400,39 @@ def test_a_static_plan_by_a_source(llama: Any, score: str) -> None:
     assert all(torch.equal(layer.neurons.indices, kept) for layer, kept in zip(plan.layers, best, strict=True))  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("method", ["griffin", "taylor", "ablation"])
+def test_others_may_use_the_model_meanwhile(llama: Any, method: str) -> None:
+    expected, stop = scores(llama, text(400), method=method), threading.Event()
+
+    def generate() -> None:
+        while not stop.is_set():
+            greedy(llama, prompt(1, 7, 9), 4)
+
+    other = threading.Thread(target=generate)
+    other.start()
+    try:
+        found = scores(llama, text(400), method=method)
+    finally:
+        stop.set()
+        other.join()
+    for mine, wanted in zip(found.layers, expected.layers, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_every_module_keeps_its_mode(llama: Any) -> None:
+    llama.train()
+    llama.model.layers[0].eval()
+    before = [module.training for module in llama.modules()]
+    scores(llama, text(), method="taylor")
+    assert [module.training for module in llama.modules()] == before
+    assert before.count(False) > 1
+
+
+def test_gradients_are_not_followed_in_inference_mode(llama: Any) -> None:
+    with torch.inference_mode(), pytest.raises(CoreskipError, match="outside of it"):
+        scores(llama, text(), method="taylor")
+
+
 def test_mistakes(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_work(*args: Any, **options: Any) -> Any:
         raise AssertionError("work was done before the mistake was seen")
@@ -411,6 +445,9 @@ def test_mistakes(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"method": "wanda", "alpha": 0.3}, "wanda has no option 'alpha'"),
         ({"method": "smooth_gradient", "samples": 0}, "samples is 0"),
         ({"method": "hessian", "epsilon": float("nan")}, "epsilon"),
+        ({"method": "hessian", "epsilon": 1e-30}, "lost in rounding"),
+        ({"method": ["griffin"]}, "unknown method"),
+        ({"method": "lape", "of": ["en"]}, "name of one text"),
         ({"method": "ablation", "what": "head"}, "choose from heads, mlps"),
         ({"method": "snmf", "features": 4, "feature": 4}, "no feature 4 of 4"),
         ({"method": "griffin", "against": some}, "leave out against"),

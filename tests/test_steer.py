@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import packed_models
 import pytest
 import torch
 from tiny_models import EXPERTS, FAMILIES, Spelled, greedy, plan_of, prompt, tiny
@@ -258,6 +259,27 @@ def test_several_vectors_add_up_and_strength_multiplies() -> None:
     with coreskip.steer(model, vector, 0.0):
         zero = model(ids).logits
     assert torch.equal(zero, model(ids).logits)
+
+
+def test_prompts_that_were_read_with_a_vector_are_read_again_without() -> None:
+    """An engine keeps prompts that it has read; a hook changes what comes of them."""
+    model = tiny("llama")
+    vector = some_vector(model)
+    with coreskip.Engine(model, packed_models.tokenizer(), coreskip.Plan.dense(model), max_batch=4) as engine:
+
+        def text() -> str:
+            return engine.generate("w5 w6 w7 w8 w9", max_new_tokens=8)
+
+        plain = text()
+        for _ in range(2):
+            with coreskip.steer(model, vector, 4.0):
+                steered = text()
+            assert text() == plain
+            assert steered != plain
+    with coreskip.Engine(model, packed_models.tokenizer(), coreskip.Plan.dense(model)) as alone:
+        assert alone.generate("w5 w6 w7 w8 w9", max_new_tokens=8) == plain
+        with coreskip.steer(model, vector, 4.0):
+            assert alone.generate("w5 w6 w7 w8 w9", max_new_tokens=8) == steered
 
 
 def test_other_dtypes_exact_mode_and_four_bits() -> None:
