@@ -3,7 +3,6 @@ Zou et al. 2023, arXiv 2310.01405, sections 3.1 and 3.2), and the file that they
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from .checks import path_of
 from .errors import CoreskipError
 from .files import read_bytes, write_bytes
 from .fingerprint import Fingerprint
+from .observe import of_this_thread
 from .sealed import seal, unseal
 from .skills import Texts, observed_length, run_texts
 
@@ -71,13 +71,12 @@ class ControlVector:
         file = path_of(path, "a control vector")
         if file.is_dir():
             raise CoreskipError(f"{file} is a folder: give the name of a file, such as {file / 'tone.safetensors'}")
-        model = {f.name: getattr(self.model, f.name) for f in dataclasses.fields(self.model) if f.name != "probes"}
         tensors = {f"layers.{layer}": tensor.contiguous() for layer, tensor in sorted(self.directions.items())}
         tensors["model.probes"] = self.model.probes
         document = {
             "format": _FORMAT,
             "version": _VERSION,
-            "model": model,
+            "model": self.model.document(),
             "recipe": dict(self.recipe),
             "calibration": dict(self.calibration),
             "tensors_sha256": _digest(tensors),
@@ -113,8 +112,7 @@ class ControlVector:
 
     @classmethod
     def _decoded(cls, document: dict[str, Any], tensors: dict[str, Tensor]) -> ControlVector:
-        model: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in document["model"].items()}
-        fingerprint = Fingerprint(**model, probes=tensors.pop("model.probes"))
+        fingerprint = Fingerprint.read(document["model"], tensors.pop("model.probes"))
         directions = {int(name.removeprefix("layers.")): tensor for name, tensor in tensors.items()}
         return cls(directions, fingerprint, dict(document["recipe"]), dict(document["calibration"]))
 
@@ -165,7 +163,9 @@ def _after_layers(anatomy: Anatomy, see: Any) -> Iterator[None]:
         return after
 
     try:
-        handles += [layer.register_forward_hook(hook(index)) for index, layer in enumerate(anatomy.layers)]
+        handles += [
+            layer.register_forward_hook(of_this_thread(hook(index))) for index, layer in enumerate(anatomy.layers)
+        ]
         yield
     finally:
         for handle in handles:

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,7 @@ from .sealed_folder import SealedFolder
 Unit = Literal["neurons", "experts", "heads", "mlps"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
 Per = Literal["layer", "model"]
-_SCORES = SealedFolder("scores", "scores", 1, "", CoreskipError)
-_SET = SealedFolder("set", "a set of neurons", 1, "", CoreskipError)
+Own = TypeVar("Own", bound="_OfLayers")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +45,7 @@ class _OfLayers:
     unit: Unit = "neurons"
     recipe: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    FOLDER: ClassVar[SealedFolder]
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
@@ -80,6 +80,19 @@ class _OfLayers:
             raise CoreskipError(f"{self.unit} cannot be combined with {other.unit}")
         self._require(other.model)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the folder `path`, atomically; see `SealedFolder.write`."""
+        self.FOLDER.write(path, *self._document())
+
+    @classmethod
+    def load(cls: type[Own], path: str | os.PathLike[str]) -> Own:
+        """Read the folder `path`.
+
+        Raises:
+            CoreskipError: not such a folder, of a newer format, truncated, edited or inconsistent.
+        """
+        return cast(Own, cls.FOLDER.read(path, cls._decoded))
+
     def _document(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         document: dict[str, Any] = {"model": self.model.document(), "unit": self.unit}
         document |= {"recipe": dict(self.recipe), "calibration": dict(self.calibration), "depth": len(self)}
@@ -103,6 +116,8 @@ class NeuronScores(_OfLayers):
     Raises:
         CoreskipError: shapes that are not the model's, or numbers that are not finite.
     """
+
+    FOLDER: ClassVar[SealedFolder] = SealedFolder("scores", "scores", 1, "", CoreskipError)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -163,19 +178,6 @@ class NeuronScores(_OfLayers):
             raise CoreskipError(f"a set is of scores above a finite number, not above {least!r}")
         return self._set([layer > least for layer in self.layers], {"above": least})
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the folder `path`, atomically; see `SealedFolder.write`."""
-        _SCORES.write(path, *self._document())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> NeuronScores:
-        """Read the folder `path`.
-
-        Raises:
-            CoreskipError: no scores, of a newer format, truncated, edited or inconsistent.
-        """
-        return cast(NeuronScores, _SCORES.read(path, cls._decoded))
-
     @property
     def _name(self) -> Any:
         return self.recipe.get("method") or dict(self.recipe) or "scores"
@@ -202,6 +204,8 @@ class NeuronSet(_OfLayers):
 
     ``a | b``, ``a & b``, ``a - b``, ``a ^ b`` and ``~a`` are sets of the same model.
     """
+
+    FOLDER: ClassVar[SealedFolder] = SealedFolder("set", "a set of neurons", 1, "", CoreskipError)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -332,19 +336,6 @@ class NeuronSet(_OfLayers):
             raise CoreskipError(
                 f"the set leaves layer {index} without {self.unit}: take more of them, or a share per layer"
             )
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the folder `path`, atomically; see `SealedFolder.write`."""
-        _SET.write(path, *self._document())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> NeuronSet:
-        """Read the folder `path`.
-
-        Raises:
-            CoreskipError: no set, of a newer format, truncated, edited or inconsistent.
-        """
-        return cast(NeuronSet, _SET.read(path, cls._decoded))
 
     @property
     def _name(self) -> Any:

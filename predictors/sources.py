@@ -6,7 +6,7 @@ that is imported in runtime/scoring.py (DESIGN, "Where to add").
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, TypeVar
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from .anatomy import Anatomy
 from .errors import CoreskipError
+from .observe import taps
 from .scores import Unit
 
 _T = TypeVar("_T")
@@ -65,6 +66,18 @@ class Reading:
         """Rows ``[rows, length]`` through the decoder layers, one at a time, for hooks to see."""
         for ids in self.bar(rows.split(1), what, len(rows)):
             self.anatomy.stack(input_ids=ids.to(self.device), use_cache=False)
+
+    def summed(self, rows: Tensor, what: str, of: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
+        """Per layer the sum over the rows' tokens of ``of(layer, a)``, a the neurons' activations, fp32 ``[tokens,
+        width]``; fp64 ``[width]``."""
+        sums = self.empty()
+
+        def see(layer: int, a: Tensor) -> None:
+            sums[layer] += of(layer, a.float()).sum(0, dtype=torch.float64)
+
+        with taps(self.anatomy, see):
+            self.through(rows, what)
+        return sums
 
     @property
     def device(self) -> torch.device:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .checks import ExpertScore, Score, check_share
 from .expert_scores import observe_experts
 from .importance import token_contributions
-from .observe import down_norm, taps
+from .observe import down_norm
 from .scores import Unit
 from .sources import Reading, Source, needs_mlps, source
 
@@ -28,15 +28,12 @@ class _Contributions(Source):
 
     def score(self, reading: Reading) -> list[Tensor]:
         needs_mlps(reading, self.name)
-        sums = reading.empty()
         norms = {index: down_norm(mlp) for index, mlp in reading.anatomy.present}
 
-        def see(layer: int, a: Tensor) -> None:
-            sums[layer] += token_contributions(a, self.by, self.alpha, norms[layer]).sum(0, dtype=torch.float64)
+        def contributions(layer: int, a: Tensor) -> Tensor:
+            return token_contributions(a, self.by, self.alpha, norms[layer])
 
-        with taps(reading.anatomy, see):
-            reading.through(reading.rows, f"scoring by {self.name}")
-        return sums
+        return reading.summed(reading.rows, f"scoring by {self.name}", contributions)
 
 
 @source
@@ -87,13 +84,7 @@ class Wanda(Source):
 
     def score(self, reading: Reading) -> list[Tensor]:
         needs_mlps(reading, self.name)
-        squares = reading.empty()
-
-        def see(layer: int, a: Tensor) -> None:
-            squares[layer] += a.float().square().sum(0, dtype=torch.float64)
-
-        with taps(reading.anatomy, see):
-            reading.through(reading.rows, "scoring by wanda")
+        squares = reading.summed(reading.rows, "scoring by wanda", lambda layer, a: a.square())
         for index, mlp in reading.anatomy.present:
             squares[index] = squares[index].sqrt() * mlp.matrices().down.float().abs().sum(1).double()
         return squares

@@ -37,13 +37,8 @@ class MeanDifference(Source):
         return [mine - other for mine, other in zip(*means, strict=True)]
 
     def _means(self, reading: Reading, name: str) -> list[Tensor]:
-        sums, rows = reading.empty(), reading.texts[name]
-
-        def see(layer: int, a: Tensor) -> None:
-            sums[layer] += a.float().sum(0, dtype=torch.float64)
-
-        with taps(reading.anatomy, see):
-            reading.through(rows, f"means on the {name}")
+        rows = reading.texts[name]
+        sums = reading.summed(rows, f"means on the {name}", lambda layer, a: a)
         return [total / rows.numel() for total in sums]
 
 

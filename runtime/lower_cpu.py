@@ -25,7 +25,7 @@ from .packed_layer import PackedLayer, PackedRows, StandIn
 from .reading import read_spec
 from .rotary_tables import RotaryTables
 from .spec import AttentionSpec, BrickSpec, ExpertsSpec, LatentSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec
-from .unpacking import Unpacking
+from .unpacking import unpack
 
 #: told of a linear as soon as all rows of its matrix are packed
 Packed = Callable[[nn.Module, list[PackedLinear]], None]
@@ -197,7 +197,7 @@ class CpuModel:
         weight, bias = rows_of(attention.expand.module)
         if self._format is not None:  # the numbers that the patched modules multiply with, as floats
             parts = self._parts(attention.expand, self._format)
-            weight = torch.cat([rows for _, rows in Unpacking().rows(parts, torch.float32, fresh=True)])
+            weight = unpack(parts, torch.empty(weight.shape, dtype=torch.float32, device="cpu"))
         if rotation is None or bias is not None:
             raise NotCovered("its latent attention has no rotation, or a bias where it expands latents")
         low = attention.q_low
