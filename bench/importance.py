@@ -11,9 +11,9 @@ The first half of TEXT calibrates, the second is scored. Code is Python's own li
 
 from __future__ import annotations
 
+import math
 import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,11 @@ from coreskip.predictors.observe import inference, taps
 from coreskip.predictors.plan import Plan
 from coreskip.predictors.scores import NeuronScores, NeuronSet, Per
 from coreskip.runtime.bundles import Weights
-from coreskip.runtime.engine import Engine
+from coreskip.runtime.draft_costs import DraftCostModel, DraftSource
 from coreskip.runtime.load import load
 from coreskip.runtime.quality import Tally, decode_logits, evaluate_all
 from coreskip.runtime.scoring import scored, source_of
-from coreskip.runtime.wrap import wrapped
+from coreskip.runtime.wrap import runtime_of, wrap, wrapped
 
 Rows = list[dict[str, Any]]
 _CODE_CHARACTERS = 400_000  # of each half
@@ -109,7 +109,8 @@ def command(*options: Any) -> Callable[[Callable[..., Iterator[dict[str, Any]]]]
     click.option("--windows", default=12, show_default=True, help="Windows of 512 tokens to score."),
     click.option("--tokens", default=8192, show_default=True, help="Calibration tokens."),
     click.option("--per", default="layer", show_default=True, help="Share of every layer, or of the whole model."),
-    click.option("--only", default="all", show_default=True, help="One source."),
+    click.option("--only", default="all", show_default=True, help="Names of sources, with commas between."),
+    click.option("--chosen", default="static,prompt", show_default=True, help="Sets made once, or for each prompt."),
 )
 def sources(
     model: Any,
@@ -120,23 +121,21 @@ def sources(
     tokens: int,
     per: Per,
     only: str,
+    chosen: str,
 ) -> Iterator[dict[str, Any]]:
     """Every source of one text, and the LM head's: static sets of 0.7 and 0.5, and sets of 0.5 from each window's own
     prompt."""
-    for name in (*STATIC_SCORES, "lm_head", "random") if only == "all" else (only,):
+    names = (*STATIC_SCORES, "lm_head", "random") if only == "all" else tuple(only.split(","))
+    for name in names if "static" in chosen else ():
         found = _scores(model, calibration, name, tokens)
         plans = [_top(model, found, share, per) for share in (0.7, 0.5)]
         for share, quality in zip((0.7, 0.5), evaluate_all(model, plans, unseen, windows=windows), strict=True):
             about = {"kind": "sources", "name": name, "chosen": "static", "per": per, "keep": share}
             yield {**about, **figures(quality)}
-    for name in STATIC_SCORES if only == "all" else ():
-        yield {
-            "kind": "sources",
-            "name": name,
-            "chosen": "prompt",
-            "keep": 0.5,
-            **_by_prompt(model, unseen, name, windows),
-        }
+    for name in names if "prompt" in chosen else ():
+        if name in STATIC_SCORES:
+            about = {"kind": "sources", "name": name, "chosen": "prompt", "keep": 0.5}
+            yield {**about, **_by_prompt(model, unseen, name, windows)}
 
 
 def _scores(model: Any, text: TokenText, name: str, tokens: int) -> NeuronScores | None:
@@ -276,6 +275,25 @@ def _probability(
     return float(logits[torch.arange(len(ids))[:, None], places, token].mean())
 
 
+class NoDrafts(DraftSource):
+    """A source that is never drafted from."""
+
+    def due(self, pays: bool) -> bool:
+        return False
+
+
+class EagerDrafts(DraftCostModel):
+    """Prices under which every draft by the plan pays, and none from the text: what is asked is how good the plan's
+    are, not whether this machine gains from them."""
+
+    verify_s, verify_token_s, draft_s, first_draft_s = 1.0, 0.0, 0.0, 0.0  # type: ignore[assignment]
+    draft_token_s, ready = math.inf, True  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lookup = NoDrafts({2: 0.0, 3: 0.0, 4: 0.0})
+
+
 @command(
     click.option("--tokens", default=128, show_default=True, help="Generated after each prompt."),
     click.option("--prompts", default=6, show_default=True, help="Taken from the unseen half."),
@@ -283,29 +301,37 @@ def _probability(
 def drafts(
     model: Any, tokenizer: Any, calibration: TokenText, unseen: TokenText, tokens: int, prompts: int
 ) -> Iterator[dict[str, Any]]:
-    """Sets of half of the neurons, and of a fifth, as the drafts of exact mode: how many drafted tokens are
-    accepted."""
-    texts = [tokenizer.decode(ids) for ids in unseen.windows(96, prompts)]
+    """Sets of 90, 70 and 50 % of the neurons as the drafts of exact mode, drafted whatever they cost: how many tokens
+    are accepted, and how many each dense pass gives."""
+    ids = unseen.windows(96, prompts).split(1)
     for name in ("griffin", "taylor", "bigram", "random"):
         found = _scores(model, calibration, name, 8192)
-        for keep in (0.5, 0.2):
-            plan = replace(_top(model, found, keep), weights=None)
-            accepted = drafted = 0
-            with Engine(model, tokenizer, plan, exact=True) as engine:
-                for text in texts:
-                    engine.generate(text, max_new_tokens=tokens)
-                    assert engine.statistics is not None
-                    accepted += engine.statistics.accepted["plan"]
-                    drafted += engine.statistics.drafted["plan"]
-            share = accepted / drafted if drafted else 0.0
+        for keep in (0.9, 0.7, 0.5):
+            done = [_drafted(model, _top(model, found, keep), prompt, tokens) for prompt in ids]
+            accepted, drafted = (sum(part[of] for part in done) for of in ("accepted", "drafted"))
+            about = {"kind": "drafts", "name": name, "keep": keep, "accepted": accepted, "drafted": drafted}
             yield {
-                "kind": "drafts",
-                "name": name,
-                "keep": keep,
-                "accepted": accepted,
-                "drafted": drafted,
-                "share": share,
+                **about,
+                "share": accepted / max(drafted, 1),
+                "tokens_per_pass": sum(part["tokens"] for part in done) / sum(part["passes"] for part in done),
             }
+
+
+def _drafted(model: Any, plan: Plan, prompt: torch.Tensor, tokens: int) -> dict[str, int]:
+    """What one greedy text in exact mode drafted and accepted."""
+    with wrap(model, plan, exact=True):
+        exact = runtime_of(model).exact
+        assert exact is not None
+        exact.costs = EagerDrafts()
+        model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        done = exact.last
+    assert done is not None
+    return {
+        "accepted": done.accepted["plan"],
+        "drafted": done.drafted["plan"],
+        "tokens": done.tokens - 1,
+        "passes": done.passes,
+    }
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ BY_TOKEN: tuple[tuple[str, str, dict[str, Any], tuple[float, ...]], ...] = (
             (64, "coactivation", "centroids", (0.7,)),
             (64, "weights", "linear", (0.7,)),
             (64, "weights", "centroids", (0.7,)),
+            (64, "snmf", "linear", (0.7, 0.5)),
             (256, "coactivation", "linear", (0.7, 0.5)),
         )
     ),

@@ -370,6 +370,7 @@ _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "keep": lambda row: f"{row['keep']:g}",
         "drafted": lambda row: str(row["drafted"]),
         "accepted": lambda row: f"{100 * row['share']:.0f} %",
+        "tokens a dense pass": lambda row: f"{row['tokens_per_pass']:.2f}",
     },
     "behaviour": {
         "way": lambda row: str(row["name"]),

@@ -1,8 +1,8 @@
 """Bricks from a dense MLP: neurons in groups of one size that a token takes or leaves as a whole (MoEfication, arXiv
 2110.01786; Configurable Foundation Models, arXiv 2409.02877).
 
-Groups come from the weights or from what fires together; which of them a token takes says a router over the MLP's
-input. Nothing is trained by gradient descent: the paper's routers that need no training, and a linear one in closed
+Groups come from the weights, from what fires together, or from its sparse features (features.py); which of them a
+token takes says a router over the MLP's input. Nothing is trained by gradient descent: the paper's routers that need no training, and a linear one in closed
 form.
 """
 
@@ -16,12 +16,14 @@ from tqdm.auto import tqdm
 from .anatomy import FeedForward
 from .checks import BrickRouter, Clustering
 from .errors import CoreskipError
+from .features import factorise
 from .importance import kept_count
 from .learned import best
 from .policies import Bricks
 from .token_samples import means_when_left_out
 
 _STEPS = 12  # of k-means; assignments hardly move after eight
+_FEATURE_STEPS = 60  # as `Snmf` takes; each feature has twice its share of neurons, for some are in several
 _RIDGE = 1e-3  # of the linear router, as a share of the inputs' mean square
 
 
@@ -74,7 +76,10 @@ def _of_layer(
     matrices = mlp.matrices()
     gates = (matrices.up if matrices.gate is None else matrices.gate).float()
     sizes = a.float().abs() * norm
-    assignment = balanced_clusters(gates if cluster == "weights" else sizes.t(), bricks, seed)
+    if cluster == "snmf":
+        assignment = _by_features(a.float() * norm, bricks, seed).to(x.device)
+    else:
+        assignment = balanced_clusters(gates if cluster == "weights" else sizes.t(), bricks, seed)
     members = F.one_hot(assignment, bricks).float()
     worth = (sizes.square() @ members).sqrt()  # what leaving a brick out of a token costs, about
     if router == "centroids":
@@ -91,6 +96,19 @@ def _of_layer(
         bias=(bias / spread).cpu(),
         mean=means_when_left_out(a, kept).cpu(),
     )
+
+
+def _by_features(a: Tensor, count: int, seed: int) -> Tensor:
+    """Each neuron in the feature in which it weighs most, as long as that has room; int64 ``[neurons]``. a: activations
+    ``[tokens, neurons]``, by what they add to the output.
+
+    Where its features are full, or it is in none, the one decides whose tokens it fires at.
+    """
+    tokens = torch.arange(len(a))
+    found = factorise(a, tokens, features=count, sparsity=2 / count, steps=_FEATURE_STEPS, seed=seed)
+    together = F.normalize(a.abs().t(), dim=1) @ found.tokens.to(a)  # [neurons, features], at most 1
+    weights = found.neurons.abs().to(a)
+    return _fill(weights / weights.amax(0).clamp_min(1e-12) + 1e-3 * together, count)
 
 
 def _linear_router(x: Tensor, worth: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,12 +45,6 @@ class Features:
                 break
         return list(strongest.items())
 
-    def bricks(self) -> Tensor:
-        """Of every neuron, the feature in which it weighs most, int64 ``[width]``; -1 where it is in none: the features
-        as bricks, runs of neurons that fire together."""
-        most = self.neurons.abs().max(1)
-        return torch.where(most.values > 0, most.indices, -1)
-
 
 def factorise(activations: Tensor, ids: Tensor, *, features: int, sparsity: float, steps: int, seed: int) -> Features:
     """Features of activations ``[tokens, width]``; float32 throughout.

@@ -19,6 +19,7 @@ from ..predictors.plan import Plan
 from .export_card import CARD, card, name_of
 from .export_formats import check_format
 from .export_weights import Pad, Smaller, prove, remaining, smaller
+from .packed_folder import rounding_of
 from .program import Program
 from .wrap import make_way
 
@@ -118,6 +119,7 @@ def export(
         plan,
         found,
         name=name_of(model),
+        rounding=rounding_of(model),
         to=to,
         weights=writer.weights,
         usage=writer.usage,

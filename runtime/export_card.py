@@ -20,13 +20,23 @@ _PREFILL = (
 
 
 def card(
-    plan: Plan, found: Smaller, *, name: str, to: str, weights: str, usage: str, notes: Sequence[str], command: str
+    plan: Plan,
+    found: Smaller,
+    *,
+    name: str,
+    rounding: str | None,
+    to: str,
+    weights: str,
+    usage: str,
+    notes: Sequence[str],
+    command: str,
 ) -> str:
-    """The text, in Markdown. name: of the whole model. usage: how the folder is loaded. notes: what is said besides."""
+    """The text, in Markdown. name: of the whole model. rounding: of its weights, before the export. usage: how the folder is loaded. notes: what is said besides."""
     config = found.model.config.get_text_config()
     layers, whole = len(found.layers), len(plan.layers)
     facts = [
         ("made from", f"{name} ({config.model_type})"),
+        ("its weights", rounding or ""),
         ("plan", _method(plan)),
         ("layers", f"{layers} of {whole}" if layers < whole else f"all {whole}"),
         ("halves that add nothing", _halves(found)),

@@ -128,6 +128,7 @@ class OnnxFolder:
         session = InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         vocabulary = self._spec.embedding.shape[0]
         ids = torch.randint(vocabulary, (1, _PROBE), generator=torch.Generator().manual_seed(0))
+        self._widen()
         if self.weights == "int4":
             self._round()
         with inference(self._found.model):
@@ -139,6 +140,16 @@ class OnnxFolder:
             raise CoreskipError(
                 f"{kind!r} models cannot be written as ONNX: ONNX Runtime's logits are off by {off:.1%} of their size"
             )
+
+    def _widen(self) -> None:
+        """Has the smaller model compute in float32, as the graph does between matrices."""
+        for module in self._found.model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.dtype in (torch.bfloat16, torch.float16):
+                    module._parameters[name] = torch.nn.Parameter(parameter.detach().float(), requires_grad=False)
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.dtype in (torch.bfloat16, torch.float16):
+                    module._buffers[name] = buffer.float()
 
     def _round(self) -> None:
         """Gives the smaller model the numbers that were written."""

@@ -218,7 +218,8 @@ class BricksOptions(MethodOptions):
 
     Attributes:
         bricks: how many a layer's neurons are in.
-        cluster: by what neurons go together: ``coactivation`` on the calibration text, or the gate's ``weights``.
+        cluster: by what neurons go together: ``coactivation`` on the calibration text, the ``snmf`` features of its
+            activations, or the gate's ``weights``.
         router: by what a token takes them: a ``linear`` map fitted to what bricks are worth, or their ``centroids``.
     """
 

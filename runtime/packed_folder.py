@@ -40,6 +40,7 @@ FORMAT, VERSION = "coreskip.packed", 1
 CALIBRATION = "_coreskip_calibration"
 _SPARING = 1 << 20, 8 << 20, 8 << 20  # bytes of a piece, of all that are read ahead, and of what is unpacked at once
 _readers: WeakKeyDictionary[nn.Module, Residency] = WeakKeyDictionary()
+_roundings: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 _stores: WeakKeyDictionary[nn.Module, Store] = WeakKeyDictionary()
 _TRIES = 100  # of what a writer may undo; each takes as long as loading
 
@@ -113,12 +114,20 @@ def table(found: Mapping[str, Any]) -> str:
         f"weights       {found['weights'] or 'as loaded'}, {found['bytes'] / 1e6:.1f} MB",
     ]
     if found["weights"] is not None:
-        text = found["calibration"]
-        how = "plainly rounded" if text is None else f"rounded with compensation, calibrated on {text['source']}"
-        lines.append(f"rounding      {how}")
+        lines.append(f"rounding      {_rounding(found['calibration'])}")
     for name, figures in found["formats"].items():
         lines.append(f"  {name:12}{figures['tensors']:5} tensors {figures['bytes'] / 1e6:10.1f} MB")
     return "\n".join(lines)
+
+
+def _rounding(text: Mapping[str, Any] | None) -> str:
+    return "plainly rounded" if text is None else f"rounded with compensation, calibrated on {text['source']}"
+
+
+def rounding_of(model: nn.Module) -> str | None:
+    """How the weights of a model were rounded when it was packed; None where they were not, or it came from no packed
+    model."""
+    return _roundings.get(model)
 
 
 def store_of(model: nn.Module) -> Store | None:
@@ -220,6 +229,8 @@ def _prepared(
 ) -> Any:
     if dtype is not None:
         model = cast_parameters(model, dtype)
+    if document["weights"] is not None:
+        _roundings[model] = f"{document['weights']}, {_rounding(document['calibration'])}"
     if packed is False or device.type != "cpu" or available("cpu") is not None:
         unpack_modules(model)
         return model.to(device)

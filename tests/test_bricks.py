@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from coreskip import CoreskipError
 from coreskip.predictors.anatomy import dissect
-from coreskip.predictors.bricks import balanced_clusters, make_bricks
+from coreskip.predictors.bricks import _by_features, balanced_clusters, make_bricks
 
 
 @pytest.mark.parametrize("count", [2, 5, 7, 40])
@@ -37,7 +37,7 @@ def _agreement(found: torch.Tensor, places: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-@pytest.mark.parametrize("cluster", ["coactivation", "weights"])
+@pytest.mark.parametrize("cluster", ["coactivation", "weights", "snmf"])
 @pytest.mark.parametrize("router", ["linear", "centroids"])
 def test_bricks_are_those_that_matter(family: str, cluster: str, router: str) -> None:
     """Of the activations' weight, the kept half has more than half; means are those of the tokens that leave out."""
@@ -71,6 +71,23 @@ def test_bricks_are_those_that_matter(family: str, cluster: str, router: str) ->
     assert min(shares) > (0.52 if router == "linear" else 0.4)
     if family == "opt" or router == "linear":
         assert sum(shares) / len(shares) > 0.5
+
+
+def test_bricks_of_features_are_the_neurons_that_make_them_up() -> None:
+    """Planted features of eight neurons each, shown by some tokens: bricks of eight are those, whatever the rest
+    does."""
+    generator = torch.Generator().manual_seed(5)
+    planted = torch.zeros(64, 8)
+    for k in range(8):
+        planted[k * 8 : k * 8 + 8, k] = torch.randn(8, generator=generator).sign() * (
+            1 + torch.rand(8, generator=generator)
+        )
+    shown = torch.rand(400, 8, generator=generator) * (torch.rand(400, 8, generator=generator) < 0.3)
+    noise = 0.01 * torch.randn(400, 64, generator=generator)
+    found = max(
+        _agreement(_by_features(shown @ planted.t() + noise, 8, seed), torch.arange(64) // 8) for seed in range(4)
+    )
+    assert found == 1.0
 
 
 def test_more_bricks_than_neurons_are_refused() -> None:

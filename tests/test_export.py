@@ -236,6 +236,14 @@ def test_what_comes_along(tmp_path: Path) -> None:
     assert {stat.S_IMODE(path.stat().st_mode) for path in out.iterdir()} == {0o666 & ~_umask()}
 
 
+def test_the_card_says_that_weights_were_rounded_before(tmp_path: Path) -> None:
+    coreskip.pack(tiny("llama"), tokenizer(), tmp_path / "packed", weights="int4", progress=False)
+    for given, said in ((tmp_path / "packed", True), (None, False)):
+        model, words = (tiny("llama"), tokenizer()) if given is None else coreskip.load(given, packed=False)
+        out = coreskip.export(model, words, tmp_path / f"out-{said}", progress=False)
+        assert ("int4, plainly rounded" in (out / "README.md").read_text()) is said
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

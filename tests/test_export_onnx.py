@@ -75,6 +75,17 @@ def test_narrow_weights_take_fewer_bytes(weights: str, tmp_path: Path) -> None:
     assert sizes[weights] < {"float16": 0.51, "int4": 0.25}[weights] * sizes["float32"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", ["float32", "float16", "int4"])
+def test_a_model_in_halves_is_compared_in_the_graphs_arithmetic(
+    dtype: torch.dtype, weights: str, tmp_path: Path
+) -> None:
+    """Rounding between the model's own layers is no fault of the graph's, and the model stays in its dtype."""
+    model = tiny("llama", hidden_size=128, intermediate_size=512).to(dtype)
+    coreskip.export(model, tokenizer(), tmp_path / "out", to="onnx", weights=weights, progress=False)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("inputs", [32, 96, 160])
 def test_blocks_hold_the_nearest_numbers(bits: int, inputs: int) -> None:
