@@ -38,7 +38,7 @@ method_options = together(
     click.option("--bits", type=int, help="Of sketch: 3 in int4 and else 4 by default, or 1 for ReLU models."),
     click.option("--refine", is_flag=True, help="Of sketch: exact scores drop some of what it chose."),
     click.option("--bricks", type=int, show_default="64", help="Of bricks: how many a layer's neurons are in."),
-    click.option("--cluster", show_default="coactivation", help="Of bricks: coactivation, snmf (sparse features), or weights."),
+    click.option("--cluster", show_default="coactivation", help="Of bricks: coactivation, snmf, or weights."),
     click.option("--router", show_default="linear", help="Of bricks: linear, or centroids."),
     click.option("--rank", type=int, show_default="64", help="Of learned; at most the model's hidden size."),
 )

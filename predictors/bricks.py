@@ -1,9 +1,9 @@
 """Bricks from a dense MLP: neurons in groups of one size that a token takes or leaves as a whole (MoEfication, arXiv
 2110.01786; Configurable Foundation Models, arXiv 2409.02877).
 
-Groups come from the weights, from what fires together, or from its sparse features (features.py); which of them a
-token takes says a router over the MLP's input. Nothing is trained by gradient descent: the paper's routers that need no training, and a linear one in closed
-form.
+Groups come from the weights, from what fires together, or from its sparse features (features.py); which of them a token
+takes says a router over the MLP's input. Nothing is trained by gradient descent: the paper's routers that need no
+training, and a linear one in closed form.
 """
 
 from __future__ import annotations

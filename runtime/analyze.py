@@ -118,7 +118,8 @@ def analyze(
             left out at the same loss of quality, in more time.
         rank: of ``learned``, 64 by default; at most the model's hidden size.
         bricks, cluster, router: of ``bricks``: how many there are in a layer, 64 by default; made of neurons that fire
-            together, ``coactivation``, of sparse features, ``snmf``, or of alike ``weights``; chosen by a ``linear`` map or by their ``centroids``.
+            together, ``coactivation``, of sparse features, ``snmf``, or of alike ``weights``; chosen by a ``linear``
+            map or by their ``centroids``.
         tokens: at most this many are observed.
         windows: held-out windows of 512 tokens per measurement: by default 12, with `layers` 8.
         seed: of sampling, clustering and training.

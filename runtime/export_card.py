@@ -31,7 +31,11 @@ def card(
     notes: Sequence[str],
     command: str,
 ) -> str:
-    """The text, in Markdown. name: of the whole model. rounding: of its weights, before the export. usage: how the folder is loaded. notes: what is said besides."""
+    """The text, in Markdown.
+
+    name: of the whole model; rounding: of its weights, before the export; usage: how the folder is loaded; notes: what
+    is said besides.
+    """
     config = found.model.config.get_text_config()
     layers, whole = len(found.layers), len(plan.layers)
     facts = [
