@@ -11,7 +11,6 @@ The first half of TEXT calibrates, the second is scored. Code is Python's own li
 
 from __future__ import annotations
 
-import math
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -287,7 +286,7 @@ class EagerDrafts(DraftCostModel):
     are, not whether this machine gains from them."""
 
     verify_s, verify_token_s, draft_s, first_draft_s = 1.0, 0.0, 0.0, 0.0  # type: ignore[assignment]
-    draft_token_s, ready = math.inf, True  # type: ignore[assignment]
+    draft_token_s, ready = 1e9, True  # type: ignore[assignment]
 
     def __init__(self) -> None:
         super().__init__()

@@ -161,7 +161,7 @@ def analyze(
         method=method, keep=keep, budget=budget, layers=layers, resume=resume, memory=memory, **common, **methods
     )
     check_model(model)
-    _check_bricks(model, method, chooses_layers_alone(method, keep, budget) and layers is not None)
+    _check_bricks(model, method, budget is not None, chooses_layers_alone(method, keep, budget) and layers is not None)
     text, elsewhere = _purpose(tokenizer, text, keep_for, drop_for)
     cap = cap_of(model) if memory is None else bytes_of(memory)
     if cap is not None:
@@ -263,10 +263,12 @@ def _analyzed(
     return study.measured(study.calibrator.make(usual if method == "auto" else method, keep or default))
 
 
-def _check_bricks(model: Any, method: str, layers_alone: bool) -> None:
+def _check_bricks(model: Any, method: str, searching: bool, layers_alone: bool) -> None:
     """Raises CoreskipError where the model has not what the method chooses from."""
     make_way(model)
     anatomy = dissect(model)
+    if method == "auto" and searching and any(anatomy.experts):
+        return  # the search looks at what there is
     if method in OF_EXPERTS:
         check_experts(anatomy)
         policy = SkipExperts(0.5) if method == "skip-experts" else KeptExperts(torch.zeros(1, dtype=torch.int64))

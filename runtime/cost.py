@@ -199,7 +199,8 @@ def _bytes_of(weight: Any, fmt: str | None, native: bool) -> float:
     loaded = float(weight.element_size())
     if not native or weight.device.type != "cpu" or available("cpu") is not None:
         return loaded
-    exact = EXACT_BYTES.get(str(cpu.exact_form(weight)), loaded)
+    # of experts' matrices, which lie in one tensor, the first tells
+    exact = EXACT_BYTES.get(str(cpu.exact_form(weight[0] if weight.ndim == 3 else weight)), loaded)
     return exact if exact <= LITTLE * loaded else loaded
 
 

@@ -1,4 +1,5 @@
-"""The families that a budget search looks at: ways of choosing neurons or layers, each in one weight format."""
+"""The families that a budget search looks at: ways of choosing neurons, experts or layers, each in one weight
+format."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from typing import Any, get_args
 
 import torch
 
-from ..predictors.anatomy import Anatomy
+from ..predictors.anatomy import Anatomy, Experts
+from ..predictors.expert_policies import AllExperts, ExpertPolicy, SkipExperts
 from ..predictors.four_bits import Form
 from ..predictors.layer_selection import Leave
 from ..predictors.layers import skip_policies, skipped_layers
@@ -23,7 +25,7 @@ _FINE = 0.02
 
 @dataclass(frozen=True)
 class Family:
-    """One way of choosing neurons or layers, with the weights as loaded or in a format of their own."""
+    """One way of choosing neurons, experts or layers, with the weights as loaded or in a format of their own."""
 
     method: str
     options: Mapping[str, Any]
@@ -44,6 +46,10 @@ class Family:
         return self.method, self.options.get("rule"), self.options.get("all_linears"), self.options.get("leave")
 
     @property
+    def of_experts(self) -> bool:
+        return self.method == "skip-experts"
+
+    @property
     def form(self) -> Form | None:
         """How it leaves neurons out of 4-bit weights token by token, if it does."""
         if self.options.get("gated"):
@@ -55,7 +61,7 @@ class Family:
         """In which weights the native step runs it, the fewest bytes first; as loaded alone where it does not."""
         if self.form is Form.GATES:
             return ("int4",)
-        native = self.method in ("dense", "sketch", "static", "core", "similar", "layers")
+        native = self.method in ("dense", "sketch", "static", "core", "similar", "layers", "skip-experts")
         return ("int4", "int8", None) if native or self.options.get("rule") == "cats" else (None,)
 
     def keeps(self, depth: int) -> tuple[float, ...]:
@@ -90,9 +96,10 @@ FAMILIES = (
     Family("static", {}),
     Family("core", {}),
     Family("similar", {}),
+    Family("skip-experts", {}),
     *(Family("layers", {"leave": leave}) for leave in get_args(Leave)),
 )
-_LABELS = "topk greedy gates", "sketch greedy", "threshold cats", "threshold teal", "static"
+_LABELS = "topk greedy gates", "sketch greedy", "threshold cats", "threshold teal", "static", "skip-experts"
 FAST = tuple(f for f in FAMILIES if f.method == "layers" or f.label in _LABELS)
 DENSE = Family("dense", {})
 ROUNDED = Family("rounded", {})  # its "keep" is the share of the bytes that all linears take in 8 bits
@@ -106,7 +113,13 @@ def outline(family: Family, keep: float, anatomy: Anatomy) -> tuple[LayerPlan, .
     if family.method == "layers":
         policies = skip_policies(family.options["leave"], range(skipped_layers(keep, depth)), depth)
         return tuple(LayerPlan(layer=policy) for policy in policies)
+    if family.method == "skip-experts":
+        return tuple(LayerPlan(experts=_fewer(keep, experts)) for experts in anatomy.experts)
     return tuple(LayerPlan(_neurons(family, keep, anatomy, index)) for index in range(depth))
+
+
+def _fewer(keep: float, experts: Experts | None) -> ExpertPolicy:
+    return AllExperts() if experts is None else SkipExperts(beta=1.0, share=keep)
 
 
 def _neurons(family: Family, keep: float, anatomy: Anatomy, layer: int) -> NeuronPolicy:

@@ -37,7 +37,7 @@ METHODS = (
     "skip-experts",
 )  # fmt: skip
 OF_EXPERTS = ("experts", "skip-experts")  # of mixtures of experts
-UNSEARCHED = (*OF_EXPERTS, "bricks")  # no search for a budget looks at them
+UNSEARCHED = ("experts", "bricks")  # no search for a budget looks at them
 RULES = ("teal", "wina", "cats")
 WITH_ALPHA = ("magnitude", "magnitude_down", "signed")  # of the scores, those by which tokens have a core
 
@@ -290,9 +290,16 @@ def check_value(name: str, value: Any) -> None:
 
 
 #: What a search tries for itself, method by method.
-_SEARCHED = {"rule": ("threshold",), "all_linears": ("threshold",), "allocation": ("sketch",)}
+_SEARCHED = {
+    "rule": ("threshold",),
+    "all_linears": ("threshold",),
+    "allocation": ("sketch",),
+    "beta": ("skip-experts",),
+}
 _ALL = frozenset(METHODS) - {"auto", *UNSEARCHED}
-_FAST = frozenset({"sketch", "threshold", "static", "layers"})  # what a fast search over all methods looks at
+_FAST = frozenset(
+    {"sketch", "threshold", "static", "skip-experts", "layers"}
+)  # what a fast search over all methods looks at
 _NUMBER = r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?)"
 
 

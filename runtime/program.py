@@ -218,6 +218,8 @@ class LayerProgram:
     def native(self) -> bool:
         """Whether native steps make every choice."""
         of_experts = self.experts is None or self.experts.native or not self.experts.chooses
+        if self.experts is not None and any(brick.chooser is not Chooser.NOTHING for brick in self.bricks):
+            return False  # shared experts are read whole
         return of_experts and not self.changed and all(brick.native for brick in self.bricks)
 
 
@@ -274,7 +276,7 @@ def _layer(
             raise PlanError(f"layer {index}: {normed(anatomy)}")
         bricks = (build(layer.neurons, brick_of(anatomy, index, weights, dense)),)
     try:
-        experts = None if found is None else build_experts(layer.experts, found)
+        experts = None if found is None else build_experts(layer.experts, found, dense)
     except PlanError as error:
         raise PlanError(f"layer {index}: {error}") from None
     changed = layer.intervention.site in (Site.PRE_ACTIVATION, Site.ACTIVATION)
@@ -485,8 +487,10 @@ def builds_experts(policy: type[ExpertPolicy]) -> Callable[[ExpertsBuilder], Exp
     return register
 
 
-def build_experts(policy: ExpertPolicy, experts: Experts) -> ExpertsProgram:
-    """The program of one mixture under `policy`.
+def build_experts(
+    policy: ExpertPolicy, experts: Experts, dense: Callable[[Tensor], float] | None = None
+) -> ExpertsProgram:
+    """The program of one mixture under `policy`. dense: see `Program.of`; by default weights are read as loaded.
 
     Raises:
         PlanError: there is no builder for policies of this type, or the mixture is not one that it can be for.
@@ -494,7 +498,10 @@ def build_experts(policy: ExpertPolicy, experts: Experts) -> ExpertsProgram:
     builder = _EXPERTS_BUILDERS.get(type(policy))
     if builder is None:
         raise PlanError(f"nothing carries out the policy {policy.name!r}: register a builder for it")
-    return builder(policy, experts)
+    found = builder(policy, experts)
+    if dense is None:
+        return found
+    return replace(found, nbytes=found.nbytes * dense(experts.down) / experts.down.element_size())
 
 
 def _routed(policy: ExpertPolicy, experts: Experts, active: float, **choice: Any) -> ExpertsProgram:

@@ -212,6 +212,8 @@ class _Search:
         """Those to look at here."""
         layers = can_redirect(self._anatomy)  # else attentions cannot be left out
         every = FAST if self._study.fast else FAMILIES
+        neurons = all(mlp is not None for mlp in self._anatomy.feed_forwards)  # else some layers have experts alone
+        every = tuple(f for f in every if f.method == "layers" or (self._has_experts if f.of_experts else neurons))
         if self._study.memory is not None:
             every = tuple(f for f in every if f.method in CAPPED_METHODS)
         return [f for f in every if (layers or f.method != "layers") and self.formats(f)]
@@ -223,6 +225,10 @@ class _Search:
         else:
             found = family.formats if self._refusal is None else (None,)
         return tuple(w for w in found if replace(family, weights=w).form is None or self._can_choose(family, w))
+
+    @property
+    def _has_experts(self) -> bool:
+        return any(experts is not None for experts in self._anatomy.experts)
 
     def _can_choose(self, family: Family, weights: str | None) -> bool:
         """Whether neurons can be chosen in 4-bit groups by this family."""
@@ -305,6 +311,8 @@ class _Search:
         """Find the fewest neurons with which this family holds the budget, if that can win."""
         shares = self._roundings.shares if family.method == "rounded" else family.keeps(len(self._anatomy))
         least = _KEPT_BESIDE_ROUNDING if self._best is not None and self._best.family == ROUNDED else 0.0
+        if family.of_experts:
+            least = max(least, 1 / max(experts.top_k for experts in filter(None, self._anatomy.experts)))
         keeps = [keep for keep in shares if keep >= least and self._can_win(family, keep)]
         if not keeps or family.weights in self._failed_formats:
             return

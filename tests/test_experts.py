@@ -14,6 +14,7 @@ from torch import Tensor
 
 import coreskip
 from coreskip.cli import main
+from coreskip.kernels.ops import available
 from coreskip.predictors.anatomy import Experts, dissect
 from coreskip.predictors.calibration import TokenText
 from coreskip.predictors.errors import CoreskipError, PlanError
@@ -22,7 +23,7 @@ from coreskip.predictors.expert_scores import ExpertStats, observe_experts, rout
 from coreskip.predictors.plan import LayerPlan, Plan
 from coreskip.predictors.policies import SkipMLP, Static
 from coreskip.predictors.routing import Choice
-from coreskip.runtime.cost import bytes_per_token
+from coreskip.runtime.cost import bytes_per_token, cost
 from coreskip.runtime.program import build_experts
 from coreskip.runtime.reading import read_spec
 from coreskip.runtime.wrap import runtime_of
@@ -527,6 +528,23 @@ def test_costs_count_the_experts_of_a_token() -> None:
     assert bytes_per_token(model, dense) - bytes_per_token(model, skipping) == 3 * expert // 2
     assert bytes_per_token(model, plan_with(model, KeptExperts(torch.arange(4)))) == bytes_per_token(model, dense)
     assert build_experts(KeptExperts(torch.arange(1)), mixtures(model)[0]).active == 1
+
+
+@pytest.mark.skipif(available("cpu") is not None, reason="the native step is not built")
+def test_costs_count_experts_in_the_bits_that_are_read() -> None:
+    model = tiny("mixtral")
+    numbers = 3 * 64 * 160
+    for weights, size in (("int4", 0.625), ("int8", 1.0625)):
+        dense, skipping = (
+            replace(plan_with(model, policy), weights=weights) for policy in (AllExperts(), SkipExperts(0.5, 0.75))
+        )
+        assert cost(model, dense).moved - cost(model, skipping).moved == 3 * numbers * size / 2
+        attention = 64 * (64 + 32 + 32 + 64)
+        layers = 3 * (attention + 2 * numbers) * size
+        rest = cost(model, dense).moved - layers
+        head = model.lm_head.weight.numel() * 1.0625
+        routers = 3 * 8 * 64 * 4
+        assert rest - head - routers == pytest.approx(8 * 64 * 4), "norms, and the embedding's row"
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,12 @@ import coreskip
 from coreskip import CoreskipError, Plan, PlanError
 from coreskip.bench import budget as benchmark
 from coreskip.kernels.ops import available
+from coreskip.predictors.anatomy import dissect
+from coreskip.predictors.expert_policies import SkipExperts
 from coreskip.predictors.plan import LayerPlan
-from coreskip.predictors.policies import Adaptive, Run, Sketch, Skip, SkipAttention, SkipMLP
+from coreskip.predictors.policies import Adaptive, Run, Sketch, Skip, SkipAttention, SkipMLP, Static
 from coreskip.runtime.calibrate import Study
-from coreskip.runtime.cost import bytes_per_token, cost, predicted_seconds, read_bandwidth
+from coreskip.runtime.cost import bytes_per_token, cost, predicted_seconds, read_bandwidth, runs_natively
 from coreskip.runtime.search import FAMILIES, Family, Journal, pareto
 from coreskip.runtime.step_timing import StepClock
 from coreskip.runtime.wrap import is_wrapped, runtime_of
@@ -68,6 +70,25 @@ def test_budgets_hold_on_the_text_checked(llama: Any, budget: str, measure: str,
     found = plan.quality[measure]
     assert found >= limit if measure == "top1_agreement" else found <= limit
     assert plan.keep < 1
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_mixtures_are_searched_for_experts_to_skip(family: str) -> None:
+    """Neurons of shared experts, which would run on the modules, are not what wins."""
+    model = tiny(family)
+    plan = budgeted(model, "kl<100", method="skip-experts")
+    assert plan.recipe["method"] == "skip-experts"
+    assert plan.recipe["budget"] == "kl<100"
+    shares = [layer.experts.share for layer in plan.layers if isinstance(layer.experts, SkipExperts)]
+    assert shares
+    assert max(shares) < 0.6, "of two experts a token about one is left"
+    assert bytes_per_token(model, plan) < bytes_per_token(model, Plan.dense(model, plan.weights))
+    best = budgeted(model, "kl<0.5", fast=True)
+    assert {row["name"].split()[0] for row in best.frontier} <= {"dense", "skip-experts", "skip"}
+    assert predicted_seconds(model, best) <= predicted_seconds(model, Plan.dense(model))
+    static = plan_with(model, Static(torch.arange(40))) if family == "qwen2_moe" else None
+    assert static is None or not runs_natively(dissect(model), static)
 
 
 def test_nothing_within_the_budget_is_said_plainly(llama: Any, caplog: pytest.LogCaptureFixture) -> None:
