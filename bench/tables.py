@@ -362,6 +362,7 @@ _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "runtime": lambda row: str(row["runtime"]),
         "texts equal": lambda row: f"{row['equal']} of {row['texts']}",
         "tokens before they part": lambda row: f"{row['before_they_part']:.0f} of {row['tokens']}",
+        "at a gap of at most": lambda row: _given(row.get("largest_gap"), "{:.2g}"),
         "largest error of logits": lambda row: _given(row.get("error"), "{:.1e}"),
         "of float32 itself": lambda row: _given(row.get("error_of_float32"), "{:.1e}"),
     },
