@@ -285,8 +285,8 @@ class EagerDrafts(DraftCostModel):
     """Prices under which every draft by the plan pays, and none from the text: what is asked is how good the plan's
     are, not whether this machine gains from them."""
 
-    verify_s, verify_token_s, draft_s, first_draft_s = 1.0, 0.0, 0.0, 0.0  # type: ignore[assignment]
-    draft_token_s, ready = 1e9, True  # type: ignore[assignment]
+    verify_s, verify_token_s, draft_s, first_draft_s = 1.0, 0.0, 0.0, 0.0
+    draft_token_s, ready = 1e9, True
 
     def __init__(self) -> None:
         super().__init__()
