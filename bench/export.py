@@ -4,7 +4,8 @@ python -m coreskip.bench.export speed [MODEL] [--plan PLAN | --keep 0.5] [--text
 python -m coreskip.bench.export rules [--rounds N] [--rows FILE]
 
 `speed`: each format of `export` in a process of its own, generating in turn: ONNX Runtime in float32 and int4,
-llama.cpp in float16, q8_0 and q4_0, dense and under the plan. A row has the medians and, against the dense model in the
+llama.cpp in float16, q8_0 and q4_0, dense and under the plan; and ONNX Runtime in float32 with as many core neurons,
+which each prompt chooses. A row has the medians and, against the dense model in the
 same format, the median of the ratios within a round.
 
 `rules`: one gated MLP in ONNX Runtime, dense, and as its gate would choose neurons token by token: TopK over the
@@ -37,6 +38,7 @@ from coreskip.runtime.load import load
 
 _FORMS = (("onnx", "float32"), ("onnx", "int4"), ("gguf", "float16"), ("gguf", "q8_0"), ("gguf", "q4_0"))
 _RUNNERS = {"onnx": "onnxruntime-folder", "gguf": "llama.cpp"}
+_BY_PROMPT = "core"  # how the plan's name begins whose neurons each prompt chooses
 _PROMPT, _TOKENS, _WARM_UP = 72, 64, 4
 _HIDDEN, _WIDTH, _LAYERS = 576, 1536, 30  # the embedded model's MLPs; as many as keep weights out of the caches
 _SHARES = (0.25, 0.5)
@@ -52,7 +54,8 @@ class Contender:
     def __init__(self, to: str, weights: str, plan: str, folder: Path, threads: int) -> None:
         self.to, self.weights, self.plan = to, weights, plan
         named: dict[str, Any] = {"gguf": folder / "model.gguf"} if to == "gguf" else {"model": str(folder)}
-        self._worker = Worker(Job(_RUNNERS[to], weights, threads=threads, context=_PROMPT + _TOKENS, **named))
+        runner = "onnxruntime-neurons" if plan.startswith(_BY_PROMPT) else _RUNNERS[to]
+        self._worker = Worker(Job(runner, weights, threads=threads, context=_PROMPT + _TOKENS, **named))
         self._worker("load")
         self.megabytes = self._worker("weight_bytes") / 1e6
         self.speeds, self.prompts = list[float](), list[float]()
@@ -70,23 +73,25 @@ class Contender:
         self._worker.close()
 
 
-def measure(model: Any, tokenizer: Any, plan: Plan, text: str, rounds: int) -> list[dict[str, Any]]:
-    """One row a format, dense and under the plan."""
+def measure(model: Any, tokenizer: Any, plan: Plan, core: Plan, text: str, rounds: int) -> list[dict[str, Any]]:
+    """One row a format, dense and under the plan; and one of core neurons."""
     threads = threads_available()
     machine, ids = Machine("cpu", threads), list(tokenizer(text).input_ids[:_PROMPT])
     with tempfile.TemporaryDirectory() as scratch:
         contenders = list[Contender]()
-        for to, weights in _FORMS:
-            for name, each in (("dense", None), (_name(plan), plan)):
-                folder = Path(scratch) / f"{to}-{weights}-{len(contenders)}"
-                export(model, tokenizer, folder, plan=each, to=to, weights=weights, progress=False)
-                contenders.append(Contender(to, weights, name, folder, threads))
+        forms = [(*form, name, each) for form in _FORMS for name, each in (("dense", None), (_name(plan), plan))]
+        forms.append(("onnx", "float32", f"{_BY_PROMPT} {core.keep:.0%}", core))
+        for to, weights, name, each in forms:
+            folder = Path(scratch) / f"{to}-{weights}-{len(contenders)}"
+            export(model, tokenizer, folder, plan=each, to=to, weights=weights, progress=False)
+            contenders.append(Contender(to, weights, name, folder, threads))
         try:
             bandwidth = _timed(contenders, ids, rounds, machine)
         finally:
             for contender in contenders:
                 contender.close()
-    return [_row(c, contenders[i - i % 2], bandwidth) for i, c in enumerate(contenders)]
+    dense = {(c.to, c.weights): c for c in contenders if c.plan == "dense"}
+    return [_row(c, dense[c.to, c.weights], bandwidth) for c in contenders]
 
 
 def _timed(contenders: list[Contender], ids: list[int], rounds: int, machine: Machine) -> float:
@@ -221,7 +226,7 @@ def main() -> None:
 @main.command()
 @click.argument("model", required=False)
 @click.option("--plan", "folder", type=click.Path(path_type=Path), help="That can travel; else a static one is made.")
-@click.option("--keep", default=0.5, show_default=True, help="Of the static plan.")
+@click.option("--keep", default=0.5, show_default=True, help="Of the static plan, and of core neurons.")
 @click.option("--text", type=click.Path(path_type=Path), help="Calibrates it, and is the prompt; else Python's manual.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--rows", type=click.Path(path_type=Path), help="Where the rows go.")
@@ -235,7 +240,8 @@ def speed(
         plan = Plan.load(folder)
     else:
         plan = analyze(loaded, tokenizer, method="static", keep=keep, text=content)
-    found = measure(loaded, tokenizer, plan, content, rounds)
+    core = analyze(loaded, tokenizer, method="core", keep=keep, text=content)
+    found = measure(loaded, tokenizer, plan, core, content, rounds)
     for row in found:
         click.echo(
             f"{row['runtime']:13} {row['weights']:8} {row['plan']:12} {row['tok_s']:7.1f} tok/s "

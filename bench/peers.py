@@ -21,6 +21,7 @@ from coreskip.predictors.errors import CoreskipError
 from coreskip.runtime.export_formats import ONNX_SETTINGS
 from coreskip.runtime.load import embedded_gguf
 from coreskip.runtime.onnx_engine import open_model
+from coreskip.runtime.onnx_neurons import MODEL, NeuronInputs, NeuronSession
 from coreskip.runtime.quality import WINDOW
 
 
@@ -115,6 +116,36 @@ class OnnxFolder(Peer):
 
     def close(self) -> None:
         self._generator = self._model = None
+
+
+class OnnxNeurons(Peer):
+    """ONNX Runtime by itself over a folder whose graph takes the neurons that a prompt chooses: onnxruntime-genai takes
+    no such inputs in the middle of a text."""
+
+    package: str | None = "onnxruntime"
+
+    def load(self) -> None:
+        folder = Path(str(self.job.model))
+        neurons = NeuronInputs.load(folder)
+        if neurons is None:
+            raise ValueError(f"{folder} has no neurons to choose from")
+        self._session = NeuronSession(folder, neurons, self.job.threads)
+        self._bytes = onnx_weight_bytes(folder / MODEL) + neurons.nbytes_chosen
+
+    def _start(self, ids: Sequence[int]) -> None:
+        self._next = self._session.begin(list(ids), self._context)
+
+    def _feed(self, token: int) -> None:
+        self._next = self._session.step(token)
+
+    def _logits(self) -> np.ndarray[Any, Any]:
+        return self._next
+
+    def weight_bytes(self) -> int:
+        return self._bytes
+
+    def close(self) -> None:
+        del self._session
 
 
 class OnnxRuntime(OnnxFolder):

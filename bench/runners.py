@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable
 
 from coreskip.bench.openvino_peer import PYTHON_VARIABLE, OpenVino
-from coreskip.bench.peers import LlamaCpp, OnnxFolder, OnnxRuntime
+from coreskip.bench.peers import LlamaCpp, OnnxFolder, OnnxNeurons, OnnxRuntime
 from coreskip.bench.runner import Runner
 from coreskip.bench.torch_runners import Compiled, Coreskip, CoreskipEngine, CoreskipExact, CoreskipLookup, HuggingFace
 
@@ -17,6 +17,7 @@ RUNNERS: dict[str, type[Runner]] = {
     "hf-compile": Compiled,
     "onnxruntime": OnnxRuntime,
     "onnxruntime-folder": OnnxFolder,
+    "onnxruntime-neurons": OnnxNeurons,
     "openvino": OpenVino,
     "llama.cpp": LlamaCpp,
     "coreskip-dense": Coreskip,
@@ -29,12 +30,14 @@ OPPONENTS = ("hf", "hf-compile", "onnxruntime", "openvino", "llama.cpp")
 _MODULES = {
     "onnxruntime": ("onnxruntime_genai", "onnx_ir"),
     "onnxruntime-folder": ("onnxruntime_genai", "onnx_ir"),
+    "onnxruntime-neurons": ("onnxruntime", "onnx_ir"),
     "openvino": ("openvino_genai",),
     "llama.cpp": ("llama_cpp",),
 }
 _PACKAGES = {
     "onnxruntime": "onnxruntime-genai onnx-ir",
     "onnxruntime-folder": "onnxruntime-genai onnx-ir",
+    "onnxruntime-neurons": "onnxruntime onnx-ir",
     "openvino": "openvino-genai",
     "llama.cpp": "llama-cpp-python",
 }

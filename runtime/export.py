@@ -37,6 +37,7 @@ class Writer(Protocol):
     """A smaller model as one format has it; making one raises `CoreskipError` where the format has no place for it.
 
     Attributes:
+        CHOOSES: whether it has a place for neurons that each prompt chooses.
         PAD: how MLPs are padded whose layers keep different numbers of neurons.
         weights: the form of the weights.
         usage: how the folder is loaded, for people.
@@ -44,6 +45,7 @@ class Writer(Protocol):
         nbytes: about what is written.
     """
 
+    CHOOSES: bool
     PAD: Pad
     weights: str
     usage: str
@@ -78,7 +80,7 @@ def export(
         model: a causal LM on the CPU, not wrapped; it stays as it is.
         folder: to write; it must not exist.
         plan: a Plan or the path of one that fixes everything beforehand: static neurons, kept experts, skipped layers
-            and halves. None: the dense model.
+            and halves; to ONNX also core neurons by GRIFFIN's score, which a prompt chooses. None: the dense model.
         to: ``"hf"``: a checkpoint for ``AutoModelForCausalLM``; ``"onnx"``: for onnxruntime-genai; ``"gguf"``: for
             llama.cpp.
         weights: their form. hf: float32, bfloat16 or float16, by default the model's own; onnx: float32 (default),
@@ -154,7 +156,7 @@ def _prepared(
 ) -> tuple[Writer, Smaller]:
     home, name = _WRITERS[to]
     kind: type[Writer] = getattr(import_module(f".{home}", __package__), name)
-    found = smaller(model, anatomy, remaining(Program.of(anatomy, plan)), kind.PAD)
+    found = smaller(model, anatomy, remaining(Program.of(anatomy, plan), kind.CHOOSES), kind.PAD)
     writer = kind(found, tokenizer, weights)
     prove(model, anatomy, plan, found)
     return writer, found

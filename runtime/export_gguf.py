@@ -90,6 +90,7 @@ class GgufFolder:
     """
 
     PAD = "blocks"
+    CHOOSES = False
 
     def __init__(self, found: Smaller, tokenizer: Any, weights: str | None) -> None:
         self._found, self.weights, self.notes = found, weights or "float16", tuple[str, ...]()

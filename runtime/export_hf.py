@@ -22,6 +22,7 @@ class Checkpoint:
 
     #: how MLPs are padded whose layers keep different numbers of neurons
     PAD = "model"
+    CHOOSES = False
 
     def __init__(self, found: Smaller, tokenizer: Any, weights: str | None) -> None:
         self._found, self._tokenizer = found, tokenizer

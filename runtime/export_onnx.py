@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -18,9 +19,10 @@ from .export_formats import ONNX_SETTINGS
 from .export_onnx_graph import Decoder, make_fast, rounded
 from .export_spec import attention_of, plain_spec
 from .export_weights import Smaller
-from .spec import ModelSpec
+from .onnx_neurons import MODEL, NeuronInputs, input_of
+from .spec import BrickSpec, LinearSpec, ModelSpec
 
-MODEL, DATA = "model.onnx", "model.onnx.data"
+DATA = "model.onnx.data"
 _BYTES = {"float32": 4.0, "float16": 2.0, "int4": 0.7}  # of a number, about; LM heads and embeddings have 8 bits
 _PROBE = 8  # tokens on which ONNX Runtime is compared with the smaller model
 #: of the logits' norm: how far apart the two may be, by rounding
@@ -35,6 +37,7 @@ class OnnxFolder:
     """
 
     PAD = "none"
+    CHOOSES = True
 
     def __init__(self, found: Smaller, tokenizer: Any, weights: str | None) -> None:
         self._found, self._tokenizer = found, tokenizer
@@ -53,6 +56,13 @@ class OnnxFolder:
             )
         except NotCovered as reason:
             raise CoreskipError(f"{text.model_type!r} models cannot be written as ONNX: {reason}") from None
+        kept = {new: left.chosen for new, left in enumerate(found.layers) if left.chosen}
+        self._neurons = NeuronInputs(self._decoder.neurons, kept) if kept else None
+        if kept:
+            self.notes = (
+                "Matrices of MLPs are inputs of the graph, in neurons.safetensors: whole for a prompt, then those of "
+                "the neurons that it makes most of. `coreskip generate --backend onnxruntime` hands them over.",
+            )
 
     @property
     def nbytes(self) -> float:
@@ -72,6 +82,8 @@ class OnnxFolder:
         """
         self._tokenizer.save_pretrained(folder)
         ir.save(self._decoder.model(), folder / MODEL, external_data=DATA)
+        if self._neurons is not None:
+            self._neurons.save(folder)
         (folder / ONNX_SETTINGS).write_text(json.dumps(self._settings(), indent=1))
         self._check(folder / MODEL)
         if self.weights == "int4":
@@ -131,15 +143,32 @@ class OnnxFolder:
         self._widen()
         if self.weights == "int4":
             self._round()
+        chosen: list[dict[str, Any]] = []
+        logits = decoded(session, ids.numpy(), _PROBE - 2, self._neurons, chosen.append)
+        got = torch.from_numpy(logits.astype(np.float32))
         with inference(self._found.model):
-            wanted = self._found.model(input_ids=ids).logits.float()
-        got = torch.from_numpy(decoded(session, ids.numpy(), _PROBE - 2).astype(np.float32))
+            wanted = self._wanted(ids, *chosen)
         off = float((got - wanted).norm() / wanted.norm())
         if not off <= _TOLERANCE[self.weights]:
             kind = self._found.model.config.get_text_config().model_type
             raise CoreskipError(
                 f"{kind!r} models cannot be written as ONNX: ONNX Runtime's logits are off by {off:.1%} of their size"
             )
+
+    def _wanted(self, ids: torch.Tensor, chosen: dict[str, Any] | None = None) -> torch.Tensor:
+        """The smaller model's own logits. chosen: matrices with which it goes on after the prompt."""
+        model = self._found.model
+        if chosen is None:
+            return cast(torch.Tensor, model(input_ids=ids).logits.float())
+        out = model(input_ids=ids[:, :-2], use_cache=True)
+        logits, cache = [out.logits], out.past_key_values
+        for index, layer in enumerate(self._spec.layers):
+            for linear, names in _matrices(layer.bricks[0], self._decoder.neurons.get(index, {})):
+                rows = [torch.from_numpy(chosen[input_of(index, name)]).t() for name in names]
+                module: Any = linear.module
+                module.weight = torch.nn.Parameter(torch.cat(rows).float().contiguous(), requires_grad=False)
+        logits += [model(input_ids=token, past_key_values=cache).logits for token in ids[:, -2:].split(1, 1)]
+        return torch.cat(logits, 1).float()
 
     def _widen(self) -> None:
         """Has the smaller model compute in float32, as the graph does between matrices."""
@@ -160,19 +189,37 @@ class OnnxFolder:
             module.weight = torch.nn.Parameter(rounded(weight, bits), requires_grad=False)
 
 
-def decoded(session: Any, ids: np.ndarray[Any, Any], prompt: int) -> np.ndarray[Any, Any]:
+def _matrices(brick: BrickSpec, chosen: Mapping[str, Any]) -> Iterator[tuple[LinearSpec, tuple[str, ...]]]:
+    """The linears of an MLP and which of the matrices that were chosen each holds; none where none were."""
+    if chosen:
+        if brick.gate is not None:
+            yield brick.gate, ("gate",)
+        yield brick.up, ("gate", "up") if brick.stacked else ("up",)
+        yield brick.down, ("down",)
+
+
+def decoded(
+    session: Any,
+    ids: np.ndarray[Any, Any],
+    prompt: int,
+    neurons: NeuronInputs | None = None,
+    see: Callable[[dict[str, Any]], None] = lambda chosen: None,
+) -> np.ndarray[Any, Any]:
     """Logits ``[1, tokens, vocabulary]`` of ids int64 ``[1, tokens]``: the first `prompt` in one pass, then one a
-    step."""
+    step. neurons: matrices that the graph takes as inputs; see: is given those that the prompt chose."""
     given = {entry.name: entry for entry in session.get_inputs() if entry.name.startswith("past")}
     kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
     cache = {n: np.zeros((1, e.shape[1], 0, e.shape[3]), kinds[e.type]) for n, e in given.items()}
     names = [entry.name for entry in session.get_outputs()]
-    logits = []
+    logits, matrices = [], {} if neurons is None else neurons.whole()
     for first, last in [(0, prompt), *((at, at + 1) for at in range(prompt, ids.shape[1]))]:
         feeds = {"input_ids": ids[:, first:last], "attention_mask": np.ones((1, last), np.int64)}
-        outputs = dict(zip(names, session.run(None, {**feeds, **cache}), strict=True))
+        outputs = dict(zip(names, session.run(None, {**feeds, **cache, **matrices}), strict=True))
         logits.append(outputs["logits"])
         cache = {name: outputs[name.replace("past_key_values", "present")] for name in cache}
+        if neurons is not None and last == prompt:
+            matrices = neurons.chosen(outputs.__getitem__)
+            see(matrices)
     return np.concatenate(logits, 1)
 
 

@@ -19,6 +19,7 @@ from ..predictors.anatomy import rows_of
 from .calls import NotCovered
 from .export_spec import attention_of
 from .export_weights import RemainingLayer
+from .onnx_neurons import input_of, output_of
 from .rotary_tables import RotaryTables, Table
 from .spec import AttentionSpec, BrickSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec
 
@@ -51,6 +52,7 @@ class Decoder:
         self._nodes: list[ir.Node] = []
         self._initializers: dict[str, ir.Value] = {}
         self._inputs, self._outputs = list[ir.Value](), list[ir.Value]()
+        self.neurons: dict[int, dict[str, np.ndarray[Any, Any]]] = {}  # by layer, matrices that are inputs
         self.caches = 0  # of keys and values: a layer without attention has none
         rotary = RotaryTables(spec)
         rotary.reach(positions)
@@ -125,7 +127,7 @@ class Decoder:
         (brick,), before = layer.bricks, y
         beside = layer.parallel and left.attention
         read, x = self._read(f"{name}.mlp_in", layer.mlp_in, x, None if beside else y)
-        y = self._mlp(f"{name}.mlp", brick, read)
+        y = self._chosen_mlp(index, brick, read) if left.chosen else self._mlp(f"{name}.mlp", brick, read)
         y = self._scaled(self._norm(f"{name}.mlp_out", layer.mlp_out, y), after)
         return x, self._op("Add", before, y) if beside else y
 
@@ -220,6 +222,43 @@ class Decoder:
         *gates, up = (self._linear(f"{name}.{n}", x, [part]) for n, part in zip(names, rows, strict=True))
         h = self._op("Mul", self._act(brick.act, gates[0]), up) if gates else self._act(brick.act, up)
         return self._linear(f"{name}.down", h, [_rows(brick.down)])
+
+    def _chosen_mlp(self, layer: int, brick: BrickSpec, x: ir.Value) -> ir.Value:
+        """An MLP whose matrices are inputs, of as many neurons as they have, and what each of these was worth."""
+        rows = [part for linear in brick.linears[:-1] for part in _parts(linear)]
+        if self._weights == "int4":
+            raise NotCovered("neurons in 4-bit blocks cannot be chosen by a prompt; write float32 or float16")
+        if any(bias is not None for _, bias in rows):
+            raise NotCovered("its MLPs have biases, of which a prompt would choose some")
+        names = ("up",) if len(rows) == 1 else ("gate", "up")
+        *gates, up = (
+            self._op("MatMul", x, self._matrix(layer, n, weight.t()))
+            for n, (weight, _) in zip(names, rows, strict=True)
+        )
+        h = self._op("Mul", self._act(brick.act, gates[0]), up) if gates else self._act(brick.act, up)
+        self._importance(layer, h)
+        weight, bias = _rows(brick.down)
+        y = self._op("MatMul", h, self._matrix(layer, "down", weight.t()))
+        return y if bias is None else self._op("Add", y, self._weight(f"layers.{layer}.mlp.down.bias", bias))
+
+    def _matrix(self, layer: int, name: str, rows: Tensor) -> ir.Value:
+        """A matrix of an MLP as an input, with any number of neurons."""
+        array = np.ascontiguousarray(rows.detach().float().numpy().astype(self._dtype))
+        self.neurons.setdefault(layer, {})[name] = array
+        shape = [f"neurons.{layer}", array.shape[1]] if name == "down" else [array.shape[0], f"neurons.{layer}"]
+        return self._input(input_of(layer, name), self._kind, shape)
+
+    def _importance(self, layer: int, h: ir.Value) -> None:
+        """GRIFFIN's score (arXiv 2404.01365, section 4), squared: the sum over tokens of (a / ||a||)^2."""
+        if self._kind != ir.DataType.FLOAT:
+            h = self._op("Cast", h, to=int(ir.DataType.FLOAT))
+        size = self._op("ReduceL2", h, self._integers("of_neurons", [-1]), keepdims=1)
+        least = self._constant("least_size", np.asarray(np.finfo(np.float32).tiny, np.float32))
+        parts = self._op("Div", h, self._op("Max", size, least))
+        found = self._op("ReduceSumSquare", parts, self._integers("of_tokens", [1]), keepdims=0)
+        found.name, found.shape = output_of(layer), ir.Shape(["batch", f"neurons.{layer}"])
+        found.type = ir.TensorType(ir.DataType.FLOAT)
+        self._outputs.append(found)
 
     def _act(self, act: str, x: ir.Value) -> ir.Value:
         if act == "silu":

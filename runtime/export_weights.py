@@ -23,7 +23,7 @@ from ..predictors.anatomy import Anatomy, Experts, FeedForward
 from ..predictors.errors import CoreskipError, PlanError, reason_of
 from ..predictors.observe import inference
 from ..predictors.plan import Plan
-from ..predictors.policies import Chooser
+from ..predictors.policies import Chooser, Dense
 from .bundles import Weights
 from .packed_experts import HeldExperts
 from .packed_layer import PackedLayer, PackedRows
@@ -32,7 +32,10 @@ from .skeleton import skeleton
 from .unpacking import unpack
 from .wrap import wrapped
 
-TRAVEL = "plans that can travel fix everything beforehand: dense, --method static, --method experts, skipped layers"
+TRAVEL = (
+    "plans that can travel fix everything beforehand: dense, --method static, --method experts, skipped layers; to "
+    "onnx also --method core"
+)
 _PROBE = 12  # tokens on which the smaller model is compared with the wrapped one
 #: of the logits' norm: how far apart the two may be, by rounding
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -50,6 +53,7 @@ class RemainingLayer:
         attention, mlp: whether that half adds anything to the residual stream.
         neurons: int64 ``[kept]``, ascending, of its MLP or shared expert; None: all.
         experts: int64 ``[kept]``, ascending; None: all, or there are none.
+        chosen: how many neurons each prompt chooses; 0: none are chosen.
     """
 
     index: int
@@ -57,39 +61,44 @@ class RemainingLayer:
     mlp: bool
     neurons: Tensor | None
     experts: Tensor | None
+    chosen: int = 0
 
     @property
     def runs(self) -> bool:
         return self.attention or self.mlp
 
 
-def remaining(program: Program) -> tuple[RemainingLayer, ...]:
-    """What is left of every layer.
+def remaining(program: Program, by_prompt: bool = False) -> tuple[RemainingLayer, ...]:
+    """What is left of every layer. by_prompt: whether core neurons can be chosen by GRIFFIN's score of a prompt.
 
     Raises:
         PlanError: the plan chooses at run time, which takes a runtime that chooses.
     """
-    layers = tuple(_remaining(index, layer) for index, layer in enumerate(program.layers))
+    layers = tuple(_remaining(index, layer, by_prompt) for index, layer in enumerate(program.layers))
     if not any(layer.runs for layer in layers):
         raise PlanError("the plan skips every layer: nothing would be left to export")
     return layers
 
 
-def _remaining(index: int, layer: LayerProgram) -> RemainingLayer:
-    neurons = None
+def _remaining(index: int, layer: LayerProgram, by_prompt: bool) -> RemainingLayer:
+    neurons, chosen = None, 0
     if layer.skips.by_prompt:
         raise PlanError(f"layer {index} is skipped or not by each prompt ({layer.skips.name}): {TRAVEL}")
     for brick in layer.bricks:
         if brick.chooser is Chooser.NOTHING or not layer.skips.mlp:
             continue
+        policy: Any = brick.policy
+        if by_prompt and policy.name == "core_neurons" and policy.score == "griffin":
+            chosen = policy.kept(brick.width)
+            continue
         if brick.chooser is not Chooser.CALIBRATION:
             raise PlanError(f"layer {index} chooses by each {brick.chooser.value} ({brick.policy.name}): {TRAVEL}")
-        neurons = cast(Any, brick.policy).indices
+        neurons = policy.indices
     experts = layer.experts
     if experts is not None and experts.beta > 0 and layer.skips.mlp:
         raise PlanError(f"layer {index} skips experts by each token ({experts.policy.name}): {TRAVEL}")
     kept = None if experts is None or experts.allowed is None else experts.allowed.nonzero().flatten()
-    return RemainingLayer(index, layer.skips.attention, layer.skips.mlp, neurons, kept)
+    return RemainingLayer(index, layer.skips.attention, layer.skips.mlp, neurons, kept, chosen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -458,12 +467,14 @@ def _state_size(linear: Any, weight: Tensor) -> None:
 
 
 def prove(model: Any, anatomy: Anatomy, plan: Plan, found: Smaller) -> None:
-    """Compares the smaller model with the wrapped one, over one KV cache: a dense token, then some under the plan.
+    """Compares the smaller model with the wrapped one, over one KV cache: a dense token, then some under the plan, but
+    for neurons that a prompt chooses, which the model still has.
 
     Raises:
         CoreskipError: they differ by more than rounding: something of this architecture is not what its names say.
     """
-    plan = replace(plan, weights=None, rounding=None)
+    layers = (replace(p, neurons=Dense()) if p.neurons.chooser is Chooser.PROMPT else p for p in plan.layers)
+    plan = replace(plan, weights=None, rounding=None, layers=tuple(layers))
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, _PROBE), generator=torch.Generator().manual_seed(0)).to(model.device)
     with inference(model):

@@ -21,6 +21,8 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx_ir")
 
 from coreskip.runtime import export_onnx, export_onnx_graph  # noqa: E402
+from coreskip.runtime.onnx_engine import OnnxEngine  # noqa: E402
+from coreskip.runtime.onnx_neurons import NeuronInputs, NeuronSession  # noqa: E402
 
 FAMILIES = ["llama_bias", "mistral", "qwen3", "phi3", "gemma2", "gemma3_text", "olmo2", "cohere", "granite", "smollm3"]
 
@@ -110,6 +112,87 @@ def test_what_the_description_or_the_operators_do_not_know(family: str, tmp_path
         coreskip.export(tiny(family), tokenizer(), tmp_path / "out", to="onnx", progress=False)
     assert "\n" not in str(refusal.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "olmo2"])
+def test_core_neurons_are_chosen_by_the_prompt_as_here(family: str, tmp_path: Path) -> None:
+    """The text of the wrapped model, read by the graph: after every token the likeliest is the one that follows."""
+    model = tiny(family)
+    plan = plan_of(model, "griffin", 0.4)
+    out = coreskip.export(model, tokenizer(), tmp_path / "out", plan=plan, to="onnx", progress=False)
+    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    neurons = NeuronInputs.load(out)
+    assert neurons is not None
+    assert neurons.nbytes_chosen == pytest.approx(0.4 * neurons.nbytes, rel=0.02)
+    sets = []
+    for seed in range(3):
+        ids = prompt(1, 9 + seed, seed=seed)
+        with coreskip.wrap(model, plan):
+            text = greedy(model, ids, 12)
+        chosen: list[dict[str, Any]] = []
+        logits = export_onnx.decoded(session, text.numpy(), ids.shape[1], neurons, chosen.append)
+        assert logits.argmax(-1)[0, ids.shape[1] - 1 : -1].tolist() == text[0, ids.shape[1] :].tolist()
+        sets.append(chosen[0]["layers.0.mlp.down"].tobytes())
+        assert chosen[0]["layers.0.mlp.down"].shape == (64, 64)
+    assert len(set(sets)) == 3, "every prompt has its own"
+
+
+@pytest.mark.parametrize(
+    ("family", "plan", "options", "error"),
+    [
+        ("llama", ("griffin", 0.5), {"weights": "int4"}, "neurons in 4-bit blocks cannot be chosen by a prompt"),
+        ("llama", ("signed", 0.5), {}, "chooses by each prompt"),
+        ("starcoder2", ("griffin", 0.5), {}, "its MLPs have biases"),
+        ("llama", ("similar", 0.5), {}, "chooses by each prompt"),
+    ],
+)
+def test_choices_that_cannot_travel(
+    family: str, plan: tuple[str, float], options: dict[str, Any], error: str, tmp_path: Path
+) -> None:
+    model = tiny(family)
+    with pytest.raises(CoreskipError, match=error):
+        coreskip.export(
+            model, tokenizer(), tmp_path / "out", plan=plan_of(model, *plan), to="onnx", progress=False, **options
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_neurons_are_one_line(tmp_path: Path) -> None:
+    model = tiny("llama")
+    out = coreskip.export(
+        model, tokenizer(), tmp_path / "out", plan=plan_of(model, "griffin", 0.5), to="onnx", progress=False
+    )
+    data = (out / "neurons.safetensors").read_bytes()
+    for damaged in (data[: len(data) // 2], b"", data[:8] + b"x" * 40 + data[48:]):
+        (out / "neurons.safetensors").write_bytes(damaged)
+        with pytest.raises(CoreskipError, match="is damaged"):
+            NeuronInputs.load(out)
+
+
+def test_core_neurons_generate_in_onnxruntime(tmp_path: Path) -> None:
+    model = tiny("llama", max_position_embeddings=512)
+    plan = plan_of(model, "griffin", 0.4)
+    out = coreskip.export(model, tokenizer(), tmp_path / "out", plan=plan, to="onnx", progress=False)
+    neurons = NeuronInputs.load(out)
+    assert neurons is not None
+    session = NeuronSession(out, neurons, threads=1)
+    for seed in (3, 4, 3):
+        ids = prompt(1, 11, seed=seed)
+        with coreskip.wrap(model, plan):
+            text = greedy(model, ids, 16)[0, 11:].tolist()
+        logits, made = session.begin(ids[0].tolist(), 40), []
+        for _ in text:
+            made.append(int(logits.argmax()))
+            logits = session.step(made[-1])
+        assert made == text
+    with OnnxEngine(out) as engine:
+        for options in ({}, {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9}):
+            texts = ["".join(engine.stream("some words", max_new_tokens=6, seed=5, **options)) for _ in range(2)]
+            assert texts[0] == texts[1]
+            assert engine.figures is not None
+            assert 1 <= engine.figures.new_tokens <= 6
+        with pytest.raises(CoreskipError, match="the model holds 512 tokens"):
+            list(engine.stream("some words", max_new_tokens=512))
 
 
 def test_onnxruntime_genai_generates_the_same_text(tmp_path: Path) -> None:
