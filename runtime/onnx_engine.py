@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class OnnxEngine:
         self._most, ends = int(settings["context_length"]), settings["eos_token_id"]
         self._ends = set(ends if isinstance(ends, list) else [ends])
         with one_line(str(path)):
-            self._source: Any = (
+            self._source: Tokens = (
                 GenaiTokens(open_model(path, threads))
                 if neurons is None
                 else SessionTokens(NeuronSession(path, neurons, threads), self._ends)
@@ -97,8 +97,16 @@ class OnnxEngine:
         return list(found["input_ids"])
 
 
+class Tokens(Protocol):
+    """Where tokens come from."""
+
+    def tokens(self, ids: list[int], new: int, seed: int | None, options: dict[str, Any]) -> Iterator[int]:
+        """Up to `new` tokens after a prompt's, or up to one that ends it, which comes, too. options: as `stream` has
+        them."""
+
+
 class GenaiTokens:
-    """Tokens by onnxruntime-genai. model: its own, see `open_model`."""
+    """By onnxruntime-genai. model: its own, see `open_model`."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -117,7 +125,7 @@ class GenaiTokens:
 
 
 class SessionTokens:
-    """Tokens by ONNX Runtime, where prompts choose neurons; sampled as transformers samples."""
+    """By ONNX Runtime, where prompts choose neurons; sampled as transformers samples. ends: tokens that end a text."""
 
     def __init__(self, session: NeuronSession, ends: set[int]) -> None:
         self._session, self._ends = session, ends
