@@ -90,9 +90,15 @@ def bench() -> None:
 @click.option("--gguf", type=click.Path(path_type=Path), help="The model as GGUF, for llama.cpp, openvino.")
 @click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text to score; else Python's documentation.")
 @click.option("--windows", type=click.IntRange(0), default=4, show_default=True, help="Of 512 tokens to score.")
+@click.option("--memory", "caps", multiple=True, help="MODEL, a packed folder, within this much memory: 4GB, or 0.5.")
 @click.option("--json", "output", type=click.Path(path_type=Path), help="Write the rows to this file.")
-def bench_run(**options: Any) -> None:
-    """Time MODEL in every runner: verified first, in interleaved rounds, with the memory's bandwidth beside it."""
+@click.pass_context
+def bench_run(context: click.Context, **options: Any) -> None:
+    """Time MODEL in every runner: verified first, in interleaved rounds, with the memory's bandwidth beside it. With
+    --memory: ours under caps, beside the same weights mapped, in memory control groups of their own."""
+    if caps := options.pop("caps"):
+        _bench_memory(context, caps, **options)
+        return
     from coreskip.predictors.checks import check_weights
     from coreskip.predictors.files import check_file
 
@@ -105,6 +111,37 @@ def bench_run(**options: Any) -> None:
     from coreskip.bench.settings import settings_of
 
     _measure(settings_of(**{name: value for name, value in options.items() if name != "output"}), options["output"])
+
+
+def _bench_memory(
+    context: click.Context, caps: tuple[str, ...], model: str | None, plans: tuple[Path, ...], **options: Any
+) -> None:
+    """`python -m coreskip.bench.memory` has more options: shapes, a checkpoint for accelerate."""
+    for option in context.command.params:
+        given = context.get_parameter_source(str(option.name)) is click.core.ParameterSource.COMMANDLINE
+        if given and option.name in options.keys() - {"tokens", "output"}:
+            raise CoreskipError(f"under a cap --plan, --tokens and --json are asked alone: leave out {option.opts[0]}")
+    from coreskip.runtime.memory_size import bytes_of
+
+    for cap in caps:
+        if not _is_share(cap):
+            bytes_of(cap)
+    if model is None or not (Path(model) / "packed.json").is_file():
+        raise CoreskipError("a cap is on a packed model: run `coreskip pack -o FOLDER`, then bench FOLDER --memory 4GB")
+    from coreskip.bench.memory import main
+
+    words = [model, "--tokens", str(options["tokens"])]
+    words += [word for cap in caps for word in ("--cap", cap)]
+    words += [word for plan in plans for word in ("--plan", str(plan))]
+    words += [] if options["output"] is None else ["--rows", str(options["output"])]
+    main(words)
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0 < float(text) <= 1
+    except ValueError:
+        return False
 
 
 def _measure(settings: Any, output: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -16,6 +17,7 @@ from tiny_models import greedy, plan_of, prompt, tiny
 
 import coreskip
 from coreskip import CoreskipError, Engine
+from coreskip.bench import memory as benchmark
 from coreskip.cli import main
 from coreskip.kernels import files, ops, residency
 from coreskip.kernels.store import checksum
@@ -439,3 +441,47 @@ def test_commands(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) 
         assert not stop.value.code
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--memory", "4GB"], "a cap is on a packed model: run `coreskip pack -o FOLDER`"),
+        (["FOLDER", "--memory", "lots"], "memory is 'lots'"),
+        (["FOLDER", "--memory", "0.5", "--rounds", "2"], "are asked alone: leave out --rounds"),
+    ],
+)
+def test_bench_under_a_cap_refuses_at_once(
+    words: list[str], error: str, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["bench", *(str(folders["int4"]) if word == "FOLDER" else word for word in words)])
+    assert end.value.code == 2
+    assert error in capsys.readouterr().err
+
+
+def test_bench_under_a_cap(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is run is noted here, not run: it drops the machine's page cache."""
+    asked: list[tuple[Any, ...]] = []
+
+    def run(way: str, folder: Path, cap: int | None, plan: Path | None, tokens: int, limit: int | None) -> Any:
+        asked.append((way, cap, plan, tokens, limit is None))
+        figures = {"tokens_per_second": 4.0, "first_token_s": 0.1, "bytes_read_per_token": 5e6}
+        return {**figures, "major_faults_per_token": 0, "peak_bytes": None, "text": [1, 2, 3], "grouped": False}
+
+    monkeypatch.setattr(benchmark, "run_way", run)
+    rows, folder = tmp_path / "rows.jsonl", folders["int4"]
+    plan_of(coreskip.load(folder)[0], "static", 0.5).save(tmp_path / "half")
+    words = ["--memory", "4MB", "--memory", "0.5", "--plan", str(tmp_path / "half"), "--tokens", "16"]
+    with pytest.raises(SystemExit) as end:
+        main(["bench", str(folder), *words, "--json", str(rows)])
+    assert not end.value.code, capsys.readouterr().err
+    half = os.path.getsize(folder / WEIGHTS) // 2
+    assert [cap for _, cap, *_ in asked] == [None, 4_000_000, None, 4_000_000, half, None, half], "mapped has no cap"
+    assert [free for *_, free in asked] == [True, *[False] * 6]
+    assert [plan is None for _, _, plan, *_ in asked] == [True, True, True, False, True, True, False]
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [row["way"] for row in found] == ["no cap", *["memory", "mapped", "memory, half"] * 2]
+    assert all(row["same_text"] for row in found)
