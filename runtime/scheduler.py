@@ -201,7 +201,7 @@ class Scheduler:
 
     def _step(self, decoding: list[Running]) -> None:
         start, before = time.perf_counter(), sum(sequence.length for sequence in decoding)
-        self._decoder.step(decoding, alone=len(self._running) == 1 and not self._waiting)
+        self._decoder.step(decoding, undisturbed=all(sequence.decodes for sequence in self._running))
         made = sum(sequence.length for sequence in decoding) - before
         self._steps += 1
         self._decoded += made

@@ -85,7 +85,8 @@ struct Shared {
     float *score, *known_gate, *reduced;
     int64_t* dropped;           // [2][threads]: neurons that `refine` left out, used as `acc` is
     Stretch* stretches;         // [threads]
-    Greatest* best;             // [threads]
+    Greatest* best;             // [threads][rows]
+    float* exp_sums;            // [threads]
     int32_t* high;
     double* left_out;           // [threads]: see Walker
     float *routes, *shared_weight;                     // [tokens][experts], [tokens]
@@ -132,7 +133,8 @@ Shared share_out(const Sizes& s, const StepModel& m, const StepCall& c, int thre
     w.dropped = take(int64_t(), 2 * threads);
     w.high = take(int32_t(), s.listed * t * 2);
     w.stretches = reinterpret_cast<Stretch*>(take(char(), threads * sizeof(Stretch)));
-    w.best = take(Greatest(), threads);
+    w.best = take(Greatest(), threads * c.rows);
+    w.exp_sums = take(float(), threads);
     w.left_out = take(double(), threads);
     w.routes = take(float(), t * s.experts);
     w.shared_weight = take(float(), t);

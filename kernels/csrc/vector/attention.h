@@ -156,11 +156,14 @@ static void attend_as(const AttendJob& job) {
             if (from >= to) continue;
             while (next < job.queries && next < n + kShare && same_stretch(job, n, next, at)) next++;
             const int count = static_cast<int>(to - from);
-            if (next == n + kShare) {
-                attend_stretch<kShare, T>(job, n, from, count);
+            if constexpr (kShare == 4) {
+                if (next == n + 4) attend_stretch<4, T>(job, n, from, count);
+                else if (next == n + 3) attend_stretch<3, T>(job, n, from, count);
+                else if (next == n + 2) attend_stretch<2, T>(job, n, from, count);
+                else attend_stretch<1, T>(job, n, from, count);
             } else {
-                attend_stretch<1, T>(job, n, from, count);
-                next = n + 1;
+                if (next == n + 2) attend_stretch<2, T>(job, n, from, count);
+                else attend_stretch<1, T>(job, n, from, count);
             }
         }
 }
