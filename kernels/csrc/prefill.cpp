@@ -102,10 +102,11 @@ class LayerPass {
         gate_ = take(float(), l.gate.weight ? t * neurons : 0);
         up_ = take(float(), t * neurons);
         rows_ = take(float(), t * stride);
-        rounded_ = take(int8_t(), t * stride);
-        group_scale_ = take(float(), t * (stride / kGroup));
-        group_sum_ = take(float(), t * (stride / kGroup));
-        group_half_ = take(int32_t(), 2 * t * (stride / kGroup));
+        const int64_t places = places_of(t, stride / kGroup);
+        rounded_ = take(int8_t(), places * kGroup);
+        group_scale_ = take(float(), places);
+        group_sum_ = take(float(), places);
+        group_half_ = take(int32_t(), 2 * places);
     }
 
     // Calls work(t) for each token that is under way.
@@ -202,8 +203,9 @@ class LayerPass {
             memcpy(row, x + t * width, width * sizeof(float));
             memset(row + width, 0, (stride - width) * sizeof(float));
             if (w.whole) return;
-            step.quantize_groups(row, stride, rounded_ + t * stride, group_scale_ + t * groups, group_sum_ + t * groups,
-                                 prepared_.halves ? group_half_ + 2 * t * groups : nullptr);
+            const int64_t at = first_place(t, tokens_, groups);
+            step.quantize_groups(row, stride, places_apart(tokens_), rounded_ + at * kGroup, group_scale_ + at,
+                                 group_sum_ + at, prepared_.halves ? group_half_ + 2 * at : nullptr);
         });
     }
 
@@ -337,7 +339,11 @@ class HeadPass {
         float* scale = workspace.take<float>(tokens * groups);
         float* sum = workspace.take<float>(tokens * groups);
         int32_t* half = workspace.take<int32_t>(2 * tokens * groups);
-        if (tiles && !head.whole) step.quantize_groups(rows.x, tokens * head.stride, q, scale, sum, half);
+        for (int t = 0; tiles && !head.whole && t < tokens; t++) {
+            const int64_t at = first_place(t, tokens, groups);
+            step.quantize_groups(rows.x + t * head.stride, head.stride, places_apart(tokens), q + at * kGroup, scale + at,
+                                 sum + at, half + 2 * at);
+        }
         float* y = m.logit_dtype == kFloat32 ? static_cast<float*>(to) : workspace.take<float>(tokens * head.out);
         const int64_t units = (head.out + kTile - 1) / kTile, pieces = std::min<int64_t>(units, 8 * threads_);
         Lease()->each(pieces, threads_, [&](int64_t piece) {

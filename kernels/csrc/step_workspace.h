@@ -155,11 +155,12 @@ Own own_share(const Sizes& s, Take take) {
     w.attended = take(float(), t * s.attention);
     w.queries = take(float(), s.attention + s.kv);
     w.scratch = take(float(), s.attention);
-    w.q = take(int8_t(), t * wide);
+    const int64_t places = places_of(t, wide / kGroup + 1);
+    w.q = take(int8_t(), places * kGroup);
     w.scale = take(float(), t);
-    w.group_scale = take(float(), t * (wide / kGroup + 1));
-    w.group_sum = take(float(), t * (wide / kGroup + 1));
-    w.group_half = take(int32_t(), 2 * t * (wide / kGroup + 1));
+    w.group_scale = take(float(), places);
+    w.group_sum = take(float(), places);
+    w.group_half = take(int32_t(), 2 * places);
     w.sum = take(int32_t(), t);
     w.from = take(int64_t(), s.queries);
     w.to = take(int64_t(), s.queries);
