@@ -39,13 +39,17 @@ class Projections {
         ready_stride_ = stride;
         ready_whole_ = whole;
         for (int t = 0; t < input_rows_; t++) {
+            const float* from = input_ + t * input_width_;
             float* row = own.rows + t * stride;
-            memcpy(row, input_ + t * input_width_, input_width_ * sizeof(float));
-            memset(row + input_width_, 0, (stride - input_width_) * sizeof(float));
+            if (whole || !grouped(dtype) || stride != input_width_) {
+                memcpy(row, from, input_width_ * sizeof(float));
+                memset(row + input_width_, 0, (stride - input_width_) * sizeof(float));
+                from = row;
+            }
             if (whole) continue;
             if (grouped(dtype)) {
                 const int64_t groups = stride / kGroup, at = by_rows ? t * groups : first_place(t, input_rows_, groups);
-                thread.step.quantize_groups(row, stride, by_rows ? 1 : places_apart(input_rows_), own.q + at * kGroup,
+                thread.step.quantize_groups(from, stride, by_rows ? 1 : places_apart(input_rows_), own.q + at * kGroup,
                                             own.group_scale + at, own.group_sum + at,
                                             dtype == kInt6Super ? own.group_half + 2 * at : nullptr);
             } else if (dtype >= kInt8) {
