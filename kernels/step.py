@@ -78,7 +78,7 @@ class Step:
 
     @functools.cached_property
     def most_tokens(self) -> int:
-        """How many tokens go through the layers together: what all kernels take, or more where all matrices are tiles."""
+        """How many tokens go through the layers together: what all kernels take, or more where they are with tiles."""
         return MOST_TOGETHER if self.stream is None and all_tiles(self.model) else cpu.MAX_ROWS
 
     @property
@@ -104,7 +104,7 @@ class Step:
     ) -> tuple[Tensor, float]:
         """One step of every sequence by `length` tokens, whose keys and values are written to `caches`.
 
-        tokens, positions: int64 [rows, length]; more than 8 tokens go through the layers in slices of 8. start: int64
+        tokens, positions: int64 [rows, length]; more than `most_tokens` go through the layers in slices. start: int64
         [rows], the first cache position that counts (what lies before is left padding). past: positions already in the
         cache, whose capacity must suffice. wanted: of how many last tokens of each row the logits are wanted.
         Returns logits [rows, wanted, vocabulary] of the model's dtype, and the number of neurons that rules left out,
@@ -170,7 +170,7 @@ class Step:
     def _run(
         self, tokens: Tensor, positions: Tensor, start: Tensor, places: Sequence[Place], wanted: int
     ) -> tuple[Tensor, float]:
-        """`run` of at most 8 tokens."""
+        """`run` of at most `most_tokens` tokens."""
         rows, length = tokens.shape
         tokens, positions = tokens.contiguous(), positions.contiguous()
         logits = torch.empty((rows, wanted, self.model.head.out_features), dtype=self.model.dtype, device="cpu")
