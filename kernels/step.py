@@ -213,13 +213,14 @@ class Step:
         if self.rows is not None:
             raise ValueError("rows that have lists of neurons are stepped one by one")
         rows = len(tokens)
-        last, past, start = (_N * rows)(*tokens), (_N * rows)(*pasts), (_N * rows)()
+        last, places, start = (_N * rows)(*tokens), (_N * rows)(*pasts), (_N * rows)()
         entries, skipped = (_P * rows)(*(cache.row(0) for cache in caches)), ctypes.c_double(0)
         logits = torch.empty((rows, self.model.head.out_features), dtype=self.model.dtype, device="cpu")
-        given = (ctypes.addressof(array) for array in (last, past, start, past, entries))
         call = arguments.StepCall(
-            *given, logits.data_ptr(), ctypes.addressof(skipped), rows, 1, 1, torch.get_num_threads()
-        )
+            ctypes.addressof(last), ctypes.addressof(places), ctypes.addressof(start), ctypes.addressof(places),
+            ctypes.addressof(entries), logits.data_ptr(), ctypes.addressof(skipped), rows, 1, 1,
+            torch.get_num_threads(),
+        )  # fmt: skip
         return self._generated(call, count, ends), skipped.value
 
     def _generated(self, call: arguments.StepCall, count: int, ends: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -92,8 +92,8 @@ struct Isa {
 
 // Rows of x that were rounded for tiles lie kMaxRows at a time, or as many as there are: of each group the numbers of all
 // these rows, side by side, and so their scales and sums. A kernel reads them at fixed distances from one address: with
-// this and sums that stay in registers a prompt of 128 tokens took 0.81 of the time, a step of 16 rows 0.89. The place of a row's first group; of the next ones so many further on;
-// and places that all rows take up. Static, for the rule in vector/isa.h.
+// this and sums that stay in registers a prompt of 128 tokens took 0.81 of the time, a step of 16 rows 0.89. The place of a
+// row's first group; of the next ones so many further on; and places that all rows take up. Static, for the rule in vector/isa.h.
 static inline int64_t places_apart(int64_t rows) { return rows < kMaxRows ? rows : kMaxRows; }
 static inline int64_t first_place(int64_t row, int64_t rows, int64_t groups) {
     const int64_t together = places_apart(rows);
