@@ -7,6 +7,8 @@ reads, together with every tensor it points to.
 from __future__ import annotations
 
 import ctypes
+import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from . import arguments, cpu, residency
 from .sparse import SparseMLP
-from .step_model import Attention, DenseMLP, Heads, LatentAttention, Linear, Norm, StepLayer, StepModel
+from .step_model import Attention, DenseMLP, Heads, LatentAttention, Linear, Norm, StepLayer, StepModel, all_tiles
 from .step_structs import embedding_struct, layer_struct, linear_struct, norm_struct
 
 __all__ = [
@@ -35,6 +37,9 @@ __all__ = [
 ]
 
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+#: tokens that go through the layers together where all matrices are tiles
+MOST_TOGETHER = 16
 
 Place = tuple[int, int]  # the address of a sequence's keys and values, and how many positions are in them already
 
@@ -71,6 +76,11 @@ class Step:
         lists = (layer.mlp.lists for layer in model.layers if isinstance(layer.mlp, SparseMLP))
         self.rows = next((found.rows for found in lists if found is not None and found.rows is not None), None)
 
+    @functools.cached_property
+    def most_tokens(self) -> int:
+        """How many tokens go through the layers together: what all kernels take, or more where they are with tiles."""
+        return MOST_TOGETHER if self.stream is None and all_tiles(self.model) else cpu.MAX_ROWS
+
     @property
     def address(self) -> int:
         """Of the description that native code reads."""
@@ -94,7 +104,7 @@ class Step:
     ) -> tuple[Tensor, float]:
         """One step of every sequence by `length` tokens, whose keys and values are written to `caches`.
 
-        tokens, positions: int64 [rows, length]; more than 8 tokens go through the layers in slices of 8. start: int64
+        tokens, positions: int64 [rows, length]; more than `most_tokens` go through the layers in slices. start: int64
         [rows], the first cache position that counts (what lies before is left padding). past: positions already in the
         cache, whose capacity must suffice. wanted: of how many last tokens of each row the logits are wanted.
         Returns logits [rows, wanted, vocabulary] of the model's dtype, and the number of neurons that rules left out,
@@ -124,15 +134,16 @@ class Step:
         rows, length = tokens.shape
         if self.rows not in (None, rows):
             raise ValueError(f"{self.rows} rows have lists of neurons, not {rows}")
-        if rows * length <= cpu.MAX_ROWS:
+        most = self.most_tokens
+        if rows * length <= most:
             return self._run(tokens, positions, start, places, wanted)
         logits = torch.empty((rows, wanted, self.model.head.out_features), dtype=self.model.dtype, device="cpu")
-        together, left_out = max(1, cpu.MAX_ROWS // length), 0.0
+        together, left_out = max(1, most // length), 0.0
         for first in range(0, rows, together):
             last = min(first + together, rows)
             step = self._part(first, last)
-            for at in range(0, length, cpu.MAX_ROWS):
-                end = min(at + cpu.MAX_ROWS, length)
+            for at in range(0, length, most):
+                end = min(at + most, length)
                 some = slice(first, last), slice(at, end)
                 to = wanted - (length - end)  # where the logits of the slice's last token go, if they are wanted
                 kept = min(end - at, max(to, 0))
@@ -159,7 +170,7 @@ class Step:
     def _run(
         self, tokens: Tensor, positions: Tensor, start: Tensor, places: Sequence[Place], wanted: int
     ) -> tuple[Tensor, float]:
-        """`run` of at most 8 tokens."""
+        """`run` of at most `most_tokens` tokens."""
         rows, length = tokens.shape
         tokens, positions = tokens.contiguous(), positions.contiguous()
         logits = torch.empty((rows, wanted, self.model.head.out_features), dtype=self.model.dtype, device="cpu")
@@ -187,20 +198,45 @@ class Step:
         Returns the tokens and the number of neurons that rules left out. The entries of all but the last are written.
         """
         self.check_caches(caches, 1, past, past + count)
-        stops, made, done = (_N * len(ends))(*ends), (_N * count)(), _N(0)
         with self._of_one_token(token, position, start, caches, past) as (call, skipped):
-            call_with = (
-                ctypes.byref(self._model),
-                ctypes.byref(call),
-                count,
-                stops,
-                len(ends),
-                made,
-                ctypes.byref(done),
-            )
-            with self._reading():
-                cpu.check(self.library.coreskip_generate(*call_with), 0)
-        return list(made[: done.value]), skipped.value
+            made = self._generated(call, count, [ends])
+        return made[0], skipped.value
+
+    def generate_each(
+        self, tokens: Sequence[int], caches: Sequence[KeyValues], pasts: Sequence[int], count: int,
+        ends: Sequence[Sequence[int]],
+    ) -> tuple[list[list[int]], float]:  # fmt: skip
+        """`generate` of at most `most_tokens` sequences as `run_each` steps them; their positions are their `pasts`.
+        Each makes as many tokens: `count`, or fewer where one of its own `ends` comes to any of them."""
+        for cache, past in zip(caches, pasts, strict=True):
+            self.check_caches(cache, 1, past, past + count)
+        if self.rows is not None:
+            raise ValueError("rows that have lists of neurons are stepped one by one")
+        rows = len(tokens)
+        last, places, start = (_N * rows)(*tokens), (_N * rows)(*pasts), (_N * rows)()
+        entries, skipped = (_P * rows)(*(cache.row(0) for cache in caches)), ctypes.c_double(0)
+        logits = torch.empty((rows, self.model.head.out_features), dtype=self.model.dtype, device="cpu")
+        call = arguments.StepCall(
+            ctypes.addressof(last), ctypes.addressof(places), ctypes.addressof(start), ctypes.addressof(places),
+            ctypes.addressof(entries), logits.data_ptr(), ctypes.addressof(skipped), rows, 1, 1,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return self._generated(call, count, ends), skipped.value
+
+    def _generated(self, call: arguments.StepCall, count: int, ends: Sequence[Sequence[int]]) -> list[list[int]]:
+        """By row, the tokens of a call."""
+        rows = len(ends)
+        tokens = [token for of_row in ends for token in of_row]
+        firsts = itertools.accumulate((len(of_row) for of_row in ends), initial=0)
+        made, done = (_N * (count * rows))(), _N(0)
+        with self._reading():
+            status = self.library.coreskip_generate(
+                ctypes.byref(self._model), ctypes.byref(call), count, (_N * len(tokens))(*tokens),
+                (_N * (rows + 1))(*firsts), made, ctypes.byref(done),
+            )  # fmt: skip
+        cpu.check(status, 0)
+        found = made[: done.value * rows]
+        return [found[row::rows] for row in range(rows)]
 
     def draft(
         self, token: int, position: int, start: int, caches: KeyValues, past: int, count: int, least: float

@@ -220,3 +220,15 @@ class StepModel:
 def packed_of(linear: Linear) -> PackedLinear | PackedColumns:
     """The matrix of a linear, by rows or by columns."""
     return linear.packed if isinstance(linear, SparseLinear) else linear
+
+
+def all_tiles(model: StepModel) -> bool:
+    """Whether all of a step's products are with tiles, which are taken apart once for as many tokens as there are."""
+    for layer in model.layers:
+        if not isinstance(layer.attention, Attention) or not isinstance(layer.mlp, DenseMLP):
+            return False
+        mlp = layer.mlp
+        linears = [*layer.attention.linears, *(m for m in (mlp.gate, mlp.up, mlp.down) if m is not None)]
+        if not all(isinstance(m, PackedLinear) and m.grouped for m in linears):
+            return False
+    return model.head.grouped

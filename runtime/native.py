@@ -463,6 +463,34 @@ class NativeSequence:
         self._rooms.advance(length - self.length)
 
     @classmethod
+    def greedy_together(
+        cls, sequences: Sequence[NativeSequence], tokens: Sequence[int], count: int, ends: Sequence[Sequence[int]],
+        program: StepProgram,
+    ) -> list[list[int]]:  # fmt: skip
+        """Appends a token to each of several sequences of one model; the likeliest tokens after each: `count`, or fewer
+        up to where one of `ends`, its own, comes to any of those that go through the layers with it.
+
+        Raises:
+            NotCovered: one of them has to be described, or to run on the modules, first. Nothing has been appended.
+        """
+        first = sequences[0]
+        first.steps.check_modules()
+        count = min(count, *(first.steps.checkpoints.room(sequence.length) for sequence in sequences))
+        for sequence in sequences:
+            sequence._reach(program, count, 1)
+        step, made = first.steps.step_of(first._described, program), list[list[int]]()
+        for at in range(0, len(sequences), step.most_tokens):
+            some = slice(at, at + step.most_tokens)
+            tables, lengths = [s._rooms.table for s in sequences[some]], [s.length for s in sequences[some]]
+            found, left_out = step.generate_each(tokens[some], tables, lengths, count, ends[some])
+            for sequence, new in zip(sequences[some], found, strict=True):
+                sequence._rooms.advance(len(new))
+            new_tokens = sum(map(len, found))
+            first.steps.count(new_tokens, program.skipped * new_tokens + left_out)
+            made += found
+        return made
+
+    @classmethod
     def step_together(cls, sequences: Sequence[NativeSequence], tokens: Sequence[int], program: StepProgram) -> Tensor:
         """Appends a token to each of several sequences of one model; logits ``[sequences, vocabulary]``.
 

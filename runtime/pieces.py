@@ -32,6 +32,18 @@ class Pieces:
         self._tokens.append(token)
         return self._certain(self._fresh(whole=True))
 
+    def add_all(self, tokens: Sequence[int]) -> str | None:
+        """`add` of several tokens, decoded once: two decodings take 20 us, for each token as many as for all. None, and
+        nothing is added, where they have to come one by one: for a stop string, or a character that is not complete."""
+        if self._stops or self.stopped:
+            return None
+        held, self._tokens = self._tokens, [*self._tokens, *tokens]
+        text = self._fresh(whole=True)
+        if self._decoded < len(self._tokens):
+            self._tokens = held
+            return None
+        return text
+
     def end(self) -> str:
         """What is left when no token comes any more."""
         rest = self._certain(self._fresh(whole=False)) if self._decoded < len(self._tokens) else ""

@@ -89,15 +89,29 @@ class Running:
 
     def extend(self, tokens: Sequence[int], logprobs: list[TokenLogprob] | None = None) -> None:
         """Goes on by `tokens`, up to the one that ends it."""
-        now, text, taken = time.perf_counter(), "", 0
+        now = time.perf_counter()
         self.ticket.timings.first_token = self.ticket.timings.first_token or now
-        for token in tokens:
+        taken, text = self._certain(tokens)
+        for token in tokens[taken:]:
             taken += 1
             text += self._take(token)
             if self.finish is not None:
                 break
         self.ticket.usage.completion_tokens += taken
         self._put(text, list(tokens[:taken]), logprobs)
+
+    def _certain(self, tokens: Sequence[int]) -> tuple[int, str]:
+        """Takes those of the tokens that cannot end it, at once: how many, and the text that comes with them."""
+        if len(tokens) == 1 or self._criteria is not None:
+            return 0, ""
+        count = min(len(tokens), self.room) - 1  # the last one may
+        some = tokens[:count]
+        text = None if self.ends.intersection(some) else self.pieces.add_all(some)
+        if text is None:
+            return 0, ""
+        self._tokens[0, self.length : self.length + count] = torch.tensor(some)
+        self.length += count
+        return count, text
 
     def _take(self, token: int) -> str:
         """The text that comes with the token."""

@@ -200,13 +200,14 @@ class Scheduler:
             sequence.end("error", error)
 
     def _step(self, decoding: list[Running]) -> None:
-        start, before = time.perf_counter(), sum(sequence.length for sequence in decoding)
-        self._decoder.step(decoding, alone=len(self._running) == 1 and not self._waiting)
-        made = sum(sequence.length for sequence in decoding) - before
-        self._steps += 1
-        self._decoded += made
-        self._batch_sizes[len(decoding)] += 1
-        each = (time.perf_counter() - start) * len(decoding) / max(1, made)
+        start, before = time.perf_counter(), [sequence.length for sequence in decoding]
+        self._decoder.step(decoding, undisturbed=all(sequence.decodes for sequence in self._running))
+        made = [sequence.length - length for sequence, length in zip(decoding, before, strict=True)]
+        steps = max(1, *made)
+        self._steps += steps
+        self._decoded += sum(made)
+        self._batch_sizes[len(decoding)] += steps
+        each = (time.perf_counter() - start) / steps
         self._step_s = each if self._step_s == 0 else 0.9 * self._step_s + 0.1 * each
 
 

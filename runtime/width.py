@@ -1,7 +1,8 @@
-"""Up to how many rows packed matrices are multiplied as they are, eight rows at a time, and from where on unpacked.
+"""Up to how many rows packed matrices are multiplied as they are, some rows at a time, and from where on unpacked.
 
-Slices of eight read the packed weights again for each, which costs little where their arithmetic is what takes the
-time. Measured on one thread of an AVX2 machine, microseconds for the embedded model's 1536 x 576 and 576 x 1536
+Slices of eight (native steps take 16 tokens, where all matrices are tiles) read the packed weights again for each,
+which costs little where their arithmetic is what takes the time. Measured on one thread of an AVX2 machine,
+microseconds for the embedded model's 1536 x 576 and 576 x 1536
 together, torch's float32 product / slices of 4 bits with x in 8 bits / slices of 4 bits with x in float32 / unpacked
 and then multiplied: 16 rows 2700 / 1200 / 1900 / 2600, 32 rows 3500 / 1750 / 3600 / 4400, 64 rows 5300 / 3700 / 6600 /
 6700. All of a step's small operations and its LM head are faster as slices, too.

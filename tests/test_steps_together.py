@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 import coreskip
 from coreskip.kernels import ops
-from coreskip.kernels.step import KeyValues
+from coreskip.kernels.step import MOST_TOGETHER, KeyValues
 from coreskip.predictors.plan import LayerPlan, Plan
 from coreskip.predictors.policies import Cats, Sketch, SkipAttention, Teal
 from coreskip.runtime.decoding import shares_steps
@@ -84,16 +84,45 @@ def check(model: Any, lengths: tuple[int, ...], steps: int = 3) -> None:
 def test_every_form_of_weights_and_plan(kind: str, isa: str) -> None:
     model = tiny("llama")
     with coreskip.wrap(model, plan(model, kind)):
-        for rows in (1, 3, 6, 10):
-            check(model, LENGTHS[:rows], steps=2)
+        for rows in (1, 3, 6, 10, MOST_TOGETHER):
+            check(model, (LENGTHS * 2)[:rows], steps=2)
+
+
+@pytest.mark.parametrize("kind", ["dense", "int4", "static"])
+@pytest.mark.parametrize("heads", [(4, 2), (6, 2), (3, 1), (5, 1)])
+def test_several_tokens_of_each_in_one_call(kind: str, heads: tuple[int, int], isa: str) -> None:
+    """Until one of its own ends comes to a sequence, or to another that goes through the layers with it."""
+    model = tiny("llama", num_attention_heads=heads[0], num_key_value_heads=heads[1], hidden_size=16 * heads[0])
+    with coreskip.wrap(model, plan(model, kind)):
+        lengths = (LENGTHS * 2)[: MOST_TOGETHER + 2]
+        found, tokens = caches_of(model, lengths), list(range(10, 10 + len(lengths)))
+        chosen = runtime_of(model).steps
+        alone = [chosen.sequence(copy.deepcopy(cache), 12) for cache in found]
+        together = [sequence for sequence, _ in (chosen.sequence(cache, 12) for cache in found)]
+        program = alone[0][1]
+        expected = [sequence.greedy(token, 8, [], program) for (sequence, _), token in zip(alone, tokens, strict=True)]
+        ends = [[] for _ in tokens]
+        ends[4] = [expected[4][2]]  # which ends the first ones that share their steps, not the last two
+        ends[5] = [token for token in range(128) if token not in expected[5]]
+        made = NativeSequence.greedy_together(together, tokens, 5, ends, program)
+        most = runtime_of(model).steps.native.step_of(together[0]._described, program).most_tokens
+        stop = expected[4].index(ends[4][0]) + 1
+        counts = [stop if at // most == 4 // most else 5 for at in range(len(tokens))]
+        assert made == [whole[:count] for whole, count in zip(expected, counts, strict=True)]
+        lasts = [new[-1] for new in made]
+        rest = NativeSequence.greedy_together(together, lasts, 3, [[] for _ in tokens], program)
+        assert rest == [whole[count : count + 3] for whole, count in zip(expected, counts, strict=True)]
+        assert [sequence.length for sequence in together] == [
+            length + count + 3 for length, count in zip(lengths, counts, strict=True)
+        ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_threads(kind: str, two_threads: None) -> None:
     model = tiny("llama")
     with coreskip.wrap(model, plan(model, kind)):
-        for rows in (3, 10):
-            check(model, LENGTHS[:rows], steps=2)
+        for rows in (3, 10, MOST_TOGETHER + 3):
+            check(model, (LENGTHS * 2)[:rows], steps=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

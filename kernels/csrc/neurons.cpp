@@ -38,7 +38,7 @@ CORESKIP_API int coreskip_neurons(const void* x, int x_dtype, int rows, int64_t 
         float* row = values + r * width;
         isa.to_float(static_cast<const char*>(x) + r * hidden * size_of(x_dtype), x_dtype, row, hidden);
         memset(row + hidden, 0, (width - hidden) * sizeof(float));
-        step.quantize_groups(row, width, q + r * width, scale + r * of_x, sum + r * of_x, nullptr);
+        step.quantize_groups(row, width, 1, q + r * width, scale + r * of_x, sum + r * of_x, nullptr);
     }
     each_beside_torch(threads, threads, [&](int64_t part) {
         float* mine = acc + part * size;

@@ -102,10 +102,11 @@ class LayerPass {
         gate_ = take(float(), l.gate.weight ? t * neurons : 0);
         up_ = take(float(), t * neurons);
         rows_ = take(float(), t * stride);
-        rounded_ = take(int8_t(), t * stride);
-        group_scale_ = take(float(), t * (stride / kGroup));
-        group_sum_ = take(float(), t * (stride / kGroup));
-        group_half_ = take(int32_t(), 2 * t * (stride / kGroup));
+        const int64_t places = places_of(t, stride / kGroup);
+        rounded_ = take(int8_t(), places * kGroup);
+        group_scale_ = take(float(), places);
+        group_sum_ = take(float(), places);
+        group_half_ = take(int32_t(), 2 * places);
     }
 
     // Calls work(t) for each token that is under way.
@@ -117,34 +118,37 @@ class LayerPass {
         });
     }
 
+    // What is computed of a token stands before the product that reads it: it is rounded while it is in the first cache level.
     void attention() {
-        const float* x = normed(l.attention_in);
-        if (l.fused) project(x, m.hidden, {&l.q}, {fused_});
-        else project(x, m.hidden, {&l.q, &l.k, &l.v}, {q_, k_, v_});
+        const float* x = place_of_norm(l.attention_in);
+        const auto norm = [&](int64_t t) { norm_token(l.attention_in, t); };
+        if (l.fused) project(x, m.hidden, {&l.q}, {fused_}, norm);
+        else project(x, m.hidden, {&l.q, &l.k, &l.v}, {q_, k_, v_}, norm);
         each_token([&](int64_t t) {
             if (l.fused) take_apart(t);
             place(t);
         });
         attend();
-        project(attended_, l.heads * l.head_dim, {&l.o}, {out_});
-        if (l.parallel) return;  // the MLP reads x as it is
-        each_token([&](int64_t t) {
-            add_to_residual(t, l.attention_out, out_);
-            norm_residual(t, l.attention_after);
-        });
+        project(attended_, l.heads * l.head_dim, {&l.o}, {out_}, [](int64_t) {});
     }
 
     void mlp() {
         const int64_t n = l.up.out;
-        const float* x = normed(l.mlp_in);
-        if (l.gate.weight) project(x, m.hidden, {&l.gate, &l.up}, {gate_, up_});
-        else project(x, m.hidden, {&l.up}, {up_});
+        const float* x = place_of_norm(l.mlp_in);
+        const auto finish_attention = [&](int64_t t) {
+            if (!l.parallel) {  // else the MLP reads x as it is
+                add_to_residual(t, l.attention_out, out_);
+                norm_residual(t, l.attention_after);
+            }
+            norm_token(l.mlp_in, t);
+        };
+        if (l.gate.weight) project(x, m.hidden, {&l.gate, &l.up}, {gate_, up_}, finish_attention);
+        else project(x, m.hidden, {&l.up}, {up_}, finish_attention);
         float* a = l.gate.weight ? gate_ : up_;
-        each_token([&](int64_t t) {
+        project(a, n, {&l.down}, {narrowed_}, [&](int64_t t) {
             step.act(a + t * n, l.gate.weight ? up_ + t * n : nullptr, n, l.act);
             if (c.activations) memcpy(c.activations + (first_ + t) * n, a + t * n, n * sizeof(float));
         });
-        project(a, n, {&l.down}, {narrowed_});
         each_token([&](int64_t t) {
             add_to_residual(t, l.mlp_out, narrowed_);
             if (l.parallel) add_to_residual(t, l.attention_out, out_);
@@ -152,10 +156,10 @@ class LayerPass {
         });
     }
 
-    const float* normed(const StepNorm& norm) {
-        if (norm.kind == kNoNorm) return x_;
-        each_token([&](int64_t t) { step.norm(norm, x_ + t * m.hidden, normed_ + t * m.hidden); });
-        return normed_;
+    const float* place_of_norm(const StepNorm& norm) const { return norm.kind == kNoNorm ? x_ : normed_; }
+
+    void norm_token(const StepNorm& norm, int64_t t) {
+        if (norm.kind != kNoNorm) step.norm(norm, x_ + t * m.hidden, normed_ + t * m.hidden);
     }
 
     void norm_residual(int64_t t, const StepNorm& after) {
@@ -165,7 +169,7 @@ class LayerPass {
     void add_to_residual(int64_t t, const StepNorm& after, const float* y) {
         const float* from = y + t * m.hidden;
         if (after.kind != kNoNorm) {
-            float* to = rows_ + t * m.hidden;  // a row of x is not shorter once it is padded
+            float* to = normed_ + t * m.hidden;  // its last reader is done with it
             step.norm(after, from, to);
             from = to;
         }
@@ -174,36 +178,55 @@ class LayerPass {
 
     // ---- products ----
 
+    // y of each matrix, of x [tokens][width]; before(t): what makes a token's row of x.
+    template <class Before>
     void project(const float* x, int64_t width, std::initializer_list<const StepLinear*> matrices,
-                 std::initializer_list<float*> outputs) {
-        prepared_ = {};
-        const StepLinear* const* matrix = matrices.begin();
-        for (float* y : outputs) project(x, width, **matrix++, y);
+                 std::initializer_list<float*> outputs, Before before) {
+        prepare(x, width, **matrices.begin(), before);
+        for (size_t i = 0; i < matrices.size();) {
+            const StepLinear* const* matrix = matrices.begin() + i;
+            if (!prepared_.serves(x, **matrix)) prepare(x, width, **matrix, [](int64_t) {});
+            int count = 1;  // of those that read what was prepared, which are shared out together
+            while (i + count < matrices.size() && prepared_.serves(x, *matrix[count])) count++;
+            multiply(matrix, outputs.begin() + i, count);
+            i += count;
+        }
     }
 
-    void project(const float* x, int64_t width, const StepLinear& w, float* y) {
-        if (!prepared_.serves(x, w)) prepare(x, width, w);
-        const int64_t groups = w.stride / kGroup, tiles = (w.out + kTile - 1) / kTile;
-        const int64_t pieces = std::min<int64_t>(tiles, c.threads == 1 ? 1 : 8 * c.threads);
+    void multiply(const StepLinear* const* matrix, float* const* y, int count) {
+        int64_t end[3] = {};
+        for (int i = 0; i < count; i++) end[i] = (i ? end[i - 1] : 0) + (matrix[i]->out + kTile - 1) / kTile;
+        const int64_t tiles = end[count - 1], pieces = std::min<int64_t>(tiles, c.threads == 1 ? 1 : 8 * c.threads);
         team_->each(pieces, c.threads, [&](int64_t piece) {
-            Ahead none{};
-            const TileJob job = {w.weight, w.dtype, w.bias, groups, w.out, static_cast<int>(tokens_),
-                                 w.whole ? rows_ : nullptr, rounded_, group_scale_, group_sum_, group_half_, y, &none};
             const Range here = share(tiles, piece, pieces);
-            step.tiles(job, here.begin, here.end);
+            for (int i = 0; i < count; i++) {
+                const StepLinear& w = *matrix[i];
+                const int64_t first = i ? end[i - 1] : 0;
+                Ahead none{};
+                const TileJob job = {w.weight, w.dtype, w.bias, w.stride / kGroup, w.out, static_cast<int>(tokens_),
+                                     w.whole ? rows_ : nullptr, rounded_, group_scale_, group_sum_, group_half_, y[i], &none};
+                step.tiles(job, std::max(here.begin, first) - first, std::min(here.end, end[i]) - first);
+            }
         });
     }
 
-    void prepare(const float* x, int64_t width, const StepLinear& w) {
+    template <class Before>
+    void prepare(const float* x, int64_t width, const StepLinear& w, Before before) {
         prepared_ = {x, w.stride, w.whole != 0, w.dtype == kInt6Super};
         const int64_t stride = w.stride, groups = stride / kGroup;
         each_token([&](int64_t t) {
-            float* row = rows_ + t * stride;
-            memcpy(row, x + t * width, width * sizeof(float));
-            memset(row + width, 0, (stride - width) * sizeof(float));
+            before(t);
+            const float* from = x + t * width;
+            if (w.whole || width != stride) {
+                float* row = rows_ + t * stride;
+                memcpy(row, from, width * sizeof(float));
+                memset(row + width, 0, (stride - width) * sizeof(float));
+                from = row;
+            }
             if (w.whole) return;
-            step.quantize_groups(row, stride, rounded_ + t * stride, group_scale_ + t * groups, group_sum_ + t * groups,
-                                 prepared_.halves ? group_half_ + 2 * t * groups : nullptr);
+            const int64_t at = first_place(t, tokens_, groups);
+            step.quantize_groups(from, stride, places_apart(tokens_), rounded_ + at * kGroup, group_scale_ + at,
+                                 group_sum_ + at, prepared_.halves ? group_half_ + 2 * at : nullptr);
         });
     }
 
@@ -337,7 +360,11 @@ class HeadPass {
         float* scale = workspace.take<float>(tokens * groups);
         float* sum = workspace.take<float>(tokens * groups);
         int32_t* half = workspace.take<int32_t>(2 * tokens * groups);
-        if (tiles && !head.whole) step.quantize_groups(rows.x, tokens * head.stride, q, scale, sum, half);
+        for (int t = 0; tiles && !head.whole && t < tokens; t++) {
+            const int64_t at = first_place(t, tokens, groups);
+            step.quantize_groups(rows.x + t * head.stride, head.stride, places_apart(tokens), q + at * kGroup, scale + at,
+                                 sum + at, half + 2 * at);
+        }
         float* y = m.logit_dtype == kFloat32 ? static_cast<float*>(to) : workspace.take<float>(tokens * head.out);
         const int64_t units = (head.out + kTile - 1) / kTile, pieces = std::min<int64_t>(units, 8 * threads_);
         Lease()->each(pieces, threads_, [&](int64_t piece) {

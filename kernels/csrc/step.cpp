@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <new>
+#include <vector>
 
 #include "dispatch.h"
 #include "logits.h"
@@ -76,26 +77,42 @@ class Steps {
     Member* members_ = nullptr;
 };
 
-// Steps of one token, each the likeliest after the last, until `count` are made, one of `ends` is, or one's probability
-// is below `least`. chances: theirs, or null. Returns a Status.
-int generate(const StepModel& model, const StepCall& call, int64_t count, const int64_t* ends, int64_t end_count,
-             float least, int64_t* made, float* chances, int64_t* made_count) {
+// What ends a generation: for each row some tokens, those from first[row] to first[row + 1].
+struct Ends {
+    const int64_t* tokens;
+    const int64_t* first;
+
+    bool among(int64_t row, int64_t token) const {
+        return std::find(tokens + first[row], tokens + first[row + 1], token) != tokens + first[row + 1];
+    }
+};
+
+// Steps of one token a row, each the likeliest after the last, until `count` are made of each row, one of a row's ends
+// is, or its probability is below `least`. made: [count][rows]; chances: theirs, of one row, or null. Returns a Status.
+int generate(const StepModel& model, const StepCall& call, int64_t count, const Ends& ends, float least, int64_t* made,
+             float* chances, int64_t* made_count) {
     Steps steps(model, call, count);
     if (!steps.reserve()) return kNoMemory;
-    int64_t token = *call.tokens, place = *call.positions, past = *call.past, n = 0;
-    for (bool ended = false; n < count && !ended; n++, place++, past++) {
-        int64_t found = 0;
+    std::vector<int64_t> tokens(call.tokens, call.tokens + call.rows), places(call.positions, call.positions + call.rows),
+        past(call.past, call.past + call.rows);
+    int64_t n = 0;
+    for (bool ended = false; n < count && !ended; n++) {
         float chance = 1;
-        const bool read = steps.run(&past, &token, &place, [&](Walker& walker, int part) {
+        const bool read = steps.run(past.data(), tokens.data(), places.data(), [&](Walker& walker, int part) {
             walker.run();
-            const int64_t likeliest = walker.likeliest();
+            walker.find_likeliest();
             const float probability = chances ? walker.probability() : 1.f;
-            if (part == 0) found = likeliest, chance = probability;
+            if (part) return;
+            chance = probability;
+            for (int64_t row = 0; row < call.rows; row++) made[n * call.rows + row] = walker.likeliest(row);
         });
         if (!read) return kUnreadable;
-        made[n] = token = found;
         if (chances) chances[n] = chance;
-        ended = !(chance >= least) || std::find(ends, ends + end_count, token) != ends + end_count;
+        ended = !(chance >= least);
+        for (int64_t row = 0; row < call.rows; row++) {
+            tokens[row] = made[n * call.rows + row], places[row]++, past[row]++;
+            ended |= ends.among(row, tokens[row]);
+        }
     }
     *made_count = n;
     steps.count_skipped();
@@ -116,17 +133,19 @@ CORESKIP_API int coreskip_step(const StepModel* model, const StepCall* call) {
     return read ? kOk : kUnreadable;
 }
 
-// Decodes greedily from one token of one sequence: `count` tokens, or fewer where one of `ends` comes. The caches have
-// room for `count`; call->logits, of one token, is scratch. Returns a Status.
+// Decodes greedily from one token of each row: `count` tokens, or fewer where one of a row's ends comes, which are those
+// of `ends` from first_end[row] to first_end[row + 1]. The caches have room for `count`; call->logits, of one token a
+// row, is scratch. made: [count][rows]. Returns a Status.
 CORESKIP_API int coreskip_generate(const StepModel* model, const StepCall* call, int64_t count, const int64_t* ends,
-                                   int64_t end_count, int64_t* made, int64_t* made_count) {
-    return generate(*model, *call, count, ends, end_count, 0, made, nullptr, made_count);
+                                   const int64_t* first_end, int64_t* made, int64_t* made_count) {
+    return generate(*model, *call, count, {ends, first_end}, 0, made, nullptr, made_count);
 }
 
-// Drafts greedily as coreskip_generate decodes, until a token's probability is below `least`; chances: [count].
+// Drafts greedily as coreskip_generate decodes one row, until a token's probability is below `least`; chances: [count].
 CORESKIP_API int coreskip_draft(const StepModel* model, const StepCall* call, int64_t count, float least, int64_t* made,
                                 float* chances, int64_t* made_count) {
-    return generate(*model, *call, count, nullptr, 0, least, made, chances, made_count);
+    const int64_t none[2] = {};
+    return generate(*model, *call, count, {nullptr, none}, least, made, chances, made_count);
 }
 
 // Of each row of logits [rows][n] of `dtype` the likeliest token, as coreskip_generate finds it, and its probability;

@@ -19,9 +19,8 @@ class StepAttention {
         projections.read_from(projections.normed(l.attention_in, own.x), m.hidden);
         projections.project_all(thread.inputs(l));
         projections.meet();
-        projections.share_work(thread.tasks_of(l), 1, 0,
+        projections.share_work(thread.mine(thread.tasks_of(l)), 1, [&](Range tasks) { return ahead.entry_bytes(l, tasks); },
                                [&](int64_t task, int64_t) { attend(l, thread.task_at(l, task)); });
-        for (int64_t i = 0; i < ahead.own_tasks(l); i++) ahead.passed += 2 * ahead.entries_of(l, i, false).bytes;
         projections.meet();
         const int64_t queries = thread.tokens * l.heads, of_row = c.length * l.heads;
         for (int64_t row = 0; row < c.rows; row++) {

@@ -22,9 +22,8 @@ class StepLatent {
         project(l);
         absorb(l);
         projections.meet();
-        projections.share_work(thread.tasks_of(l), 1, 0,
+        projections.share_work(thread.mine(thread.tasks_of(l)), 1, [&](Range tasks) { return ahead.entry_bytes(l, tasks); },
                                [&](int64_t task, int64_t) { attend(l, thread.task_at(l, task)); });
-        for (int64_t i = 0; i < ahead.own_tasks(l); i++) ahead.passed += ahead.entries_of(l, i, false).bytes;
         projections.meet();
         expand(l);
         projections.meet();

@@ -110,7 +110,7 @@ class StepMlpLayer {
         const StepMlp& b = l.mlp;
         const NeuronGroups& n = b.groups;
         projections.read_from(x, m.hidden);
-        projections.prepare(kInt4, n.width);
+        projections.prepare(kInt4, n.width, false, true);
         const int64_t count = b.list ? b.listed : n.neurons;
         const auto range = [&](int64_t i) { return neuron_share(n, count, i, c.threads); };
         const Range mine = thread.sums();

@@ -55,9 +55,9 @@ class Prefetch {
         layer_ = entry_ = stage_ = planned_ = passed = 0;
     }
 
-    // The keys, or the values, that the i-th attention task of this thread's share reads.
+    // The keys, or the values, that the i-th attention task of all threads reads.
     Memory entries_of(const StepLayer& l, int64_t i, bool values) const {
-        const AttentionTask task = thread.task_at(l, thread.mine(thread.tasks_of(l)).begin + i);
+        const AttentionTask task = thread.task_at(l, i);
         const int64_t past = thread.past[task.row];
         const int64_t begin = std::max(task.begin, thread.first_seen(l, task.row, past));
         const int64_t end = std::min(task.begin + kChunk, past);
@@ -70,9 +70,13 @@ class Prefetch {
         return {base + at * size, (end - begin) * l.head_dim * size};
     }
 
-    int64_t own_tasks(const StepLayer& l) const {
-        const Range mine = thread.mine(thread.tasks_of(l));
-        return mine.end - mine.begin;
+    // What some attention tasks read. To be counted task by task: many sequences read more of one layer's entries than
+    // are fetched ahead.
+    int64_t entry_bytes(const StepLayer& l, Range tasks) const {
+        int64_t bytes = 0;
+        for (int64_t i = tasks.begin; i < tasks.end; i++)
+            bytes += entries_of(l, i, false).bytes + entries_of(l, i, true).bytes;
+        return bytes;
     }
 
     // The first bundles of this thread's share, or of the plane that it scans. The rest an MLP over bundles fetches for
@@ -160,9 +164,7 @@ class Prefetch {
         if (stage_ >= 5 && l.run_mlp && l.experts.matrices) return next_of_experts(l, next);
         if (stage_ < 3) {
             next = memory_of(thread.inputs(l), stage_);
-        } else if (stage_ == 3 && l.run_attention && entry_ < 2 * own_tasks(l)) {
-            next = entries_of(l, entry_ / 2, entry_ % 2);
-            entry_++;
+        } else if (stage_ == 3 && l.run_attention && next_entries(l, next)) {
             return true;
         } else if (stage_ == 4 && l.run_attention) {
             next = memory_of(thread.output(l), 0);
@@ -179,6 +181,15 @@ class Prefetch {
             return true;
         }
         stage_++;
+        return true;
+    }
+
+    // The keys and then the values of each task of this thread's share.
+    bool next_entries(const StepLayer& l, Memory& next) {
+        const Range mine = thread.mine(thread.tasks_of(l));
+        if (entry_ >= 2 * (mine.end - mine.begin)) return false;
+        next = entries_of(l, mine.begin + entry_ / 2, entry_ % 2);
+        entry_++;
         return true;
     }
 

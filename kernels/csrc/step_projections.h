@@ -28,8 +28,9 @@ class Projections {
         chosen_for_ = nullptr;
     }
 
-    // Puts the input_ into the form that a weight's format wants: padded, and arranged or quantised.
-    void prepare(int dtype, int64_t stride, bool whole = false) {
+    // Puts the input_ into the form that a weight's format wants: padded, and arranged or quantised. by_rows: groups lie row
+    // by row, not as tiles want them; only for an input that nothing but neurons in groups reads.
+    void prepare(int dtype, int64_t stride, bool whole = false, bool by_rows = false) {
         // All tiles meet the same x; those with two scales a group want sums of its halves, too.
         if (grouped(dtype) && dtype != kInt6Super) dtype = kInt4;
         const bool ready = ready_ == dtype || (dtype == kInt4 && ready_ == kInt6Super);
@@ -38,15 +39,19 @@ class Projections {
         ready_stride_ = stride;
         ready_whole_ = whole;
         for (int t = 0; t < input_rows_; t++) {
+            const float* from = input_ + t * input_width_;
             float* row = own.rows + t * stride;
-            memcpy(row, input_ + t * input_width_, input_width_ * sizeof(float));
-            memset(row + input_width_, 0, (stride - input_width_) * sizeof(float));
+            if (whole || !grouped(dtype) || stride != input_width_) {
+                memcpy(row, from, input_width_ * sizeof(float));
+                memset(row + input_width_, 0, (stride - input_width_) * sizeof(float));
+                from = row;
+            }
             if (whole) continue;
             if (grouped(dtype)) {
-                const int64_t groups = stride / kGroup;
-                thread.step.quantize_groups(row, stride, own.q + t * stride, own.group_scale + t * groups,
-                                     own.group_sum + t * groups,
-                                     dtype == kInt6Super ? own.group_half + 2 * t * groups : nullptr);
+                const int64_t groups = stride / kGroup, at = by_rows ? t * groups : first_place(t, input_rows_, groups);
+                thread.step.quantize_groups(from, stride, by_rows ? 1 : places_apart(input_rows_), own.q + at * kGroup,
+                                            own.group_scale + at, own.group_sum + at,
+                                            dtype == kInt6Super ? own.group_half + 2 * at : nullptr);
             } else if (dtype >= kInt8) {
                 thread.isa.quantize(row, stride, own.q + t * stride, own.scale + t, own.sum + t);
             } else {

@@ -49,27 +49,26 @@ class Walker {
         logits();
     }
 
-    // The first of the greatest logits, of the model's dtype, after `run`: all threads find the same.
-    int64_t likeliest() {
+    // Looks for the first of each row's greatest logits, of the model's dtype, after `run`.
+    void find_likeliest() {
         projections_.meet();
-        w.best[thread.part] = all_logits().greatest(thread.mine(m.head.out));
+        Greatest* mine = w.best + thread.part * c.rows;
+        for (int64_t row = 0; row < c.rows; row++) mine[row] = logits_of(row).greatest(thread.mine(m.head.out));
         projections_.meet();
-        Greatest best{};
-        for (int p = 0; p < thread.parts; p++)
-            if (w.best[p].at >= 0) best.show(w.best[p].value, w.best[p].at);
-        greatest_ = best.value;
-        return best.at;
     }
 
-    // What softmax gives the token that `likeliest` has just found.
+    // What it has found: all threads the same.
+    int64_t likeliest(int64_t row) const { return greatest_of(row).at; }
+
+    // What softmax gives the token that has just been found for the first row.
     float probability() {
-        projections_.meet();  // `best` has been read by all
+        const float greatest = greatest_of(0).value;
         const Range mine = thread.sums();
         for (int64_t i = mine.begin; i < mine.end; i++)
-            w.best[i].value = all_logits().exp_sum(share(m.head.out, i, c.threads), greatest_);
+            w.exp_sums[i] = logits_of(0).exp_sum(share(m.head.out, i, c.threads), greatest);
         projections_.meet();
         float sum = 0;
-        for (int i = 0; i < c.threads; i++) sum += w.best[i].value;
+        for (int i = 0; i < c.threads; i++) sum += w.exp_sums[i];
         return 1 / sum;
     }
 
@@ -90,7 +89,6 @@ class Walker {
     const StepCall& c = thread.c;
     const Shared& w = thread.w;
     const Own& own = thread.own;
-    float greatest_ = 0;  // the logit that `likeliest` found
 
     void latent(const StepLayer& layer) {
         if (layer.run_attention) latent_.run(layer);
@@ -102,7 +100,18 @@ class Walker {
             look_up(m, thread.isa, thread.step, thread.ids[t], thread.places[t], own.h, own.x + t * m.hidden);
     }
 
-    Logits all_logits() const { return {c.logits, m.logit_dtype, own.slice}; }
+    Logits logits_of(int64_t row) const {
+        return {static_cast<const char*>(c.logits) + row * m.head.out * size_of(m.logit_dtype), m.logit_dtype, own.slice};
+    }
+
+    Greatest greatest_of(int64_t row) const {
+        Greatest best{};
+        for (int p = 0; p < thread.parts; p++) {
+            const Greatest& found = w.best[p * c.rows + row];
+            if (found.at >= 0) best.show(found.value, found.at);
+        }
+        return best;
+    }
 
     void logits() {
         // the tokens whose logits are wanted move to the front

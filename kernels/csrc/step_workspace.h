@@ -85,7 +85,8 @@ struct Shared {
     float *score, *known_gate, *reduced;
     int64_t* dropped;           // [2][threads]: neurons that `refine` left out, used as `acc` is
     Stretch* stretches;         // [threads]
-    Greatest* best;             // [threads]
+    Greatest* best;             // [threads][rows]
+    float* exp_sums;            // [threads]
     int32_t* high;
     double* left_out;           // [threads]: see Walker
     float *routes, *shared_weight;                     // [tokens][experts], [tokens]
@@ -132,7 +133,8 @@ Shared share_out(const Sizes& s, const StepModel& m, const StepCall& c, int thre
     w.dropped = take(int64_t(), 2 * threads);
     w.high = take(int32_t(), s.listed * t * 2);
     w.stretches = reinterpret_cast<Stretch*>(take(char(), threads * sizeof(Stretch)));
-    w.best = take(Greatest(), threads);
+    w.best = take(Greatest(), threads * c.rows);
+    w.exp_sums = take(float(), threads);
     w.left_out = take(double(), threads);
     w.routes = take(float(), t * s.experts);
     w.shared_weight = take(float(), t);
@@ -153,11 +155,12 @@ Own own_share(const Sizes& s, Take take) {
     w.attended = take(float(), t * s.attention);
     w.queries = take(float(), s.attention + s.kv);
     w.scratch = take(float(), s.attention);
-    w.q = take(int8_t(), t * wide);
+    const int64_t places = places_of(t, wide / kGroup + 1);
+    w.q = take(int8_t(), places * kGroup);
     w.scale = take(float(), t);
-    w.group_scale = take(float(), t * (wide / kGroup + 1));
-    w.group_sum = take(float(), t * (wide / kGroup + 1));
-    w.group_half = take(int32_t(), 2 * t * (wide / kGroup + 1));
+    w.group_scale = take(float(), places);
+    w.group_sum = take(float(), places);
+    w.group_half = take(int32_t(), 2 * places);
     w.sum = take(int32_t(), t);
     w.from = take(int64_t(), s.queries);
     w.to = take(int64_t(), s.queries);

@@ -19,22 +19,24 @@ CORESKIP_API int coreskip_tiles(const void* x, int x_dtype, int rows, int64_t in
     const Isa& isa = *active.load();
     const StepIsa& step = *active_step.load();
     const int64_t groups = stride / kGroup, tiles = (out_features + kTile - 1) / kTile;
-    if (!workspace.reserve(Workspace::room<float>(rows * stride) + Workspace::room<int8_t>(rows * stride) +
-                           4 * Workspace::room<float>(rows * groups) + Workspace::room<float>(rows * out_features)))
+    const int64_t places = places_of(rows, groups);
+    if (!workspace.reserve(Workspace::room<float>(rows * stride) + Workspace::room<int8_t>(places * kGroup) +
+                           4 * Workspace::room<float>(places) + Workspace::room<float>(rows * out_features)))
         return kNoMemory;
     float* values = workspace.take<float>(rows * stride);
-    int8_t* q = workspace.take<int8_t>(rows * stride);
-    float* scale = workspace.take<float>(rows * groups);
-    float* sum = workspace.take<float>(rows * groups);
-    int32_t* half = workspace.take<int32_t>(2 * rows * groups);
+    int8_t* q = workspace.take<int8_t>(places * kGroup);
+    float* scale = workspace.take<float>(places);
+    float* sum = workspace.take<float>(places);
+    int32_t* half = workspace.take<int32_t>(2 * places);
     float* y = workspace.take<float>(rows * out_features);
     for (int r = 0; r < rows; r++) {
         float* row = values + r * stride;
         isa.to_float(static_cast<const char*>(x) + r * in_features * size_of(x_dtype), x_dtype, row, in_features);
         memset(row + in_features, 0, (stride - in_features) * sizeof(float));
         if (whole) continue;
-        int32_t* halves = format == kInt6Super ? half + 2 * r * groups : nullptr;
-        step.quantize_groups(row, stride, q + r * stride, scale + r * groups, sum + r * groups, halves);
+        const int64_t at = first_place(r, rows, groups);
+        step.quantize_groups(row, stride, places_apart(rows), q + at * kGroup, scale + at, sum + at,
+                             format == kInt6Super ? half + 2 * at : nullptr);
     }
     each_beside_torch(threads, threads, [&](int64_t part) {
         Ahead none{};

@@ -94,6 +94,11 @@ static inline V widen(const int8_t* q) {
 #if CORESKIP_LEVEL == 512
 typedef VI Partial;
 static inline void add(Partial& sum, VB u, VB s) { sum = multiply_add(sum, u, s); }
+// s is four bytes for all lanes. One operation that reads them, where GCC 12 makes two.
+static inline void add(Partial& sum, VB u, const int8_t* s) {
+    typedef int32_t Word __attribute__((may_alias, aligned(1)));
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(u), "m"(*reinterpret_cast<const Word*>(s)));
+}
 static inline VI wide(Partial sum) { return sum; }
 #else
 typedef int16_t Partial __attribute__((vector_size(kVector)));
@@ -105,6 +110,7 @@ static inline void add(Partial& sum, VB u, VB s) {
     sum += (Partial)((VH2)u >> 8) * ((Partial)s >> 8);
 #endif
 }
+static inline void add(Partial& sum, VB u, const int8_t* s) { add(sum, u, (VB)as_lanes(s)); }
 static inline VI wide(Partial sum) {
 #if CORESKIP_LEVEL == 2
     return (VI)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1));
@@ -133,7 +139,10 @@ struct Nibbles {
     static constexpr int at(int k) { return more * (k % per); }
 
     static void apart(const uint8_t* w, int k, int p, VB& low, VB& high) {
-        const VB both = load_bytes(w + k * kLine + p * kVector);
+        VB both = load_bytes(w + k * kLine + p * kVector);
+#if CORESKIP_LEVEL == 512
+        asm("" : "+v"(both));  // else it is loaded twice, beside the many numbers of x
+#endif
         low = both & 15, high = (VB)((VH2)both >> 4) & 15;
         if constexpr (more > 0) {
             const VH2 plane = (VH2)load_bytes(w + (vectors + k / per) * kLine + p * kVector);
@@ -186,8 +195,8 @@ struct Nibbles {
                     VB low, high;
                     apart(w, j, p, low, high);
                     for (int r = 0; r < R; r++) {
-                        add(some[0][r][p], low, (VB)as_lanes(x[r] + 4 * j));
-                        add(some[halves - 1][r][p], high, (VB)as_lanes(x[r] + 4 * j + kGroup / 2));
+                        add(some[0][r][p], low, x[r] + 4 * j);
+                        add(some[halves - 1][r][p], high, x[r] + 4 * j + kGroup / 2);
                     }
                 }
             for (int h = 0; h < halves; h++)
@@ -217,8 +226,8 @@ struct Thirds {
             Partial even[R] = {}, odd[R] = {};
             for (int k = 0; k < 8; k += 2)
                 for (int r = 0; r < R; r++) {
-                    add(even[r], unit[k], (VB)as_lanes(x[r] + 4 * k));
-                    add(odd[r], unit[k + 1], (VB)as_lanes(x[r] + 4 * k + 4));
+                    add(even[r], unit[k], x[r] + 4 * k);
+                    add(odd[r], unit[k + 1], x[r] + 4 * k + 4);
                 }
             for (int r = 0; r < R; r++) sum[0][r][p] += wide(even[r] + odd[r]);
         }
@@ -244,10 +253,10 @@ struct Bytes {
             for (int p = 0; p < kParts; p++) {
                 const VB u = load_bytes(w + k * kLine + p * kVector);
                 for (int r = 0; r < R; r++) {
-                    const VB xs = (VB)as_lanes(x[r] + 4 * k);
                     if constexpr (kWideSums) {
-                        add(low[r][p], u, xs);
+                        add(low[r][p], u, x[r] + 4 * k);
                     } else {
+                        const VB xs = (VB)as_lanes(x[r] + 4 * k);
                         add(low[r][p], u & 15, xs);
                         add(high[r][p], (VB)((VH2)u >> 4) & 15, xs);
                     }

@@ -239,7 +239,7 @@ struct DownGroup {
     float scale[kMaxRows], sum[kMaxRows];
 
     void round(int rows) {
-        quantize_groups(h[0], rows * kOf32, q[0], scale, sum, nullptr);
+        quantize_groups(h[0], rows * kOf32, 1, q[0], scale, sum, nullptr);
         while (count % 4) row[count] = row[count - 1], next[count] = next[count - 1], count++;  // its activations are 0
     }
 };

@@ -143,11 +143,10 @@ class Scan {
     void multiply(const uint8_t* w, float (*to)[kOf32], int first) {
         TileJob job{};
         job.groups = groups_, job.q = job_.x.q, job.scale = job_.x.scale, job.sum = job_.x.sum;
-        Ahead none{};
         for_rows(job_.x.rows, [&](int row, auto count) {
             constexpr int R = decltype(count)::value;
-            float out[R][kTile];
-            tile<G, false, R>(job, w, row, row ? none : ahead_, out);
+            V out[R][kParts];
+            tile<G, false, R, true>(job, w, row, row ? nullptr : &ahead_, out);
             for (int r = 0; r < R; r++) memcpy(to[row + r] + first, out[r], sizeof out[r]);
         });
     }

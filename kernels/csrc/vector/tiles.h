@@ -35,69 +35,79 @@ static inline void add_whole(const typename G::Head& head, const uint8_t* w, con
     }
 }
 
-// Adds one group's products with x rounded to 8 bits to y.
-template <class G, int R>
-static inline void add_rounded(const TileJob& job, const typename G::Head& head, const uint8_t* w, int row, int64_t g,
-                               V y[R][kParts]) {
+// Adds the products of the group at the place `at` of the first of R rows, of x rounded to 8 bits, to y. by_rows: x lies
+// row by row, not as tiles have it otherwise.
+template <class G, int R, bool by_rows>
+__attribute__((always_inline)) static inline void add_rounded(const TileJob& job, const typename G::Head& head,
+                                                              const uint8_t* w, int64_t at, V y[R][kParts]) {
     typedef typename G::Numbers N;
     typedef typename G::Ends E;
     constexpr float half = N::half;
+    const int64_t row_step = by_rows ? job.groups : 1;
     VI sum[E::halves][R][kParts] = {};
     const int8_t* x[R];
     for (int r = 0; r < R; r++) {
-        const int64_t at = (row + r) * job.groups + g;
-        x[r] = job.q + at * kGroup;
+        x[r] = job.q + (at + r * row_step) * kGroup;
         for (int h = 0; E::halves > 1 && h < E::halves; h++)  // sums of q - half
-            for (int p = 0; p < kParts; p++) sum[h][r][p] -= N::half * job.half[2 * at + h];
+            for (int p = 0; p < kParts; p++) sum[h][r][p] -= N::half * job.half[2 * (at + r * row_step) + h];
     }
     N::template sums<E::halves, R>(w, x, sum);
+    const float *scales = job.scale + at, *sums = job.sum + at;
     for (int p = 0; p < kParts; p++) {
         const V scale = E::scale(head, w + N::bytes, p, 0), least = E::least(head, w + N::bytes, p);
         for (int r = 0; r < R; r++) {
-            const int64_t at = (row + r) * job.groups + g;
+            const float x_scale = scales[r * row_step], x_sum = sums[r * row_step];
             const V first = __builtin_convertvector(sum[0][r][p], V);
             if constexpr (E::halves > 1) {
                 const V second = __builtin_convertvector(sum[1][r][p], V);
-                y[r][p] += (scale * first + E::scale(head, w + N::bytes, p, 1) * second) * job.scale[at];
+                y[r][p] += (scale * first + E::scale(head, w + N::bytes, p, 1) * second) * x_scale;
             } else if constexpr (E::centred) {
-                y[r][p] += scale * (job.scale[at] * first - half * job.sum[at]);
+                y[r][p] += scale * (x_scale * first - half * x_sum);
             } else {
-                y[r][p] += scale * job.scale[at] * first + least * job.sum[at];
+                y[r][p] += scale * x_scale * first + least * x_sum;
             }
         }
     }
 }
 
 // kTile outputs for R rows.
-template <class G, bool whole, int R>
-static inline void tile(const TileJob& job, const uint8_t* w, int row, Ahead& ahead, float out[R][kTile]) {
+template <class G, bool whole, int R, bool by_rows>
+__attribute__((always_inline)) static inline void tile(const TileJob& job, const uint8_t* w, int row, Ahead* ahead,
+                                                       V y[R][kParts]) {
     typedef typename G::Head Head;
-    V y[R][kParts] = {};
+    const int64_t apart = by_rows ? 1 : places_apart(job.rows);
+    int64_t at = by_rows ? row * job.groups : first_place(row, job.rows, job.groups);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < kParts; p++) y[r][p] = V{};
     for (int64_t block = 0; block < job.groups; block += Head::groups) {
-        if (Head::bytes) fetch(ahead, Head::bytes);
+        if (Head::bytes && ahead) fetch(*ahead, Head::bytes);
         const Head head(w);
         w += Head::bytes;
-        for (int64_t g = block; g < block + Head::groups; g++, w += G::bytes) {
-            fetch(ahead, G::bytes);
-            const int64_t at = (row * job.groups + g) * kGroup;
-            if constexpr (whole) add_whole<G, R>(head, w, job.x + at, job.groups * kGroup, y);
-            else add_rounded<G, R>(job, head, w, row, g, y);
+        for (int64_t g = block; g < block + Head::groups; g++, w += G::bytes, at += apart) {
+            if (ahead) fetch(*ahead, G::bytes);
+            if constexpr (whole) add_whole<G, R>(head, w, job.x + (row * job.groups + g) * kGroup, job.groups * kGroup, y);
+            else add_rounded<G, R, by_rows>(job, head, w, at, y);
         }
     }
-    for (int r = 0; r < R; r++)
-        for (int p = 0; p < kParts; p++) store(out[r] + p * kLanes, y[r][p]);
 }
 
 template <class G, bool whole, int R>
 static inline void write_tile(const TileJob& job, int64_t t, int row, Ahead& ahead) {
-    float out[R][kTile];
-    Ahead none{};  // the first rows' tile has fetched what there is
+    V y[R][kParts];
     const uint8_t* w = static_cast<const uint8_t*>(job.weight) + t * (job.groups / G::Head::groups * G::block);
-    tile<G, whole, R>(job, w, row, row ? none : ahead, out);
+    tile<G, whole, R, false>(job, w, row, row ? nullptr : &ahead, y);  // the first rows' tile has fetched what there is
     const int64_t first = t * kTile, count = job.out - first < kTile ? job.out - first : kTile;
-    for (int r = 0; r < R; r++)
-        for (int64_t i = 0; i < count; i++)
-            job.y[(row + r) * job.out + first + i] = out[r][i] + (job.bias ? job.bias[first + i] : 0.f);
+    float bias[kTile] = {}, out[kTile];
+    if (job.bias) memcpy(bias, job.bias + first, count * sizeof(float));
+    float* to = job.y + row * job.out + first;
+    // unrolled: sums that are found by their number would live in memory, and be stored anew with every group
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+        for (int p = 0; p < kParts; p++) store(out + p * kLanes, y[r][p] + load(bias + p * kLanes));
+        if (count == kTile) memcpy(to + r * job.out, out, sizeof out);
+        else memcpy(to + r * job.out, out, count * sizeof(float));
+    }
 }
 
 template <class G, bool whole>
@@ -135,9 +145,9 @@ static void tiles(const TileJob& job, int64_t begin, int64_t end) {
 
 // Each group of x on its own, as `quantize` does it, to the bit: x is about scale * q. n is a multiple of kGroup. Written
 // out in vectors, as GCC leaves the search for the largest one by one: 8 % of a step over the embedded model in 4 bits.
-static void quantize_groups(const float* x, int64_t n, int8_t* q, float* scale, float* sum, int32_t* half) {
+static void quantize_groups(const float* x, int64_t n, int64_t apart, int8_t* q, float* scale, float* sum, int32_t* half) {
     constexpr int parts = kGroup / kLanes;
-    for (int64_t g = 0; g < n / kGroup; g++, x += kGroup, q += kGroup) {
+    for (int64_t g = 0; g < n / kGroup * apart; g += apart, x += kGroup, q += kGroup * apart) {
         V most = {};
         VI odd = {};
         for (int p = 0; p < parts; p++) {
