@@ -74,6 +74,7 @@ class _State:
 
     def __init__(self, config: Any) -> None:
         self.refusal: str | None = None
+        self.uncovered = False
         self.described: Described | None = None
         self.disagreed = 0  # first steps so far whose logits were not the model's own
         self.checkpoints = Checkpoints(config)
@@ -134,6 +135,11 @@ class NativeSteps:
     def refusal(self) -> str | None:
         """Why this model's steps are not run natively, if they are not."""
         return self._state.refusal
+
+    @property
+    def uncovered(self) -> bool:
+        """Whether that is because of what the model is."""
+        return self._state.uncovered
 
     @property
     def ready(self) -> bool:
@@ -235,6 +241,7 @@ class NativeSteps:
             except NotThisCall:
                 raise
             except NotCovered as reason:
+                state.uncovered = True
                 self._refuse(str(reason))
                 return None
             try:

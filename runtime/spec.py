@@ -202,9 +202,10 @@ class LayerSpec:
 
     bricks: a dense layer's MLP; none where there are `experts`.
     parallel: the bricks read x as it was before the attention.
+    attention None, bricks () and experts None: of a layer that is described in part, what is not (span_reading.py).
     """
 
-    attention: AttentionSpec | LatentSpec
+    attention: AttentionSpec | LatentSpec | None
     bricks: tuple[BrickSpec, ...]
     experts: ExpertsSpec | None
     attention_in: NormSpec | None
@@ -283,7 +284,8 @@ class ModelSpec:
     def linears(self) -> Iterator[LinearSpec]:
         """Every linear once, in the order of the layers, the head last; routers and experts' matrices are none."""
         for layer in self.layers:
-            yield from (*layer.attention.inputs, layer.attention.output)
+            if layer.attention is not None:
+                yield from (*layer.attention.inputs, layer.attention.output)
             for brick in layer.bricks:
                 yield from brick.linears
             if layer.experts is not None and layer.experts.shared is not None:
@@ -315,6 +317,8 @@ def beyond_llama(spec: ModelSpec) -> str | None:
 
 def _beyond_llama(layer: LayerSpec) -> str | None:
     attention, experts = layer.attention, layer.experts
+    if attention is None:
+        return "a layer has no attention that is described"
     if isinstance(attention, LatentSpec):
         return "its attention is over latents"
     if attention.order is not None or attention.paired or attention.turned:

@@ -129,7 +129,7 @@ struct StepThread {
 
     // ---- the KV cache in chunks ----
 
-    const StepCache& cache_of(const StepLayer& l, int64_t row) const { return c.caches[row][&l - m.layers]; }
+    const StepCache& cache_of(const StepLayer& l, int64_t row) const { return c.caches[row][l.cache]; }
 
     static int64_t offset_of(const StepLayer& l, const StepCache& cache, int64_t group) {
         return group * cache.head_stride - cache.first * l.head_dim;
