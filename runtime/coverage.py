@@ -164,8 +164,9 @@ def _has_own_forward(module: nn.Module) -> bool:
     forward: Any = vars(module).get("forward")
     while forward is not None and _is_ours(forward):
         forward = forward.__wrapped__
-    cls: Any = unwatched_class(type(module))
-    return forward is None or getattr(forward, "__func__", None) is cls.forward
+    watched: Any = type(module)  # whose forward transformers may have wrapped anew when it was derived
+    own = (cast(Any, unwatched_class(watched)).forward, watched.forward)
+    return forward is None or any(getattr(forward, "__func__", None) is function for function in own)
 
 
 def _is_ours(function: Any) -> bool:

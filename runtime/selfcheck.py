@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from ..kernels.ops import MAX_ROWS
-from .calls import NotThisCall
+from .calls import NotCovered
 from .kv_cache import is_plain
 
 # Keys and values made up for the second comparison: half a thousand take 23 MB of the embedded model in float32.
@@ -97,12 +97,14 @@ def made_up(config: Any, like: DynamicCache, rows: int, keys: int) -> DynamicCac
     bfloat16 alone moves the embedded model's logits by a standard deviation, behind these by a twentieth of one. Layers
     without keys get the states of the first sequence.
 
-    Raises NotThisCall for layers of other kinds.
+    Raises NotCovered for layers of other kinds.
     """
     cache = DynamicCache(config=config)
     for index, layer in enumerate(cast(Any, like.layers)):
         if not is_plain(layer):
             cache.layers[index] = _states_of(layer, rows)
+            continue
+        if not layer.is_initialized:  # of what no text comes to, as attention to pictures
             continue
         length = layer.keys.shape[2]
         again = torch.arange(keys, device="cpu") % max(1, length - 1) + min(1, length - 1)
@@ -119,7 +121,7 @@ def _states_of(layer: Any, rows: int) -> Any:
     """A copy of a cache's layer that has states alone, those of its first sequence for so many."""
     states = {name: getattr(layer, name, None) for name in ("conv_states", "recurrent_states")}
     if hasattr(layer, "keys") or not all(isinstance(found, dict) for found in states.values()):
-        raise NotThisCall(f"what a {type(layer).__name__} holds behind other texts is not known")
+        raise NotCovered(f"what a {type(layer).__name__} holds behind other texts is not known")
     twin = copy.deepcopy(layer)
     for name, found in states.items():
         some = cast("dict[int, Tensor | None]", found).items()

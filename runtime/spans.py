@@ -28,9 +28,10 @@ from ..kernels import step as kernel
 from ..kernels.ops import MAX_ROWS
 from ..predictors.anatomy import Anatomy
 from .calls import Disagrees, NotCovered, NotThisCall, check_call, check_outputs, close, compare, row_starts
+from .changes import Changes
 from .kv_cache import Entries, Rooms, known_rooms, make_rooms, twin_of
 from .lower_cpu import CpuModel, Packed, Packing, StepProgram, check_describable
-from .patches import Patches, Usage
+from .patches import Patches
 from .phases import as_loaded, current_pass, densely, tokens_in
 from .rotary_tables import RotaryTables
 from .selfcheck import FEW, KEYS, Checkpoints, agree, far_positions, made_up
@@ -45,7 +46,12 @@ class Host(Protocol):
     """A wrapped model, as its spans need it."""
 
     patches: Patches
-    usage: Usage
+
+    @property
+    def exits_early(self) -> bool: ...
+
+    @property
+    def changes(self) -> Changes: ...
 
 
 @dataclass(eq=False)
@@ -232,6 +238,8 @@ class SpanSteps:
             if program.no_attention or program.no_mlp or program.columns:
                 raise NotCovered("layers or inputs are left out by the modules")
             check_outputs(self._model.config)
+            if self._host.exits_early:
+                raise NotThisCall("passes are to end before the last layer")
             described = self._described or self._first(original, named)
             length = named["input_ids"].shape[1]
             if self._checkpoints.due(tokens_in(named["past_key_values"]), length):
@@ -299,6 +307,8 @@ class SpanSteps:
                 return self._described
             if self.refusal is not None:
                 raise NotCovered(self.refusal)
+            (rows, length), past = named["input_ids"].shape, tokens_in(named["past_key_values"])
+            row_starts(named.get("attention_mask"), rows, past + length)  # before anything takes time
             refused: NotCovered | None = None
             try:
                 check_describable(self._model, self.anatomy, self._packing.packed_alone)
@@ -378,6 +388,8 @@ class SpanSteps:
         if not model.entries.windows:
             return
         config, end = self._model.config.get_text_config(), model.loaded.spec.end
+        if model.loaded.spec.rotary is None:  # positions are the modules' own, and may be rows of a table
+            end = end or getattr(config, "max_position_embeddings", None)
         far, keys = far_positions(config)[:, None], KEYS
         if end is not None:
             far, keys = far[far[:, 0] < end], min(keys, end - MAX_ROWS)
@@ -416,6 +428,7 @@ class SpanSteps:
         if module not in self._patched:
             self._patched.add(module)
             self._host.patches.set(module, "forward", made(module.forward))
+            self._host.changes.expect(module)
 
 
 def _layer_forward(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
