@@ -118,13 +118,17 @@ def _described(
         yield from (module for module in layer.modules() if attention.module in module.children())
         yield from (getattr(attention.module, name) for name in (*attention.inputs, attention.output))
         named = attention.module.named_children()
-        of_heads = [module for name, module in named if "norm" in name and name.startswith(("q", "k"))]
+        of_heads = [module for name, module in named if "norm" in name]  # what each does shows in the pass
+        if attention.gate is not None:
+            yield getattr(attention.module, attention.gate)
     if experts is not None:  # what else the block might do, a copy of it would have shown
         yield from _beside_shared(experts)
     acts = []
     if mlp is not None:
         yield from (mlp.owner, mlp.up, mlp.down)
         acts.append(mlp.act)
+        if mlp.norm_name is not None:
+            acts.append(getattr(mlp.owner, mlp.norm_name))
         if mlp.gate_name is not None:
             yield getattr(mlp.owner, mlp.gate_name)
     for found in (*of_layer, *of_heads, *acts):

@@ -230,11 +230,19 @@ class CpuModel:
             turned=attention.turned,
             slopes=attention.slopes,
             sinks=None if attention.sinks is None else attention.sinks.detach().float().contiguous(),
+            q_place=attention.q_place,
+            gating=attention.gating,
+            gate=None if attention.gate is None else self._parts(attention.gate, self._format)[0],
+            gate_place=attention.gate_place,
+            v_norm=_norm(attention.v_norm),
+            v_scale=attention.v_scale,
+            out_norm=_norm(attention.out_norm),
         )  # fmt: skip
 
     def _mlp(self, brick: BrickSpec) -> native.DenseMLP:
         parts = [part for linear in brick.linears for part in self._parts(linear, self._format)]
-        return native.DenseMLP(*parts) if len(parts) == 3 else native.DenseMLP(None, *parts)
+        gate, up, down = parts if len(parts) == 3 else (None, *parts)
+        return native.DenseMLP(gate, up, down, _norm(brick.norm))
 
     def _experts(self, spec: ExpertsSpec) -> PackedExperts:
         shared = None
@@ -408,7 +416,8 @@ def _table(spec: ModelSpec) -> Tensor | PackedLinear:
 def _where_it_lies(brick: BrickSpec) -> native.DenseMLP:
     w = brick.feed_forward.matrices()
     gate = None if w.gate is None else PackedLinear.pack(w.gate, w.gate_bias)
-    return native.DenseMLP(gate, PackedLinear.pack(w.up, w.up_bias), PackedLinear.pack(w.down.t(), w.down_bias))
+    up, down = PackedLinear.pack(w.up, w.up_bias), PackedLinear.pack(w.down.t(), w.down_bias)
+    return native.DenseMLP(gate, up, down, _norm(brick.norm))
 
 
 def lower_norm(norm: NormSpec) -> native.Norm:

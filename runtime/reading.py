@@ -132,8 +132,6 @@ def _layer(anatomy: Anatomy, index: int, found: Composition, attention: Any, siz
 
 def read_brick(mlp: FeedForward) -> BrickSpec:
     act = canonical_activation(mlp.act)
-    if mlp.norm_name is not None:
-        raise NotCovered("a norm stands before the down projection of its MLPs")
     if not isinstance(act, str):
         raise NotCovered("its activation is not one of the kernels'")
     linears = [mlp.up, mlp.down] if mlp.gate_name is None else [getattr(mlp.owner, mlp.gate_name), mlp.up, mlp.down]
@@ -142,7 +140,8 @@ def read_brick(mlp: FeedForward) -> BrickSpec:
     width = mlp.intermediate_size
     up = LinearSpec(mlp.up, (width, width) if mlp.stacked else None)
     gate = None if mlp.gate_name is None else LinearSpec(linears[0])
-    return BrickSpec(gate, up, LinearSpec(mlp.down), act, mlp)
+    norm = None if mlp.norm_name is None else read_norm(getattr(mlp.owner, mlp.norm_name), width)
+    return BrickSpec(gate, up, LinearSpec(mlp.down), act, mlp, norm)
 
 
 def read_experts(found: Experts, shared: FeedForward | None) -> ExpertsSpec:
@@ -153,6 +152,9 @@ def read_experts(found: Experts, shared: FeedForward | None) -> ExpertsSpec:
     act = None if gating is None else canonical_activation(gating.act)
     if gating is None or not isinstance(act, str):
         raise NotCovered("what its experts make of gate and up is not one of the kernels' activations")
+
+    if shared is not None and shared.norm_name is not None:
+        raise NotCovered("a norm stands inside of a shared expert")
 
     def own(name: str | None) -> Tensor | None:
         return None if name is None else found.parameter(name)
@@ -209,7 +211,8 @@ def _last_norm(anatomy: Anatomy, seen: Trace | None, size: int) -> NormSpec | No
 
 def read_rotary(anatomy: Anatomy) -> RotarySpec | None:
     """How the layers rotate, if they do."""
-    module = getattr(anatomy.stack, "rotary_emb", None)
+    named = getattr(anatomy.stack, "rotary_emb", None)
+    module = named or next((m for m in anatomy.stack.children() if "inv_freq" in m._buffers), None)
     if isinstance(module, nn.Module):
         kinds = getattr(module, "rope_type", "default")
         names = set(cast(Any, kinds).values()) if isinstance(kinds, dict) else {kinds}

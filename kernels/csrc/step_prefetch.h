@@ -160,6 +160,11 @@ class Prefetch {
         if (stage_ >= 5 && l.run_mlp && l.experts.matrices) return next_of_experts(l, next);
         if (stage_ < 3) {
             next = memory_of(thread.inputs(l), stage_);
+            if (stage_ == 2 && l.run_attention && l.attention_gate.weight) entry_ = -1;
+        } else if (entry_ < 0) {
+            next = memory_of(thread.inputs(l), 3);
+            entry_ = 0;
+            return true;
         } else if (stage_ == 3 && l.run_attention && entry_ < 2 * own_tasks(l)) {
             next = entries_of(l, entry_ / 2, entry_ % 2);
             entry_++;

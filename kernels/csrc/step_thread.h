@@ -29,9 +29,9 @@ inline int64_t piece_of(int64_t bytes) { return std::max<int64_t>(1, (48 << 10) 
 
 // What several matrices are shared out by, as one.
 struct Units {
-    int64_t end[3] = {};  // units up to each one's last
+    int64_t end[4] = {};  // units up to each one's last
 
-    int64_t count() const { return end[2]; }
+    int64_t count() const { return end[3]; }
     int64_t begin(int i) const { return i ? end[i - 1] : 0; }
     // Matrix i's units among `range` of all.
     Range among(Range range, int i) const {
@@ -42,8 +42,8 @@ struct Units {
 // Matrices that read the same input. Those that are read whole are shared out together, and so are those by columns;
 // those that a stream brings come piece by piece.
 struct Matrices {
-    const StepLinear* matrix[3] = {};
-    float* y[3] = {};
+    const StepLinear* matrix[4] = {};
+    float* y[4] = {};
     Units whole, columns;
     int64_t bytes = 1;  // of the largest unit
     int64_t next;       // the stage after them
@@ -52,7 +52,7 @@ struct Matrices {
         : next(next) {
         std::copy(matrices.begin(), matrices.end(), matrix);
         std::copy(outputs.begin(), outputs.end(), y);
-        for (int i = 0; i < 3; i++) {
+        for (int i = 0; i < 4; i++) {
             const bool there = matrix[i] && matrix[i]->weight && !matrix[i]->pieces, sparse = there && matrix[i]->columns;
             const int64_t count = there ? units(*matrix[i]) : 0;
             whole.end[i] = whole.begin(i) + (sparse ? 0 : count);
@@ -114,6 +114,8 @@ struct StepThread {
             return {{low ? &l.latent.q_low : &l.q, &l.latent.kv_low}, {low ? w.v : w.q, w.k}, stage(l, 3)};
         }
         if (!l.run_attention && !l.fused) return {{&l.k, &l.v}, {w.k, w.v}, stage(l, 3)};
+        if (l.attention_gate.weight)
+            return {{&l.q, &l.k, &l.v, &l.attention_gate}, {w.q, w.k, w.v, w.attention_gate}, stage(l, 3)};
         return {{&l.q, &l.k, &l.v}, {w.q, w.k, w.v}, stage(l, 3)};
     }
     Matrices output(const StepLayer& l) const { return {{&l.o}, {w.out}, stage(l, 5)}; }
