@@ -301,7 +301,7 @@ def _parts_of(layer: nn.Module, empty: bool) -> Parts:
 
 def _attention_of(layer: nn.Module) -> Attention | None:
     for name, child in layer.named_children():
-        if "att" not in name:
+        if "att" not in name and not type(child).__name__.endswith("Attention"):
             continue
         for module in (child, *child.children()):  # some have it in a module of its own (GPT-Neo)
             linears = [n for n, m in module.named_children() if is_linear(m)]

@@ -118,7 +118,9 @@ def made_up(config: Any, like: DynamicCache, rows: int, keys: int) -> DynamicCac
 
 
 def _states_of(layer: Any, rows: int) -> Any:
-    """A copy of a cache's layer that has states alone, those of its first sequence for so many."""
+    """A copy of a cache's layer that has nothing, or states alone, those of its first sequence for so many."""
+    if not any(isinstance(value, (Tensor, dict)) for value in vars(layer).values()):
+        return copy.deepcopy(layer)
     states = {name: getattr(layer, name, None) for name in ("conv_states", "recurrent_states")}
     if hasattr(layer, "keys") or not all(isinstance(found, dict) for found in states.values()):
         raise NotCovered(f"what a {type(layer).__name__} holds behind other texts is not known")

@@ -38,7 +38,7 @@ class Split:
     before, after: what is computed natively before its module is called, and after that; None: nothing is.
     without: the halves that the module leaves out, or does not get to compute; None: it is not called.
     outputs: how many things the layer gives; see `Call`. attention_outputs, mlp_outputs: likewise.
-    joined: whether what it gives is what the next layer is given.
+    joined: whether what it gives is what the next layer is given. has_mlp: whether an MLP, or experts, are in it.
     """
 
     before: LayerSpec | None = None
@@ -48,6 +48,7 @@ class Split:
     attention_outputs: int = 0
     mlp_outputs: int = 0
     joined: bool = True
+    has_mlp: bool = True
 
     @property
     def pieces(self) -> list[LayerSpec]:
@@ -57,6 +58,11 @@ class Split:
     def halves(self) -> int:
         """Attentions and MLPs that are native."""
         return sum((p.attention is not None) + bool(p.bricks or p.experts) for p in self.pieces)
+
+    @property
+    def parts(self) -> int:
+        """Halves that the layer has."""
+        return self.halves if self.without is None else 1 + self.has_mlp
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +74,8 @@ class Shared:
 
     @property
     def halves(self) -> tuple[int, int]:
-        """How many of the layers' halves are native, and how many there are, two a layer."""
-        return sum(split.halves for split in self.splits), 2 * len(self.splits)
+        """How many of the layers' halves are native, and how many there are."""
+        return sum(split.halves for split in self.splits), sum(split.parts for split in self.splits)
 
 
 def read_shared(model: Any, anatomy: Anatomy) -> Iterator[Shared]:
@@ -183,6 +189,7 @@ class _Reader:
             attention_outputs=0 if attention is None else self._outputs(attention.module),
             mlp_outputs=0 if experts is None else self._outputs(experts.block),
             joined=joined,
+            has_mlp=experts is not None or self._anatomy.feed_forwards[self._index] is not None,
         )
 
     def _goes_on(self, following: nn.Module, y: Tensor) -> bool:
