@@ -28,7 +28,7 @@ Linear = PackedLinear | SparseLinear
 
 @dataclass(frozen=True, eq=False)
 class DenseMLP:
-    """down(act(gate(x)) * up(x)), each matrix where it lies; gate is None in a plain MLP. norm: of what down is given."""
+    """down(act(gate(x)) * up(x)), each matrix where it lies; gate is None in a plain MLP. norm: of what down reads."""
 
     gate: Linear | None
     up: Linear

@@ -60,8 +60,7 @@ def _by_name(
     head_dim = getattr(module, "head_dim", None) if seen is None else seen.keys[index].shape[-1]
     if not isinstance(head_dim, int):
         raise NotCovered("the attention does not say its head size")
-    inside = [n for n, m in module.named_children() if "norm" in n and not _of_heads(n) and any(True for _ in m.parameters())]
-    if seen is None and (found.gate is not None or inside):
+    if seen is None and (found.gate is not None or _norms_inside(module) or _head_norm(module, "v", head_dim)):
         raise NotCovered("its attention has gates, or norms of its own")
     if len(found.inputs) == 3:
         inputs = tuple(linear(getattr(module, name)) for name in found.inputs)
@@ -108,6 +107,12 @@ def _of_heads(name: str) -> bool:
     return name.partition("_")[0] in (*_WORDS, *_WORDS.values(), "qk")
 
 
+def _norms_inside(attention: nn.Module) -> list[nn.Module]:
+    """The norms in an attention that are of none of its heads."""
+    named = attention.named_children()
+    return [m for name, m in named if "norm" in name and not _of_heads(name) and not isinstance(m, nn.Identity)]
+
+
 def _head_norm(attention: nn.Module, letter: str, head_dim: int) -> NormSpec | None:
     """The norm of q's heads, or of k's, or of both: whose name says so."""
     for name, module in attention.named_children():
@@ -139,9 +144,10 @@ def _evidence(found: Attention, index: int, seen: Trace) -> _Evidence:
         raise NotCovered("its keys and values have heads of different sizes")
     projected = [seen.gave(getattr(module, name)) for name in found.inputs]
     gates = None if found.gate is None else seen.gave(getattr(module, found.gate))
-    norms = [m for name, m in module.named_children() if "norm" in name and not _of_heads(name)]
     gate = None if found.gate is None else linear(getattr(module, found.gate))
-    return _Evidence(projected, keys, values, seen.given(getattr(module, found.output)), gates, gate, norms)
+    return _Evidence(
+        projected, keys, values, seen.given(getattr(module, found.output)), gates, gate, _norms_inside(module)
+    )
 
 
 def _readings(spec: AttentionSpec, evidence: _Evidence, module: Any, named: dict[str, Any]) -> Iterator[AttentionSpec]:
@@ -177,9 +183,7 @@ def _orders(heads: int, kv_heads: int, d: int) -> Iterator[Order]:
         yield (0, run, 3 * run * d), (2 * run * d, run, 3 * run * d), (run * d, run, 3 * run * d)
 
 
-def _given(
-    spec: AttentionSpec, evidence: _Evidence, rotary: RotarySpec | None, seen: Trace
-) -> AttentionSpec | None:
+def _given(spec: AttentionSpec, evidence: _Evidence, rotary: RotarySpec | None, seen: Trace) -> AttentionSpec | None:
     """The description, with what it does beside the usual, if that gives what was seen."""
     spec, (q, k, v) = _with_gates_in_q(spec, evidence)
     if not seen.near(v, evidence.values):
@@ -207,7 +211,8 @@ def _with_gates_in_q(spec: AttentionSpec, evidence: _Evidence) -> tuple[Attentio
     if len(spec.inputs) != 3 or q.shape[0] != 2 * heads:
         return spec, [q, *others]
     place = (0, 1, 2 * d)
-    return replace(spec, q_place=place, gate_place=(d, 1, 2 * d)), [_in_turn(evidence.projected[0], place, heads, d), *others]
+    q = _in_turn(evidence.projected[0], place, heads, d)
+    return replace(spec, q_place=place, gate_place=(d, 1, 2 * d)), [q, *others]
 
 
 _OPEN: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "softplus": nn.functional.softplus}

@@ -77,11 +77,9 @@ def uncovered_part(
     for name, module in part.named_modules():
         if module not in known and module not in idle and not isinstance(module, INERT):
             return f"{name} of its decoder layers, a {type(module).__name__}, is not a part that is described"
-        if module not in (part, owner, attending):
-            continue
-        own = [*(module._parameters.keys() - {"sinks"} if module is attending else module._parameters)]
+        own = [name for name in module._parameters if module is not attending or name != "sinks"]
         own += [name for name, value in module._buffers.items() if not _is_table(name, value)]
-        if own and not _is_of(module, experts):
+        if own and module in (part, owner, attending) and not _is_of(module, experts):
             return f"its decoder layers have {', '.join(own)} in a {type(module).__name__}"
     return None
 

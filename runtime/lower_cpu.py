@@ -241,8 +241,8 @@ class CpuModel:
 
     def _mlp(self, brick: BrickSpec) -> native.DenseMLP:
         parts = [part for linear in brick.linears for part in self._parts(linear, self._format)]
-        gate, up, down = parts if len(parts) == 3 else (None, *parts)
-        return native.DenseMLP(gate, up, down, _norm(brick.norm))
+        gate = parts[0] if len(parts) == 3 else None
+        return native.DenseMLP(gate, parts[-2], parts[-1], _norm(brick.norm))
 
     def _experts(self, spec: ExpertsSpec) -> PackedExperts:
         shared = None

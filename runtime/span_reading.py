@@ -21,7 +21,6 @@ from .attention_reading import read_attention
 from .calls import NotCovered
 from .coverage import computes_as_its_class, uncovered_part
 from .layer_reading import Composition, Residual, attended_in, by_values, mlp_in_pass
-from .norms import read_norm
 from .packed_layer import PackedRows
 from .reading import check_table, read_brick, read_end, read_experts, read_rotary
 from .spec import AttentionSpec, BrickSpec, ExpertsSpec, LatentSpec, LayerSpec, ModelSpec, NormSpec, RotarySpec
@@ -135,7 +134,7 @@ def _attentions(model: Any, anatomy: Anatomy, seen: Trace) -> tuple[RotarySpec |
     except NotCovered:  # the modules' own to do
         return None, [None] * len(anatomy)
     variants = [rotary] if rotary is None else [rotary, replace(rotary, backwards=True)]
-    found = [[_attention(anatomy, i, cache, config, variant, seen) for i in range(len(anatomy))] for variant in variants]
+    found = [[_attention(anatomy, i, cache, config, one, seen) for i in range(len(anatomy))] for one in variants]
     best = max(range(len(found)), key=lambda i: sum(attention is not None for attention in found[i]))
     return variants[best], found[best]
 
@@ -223,10 +222,9 @@ class _Reader:
         # what the module leaves out is zero there, and a norm of it has to be, too
         first = None if first is None or _speaks(first.attention_out) else first
         last = None if last is None or _speaks(last.mlp_out) else last
-        if besides and first is not None and last is not None and last.mlp_after is None:
-            if first.residual_scale == last.residual_scale:
-                both = {place: getattr(last, place) for place in ("mlp_in", "mlp_out", "bricks", "experts")}
-                return Split(before=replace(first, **cast(Any, both)), without=BOTH)
+        if besides and first is not None and last is not None and _go_together(first, last):
+            both = {place: getattr(last, place) for place in ("mlp_in", "mlp_out", "bricks", "experts")}
+            return Split(before=replace(first, **cast(Any, both)), without=BOTH)
         if last is not None and middle.closed and last.mlp_after is None:
             return Split(without=frozenset((MLP,)), after=last)
         if first is not None:
@@ -295,6 +293,11 @@ class _Reader:
 def _speaks(norm: NormSpec | None) -> bool:
     """Whether a norm makes something of nothing."""
     return norm is not None and norm.bias is not None
+
+
+def _go_together(first: LayerSpec, last: LayerSpec) -> bool:
+    """Whether both halves may come before whatever else their layer does."""
+    return last.mlp_after is None and first.residual_scale == last.residual_scale
 
 
 class _Halves(Residual):

@@ -1,5 +1,5 @@
-"""Decode steps of models that native steps cover in part (span_reading.py): the model's own forward, with runs of native
-halves of layers in place of its own.
+"""Decode steps of models that native steps cover in part (span_reading.py): the model's own forward, with runs of
+native halves of layers in place of its own.
 
 A layer's forward is told what to do while such a step is under way (`_Run`): native halves wait until a module has to
 run, or the last layer ends, and go as one call of native code over all layers that lie between. Recurrences,
@@ -13,12 +13,10 @@ import functools
 import inspect
 import logging
 import threading
-import weakref
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,11 +24,11 @@ from torch import Tensor, nn
 
 from ..kernels import step as kernel
 from ..kernels.ops import MAX_ROWS
-from ..predictors.anatomy import Anatomy
 from .calls import Disagrees, NotCovered, NotThisCall, check_call, check_outputs, close, compare, row_starts
 from .changes import Changes
 from .kv_cache import Entries, Rooms, known_rooms, make_rooms, twin_of
 from .lower_cpu import CpuModel, Packed, Packing, StepProgram, check_describable
+from .native import NativeSteps
 from .patches import Patches
 from .phases import as_loaded, current_pass, densely, tokens_in
 from .rotary_tables import RotaryTables
@@ -42,16 +40,21 @@ logger = logging.getLogger("coreskip")
 _ATTEMPTS = 4  # as of native steps (native.py)
 
 
+class Memory(Protocol):
+    """What a wrapped model may take."""
+
+    @property
+    def cap(self) -> int | None: ...
+
+
 class Host(Protocol):
     """A wrapped model, as its spans need it."""
 
     patches: Patches
+    changes: Changes
 
     @property
-    def exits_early(self) -> bool: ...
-
-    @property
-    def changes(self) -> Changes: ...
+    def memory(self) -> Memory: ...
 
 
 @dataclass(eq=False)
@@ -111,8 +114,6 @@ class _Model:
         version = model.rotary.version
         if not steps:
             steps = model.spans(program, self.at, self.spans)
-            if any(step.stream is not None for step in steps):
-                raise NotCovered("its matrices are read from the disk in the order in which a whole step reads them")
         if made != version:
             self.rotate(steps, model.rotary.tables())
             self.steps[program] = steps, version
@@ -195,12 +196,13 @@ class SpanSteps:
     """The decode steps of one wrapped model that native steps cover in part.
 
     Args:
+        native: its steps if they were covered as a whole.
         take: told of each linear whose matrix is packed in the plan's format.
     """
 
-    def __init__(self, host: Host, model: Any, anatomy: Anatomy, packing: Packing, take: Packed) -> None:
-        self._host: Host = host
-        self._wrapped, self.anatomy, self._packing, self._take = weakref.ref(model), anatomy, packing, take
+    def __init__(self, host: Host, native: NativeSteps, packing: Packing, take: Packed) -> None:
+        self._host, self._native, self._packing, self._take = host, native, packing, take
+        self.anatomy = native.anatomy
         self._lock = threading.Lock()
         self._patched: set[nn.Module] = set()
         self.forget()
@@ -214,7 +216,7 @@ class SpanSteps:
 
     @property
     def _model(self) -> Any:
-        return self._wrapped()
+        return self._native.model
 
     @property
     def ready(self) -> bool:
@@ -238,7 +240,7 @@ class SpanSteps:
             if program.no_attention or program.no_mlp or program.columns:
                 raise NotCovered("layers or inputs are left out by the modules")
             check_outputs(self._model.config)
-            if self._host.exits_early:
+            if self._native.exits_early:
                 raise NotThisCall("passes are to end before the last layer")
             described = self._described or self._first(original, named)
             length = named["input_ids"].shape[1]
@@ -311,6 +313,10 @@ class SpanSteps:
             row_starts(named.get("attention_mask"), rows, past + length)  # before anything takes time
             refused: NotCovered | None = None
             try:
+                if self._host.memory.cap is not None:
+                    raise NotCovered(
+                        "its matrices are read from the disk in the order in which a whole step reads them"
+                    )
                 check_describable(self._model, self.anatomy, self._packing.packed_alone)
                 for shared in read_shared(self._model, self.anatomy):
                     try:
@@ -328,7 +334,7 @@ class SpanSteps:
             self._disagreed += isinstance(refused, Disagrees)
             if not isinstance(refused, Disagrees) or self._disagreed == _ATTEMPTS:
                 self.refusal = str(refused)
-                logger.debug("no part of a %s runs natively: %s", self.anatomy.model_type, refused)
+                self._native.warn(f"{self._native.refusal}; nor does any part of them run natively: {refused}")
             raise refused
 
     def _tried(self, shared: Shared, original: Callable[..., Any], named: dict[str, Any]) -> _Model:
@@ -356,7 +362,8 @@ class SpanSteps:
         found = []
         with as_loaded(), densely(), torch.no_grad():
             for forward in (natively, lambda call: model.forward(**call)):
-                found.append(forward({**named, "past_key_values": twin_of(named["past_key_values"])}).logits)
+                logits = forward({**named, "past_key_values": twin_of(named["past_key_values"])}).logits
+                found.append(logits.to(model.loaded.base.dtype))  # some give float32, which says how exact they are
         return found[0], found[1]
 
     def _compare_here(self, model: _Model, named: dict[str, Any], length: int) -> None:
@@ -369,6 +376,7 @@ class SpanSteps:
             steps, nothing = model.steps_of(dense), [0] * len(model.spans)
             if not self._agrees(model, lambda call: self._run(model, steps, nothing, call), named):
                 self.refusal = f"from {past} tokens on its logits differ from the model's own"
+                self._native.warn(self.refusal)
                 raise NotCovered(self.refusal)
             self._checkpoints.passed(past, length)
 
@@ -379,9 +387,7 @@ class SpanSteps:
         if "logits_to_keep" not in inspect.signature(type(self._model).forward).parameters:
             named = {name: value for name, value in named.items() if name != "logits_to_keep"}
         vocabulary = self._model.get_input_embeddings().weight.shape[0]
-        return agree(
-            run, lambda got, expected: close(got, expected, False), named["input_ids"].shape, vocabulary
-        )
+        return agree(run, lambda got, expected: close(got, expected, False), named["input_ids"].shape, vocabulary)
 
     def _probe(self, model: _Model, dense: StepProgram, like: Any) -> None:
         """Compares steps at positions far apart, and behind many keys, where any attention is native."""

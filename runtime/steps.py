@@ -51,10 +51,7 @@ class Host(Protocol):
 
 
 class Steps:
-    """The decode steps of one wrapped model.
-
-    dense: what verification computes.
-    """
+    """The decode steps of one wrapped model."""
 
     def __init__(
         self,
@@ -63,11 +60,10 @@ class Steps:
         prompts: NativePrompts,
         captured: CapturedSteps,
         spans: SpanSteps,
-        dense: StepProgram,
     ) -> None:
         self._host: Host = weakref.proxy(host)  # which has this: a cycle would outlive `unwrap`
-        self.native, self._prompts, self.captured, self._dense = native, prompts, captured, dense
-        self.spans = spans
+        self.native, self._prompts, self.captured, self.spans = native, prompts, captured, spans
+        self._dense = StepProgram.dense(len(native.anatomy), as_loaded=True)  # what verification computes
         self._said: tuple[Lowering, str | None] | None = None
 
     def forget(self) -> None:
