@@ -72,7 +72,7 @@ def uncovered_part(
         reason = _foreign_attention(attending)
     if reason is not None:
         return reason
-    known = set(_described(part, mlp, experts, attention, norms))
+    known = set(_described(part, mlp, experts, attention, norms, called))
     idle = set() if called is None else set(_idle(part, called))
     for name, module in part.named_modules():
         if module not in known and module not in idle and not isinstance(module, INERT):
@@ -107,6 +107,7 @@ def _described(
     experts: Experts | None,
     attention: Attention | None,
     of_layer: Iterable[nn.Module | None],
+    called: Container[nn.Module] | None,
 ) -> Iterator[nn.Module]:
     """The modules of a layer whose work the native step does; of norms and activations, all that they consist of."""
     yield layer
@@ -115,9 +116,12 @@ def _described(
         yield attention.module
         yield from (module for module in layer.modules() if attention.module in module.children())
         yield from (getattr(attention.module, name) for name in (*attention.inputs, attention.output))
-        named = attention.module.named_children()
-        of_heads = [module for name, module in named if "norm" in name]  # what each does shows in the pass
-        if attention.gate is not None:
+        named = list(attention.module.named_children())
+        # what others do shows in a pass, if they are called
+        seen = [name for name, m in named if called is not None and m in called]
+        plain = [name for name, _ in named if name.startswith(("q", "k"))]
+        of_heads = [module for name, module in named if "norm" in name and name in (*plain, *seen)]
+        if attention.gate is not None and attention.gate in seen:
             yield getattr(attention.module, attention.gate)
     if experts is not None:  # what else the block might do, a copy of it would have shown
         yield from _beside_shared(experts)
