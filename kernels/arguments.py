@@ -97,16 +97,20 @@ class StepLatentPart(ctypes.Structure):
 class StepLayer(ctypes.Structure):
     _fields_ = (
         *_fields(StepNorm, "attention_in q_norm k_norm attention_out mlp_in mlp_out attention_after mlp_after"),
-        *_fields(StepNorm, "v_norm attended_norm inner_norm"),
-        *_fields(StepLinear, "q k v o gate up down attention_gate"),
+        *_fields(StepLinear, "q k v o gate up down"),
         ("mlp", StepMlp),
         ("experts", StepExperts),
-        *_fields(StepHeads, "q_heads k_heads v_heads gate_heads"),
+        *_fields(StepHeads, "q_heads k_heads v_heads"),
         ("latent", StepLatentPart),
         *_fields(_N, "heads kv_heads head_dim rope_dim window cache"),
         *_fields(_P, "cos sin slopes sinks"),
-        *_fields(_F, "attention_scale softcap residual_scale v_scale"),
-        *_fields(_I, "act run_attention run_mlp parallel fused paired turned gating gate_width"),
+        *_fields(_F, "attention_scale softcap residual_scale"),
+        *_fields(_I, "act run_attention run_mlp parallel fused paired turned special"),
+        *_fields(StepNorm, "v_norm attended_norm inner_norm"),
+        *_fields(StepLinear, "attention_gate"),
+        *_fields(StepHeads, "gate_heads"),
+        *_fields(_F, "v_scale"),
+        *_fields(_I, "gating gate_width"),
     )
 
 

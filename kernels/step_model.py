@@ -122,6 +122,11 @@ class Attention:
             raise ValueError("gates are what some function makes of numbers at known places")
 
     @property
+    def special(self) -> bool:
+        """Whether heads have gates, or norms and numbers stand inside."""
+        return bool(self.gating) or self.v_scale != 1.0 or self.v_norm is not None or self.out_norm is not None
+
+    @property
     def gate_width(self) -> int:
         """Numbers of a head's gate."""
         return self.head_dim if self.gate is None else self.gate.out_features // self.heads

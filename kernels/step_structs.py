@@ -112,6 +112,7 @@ def layer_struct(layer: StepLayer) -> arguments.StepLayer:
         run_mlp=mlp is not None,
         parallel=layer.parallel,
         v_scale=1.0,
+        special=is_special(layer),
     )
     if isinstance(attention, LatentAttention):
         _put_latent(out, attention)
@@ -125,6 +126,13 @@ def layer_struct(layer: StepLayer) -> arguments.StepLayer:
     elif mlp is not None:
         out.mlp = _bundled(mlp)
     return out
+
+
+def is_special(layer: StepLayer) -> bool:
+    """Whether a layer has what few models have, inside its attention or its MLP."""
+    attention, mlp = layer.attention, layer.mlp
+    inside = isinstance(attention, Attention) and attention.special
+    return inside or (isinstance(mlp, DenseMLP) and mlp.norm is not None)
 
 
 # Thousands of structs in a large model, which all steps over it share.

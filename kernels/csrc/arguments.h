@@ -143,12 +143,10 @@ struct StepLatentPart {
 struct StepLayer {
     StepNorm attention_in, q_norm, k_norm, attention_out, mlp_in, mlp_out;
     StepNorm attention_after, mlp_after;  // of the residual stream, once a half has been added to it (BART)
-    StepNorm v_norm, attended_norm, inner_norm;  // of each head of v; of what `o` reads, and of what `down` reads (BitNet)
     StepLinear q, k, v, o, gate, up, down;
-    StepLinear attention_gate;  // what heads are multiplied by before `o`, from what q reads; none: in `q`, or nowhere
     StepMlp mlp;
     StepExperts experts;
-    StepHeads q_heads, k_heads, v_heads, gate_heads;
+    StepHeads q_heads, k_heads, v_heads;
     StepLatentPart latent;                                // its keys and values: one head of latents, one of what is turned
     int64_t heads, kv_heads, head_dim, rope_dim, window;  // window 0: all of the past
     int64_t cache;                                        // which of a sequence's caches it writes to
@@ -157,13 +155,18 @@ struct StepLayer {
     const float* slopes;                                  // [heads]: ALiBi's, which a score loses for each position back; or null
     const float* sinks;                                   // [heads]: a further score, which no value belongs to; or null
     float attention_scale, softcap, residual_scale;       // softcap 0: none
-    float v_scale;                                        // what is cached of v is multiplied by this
     int act, run_attention, run_mlp, parallel;            // parallel: attention and MLP read the same residual
     int fused;      // `q` holds k and v, too
     int paired;     // rotation turns neighbours, not halves
     int turned;     // heads of q and k are normed after the rotation
-    int gating;     // what is made of the gates of heads: see Gating
-    int gate_width; // numbers of a gate: one for each of a head's, or one for all
+    int special;    // whether anything of what follows is there: few models look at it
+
+    StepNorm v_norm, attended_norm, inner_norm;  // of each head of v; of what `o` reads, and of what `down` reads (BitNet)
+    StepLinear attention_gate;  // what heads are multiplied by before `o`, from what q reads; none: in `q`, or nowhere
+    StepHeads gate_heads;
+    float v_scale;              // what is cached of v is multiplied by this
+    int gating;                 // what is made of the gates of heads: see Gating
+    int gate_width;             // numbers of a gate: one for each of a head's, or one for all
 };
 
 struct StepModel {

@@ -31,11 +31,8 @@ class StepAttention {
                 thread.step.merge(chunks, queries, w.most + q, w.sum + q, w.value + q * l.head_dim, l.head_dim,
                                   own.attended + q * l.head_dim, sink_of(l, q % l.heads));
         }
-        if (l.gating) open_gates(l);
-        const int64_t n = l.heads * l.head_dim;
-        for (int t = 0; t < thread.tokens && l.attended_norm.kind; t++)
-            thread.step.norm(l.attended_norm, own.attended + t * n, own.attended + t * n);
-        projections.read_from(own.attended, n);
+        if (l.special) finish_attended(l);
+        projections.read_from(own.attended, l.heads * l.head_dim);
         projections.project_all(thread.output(l));
         projections.meet();
         if (l.parallel && l.run_mlp) memcpy(own.pending, w.out, thread.tokens * m.hidden * sizeof(float));
@@ -79,12 +76,20 @@ class StepAttention {
 
     // A head of v as it is cached.
     const float* valued(const StepLayer& l, const float* v) {
-        if (l.v_norm.kind == kNoNorm && l.v_scale == 1.f) return v;
+        if (!l.special) return v;
         float* to = own.scratch;
         if (l.v_norm.kind == kNoNorm) memcpy(to, v, l.head_dim * sizeof(float));
         else thread.step.norm(l.v_norm, v, to);
         for (int64_t e = 0; e < l.head_dim; e++) to[e] *= l.v_scale;
         return to;
+    }
+
+    // What is done to what heads have attended to before `o` reads it.
+    void finish_attended(const StepLayer& l) {
+        if (l.gating) open_gates(l);
+        const int64_t n = l.heads * l.head_dim;
+        for (int t = 0; t < thread.tokens && l.attended_norm.kind; t++)
+            thread.step.norm(l.attended_norm, own.attended + t * n, own.attended + t * n);
     }
 
     // Multiplies what heads have attended to by their gates.

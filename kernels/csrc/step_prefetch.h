@@ -128,6 +128,7 @@ class Prefetch {
 
     // This thread's share of matrix i.
     Memory memory_of(const Matrices& all, int i) const {
+        if (i >= all.count) return {0, 0};
         const Range range = all.whole.among(thread.mine(all.whole.count()), i);
         if (range.begin >= range.end) return {0, 0};
         const int64_t bytes = unit_bytes(*all.matrix[i]);
@@ -160,7 +161,7 @@ class Prefetch {
         if (stage_ >= 5 && l.run_mlp && l.experts.matrices) return next_of_experts(l, next);
         if (stage_ < 3) {
             next = memory_of(thread.inputs(l), stage_);
-            if (stage_ == 2 && l.run_attention && l.attention_gate.weight) entry_ = -1;
+            if (stage_ == 2 && l.run_attention && l.special) entry_ = -1;
         } else if (entry_ < 0) {
             next = memory_of(thread.inputs(l), 3);
             entry_ = 0;
