@@ -4,10 +4,14 @@ between native calls. The tokens of the model's own modules, in every way of gen
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packed_models import packed
+from test_memory import capped
 from test_native_families import calls, made, texts
 from tiny_models import greedy, prompt
 from transformers import DynamicCache
@@ -229,3 +233,43 @@ def test_nothing_is_told_to_other_passes() -> None:
         assert not torch.equal(block(hidden), torch.zeros_like(hidden))
     ids, options = calls()[1]
     assert greedy(model, ids, 2, **options).shape[0] == 2
+
+
+@pytest.mark.parametrize("name", ["olmo_hybrid", "lfm2_moe", "gemma4_text"])
+@pytest.mark.parametrize("weights", ["int4", "as-loaded"])
+def test_packed(name: str, weights: str, tmp_path: Path) -> None:
+    model = packed(made(name), tmp_path / "packed", weights=weights)
+    plain = greedy(model, prompt(1), 6)
+    with coreskip.wrap(model, Plan.dense(model)):
+        assert torch.equal(greedy(model, prompt(1), 6), plain)
+        assert spans_of(model).ready
+
+
+def test_under_a_cap_the_modules_run(tmp_path: Path) -> None:
+    plain = packed(made("olmo_hybrid"), tmp_path / "packed", weights="as-loaded")
+    model = capped(tmp_path / "packed", 0.25)
+    with coreskip.wrap(plain):
+        expected = greedy(plain, prompt(1), 6)
+    with coreskip.wrap(model):
+        assert torch.equal(greedy(model, prompt(1), 6), expected)
+        assert "from the disk" in str(runtime_of(model).steps.spans.refusal)
+
+
+def test_who_warns_says_both_reasons(caplog: pytest.LogCaptureFixture) -> None:
+    """Where matrices are packed, and nothing of the steps is native."""
+    model = made("deepseek_v4")
+    with coreskip.wrap(model, Plan.dense(model, "int4")):
+        greedy(model, prompt(1), 3)
+    (found,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "own modules" in r.getMessage()]
+    assert "KV cache" in found
+    assert "no half of its decoder layers" in found
+
+
+def test_threads_do_not_see_each_others_passes() -> None:
+    model = made("jamba")
+    expected = texts(model)
+    with coreskip.wrap(model, Plan.dense(model)), ThreadPoolExecutor(3) as pool:
+        texts(model)
+        for found in pool.map(lambda _: texts(model), range(6)):
+            assert all(map(torch.equal, found, expected))
+        assert spans_of(model).ready
