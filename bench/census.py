@@ -182,8 +182,8 @@ def examine(model_type: str) -> Row:
 
 
 def _dense(model: Any, row: Row, expected: list[Tensor]) -> str:
-    """Whether a dense plan gives the model's own tokens; notes why it does not run natively, if it does not, and how many
-    halves of its layers, of how many, then do."""
+    """Whether a dense plan gives the model's own tokens; notes why it does not run natively, if it does not, and how
+    many halves of its layers, of how many, then do."""
     wrap(model)
     try:
         same = all(torch.equal(_generate(model, rows), tokens) for rows, tokens in zip((1, 2), expected, strict=True))
