@@ -107,11 +107,12 @@ class Steps:
             # verification's tokens are the dense model's own to the last bit: so are its steps
             return None if verifying or reason is not None else self.captured.forward(original, named)
         if lowering is Lowering.NATIVE:
-            program = reason or self._program(named["past_key_values"], dense=verifying)
+            program = reason or self._program(named["past_key_values"], dense=verifying or mode().densely)
             output = self.native.forward(original, program, named)
             if output is not None or self.lowering is not Lowering.SPANS:
                 return output
-        if self.lowering is Lowering.SPANS and not verifying:  # whose tokens are the modules' own, to the bit
+        # what verification and a dense pass give are the modules' own tokens, to the bit
+        if self.lowering is Lowering.SPANS and not (verifying or mode().densely or mode().as_loaded):
             program = reason or self._program(named["past_key_values"], dense=False)
             return self.spans.forward(original, program, named)
         return None
