@@ -182,12 +182,15 @@ def examine(model_type: str) -> Row:
 
 
 def _dense(model: Any, row: Row, expected: list[Tensor]) -> str:
-    """Whether a dense plan gives the model's own tokens; notes why it does not run natively, if it does not."""
+    """Whether a dense plan gives the model's own tokens; notes why it does not run natively, if it does not, and how
+    many halves of its layers, of how many, then do."""
     wrap(model)
     try:
         same = all(torch.equal(_generate(model, rows), tokens) for rows, tokens in zip((1, 2), expected, strict=True))
-        native = runtime_of(model).steps.native
+        steps = runtime_of(model).steps
+        native, halves = steps.native, steps.spans.halves
         row |= {"native": native.ready, "reason": None if native.ready else native.refusal or "no step was covered"}
+        row |= {"halves": list(halves) if halves is not None else None}
     finally:
         unwrap(model)
     return "right" if same else "wrong"
@@ -373,9 +376,8 @@ def summary(rows: list[Row]) -> str:
         ("mixtures", [r for r in built if r.get("experts")]),
     ):
         right = [r for r in some if r.get("dense") == "right" and r.get("unwrap")]
-        parts.append(
-            f"{name}: {len(some)} built, {len(right)} right, {sum(bool(r.get('native')) for r in some)} native"
-        )
+        natively, in_part = sum(bool(r.get("native")) for r in some), sum(bool(r.get("halves")) for r in some)
+        parts.append(f"{name}: {len(some)} built, {len(right)} right, {natively} native, {in_part} in part")
     return f"{len(rows)} types; " + "; ".join(parts)
 
 

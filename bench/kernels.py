@@ -268,9 +268,8 @@ def _decoder(x: Tensor, weights: list[Tensor], layers: list[PackedMLP], keep: fl
 
 def _dense(weights: list[Tensor], fmt: str | None) -> DenseMLP:
     gate, up, down = weights[0], weights[1], weights[2].t()
-    return DenseMLP(
-        *(PackedLinear.pack(w.clone(memory_format=torch.contiguous_format), fmt=fmt) for w in (gate, up, down))
-    )
+    packed = [PackedLinear.pack(w.clone(memory_format=torch.contiguous_format), fmt=fmt) for w in (gate, up, down)]
+    return DenseMLP(packed[0], packed[1], packed[2])
 
 
 def _torch_case(x: Tensor, weights: list[Tensor], layers: int) -> Case:

@@ -252,6 +252,13 @@ def _increase_on_prose(row: dict[str, Any]) -> str:
     return f"{100 * found['increase']:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + " %"
 
 
+def _how_steps_run(row: dict[str, Any]) -> str:
+    if row.get("native"):
+        return "native"
+    some = "native in {} of {} halves of layers: ".format(*row["halves"]) if row.get("halves") else ""
+    return some + str(row.get("reason") or "")
+
+
 def _parts_of_layers(row: dict[str, Any]) -> str:
     return f"{row['mlps']}, {row['experts']} of {row['layers']}" if "layers" in row else ""
 
@@ -401,7 +408,7 @@ _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "half of the neurons": lambda row: str(row.get("neurons", "")).partition(":")[0],
         "one expert a token": lambda row: str(row.get("top_expert", "")).partition(":")[0],
         "unwrap": lambda row: ("exact" if row["unwrap"] else "not exact") if "unwrap" in row else "",
-        "decode steps": lambda row: "native" if row.get("native") else str(row.get("reason") or ""),
+        "decode steps": _how_steps_run,
     },
     "starting": {
         "model": lambda row: f"{row['model']}, {row['weights']}",

@@ -102,10 +102,15 @@ class StepLayer(ctypes.Structure):
         ("experts", StepExperts),
         *_fields(StepHeads, "q_heads k_heads v_heads"),
         ("latent", StepLatentPart),
-        *_fields(_N, "heads kv_heads head_dim rope_dim window"),
+        *_fields(_N, "heads kv_heads head_dim rope_dim window cache"),
         *_fields(_P, "cos sin slopes sinks"),
         *_fields(_F, "attention_scale softcap residual_scale"),
-        *_fields(_I, "act run_attention run_mlp parallel fused paired turned"),
+        *_fields(_I, "act run_attention run_mlp parallel fused paired turned special"),
+        *_fields(StepNorm, "v_norm attended_norm inner_norm"),
+        *_fields(StepLinear, "attention_gate"),
+        *_fields(StepHeads, "gate_heads"),
+        *_fields(_F, "v_scale"),
+        *_fields(_I, "gating gate_width"),
     )
 
 
@@ -127,7 +132,7 @@ class StepCache(ctypes.Structure):
 
 class StepCall(ctypes.Structure):
     _fields_ = (
-        *_fields(_P, "tokens positions start past caches logits skipped"),
+        *_fields(_P, "tokens positions start past caches logits hidden skipped"),
         *_fields(_N, "rows length wanted"),
         ("threads", _I),
     )

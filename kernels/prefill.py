@@ -28,6 +28,8 @@ def uncovered(model: StepModel) -> str | None:
             return "a layer leaves something out"
         if isinstance(attention, LatentAttention):
             return "latents of many tokens are expanded once for all of their heads by the modules"
+        if attention.special or mlp.norm is not None:
+            return "heads have gates, or norms stand inside of attentions or MLPs"
         found = [m for m in (*attention.linears, mlp.gate, mlp.up, mlp.down) if m is not None]
         if not all(isinstance(m, PackedLinear) and m.grouped for m in found):
             return "matrices lie as they were loaded, and torch multiplies many rows with these in less time"

@@ -324,7 +324,7 @@ def _in_order(layer: arguments.StepLayer) -> Iterator[Any]:
         first = (latent.q_low, latent.kv_low, layer.q) if latent.q_low.weight else (layer.q, latent.kv_low)
         attention = [*first, *((layer.o,) if layer.run_attention else ())]
     elif layer.run_attention:
-        attention = [layer.q, layer.k, layer.v, layer.o]
+        attention = [layer.q, layer.k, layer.v, layer.attention_gate, layer.o]
     else:  # its keys and values alone
         attention = [layer.q] if layer.fused else [layer.k, layer.v]
     bundled = layer.mlp.weight or layer.mlp.groups.rows

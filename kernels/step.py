@@ -45,17 +45,24 @@ Place = tuple[int, int]  # the address of a sequence's keys and values, and how 
 
 
 class Step:
-    """A described decoder, ready to run. Immutable but for the rotation tables, which may grow (`rotate_by`)."""
+    """A described decoder, ready to run. Immutable but for the rotation tables, which may grow (`rotate_by`).
 
-    def __init__(self, model: StepModel) -> None:
+    inner: for `through` alone, which needs no LM head; it is not fetched ahead then.
+    """
+
+    def __init__(self, model: StepModel, inner: bool = False) -> None:
         self.model = model
         self.library = cpu.library()
         self._layers = (arguments.StepLayer * len(model.layers))(*(layer_struct(layer) for layer in model.layers))
+        attentions, caches = [layer.attention for layer in model.layers], 0
+        for struct, attention in zip(self._layers, attentions, strict=True):
+            struct.cache = caches
+            caches += attention is not None
         self._model = arguments.StepModel(
             layers=ctypes.cast(self._layers, _P),
             norm=norm_struct(model.norm),
             embedding_norm=norm_struct(model.embedding_norm),
-            head=linear_struct(model.head),
+            head=linear_struct(None if inner else model.head),
             layer_count=len(model.layers),
             embedding_scale=model.embedding_scale,
             logit_scale=model.logit_scale,
@@ -70,9 +77,8 @@ class Step:
         self.stream = residency.attach(self._model, self._layers)
         self._rotations: list[tuple[Tensor, Tensor] | None] = []
         self._parts: dict[tuple[int, int], Step] = {}
-        attentions = [layer.attention for layer in model.layers if layer.attention is not None]
-        self._entries = [(model.dtype, *a.sizes) for a in attentions]
-        self._windows = [a.window for a in attentions]
+        self._entries = [(model.dtype, *a.sizes) for a in attentions if a is not None]
+        self._windows = [a.window for a in attentions if a is not None]
         lists = (layer.mlp.lists for layer in model.layers if isinstance(layer.mlp, SparseMLP))
         self.rows = next((found.rows for found in lists if found is not None and found.rows is not None), None)
 
@@ -128,6 +134,19 @@ class Step:
         places = [(cache.row(0), past) for cache, past in zip(caches, pasts, strict=True)]
         return self._sliced(tokens, positions, start, places, wanted)
 
+    def through(
+        self, x: Tensor, positions: Tensor, start: Tensor, caches: KeyValues, past: int
+    ) -> tuple[Tensor, float]:
+        """The residual stream x float32 [rows, length, hidden] behind the layers, without embedding and LM head, and
+        the neurons that rules left out; the rest as for `run`. At most 8 tokens: ValueError."""
+        rows, length, _ = x.shape
+        if rows * length > cpu.MAX_ROWS or self.rows not in (None, rows):
+            raise ValueError(f"{rows} rows of {length} tokens do not go through the layers together")
+        self.check_caches(caches, rows, past, past + length)
+        places = [(caches.row(row) if self._entries else 0, past) for row in range(rows)]
+        y = x.detach().clone(memory_format=torch.contiguous_format)
+        return y, self._call(None, positions, start, places, 0, None, y)
+
     def _sliced(
         self, tokens: Tensor, positions: Tensor, start: Tensor, places: Sequence[Place], wanted: int
     ) -> tuple[Tensor, float]:
@@ -171,19 +190,31 @@ class Step:
         self, tokens: Tensor, positions: Tensor, start: Tensor, places: Sequence[Place], wanted: int
     ) -> tuple[Tensor, float]:
         """`run` of at most `most_tokens` tokens."""
-        rows, length = tokens.shape
-        tokens, positions = tokens.contiguous(), positions.contiguous()
+        tokens, rows = tokens.contiguous(), tokens.shape[0]
         logits = torch.empty((rows, wanted, self.model.head.out_features), dtype=self.model.dtype, device="cpu")
+        return logits, self._call(tokens, positions, start, places, wanted, logits, None)
+
+    def _call(
+        self,
+        tokens: Tensor | None,
+        positions: Tensor,
+        start: Tensor,
+        places: Sequence[Place],
+        wanted: int,
+        logits: Tensor | None,
+        hidden: Tensor | None,
+    ) -> float:
+        (rows, length), positions = positions.shape, positions.contiguous()
         skipped, past = ctypes.c_double(0), (_N * rows)(*(past for _, past in places))
         caches = (_P * rows)(*(entries for entries, _ in places))
         call = arguments.StepCall(
-            tokens.data_ptr(), positions.data_ptr(), start.data_ptr(), ctypes.addressof(past),
-            ctypes.addressof(caches), logits.data_ptr(), ctypes.addressof(skipped), rows, length, wanted,
-            torch.get_num_threads(),
+            cpu.address(tokens), positions.data_ptr(), start.data_ptr(), ctypes.addressof(past),
+            ctypes.addressof(caches), cpu.address(logits), cpu.address(hidden), ctypes.addressof(skipped),
+            rows, length, wanted, torch.get_num_threads(),
         )  # fmt: skip
         with self._reading():
             cpu.check(self.library.coreskip_step(ctypes.byref(self._model), ctypes.byref(call)), 0)
-        return logits, skipped.value
+        return skipped.value
 
     def _reading(self) -> AbstractContextManager[None]:
         return nullcontext() if self.stream is None else self.stream.running()
@@ -218,7 +249,7 @@ class Step:
         logits = torch.empty((rows, self.model.head.out_features), dtype=self.model.dtype, device="cpu")
         call = arguments.StepCall(
             ctypes.addressof(last), ctypes.addressof(places), ctypes.addressof(start), ctypes.addressof(places),
-            ctypes.addressof(entries), logits.data_ptr(), ctypes.addressof(skipped), rows, 1, 1,
+            ctypes.addressof(entries), logits.data_ptr(), None, ctypes.addressof(skipped), rows, 1, 1,
             torch.get_num_threads(),
         )  # fmt: skip
         return self._generated(call, count, ends), skipped.value
@@ -274,7 +305,7 @@ class Step:
         at, width, entries = ctypes.addressof(numbers), ctypes.sizeof(_N), _P(caches.row(0))
         logits = torch.empty(self.model.head.out_features, dtype=self.model.dtype, device="cpu")
         yield arguments.StepCall(
-            at, at + width, at + 2 * width, at + 3 * width, ctypes.addressof(entries), logits.data_ptr(),
+            at, at + width, at + 2 * width, at + 3 * width, ctypes.addressof(entries), logits.data_ptr(), None,
             ctypes.addressof(skipped), 1, 1, 1, torch.get_num_threads(),
         ), skipped  # fmt: skip
 

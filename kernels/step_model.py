@@ -28,17 +28,21 @@ Linear = PackedLinear | SparseLinear
 
 @dataclass(frozen=True, eq=False)
 class DenseMLP:
-    """down(act(gate(x)) * up(x)), each matrix where it lies; gate is None in a plain MLP."""
+    """down(act(gate(x)) * up(x)), each matrix where it lies; gate is None in a plain MLP. norm: of what down reads."""
 
     gate: Linear | None
     up: Linear
     down: Linear
+    norm: Norm | None = None
 
     @property
     def nbytes(self) -> int:
         linears = (self.gate, self.up, self.down)
         return sum((m.packed if isinstance(m, SparseLinear) else m).nbytes for m in linears if m is not None)
 
+
+#: what is made of the gates of heads
+GATINGS = ("", "sigmoid", "softplus")
 
 Heads = tuple[int, int, int]  # offset, run and step: head h is at offset + h // run * step + h % run * head_dim
 
@@ -51,6 +55,11 @@ class Attention:
     rotation: (cos, sin), each float32 [positions, rope_dim], applied to the first rope_dim dimensions, by halves or, if
     `paired`, to neighbours, each with the angles of the first half; None: none. turned: norms come after it.
     window: how many positions a token sees, itself included; 0: all. softcap: of the scores; 0: none.
+    q_place: where q's heads are among its outputs, where these are not all.
+    gating: what is made of the numbers that heads are multiplied by before o: see `GATINGS`; "": they are not. gate: a
+    projection of what q reads to these, in turn for all heads: as many as a head has, or one for each. None: they are
+    among q's outputs, at gate_place.
+    v_norm, v_scale: of the heads of v. out_norm: of all that o is given.
     slopes: float32 [heads], what a score loses for each position that its key lies back (ALiBi). sinks: float32
     [heads], a further score in each softmax, which no value belongs to.
     """
@@ -71,6 +80,13 @@ class Attention:
     turned: bool = False
     slopes: Tensor | None = None
     sinks: Tensor | None = None
+    q_place: Heads | None = None
+    gating: str = ""
+    gate: Linear | None = None
+    gate_place: Heads | None = None
+    v_norm: Norm | None = None
+    v_scale: float = 1.0
+    out_norm: Norm | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError where native code would read beside what it is given."""
@@ -82,11 +98,38 @@ class Attention:
         for norm in (self.q_norm, self.k_norm):
             if norm is not None and norm.weight.numel() != self.head_dim and (self.order is not None or self.turned):
                 raise ValueError("heads that lie in turn, or were turned, are normed one by one alone")
+        self._check_gates()
+        if self.out_norm is not None and self.out_norm.weight.numel() != self.heads * self.head_dim:
+            raise ValueError("the norm of what heads attend to is not of all of them")
+        if self.v_norm is not None and self.v_norm.weight.numel() != self.head_dim:
+            raise ValueError("heads of v are normed one by one alone")
         for per_head in (self.slopes, self.sinks):
             if per_head is not None and per_head.numel() != self.heads:
                 raise ValueError("there is not one slope, or one sink, for each head")
         if self.rotation is not None and self.rotation[0].shape[1] > self.head_dim:
             raise ValueError("more dimensions are turned than a head has")
+
+    def _check_gates(self) -> None:
+        places = [(self.q_place, self.q, self.head_dim), (self.gate_place, self.gate or self.q, self.gate_width)]
+        for place, linear, size in places:
+            if place is not None and place[0] + (self.heads - 1) // place[1] * place[2] + size > linear.out_features:
+                raise ValueError("heads of q, or their gates, lie beyond the projection's outputs")
+        if self.q_place is not None and (self.order is not None or self.q_place[1] != 1):
+            raise ValueError("heads of q lie in turn with those of k and v, or in runs")
+        if self.q_place is not None and self.q_norm is not None and self.q_norm.weight.numel() != self.head_dim:
+            raise ValueError("heads that lie in turn are normed one by one alone")
+        if bool(self.gating) != (self.gate_place is not None) or (self.gate_place and self.gate_place[1] != 1):
+            raise ValueError("gates are what some function makes of numbers at known places")
+
+    @property
+    def special(self) -> bool:
+        """Whether heads have gates, or norms and numbers stand inside."""
+        return bool(self.gating) or self.v_scale != 1.0 or self.v_norm is not None or self.out_norm is not None
+
+    @property
+    def gate_width(self) -> int:
+        """Numbers of a head's gate."""
+        return self.head_dim if self.gate is None else self.gate.out_features // self.heads
 
     @property
     def heads(self) -> int:
@@ -105,7 +148,7 @@ class Attention:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        return tuple(linear for linear in (self.q, self.k, self.v, self.o) if linear is not None)
+        return tuple(linear for linear in (self.q, self.k, self.v, self.gate, self.o) if linear is not None)
 
 
 @dataclass(frozen=True, eq=False)

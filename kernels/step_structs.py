@@ -14,7 +14,7 @@ from .experts import SCORINGS, PackedExperts, Router
 from .neuron_groups import PackedNeurons
 from .packed import PackedLinear
 from .sparse import RowLists, SparseLinear, SparseMLP
-from .step_model import Attention, DenseMLP, Heads, LatentAttention, Linear, Norm, StepLayer, packed_of
+from .step_model import GATINGS, Attention, DenseMLP, Heads, LatentAttention, Linear, Norm, StepLayer, packed_of
 
 _NORM = {"rms": 1, "layer": 2}
 _RULE = {**cpu.RULE, "learned": 3}
@@ -111,6 +111,8 @@ def layer_struct(layer: StepLayer) -> arguments.StepLayer:
         run_attention=attention is not None and not layer.entries_only,
         run_mlp=mlp is not None,
         parallel=layer.parallel,
+        v_scale=1.0,
+        special=is_special(layer),
     )
     if isinstance(attention, LatentAttention):
         _put_latent(out, attention)
@@ -118,11 +120,19 @@ def layer_struct(layer: StepLayer) -> arguments.StepLayer:
         _put_attention(out, attention)
     if isinstance(mlp, DenseMLP):
         out.gate, out.up, out.down = linear_struct(mlp.gate), linear_struct(mlp.up), linear_struct(mlp.down)
+        out.inner_norm = norm_struct(mlp.norm)
     elif isinstance(mlp, PackedExperts):
         _put_experts(out, mlp)
     elif mlp is not None:
         out.mlp = _bundled(mlp)
     return out
+
+
+def is_special(layer: StepLayer) -> bool:
+    """Whether a layer has what few models have, inside its attention or its MLP."""
+    attention, mlp = layer.attention, layer.mlp
+    inside = isinstance(attention, Attention) and attention.special
+    return inside or (isinstance(mlp, DenseMLP) and mlp.norm is not None)
 
 
 # Thousands of structs in a large model, which all steps over it share.
@@ -172,6 +182,15 @@ def _put_attention(out: arguments.StepLayer, attention: Attention) -> None:
     for place, name in zip(attention.order or _apart(attention), "qkv", strict=True):
         linear = attention.q if attention.order else getattr(attention, name)
         setattr(out, f"{name}_heads", arguments.StepHeads(*place, linear.out_features))
+    if attention.q_place is not None:
+        out.q_heads = arguments.StepHeads(*attention.q_place, attention.q.out_features)
+    if attention.gate_place is not None:
+        gates = attention.gate or attention.q
+        out.gate_heads = arguments.StepHeads(*attention.gate_place, gates.out_features)
+        out.attention_gate, out.gate_width = linear_struct(attention.gate), attention.gate_width
+        out.gating = GATINGS.index(attention.gating)
+    out.v_norm, out.attended_norm = norm_struct(attention.v_norm), norm_struct(attention.out_norm)
+    out.v_scale = attention.v_scale
     out.slopes, out.sinks = cpu.address(attention.slopes), cpu.address(attention.sinks)
     out.head_dim, out.window = attention.head_dim, attention.window
     out.attention_scale, out.softcap = attention.scale, attention.softcap

@@ -105,11 +105,13 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """One decoder layer's attention module and the names of its projections."""
+    """One decoder layer's attention module and the names of its projections. gate: of one beside q, k and v that heads
+    may be multiplied by."""
 
     module: nn.Module
     inputs: tuple[str, ...]
     output: str
+    gate: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,13 +301,23 @@ def _parts_of(layer: nn.Module, empty: bool) -> Parts:
 
 def _attention_of(layer: nn.Module) -> Attention | None:
     for name, child in layer.named_children():
-        if "att" not in name:
+        if "att" not in name and not type(child).__name__.endswith("Attention"):
             continue
         for module in (child, *child.children()):  # some have it in a module of its own (GPT-Neo)
             linears = [n for n, m in module.named_children() if is_linear(m)]
             if len(linears) >= 2:
-                return Attention(module, _in_order(linears[:-1]), linears[-1])
+                return _named(module, linears)
     return None
+
+
+def _named(module: nn.Module, names: list[str]) -> Attention:
+    """Which of an attention's projections is the output: the one whose name says so, else the last."""
+    output = next((n for n in names if n.lower().startswith("o") or n.startswith("out")), names[-1])
+    inputs = [name for name in names if name != output]
+    gates = [name for name in inputs if name.startswith("g")]
+    if len(inputs) == 4 and len(gates) == 1 and len(_in_order([n for n in inputs if n not in gates])) == 3:
+        return Attention(module, _in_order([n for n in inputs if n not in gates]), output, gates[0])
+    return Attention(module, _in_order(inputs), output)
 
 
 def _in_order(names: list[str]) -> tuple[str, ...]:

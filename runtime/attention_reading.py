@@ -7,7 +7,7 @@ Without a pass, on a meta device, names and sizes have to do.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -44,8 +44,9 @@ def read_attention(
         return spec
     evidence = _evidence(found, index, seen)
     for reading in _readings(spec, evidence, cast(Any, found.module), seen.named(found.module)):
-        if _gives(reading, evidence, rotary, seen):
-            return reading
+        given = _given(reading, evidence, rotary, seen)
+        if given is not None:
+            return given
     raise NotCovered("what its attention computes is not known")
 
 
@@ -59,6 +60,8 @@ def _by_name(
     head_dim = getattr(module, "head_dim", None) if seen is None else seen.keys[index].shape[-1]
     if not isinstance(head_dim, int):
         raise NotCovered("the attention does not say its head size")
+    if seen is None and (found.gate is not None or _norms_inside(module) or _head_norm(module, "v", head_dim)):
+        raise NotCovered("its attention has gates, or norms of its own")
     if len(found.inputs) == 3:
         inputs = tuple(linear(getattr(module, name)) for name in found.inputs)
     elif len(found.inputs) == 1:
@@ -74,6 +77,7 @@ def _by_name(
         rotation=kind_of_rotation(module, index, rotary),
         q_norm=_head_norm(module, "q", head_dim),
         k_norm=_head_norm(module, "k", head_dim),
+        v_norm=_head_norm(module, "v", head_dim),
         window=window,
         softcap=float(getattr(module, "attn_logit_softcapping", None) or 0.0),
         sinks=getattr(module, "sinks", None),
@@ -95,10 +99,24 @@ def _fused(module: Any, head_dim: int, config: Any, found: Attention, index: int
     return plain
 
 
+_WORDS = {"q": "query", "k": "key", "v": "value"}
+
+
+def _of_heads(name: str) -> bool:
+    """Whether a norm's name says whose heads it norms."""
+    return name.partition("_")[0] in (*_WORDS, *_WORDS.values(), "qk")
+
+
+def _norms_inside(attention: nn.Module) -> list[nn.Module]:
+    """The norms in an attention that are of none of its heads."""
+    named = attention.named_children()
+    return [m for name, m in named if "norm" in name and not _of_heads(name) and not isinstance(m, nn.Identity)]
+
+
 def _head_norm(attention: nn.Module, letter: str, head_dim: int) -> NormSpec | None:
     """The norm of q's heads, or of k's, or of both: whose name says so."""
     for name, module in attention.named_children():
-        if "norm" in name and name.partition("_")[0] in (letter, {"q": "query", "k": "key"}[letter], "qk"):
+        if "norm" in name and name.partition("_")[0] in (letter, _WORDS[letter], *(("qk",) if letter != "v" else ())):
             return None if isinstance(module, nn.Identity) else read_norm(module, head_dim)
     return None
 
@@ -114,6 +132,9 @@ class _Evidence:
     keys: Tensor  # [kv_heads, tokens, head_dim]
     values: Tensor
     attended: Tensor  # [tokens, heads * head_dim]
+    gates: Tensor | None  # [tokens, outputs]: of a projection beside q, k and v
+    gate: LinearSpec | None
+    norms: list[nn.Module]  # in the attention, of none of its heads
 
 
 def _evidence(found: Attention, index: int, seen: Trace) -> _Evidence:
@@ -122,7 +143,11 @@ def _evidence(found: Attention, index: int, seen: Trace) -> _Evidence:
     if keys.shape != values.shape:
         raise NotCovered("its keys and values have heads of different sizes")
     projected = [seen.gave(getattr(module, name)) for name in found.inputs]
-    return _Evidence(projected, keys, values, seen.given(getattr(module, found.output)))
+    gates = None if found.gate is None else seen.gave(getattr(module, found.gate))
+    gate = None if found.gate is None else linear(getattr(module, found.gate))
+    return _Evidence(
+        projected, keys, values, seen.given(getattr(module, found.output)), gates, gate, _norms_inside(module)
+    )
 
 
 def _readings(spec: AttentionSpec, evidence: _Evidence, module: Any, named: dict[str, Any]) -> Iterator[AttentionSpec]:
@@ -158,17 +183,59 @@ def _orders(heads: int, kv_heads: int, d: int) -> Iterator[Order]:
         yield (0, run, 3 * run * d), (2 * run * d, run, 3 * run * d), (run * d, run, 3 * run * d)
 
 
-def _gives(spec: AttentionSpec, evidence: _Evidence, rotary: RotarySpec | None, seen: Trace) -> bool:
-    """Whether an attention of this description gives what was seen."""
-    q, k, v = _heads(spec, evidence)
+def _given(spec: AttentionSpec, evidence: _Evidence, rotary: RotarySpec | None, seen: Trace) -> AttentionSpec | None:
+    """The description, with what it does beside the usual, if that gives what was seen."""
+    spec, (q, k, v) = _with_gates_in_q(spec, evidence)
     if not seen.near(v, evidence.values):
-        return False
+        norm, values = spec.v_norm, evidence.values
+        v = v if norm is None else normed(norm, v)
+        scale = 1.0 if norm is not None else float((v * values).sum() / (v * v).sum().clamp_min(1e-30))
+        if v.shape != values.shape or not seen.near(scale * v, values):
+            return None
+        spec, v = replace(spec, v_scale=scale), scale * v
+    elif spec.v_norm is not None:
+        return None
     table = None if spec.rotation == "" or rotary is None else table_of(rotary, spec.rotation, _places(q))
     q, k = (_prepared(spec, x, norm, table) for x, norm in ((q, spec.q_norm), (k, spec.k_norm)))
     if not seen.near(k, evidence.keys) or (spec.slopes is not None and spec.slopes.numel() != q.shape[0]):
-        return False
+        return None
     found = attended((q, k, v), spec.scale, spec.window, spec.softcap, spec.slopes, spec.sinks)
-    return seen.near(found, evidence.attended)
+    finished = _finished(spec, evidence, found)
+    return next((reading for reading, gives in finished if seen.near(gives, evidence.attended)), None)
+
+
+def _with_gates_in_q(spec: AttentionSpec, evidence: _Evidence) -> tuple[AttentionSpec, list[Tensor]]:
+    """The description and its heads; where q has twice as many outputs as heads, each head's gates lie behind it."""
+    q, *others = _heads(spec, evidence)
+    d, heads = spec.head_dim, evidence.attended.shape[-1] // spec.head_dim
+    if len(spec.inputs) != 3 or q.shape[0] != 2 * heads:
+        return spec, [q, *others]
+    place = (0, 1, 2 * d)
+    q = _in_turn(evidence.projected[0], place, heads, d)
+    return replace(spec, q_place=place, gate_place=(d, 1, 2 * d)), [q, *others]
+
+
+_OPEN: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "softplus": nn.functional.softplus}
+
+
+def _finished(spec: AttentionSpec, evidence: _Evidence, found: Tensor) -> Iterator[tuple[AttentionSpec, Tensor]]:
+    """What may be done to what heads attend to, before the output projection."""
+    d, heads, gates = spec.head_dim, found.shape[-1] // spec.head_dim, evidence.gates
+    if spec.gate_place is not None:
+        in_q = _in_turn(evidence.projected[0], spec.gate_place, heads, d)
+        gates = in_q.transpose(0, 1).flatten(1)
+    if gates is not None and gates.shape[-1] in (heads, heads * d):
+        each = gates.shape[-1] // heads
+        gated = replace(spec, gate=evidence.gate, gate_place=spec.gate_place or (0, 1, each))
+        for name, opened in _OPEN.items():
+            by_head = found.unflatten(-1, (heads, d)) * opened(gates).unflatten(-1, (heads, each))
+            yield replace(gated, gating=name), by_head.flatten(1)
+        return
+    yield spec, found
+    for module in evidence.norms:
+        norm = read_norm(module, found.shape[-1])
+        if norm.size == found.shape[-1]:
+            yield replace(spec, out_norm=norm), normed(norm, found)
 
 
 def _places(x: Tensor) -> Tensor:

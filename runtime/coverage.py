@@ -45,23 +45,48 @@ def uncovered(
             return "a layer's attention was not recognised"
         if mlp is None and experts is None:
             return "a layer has no MLP that was recognised"
-        if experts is not None and not (experts.whole and (experts.shared is mlp or index in beside)):
-            return "a layer computes something beside its experts"
-        owner = experts.block if experts is not None else cast(FeedForward, mlp).owner
-        reason = _foreign_code(layer, owner, experts, attention.module) or _foreign_attention(attention.module)
+        of_layer = [getattr(layer, name, None) for name in _NORMS] if norms is None else norms[index]
+        reason = uncovered_part(layer, mlp, experts, attention, of_layer, called, index in beside)
         if reason is not None:
             return reason
-        of_layer = [getattr(layer, name, None) for name in _NORMS] if norms is None else norms[index]
-        known = set(_described(layer, mlp, experts, attention, of_layer))
-        idle = set() if called is None else set(_idle(layer, called))
-        for name, module in layer.named_modules():
-            if module not in known and module not in idle and not isinstance(module, INERT):
-                return f"{name} of its decoder layers, a {type(module).__name__}, is not a part that is described"
-            own = [*(module._parameters.keys() - {"sinks"} if module is attention.module else module._parameters)]
-            own += [name for name, value in module._buffers.items() if not _is_table(name, value)]
-            if module in (layer, None if mlp is None else mlp.owner, attention.module) and own:
-                return f"its decoder layers have {', '.join(own)} in a {type(module).__name__}"
     return None
+
+
+def uncovered_part(
+    part: nn.Module,
+    mlp: FeedForward | None,
+    experts: Experts | None,
+    attention: Attention | None,
+    norms: Iterable[nn.Module | None],
+    called: Container[nn.Module] | None,
+    beside: bool = False,
+) -> str | None:
+    """What of a decoder layer, or of a module in it, its MLP or experts, its attention and these norms leave out; None
+    where they account for everything. The rest: see `uncovered`."""
+    if experts is not None and not (experts.whole and (experts.shared is mlp or beside)):
+        return "a layer computes something beside its experts"
+    owner = None if mlp is None else mlp.owner
+    attending = None if attention is None else attention.module
+    reason = _foreign_code(part, owner if experts is None else experts.block, experts, attending)
+    if reason is None and attending is not None:
+        reason = _foreign_attention(attending)
+    if reason is not None:
+        return reason
+    known = set(_described(part, mlp, experts, attention, norms, called))
+    idle = set() if called is None else set(_idle(part, called))
+    for name, module in part.named_modules():
+        if module not in known and module not in idle and not isinstance(module, INERT):
+            return f"{name} of its decoder layers, a {type(module).__name__}, is not a part that is described"
+        own = [name for name in module._parameters if module is not attending or name != "sinks"]
+        own += [name for name, value in module._buffers.items() if not _is_table(name, value)]
+        if own and module in (part, owner, attending) and not _is_of(module, experts):
+            return f"its decoder layers have {', '.join(own)} in a {type(module).__name__}"
+    return None
+
+
+def _is_of(module: nn.Module, experts: Experts | None) -> bool:
+    """Whether a module is a mixture's own: what else it might do, a copy of it would have shown."""
+    return experts is not None and module in set(_beside_shared(experts))
 
 
 def _idle(layer: nn.Module, called: Container[nn.Module]) -> Iterator[nn.Module]:
@@ -80,22 +105,34 @@ def _described(
     layer: nn.Module,
     mlp: FeedForward | None,
     experts: Experts | None,
-    attention: Attention,
+    attention: Attention | None,
     of_layer: Iterable[nn.Module | None],
+    called: Container[nn.Module] | None,
 ) -> Iterator[nn.Module]:
     """The modules of a layer whose work the native step does; of norms and activations, all that they consist of."""
-    yield from (layer, attention.module)
-    yield from (module for module in layer.modules() if attention.module in module.children())
+    yield layer
+    of_heads: list[nn.Module] = []
+    if attention is not None:
+        yield attention.module
+        yield from (module for module in layer.modules() if attention.module in module.children())
+        yield from (getattr(attention.module, name) for name in (*attention.inputs, attention.output))
+        named = list(attention.module.named_children())
+        # what others do shows in a pass, if they are called
+        seen = [name for name, m in named if called is not None and m in called]
+        plain = [name for name, _ in named if name.startswith(("q", "k"))]
+        of_heads = [module for name, module in named if "norm" in name and name in (*plain, *seen)]
+        if attention.gate is not None and attention.gate in seen:
+            yield getattr(attention.module, attention.gate)
     if experts is not None:  # what else the block might do, a copy of it would have shown
         yield from _beside_shared(experts)
     acts = []
     if mlp is not None:
         yield from (mlp.owner, mlp.up, mlp.down)
         acts.append(mlp.act)
+        if mlp.norm_name is not None:
+            acts.append(getattr(mlp.owner, mlp.norm_name))
         if mlp.gate_name is not None:
             yield getattr(mlp.owner, mlp.gate_name)
-    yield from (getattr(attention.module, name) for name in (*attention.inputs, attention.output))
-    of_heads = (m for name, m in attention.module.named_children() if "norm" in name and name.startswith(("q", "k")))
     for found in (*of_layer, *of_heads, *acts):
         if isinstance(found, nn.Module):
             yield from found.modules()
@@ -107,18 +144,25 @@ def _beside_shared(experts: Experts) -> Iterator[nn.Module]:
     return (module for module in experts.block.modules() if module not in shared)
 
 
-def _foreign_code(layer: nn.Module, owner: nn.Module, experts: Experts | None, attention: nn.Module) -> str | None:
+def _foreign_code(
+    layer: nn.Module, owner: nn.Module | None, experts: Experts | None, attention: nn.Module | None
+) -> str | None:
     probed = set() if experts is None else set(_beside_shared(experts))
     linears = [m for m in layer.modules() if isinstance(m, nn.Linear) and m not in probed]
     linears = [module for module in linears if not is_plain_linear(module)]
     if linears:
         return f"a {type(linears[0]).__name__} computes more than a linear layer"
     shared = None if experts is None or experts.shared is None else experts.shared.owner
-    for module in (layer, owner, attention, *(() if shared is None else (shared,)), *probed):
-        own = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
-        if vars(own)["forward"].__module__ != own.__module__ or not _has_own_forward(module):
+    for module in filter(None, (layer, owner, attention, shared, *probed)):
+        if not computes_as_its_class(module):
             return f"the forward of a {type(module).__name__} is not its class's own"
     return None
+
+
+def computes_as_its_class(module: nn.Module) -> bool:
+    """Whether nobody has given a module, or its class, another forward."""
+    own = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    return vars(own)["forward"].__module__ == own.__module__ and _has_own_forward(module)
 
 
 def _has_own_forward(module: nn.Module) -> bool:
@@ -126,8 +170,9 @@ def _has_own_forward(module: nn.Module) -> bool:
     forward: Any = vars(module).get("forward")
     while forward is not None and _is_ours(forward):
         forward = forward.__wrapped__
-    cls: Any = unwatched_class(type(module))
-    return forward is None or getattr(forward, "__func__", None) is cls.forward
+    watched: Any = type(module)  # whose forward transformers may have wrapped anew when it was derived
+    own = (cast(Any, unwatched_class(watched)).forward, watched.forward)
+    return forward is None or any(getattr(forward, "__func__", None) is function for function in own)
 
 
 def _is_ours(function: Any) -> bool:

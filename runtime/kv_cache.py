@@ -240,20 +240,27 @@ class Entries:
     """A model's keys and values, as steps that write them in place take them.
 
     windows: of each layer, how far back it sees (0: all). sizes: of each layer, KV heads, and the size of a key and of
-    a value; None where nothing but the model's modules knows. dtype: likewise.
+    a value; None where nothing but the model's modules knows. dtype: likewise. at: of which layers of a cache all this
+    is, where its others are the modules'; None: of all.
     """
 
     device: str
     windows: Sequence[int]
     sizes: Sequence[Sizes] | None = None
     dtype: torch.dtype | None = None
+    at: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, model: StepModel) -> Entries:
+    def of(cls, model: StepModel, at: tuple[int, ...] | None = None) -> Entries:
         """Of a model that the native step runs."""
-        attentions = [cast(Any, layer.attention) for layer in model.layers]
+        attentions = [cast(Any, layer.attention) for layer in model.layers if layer.attention is not None]
         sizes = [a.sizes for a in attentions]
-        return cls("cpu", [a.window for a in attentions], sizes, model.dtype)
+        return cls("cpu", [a.window for a in attentions], sizes, model.dtype, at)
+
+    def layers_of(self, cache: Any) -> list[Any]:
+        """The layers of a cache that these are about."""
+        layers: list[Any] = cache.layers
+        return layers if self.at is None else [layers[index] for index in self.at if index < len(layers)]
 
 
 # What a pass asks of a cache and its layers. Who has a method of his own for it wants it called.
@@ -268,7 +275,7 @@ def unfit(cache: Any, entries: Entries) -> str | None:
     reason = _of_another_kind(cache, entries)
     if reason is not None:
         return reason
-    layers: list[Any] = cache.layers
+    layers = entries.layers_of(cache)
     if not all(layer.is_initialized and _are_entries(layer.keys, layer.values, entries) for layer in layers):
         return f"a KV cache layer is empty, or not on the {entries.device.upper()} in the model's dtype"
     first = layers[0]
@@ -291,12 +298,11 @@ def _of_another_kind(cache: Any, entries: Entries) -> str | None:
         return f"the KV cache is a {type(cache).__name__}"
     if any(getattr(type(cache), name) is not getattr(DynamicCache, name) or name in vars(cache) for name in _ASKED):
         return "the KV cache has methods of its own"
-    layers: list[Any] = cache.layers
+    layers = entries.layers_of(cache)
     if len(layers) != len(entries.windows) or len({id(layer) for layer in layers}) != len(layers):
         return f"the KV cache has not {len(entries.windows)} layers"
     for layer in layers:
-        plain = library_class(type(layer))
-        if plain not in (DynamicLayer, DynamicSlidingWindowLayer) or any(name in vars(layer) for name in _ASKED):
+        if not is_plain(layer) or any(name in vars(layer) for name in _ASKED):
             return f"a KV cache layer is a {type(layer).__name__}, or has methods of its own"
     return None
 
@@ -349,11 +355,20 @@ class Rooms:
         self.length = length_of(layers[0])
         self._first = [length_of(layer) - room.end for layer, room in zip(layers, self.rooms, strict=True)]
         self._starts = [room.start for room in self.rooms]
+        self._parts: dict[Span, KeyValues] = {}
 
     @functools.cached_property
     def table(self) -> KeyValues:
         """As the native step reads them."""
         return KeyValues([r.keys for r in self.rooms], [r.values for r in self.rooms], self._first)
+
+    def part(self, begin: int, end: int) -> KeyValues:
+        """Those of some layers alone."""
+        if (begin, end) not in self._parts:
+            rooms = self.rooms[begin:end]
+            tables = KeyValues([r.keys for r in rooms], [r.values for r in rooms], self._first[begin:end])
+            self._parts[begin, end] = tables
+        return self._parts[begin, end]
 
     def fits(self, more: int) -> bool:
         """Whether nothing has been moved since, and `more` positions can be written. Takes note of positions cut off
@@ -403,7 +418,10 @@ _ROOMS: weakref.WeakKeyDictionary[Cache, Rooms] = weakref.WeakKeyDictionary()
 def known_rooms(cache: Cache, more: int, entries: Entries) -> Rooms | None:
     """The rooms that an earlier step found for the cache, if they still hold and `more` positions fit."""
     rooms = _ROOMS.get(cache)
-    if rooms is None or rooms.layers is not cache.layers or rooms.entries is not entries:
+    if rooms is None or rooms.entries is not entries:
+        return None
+    layers = entries.layers_of(cache)
+    if rooms.layers is not layers and (entries.at is None or list(map(id, rooms.layers)) != list(map(id, layers))):
         return None
     return rooms if rooms.fits(more) else None
 
@@ -414,9 +432,10 @@ def make_rooms(cache: Cache, more: int, entries: Entries, snug: bool = False) ->
     reason = unfit(cache, entries)
     if reason is not None:
         return reason
-    for layer in cache.layers:
+    layers = entries.layers_of(cache)
+    for layer in layers:
         _give_room(layer, more, snug)
-    rooms = _ROOMS[cache] = Rooms(cache.layers, entries)
+    rooms = _ROOMS[cache] = Rooms(layers, entries)
     return rooms
 
 
@@ -471,10 +490,16 @@ def take_back(cache: Cache, positions: int) -> None:
 
 
 def twin_of(cache: Any) -> Any:
-    """A cache that goes its own way from here, without a copy of what both hold."""
+    """A cache that goes its own way from here, without a copy of what both hold, but for what passes write to in place:
+    the states of recurrences."""
     twin = copy.copy(cache)
-    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    twin.layers = [copy.copy(layer) if is_plain(layer) else copy.deepcopy(layer) for layer in cache.layers]
     return twin
+
+
+def is_plain(layer: Any) -> bool:
+    """Whether a cache's layer has keys and values, all of them or those of a window, and nothing else."""
+    return library_class(type(layer)) in (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def _give_room(layer: Any, more: int, snug: bool = False) -> None:

@@ -6,14 +6,14 @@ Without a pass, on a meta device, the names that many architectures share have t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..predictors.anatomy import Anatomy
+from ..predictors.anatomy import Anatomy, Attention
 from .calls import NotCovered
 from .coverage import INERT
 from .norms import read_norm
@@ -69,21 +69,15 @@ def by_values(anatomy: Anatomy, index: int, seen: Trace) -> Composition:
     return _Layer(anatomy, index, seen).read()
 
 
-class _Layer:
-    """One layer in a pass: what it was given and gave, as its halves were, and the norms around these."""
+class Residual:
+    """One layer's residual stream in a pass: what it was given and gave, and the norms outside of the modules
+    `inside` its halves."""
 
-    def __init__(self, anatomy: Anatomy, index: int, seen: Trace) -> None:
-        layer, attention = anatomy.layers[index], anatomy.attentions[index]
-        assert attention is not None
-        owner: Any = attention.module
+    def __init__(self, layer: nn.Module, inside: Collection[nn.Module], seen: Trace) -> None:
         self._x, self._y = seen.given(layer), seen.gave(layer)
-        self._attention = seen.given(getattr(owner, attention.inputs[0])), seen.gave(getattr(owner, attention.output))
-        self._mlp, of_mlp, self._beside = _mlp(anatomy, index, seen)
-        if any(part.shape != self._x.shape for part in (*self._attention, *self._mlp, self._y)):
-            raise NotCovered("a half of its decoder layers gives something else than the size of what it reads")
         told = getattr(layer, "residual_multiplier", None)
         self._told = [1.0, float(told)] if isinstance(told, (int, float)) else [1.0]
-        inside, self._seen = {*owner.modules(), *of_mlp}, seen
+        self._seen = seen
         self._norms = [module for module in layer.modules() if module not in inside and self._changes(module, seen)]
 
     def _changes(self, module: nn.Module, seen: Trace) -> bool:
@@ -93,6 +87,40 @@ class _Layer:
             return False
         given, gave = calls[0].given, calls[0].gave
         return given is not None and gave is not None and given.shape == self._x.shape == gave.shape
+
+    def _giving(self, value: Tensor, others: Mapping[str, nn.Module]) -> nn.Module | None:
+        """The norm that gave `value`, one of the `others` last: beside a half that adds nothing, two norms give the
+        same."""
+        found = [m for m in self._norms if torch.equal(self._seen.gave(m), value)]
+        return next((m for m in found if m not in others.values()), next(iter(found), None))
+
+    def _normed(self, norms: dict[str, nn.Module], place: str, value: Tensor) -> Tensor:
+        """What a norm that is given `value` makes of it, if there is one."""
+        norm = next((m for m in self._norms if torch.equal(self._seen.given(m), value)), None)
+        if norm is None:
+            return value
+        norms[place] = norm
+        return self._seen.gave(norm)
+
+    def _scale(self, x: Tensor, gave: Tensor, total: Tensor, known: float | None = None) -> float | None:
+        """By what a half's output is multiplied before it is added to x; None where the total is no such sum. known:
+        what it has to be."""
+        found = float(((total - x) * gave).sum() / (gave * gave).sum().clamp_min(1e-30))
+        scales = [*self._told, found] if known is None else [known]
+        return next((scale for scale in scales if self._seen.sums(x, scale * gave, total)), None)
+
+
+class _Layer(Residual):
+    """One layer in a pass, with what its halves were given and gave."""
+
+    def __init__(self, anatomy: Anatomy, index: int, seen: Trace) -> None:
+        attention = anatomy.attentions[index]
+        assert attention is not None
+        self._attention = attended_in(attention, seen)
+        self._mlp, of_mlp, self._beside = mlp_in_pass(anatomy, index, seen)
+        super().__init__(anatomy.layers[index], {*attention.module.modules(), *of_mlp}, seen)
+        if any(part.shape != self._x.shape for part in (*self._attention, *self._mlp, self._y)):
+            raise NotCovered("a half of its decoder layers gives something else than the size of what it reads")
 
     def read(self) -> Composition:
         norms: dict[str, nn.Module] = {}
@@ -148,29 +176,14 @@ class _Layer:
         scale = self._scale(x, more, y, scale)
         return None if scale is None else Composition(norms, parallel, scale, self._beside)
 
-    def _giving(self, value: Tensor, others: Mapping[str, nn.Module]) -> nn.Module | None:
-        """The norm that gave `value`, one of the `others` last: beside a half that adds nothing, two norms give the
-        same."""
-        found = [m for m in self._norms if torch.equal(self._seen.gave(m), value)]
-        return next((m for m in found if m not in others.values()), next(iter(found), None))
 
-    def _normed(self, norms: dict[str, nn.Module], place: str, value: Tensor) -> Tensor:
-        """What a norm that is given `value` makes of it, if there is one."""
-        norm = next((m for m in self._norms if torch.equal(self._seen.given(m), value)), None)
-        if norm is None:
-            return value
-        norms[place] = norm
-        return self._seen.gave(norm)
-
-    def _scale(self, x: Tensor, gave: Tensor, total: Tensor, known: float | None = None) -> float | None:
-        """By what a half's output is multiplied before it is added to x; None where the total is no such sum. known:
-        what it has to be."""
-        found = float(((total - x) * gave).sum() / (gave * gave).sum().clamp_min(1e-30))
-        scales = [*self._told, found] if known is None else [known]
-        return next((scale for scale in scales if self._seen.sums(x, scale * gave, total)), None)
+def attended_in(attention: Attention, seen: Trace) -> tuple[Tensor, Tensor]:
+    """What an attention was given and gave."""
+    owner: Any = attention.module
+    return seen.given(getattr(owner, attention.inputs[0])), seen.gave(getattr(owner, attention.output))
 
 
-def _mlp(anatomy: Anatomy, index: int, seen: Trace) -> tuple[tuple[Tensor, Tensor], list[nn.Module], bool]:
+def mlp_in_pass(anatomy: Anatomy, index: int, seen: Trace) -> tuple[tuple[Tensor, Tensor], list[nn.Module], bool]:
     """What a layer's MLP, or its experts, were given and gave, the modules inside, and whether an MLP beside the
     experts (Granite) is counted in."""
     mlp, experts = anatomy.feed_forwards[index], anatomy.experts[index]

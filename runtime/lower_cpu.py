@@ -130,18 +130,13 @@ class CpuModel:
         )
 
     def step(self, program: StepProgram) -> native.Step:
-        layers = []
-        for index, (layer, mlp) in enumerate(zip(self.base.layers, program.mlps, strict=True)):
-            if isinstance(layer.mlp, PackedExperts):
-                if mlp is not None or program.columns.get(index, {}).keys() - _OF_ATTENTION:
-                    raise NotCovered("neurons or inputs of a shared expert are left out")
-                if index in program.experts:
-                    layer = replace(layer, mlp=layer.mlp.limited(*program.experts[index]))
-            kept = None if index in program.no_mlp else layer.mlp if mlp is None else mlp
-            norm = layer.mlp_in if mlp is None else _scaled(layer.mlp_in, mlp.smooth)
-            layer = replace(layer, mlp=kept, mlp_in=norm, entries_only=index in program.no_attention)
-            layers.append(_by_columns(layer, program.columns.get(index, {})))
+        layers = [programmed(layer, index, program) for index, layer in enumerate(self.base.layers)]
         return native.Step(replace(self.base, layers=layers))
+
+    def spans(self, program: StepProgram, at: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[native.Step]:
+        """Steps of some of the described layers each, where these are parts of the layers `at` of a program."""
+        layers = [programmed(layer, index, program) for index, layer in zip(at, self.base.layers, strict=True)]
+        return [native.Step(replace(self.base, layers=layers[begin:end]), inner=True) for begin, end in spans]
 
     def check_end(self, positions: int) -> None:
         """Raises NotThisCall where the model cannot come to so many positions."""
@@ -164,23 +159,24 @@ class CpuModel:
 
     def nbytes(self) -> tuple[int, int]:
         """Of all matrices, and of the dense MLPs' and the experts'."""
-        mlps: list[Any] = [layer.mlp for layer in self.base.layers]
+        mlps: list[Any] = [layer.mlp for layer in self.base.layers if layer.mlp is not None]
         of_mlps = sum(mlp.nbytes for mlp in mlps)
-        attentions: list[Any] = [layer.attention for layer in self.base.layers]
+        attentions: list[Any] = [layer.attention for layer in self.base.layers if layer.attention is not None]
         of_attention = sum(m.nbytes for a in attentions for m in a.linears)
         return of_mlps + of_attention + self.base.head.nbytes, of_mlps
 
     # --- layers
 
     def _layer(self, layer: LayerSpec, bundled: bool, rotation: tuple[Tensor, Tensor] | None) -> native.StepLayer:
-        mlp: native.DenseMLP | PackedExperts
+        mlp: native.DenseMLP | PackedExperts | None = None
+        act = "silu"  # of nothing
         if layer.experts is not None:
             mlp, act = self._experts(layer.experts), layer.experts.act
-        else:
+        elif layer.bricks:
             (brick,) = layer.bricks
             mlp, act = _where_it_lies(brick) if bundled else self._mlp(brick), brick.act
         return native.StepLayer(
-            attention=self._attention(layer.attention, rotation),
+            attention=None if layer.attention is None else self._attention(layer.attention, rotation),
             mlp=mlp,
             act=act,
             attention_in=_norm(layer.attention_in),
@@ -234,11 +230,19 @@ class CpuModel:
             turned=attention.turned,
             slopes=attention.slopes,
             sinks=None if attention.sinks is None else attention.sinks.detach().float().contiguous(),
+            q_place=attention.q_place,
+            gating=attention.gating,
+            gate=None if attention.gate is None else self._parts(attention.gate, self._format)[0],
+            gate_place=attention.gate_place,
+            v_norm=_norm(attention.v_norm),
+            v_scale=attention.v_scale,
+            out_norm=_norm(attention.out_norm),
         )  # fmt: skip
 
     def _mlp(self, brick: BrickSpec) -> native.DenseMLP:
         parts = [part for linear in brick.linears for part in self._parts(linear, self._format)]
-        return native.DenseMLP(*parts) if len(parts) == 3 else native.DenseMLP(None, *parts)
+        gate = parts[0] if len(parts) == 3 else None
+        return native.DenseMLP(gate, parts[-2], parts[-1], _norm(brick.norm))
 
     def _experts(self, spec: ExpertsSpec) -> PackedExperts:
         shared = None
@@ -307,6 +311,23 @@ class CpuModel:
         return exact or PackedLinear.pack(weight, bias, fmt=fmt)
 
 
+def programmed(layer: native.StepLayer, index: int, program: StepProgram) -> native.StepLayer:
+    """What a program leaves of a layer, its `index`-th.
+
+    Raises NotCovered where a native step does not leave that out.
+    """
+    mlp = None if layer.mlp is None else program.mlps[index]
+    if isinstance(layer.mlp, PackedExperts):
+        if mlp is not None or program.columns.get(index, {}).keys() - _OF_ATTENTION:
+            raise NotCovered("neurons or inputs of a shared expert are left out")
+        if index in program.experts:
+            layer = replace(layer, mlp=layer.mlp.limited(*program.experts[index]))
+    kept = None if index in program.no_mlp else layer.mlp if mlp is None else mlp
+    norm = layer.mlp_in if mlp is None else _scaled(layer.mlp_in, mlp.smooth)
+    layer = replace(layer, mlp=kept, mlp_in=norm, entries_only=index in program.no_attention)
+    return _by_columns(layer, program.columns.get(index, {}))
+
+
 def describe(model: Any, anatomy: Anatomy, packing: Packing | None = None) -> CpuModel:
     """The model with its weights where they lie.
 
@@ -314,7 +335,7 @@ def describe(model: Any, anatomy: Anatomy, packing: Packing | None = None) -> Cp
         NotCovered: the native step does not describe the model, or cannot run here.
     """
     packing = packing or Packing()
-    _check(model, anatomy, packing.packed_alone)
+    check_describable(model, anatomy, packing.packed_alone)
     spec = read_spec(model, anatomy)
     try:
         return CpuModel(spec, RotaryTables(spec), Packing(packed_alone=packing.packed_alone))
@@ -338,7 +359,8 @@ def check_finite(model: nn.Module) -> None:
         raise NotCovered("weights with infinities or NaNs have no form of 4 or 8 bits")
 
 
-def _check(model: Any, anatomy: Anatomy, packed_alone: PackedAlone) -> None:
+def check_describable(model: Any, anatomy: Anatomy, packed_alone: PackedAlone) -> None:
+    """Raises NotCovered where native code cannot run here, or not on matrices like these."""
     if available("cpu") is not None:
         raise NotCovered(str(available("cpu")))
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
@@ -394,7 +416,8 @@ def _table(spec: ModelSpec) -> Tensor | PackedLinear:
 def _where_it_lies(brick: BrickSpec) -> native.DenseMLP:
     w = brick.feed_forward.matrices()
     gate = None if w.gate is None else PackedLinear.pack(w.gate, w.gate_bias)
-    return native.DenseMLP(gate, PackedLinear.pack(w.up, w.up_bias), PackedLinear.pack(w.down.t(), w.down_bias))
+    up, down = PackedLinear.pack(w.up, w.up_bias), PackedLinear.pack(w.down.t(), w.down_bias)
+    return native.DenseMLP(gate, up, down, _norm(brick.norm))
 
 
 def lower_norm(norm: NormSpec) -> native.Norm:

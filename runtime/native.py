@@ -74,6 +74,7 @@ class _State:
 
     def __init__(self, config: Any) -> None:
         self.refusal: str | None = None
+        self.uncovered = False
         self.described: Described | None = None
         self.disagreed = 0  # first steps so far whose logits were not the model's own
         self.checkpoints = Checkpoints(config)
@@ -134,6 +135,11 @@ class NativeSteps:
     def refusal(self) -> str | None:
         """Why this model's steps are not run natively, if they are not."""
         return self._state.refusal
+
+    @property
+    def uncovered(self) -> bool:
+        """Whether that is because of what the model is."""
+        return self._state.uncovered
 
     @property
     def ready(self) -> bool:
@@ -235,7 +241,8 @@ class NativeSteps:
             except NotThisCall:
                 raise
             except NotCovered as reason:
-                self._refuse(str(reason))
+                state.uncovered = True  # but maybe in part: who warns is spans.py
+                self._refuse(str(reason), logging.DEBUG)
                 return None
             try:
                 output = comparison.finish(found, loaded, named)
@@ -304,11 +311,15 @@ class NativeSteps:
         if self.refusal is not None:
             raise NotCovered(self.refusal)
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, reason: str, level: int | None = None) -> None:
         self._state.refusal = reason
-        level, fmt = (logging.DEBUG, "") if self.weights is None else (logging.WARNING, f", in {self.weights}")
+        self.warn(reason, level)
+
+    def warn(self, reason: str, level: int | None = None) -> None:
+        """Says that decode steps run on the modules, aloud where these have packed weights to read."""
+        usual, fmt = (logging.DEBUG, "") if self.weights is None else (logging.WARNING, f", in {self.weights}")
         kind = self.anatomy.model_type
-        logger.log(level, "decode steps of this %s run on its own modules%s: %s", kind, fmt, reason)
+        logger.log(level or usual, "decode steps of this %s run on its own modules%s: %s", kind, fmt, reason)
 
     # --- every step
 

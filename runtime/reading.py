@@ -50,7 +50,7 @@ def read_spec(model: Any, anatomy: Anatomy) -> ModelSpec:
         NotCovered: something of it is not described by the classes of spec.py.
     """
     table = model.get_input_embeddings()
-    _check_table(table)
+    check_table(table)
     if any(attention is None for attention in anatomy.attentions):
         raise NotCovered("a layer's attention was not recognised")
     windows(model.config, len(anatomy))  # before anything is computed
@@ -81,7 +81,7 @@ def read_spec(model: Any, anatomy: Anatomy) -> ModelSpec:
         logit_softcap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
         places=places,
         embedding_norm=embedding_norm,
-        end=_end(anatomy, rotary, places, seen),
+        end=read_end(anatomy, rotary, places, seen),
     )
 
 
@@ -104,7 +104,7 @@ def _attentions(
     anatomy: Anatomy, config: Any, windows_of: list[int], seen: Trace | None
 ) -> tuple[RotarySpec | None, list[AttentionSpec | LatentSpec]]:
     """How the layers rotate, and attend."""
-    rotary = _rotary(anatomy)
+    rotary = read_rotary(anatomy)
     variants = [rotary] if rotary is None or seen is None else [rotary, replace(rotary, backwards=True)]
     refused: NotCovered | None = None
     for variant in variants:
@@ -122,18 +122,16 @@ def _layer(anatomy: Anatomy, index: int, found: Composition, attention: Any, siz
     mlp, experts = anatomy.feed_forwards[index], anatomy.experts[index]
     return LayerSpec(
         attention=attention,
-        bricks=(_brick(mlp),) if mlp is not None and experts is None else (),
-        experts=None if experts is None else _experts(experts, mlp if found.beside else experts.shared),
+        bricks=(read_brick(mlp),) if mlp is not None and experts is None else (),
+        experts=None if experts is None else read_experts(experts, mlp if found.beside else experts.shared),
         residual_scale=found.residual_scale,
         parallel=found.parallel,
         **cast(Any, found.specs(size)),
     )
 
 
-def _brick(mlp: FeedForward) -> BrickSpec:
+def read_brick(mlp: FeedForward) -> BrickSpec:
     act = canonical_activation(mlp.act)
-    if mlp.norm_name is not None:
-        raise NotCovered("a norm stands before the down projection of its MLPs")
     if not isinstance(act, str):
         raise NotCovered("its activation is not one of the kernels'")
     linears = [mlp.up, mlp.down] if mlp.gate_name is None else [getattr(mlp.owner, mlp.gate_name), mlp.up, mlp.down]
@@ -142,10 +140,11 @@ def _brick(mlp: FeedForward) -> BrickSpec:
     width = mlp.intermediate_size
     up = LinearSpec(mlp.up, (width, width) if mlp.stacked else None)
     gate = None if mlp.gate_name is None else LinearSpec(linears[0])
-    return BrickSpec(gate, up, LinearSpec(mlp.down), act, mlp)
+    norm = None if mlp.norm_name is None else read_norm(getattr(mlp.owner, mlp.norm_name), width)
+    return BrickSpec(gate, up, LinearSpec(mlp.down), act, mlp, norm)
 
 
-def _experts(found: Experts, shared: FeedForward | None) -> ExpertsSpec:
+def read_experts(found: Experts, shared: FeedForward | None) -> ExpertsSpec:
     """shared: an MLP that every token goes through, in the mixture's block or beside it."""
     router, gating, at = found.router, found.gating, found.layout
     if router is None:
@@ -153,6 +152,9 @@ def _experts(found: Experts, shared: FeedForward | None) -> ExpertsSpec:
     act = None if gating is None else canonical_activation(gating.act)
     if gating is None or not isinstance(act, str):
         raise NotCovered("what its experts make of gate and up is not one of the kernels' activations")
+
+    if shared is not None and shared.norm_name is not None:
+        raise NotCovered("a norm stands inside of a shared expert")
 
     def own(name: str | None) -> Tensor | None:
         return None if name is None else found.parameter(name)
@@ -178,7 +180,7 @@ def _experts(found: Experts, shared: FeedForward | None) -> ExpertsSpec:
         limit=gating.limit,
         count=found.count,
         width=found.intermediate_size,
-        shared=None if shared is None else _brick(shared),
+        shared=None if shared is None else read_brick(shared),
         shared_gate=None if found.shared_gate is None else linear(found.shared_gate),
         scaled_inputs=found.scaled_inputs,
         routed_scale=found.routed_scale,
@@ -207,34 +209,36 @@ def _last_norm(anatomy: Anatomy, seen: Trace | None, size: int) -> NormSpec | No
 # ---- positions and embeddings ----
 
 
-def _rotary(anatomy: Anatomy) -> RotarySpec | None:
+def read_rotary(anatomy: Anatomy) -> RotarySpec | None:
     """How the layers rotate, if they do."""
-    module = getattr(anatomy.stack, "rotary_emb", None)
+    named = getattr(anatomy.stack, "rotary_emb", None)
+    module = named or next((m for m in anatomy.stack.children() if "inv_freq" in m._buffers), None)
     if isinstance(module, nn.Module):
         kinds = getattr(module, "rope_type", "default")
         names = set(cast(Any, kinds).values()) if isinstance(kinds, dict) else {kinds}
         if not names <= set(STATIC_ROPE):
             raise NotCovered(f"rotary embeddings of type {', '.join(sorted(names))} change with the length of the text")
         return RotarySpec(module, "layer_type" in inspect.signature(module.forward).parameters)
-    for attention in anatomy.attentions:
-        table = getattr(cast(Any, attention).module, "embed_positions", None)
+    for attention in filter(None, anatomy.attentions):
+        table = getattr(attention.module, "embed_positions", None)
         if isinstance(table, Tensor) and table.ndim == 2:  # each layer has the same
             return RotarySpec(None, table=table)
     return None
 
 
-def _end(anatomy: Anatomy, rotary: RotarySpec | None, places: PlacesSpec | None, seen: Trace | None) -> int | None:
+def read_end(anatomy: Anatomy, rotary: RotarySpec | None, places: PlacesSpec | None, seen: Trace | None) -> int | None:
     """How many positions the model knows, where it has a table of them."""
     ends = [] if places is None else [places.count]
     if rotary is not None and rotary.table is not None:
         ends.append(rotary.table.shape[0])
     if seen is not None:  # biases of scores that were made for all positions before (MPT)
-        biases = alibi(seen.named(cast(Any, anatomy.attentions[0]).module))
+        attending = [a for a in anatomy.attentions if a is not None and a.module in seen.calls]
+        biases = None if not attending else alibi(seen.named(attending[0].module))
         ends += [biases.shape[-1]] if biases is not None and biases.shape[-1] > seen.ids.numel() else []
     return min(ends, default=None)
 
 
-def _check_table(module: nn.Module) -> None:
+def check_table(module: nn.Module) -> None:
     """Raises NotCovered where tokens' embeddings are not the rows of a matrix."""
     weight, own = module._parameters.get("weight"), type(module).forward.__module__.partition(".")[0]
     known = own in ("torch", "transformers") or isinstance(module, PackedRows)

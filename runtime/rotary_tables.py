@@ -25,7 +25,8 @@ class RotaryTables:
 
     def __init__(self, spec: ModelSpec) -> None:
         self._rotary, self._end = spec.rotary, spec.end
-        self._kinds = [layer.attention.rotation for layer in spec.layers]
+        attentions = [layer.attention for layer in spec.layers]
+        self._kinds = ["" if attention is None else attention.rotation for attention in attentions]
         self._lock = threading.Lock()
         self._outgrown: list[Any] = []  # a step in another thread may still read them; together as large as the present
         self.positions, self.version = min(_FIRST, spec.end or _FIRST), 0

@@ -9,6 +9,7 @@ where the configuration names a position, and wherever the length has doubled. E
 from __future__ import annotations
 
 import bisect
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
@@ -17,6 +18,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from ..kernels.ops import MAX_ROWS
+from .calls import NotCovered
+from .kv_cache import is_plain
 
 # Keys and values made up for the second comparison: half a thousand take 23 MB of the embedded model in float32.
 KEYS = 512
@@ -91,9 +94,18 @@ def far_positions(config: Any) -> Tensor:
 def made_up(config: Any, like: DynamicCache, rows: int, keys: int) -> DynamicCache:
     """A cache of `keys` keys and values in each row: those of the first sequence of `like`, again and again after its
     first token. Texts lean on their first token: behind random numbers, which none of them leans on, rounding to
-    bfloat16 alone moves the embedded model's logits by a standard deviation, behind these by a twentieth of one."""
+    bfloat16 alone moves the embedded model's logits by a standard deviation, behind these by a twentieth of one. Layers
+    without keys get the states of the first sequence.
+
+    Raises NotCovered for layers of other kinds.
+    """
     cache = DynamicCache(config=config)
     for index, layer in enumerate(cast(Any, like.layers)):
+        if not is_plain(layer):
+            cache.layers[index] = _states_of(layer, rows)
+            continue
+        if not layer.is_initialized:  # of what no text comes to, as attention to pictures
+            continue
         length = layer.keys.shape[2]
         again = torch.arange(keys, device="cpu") % max(1, length - 1) + min(1, length - 1)
         again[0] = 0
@@ -103,6 +115,20 @@ def made_up(config: Any, like: DynamicCache, rows: int, keys: int) -> DynamicCac
         )
         cache.update(*parts, index)
     return cache
+
+
+def _states_of(layer: Any, rows: int) -> Any:
+    """A copy of a cache's layer that has nothing, or states alone, those of its first sequence for so many."""
+    if not any(isinstance(value, (Tensor, dict)) for value in vars(layer).values()):
+        return copy.deepcopy(layer)
+    states = {name: getattr(layer, name, None) for name in ("conv_states", "recurrent_states")}
+    if hasattr(layer, "keys") or not all(isinstance(found, dict) for found in states.values()):
+        raise NotCovered(f"what a {type(layer).__name__} holds behind other texts is not known")
+    twin = copy.deepcopy(layer)
+    for name, found in states.items():
+        some = cast("dict[int, Tensor | None]", found).items()
+        setattr(twin, name, {at: None if x is None else x[:1].repeat_interleave(rows, 0) for at, x in some})
+    return twin
 
 
 def agree(

@@ -66,6 +66,11 @@ class AttentionSpec:
         softcap: of the scores; 0: none.
         slopes: float32 ``[heads]``, what a score loses for each position that its key lies back (ALiBi), or None.
         sinks: ``[heads]``, the model's own: a further score in each softmax, which no value belongs to; or None.
+        q_place: where q's heads are among its outputs, where these are not all.
+        gating: what is made of the numbers that heads are multiplied by before the output: "sigmoid", "softplus";
+            "": they are not. gate: a projection of what q reads to these; None: they are among q's outputs.
+            gate_place: where each head's numbers are there.
+        v_norm, v_scale: of the heads of v. out_norm: of what the output projection is given.
     """
 
     inputs: tuple[LinearSpec, ...]
@@ -82,6 +87,18 @@ class AttentionSpec:
     turned: bool = False
     slopes: Tensor | None = None
     sinks: Tensor | None = None
+    q_place: Heads | None = None
+    gating: str = ""
+    gate: LinearSpec | None = None
+    gate_place: Heads | None = None
+    v_norm: NormSpec | None = None
+    v_scale: float = 1.0
+    out_norm: NormSpec | None = None
+
+    @property
+    def inside(self) -> bool:
+        """Whether heads have gates, or norms and numbers stand inside."""
+        return bool(self.gating) or self.v_scale != 1.0 or self.v_norm is not None or self.out_norm is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,13 +139,14 @@ class LatentSpec:
 @dataclass(frozen=True, eq=False)
 class BrickSpec:
     """A run of neurons: gate, up and down rows, and the activation's name. gate None: plain, or in `up` before its own
-    rows where that is `stacked`."""
+    rows where that is `stacked`. norm: of all activations, before the down projection."""
 
     gate: LinearSpec | None
     up: LinearSpec
     down: LinearSpec
     act: str
     feed_forward: FeedForward
+    norm: NormSpec | None = None
 
     @property
     def stacked(self) -> bool:
@@ -202,9 +220,10 @@ class LayerSpec:
 
     bricks: a dense layer's MLP; none where there are `experts`.
     parallel: the bricks read x as it was before the attention.
+    attention None, bricks () and experts None: of a layer that is described in part, what is not (span_reading.py).
     """
 
-    attention: AttentionSpec | LatentSpec
+    attention: AttentionSpec | LatentSpec | None
     bricks: tuple[BrickSpec, ...]
     experts: ExpertsSpec | None
     attention_in: NormSpec | None
@@ -283,7 +302,11 @@ class ModelSpec:
     def linears(self) -> Iterator[LinearSpec]:
         """Every linear once, in the order of the layers, the head last; routers and experts' matrices are none."""
         for layer in self.layers:
-            yield from (*layer.attention.inputs, layer.attention.output)
+            if layer.attention is not None:
+                yield from layer.attention.inputs
+                if isinstance(layer.attention, AttentionSpec) and layer.attention.gate is not None:
+                    yield layer.attention.gate
+                yield layer.attention.output
             for brick in layer.bricks:
                 yield from brick.linears
             if layer.experts is not None and layer.experts.shared is not None:
@@ -315,12 +338,16 @@ def beyond_llama(spec: ModelSpec) -> str | None:
 
 def _beyond_llama(layer: LayerSpec) -> str | None:
     attention, experts = layer.attention, layer.experts
+    if attention is None:
+        return "a layer has no attention that is described"
     if isinstance(attention, LatentSpec):
         return "its attention is over latents"
     if attention.order is not None or attention.paired or attention.turned:
         return "heads of its attention lie in turn, or are turned by neighbours, or before their norm"
     if attention.slopes is not None or attention.sinks is not None:
         return "its attention has slopes or sinks"
+    if attention.inside or any(brick.norm is not None for brick in layer.bricks):
+        return "heads of its attention have gates, or norms stand inside of attentions or MLPs"
     if layer.attention_after is not None or layer.mlp_after is not None:
         return "the residual stream itself is normed"
     if experts is not None and (experts.routed_scale, experts.shared_scale) != (1.0, 1.0):

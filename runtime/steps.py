@@ -23,6 +23,7 @@ from .native import NativeSequence, NativeSteps
 from .native_prompts import NativePrompts
 from .passes import NativePasses
 from .phases import mode
+from .spans import SpanSteps
 
 logger = logging.getLogger("coreskip")
 
@@ -31,6 +32,7 @@ class Lowering(Enum):
     """What carries decode steps out."""
 
     NATIVE = "one native call"
+    SPANS = "native calls between the model's own modules"
     CAPTURED = "a captured graph"
     MODULES = "the model's own modules"
 
@@ -49,22 +51,26 @@ class Host(Protocol):
 
 
 class Steps:
-    """The decode steps of one wrapped model.
-
-    dense: what verification computes.
-    """
+    """The decode steps of one wrapped model."""
 
     def __init__(
-        self, host: Host, native: NativeSteps, prompts: NativePrompts, captured: CapturedSteps, dense: StepProgram
+        self,
+        host: Host,
+        native: NativeSteps,
+        prompts: NativePrompts,
+        captured: CapturedSteps,
+        spans: SpanSteps,
     ) -> None:
         self._host: Host = weakref.proxy(host)  # which has this: a cycle would outlive `unwrap`
-        self.native, self._prompts, self.captured, self._dense = native, prompts, captured, dense
+        self.native, self._prompts, self.captured, self.spans = native, prompts, captured, spans
+        self._dense = StepProgram.dense(len(native.anatomy), as_loaded=True)  # what verification computes
         self._said: tuple[Lowering, str | None] | None = None
 
     def forget(self) -> None:
         """The model was changed: what was described or captured of it does not hold any more."""
         self.native.forget()
         self.captured.forget()
+        self.spans.forget()
         self._said = None
 
     @property
@@ -75,7 +81,8 @@ class Steps:
         else:
             found, reason = Lowering.NATIVE, self.native.refusal
         if reason is not None:
-            found = Lowering.MODULES
+            in_part = found is Lowering.NATIVE and self.native.uncovered and self.spans.refusal is None
+            found = Lowering.SPANS if in_part else Lowering.MODULES
         if self._said != (found, reason):
             self._said = found, reason
             logger.debug("decode steps run by %s%s", found.value, "" if reason is None else f": {reason}")
@@ -100,8 +107,14 @@ class Steps:
             # verification's tokens are the dense model's own to the last bit: so are its steps
             return None if verifying or reason is not None else self.captured.forward(original, named)
         if lowering is Lowering.NATIVE:
-            program = reason or self._program(named["past_key_values"], dense=verifying)
-            return self.native.forward(original, program, named)
+            program = reason or self._program(named["past_key_values"], dense=verifying or mode().densely)
+            output = self.native.forward(original, program, named)
+            if output is not None or self.lowering is not Lowering.SPANS:
+                return output
+        # what verification and a dense pass give are the modules' own tokens, to the bit
+        if self.lowering is Lowering.SPANS and not (verifying or mode().densely or mode().as_loaded):
+            program = reason or self._program(named["past_key_values"], dense=False)
+            return self.spans.forward(original, program, named)
         return None
 
     def prompt(self, original: Callable[..., Any], named: dict[str, Any], reason: str | None) -> Any:

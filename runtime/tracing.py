@@ -27,11 +27,13 @@ _FIRST = 5  # ids before it are often special
 @dataclass(eq=False)
 class Call:
     """One call of a module: what it was given as its first argument, and gave, each float32 ``[tokens, size]``, or
-    ``[heads, tokens, size]`` and the like; None where that is no tensor."""
+    ``[heads, tokens, size]`` and the like; None where that is no tensor. outputs: how many things it gave, the tensor
+    first; 0: nothing but that."""
 
     given: Tensor | None
     named: dict[str, Any]
     gave: Tensor | None
+    outputs: int = 0
 
     def made(self, given: Tensor, gave: Tensor) -> bool:
         """Whether this call made the one of the other."""
@@ -47,7 +49,7 @@ class Trace:
         dtype: the model's.
         calls: by module, in the order in which they were made.
         before: the modules that were called before the first layer.
-        keys, values: by layer, as the cache has them, ``[kv_heads, tokens, size]``.
+        keys, values: by layer, as the cache has them, ``[kv_heads, tokens, size]``; ``[0]`` where it has none.
         last: what the decoder gave.
     """
 
@@ -86,6 +88,10 @@ class Trace:
         """What a module's only call gave; raises as `given` does."""
         return self._of(module, self._one(module).gave)
 
+    def outputs(self, module: nn.Module) -> int:
+        """See `Call`; of a module's only call, and raises as `given` does."""
+        return self._one(module).outputs
+
     def named(self, module: nn.Module) -> dict[str, Any]:
         """The named arguments of a module's only call; raises as `given` does."""
         return self._one(module).named
@@ -103,11 +109,11 @@ class Trace:
         return found
 
 
-def trace(model: Any, anatomy: Anatomy) -> Trace:
+def trace(model: Any, anatomy: Anatomy, partly: bool = False) -> Trace:
     """Takes a few tokens through the decoder of `model`, densely.
 
     Raises:
-        NotCovered: a pass is not possible so, or leaves no keys and values of every layer.
+        NotCovered: a pass is not possible so, or, unless `partly`, leaves no keys and values of every layer.
     """
     table = model.get_input_embeddings()
     ids = torch.arange(_FIRST, _FIRST + TOKENS, device=_device(anatomy))[None] % table.num_embeddings
@@ -117,10 +123,15 @@ def trace(model: Any, anatomy: Anatomy) -> Trace:
     if found.last is None:
         raise NotCovered("its decoder gives no hidden states")
     for layer in cast(Any, cache.layers):
-        if not isinstance(layer.keys, Tensor) or layer.keys.ndim != 4:
+        entries = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if all(isinstance(part, Tensor) and part.ndim == 4 for part in entries):
+            keys, values = map(_own, cast(Any, entries))
+        elif partly:
+            keys = values = torch.empty(0, dtype=torch.float32, device="cpu")
+        else:
             raise NotCovered("a layer keeps no keys and values in its cache")
-        found.keys.append(_own(layer.keys))
-        found.values.append(_own(layer.values))
+        found.keys.append(keys)
+        found.values.append(values)
     return found
 
 
@@ -164,7 +175,9 @@ def _watching(anatomy: Anatomy, found: Trace) -> Iterator[None]:
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() == mine and module in found.calls:
-            found.calls[module][-1].gave = _plain(output[0] if isinstance(output, (tuple, list)) else output)
+            several = isinstance(output, (tuple, list)) and len(output) > 0
+            call = found.calls[module][-1]
+            call.gave, call.outputs = _plain(output[0] if several else output), len(output) if several else 0
 
     modules = [module for module in anatomy.stack.modules() if module is not anatomy.stack]
     handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in modules]

@@ -44,6 +44,7 @@ from .prepared import Prepared
 from .program import Program, linear_of
 from .release import Replaced, trim
 from .selections import Observed, Selections, selections_of
+from .spans import SpanSteps
 from .steps import Steps
 
 logger = logging.getLogger("coreskip")
@@ -120,10 +121,10 @@ class Runtime:
             before=self._weights.linears,
         )
         native = NativeSteps(model, self.anatomy, packing, self.usage.count, lambda: me.notice())
-        dense = StepProgram.dense(len(self.anatomy), as_loaded=True)
         self.prepared = Prepared(self.anatomy, self.program, self._weights, self.skips, self.altered)
         prompts = NativePrompts(me, native, self.anatomy, narrow=packing.narrow > 0)
-        self.steps = Steps(self, native, prompts, CapturedSteps(self), dense)
+        spans = SpanSteps(me, native, packing, self.formats.take)
+        self.steps = Steps(self, native, prompts, CapturedSteps(self), spans)
         self._demanded = options.keep_originals is False
         keeps = keeps or not (weights or self._demanded)
         # neurons that prompts choose are packed again and again

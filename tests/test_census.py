@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
     [
         ("llama", {"native": True, "neurons": "right", "core": "right", "top_expert": "no experts", "mlps": 4}),
         ("mixtral", {"neurons": "no MLP", "top_expert": "right", "experts": 4, "routers": 4}),
-        ("nemotron_h", {"neurons": "right", "top_expert": "right", "mlps": 2, "experts": 1, "layers": 4}),
+        ("nemotron_h", {"neurons": "right", "native": False, "halves": [3, 4], "mlps": 2, "experts": 1, "layers": 4}),
         ("jetmoe", {"refused": "form that coreskip does not read"}),
     ],
 )
@@ -62,7 +62,7 @@ def test_a_census_goes_on_where_it_was(tmp_path: Path) -> None:
     assert list(found) == ["llama", "xmod"]
     assert found["llama"]["dense"] == "right"
     assert not found["xmod"]["built"]
-    assert "2 types; dense: 1 built, 1 right, 1 native" in result.output
+    assert "2 types; dense: 1 built, 1 right, 1 native, 0 in part" in result.output
     table = fill_tables("<!-- table: census -->\n<!-- end table -->", tmp_path)
     assert "| llama | yes | 4, 0 of 4 | right | right | no experts | exact | native |" in table
 

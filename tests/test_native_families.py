@@ -42,6 +42,10 @@ TYPES = {
     "experts whose inputs are weighed": ["llama4_text"],
     "a mean of routed and shared experts": ["cohere2_moe"],
     "latents": ["deepseek_v2", "deepseek_v3", "minicpm3", "youtu"],
+    "gates of heads": ["afmoe", "laguna"],
+    "norms inside attentions and MLPs": ["bitnet"],
+    "values that are scaled": ["mimo_v2_flash"],
+    "an output that comes first": ["phi4_multimodal"],
 }
 ALL = [name for some in TYPES.values() for name in some]
 
@@ -97,7 +101,8 @@ def test_in_groups_steps_agree_with_modules(name: str, weights: str) -> None:
         assert native.ready, native.refusal
         described = native.described
         assert described is not None
-        if any(runtime_of(model).anatomy.experts) or name in TYPES["latents"]:
+        of_modules = TYPES["latents"] + TYPES["norms inside attentions and MLPs"]
+        if any(runtime_of(model).anatomy.experts) or name in of_modules:
             return  # prompts of these run on the modules
         assert described.prompts_uncovered is None
         prompts = [logits_of(model, ids, options["attention_mask"], steps) for steps in (0, 1, 5)]
@@ -145,7 +150,9 @@ def test_a_tokens_bits_do_not_depend_on_its_neighbours(name: str) -> None:
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "bart", "bloom", "deepseek_v3", "minicpm3", "llama4_text"])
+@pytest.mark.parametrize(
+    "name", ["gpt_neox", "gpt2", "bart", "bloom", "deepseek_v3", "minicpm3", "llama4_text", "bitnet", "laguna"]
+)
 def test_packed(name: str, tmp_path: Path) -> None:
     """Matrices in groups, and their very numbers in float32."""
     model = packed(made(name), tmp_path / "packed", weights="int4")
@@ -157,7 +164,7 @@ def test_packed(name: str, tmp_path: Path) -> None:
         assert native.ready, native.refusal
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "bart", "minicpm3", "youtu"])
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "bart", "minicpm3", "youtu", "bitnet"])
 @pytest.mark.parametrize("weights", ["int4", "as-loaded"])
 def test_under_a_cap(name: str, weights: str, tmp_path: Path) -> None:
     """Matrices come from the disk in the order in which a step reads them."""
@@ -174,7 +181,7 @@ def test_under_a_cap(name: str, weights: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name in ALL if name not in TYPES["norms of other names"]])
 def test_who_knows_only_common_models_is_told(name: str) -> None:
     model = made(name)
-    plain = name in ("granitemoeshared", "falcon")
+    plain = name in ("granitemoeshared", "falcon", "phi4_multimodal")
     reason = beyond_llama(read_spec(model, dissect(model)))
     assert plain or reason is not None
     common = made("llama")

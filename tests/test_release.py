@@ -157,11 +157,11 @@ def test_an_engine_leaves_a_model_wrapped_that_cannot_be_unwrapped(llama: Any) -
     assert is_wrapped(llama)
 
 
-@pytest.mark.parametrize("reason", ["not a part that is described", "hooks", "infinities"])
+@pytest.mark.parametrize("reason", ["not one of the kernels'", "hooks", "infinities"])
 def test_nothing_goes_where_the_native_step_does_not_run(
     reason: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny("llama" if reason in ("hooks", "infinities") else "bitnet")
+    model = tiny("llama" if reason in ("hooks", "infinities") else "apertus")
     if reason == "hooks":
         model.lm_head.register_forward_hook(lambda *_: None)
     if reason == "infinities":

@@ -159,21 +159,21 @@ def test_memory_is_not_taken_twice(llama: Any) -> None:
 
 
 def test_what_stays_dense(llama: Any) -> None:
-    bitnet, ids, more = tiny("bitnet"), prompt(1, 12), prompt(1, 3, seed=3)
-    plain, defined = after_prefill(bitnet, bitnet, ids, more), by_definition(bitnet, "int4")
-    with coreskip.wrap(bitnet, Plan.dense(bitnet, weights="int4")):
+    apertus, ids, more = tiny("apertus"), prompt(1, 12), prompt(1, 3, seed=3)
+    plain, defined = after_prefill(apertus, apertus, ids, more), by_definition(apertus, "int4")
+    with coreskip.wrap(apertus, Plan.dense(apertus, weights="int4")):
         with prefilling():
-            found = after_prefill(bitnet, bitnet, ids, more)
+            found = after_prefill(apertus, apertus, ids, more)
         assert differ(found, after_prefill(defined, defined, ids, more)) < PROMPT_ROUNDING
         with densely():
-            assert differ(after_prefill(bitnet, bitnet, ids, more), plain) < 1e-4
-        cache = DynamicCache(config=bitnet.config)
-        bitnet(ids, past_key_values=cache)
-        logits = bitnet(more, past_key_values=cache).logits  # with gradients
+            assert differ(after_prefill(apertus, apertus, ids, more), plain) < 1e-4
+        cache = DynamicCache(config=apertus.config)
+        apertus(ids, past_key_values=cache)
+        logits = apertus(more, past_key_values=cache).logits  # with gradients
         assert differ(logits.detach(), plain) < 1e-4
         logits.sum().backward()
-        first = bitnet(more).logits
-    assert torch.equal(bitnet(more).logits, first)
+        first = apertus(more).logits
+    assert torch.equal(apertus(more).logits, first)
 
 
 @pytest.mark.parametrize("family", ["opt", "gpt2"])
@@ -223,7 +223,7 @@ def test_weights_loaded_anew_are_packed_anew() -> None:
 
 def test_the_figure_knows_where_steps_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of 4-bit numbers loaded in float32 is read in 4 bits by the native step, in 32 by the modules."""
-    for family, native in (("llama", True), ("bitnet", False)):
+    for family, native in (("llama", True), ("apertus", False)):
         model = tiny(family)
         for module in takers(model):
             q, scale, least = untile(PackedLinear.pack(module.weight, fmt="int4"))

@@ -149,6 +149,7 @@ struct StepLayer {
     StepHeads q_heads, k_heads, v_heads;
     StepLatentPart latent;                                // its keys and values: one head of latents, one of what is turned
     int64_t heads, kv_heads, head_dim, rope_dim, window;  // window 0: all of the past
+    int64_t cache;                                        // which of a sequence's caches it writes to
     const float* cos;                                     // [positions][rope_dim], null: no rotation
     const float* sin;
     const float* slopes;                                  // [heads]: ALiBi's, which a score loses for each position back; or null
@@ -158,6 +159,14 @@ struct StepLayer {
     int fused;      // `q` holds k and v, too
     int paired;     // rotation turns neighbours, not halves
     int turned;     // heads of q and k are normed after the rotation
+    int special;    // whether anything of what follows is there: few models look at it
+
+    StepNorm v_norm, attended_norm, inner_norm;  // of each head of v; of what `o` reads, and of what `down` reads (BitNet)
+    StepLinear attention_gate;  // what heads are multiplied by before `o`, from what q reads; none: in `q`, or nowhere
+    StepHeads gate_heads;
+    float v_scale;              // what is cached of v is multiplied by this
+    int gating;                 // what is made of the gates of heads: see Gating
+    int gate_width;             // numbers of a gate: one for each of a head's, or one for all
 };
 
 struct StepModel {
@@ -185,8 +194,10 @@ struct StepCall {
     const int64_t* positions;  // [rows][length], for the rotation
     const int64_t* start;      // [rows]: the first cache position that counts (left padding before it)
     const int64_t* past;       // [rows]: positions that are in its cache already
-    const StepCache* const* caches;  // [rows][layers]
+    const StepCache* const* caches;  // [rows][layers that have an attention]
     void* logits;              // [rows][length, or the last `wanted`][vocabulary]
+    float* hidden;             // [rows][length][hidden], the residual stream, which goes through the layers in place of
+                               // tokens' embeddings and comes back in place of logits; null: tokens become logits
     double* skipped;           // neurons left out, those of experts included, summed over tokens and layers
     int64_t rows, length, wanted;
     int threads;

@@ -85,6 +85,7 @@ constexpr int kLearned = 3;     // a further Rule: the threshold is one of score
 // those logits alone that are within 2 * jitter of it, relative to their size.
 enum Scoring : int { kSoftmax = 0, kSigmoid = 1, kSoftmaxOfChosen = 2, kMixer = 3 };
 
+enum Gating : int { kNoGate = 0, kSigmoidGate = 1, kSoftplusGate = 2 };
 enum NormKind : int { kNoNorm = 0, kRms = 1, kLayer = 2 };
 
 }  // namespace coreskip

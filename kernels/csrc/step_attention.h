@@ -1,6 +1,7 @@
 // The attention of a step, over the KV cache.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -29,6 +30,7 @@ class StepAttention {
                 thread.step.merge(chunks, queries, w.most + q, w.sum + q, w.value + q * l.head_dim, l.head_dim,
                                   own.attended + q * l.head_dim, sink_of(l, q % l.heads));
         }
+        if (l.special) finish_attended(l);
         projections.read_from(own.attended, l.heads * l.head_dim);
         projections.project_all(thread.output(l));
         projections.meet();
@@ -67,7 +69,41 @@ class StepAttention {
             const int64_t token = row * c.length + position - thread.past[row];
             const int64_t to = thread.offset_of(l, cache, group) + position * l.head_dim;
             put(prepared(l, l.k_norm, l.fused ? w.q : w.k, l.k_heads, group, token), cache.keys, to, l.head_dim);
-            put(head_of(l, l.fused ? w.q : w.v, l.v_heads, group, token), cache.values, to, l.head_dim);
+            put(valued(l, head_of(l, l.fused ? w.q : w.v, l.v_heads, group, token)), cache.values, to, l.head_dim);
+        }
+    }
+
+    // A head of v as it is cached.
+    const float* valued(const StepLayer& l, const float* v) {
+        if (!l.special) return v;
+        float* to = own.scratch;
+        if (l.v_norm.kind == kNoNorm) memcpy(to, v, l.head_dim * sizeof(float));
+        else thread.step.norm(l.v_norm, v, to);
+        for (int64_t e = 0; e < l.head_dim; e++) to[e] *= l.v_scale;
+        return to;
+    }
+
+    // What is done to what heads have attended to before `o` reads it.
+    void finish_attended(const StepLayer& l) {
+        if (l.gating) open_gates(l);
+        const int64_t n = l.heads * l.head_dim;
+        for (int t = 0; t < thread.tokens && l.attended_norm.kind; t++)
+            thread.step.norm(l.attended_norm, own.attended + t * n, own.attended + t * n);
+    }
+
+    // Multiplies what heads have attended to by their gates.
+    void open_gates(const StepLayer& l) {
+        const float* gates = l.attention_gate.weight ? w.attention_gate : w.q;
+        for (int64_t i = 0; i < thread.tokens * l.heads; i++) {
+            float *gate = own.scratch, *y = own.attended + i * l.head_dim;
+            memcpy(gate, head_of(l, gates, l.gate_heads, i % l.heads, i / l.heads), l.gate_width * sizeof(float));
+            if (l.gating == kSigmoidGate) {  // is (1 + tanh(x / 2)) / 2
+                thread.step.softcap(gate, 1.f, 2.f, l.gate_width);
+                for (int e = 0; e < l.gate_width; e++) gate[e] = 0.5f + 0.25f * gate[e];
+            } else {
+                for (int e = 0; e < l.gate_width; e++) gate[e] = gate[e] > 20 ? gate[e] : log1pf(expf(gate[e]));
+            }
+            for (int64_t e = 0; e < l.head_dim; e++) y[e] *= gate[l.gate_width == 1 ? 0 : e];
         }
     }
 

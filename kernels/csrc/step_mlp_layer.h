@@ -33,6 +33,7 @@ class StepMlpLayer {
             float* a = own.h + t * n;
             memcpy(a, (l.gate.weight ? w.gate : w.up) + t * n, n * sizeof(float));
             thread.step.act(a, l.gate.weight ? w.up + t * n : nullptr, n, l.act);
+            if (l.special && l.inner_norm.kind) thread.step.norm(l.inner_norm, a, a);
         }
         projections.read_from(own.h, n);
         projections.project_all(thread.narrowing(l));

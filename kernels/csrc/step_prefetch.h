@@ -132,6 +132,7 @@ class Prefetch {
 
     // This thread's share of matrix i.
     Memory memory_of(const Matrices& all, int i) const {
+        if (i >= all.count) return {0, 0};
         const Range range = all.whole.among(thread.mine(all.whole.count()), i);
         if (range.begin >= range.end) return {0, 0};
         const int64_t bytes = unit_bytes(*all.matrix[i]);
@@ -164,6 +165,11 @@ class Prefetch {
         if (stage_ >= 5 && l.run_mlp && l.experts.matrices) return next_of_experts(l, next);
         if (stage_ < 3) {
             next = memory_of(thread.inputs(l), stage_);
+            if (stage_ == 2 && l.run_attention && l.special) entry_ = -1;
+        } else if (entry_ < 0) {
+            next = memory_of(thread.inputs(l), 3);
+            entry_ = 0;
+            return true;
         } else if (stage_ == 3 && l.run_attention && next_entries(l, next)) {
             return true;
         } else if (stage_ == 4 && l.run_attention) {
@@ -200,7 +206,7 @@ class Prefetch {
             stage_++;
         } else if (!experts.next(next)) {
             layer_++;
-            stage_ = 0;
+            stage_ = entry_ = 0;
         }
         return true;
     }

@@ -87,17 +87,17 @@ class Projections {
 
     void project_all(const Matrices& all) {
         share_work(all.whole.count(), piece_of(all.bytes), all.bytes, [&](int64_t begin, int64_t end) {
-            for (int i = 0; i < 3; i++) {
+            for (int i = 0; i < all.count; i++) {
                 const Range range = all.whole.among({begin, end}, i);
                 if (range.begin < range.end) project(*all.matrix[i], all.y[i], range.begin, range.end);
             }
         });
-        for (int i = 0; i < 3; i++) {
+        for (int i = 0; i < all.count; i++) {
             const Range strip = all.columns.among(thread.mine(all.columns.count()), i);
             if (strip.begin < strip.end) project_columns(*all.matrix[i], all.y[i], strip.begin, strip.end);
         }
         if (all.columns.count()) ahead.finished = all.next;
-        for (int i = 0; i < 3; i++)
+        for (int i = 0; i < all.count; i++)
             if (all.matrix[i] && all.matrix[i]->pieces) project_streamed(*all.matrix[i], all.y[i]);
     }
 

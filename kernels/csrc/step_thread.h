@@ -29,9 +29,10 @@ inline int64_t piece_of(int64_t bytes) { return std::max<int64_t>(1, (48 << 10) 
 
 // What several matrices are shared out by, as one.
 struct Units {
-    int64_t end[3] = {};  // units up to each one's last
+    int64_t end[4] = {};  // units up to each one's last
+    int64_t all = 0;
 
-    int64_t count() const { return end[2]; }
+    int64_t count() const { return all; }
     int64_t begin(int i) const { return i ? end[i - 1] : 0; }
     // Matrix i's units among `range` of all.
     Range among(Range range, int i) const {
@@ -42,21 +43,22 @@ struct Units {
 // Matrices that read the same input. Those that are read whole are shared out together, and so are those by columns;
 // those that a stream brings come piece by piece.
 struct Matrices {
-    const StepLinear* matrix[3] = {};
-    float* y[3] = {};
+    const StepLinear* matrix[4] = {};
+    float* y[4] = {};
     Units whole, columns;
+    int count;          // of matrices
     int64_t bytes = 1;  // of the largest unit
     int64_t next;       // the stage after them
 
     Matrices(std::initializer_list<const StepLinear*> matrices, std::initializer_list<float*> outputs, int64_t next)
-        : next(next) {
+        : count(static_cast<int>(matrices.size())), next(next) {
         std::copy(matrices.begin(), matrices.end(), matrix);
         std::copy(outputs.begin(), outputs.end(), y);
-        for (int i = 0; i < 3; i++) {
+        for (int i = 0; i < count; i++) {
             const bool there = matrix[i] && matrix[i]->weight && !matrix[i]->pieces, sparse = there && matrix[i]->columns;
-            const int64_t count = there ? units(*matrix[i]) : 0;
-            whole.end[i] = whole.begin(i) + (sparse ? 0 : count);
-            columns.end[i] = columns.begin(i) + (sparse ? count : 0);
+            const int64_t n = there ? units(*matrix[i]) : 0;
+            whole.all = whole.end[i] = whole.begin(i) + (sparse ? 0 : n);
+            columns.all = columns.end[i] = columns.begin(i) + (sparse ? n : 0);
             if (there && !sparse) bytes = std::max(bytes, unit_bytes(*matrix[i]));
         }
     }
@@ -114,6 +116,8 @@ struct StepThread {
             return {{low ? &l.latent.q_low : &l.q, &l.latent.kv_low}, {low ? w.v : w.q, w.k}, stage(l, 3)};
         }
         if (!l.run_attention && !l.fused) return {{&l.k, &l.v}, {w.k, w.v}, stage(l, 3)};
+        if (l.special)
+            return {{&l.q, &l.k, &l.v, &l.attention_gate}, {w.q, w.k, w.v, w.attention_gate}, stage(l, 3)};
         return {{&l.q, &l.k, &l.v}, {w.q, w.k, w.v}, stage(l, 3)};
     }
     Matrices output(const StepLayer& l) const { return {{&l.o}, {w.out}, stage(l, 5)}; }
@@ -129,7 +133,7 @@ struct StepThread {
 
     // ---- the KV cache in chunks ----
 
-    const StepCache& cache_of(const StepLayer& l, int64_t row) const { return c.caches[row][&l - m.layers]; }
+    const StepCache& cache_of(const StepLayer& l, int64_t row) const { return c.caches[row][l.cache]; }
 
     static int64_t offset_of(const StepLayer& l, const StepCache& cache, int64_t group) {
         return group * cache.head_stride - cache.first * l.head_dim;

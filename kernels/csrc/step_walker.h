@@ -46,7 +46,8 @@ class Walker {
             else if (layer.run_mlp) mlp_.run(layer);
             else projections_.norm_residual(layer.mlp_after);
         }
-        logits();
+        if (c.hidden) give_back();
+        else logits();
     }
 
     // Looks for the first of each row's greatest logits, of the model's dtype, after `run`.
@@ -96,6 +97,10 @@ class Walker {
     }
 
     void embed() {
+        if (c.hidden) {
+            memcpy(own.x, c.hidden, thread.tokens * m.hidden * sizeof(float));
+            return projections_.meet();  // nobody writes to it before all have read it
+        }
         for (int t = 0; t < thread.tokens; t++)
             look_up(m, thread.isa, thread.step, thread.ids[t], thread.places[t], own.h, own.x + t * m.hidden);
     }
@@ -111,6 +116,13 @@ class Walker {
             if (found.at >= 0) best.show(found.value, found.at);
         }
         return best;
+    }
+
+    // All threads have the same residual stream: each hands out its share.
+    void give_back() {
+        const Range here = thread.mine(thread.tokens * m.hidden);
+        memcpy(c.hidden + here.begin, own.x + here.begin, (here.end - here.begin) * sizeof(float));
+        ahead_.rewind();
     }
 
     void logits() {

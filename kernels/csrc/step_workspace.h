@@ -18,6 +18,7 @@ namespace coreskip {
 // The largest sizes of all layers.
 struct Sizes {
     int64_t tokens, hidden, width = 0, projected = 0, attention = 0, queries = 0, kv = 0, neurons = 0, parts = 0, listed = 0;
+    int64_t gates = 0;                       // of an attention
     int64_t absorbed = 0;                    // of latent attention: all heads' queries
     int64_t scales = 0, grouped = 0;         // of neurons in groups: room for scales, and their width
     int64_t rank = 0, inputs = 0, sums = 0;  // of learned scores; of column-sparse linears, and their outputs
@@ -31,13 +32,15 @@ struct Sizes {
             projected = std::max({projected, l.q.out, l.heads * l.head_dim});
             kv = std::max(kv, l.kv_heads * l.head_dim);
             queries = std::max(queries, l.heads);
+            gates = std::max(gates, l.attention_gate.out);
             neurons = std::max({neurons, l.gate.out, l.up.out, l.mlp.neurons, l.mlp.groups.neurons});
             listed = std::max({listed, l.mlp.neurons, l.mlp.groups.neurons});
             scales = std::max(scales, scales_room(l.mlp.groups));
             grouped = std::max(grouped, l.mlp.groups.width);
             rank = std::max(rank, l.mlp.reduce.out);
             if (l.latent.kv_low.weight) add_latent(l);
-            for (const StepLinear* w : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down, &l.mlp.reduce, &l.mlp.expand}) {
+            for (const StepLinear* w : {&l.q, &l.k, &l.v, &l.attention_gate, &l.o, &l.gate, &l.up, &l.down, &l.mlp.reduce,
+                                        &l.mlp.expand}) {
                 width = std::max(width, w->columns ? 0 : w->stride);
                 inputs = std::max(inputs, w->columns ? w->in : 0);
                 sums = std::max(sums, w->columns ? w->out + kPad : 0);
@@ -80,6 +83,7 @@ struct Sizes {
 struct Shared {
     float *q, *k, *v, *out, *gate, *up, *logits;
     float *most, *sum, *value;  // attention: [parts][tokens][heads], value times [head_dim]
+    float* attention_gate;      // [tokens][its outputs]
     float* absorbed;            // of latent attention, [tokens][heads][rank]
     float* acc;                 // bundled MLPs: [2][threads][tokens][stride], used in turn
     float *score, *known_gate, *reduced;
@@ -125,6 +129,7 @@ Shared share_out(const Sizes& s, const StepModel& m, const StepCall& c, int thre
     w.most = take(float(), s.parts * t * s.queries);
     w.sum = take(float(), s.parts * t * s.queries);
     w.value = take(float(), s.parts * t * s.attention);
+    w.attention_gate = take(float(), t * s.gates);
     w.absorbed = take(float(), t * s.absorbed);
     w.acc = take(float(), s.listed ? 2 * threads * t * s.width : 0);
     w.score = take(float(), s.listed * t);
