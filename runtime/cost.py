@@ -62,7 +62,7 @@ def cost(model: Any, plan: Plan, anatomy: Anatomy | None = None, *, native: bool
         moved = _bytes_rounded(model, plan.rounding, anatomy)
         return Cost(moved, moved)
     if native is None:
-        native = Program.of(anatomy, plan).native and _covered(model, anatomy)
+        native = runs_natively(anatomy, plan) and _covered(model, anatomy)
     runs_in_place = native
     program = Program.of(anatomy, plan, lambda weight: _bytes_of(weight, plan.weights, runs_in_place))
     step = _Reading(plan.weights, native)
@@ -177,7 +177,8 @@ def predicted_seconds(model: Any, plan: Plan, anatomy: Anatomy | None = None) ->
 
 def runs_natively(anatomy: Anatomy, plan: Plan) -> bool:
     """Whether every policy of the plan is one that the native step carries out, where it covers the model."""
-    return Program.of(anatomy, plan).native
+    program = Program.of(anatomy, plan)
+    return program.native and not program.thins_shared_experts
 
 
 _refusals: WeakKeyDictionary[Anatomy, str | None] = WeakKeyDictionary()  # searches ask for hundreds of costs

@@ -218,8 +218,6 @@ class LayerProgram:
     def native(self) -> bool:
         """Whether native steps make every choice."""
         of_experts = self.experts is None or self.experts.native or not self.experts.chooses
-        if self.experts is not None and any(brick.chooser is not Chooser.NOTHING for brick in self.bricks):
-            return False  # shared experts are read whole
         return of_experts and not self.changed and all(brick.native for brick in self.bricks)
 
 
@@ -251,6 +249,12 @@ class Program:
     def native(self) -> bool:
         """Whether native steps make every choice."""
         return all(layer.native for layer in self.layers)
+
+    @cached_property
+    def thins_shared_experts(self) -> bool:
+        """Whether it leaves neurons of shared experts out, which a whole native step does not."""
+        layers = [layer for layer in self.layers if layer.experts is not None]
+        return any(brick.chooser is not Chooser.NOTHING for layer in layers for brick in layer.bricks)
 
     @cached_property
     def chosen_experts(self) -> dict[int, ExpertsProgram]:
