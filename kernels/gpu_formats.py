@@ -177,6 +177,13 @@ class GroupedMatrix:
 Matrix = FloatMatrix | GroupedMatrix
 
 
+def pack(weight: Tensor, bias: Tensor | None = None, fmt: str | None = None) -> Matrix:
+    """Floats [out, in] where they are: by reference, or rounded to "int4" or "int8_groups"."""
+    if fmt is None:
+        return FloatMatrix(weight.detach(), None if bias is None else bias.detach())
+    return GroupedMatrix.round(weight.detach(), None if bias is None else bias.detach(), fmt)
+
+
 @dataclass(frozen=True, eq=False)
 class Quantized:
     """Rows of inputs rounded to 8 bits in groups of 32: x is about step * integers.

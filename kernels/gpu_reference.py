@@ -29,9 +29,7 @@ def normed(x: Tensor, norm: Norm | None) -> Tensor:
     return y if bias is None else y + bias
 
 
-def add_norm(
-    stream: Tensor, deltas: tuple[Tensor, ...], out: Norm | None, after: Norm | None, scale: float
-) -> Tensor:
+def add_norm(stream: Tensor, deltas: tuple[Tensor, ...], out: Norm | None, after: Norm | None, scale: float) -> Tensor:
     """The new residual stream, float32."""
     x = _wide(stream)
     for i, delta in enumerate(deltas):
@@ -107,6 +105,8 @@ def kept_by(gate: Tensor | None, h: Tensor, packed: PackedMLP, rule: str, thresh
 def heads_of(x: Tensor, place: Heads, count: int, size: int) -> Tensor:
     """The heads [rows, count, size] that lie at `place` among x [rows, width]."""
     offset, run, step = place
+    if not count:
+        return x.new_empty((x.shape[0], 0, size))
     first = [offset + h // run * step + h % run * size for h in range(count)]
     return torch.stack([x[:, at : at + size] for at in first], 1)
 
@@ -139,7 +139,7 @@ def attention(
     keys: Tensor,
     values: Tensor,
     at: Tensor,
-    starts: Tensor | None,
+    seen: Tensor | None,
     scale: float,
     window: int,
     softcap: float,
@@ -157,16 +157,16 @@ def attention(
     behind = at[:, None] - torch.arange(capacity, device=q.device)  # [rows, capacity]
     if slopes is not None:
         scores = scores - slopes[:, None].to(scores.dtype) * behind[:, None].to(scores.dtype)
-    seen = behind >= 0
-    if starts is not None:
-        seen &= torch.arange(capacity, device=q.device) >= starts.repeat_interleave(tokens)[:, None]
+    visible = behind >= 0
+    if seen is not None:
+        visible &= seen.repeat_interleave(tokens, 0)
     if window:
-        seen &= behind < window
-    scores = scores.masked_fill(~seen[:, None], -torch.inf)
+        visible &= behind < window
+    scores = scores.masked_fill(~visible[:, None], -torch.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(scores.dtype)[None, :, None].expand(rows, -1, 1)], -1)
     shares = scores.softmax(-1)[..., :capacity].nan_to_num(0.0)  # who sees nothing gets nothing
-    v = torch.where(seen[:, None, :, None], v, 0)
+    v = torch.where(visible[:, None, :, None], v, 0)
     return torch.einsum("rhc,rhcd->rhd", shares, v).flatten(1)
 
 

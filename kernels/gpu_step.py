@@ -6,10 +6,15 @@ in which programs run: a sequence of them can be captured in a CUDA graph, and g
 
 R rows are `tokens` consecutive tokens of each of B sequences, R = B * tokens, a sequence's tokens one after the other.
 Results are new tensors. The residual stream is best kept in float32: a row is read by few, and never by a matrix.
+
+form: "one" is the fastest way for a row or a few, "many" the one whose bits for a row depend on that row's inputs alone,
+however many others there are, up to `MAX_ROWS` (a verification pass must choose the tokens that single steps would
+have); None: by the number of rows. Everything that has no `form` goes row by row in any case.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
@@ -19,7 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import gpu_reference as reference
-from .gpu_formats import FloatMatrix, GroupedMatrix, Inputs, Matrix, Quantized
+from .gpu_formats import FloatMatrix, GroupedMatrix, Inputs, Matrix, Quantized, pack
+from .gpu_launch import INTERPRETED, count, launches
 from .packed import ACTS, PackedColumns, PackedMLP
 from .step_model import Heads, Norm
 
@@ -35,13 +41,18 @@ __all__ = [
     "attention",
     "columns",
     "embed",
+    "launches",
     "linear",
+    "linears",
     "mlp",
+    "pack",
     "quantize",
     "rotary_write",
 ]
 
-MAX_GROUPED_ROWS = 32  # beyond them a grouped matrix is unpacked, and multiplied by torch
+Form = Literal["one", "many"]
+
+MAX_ROWS = 32  # of steps; beyond them grouped matrices are unpacked, and multiplied by torch
 
 
 class Normed(NamedTuple):
@@ -97,27 +108,58 @@ def act_mul(
     return _made(reference.act_mul(x, act, gated), quantize, dtype or x.dtype)
 
 
-def linear(x: Inputs, matrix: Matrix, *, dtype: torch.dtype | None = None) -> Tensor:
-    """x @ weight.t() + bias, [R, out] in `dtype`: one launch, and torch's own product for floats of several rows.
+def linear(x: Inputs, matrix: Matrix, *, dtype: torch.dtype | None = None, form: Form | None = None) -> Tensor:
+    """x @ weight.t() + bias, [R, out] in `dtype`: one launch.
 
-    x: [R, in]. With a `GroupedMatrix` it is a `Quantized` (a Tensor is quantised first: one more launch), any number of
-    rows; beyond `MAX_GROUPED_ROWS` the matrix is unpacked for the call, and x stays as it is (prefill). dtype: by
-    default that of a Tensor x, and float32 for a `Quantized`.
+    x: [R, in]. With a `GroupedMatrix` it is a `Quantized` (a Tensor is quantised first: one more launch); beyond
+    `MAX_ROWS` rows the matrix is unpacked for the call, and x stays as it is (prefill). With a `FloatMatrix` x is
+    rounded to its dtype; torch's own product where `gpu_floats` has no better one. dtype: by default that of a Tensor
+    x, and float32 for a `Quantized`.
     """
+    return linears(x, [matrix], dtype=dtype, form=form)
+
+
+def linears(
+    x: Inputs, matrices: Sequence[Matrix], *, dtype: torch.dtype | None = None, form: Form | None = None
+) -> Tensor:
+    """What several matrices make of the same x, side by side, [R, sum of outs]: a launch each. See `linear`."""
     given = x if isinstance(x, Tensor) else x.step
     dtype = dtype or (x.dtype if isinstance(x, Tensor) else torch.float32)
-    kernel = _kernels("gpu_groups" if isinstance(matrix, GroupedMatrix) else "gpu_floats", given)
+    if isinstance(x, Tensor) and given.shape[0] <= MAX_ROWS and all(isinstance(m, GroupedMatrix) for m in matrices):
+        x = quantize(x)
+    out = given.new_empty((given.shape[0], sum(m.out_features for m in matrices)), dtype=dtype)
+    for matrix, part in zip(matrices, out.split([m.out_features for m in matrices], 1), strict=True):
+        _linear(x, matrix, part, form)
+    return out
+
+
+def _linear(x: Inputs, matrix: Matrix, out: Tensor, form: Form | None) -> None:
+    rows = out.shape[0]
     if isinstance(matrix, FloatMatrix):
-        rows = x.floats() if isinstance(x, Quantized) else x
-        if kernel is not None and kernel.takes(rows, matrix):
-            return kernel.linear(rows, matrix, dtype)
-        bias = None if matrix.bias is None else matrix.bias.to(matrix.weight.dtype)
-        return F.linear(rows.to(matrix.weight.dtype), matrix.weight, bias).to(dtype)
-    if given.shape[0] > MAX_GROUPED_ROWS:
-        return _unpacked(x, matrix, dtype)
-    if kernel is None:
-        return reference.linear(x, matrix).to(dtype)
-    return kernel.linear(quantize(x) if isinstance(x, Tensor) else x, matrix, dtype)
+        floats = x.floats() if isinstance(x, Quantized) else x
+        kernel = _kernels("gpu_floats", out)
+        if kernel is None or not kernel.linear(floats, matrix, out, form):
+            _by_torch(floats, matrix, out, form)
+        return
+    kernel = _kernels("gpu_groups", out)
+    if rows > MAX_ROWS:
+        floats = x.floats() if isinstance(x, Quantized) else x
+        _by_torch(floats, FloatMatrix(matrix.floats(floats.dtype), matrix.bias), out, None)
+    elif kernel is None:
+        out.copy_(reference.linear(x, matrix))
+    else:
+        kernel.linear(quantize(x) if isinstance(x, Tensor) else x, matrix, out, form)
+
+
+def _by_torch(x: Tensor, matrix: FloatMatrix, out: Tensor, form: Form | None) -> None:
+    """torch's product. Which of its kernels runs depends on the number of rows, so in the form "many" it is always the
+    same."""
+    rows, weight = x.shape[0], matrix.weight
+    x = x.to(weight.dtype)
+    if form == "many" and rows < MAX_ROWS:
+        x = F.pad(x, (0, 0, 0, MAX_ROWS - rows))
+    count("gemv")
+    out.copy_(F.linear(x, weight, None if matrix.bias is None else matrix.bias.to(weight.dtype))[:rows])
 
 
 def rotary_write(
@@ -137,7 +179,8 @@ def rotary_write(
 ) -> Tensor:
     """Turns and norms q and k, writes k and v to the cache, and returns q [R, heads, head_dim] in the cache's dtype.
 
-    One launch. qkv: [R, width], in which the heads of q, k and v lie at `places` (see `step_model.Heads`).
+    One launch. qkv: [R, width], in which the heads of q, k and v lie at `places` (see `step_model.Heads`). heads: of q;
+    0: keys and values are written, and no q comes back.
     keys, values: [B, kv_heads, capacity, head_dim], of which index `at` int64 [R] is written, of each row's sequence;
     an index outside of them writes nothing. rotation: (cos, sin), float32 [positions, turned dimensions], read at
     `positions` int64 [R]; paired, turned, q_norm, k_norm: see `step_model.Attention`; norms that are as long as all
@@ -178,7 +221,7 @@ def attention(
     at: Tensor,
     *,
     scale: float,
-    starts: Tensor | None = None,
+    seen: Tensor | None = None,
     window: int = 0,
     softcap: float = 0.0,
     slopes: Tensor | None = None,
@@ -186,10 +229,10 @@ def attention(
     quantize: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Inputs:
-    """[R, heads * head_dim]: each row's attention over indices starts <= i <= at of its sequence. Two launches.
+    """[R, heads * head_dim]: each row's attention over the indices 0..at of its sequence that it sees. Two launches.
 
     q: [R, heads, head_dim] as `rotary_write` returns it; keys, values: [B, kv_heads, capacity, head_dim] of one dtype;
-    at: int64 [R], read on the device, as starts int64 [B] are (None: 0). window: how many indices a row sees, itself
+    at: int64 [R], read on the device. seen: bool [B, capacity], what is not padding; None: everything. window: how many indices a row sees, itself
     included; 0: all. softcap: of scores; 0: none. slopes: float32 [heads], what a score loses for each index that it
     lies back; sinks: float32 [heads], see `step_model.Attention`. Rows that see nothing get zeros.
     quantize, dtype: as for `add_norm`, by default the dtype of q.
@@ -197,9 +240,9 @@ def attention(
     kernel = _kernels("gpu_attention", q)
     if kernel is not None:
         return kernel.attention(
-            q, keys, values, at, starts, scale, window, softcap, slopes, sinks, quantize, dtype or q.dtype
+            q, keys, values, at, seen, scale, window, softcap, slopes, sinks, quantize, dtype or q.dtype
         )
-    y = reference.attention(q, keys, values, at, starts, scale, window, softcap, slopes, sinks)
+    y = reference.attention(q, keys, values, at, seen, scale, window, softcap, slopes, sinks)
     return _made(y, quantize, dtype or q.dtype)
 
 
@@ -211,6 +254,7 @@ def mlp(
     rule: Literal["listed", "gate", "activation"] = "listed",
     threshold: float = 0.0,
     dtype: torch.dtype | None = None,
+    form: Form | None = None,
 ) -> Tensor:
     """An MLP over bundles of floats, [R, hidden] in `dtype` (default: that of x): two launches, each weight read once.
 
@@ -226,7 +270,7 @@ def mlp(
         raise ValueError("a plain MLP has no gates to choose by")
     kernel = _kernels("gpu_mlp", x)
     if kernel is not None:
-        return kernel.mlp(x, packed, indices, rule, threshold, dtype or x.dtype)  # type: ignore[no-any-return]
+        return kernel.mlp(x, packed, indices, rule, threshold, dtype or x.dtype, form)  # type: ignore[no-any-return]
     return reference.mlp(x, packed, indices, rule, threshold).to(dtype or x.dtype)
 
 
@@ -248,21 +292,13 @@ def embed(ids: Tensor, table: Tensor | GroupedMatrix, *, scale: float = 1.0, dty
     return reference.embed(ids, table, scale).to(dtype)
 
 
-def _unpacked(x: Inputs, matrix: GroupedMatrix, dtype: torch.dtype) -> Tensor:
-    rows = x if isinstance(x, Tensor) else x.floats()
-    bias = None if matrix.bias is None else matrix.bias.to(rows.dtype)
-    return F.linear(rows, matrix.floats(rows.dtype), bias).to(dtype)
-
-
 def _made(x: Tensor, quantize: bool, dtype: torch.dtype) -> Inputs:
     return Quantized.of(x) if quantize else x.to(dtype)
 
 
 def _kernels(name: str, x: Tensor) -> Any:
     """The module of Triton kernels, imported at its first use; None where the definitions run."""
-    if not (x.is_cuda or _interpreted()):
-        return None
-    return _module(name)
+    return _module(name) if x.is_cuda or INTERPRETED else None
 
 
 @cache
@@ -271,10 +307,3 @@ def _module(name: str) -> Any:
         return import_module(f".{name}", __package__)
     except ModuleNotFoundError:
         return None
-
-
-@cache
-def _interpreted() -> bool:
-    import os
-
-    return os.environ.get("TRITON_INTERPRET") == "1"
