@@ -28,7 +28,7 @@ from .calls import NotCovered
 from .draft_costs import DraftCostModel
 from .drafting import Draft, Drafter, Statistics
 from .length_dependence import length_dependence
-from .passes import MAX_DRAFT, ModulePasses, NativePasses, Passes, rounding_error
+from .passes import MAX_DRAFT, CapturedPasses, ModulePasses, NativePasses, Passes, rounding_error
 from .sampler import GreedySampler, Sampler
 from .text import Text, end_tokens, is_stateless, uncovered_call
 
@@ -41,7 +41,8 @@ class SpeculativeDecoder:
 
     Attributes:
         native_only: whether none but native steps may be over several tokens.
-        by_rows: whether linear layers and attention all compute the rows of a pass apart; `wrap` knows.
+        by_rows: whether linear layers and attention all compute the rows of a pass apart; `wrap` knows. steps_by_rows:
+            whether captured steps do, as they are now.
         costs: measured seconds and acceptance rates, kept from one generation to the next.
         last: statistics of the generation that ended last; None before the first.
     """
@@ -51,6 +52,7 @@ class SpeculativeDecoder:
         self._has_draft = has_draft
         self.native_only = False
         self.by_rows = False
+        self.steps_by_rows: Callable[[], bool] = lambda: False
         self.costs = DraftCostModel()
         self.last: Statistics | None = None
         # scores that lie no further apart may differ for rounding alone: 0 where rows are computed apart, infinite
@@ -111,7 +113,7 @@ class SpeculativeDecoder:
         return None
 
     def _margin_of(self, error: float, dtype: torch.dtype) -> float:
-        if self.by_rows and error == 0.0:
+        if error == 0.0 and (self.by_rows or self.steps_by_rows()):
             return 0.0
         # 20 times what 8 tokens showed: errors grow with the context, and both sides of a comparison have one
         return max(1e-3, 20 * error) if dtype is torch.float32 and error < 1e-2 else float("inf")
@@ -140,7 +142,7 @@ class SpeculativeDecoder:
             if passes is None and self.native_only:
                 raise NotCovered("native steps do not cover the model")
             passes = passes or ModulePasses(model, cache)
-            greedy = isinstance(passes, NativePasses) and ends is not None
+            greedy = isinstance(passes, (NativePasses, CapturedPasses)) and ends is not None
             sampler = (GreedySampler if greedy else Sampler)(passes, text, ends)
             self._decode(sampler, first, longest - ids.shape[1], done)
         except NotCovered as reason:  # native steps have been found to differ, from this length on

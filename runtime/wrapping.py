@@ -31,6 +31,8 @@ from .changes import Changes, Places
 from .cost import LITTLE
 from .exact import SpeculativeDecoder
 from .formats import Formats, check_format
+from .gpu_lowering import GpuLowering
+from .gpu_model import GpuPacking
 from .layer_skips import LayerSkips
 from .lower_cpu import Packing, StepProgram, refusal
 from .lower_gpu import CapturedSteps, Settled
@@ -77,6 +79,7 @@ class Runtime:
         check_format(model, anatomy, plan)
         self.model, self.anatomy, self.plan = model, anatomy, plan
         self.program = Program.of(anatomy, plan)
+        self.steps: Steps
         for layer, brick in self.program.chosen_by(Chooser.INPUTS).items():
             for name in brick.thresholds:
                 linear_of(anatomy, layer, name)  # raises where the plan names a linear that is not there
@@ -96,6 +99,9 @@ class Runtime:
         self.memory = memory_of(self, options.memory, reads_all=options.exact)
         self.exact = SpeculativeDecoder(has_draft=self.program.decodes_otherwise) if options.exact else None
         self.lookup = SpeculativeDecoder(has_draft=False) if options.lookup and not options.exact else None
+        me: Runtime = weakref.proxy(self)
+        for drafter in filter(None, (self.exact, self.lookup)):
+            drafter.steps_by_rows = lambda: me.steps.by_rows
         self.gives_way = False  # to whoever wraps or reads the model: see `make_way`
         self._class, self._outer = type(model), cast("tuple[nn.Module, type] | None", None)
 
@@ -123,7 +129,8 @@ class Runtime:
         dense = StepProgram.dense(len(self.anatomy), as_loaded=True)
         self.prepared = Prepared(self.anatomy, self.program, self._weights, self.skips, self.altered)
         prompts = NativePrompts(me, native, self.anatomy, narrow=packing.narrow > 0)
-        self.steps = Steps(self, native, prompts, CapturedSteps(self), dense)
+        captured = CapturedSteps(self, GpuLowering(me, GpuPacking(weights)))
+        self.steps = Steps(self, native, prompts, captured, dense)
         self._demanded = options.keep_originals is False
         keeps = keeps or not (weights or self._demanded)
         # neurons that prompts choose are packed again and again
@@ -134,6 +141,11 @@ class Runtime:
     def verifies(self) -> bool:
         """Whether decode steps are the dense model's own, but for drafts."""
         return self.exact is not None
+
+    @property
+    def drafts(self) -> bool:
+        """Whether steps over several tokens verify what was drafted."""
+        return self.exact is not None or self.lookup is not None
 
     @property
     def chooses_by_token(self) -> bool:
