@@ -57,8 +57,8 @@ class FloatMatrix:
 class GroupedMatrix:
     """A linear's matrix in groups of 32 inputs of 4 or of 8 bits.
 
-    4 bits: w = scale * q + least, q in 0..15. words: int32 [out, groups, 4]; byte b of a group's 16 holds inputs b, in
-    its low nibble, and 16 + b.
+    4 bits: w = scale * q + least, q in 0..15. words: int32 [out, groups, 4]; the nibbles of word j, from the lowest on,
+    are inputs 4 j to 4 j + 3, then 16 + 4 j to 16 + 4 j + 3.
     8 bits: w = scale * q + least, q in -128..127. words: int32 [out, groups, 8], a byte an input, in order.
     ends: int32 [out, groups], a scale in the lower and a least in the upper half, both float16.
     Rows lie words.stride(0) words, and ends.stride(0) ends, apart: matrices of fewer inputs are views of others.
@@ -157,7 +157,8 @@ class GroupedMatrix:
         halves = self.ends.contiguous().view(torch.float16).view(*self.ends.shape, 2)
         found = self.words.contiguous().view(torch.uint8)
         if self.bits == 4:
-            found = torch.cat([found & 15, found >> 4], -1).to(torch.int16)
+            nibbles = torch.stack([found & 15, found >> 4], -1).view(*self.ends.shape, 4, 2, 4)
+            found = nibbles.transpose(-3, -2).flatten(2).to(torch.int16)
         else:
             found = found.view(torch.int8).to(torch.int16)
         return found, halves[..., 0], halves[..., 1]
@@ -222,8 +223,8 @@ Inputs = Tensor | Quantized
 def _words(q: Tensor, bits: int) -> Tensor:
     """[rows, groups, 32] of integers -> int32 [rows, groups, 4 or 8]."""
     if bits == 4:
-        q = q.to(torch.uint8)
-        return (q[..., :16] | q[..., 16:] << 4).contiguous().view(torch.int32)
+        q = q.to(torch.uint8).view(*q.shape[:2], 2, 4, 4).transpose(-3, -2).flatten(2)
+        return (q[..., ::2] | q[..., 1::2] << 4).contiguous().view(torch.int32)
     return q.to(torch.int8).contiguous().view(torch.int32)
 
 

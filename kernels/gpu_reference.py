@@ -148,7 +148,7 @@ def attention(
 ) -> Tensor:
     """[rows, heads * size] in float32."""
     rows, heads, _ = q.shape
-    sequences, kv_heads, capacity, size = keys.shape
+    sequences, kv_heads, capacity, _ = keys.shape
     tokens = rows // sequences
     k, v = (_wide(t).repeat_interleave(tokens, 0).repeat_interleave(heads // kv_heads, 1) for t in (keys, values))
     scores = scale * torch.einsum("rhd,rhcd->rhc", _wide(q), k)

@@ -7,9 +7,9 @@ in which programs run: a sequence of them can be captured in a CUDA graph, and g
 R rows are `tokens` consecutive tokens of each of B sequences, R = B * tokens, a sequence's tokens one after the other.
 Results are new tensors. The residual stream is best kept in float32: a row is read by few, and never by a matrix.
 
-form: "one" is the fastest way for a row or a few, "many" the one whose bits for a row depend on that row's inputs alone,
-however many others there are, up to `MAX_ROWS` (a verification pass must choose the tokens that single steps would
-have); None: by the number of rows. Everything that has no `form` goes row by row in any case.
+form: "one" is the fastest way for a row or a few, "many" the one whose bits for a row depend on that row's inputs
+alone, however many others there are, up to `MAX_ROWS` (a verification pass must choose the tokens that single steps
+would have); None: by the number of rows. What has no `form` goes row by row in any case.
 """
 
 from __future__ import annotations
@@ -232,8 +232,8 @@ def attention(
     """[R, heads * head_dim]: each row's attention over the indices 0..at of its sequence that it sees. Two launches.
 
     q: [R, heads, head_dim] as `rotary_write` returns it; keys, values: [B, kv_heads, capacity, head_dim] of one dtype;
-    at: int64 [R], read on the device. seen: bool [B, capacity], what is not padding; None: everything. window: how many indices a row sees, itself
-    included; 0: all. softcap: of scores; 0: none. slopes: float32 [heads], what a score loses for each index that it
+    at: int64 [R], read on the device. seen: bool [B, capacity], what is not padding; None: everything. window: how many
+    indices a row sees, itself included; 0: all. softcap: of scores; 0: none. slopes: float32 [heads], what a score loses for each index that it
     lies back; sinks: float32 [heads], see `step_model.Attention`. Rows that see nothing get zeros.
     quantize, dtype: as for `add_norm`, by default the dtype of q.
     """
