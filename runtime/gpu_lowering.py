@@ -196,15 +196,18 @@ class GpuStep:
         return self._product(h, (dense.down,), columns, ("down",))
 
     def _bundled(self, index: int, sparse: SparseMLP, x: Tensor) -> Tensor:
-        packed, rule, threshold = _one_pass(sparse)
+        """Neurons that are listed, or that a rule chooses: by the one-pass kernel where it knows the rule."""
+        found = _one_pass(sparse)
+        if found is None:
+            return sparse.run(x)[0].float()
+        packed, rule, threshold = found
+        indices = sparse.picked(x) if rule == "picked" else self._lists.get(index)
         return kernel.mlp(
-            x, packed, indices=self._lists.get(index), rule=rule, threshold=threshold, dtype=torch.float32,
-            form=self._form,
+            x, packed, indices=indices, rule="listed" if rule == "picked" else rule, threshold=threshold,
+            dtype=torch.float32, form=self._form,
         )  # fmt: skip
 
-    def _product(
-        self, x: Inputs, matrices: tuple[Matrix, ...], columns: Any, names: tuple[str, ...]
-    ) -> Tensor:
+    def _product(self, x: Inputs, matrices: tuple[Matrix, ...], columns: Any, names: tuple[str, ...]) -> Tensor:
         """What linears of these names make of x, side by side, some of them without small inputs."""
         left_out: dict[str, SparseLinear] = {name: columns[name] for name in names if name in columns}
         if not left_out:
@@ -230,29 +233,24 @@ def _grouped(matrix: Matrix) -> bool:
     return isinstance(matrix, GroupedMatrix)
 
 
-def _one_pass(sparse: SparseMLP) -> tuple[PackedMLP, Any, float]:
-    """The bundles, the rule and the threshold of the one-pass kernel for a sparse MLP.
-
-    Raises:
-        NotCovered: it has no rule that does the same.
-    """
+def _one_pass(sparse: SparseMLP) -> tuple[PackedMLP, Any, float] | None:
+    """The bundles, the rule and the threshold of the one-pass kernel for a sparse MLP; "picked": lists of what scores
+    have picked. None: it has no rule that does the same (sketches)."""
     packed = sparse.packed
-    if not isinstance(packed, PackedMLP) or packed.scale is not None:
-        raise NotCovered("neurons are chosen among weights of 4 or 8 bits")
-    if not isinstance(packed.act, str) or packed.act not in ACTS:
-        raise NotCovered("its activation is not one of the kernels'")
+    if not isinstance(packed, PackedMLP) or packed.scale is not None or packed.act not in tuple(ACTS):
+        return None
     if sparse.smooth is not None or sparse.refine:
-        raise NotCovered("a sketch is refined")
+        return None
     if sparse.rule == "listed":
         return packed, "listed", 0.0
-    if sparse.threshold is None:
-        raise NotCovered("its rule keeps a number of neurons, which takes sorting: a threshold does not")
-    if sparse.rule == "gate" and packed.gated:
+    if sparse.rule == "gate" and packed.gated and sparse.threshold is not None:
         return packed, "gate", sparse.threshold
+    if sparse.rule not in ("learned", "scored"):
+        return None
     scorer = sparse.scorer
-    if sparse.rule == "scored" and isinstance(scorer, ExactScores):
+    if isinstance(scorer, ExactScores) and sparse.threshold is not None:
         return replace(packed, norm=scorer.norm), "activation", sparse.threshold
-    raise NotCovered(f"the rule {sparse.rule!r} has no kernel")
+    return packed, "picked", 0.0
 
 
 class Host(Protocol):
@@ -352,21 +350,18 @@ class GpuLowering:
         model = self._model(program)
         if program.experts:
             return "experts are left out"
-        try:
-            for index, mlp in enumerate(program.mlps):
-                if mlp is None or index in program.no_mlp:
-                    continue
-                if mlp.lists is not None and mlp.lists.rows is not None:
-                    return "its sequences chose differently"
-                _one_pass(mlp)
-        except NotCovered as reason:
-            return str(reason)
+        if any(mlp is not None and mlp.lists is not None and mlp.lists.rows is not None for mlp in program.mlps):
+            return "its sequences chose differently"
         for index, columns in program.columns.items():
             layer = model.layers[index]
             a, dense = layer.attention, layer.mlp
             if columns.keys() & set(_ATTENTION) and a.spec.order is not None:
                 return "inputs are left out of a projection that is not one of q, k or v alone"
-            products = (_ATTENTION, a.inputs), (_MLP if dense.gated else ("up",), dense.widening), (("down",), (dense.down,))
+            products = (
+                (_ATTENTION, a.inputs),
+                (_MLP if dense.gated else ("up",), dense.widening),
+                (("down",), (dense.down,)),
+            )
             for names, matrices in (*products, (("o",), (a.output,))):
                 some = columns.keys() & set(names)
                 if some and (_grouped(matrices[0]) or (len(some) < len(names) != len(matrices))):

@@ -188,8 +188,8 @@ class CapturedSteps:
 
     @torch.no_grad()
     def append(self, cache: Cache, tokens: Sequence[int], program: StepProgram) -> Tensor | None:
-        """Logits ``[tokens, vocabulary]`` of 1 to 8 tokens that are appended to the cache of one unpadded sequence; None
-        where no captured step has its keys and values."""
+        """Logits ``[tokens, vocabulary]`` of 1 to 8 tokens that are appended to the cache of one unpadded sequence;
+        None where no captured step has its keys and values."""
         with self._lock:
             found = self._known_graph(cache, program, len(tokens))
             if found is None:
@@ -241,9 +241,7 @@ class CapturedSteps:
         chosen = tuple((t.data_ptr(), t.shape) for t in settled[1])
         return _Way(("modules", settled[0], chosen), 1, None, settled[1])
 
-    def _known_graph(
-        self, cache: Cache, program: StepProgram | str, tokens: int
-    ) -> tuple[_Held, _Graph, Rooms] | None:
+    def _known_graph(self, cache: Cache, program: StepProgram | str, tokens: int) -> tuple[_Held, _Graph, Rooms] | None:
         """What was captured over a cache's keys and values for just this, with what it reads of the cache loaded."""
         try:
             self._check_surroundings()
@@ -346,8 +344,7 @@ class CapturedSteps:
     ) -> Tensor | None:
         """Captures a step and compares it with the model's own modules, which run on a copy of the cache. None: they
         do not agree, and nothing has happened to the cache."""
-        cache = named["past_key_values"]
-        rows, length = named["input_ids"].shape
+        cache, length = named["past_key_values"], named["input_ids"].shape[1]
         twin = copy.deepcopy(cache)
         expected = original(**{**named, "past_key_values": twin})
         self._learn(cache.layers[0].keys.dtype, twin.layers)

@@ -1,5 +1,5 @@
-"""How the decode steps of a wrapped model run: natively on a CPU, captured on a GPU (lowered as a whole, or its modules),
-or on its own modules.
+"""How the decode steps of a wrapped model run: natively on a CPU, captured on a GPU (whole, or through its modules), or
+on its own modules.
 
 Whoever decodes comes here: the model's patched forward with one call at a time, the loops of generation with sequences
 that are theirs alone. Which lowering carries a step out is decided in `Steps.lowering`, once for each state of the
@@ -47,7 +47,7 @@ class Host(Protocol):
 
     def notice(self, every_setting: bool = False) -> str | None: ...
 
-    def program_for(self, cache: Cache) -> StepProgram | str: ...
+    def program_for(self, cache: Cache, native: bool = True) -> StepProgram | str: ...
 
 
 class Steps:
@@ -115,15 +115,15 @@ class Steps:
             return None
         return self._prompts.forward(original, named)
 
-    def _program(self, cache: Cache, dense: bool) -> StepProgram | str:
+    def _program(self, cache: Cache, dense: bool, native: bool = True) -> StepProgram | str:
         """What a native step computes for the sequences of a cache, or why none can; dense: leaving nothing out."""
         if self._host.behaviour.withholds(cache):
             return "nothing is to be said after a prompt"
-        return self._dense if dense else self._host.program_for(cache)
+        return self._dense if dense else self._host.program_for(cache, native)
 
     def _captured_program(self, cache: Cache, dense: bool) -> StepProgram | str:
         """The same of a lowered step on a GPU. Nothing is packed for it where none is."""
-        return self.captured.lowering.refusal or self._program(cache, dense)
+        return self.captured.lowering.refusal or self._program(cache, dense, native=False)
 
     def greedy(self, cache: Cache, token: int, count: int, ends: Sequence[int]) -> list[int]:
         """`CapturedSteps.greedy` under the plan."""

@@ -344,9 +344,10 @@ class Runtime:
             return None
         return Selections(self, rows, self.observed, self._by_prompt, self.plan.clusters)
 
-    def program_for(self, cache: Cache) -> StepProgram | str:
-        """What a native step computes for the sequences of a cache, or why none can."""
-        if not self.program.native:
+    def program_for(self, cache: Cache, native: bool = True) -> StepProgram | str:
+        """What a step computes for the sequences of a cache, or why none can. native: a native one, which is more
+        particular about who chooses neurons."""
+        if native and not self.program.native:
             return "no kernel of the native step makes its choice"
         if not self._places.hold() or self.altered & self._packed_apart:
             return "parts of the model were replaced by others"
