@@ -34,14 +34,76 @@ def group_dot(outs: int, groups: int) -> Tile:
 
 
 def group_tiles(outs: int, groups: int) -> Tile:
-    """For tensor cores (reasoned from what ptxas makes of a tile: the instructions for 22016x4096 take 11 us at 1.7 GHz): 32
-    outputs and 8 groups a program; of matrices with few outputs 16 and 16, so that each multiprocessor has two
-    programs."""
+    """For tensor cores, reasoned from what ptxas makes of a tile: the instructions for 22016x4096 take 11 us at 1.7
+    GHz with 32 outputs and 8 groups a program. Of matrices with few outputs 16 and 16, so that each multiprocessor has
+    two programs."""
     if INTERPRETED:
         return Tile(power(min(outs, 512), 16), min(8, power(groups)), 4)
     if outs < 64 * processors():
         return Tile(16, min(16, power(groups)), max(1, min(16, power(groups)) // 2), 3)
     return Tile(32, min(8, power(groups)), max(1, min(8, power(groups)) // 2), 3)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Shares of the positions, and how many of them a program reads at once."""
+
+    splits: int
+    block: int
+
+
+def attention(kv_heads: int, capacity: int, size: int, itemsize: int) -> Split:
+    """Reasoned: 128 to 256 programs for one row, one or two for each multiprocessor, and 16 KB of keys at once, twice.
+    More than 16 shares would take longer to put together than they save."""
+    block = max(16, min(64, (16 << 10) // (power(size, 16) * itemsize)))
+    splits = min(16, 256 // min(256, power(kv_heads)), power(-(-capacity // block)))
+    return Split(min(splits, 4) if INTERPRETED else splits, block)
+
+
+@dataclass(frozen=True)
+class Bundles:
+    """Neurons that a program of the one-pass MLP reads at once, its warps, and how many programs there are."""
+
+    block_n: int
+    warps: int
+    programs: int
+
+
+def bundles(hidden: int, itemsize: int, count: int) -> Bundles:
+    """Measured on an H200 in bf16, two programs a multiprocessor: 4 neurons and 8 warps for hidden sizes up to 4096
+    (4096x11008: 3,876 GB/s), 2 for 8192 (4,358). Reasoned: 1 beyond, half as many of float32, 4 warps below 2048."""
+    if INTERPRETED:
+        return Bundles(power(min(max(1, count), 64)), 4, 2)
+    wide = power(hidden) * itemsize // 2
+    block = 4 if wide <= 4096 else 2 if wide <= 8192 else 1
+    tiles = -(-count // block)
+    return Bundles(block, 8 if hidden >= 2048 else 4, max(1, min(2 * processors(), tiles)))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Outputs, and inputs, that a program of `columns` reads at once, and the shares of the inputs."""
+
+    block_o: int
+    block_i: int
+    splits: int
+
+
+def columns(outs: int, inputs: int) -> Columns:
+    """Reasoned: half a kilobyte of a column, 32 of them at once; four programs a multiprocessor."""
+    if INTERPRETED:
+        return Columns(power(min(outs, 256)), 64, 2)
+    blocks = -(-outs // 256)
+    return Columns(256, 32, max(1, min(-(-inputs // 32), 4 * processors() // blocks)))
+
+
+def float_rows(outs: int, inputs: int, itemsize: int) -> Tile:
+    """Reasoned: 32 KB of a matrix of floats a program, as in `bundles`; up to 2,048 numbers of a row at once."""
+    block = min(2048, power(inputs))
+    rows = max(1, min(8, (32 << 10) // (power(inputs) * itemsize)))
+    if INTERPRETED:
+        return Tile(power(min(outs, 256)), block, 4)
+    return Tile(rows, block, 4 if block * rows >= 2048 else 2)
 
 
 @cache

@@ -19,7 +19,7 @@ from .groups import GROUP
 from .step_model import Norm
 
 _KIND = {"rms": 1, "layer": 2}
-_GROUPS = 64 if INTERPRETED else 8  # groups of 32 values that a program of `act_mul` computes
+_GROUPS = 64 if INTERPRETED else 4  # groups of 32 values that a program of `act_mul` computes
 
 
 def add_norm(
@@ -37,8 +37,8 @@ def add_norm(
     rows, width = stream.shape
     changed = bool(deltas) or after is not None
     new = torch.empty((rows, width), dtype=stream.dtype, device=stream.device) if changed else stream
-    y = _empty(rows, width, quantize, dtype or stream.dtype, stream)
-    more = None if second is None else _empty(rows, width, quantize, dtype or stream.dtype, stream)
+    y = empty_rows(rows, width, quantize, dtype or stream.dtype, stream)
+    more = None if second is None else empty_rows(rows, width, quantize, dtype or stream.dtype, stream)
     first, also = (*deltas, None, None)[:2]
     norms = (out, after, norm, second)
     weights = [None if n is None else n.weight for n in norms]
@@ -46,12 +46,12 @@ def add_norm(
     kinds = [0 if n is None else _KIND[n.kind] for n in norms]
     groups = power(triton.cdiv(width, GROUP))
     launch(
-        "small", _add_norm_kernel, (rows,), stream, first, also, *weights, *biases, new, *_places(y), *_places(more),
+        "small", _add_norm_kernel, (rows,), stream, first, also, *weights, *biases, new, *places_of(y), *places_of(more),
         *(0.0 if n is None else n.eps for n in norms), scale, row_stride(stream), row_stride(first), row_stride(also),
         DELTAS=len(deltas), OUT=kinds[0], AFTER=kinds[1], NORM=kinds[2], SECOND=kinds[3],
         OUT_BIAS=biases[0] is not None, AFTER_BIAS=biases[1] is not None, NORM_BIAS=biases[2] is not None,
         SECOND_BIAS=biases[3] is not None, TWICE=more is not None, CHANGED=changed, QUANTIZE=quantize, WIDTH=width,
-        GROUPS=groups, num_warps=max(1, min(16, groups // 16)),
+        GROUPS=groups, num_warps=max(1, min(16, groups // 8)),
     )  # fmt: skip
     return new, y, more
 
@@ -70,15 +70,16 @@ def quantize(x: Tensor) -> Quantized:
 
 def _act_mul(x: Tensor, code: int, gated: bool, quantize: bool, dtype: torch.dtype | None) -> Inputs:
     rows, width = x.shape[0], x.shape[1] // (2 if gated else 1)
-    y = _empty(rows, width, quantize, dtype or x.dtype, x)
+    y = empty_rows(rows, width, quantize, dtype or x.dtype, x)
     launch(
-        "small", _act_mul_kernel, (triton.cdiv(width, GROUP * _GROUPS), rows), x, *_places(y), row_stride(x),
-        ACT=code, GATED=gated, QUANTIZE=quantize, WIDTH=width, GROUPS=_GROUPS, num_warps=2,
+        "small", _act_mul_kernel, (triton.cdiv(width, GROUP * _GROUPS), rows), x, *places_of(y), row_stride(x),
+        ACT=code, GATED=gated, QUANTIZE=quantize, WIDTH=width, GROUPS=_GROUPS, num_warps=1,
     )  # fmt: skip
     return y
 
 
-def _empty(rows: int, width: int, quantize: bool, dtype: torch.dtype, like: Tensor) -> Inputs:
+def empty_rows(rows: int, width: int, quantize: bool, dtype: torch.dtype, like: Tensor) -> Inputs:
+    """[rows, width] to be filled in, of floats or rounded."""
     if not quantize:
         return torch.empty((rows, width), dtype=dtype, device=like.device)
     groups = triton.cdiv(width, GROUP)
@@ -87,7 +88,7 @@ def _empty(rows: int, width: int, quantize: bool, dtype: torch.dtype, like: Tens
     return Quantized(integers, step, total, width)
 
 
-def _places(y: Inputs | None) -> tuple[Any, Any, Any, Any]:
+def places_of(y: Inputs | None) -> tuple[Any, Any, Any, Any]:
     """Where a kernel stores it: floats, or integers, steps and totals."""
     if isinstance(y, Quantized):
         return None, y.integers, y.step, y.total
