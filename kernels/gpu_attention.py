@@ -300,7 +300,7 @@ def _combine_kernel(
     column = group[:, None] * 32 + tl.arange(0, 32)[None, :]
     inside = column < WIDTH
     heads: tl.constexpr = WIDTH // SIZE
-    if SIZE % 32 == 0:  # a group has one head
+    if SIZE % 32 == 0:  # noqa: SIM108 - a group has one head
         head = tl.minimum(group[:, None] * 32 // SIZE, heads - 1)
     else:
         head = tl.where(inside, column // SIZE, 0)

@@ -47,6 +47,10 @@ class FloatMatrix:
         """The first `count` inputs alone, as a view."""
         return replace(self, weight=self.weight[:, :count])
 
+    def take(self, indices: Tensor) -> FloatMatrix:
+        """The outputs in `indices`, int64 [k], copied."""
+        return FloatMatrix(self.weight[indices], None if self.bias is None else self.bias[indices])
+
     @staticmethod
     def stack(parts: Sequence[FloatMatrix]) -> FloatMatrix:
         """One matrix of the outputs of all parts, in turn, copied."""

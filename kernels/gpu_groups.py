@@ -20,23 +20,26 @@ from .gpu_parts import PLAIN, launch
 MAX_DOT_ROWS = 3
 
 
-def linear(x: Quantized, matrix: GroupedMatrix, out: Tensor, form: str | None) -> None:
-    """Writes x @ weight.t() + bias to out [R, out_features], whose rows may lie apart; see `gpu_step.linear`."""
+def linear(x: Quantized, matrix: GroupedMatrix, out: Tensor, listed: Tensor | None, form: str | None) -> None:
+    """Writes x @ weight.t() + bias to out [R, outs], whose rows may lie apart; listed: the outputs that are asked for.
+    See `gpu_step.linears`."""
     rows, groups = x.step.shape
+    outs = out.shape[1]
     if rows <= MAX_DOT_ROWS and form != "many":
-        kernel, tile, each = _dot_kernel, gpu_config.group_dot(matrix.out_features, groups), rows
+        kernel, tile, each = _dot_kernel, gpu_config.group_dot(outs, groups), rows
         words, integers = matrix.words, x.integers.view(torch.int32)
     else:
-        kernel, tile, each = _tile_kernel, gpu_config.group_tiles(matrix.out_features, groups), 8
+        kernel, tile = _tile_kernel, gpu_config.group_tiles(outs, groups)
         each = 8 if rows <= 8 or form == "many" else 16
         words, integers = matrix.words.view(torch.int8 if matrix.bits == 8 else torch.uint8), x.integers
-    grid = (triton.cdiv(matrix.out_features, tile.block_n), triton.cdiv(rows, each))
+    grid = (triton.cdiv(outs, tile.block_n), triton.cdiv(rows, each))
     launch(
-        "gemv", kernel, grid, words, matrix.ends, matrix.bias, integers, x.step, x.total, out, matrix.out_features,
+        "gemv", kernel, grid, words, matrix.ends, matrix.bias, integers, x.step, x.total, listed, out, outs,
         matrix.words.stride(0) // matrix.bits, matrix.ends.stride(0), out.stride(0), rows,
         ROWS=each, GROUPS=groups, BITS=matrix.bits, BIAS=matrix.bias is not None,
-        BLOCK_N=tile.block_n, BLOCK_G=tile.block_g, PLAIN=PLAIN, num_warps=tile.warps, num_stages=tile.stages,
-        nbytes=matrix.words.shape[0] * groups * (matrix.bits * 4 + 4),
+        LISTED=listed is not None, BLOCK_N=tile.block_n, BLOCK_G=tile.block_g, PLAIN=PLAIN, num_warps=tile.warps,
+        num_stages=tile.stages,
+        nbytes=outs * groups * (matrix.bits * 4 + 4),
     )  # fmt: skip
 
 
@@ -102,12 +105,14 @@ def _products(first, last, x, step, total, scale, least, place, group, there, BI
 
 @triton.jit
 def _dot_kernel(
-    words, ends, bias, x, step, total, out, outs, row_groups, row_ends, out_stride, rows,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, BIAS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_G: tl.constexpr, PLAIN: tl.constexpr,
+    words, ends, bias, x, step, total, listed, out, outs, row_groups, row_ends, out_stride, rows,
+    ROWS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, BIAS: tl.constexpr, LISTED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, outs - 1).to(tl.int64)  # beyond the last output it is computed again, and not stored
+    if LISTED:
+        row = tl.load(listed + row)
     sum0 = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
     sum1 = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
     sum2 = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
@@ -128,7 +133,8 @@ def _dot_kernel(
         sum0 += _products(first, last, x, step, total, scale, least, place, group, there, BITS, PLAIN)
         if ROWS > 1:
             sum1 += _products(
-                first, last, x + GROUPS * 8, step + GROUPS, total + GROUPS, scale, least, place, group, there, BITS, PLAIN
+                first, last, x + GROUPS * 8, step + GROUPS, total + GROUPS, scale, least, place, group, there, BITS,
+                PLAIN,
             )  # fmt: skip
         if ROWS > 2:
             sum2 += _products(
@@ -138,7 +144,7 @@ def _dot_kernel(
     here = n < outs
     more = tl.zeros((BLOCK_N,), tl.float32)
     if BIAS:
-        more = tl.load(bias + n, mask=here, other=0.0).to(tl.float32)
+        more = tl.load(bias + row).to(tl.float32)
     tl.store(out + n, (tl.sum(sum0, 1) + more).to(out.dtype.element_ty), mask=here)
     if ROWS > 1:
         tl.store(out + out_stride + n, (tl.sum(sum1, 1) + more).to(out.dtype.element_ty), mask=here)
@@ -161,13 +167,15 @@ def _nibbles(both, PLAIN: tl.constexpr):
 
 @triton.jit
 def _tile_kernel(
-    words, ends, bias, x, step, total, out, outs, row_groups, row_ends, out_stride, rows,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, BIAS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_G: tl.constexpr, PLAIN: tl.constexpr,
+    words, ends, bias, x, step, total, listed, out, outs, row_groups, row_ends, out_stride, rows,
+    ROWS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, BIAS: tl.constexpr, LISTED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row = tl.where(n < outs, n, 0).to(tl.int64)
+    if LISTED:
+        row = tl.load(listed + row)
     sums = tl.zeros((BLOCK_G, BLOCK_N, ROWS), tl.float32)
     order = tl.arange(0, 32)
     if BITS == 4:
@@ -195,7 +203,7 @@ def _tile_kernel(
         sums += least[:, :, None] * totals[:, None, :]
     y = tl.sum(sums, 0)
     if BIAS:
-        y += tl.load(bias + n, mask=n < outs, other=0.0).to(tl.float32)[:, None]
+        y += tl.load(bias + row).to(tl.float32)[:, None]
     tl.store(
         out + r[None, :] * out_stride + n[:, None], y.to(out.dtype.element_ty),
         mask=(n < outs)[:, None] & (r < rows)[None, :],

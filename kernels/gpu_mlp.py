@@ -96,7 +96,7 @@ def _dense(x: Tensor, packed: PackedMLP, dtype: torch.dtype, form: str | None) -
     for part, (to, bias) in enumerate(zip(h.chunk(parts, 1), biases, strict=True)):
         count("gemv", weight.nbytes // weight.shape[1])
         to.copy_(F.linear(x, weight[:, part, :hidden], None if bias is None else bias.to(x.dtype)))
-    h = gpu_norm.act_mul(h, str(packed.act), packed.gated, False, torch.float32)
+    h = gpu_norm.act_mul(h, str(packed.act), packed.gated, None, False, torch.float32)
     assert isinstance(h, Tensor)
     h = h if packed.mean is None else h - packed.mean
     count("gemv", weight.nbytes // weight.shape[1])
@@ -147,7 +147,7 @@ def _mlp_kernel(
         up = tl.sum(second.to(tl.float32) * xs, 1)
         if UP_BIAS:
             up += tl.load(up_bias + neuron)
-        if GATED:
+        if GATED:  # noqa: SIM108
             h = gate * up
         else:
             h = act(up, ACT)

@@ -46,8 +46,9 @@ def add_norm(
     kinds = [0 if n is None else _KIND[n.kind] for n in norms]
     groups = power(triton.cdiv(width, GROUP))
     launch(
-        "small", _add_norm_kernel, (rows,), stream, first, also, *weights, *biases, new, *places_of(y), *places_of(more),
-        *(0.0 if n is None else n.eps for n in norms), scale, row_stride(stream), row_stride(first), row_stride(also),
+        "small", _add_norm_kernel, (rows,), stream, first, also, *weights, *biases, new, *places_of(y),
+        *places_of(more), *(0.0 if n is None else n.eps for n in norms), scale, row_stride(stream), row_stride(first),
+        row_stride(also),
         DELTAS=len(deltas), OUT=kinds[0], AFTER=kinds[1], NORM=kinds[2], SECOND=kinds[3],
         OUT_BIAS=biases[0] is not None, AFTER_BIAS=biases[1] is not None, NORM_BIAS=biases[2] is not None,
         SECOND_BIAS=biases[3] is not None, TWICE=more is not None, CHANGED=changed, QUANTIZE=quantize, WIDTH=width,
@@ -56,24 +57,30 @@ def add_norm(
     return new, y, more
 
 
-def act_mul(x: Tensor, name: str, gated: bool, quantize: bool, dtype: torch.dtype | None) -> Inputs:
+def act_mul(
+    x: Tensor, name: str, gated: bool, inverse: Tensor | None, quantize: bool, dtype: torch.dtype | None
+) -> Inputs:
     """See `gpu_step.act_mul`."""
-    return _act_mul(x, ACT[name], gated, quantize, dtype)
+    return _act_mul(x, ACT[name], gated, inverse, quantize, dtype)
 
 
 def quantize(x: Tensor) -> Quantized:
     """See `gpu_step.quantize`."""
-    found = _act_mul(x, NO_ACT, False, True, None)
+    found = _act_mul(x, NO_ACT, False, None, True, None)
     assert isinstance(found, Quantized)
     return found
 
 
-def _act_mul(x: Tensor, code: int, gated: bool, quantize: bool, dtype: torch.dtype | None) -> Inputs:
-    rows, width = x.shape[0], x.shape[1] // (2 if gated else 1)
+def _act_mul(
+    x: Tensor, code: int, gated: bool, inverse: Tensor | None, quantize: bool, dtype: torch.dtype | None
+) -> Inputs:
+    rows, neurons = x.shape[0], x.shape[1] // (2 if gated else 1)
+    width = neurons if inverse is None else inverse.numel()
     y = empty_rows(rows, width, quantize, dtype or x.dtype, x)
     launch(
-        "small", _act_mul_kernel, (triton.cdiv(width, GROUP * _GROUPS), rows), x, *places_of(y), row_stride(x),
-        ACT=code, GATED=gated, QUANTIZE=quantize, WIDTH=width, GROUPS=_GROUPS, num_warps=1,
+        "small", _act_mul_kernel, (triton.cdiv(width, GROUP * _GROUPS), rows), x, inverse, *places_of(y), row_stride(x),
+        neurons, ACT=code, GATED=gated, LISTED=inverse is not None, QUANTIZE=quantize, WIDTH=width, GROUPS=_GROUPS,
+        num_warps=1,
     )  # fmt: skip
     return y
 
@@ -157,16 +164,21 @@ def _add_norm_kernel(
 
 @triton.jit
 def _act_mul_kernel(
-    x, y, integers, step, total, stride,
-    ACT: tl.constexpr, GATED: tl.constexpr, QUANTIZE: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
+    x, inverse, y, integers, step, total, stride, neurons,
+    ACT: tl.constexpr, GATED: tl.constexpr, LISTED: tl.constexpr, QUANTIZE: tl.constexpr, WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(1)
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     column = group[:, None] * 32 + tl.arange(0, 32)[None, :]
     inside = column < WIDTH
-    value = act(tl.load(x + r * stride + column, mask=inside, other=0.0).to(tl.float32), ACT)
+    at = column
+    if LISTED:
+        at = tl.load(inverse + column, mask=inside, other=-1)
+        inside = at >= 0
+    value = act(tl.load(x + r * stride + at, mask=inside, other=0.0).to(tl.float32), ACT)
     if GATED:
-        value *= tl.load(x + r * stride + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+        value *= tl.load(x + r * stride + neurons + at, mask=inside, other=0.0).to(tl.float32)
     value = tl.where(inside, value, 0.0)
     PADDED: tl.constexpr = (WIDTH + 31) // 32
     if QUANTIZE:

@@ -96,16 +96,26 @@ def quantize(x: Tensor) -> Quantized:
 
 
 def act_mul(
-    x: Tensor, act: str, *, gated: bool = True, quantize: bool = False, dtype: torch.dtype | None = None
+    x: Tensor,
+    act: str,
+    *,
+    gated: bool = True,
+    inverse: Tensor | None = None,
+    quantize: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Inputs:
     """[R, I]: act(gate) * up of x [R, 2 I], gates before ups; act(x) of x [R, I] where not gated. One launch.
 
-    act: a name of `packed.ACTS`. quantize, dtype: as for `add_norm`, by default the dtype of x.
+    act: a name of `packed.ACTS`. inverse: int64 [I], of x [R, 2 k], where among its k neurons each of I stands; less
+    than 0: nowhere, and 0 comes out. quantize, dtype: as for `add_norm`, by default the dtype of x.
     """
     kernel = _kernels("gpu_norm", x)
     if kernel is not None:
-        return kernel.act_mul(x, act, gated, quantize, dtype)
-    return _made(reference.act_mul(x, act, gated), quantize, dtype or x.dtype)
+        return kernel.act_mul(x, act, gated, inverse, quantize, dtype)
+    h = reference.act_mul(x, act, gated)
+    if inverse is not None:
+        h = torch.where(inverse >= 0, h[:, inverse.clamp_min(0)], 0)
+    return _made(h, quantize, dtype or x.dtype)
 
 
 def linear(x: Inputs, matrix: Matrix, *, dtype: torch.dtype | None = None, form: Form | None = None) -> Tensor:
@@ -120,35 +130,49 @@ def linear(x: Inputs, matrix: Matrix, *, dtype: torch.dtype | None = None, form:
 
 
 def linears(
-    x: Inputs, matrices: Sequence[Matrix], *, dtype: torch.dtype | None = None, form: Form | None = None
+    x: Inputs,
+    matrices: Sequence[Matrix],
+    *,
+    rows: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    form: Form | None = None,
 ) -> Tensor:
-    """What several matrices make of the same x, side by side, [R, sum of outs]: a launch each. See `linear`."""
+    """What several matrices make of the same x, side by side, [R, sum of outs]. See `linear`.
+
+    A launch each; up to three of floats for one row of x are one. rows: int64 [k], the outputs that each matrix is
+    asked for, in that order (unchecked: nothing is read back), [R, k for each]; of others nothing is read.
+    """
     given = x if isinstance(x, Tensor) else x.step
     dtype = dtype or (x.dtype if isinstance(x, Tensor) else torch.float32)
     if isinstance(x, Tensor) and given.shape[0] <= MAX_ROWS and all(isinstance(m, GroupedMatrix) for m in matrices):
         x = quantize(x)
-    out = given.new_empty((given.shape[0], sum(m.out_features for m in matrices)), dtype=dtype)
-    for matrix, part in zip(matrices, out.split([m.out_features for m in matrices], 1), strict=True):
-        _linear(x, matrix, part, form)
+    outs = [m.out_features if rows is None else rows.numel() for m in matrices]
+    out = given.new_empty((given.shape[0], sum(outs)), dtype=dtype)
+    floats = [m for m in matrices if isinstance(m, FloatMatrix)]
+    kernel = _kernels("gpu_floats", out)
+    if len(floats) == len(matrices) and kernel is not None and kernel.linears(_floats(x), floats, out, rows, form):
+        return out
+    for matrix, part in zip(matrices, out.split(outs, 1), strict=True):
+        _linear(x, matrix, part, rows, form)
     return out
 
 
-def _linear(x: Inputs, matrix: Matrix, out: Tensor, form: Form | None) -> None:
-    rows = out.shape[0]
-    if isinstance(matrix, FloatMatrix):
-        floats = x.floats() if isinstance(x, Quantized) else x
-        kernel = _kernels("gpu_floats", out)
-        if kernel is None or not kernel.linear(floats, matrix, out, form):
-            _by_torch(floats, matrix, out, form)
-        return
+def _linear(x: Inputs, matrix: Matrix, out: Tensor, rows: Tensor | None, form: Form | None) -> None:
     kernel = _kernels("gpu_groups", out)
-    if rows > MAX_ROWS:
-        floats = x.floats() if isinstance(x, Quantized) else x
-        _by_torch(floats, FloatMatrix(matrix.floats(floats.dtype), matrix.bias), out, None)
+    if isinstance(matrix, FloatMatrix):
+        _by_torch(_floats(x), matrix if rows is None else matrix.take(rows), out, form)
+    elif out.shape[0] > MAX_ROWS:
+        found = matrix if rows is None else matrix.take(rows)
+        floats = _floats(x)
+        _by_torch(floats, FloatMatrix(found.floats(floats.dtype), found.bias), out, None)
     elif kernel is None:
-        out.copy_(reference.linear(x, matrix))
+        out.copy_(reference.linear(x, matrix if rows is None else matrix.take(rows)))
     else:
-        kernel.linear(quantize(x) if isinstance(x, Tensor) else x, matrix, out, form)
+        kernel.linear(quantize(x) if isinstance(x, Tensor) else x, matrix, out, rows, form)
+
+
+def _floats(x: Inputs) -> Tensor:
+    return x.floats() if isinstance(x, Quantized) else x
 
 
 def _by_torch(x: Tensor, matrix: FloatMatrix, out: Tensor, form: Form | None) -> None:
@@ -158,7 +182,7 @@ def _by_torch(x: Tensor, matrix: FloatMatrix, out: Tensor, form: Form | None) ->
     x = x.to(weight.dtype)
     if form == "many" and rows < MAX_ROWS:
         x = F.pad(x, (0, 0, 0, MAX_ROWS - rows))
-    count("gemv")
+    count("gemv", weight.nbytes)
     out.copy_(F.linear(x, weight, None if matrix.bias is None else matrix.bias.to(weight.dtype))[:rows])
 
 
@@ -233,8 +257,8 @@ def attention(
 
     q: [R, heads, head_dim] as `rotary_write` returns it; keys, values: [B, kv_heads, capacity, head_dim] of one dtype;
     at: int64 [R], read on the device. seen: bool [B, capacity], what is not padding; None: everything. window: how many
-    indices a row sees, itself included; 0: all. softcap: of scores; 0: none. slopes: float32 [heads], what a score loses for each index that it
-    lies back; sinks: float32 [heads], see `step_model.Attention`. Rows that see nothing get zeros.
+    indices a row sees, itself included; 0: all. softcap: of scores; 0: none. slopes: float32 [heads], what a score
+    loses for each index that it lies back; sinks: float32 [heads], see `step_model.Attention`. Rows that see nothing get zeros.
     quantize, dtype: as for `add_norm`, by default the dtype of q.
     """
     kernel = _kernels("gpu_attention", q)
