@@ -14,7 +14,9 @@ would have); None: by the number of rows. What has no `form` goes row by row in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
@@ -40,6 +42,7 @@ __all__ = [
     "add_norm",
     "attention",
     "columns",
+    "definitions",
     "embed",
     "launches",
     "linear",
@@ -258,7 +261,8 @@ def attention(
     q: [R, heads, head_dim] as `rotary_write` returns it; keys, values: [B, kv_heads, capacity, head_dim] of one dtype;
     at: int64 [R], read on the device. seen: bool [B, capacity], what is not padding; None: everything. window: how many
     indices a row sees, itself included; 0: all. softcap: of scores; 0: none. slopes: float32 [heads], what a score
-    loses for each index that it lies back; sinks: float32 [heads], see `step_model.Attention`. Rows that see nothing get zeros.
+    loses for each index that it lies back; sinks: float32 [heads], see `step_model.Attention`. Rows that see nothing
+    get zeros.
     quantize, dtype: as for `add_norm`, by default the dtype of q.
     """
     kernel = _kernels("gpu_attention", q)
@@ -320,14 +324,27 @@ def _made(x: Tensor, quantize: bool, dtype: torch.dtype) -> Inputs:
     return Quantized.of(x) if quantize else x.to(dtype)
 
 
+_chosen = threading.local()
+
+
+@contextmanager
+def definitions() -> Iterator[None]:
+    """The calling thread gets the definitions meanwhile, wherever its tensors are."""
+    before = getattr(_chosen, "definitions", False)
+    _chosen.definitions = True
+    try:
+        yield
+    finally:
+        _chosen.definitions = before
+
+
 def _kernels(name: str, x: Tensor) -> Any:
     """The module of Triton kernels, imported at its first use; None where the definitions run."""
-    return _module(name) if x.is_cuda or INTERPRETED else None
+    if getattr(_chosen, "definitions", False) or not (x.is_cuda or INTERPRETED):
+        return None
+    return _module(name)
 
 
 @cache
 def _module(name: str) -> Any:
-    try:
-        return import_module(f".{name}", __package__)
-    except ModuleNotFoundError:
-        return None
+    return import_module(f".{name}", __package__)
