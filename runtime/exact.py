@@ -18,7 +18,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,24 +35,31 @@ from .text import Text, end_tokens, is_stateless, uncovered_call
 logger = logging.getLogger("coreskip")
 
 
+class ByRows(Protocol):
+    """What may compute the rows of a pass apart."""
+
+    @property
+    def by_rows(self) -> bool: ...
+
+
 class SpeculativeDecoder:
     """Generation with drafts on one wrapped model: the verification loop, and what it has measured. Exact mode verifies
     by the dense model; with `wrap(..., lookup=True)` the plan's own steps verify what prompt lookup drafts.
 
     Attributes:
         native_only: whether none but native steps may be over several tokens.
-        by_rows: whether linear layers and attention all compute the rows of a pass apart; `wrap` knows. steps_by_rows:
-            whether captured steps do, as they are now.
+        by_rows: whether linear layers and attention all compute the rows of a pass apart; `wrap` knows.
         costs: measured seconds and acceptance rates, kept from one generation to the next.
         last: statistics of the generation that ended last; None before the first.
     """
 
-    def __init__(self, has_draft: bool) -> None:
-        """has_draft: whether the plan is a draft model; one that skips nothing is no faster than the dense model."""
+    def __init__(self, has_draft: bool, steps: ByRows | None = None) -> None:
+        """has_draft: whether the plan is a draft model; one that skips nothing is no faster than the dense model.
+        steps: what passes may go through."""
         self._has_draft = has_draft
         self.native_only = False
         self.by_rows = False
-        self.steps_by_rows: Callable[[], bool] = lambda: False
+        self._steps = steps
         self.costs = DraftCostModel()
         self.last: Statistics | None = None
         # scores that lie no further apart may differ for rounding alone: 0 where rows are computed apart, infinite
@@ -113,7 +120,7 @@ class SpeculativeDecoder:
         return None
 
     def _margin_of(self, error: float, dtype: torch.dtype) -> float:
-        if error == 0.0 and (self.by_rows or self.steps_by_rows()):
+        if error == 0.0 and (self.by_rows or (self._steps is not None and self._steps.by_rows)):
             return 0.0
         # 20 times what 8 tokens showed: errors grow with the context, and both sides of a comparison have one
         return max(1e-3, 20 * error) if dtype is torch.float32 and error < 1e-2 else float("inf")

@@ -26,6 +26,7 @@ from ..kernels.sparse import ExactScores, SparseLinear, SparseMLP
 from ..kernels.step_model import Norm
 from ..predictors.anatomy import Anatomy
 from .calls import NotCovered, NotThisCall
+from .gpu_matrices import SlicedMLP
 from .gpu_model import GpuAttention, GpuLayer, GpuModel, GpuPacking, describe, lower
 from .gpu_place import Place
 from .lower_cpu import StepProgram
@@ -89,10 +90,13 @@ class GpuStep:
         self.skipped, self._form = skipped, form
         self._rotations: dict[str | None, tuple[Tensor, Tensor]] = {}
         self._lists: dict[int, Tensor] = {}
+        self._inverse: dict[int, Tensor] = {}  # int64 [neurons]: where each is listed, or -1
         with torch.inference_mode(False):
             self._rows = torch.arange(place.rows * tokens, device=place.device)
             self._ahead = torch.arange(tokens, device=place.device).repeat(place.rows)
             for index, mlp in enumerate(program.mlps):
+                if isinstance(mlp, SlicedMLP) and mlp.lists is not None:
+                    self._inverse[index] = self._rows.new_empty(mlp.groups.intermediate_size)
                 if mlp is not None and mlp.lists is not None:
                     self._lists[index] = torch.empty_like(mlp.lists.listed, dtype=torch.int64)
         self._chosen: Any = lambda: None
@@ -104,6 +108,9 @@ class GpuStep:
             return
         for index, to in self._lists.items():
             to.copy_(cast(Any, program.mlps[index]).lists.listed)
+        for index, to in self._inverse.items():
+            listed = self._lists[index]
+            to.fill_(-1).scatter_(0, listed, torch.arange(listed.numel(), device=to.device))
         self._chosen = ref(program)
 
     def __call__(self) -> Tensor:
@@ -162,7 +169,8 @@ class GpuStep:
             return False
         if names is _ATTENTION:
             return _grouped(layer.attention.inputs[0])
-        return self._program.mlps[index] is None and _grouped(layer.mlp.widening[0])
+        sparse = self._program.mlps[index]
+        return (sparse is None or isinstance(sparse, SlicedMLP)) and _grouped(layer.mlp.widening[0])
 
     def _attention(self, index: int, a: GpuAttention, x: Inputs, attends: bool) -> Tensor | None:
         """What an attention gives, or where it is skipped nothing; its keys and values are written."""
@@ -188,11 +196,17 @@ class GpuStep:
 
     def _mlp(self, index: int, layer: GpuLayer, x: Inputs) -> Tensor:
         sparse, dense, columns = self._program.mlps[index], layer.mlp, self._program.columns.get(index, {})
-        if sparse is not None:
+        if sparse is not None and not isinstance(sparse, SlicedMLP):
             return self._bundled(index, sparse, cast(Tensor, x))
-        wide = self._product(x, dense.widening, columns, _MLP if dense.gated else ("up",))
-        quantize = _grouped(dense.down) and "down" not in columns
-        h = kernel.act_mul(wide, dense.act, gated=dense.gated, quantize=quantize, dtype=self._model.spec.dtype)
+        quantize, inverse = _grouped(dense.down) and "down" not in columns, None
+        if index in self._inverse:  # neurons that prompts choose: the down projection meets 0 in place of others
+            halves, inverse = cast(SlicedMLP, sparse).groups.halves, self._inverse[index]
+            wide = kernel.linears(x, halves, dtype=torch.float32, form=self._form, rows=self._lists[index])
+        else:
+            wide = self._product(x, dense.widening, columns, _MLP if dense.gated else ("up",))
+        h = kernel.act_mul(
+            wide, dense.act, gated=dense.gated, inverse=inverse, quantize=quantize, dtype=self._model.spec.dtype
+        )
         return self._product(h, (dense.down,), columns, ("down",))
 
     def _bundled(self, index: int, sparse: SparseMLP, x: Tensor) -> Tensor:
@@ -259,9 +273,8 @@ class Host(Protocol):
     model: nn.Module
     anatomy: Anatomy
     program: Program
-
-    @property
-    def drafts(self) -> bool: ...
+    exact: Any
+    lookup: Any
 
 
 class GpuLowering:
@@ -286,6 +299,10 @@ class GpuLowering:
     @property
     def ready(self) -> bool:
         return self._refusal is None and bool(self._models)
+
+    def prepare(self, program: StepProgram) -> str | None:
+        """Packs the matrices that steps read under a program; why there are no such steps, if so."""
+        return self.covers(program)
 
     def refuse(self, reason: str) -> None:
         """The model's steps are not lowered until it changes."""
@@ -317,7 +334,7 @@ class GpuLowering:
         return self._known[program][1]
 
     def step(self, program: StepProgram, place: Place, tokens: int) -> GpuStep:
-        form: kernel.Form | None = "many" if self._host.drafts else None
+        form: kernel.Form | None = "many" if self._host.exact or self._host.lookup else None
         return GpuStep(self._model(program), program, self._skipped(program), place, tokens, form)
 
     def positions(self, named: dict[str, Any], past: int) -> Tensor | None:
@@ -364,8 +381,8 @@ class GpuLowering:
             )
             for names, matrices in (*products, (("o",), (a.output,))):
                 some = columns.keys() & set(names)
-                if some and (_grouped(matrices[0]) or (len(some) < len(names) != len(matrices))):
-                    return "inputs are left out of weights of 4 or 8 bits, or of a part of a projection"
+                if some and len(some) < len(names) != len(matrices):
+                    return "inputs are left out of a part of a projection"
         return None
 
     def _skipped(self, program: StepProgram) -> float:
@@ -384,7 +401,14 @@ class GpuLowering:
 
 def _key(program: StepProgram) -> Hashable:
     mlps = tuple(
-        mlp and (id(mlp.packed), mlp.rule, mlp.threshold, id(mlp.scorer), mlp.lists and mlp.lists.kept)
+        mlp
+        and (
+            None if isinstance(mlp, SlicedMLP) else id(mlp.packed),
+            mlp.rule,
+            mlp.threshold,
+            id(mlp.scorer),
+            mlp.lists and mlp.lists.kept,
+        )
         for mlp in program.mlps
     )
     columns = tuple(

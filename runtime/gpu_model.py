@@ -6,28 +6,33 @@ their modules are captured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.gpu_formats import FloatMatrix, GroupedMatrix, Matrix
+from ..kernels.groups import GROUP
 from ..kernels.packed import DTYPES
 from ..kernels.step_model import Heads, Norm
 from ..predictors.anatomy import Anatomy, rows_of
+from .bundles import Weights
 from .calls import NotCovered
+from .formats import Formats
+from .gpu_matrices import GpuFormats, GpuReplaced, GpuWeights, GroupedMLP, kept_first
 from .lower_cpu import HEAD_FORMAT, lower_norm
 from .packed_layer import PackedLayer, PackedRows
+from .prepared import Prepared
+from .program import Program
 from .reading import read_spec
+from .release import Replaced
 from .rotary_tables import Rotation
 from .spec import AttentionSpec, BrickSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec
 
 #: the kernels' names of a plan's formats, of those that a GPU has
 FORMATS = {None: None, "int8": "int8_groups", "int4": "int4"}
-#: of a linear whose matrix exists in groups alone, its parts; None of others
-Alone = Callable[[nn.Module], "list[GroupedMatrix] | None"]
 #: told of linears as soon as their matrices are packed
 Packed = Callable[[nn.Module, list[GroupedMatrix]], None]
 
@@ -112,48 +117,129 @@ class GpuPacking:
 
     Args:
         weights: None: as loaded; "int8": groups of 8 bits; "int4": of 4 bits, and of 8 for the LM head.
-        alone: see `Alone`. packed: see `Packed`; who frees a matrix has no more than one layer twice.
+        formats: holds what is packed; None: nothing is.
+        kept: by layer, neurons that every step under the plan computes, and no others.
+        packed: see `Packed`; who frees a matrix has no more than one layer twice.
     """
 
-    def __init__(self, weights: str | None, alone: Alone = lambda module: None, packed: Packed | None = None) -> None:
-        self.weights, self._alone, self._packed = weights, alone, packed
+    def __init__(
+        self,
+        weights: str | None,
+        formats: GpuFormats | None = None,
+        kept: Mapping[int, Tensor] | None = None,
+        packed: Packed = lambda module, parts: None,
+    ) -> None:
+        self.weights, self._formats, self.kept, self._packed = weights, formats, kept or {}, packed
         self.format = FORMATS.get(weights)
 
     def side_by_side(self, linears: Sequence[LinearSpec], fmt: str | None) -> tuple[Matrix, ...]:
-        """The matrices of linears that read the same input: one, where they are packed, else each as it lies."""
-        if fmt is None:
-            return tuple(self._where_it_lies(linear.module) for linear in linears)
-        found = [self._alone(linear.module) for linear in linears]
+        """The matrices of linears that read the same input: one, where they are packed together, else each as it
+        lies."""
+        if fmt is None or self._formats is None:
+            return tuple(_where_it_lies(linear.module) for linear in linears)
+        found = [self._formats.held(linear.module) for linear in linears]
         if all(found):
-            parts = [part for parts in found for part in parts or ()]
+            parts = [part for held in found for part in held or ()]
             whole = _whole_of(parts)
-            return (whole,) if whole is not None else tuple(parts)
-        parts = [self._round(linear.module, fmt) for linear in linears]
+            return tuple(parts) if whole is None else (whole,)
+        parts = [GroupedMatrix.round(*_floats(linear.module), fmt) for linear in linears]
         whole, first = parts[0] if len(parts) == 1 else GroupedMatrix.stack(parts), 0
         for linear, part in zip(linears, parts, strict=True):
-            if self._packed is not None:
-                self._packed(linear.module, [whole.rows(first, part.out_features)])
+            self._hold(linear.module, [whole.rows(first, part.out_features)])
             first += part.out_features
         return (whole,)
 
-    @staticmethod
-    def _where_it_lies(module: Any) -> FloatMatrix:
-        if isinstance(module, PackedLayer):
-            raise NotCovered("its matrices are packed for a CPU")
-        weight, bias = rows_of(module)
-        return FloatMatrix(weight.detach(), None if bias is None else bias.detach())
+    def kept_first(self, index: int, brick: BrickSpec) -> GroupedMLP | None:
+        """The neurons that the plan keeps in a layer, of an MLP that is packed with these first: its steps read no
+        list, and nothing is copied. None where that cannot be."""
+        formats, fmt, keep = self._formats, self.format, self.kept.get(index)
+        if formats is None or fmt is None or keep is None or any(_bias_of(linear) for linear in brick.linears[:-1]):
+            return None
+        if index not in formats.kept:
+            if any(formats.held(linear.module) for linear in brick.linears):
+                return None
+            formats.kept[index] = self._permuted(brick, keep, fmt)
+        return formats.kept[index]
 
-    def _round(self, module: Any, fmt: str) -> GroupedMatrix:
-        lies = self._where_it_lies(module)
-        if not bool(lies.weight.isfinite().all()):
-            raise NotCovered("weights with infinities or NaNs have no form of 4 or 8 bits")
-        return GroupedMatrix.round(lies.weight, lies.bias, fmt)
+    def _permuted(self, brick: BrickSpec, keep: Tensor, fmt: str) -> GroupedMLP:
+        halves = [half for linear in brick.linears[:-1] for half in _halves(linear)]
+        width, k = halves[0].shape[0], keep.numel()
+        others = torch.ones(width, dtype=torch.bool, device=keep.device)
+        others[keep] = False
+        order = torch.cat([keep, others.nonzero()[:, 0]]).to(halves[0].device)
+        pieces = [half[some] for some in (order[:k], order[k:]) for half in halves]
+        whole = GroupedMatrix.round(torch.cat(pieces), None, fmt)
+        del pieces
+        count = len(halves)
+        parts = [[whole.rows(i * k, k), whole.rows(count * k + i * (width - k), width - k)] for i in range(count)]
+        first = list(brick.linears[:-1])
+        if len(first) == count:
+            for linear, rows in zip(first, parts, strict=True):
+                self._hold(linear.module, rows)
+        else:
+            self._hold(first[0].module, [part for rows in parts for part in rows])
+        weight, bias = _floats(brick.down.module)
+        down = GroupedMatrix.round(weight[:, order], bias, fmt)
+        self._hold(brick.down.module, [down])
+        groups = min(-(-k // GROUP) * GROUP, width)
+        return GroupedMLP((whole.rows(0, count * k),), down.inputs(groups), count == 2, brick.act)
+
+    def _hold(self, module: nn.Module, parts: list[GroupedMatrix]) -> None:
+        if self._formats is not None:
+            self._formats.hold(module, parts)
+        self._packed(module, parts)
+
+
+class Host(Protocol):
+    """A wrapped model, as packing for a GPU needs it."""
+
+    program: Program
+    replaced: Replaced | None
+    prepared: Prepared
+
+
+def packing_of(host: Any, formats: Formats, weights: Weights) -> GpuPacking:
+    """How a GPU's lowered steps read a wrapped model's matrices. host: a `Host`; formats, weights: the model's."""
+    known: Host = host
+    if not isinstance(formats, GpuFormats):
+        return GpuPacking(known.program.weights)
+    weights.in_groups_of_gpu = GpuWeights(weights, formats)
+
+    def packed(module: nn.Module, parts: list[GroupedMatrix]) -> None:
+        if isinstance(known.replaced, GpuReplaced):
+            known.prepared.let_go(module)  # which holds the matrix
+            known.replaced.hold(module, parts)
+
+    return GpuPacking(known.program.weights, formats, kept_first(known.program), packed)
+
+
+def _where_it_lies(module: Any) -> FloatMatrix:
+    if isinstance(module, PackedLayer):
+        raise NotCovered("its matrices are packed for a CPU")
+    weight, bias = rows_of(module)
+    return FloatMatrix(weight.detach(), None if bias is None else bias.detach())
+
+
+def _floats(module: Any) -> tuple[Tensor, Tensor | None]:
+    lies = _where_it_lies(module)
+    if lies.weight.is_meta or not bool(lies.weight.isfinite().all()):
+        raise NotCovered("weights with infinities or NaNs have no form of 4 or 8 bits")
+    return lies.weight, lies.bias
+
+
+def _bias_of(linear: LinearSpec) -> bool:
+    return getattr(linear.module, "bias", None) is not None
+
+
+def _halves(linear: LinearSpec) -> list[Tensor]:
+    """A linear's matrix by the projections that it holds."""
+    weight, _ = _floats(linear.module)
+    return [weight] if linear.rows is None else list(weight.split(linear.rows))
 
 
 def _whole_of(parts: list[GroupedMatrix]) -> GroupedMatrix | None:
     """The matrix whose rows parts are, in turn, where they lie so."""
-    first = parts[0]
-    at = 0
+    first, at = parts[0], 0
     for part in parts:
         same = part.words.untyped_storage().data_ptr() == first.words.untyped_storage().data_ptr()
         if not same or part.words.storage_offset() != first.words.storage_offset() + at * first.words.stride(0):
@@ -164,8 +250,7 @@ def _whole_of(parts: list[GroupedMatrix]) -> GroupedMatrix | None:
     biases = [part.bias for part in parts]
     bias = None
     if any(b is not None for b in biases):
-        zeros = [torch.zeros(p.out_features, device=p.device) if p.bias is None else p.bias for p in parts]
-        bias = torch.cat(zeros)
+        bias = torch.cat([torch.zeros(p.out_features, device=p.device) if p.bias is None else p.bias for p in parts])
     return GroupedMatrix(words, ends, first.in_features, bias)
 
 
@@ -207,21 +292,21 @@ def lower(spec: ModelSpec, packing: GpuPacking) -> GpuModel:
         table=spec.embedding,
         places=None if places is None else places.table[places.first :].detach(),
         embedding_norm=_norm(spec.embedding_norm, device),
-        layers=tuple(_layer(layer, packing, device) for layer in spec.layers),
+        layers=tuple(_layer(index, layer, packing, device) for index, layer in enumerate(spec.layers)),
         norm=_norm(spec.norm, device),
         head=packing.side_by_side([spec.head], HEAD_FORMAT if packing.format else None)[0],
         rotations={kind: Rotation(spec.rotary, kind, device) for kind in kinds if kind != "" and spec.rotary},
     )
 
 
-def _layer(layer: LayerSpec, packing: GpuPacking, device: torch.device) -> GpuLayer:
+def _layer(index: int, layer: LayerSpec, packing: GpuPacking, device: torch.device) -> GpuLayer:
     (brick,) = layer.bricks
     assert isinstance(layer.attention, AttentionSpec)
     names = ("attention_in", "attention_out", "attention_after", "mlp_in", "mlp_out", "mlp_after")
     norms: dict[str, Any] = {name: _norm(getattr(layer, name), device) for name in names}
     return GpuLayer(
         attention=_attention(layer.attention, packing, device),
-        mlp=_mlp(brick, packing),
+        mlp=_mlp(index, brick, packing),
         residual_scale=layer.residual_scale,
         parallel=layer.parallel,
         **norms,
@@ -252,7 +337,10 @@ def _in_turn(first: int, heads: int, kv_heads: int, d: int) -> tuple[Heads, Head
     return (first, heads, 0), (k, kv_heads, 0), (k + kv_heads * d, kv_heads, 0)
 
 
-def _mlp(brick: BrickSpec, packing: GpuPacking) -> GpuMLP:
+def _mlp(index: int, brick: BrickSpec, packing: GpuPacking) -> GpuMLP:
+    kept = packing.kept_first(index, brick)
+    if kept is not None:
+        return GpuMLP(kept.widening, kept.down, kept.gated, kept.act)
     first = [brick.up] if brick.gate is None else [brick.gate, brick.up]
     (down,) = packing.side_by_side([brick.down], packing.format)
     gated = brick.gate is not None or brick.stacked

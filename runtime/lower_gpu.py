@@ -35,10 +35,13 @@ from .gpu_lowering import GpuLowering, GpuStep
 from .gpu_modules import ModuleStep, attention_of
 from .gpu_place import MOST_TOKENS, Capture, Place
 from .kv_cache import Entries, Rooms, known_rooms, leave_rooms, length_of, sizes_of, unfit
+from .layer_skips import LayerSkips
 from .lower_cpu import StepProgram
 from .patches import Usage
+from .prepared import Prepared
 from .program import Program
 from .reading import windows
+from .selections import Selections
 
 logger = logging.getLogger("coreskip")
 
@@ -89,6 +92,77 @@ class Host(Protocol):
     def settled(self, cache: Cache) -> Settled | str: ...
 
 
+class _Places:
+    """The memory of one model's captured steps.
+
+    Attributes:
+        held: the one used last at the end.
+        entries: of caches that a captured step can write into, as far as is known.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self.held: list[_Held] = []
+        self.entries: Entries | None = None
+
+    def check(self, cache: Any, rows: int, host: Host) -> None:
+        """Raises NotCovered unless steps can write into a cache that comes here for the first time, or was moved."""
+        host.check_modules()
+        if self.entries is None:
+            self.entries = Entries(self._device, windows(host.model.config, len(host.anatomy)))
+        reason = unfit(cache, self.entries)
+        if reason is not None:
+            raise NotCovered(reason)
+        if cache.layers[0].keys.shape[0] != rows:
+            raise NotCovered("the KV cache has another number of rows")
+
+    def learn(self, dtype: torch.dtype, made: list[Any]) -> None:
+        """What this model's keys and values are, from layers to which its modules have added some of their own."""
+        entries = cast(Entries, self.entries)
+        if made[0].keys.dtype != dtype:
+            raise NotCovered("the KV cache is not in the model's dtype")
+        if entries.sizes is None:
+            self.entries = replace(entries, sizes=[sizes_of(layer) for layer in made], dtype=dtype)
+
+    def serving(self, cache: Cache, tokens: int) -> tuple[_Held, Rooms] | tuple[None, None]:
+        """What has the cache's keys and values, where it has room for so many more."""
+        rooms = None if self.entries is None else known_rooms(cache, tokens, self.entries)
+        held = next((held for held in self.held if held.place.serves(rooms)), None)
+        return (None, None) if held is None or rooms is None else (held, rooms)
+
+    def vacant(self, key: Hashable, rows: int, length: int, cache: Cache) -> _Held | None:
+        """What was made for other sequences; taken from one that may go on only where there are too many."""
+        fitting = [h for h in self.held if h.place.rows == rows and h.place.capacity >= length]
+        fitting.sort(key=lambda held: (key not in held.graphs, held.place.capacity))
+        free = next((held for held in fitting if held.place.is_free_for(cache)), None)
+        if free is not None or not fitting or len(self.held) < _MOST:
+            return free
+        fitting[0].place.take_away()
+        if fitting[0].place.is_free_for(cache):
+            return fitting[0]
+        self.held.remove(fitting[0])  # somebody has taken keys or values from the cache, and still holds them
+        return None
+
+    def made(self, cache: Any, length: int) -> _Held:
+        """A new one."""
+        capacity = max(_LEAST, 1 << (length - 1).bit_length())
+        return _Held(Place(cache.layers, capacity, cast(Entries, self.entries)))
+
+    def used(self, held: _Held) -> None:
+        """It was used just now."""
+        if held in self.held:
+            self.held.remove(held)
+        elif len(self.held) == _MOST:
+            del self.held[0]
+        self.held.append(held)
+
+    def leave(self, cache: Cache) -> None:
+        """Leaves the cache memory of its own."""
+        rooms = None if self.entries is None else known_rooms(cache, 0, self.entries)
+        if rooms is not None:
+            leave_rooms(rooms)
+
+
 @dataclass(frozen=True, eq=False)
 class _Way:
     """How a step is captured. key: what of it a graph has fixed. program: of the lowered step; None: by modules.
@@ -118,11 +192,10 @@ class CapturedSteps:
         """The model's weights were moved, cast or loaded anew: what was captured reads the old ones."""
         self.lowering.forget()
         self._refusal: str | None = None  # why passes of this model's modules are not captured
-        self._captured: list[_Held] = []  # the one used last at the end
         self._output: Any = None  # the class of what the model returns
-        self._entries: Entries | None = None  # of caches that a captured step can write into, as far as is known
         self._disagreed = 0
         self._device = next(self._host.model.parameters()).device.type
+        self._places = _Places(self._device)
         wanted = os.environ.get("CORESKIP_GRAPHS")
         self.capture: Callable[[Callable[[], Tensor], torch.device], Callable[[], Tensor]] | None = (
             Capture if self._device == "cuda" and wanted != "0" else None
@@ -136,9 +209,13 @@ class CapturedSteps:
         return None if self.lowering.ready else self._refusal
 
     @property
+    def _captured(self) -> list[_Held]:
+        return self._places.held
+
+    @property
     def ready(self) -> bool:
         """Whether a captured step has been found to agree with the model's own modules."""
-        return self.refusal is None and any(held.graphs for held in self._captured)
+        return self.refusal is None and any(held.graphs for held in self._places.held)
 
     def forward(
         self, original: Callable[..., Any], named: dict[str, Any], program: StepProgram | str, verifies: bool = False
@@ -249,7 +326,7 @@ class CapturedSteps:
             way = self._way(cache, program, tokens)
         except NotCovered:
             return None
-        held, rooms = self._serving(cache, way.tokens)
+        held, rooms = self._places.serving(cache, way.tokens)
         graph = None if held is None else held.graphs.get(way.key)
         if held is None or graph is None or rooms is None or held.place.rows != 1:
             return None
@@ -264,14 +341,14 @@ class CapturedSteps:
         cache: Cache = named["past_key_values"]
         rows, length = named["input_ids"].shape
         way = self._way(cache, program, length, verifies)
-        held, rooms = self._serving(cache, way.tokens)
+        held, rooms = self._places.serving(cache, way.tokens)
         if held is None or rooms is None:
-            held = self._vacant(way, rows, self._length(cache, rows) + way.tokens, cache)
+            self._places.check(cache, rows, self._host)
+            held = self._places.vacant(way.key, rows, length_of(cache.layers[0]) + way.tokens, cache)
             rooms = None if held is None else held.place.adopt(cache)
         if held is None or rooms is None or way.key not in held.graphs:
             return self._new(original, named, way, program, verifies)
-        self._captured.remove(held)
-        self._captured.append(held)
+        self._places.used(held)
         graph = held.graphs[way.key]
         logits = self._run(held, graph, way, named, rooms.length)
         self._count(rooms, graph.step, length)
@@ -303,40 +380,6 @@ class CapturedSteps:
         skipped = step.skipped * rows * tokens if isinstance(step, GpuStep) else step.skipped * tokens
         self._host.usage.count(rows * tokens, skipped)
 
-    # --- whose memory
-
-    def _length(self, cache: Cache, rows: int) -> int:
-        """Of a cache that comes here for the first time, or was moved."""
-        self._host.check_modules()
-        if self._entries is None:
-            self._entries = Entries(self._device, windows(self._host.model.config, len(self._host.anatomy)))
-        reason = unfit(cache, self._entries)
-        if reason is not None:
-            raise NotCovered(reason)
-        first: Any = cache.layers[0]
-        if first.keys.shape[0] != rows:
-            raise NotCovered("the KV cache has another number of rows")
-        return length_of(first)
-
-    def _serving(self, cache: Cache, tokens: int) -> tuple[_Held, Rooms] | tuple[None, None]:
-        """What has the cache's keys and values, where it has room for so many more."""
-        rooms = None if self._entries is None else known_rooms(cache, tokens, self._entries)
-        held = next((held for held in self._captured if held.place.serves(rooms)), None)
-        return (None, None) if held is None or rooms is None else (held, rooms)
-
-    def _vacant(self, way: _Way, rows: int, length: int, cache: Cache) -> _Held | None:
-        """What was made for other sequences; taken from one that may go on only where there are too many."""
-        fitting = [h for h in self._captured if h.place.rows == rows and h.place.capacity >= length]
-        fitting.sort(key=lambda held: (way.key not in held.graphs, held.place.capacity))
-        free = next((held for held in fitting if held.place.is_free_for(cache)), None)
-        if free is not None or not fitting or len(self._captured) < _MOST:
-            return free
-        fitting[0].place.take_away()
-        if fitting[0].place.is_free_for(cache):
-            return fitting[0]
-        self._captured.remove(fitting[0])  # somebody has taken keys or values from the cache, and still holds them
-        return None
-
     # --- the first step
 
     def _new(
@@ -347,16 +390,16 @@ class CapturedSteps:
         cache, length = named["past_key_values"], named["input_ids"].shape[1]
         twin = copy.deepcopy(cache)
         expected = original(**{**named, "past_key_values": twin})
-        self._learn(cache.layers[0].keys.dtype, twin.layers)
+        self._places.learn(cache.layers[0].keys.dtype, twin.layers)
         del twin
         self._output = type(expected)
         try:
             return self._captured_anew(original, named, way, expected.logits)
         except NotThisCall:
-            self._return(cache)
+            self._places.leave(cache)
             raise
         except Exception as error:  # a capture fails in as many ways as there are modules
-            self._return(cache)
+            self._places.leave(cache)
             self._refuse(error, way)
         if way.program is None or self.lowering.refusal is None:
             return None
@@ -368,10 +411,10 @@ class CapturedSteps:
     ) -> Tensor:
         cache = named["past_key_values"]
         rows, length = named["input_ids"].shape
-        held, rooms = self._serving(cache, way.tokens)
+        held, rooms = self._places.serving(cache, way.tokens)
         if held is None or rooms is None:
-            held = self._vacant(way, rows, length_of(cache.layers[0]) + way.tokens, cache)
-            held = held or self._made(cache, length_of(cache.layers[0]) + way.tokens)
+            needed = length_of(cache.layers[0]) + way.tokens
+            held = self._places.vacant(way.key, rows, needed, cache) or self._places.made(cache, needed)
             rooms = held.place.adopt(cache)
         self._load(held.place, way, named, rooms.length)
         step: Step
@@ -386,11 +429,7 @@ class CapturedSteps:
         if way.program is None:  # other choices than the last ones' are not made again
             held.graphs = {key: graph for key, graph in held.graphs.items() if isinstance(graph.step, GpuStep)}
         held.graphs[way.key] = graph
-        if held in self._captured:
-            self._captured.remove(held)
-        if len(self._captured) == _MOST:
-            del self._captured[0]
-        self._captured.append(held)
+        self._places.used(held)
         rooms.advance(length)  # the modules have counted
         return logits
 
@@ -401,24 +440,6 @@ class CapturedSteps:
                 raise Disagrees("its logits differ from the model's own")
             return
         compare(logits, expected, by_rule)
-
-    def _made(self, cache: Any, length: int) -> _Held:
-        capacity = max(_LEAST, 1 << (length - 1).bit_length())
-        return _Held(Place(cache.layers, capacity, cast(Entries, self._entries)))
-
-    def _return(self, cache: Cache) -> None:
-        """Leaves the cache memory of its own."""
-        rooms = None if self._entries is None else known_rooms(cache, 0, self._entries)
-        if rooms is not None:
-            leave_rooms(rooms)
-
-    def _learn(self, dtype: torch.dtype, made: list[Any]) -> None:
-        """What this model's keys and values are, from layers to which its modules have added some of their own."""
-        entries = cast(Entries, self._entries)
-        if made[0].keys.dtype != dtype:
-            raise NotCovered("the KV cache is not in the model's dtype")
-        if entries.sizes is None:
-            self._entries = replace(entries, sizes=[sizes_of(layer) for layer in made], dtype=dtype)
 
     def _refuse(self, error: Exception, way: _Way) -> None:
         """Takes note that a way is none."""
@@ -435,12 +456,24 @@ class CapturedSteps:
                 self._host.anatomy.model_type,
                 reason,
             )
-        self._captured.clear()
+        self._places.held.clear()
 
     @property
     def _attempts(self) -> int:
-        halves = self._entries is not None and self._entries.dtype != torch.float32
+        entries = self._places.entries
+        halves = entries is not None and entries.dtype != torch.float32
         return _ATTEMPTS if halves or self._host.program.weights is not None else 1
+
+
+def settled_by(prepared: Prepared, skips: LayerSkips, selections: Selections | None) -> Settled | str:
+    """What a captured pass of modules has fixed for sequences with these selections, or why there can be none."""
+    if selections is None:
+        return skips.skipped(None), []
+    selected = prepared.selected(selections)
+    if selected.differ or skips.disputed(selections):
+        return "its sequences chose differently"
+    parts = [part for mlp in selected.mlps.values() for part in (mlp.packed, mlp.lists) if part is not None]
+    return skips.skipped(selections), [t for p in parts for t in vars(p).values() if isinstance(t, Tensor)]
 
 
 def _class_of(tokens: int) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any, Protocol
 
+import torch
 from transformers.cache_utils import Cache
 
 from .behaviour import Behaviour
@@ -148,6 +149,11 @@ class Steps:
         except NotCovered:
             return None
         return NativePasses(sequence, draft, self._dense if self._host.verifies else draft)
+
+    def pack_on_gpu(self) -> str | None:
+        """Packs what lowered steps on a GPU read; why there are none, if so."""
+        with torch.no_grad():
+            return self.captured.lowering.prepare(StepProgram.dense(len(self._dense.mlps)))
 
     def _captured_passes(self, cache: Cache) -> CapturedPasses | None:
         verify = self._captured_program(cache, dense=self._host.verifies)
