@@ -23,8 +23,8 @@ class GpuRow:
     """One line of results. Figures that a part could not have are null.
 
     Attributes:
-        part: machine, check, kernel, small, step or prediction. name: of what was run. shape: hidden x intermediate, or a
-            model's. fmt: of its weights. rows: of x, or sequences. keep: share of the neurons, or inputs.
+        part: machine, check, kernel, small, launches, step or prediction. name: of what was run. shape: hidden x
+            intermediate, or a model's. fmt: of its weights. rows: of x, or sequences. keep: share of the neurons, or inputs.
         us: per call, or per token of a step: p20, p50, p80. nbytes: of weights read by one. gb_s: bytes over p50.
         share: of the copy bandwidth that the run measured. against: times as fast as the baseline that notes name.
         tok_s: of all sequences together. error, limit: largest difference over the definition's largest value.

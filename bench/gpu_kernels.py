@@ -191,7 +191,7 @@ def _check_attention(device: torch.device, hidden: int, dtype: torch.dtype) -> I
         yield Check(
             f"attention, {shape}",
             lambda q=q, m=made, a=at, o=options: step.attention(q, *m, a, dtype=torch.float32, **o),
-            lambda q=q, m=made, a=at, s=size: reference.attention(
+            lambda q=q, m=made, a=at, s=size, seen=seen: reference.attention(
                 q.double(), m[0].double(), m[1].double(), a, seen, s**-0.5, 600, 30.0, None, None
             ),
             dtype,

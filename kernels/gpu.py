@@ -17,6 +17,7 @@ from . import gpu_mlp, reference
 from .gpu_launch import INTERPRETED
 from .gpu_parts import ACT as _ACT
 from .gpu_parts import act as _act
+from .gpu_parts import launch
 from .packed import PackedMLP, quantize
 
 __all__ = ["INTERPRETED", "choose", "mlp"]
@@ -65,10 +66,8 @@ def _activations(
     while block_n > 4 and triton.cdiv(count, block_n) * rows.shape[0] < _BLOCKS:
         block_n //= 2
     grid = (triton.cdiv(count, block_n), rows.shape[0])
-    if count == 0:
-        return h
-    _activations_kernel[grid](
-        rows, scale, packed.weight, packed.low, packed.scale, packed.gate_bias, packed.up_bias, packed.mean,
+    launch(
+        "gemv", _activations_kernel, grid, rows, scale, packed.weight, packed.low, packed.scale, packed.gate_bias, packed.up_bias, packed.mean,
         packed.norm, indices, h, refine, packed.hidden_size, count, _list_stride(indices), packed.weight.stride(0),
         packed.weight.stride(1), 0 if packed.low is None else packed.low.stride(0),
         FORMAT=_HIGH if rule == "sketch" else _format(packed), ACT=_ACT[str(packed.act)],
@@ -90,18 +89,13 @@ def _down(h: Tensor, packed: PackedMLP, indices: Tensor | None, x: Tensor, skip_
     columns = triton.cdiv(hidden, block_d)
     splits = 32 if columns * rows * 16 < _BLOCKS else 16  # parts of the sum over neurons
     partial = torch.empty((splits, rows, hidden), dtype=torch.float32, device=x.device)
-    out = torch.empty((rows, hidden), dtype=x.dtype, device=x.device)
-    _down_kernel[(columns, splits, rows)](
-        h, down, packed.scale, indices, partial, hidden, count, triton.cdiv(count, splits), _list_stride(indices),
+    launch(
+        "gemv", _down_kernel, (columns, splits, rows), h, down, packed.scale, indices, partial, hidden, count, triton.cdiv(count, splits), _list_stride(indices),
         down.stride(0), packed.scale.shape[1],
         LISTED=indices is not None, SKIP_ZEROS=skip_zeros,
         BLOCK_K=block_k, BLOCK_D=block_d,
     )  # fmt: skip
-    _sum_kernel[(columns, rows)](
-        partial, packed.down_bias, out, hidden, rows * hidden,
-        SPLITS=splits, BIAS=packed.down_bias is not None, BLOCK_D=block_d,
-    )  # fmt: skip
-    return out
+    return gpu_mlp.summed(partial, packed.down_bias, x.dtype)
 
 
 def _format(packed: PackedMLP) -> int:
@@ -215,18 +209,3 @@ def _down_kernel(
         factor *= tl.load(scale + neuron * parts + parts - 1, mask=wanted, other=0)
         total += tl.sum((ws - 128) * factor[:, None], 0)
     tl.store(partial + (split * tl.num_programs(2) + r) * hidden + column, total, mask=inside)
-
-
-@triton.jit
-def _sum_kernel(
-    partial, bias, out, hidden, size, SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    r = tl.program_id(1)
-    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = column < hidden
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    for split in range(SPLITS):
-        total += tl.load(partial + split * size + r * hidden + column, mask=inside, other=0)
-    if BIAS:
-        total += tl.load(bias + column, mask=inside, other=0)
-    tl.store(out + r * hidden + column, total.to(out.dtype.element_ty), mask=inside)

@@ -56,7 +56,7 @@ def one_pass(
         UP_BIAS=packed.up_bias is not None, MEAN=packed.mean is not None, NORM=normed, num_warps=tile.warps,
         num_stages=1, nbytes=neurons * weight.shape[1] * hidden * weight.element_size(),
     )  # fmt: skip
-    return _summed(partial, packed.down_bias, dtype)
+    return summed(partial, packed.down_bias, dtype)
 
 
 def columns(x: Tensor, packed: PackedColumns, threshold: float, by_norm: bool, dtype: torch.dtype) -> Tensor:
@@ -71,10 +71,11 @@ def columns(x: Tensor, packed: PackedColumns, threshold: float, by_norm: bool, d
         triton.cdiv(inputs, tile.splits * tile.block_i), NORM=by_norm, BLOCK_I=tile.block_i, BLOCK_O=tile.block_o,
         num_warps=4, num_stages=2, nbytes=outs * inputs * weight.element_size(),
     )  # fmt: skip
-    return _summed(partial, packed.bias, dtype)
+    return summed(partial, packed.bias, dtype)
 
 
-def _summed(partial: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def summed(partial: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[rows, width]: the sum of partial [programs, rows, width], float32, and a bias [width]."""
     programs, rows, width = partial.shape
     out = torch.empty((rows, width), dtype=dtype, device=partial.device)
     launch(

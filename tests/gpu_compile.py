@@ -1,11 +1,12 @@
 """Compiles the Triton kernels that calls launch for a GPU that is not here, down to its machine code.
 
-A process of its own (without TRITON_INTERPRET) runs it: python gpu_compile.py CAPABILITY < calls.
+For a process without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
