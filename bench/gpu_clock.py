@@ -24,7 +24,8 @@ class GpuRow:
 
     Attributes:
         part: machine, check, kernel, small, launches, step or prediction. name: of what was run. shape: hidden x
-            intermediate, or a model's. fmt: of its weights. rows: of x, or sequences. keep: share of the neurons, or inputs.
+            intermediate, or a model's. fmt: of its weights. rows: of x, or sequences. keep: share of the neurons, or
+            inputs.
         us: per call, or per token of a step: p20, p50, p80. nbytes: of weights read by one. gb_s: bytes over p50.
         share: of the copy bandwidth that the run measured. against: times as fast as the baseline that notes name.
         tok_s: of all sequences together. error, limit: largest difference over the definition's largest value.
@@ -90,7 +91,7 @@ class Results:
                 now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
                 file.write(json.dumps({**asdict(row), **self._about, "time": now}) + "\n")
 
-    def attempt(self, row: GpuRow, work: Callable[[GpuRow], None]) -> bool:
+    def attempt(self, row: GpuRow, work: Callable[..., None]) -> bool:
         """Fills a row in by `work` and adds it; what goes wrong is noted there, and the others go on."""
         try:
             work(row)
@@ -124,7 +125,7 @@ class Results:
         self.attempt(row, work)
 
 
-def seconds_of(calls: Sequence[Callable[[], Any]], device: torch.device, rounds: int = 15) -> list[float]:
+def seconds_of(calls: Sequence[Callable[..., Any]], device: torch.device, rounds: int = 15) -> list[float]:
     """Seconds of one of the calls, which are made one after the other, in each round; on a GPU in a captured graph."""
     with torch.no_grad():
         for call in calls[:2]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ class Check:
     """One kernel with what it has to give, and in which dtype it stores that."""
 
     name: str
-    run: Callable[[], Tensor]
-    expected: Callable[[], Tensor]
+    run: Callable[..., Any]
+    expected: Callable[..., Any]
     dtype: torch.dtype = torch.float32
     roundings: int = 1  # of that dtype on the way to a result
 
@@ -142,12 +142,12 @@ def _check_rows(device: torch.device, hidden: int, dtype: torch.dtype) -> Iterat
         stream = x.double() + reference.normed(delta.double(), norm)
         yield Check(
             f"{kind} norm of a sum",
-            lambda n=norm: step.add_norm(x, n, delta, out=n).y,  # type: ignore[arg-type, return-value]
+            lambda n=norm: step.add_norm(x, n, delta, out=n).y,
             lambda n=norm, s=stream: reference.normed(s, n),
         )
         yield Check(
             f"{kind} norm rounded to 8 bits",
-            lambda n=norm: step.add_norm(x, n, quantize=True).y.floats(),  # type: ignore[union-attr]
+            lambda n=norm: cast(Quantized, step.add_norm(x, n, quantize=True).y).floats(),
             lambda n=norm: reference.normed(x.double(), n),
             roundings=1 << 16,  # half a step of 127
         )
@@ -155,7 +155,7 @@ def _check_rows(device: torch.device, hidden: int, dtype: torch.dtype) -> Iterat
     for act in ("silu", "gelu", "gelu_tanh", "relu", "relu2"):
         yield Check(
             f"{act}, times up",
-            lambda a=act: step.act_mul(wide, a, dtype=dtype),  # type: ignore[return-value]
+            lambda a=act: step.act_mul(wide, a, dtype=dtype),
             lambda a=act: reference.act_mul(wide.double(), a, True),
             dtype,
         )
@@ -176,7 +176,7 @@ def _check_attention(device: torch.device, hidden: int, dtype: torch.dtype) -> I
         norm = Norm(torch.rand(size, device=device) + 0.5, None, 1e-6, "rms")
         made = [torch.randn(2, kv_heads, 1024, size, device=device).to(dtype) for _ in range(2)]
 
-        def rotate(wide: Callable[[Any], Any], of: Any = (qkv, places, tables, at, norm, made, heads)) -> Tensor:
+        def rotate(wide: Callable[..., Any], of: Any = (qkv, places, tables, at, norm, made, heads)) -> Tensor:
             qkv, places, tables, at, norm, (keys, values), heads = of
             keys, values = keys.clone(), values.clone()
             q = wide(qkv, keys, values, at, heads=heads, places=places, rotation=tables, positions=at % 64,
@@ -190,7 +190,7 @@ def _check_attention(device: torch.device, hidden: int, dtype: torch.dtype) -> I
         options: dict[str, Any] = {"scale": size**-0.5, "seen": seen, "window": 600, "softcap": 30.0}
         yield Check(
             f"attention, {shape}",
-            lambda q=q, m=made, a=at, o=options: step.attention(q, *m, a, dtype=torch.float32, **o),
+            lambda q=q, m=made, a=at, o=options: step.attention(q, m[0], m[1], a, dtype=torch.float32, **o),
             lambda q=q, m=made, a=at, s=size, seen=seen: reference.attention(
                 q.double(), m[0].double(), m[1].double(), a, seen, s**-0.5, 600, 30.0, None, None
             ),
@@ -237,7 +237,7 @@ def time_mlp(results: Results, device: torch.device, hidden: int, inner: int, dt
         lambda row: results.speed(row, seconds_of([lambda w=w: cublas(*w) for w in plain], device), one),
     )
     lists = [kept_list(inner, KEEP, device) for _ in layers]
-    cases: list[tuple[str, float, int, list[Callable[[], Any]]]] = [
+    cases: list[tuple[str, float, int, list[Callable[..., Any]]]] = [
         ("mlp, one pass", 1.0, one, [lambda p=p: step.mlp(x, p, form="one") for p in layers]),
         (
             "mlp, one pass, listed", KEEP, int(one * KEEP),
@@ -293,7 +293,7 @@ def time_groups(results: Results, device: torch.device, outs: int, inputs: int, 
 
 
 def _timed(
-    results: Results, row: GpuRow, calls: list[Callable[[], Any]], device: torch.device, nbytes: int, base: GpuRow
+    results: Results, row: GpuRow, calls: list[Callable[..., Any]], device: torch.device, nbytes: int, base: GpuRow
 ) -> None:
     results.speed(row, seconds_of(calls, device), nbytes)
     if row.us and base.us:
@@ -314,7 +314,7 @@ def time_small(results: Results, device: torch.device, hidden: int, inner: int, 
     table = torch.ones(context, size, device=device)
     at = torch.tensor([context - 1], device=device)
     q = step.rotary_write(qkv, keys, values, at, heads=heads, places=places, rotation=(table, table))
-    cases: dict[str, tuple[Callable[[], Any], int]] = {
+    cases: dict[str, tuple[Callable[..., Any], int]] = {
         "norm of a sum, rounded": (lambda: step.add_norm(x, norm, x, quantize=True), 0),
         "norm of a sum": (lambda: step.add_norm(x, norm, x, dtype=torch.bfloat16), 0),
         "silu times up, rounded": (lambda: step.act_mul(wide, "silu", quantize=True), 0),

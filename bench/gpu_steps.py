@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -346,7 +347,7 @@ def _microseconds(nbytes: float, bits: int) -> float:
     table, megabytes = _RATES[bits], nbytes / 1e6
     if megabytes <= table[0][0]:
         return table[0][0] / table[0][1] * 1e3 * max(0.5, megabytes / table[0][0])
-    for (low, slow), (high, fast) in zip(table, table[1:], strict=False):
+    for (low, slow), (high, fast) in itertools.pairwise(table):
         if megabytes <= high:
             return megabytes / (slow + (fast - slow) * (megabytes - low) / (high - low)) * 1e3
     return megabytes / table[-1][1] * 1e3

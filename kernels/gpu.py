@@ -67,9 +67,9 @@ def _activations(
         block_n //= 2
     grid = (triton.cdiv(count, block_n), rows.shape[0])
     launch(
-        "gemv", _activations_kernel, grid, rows, scale, packed.weight, packed.low, packed.scale, packed.gate_bias, packed.up_bias, packed.mean,
-        packed.norm, indices, h, refine, packed.hidden_size, count, _list_stride(indices), packed.weight.stride(0),
-        packed.weight.stride(1), 0 if packed.low is None else packed.low.stride(0),
+        "gemv", _activations_kernel, grid, rows, scale, packed.weight, packed.low, packed.scale, packed.gate_bias,
+        packed.up_bias, packed.mean, packed.norm, indices, h, refine, packed.hidden_size, count, _list_stride(indices),
+        packed.weight.stride(0), packed.weight.stride(1), 0 if packed.low is None else packed.low.stride(0),
         FORMAT=_HIGH if rule == "sketch" else _format(packed), ACT=_ACT[str(packed.act)],
         GATED=packed.gated, GATE_ONLY=rule == "gate", LISTED=indices is not None,
         GATE_BIAS=packed.gate_bias is not None, UP_BIAS=packed.up_bias is not None,
@@ -90,10 +90,9 @@ def _down(h: Tensor, packed: PackedMLP, indices: Tensor | None, x: Tensor, skip_
     splits = 32 if columns * rows * 16 < _BLOCKS else 16  # parts of the sum over neurons
     partial = torch.empty((splits, rows, hidden), dtype=torch.float32, device=x.device)
     launch(
-        "gemv", _down_kernel, (columns, splits, rows), h, down, packed.scale, indices, partial, hidden, count, triton.cdiv(count, splits), _list_stride(indices),
-        down.stride(0), packed.scale.shape[1],
-        LISTED=indices is not None, SKIP_ZEROS=skip_zeros,
-        BLOCK_K=block_k, BLOCK_D=block_d,
+        "gemv", _down_kernel, (columns, splits, rows), h, down, packed.scale, indices, partial, hidden, count,
+        triton.cdiv(count, splits), _list_stride(indices), down.stride(0), packed.scale.shape[1],
+        LISTED=indices is not None, SKIP_ZEROS=skip_zeros, BLOCK_K=block_k, BLOCK_D=block_d,
     )  # fmt: skip
     return gpu_mlp.summed(partial, packed.down_bias, x.dtype)
 

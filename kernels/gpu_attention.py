@@ -43,7 +43,7 @@ def rotary_write(
         raise ValueError("keys and values must lie in memory alike, and a head's numbers side by side")
     q = torch.empty((rows, heads, size), dtype=keys.dtype, device=qkv.device)
     cos, sin = (None, None) if rotation is None else rotation
-    norms = []
+    norms: list[Tensor | float | None] = []
     for norm in (q_norm, k_norm):
         norms += [None, None, 0.0] if norm is None else [norm.weight, norm.bias, norm.eps]
     launch(

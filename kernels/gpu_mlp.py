@@ -97,9 +97,9 @@ def _dense(x: Tensor, packed: PackedMLP, dtype: torch.dtype, form: str | None) -
     for part, (to, bias) in enumerate(zip(h.chunk(parts, 1), biases, strict=True)):
         count("gemv", weight.nbytes // weight.shape[1])
         to.copy_(F.linear(x, weight[:, part, :hidden], None if bias is None else bias.to(x.dtype)))
-    h = gpu_norm.act_mul(h, str(packed.act), packed.gated, None, False, torch.float32)
-    assert isinstance(h, Tensor)
-    h = h if packed.mean is None else h - packed.mean
+    acted = gpu_norm.act_mul(h, str(packed.act), packed.gated, None, False, torch.float32)
+    assert isinstance(acted, Tensor)
+    h = acted if packed.mean is None else acted - packed.mean
     count("gemv", weight.nbytes // weight.shape[1])
     y = torch.matmul(h.to(weight.dtype), weight[:, -1, :hidden])[:rows].to(dtype)
     return y if packed.down_bias is None else y + packed.down_bias.to(dtype)

@@ -114,7 +114,7 @@ def act_mul(
     """
     kernel = _kernels("gpu_norm", x)
     if kernel is not None:
-        return kernel.act_mul(x, act, gated, inverse, quantize, dtype)
+        return kernel.act_mul(x, act, gated, inverse, quantize, dtype)  # type: ignore[no-any-return]
     h = reference.act_mul(x, act, gated)
     if inverse is not None:
         h = torch.where(inverse >= 0, h[:, inverse.clamp_min(0)], 0)
@@ -267,7 +267,7 @@ def attention(
     """
     kernel = _kernels("gpu_attention", q)
     if kernel is not None:
-        return kernel.attention(
+        return kernel.attention(  # type: ignore[no-any-return]
             q, keys, values, at, seen, scale, window, softcap, slopes, sinks, quantize, dtype or q.dtype
         )
     y = reference.attention(q, keys, values, at, seen, scale, window, softcap, slopes, sinks)

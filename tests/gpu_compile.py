@@ -5,8 +5,7 @@ For a process without TRITON_INTERPRET.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ Compiled = list[tuple[str, Any]]
 
 
 def compiled(call: Callable[[], Any], capability: int = 90) -> Compiled:
-    """The name of each kernel that `call` launches, and what became of it; nothing is run, results are not filled in."""
+    """The name of each kernel that `call` launches, and what became of it; nothing is run, no result filled in."""
     found: Compiled = []
 
     def run(kernel: Any, grid: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:

@@ -1,5 +1,5 @@
-"""Every Triton kernel compiled to the machine code of GPUs that are not here (A100, H100), at sizes of real models: what
-the interpreter allows and a compiler does not is noticed, and loads of 16 bytes that fell apart."""
+"""Every Triton kernel compiled to the machine code of GPUs that are not here (A100, H100), at sizes of real models:
+what the interpreter allows and a compiler does not is noticed, and loads of 16 bytes that fell apart."""
 
 from __future__ import annotations
 

@@ -312,8 +312,12 @@ def check(heads, kv_heads, size, tokens=1, capacity=70, dtype=torch.float32, qua
     assert (result - exact).abs().max() <= limit
     if quantize:
         same(call(True), Quantized.of(result))
-    alone = step.attention(q[1:2], keys[1 // tokens :][:1], values[1 // tokens :][:1], at[1:2], scale=size**-0.5,
-        dtype=torch.float32, **{{**options, **({{"seen": options["seen"][1 // tokens :][:1]}} if "seen" in options else {{}})}})
+    own = slice(1 // tokens, 1 // tokens + 1)
+    if "seen" in options:
+        options["seen"] = options["seen"][own]
+    alone = step.attention(
+        q[1:2], keys[own], values[own], at[1:2], scale=size**-0.5, dtype=torch.float32, **options
+    )
     assert torch.equal(alone, result[1:2])
 check({options})
 """)
