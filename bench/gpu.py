@@ -24,7 +24,7 @@ from coreskip.predictors.errors import CoreskipError
 from coreskip.predictors.files import check_file
 
 #: each with its share of the minutes
-PARTS = {"kernels": 0.35, "7b": 0.36, "8b": 0.15, "1b": 0.1}
+PARTS = {"kernels": 0.28, "7b": 0.42, "7b-overlap": 0.08, "8b": 0.12, "1b": 0.1}
 
 
 @click.command("gpu", help=__doc__)
@@ -67,7 +67,14 @@ def _child(part: str, minutes: float, path: Path | None) -> int:
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
-    return subprocess.run([sys.executable, "-m", "coreskip.bench.gpu", *words], env=environment, check=False).returncode
+    if part.endswith("-overlap"):
+        environment["CORESKIP_OVERLAP"] = "1"
+    command = [sys.executable, "-m", "coreskip.bench.gpu", *words]
+    try:
+        return subprocess.run(command, env=environment, check=False, timeout=minutes * 60 + 20).returncode
+    except subprocess.TimeoutExpired:
+        print(f"{part} did not end in time", flush=True)
+        return 1
 
 
 def run_part(part: str, seconds: float, path: Path | None, cuda: bool) -> None:
@@ -89,6 +96,8 @@ def run_part(part: str, seconds: float, path: Path | None, cuda: bool) -> None:
         hidden, inner = gpu_kernels.SHAPES[0]
         gpu_kernels.check(results, device, hidden, inner, seconds * 0.5)
         _kernels(results, device, gpu_kernels.SHAPES, 2048)
+    elif part == "7b-overlap":
+        gpu_steps.run_overlapping(results, "7b", device)
     else:
         gpu_steps.predict(results, part)
         gpu_steps.run_ways(results, part, device)

@@ -27,6 +27,10 @@ KEEP, PROMPT, TOKENS = 0.5, 96, 64
 MODELS = {"7b": "llama-2-7b", "8b": "llama-3-8b", "1b": "llama-3.2-1b"}
 
 
+#: of `generate`, made anew for each call
+Options = Callable[[], dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class Way:
     """How a model is run.
@@ -46,17 +50,18 @@ class Way:
 
 WAYS = (
     Way("dense", always=True),
-    Way("static", always=True),
-    Way("core"),
-    Way("cats"),
-    Way("teal"),
-    Way("dense, exact with lookup", exact=True, cost=12, always=True),
     Way("dense", "int4", cost=12, always=True),
+    Way("static", always=True),
     Way("static", "int4", cost=12),
-    Way("core", "int4", cost=12),
+    Way("cats"),
+    Way("core"),
+    Way("dense, exact with lookup", exact=True, cost=12, always=True),
     Way("dense", "int4", rows=8, cost=14),
+    Way("core", "int4", cost=12),
+    Way("teal"),
     Way("dense", "int8", cost=12),
 )
+_COMPILING = 80  # seconds that transformers' compiled step may take: 51 of a 7B shape on an H200, and generating
 
 
 def tiny() -> Any:
@@ -158,26 +163,38 @@ def prompt(model: Any, rows: int, length: int = PROMPT, repeats: bool = False) -
     return ids.to(model.device)
 
 
+def run_overlapping(results: Results, name: str, device: torch.device) -> None:
+    """The dense ways with launches that begin before the ones before them have ended (CORESKIP_OVERLAP=1)."""
+    for way in (way for way in WAYS if way.name == "dense" and way.rows == 1 and results.left > way.cost):
+        row = GpuRow("step", "dense, launches overlap", name, way.weights or "bfloat16")
+        eager = GpuRow("step", "none")
+        results.attempt(
+            row, lambda row, way=way, eager=eager: _run(results, row, build(name, device), way, TOKENS, eager)
+        )
+        _free()
+
+
 def run_ways(results: Results, name: str, device: torch.device, tokens: int = TOKENS) -> None:
     """Every way of running one shape that there is time for, and transformers."""
     model = build(name, device)
     eager = GpuRow("step", "HF eager", name, str(model.dtype).removeprefix("torch."))
-    results.attempt(eager, lambda row, model=model: _timed(results, row, model, tokens, _bytes_of(model), {}))
-    for way in (way for way in WAYS if way.always or device.type == "cuda"):
+    results.attempt(eager, lambda row, model=model: _timed(results, row, model, tokens, _bytes_of(model), dict))
+    for at, way in enumerate(way for way in WAYS if way.always or device.type == "cuda"):
+        if at == 2 and device.type == "cuda" and name == "7b" and results.left > _COMPILING:
+            model = model or build(name, device)
+            row = GpuRow("step", "HF compiled, static cache", name, eager.fmt)
+            results.attempt(row, lambda row, model=model: _compiled(results, row, model, tokens, eager))
+            model = None
+            _free()
         if results.left < way.cost:
-            results.add(GpuRow("step", way.name, name, way.weights or "", ok=False, notes="no time was left"))
+            results.add(GpuRow("step", way.name, name, way.weights or "", way.rows, notes="no time was left"))
             continue
-        if model is None:
-            model = build(name, device)
+        model = model or build(name, device)
         row = GpuRow(
             "step", way.name, name, way.weights or eager.fmt, way.rows, 1.0 if way.name.startswith("dense") else KEEP
         )
         results.attempt(row, lambda row, way=way, model=model: _run(results, row, model, way, tokens, eager))
         model = _bare(model)
-    if device.type == "cuda" and results.left > 110 and name == "7b":
-        model = model or build(name, device)
-        row = GpuRow("step", "HF compiled, static cache", name, eager.fmt)
-        results.attempt(row, lambda row, model=model: _compiled(results, row, model, tokens, eager))
     if device.type == "cuda" and results.left > 40:
         model = None
         _free()
@@ -212,7 +229,7 @@ def _run(results: Results, row: GpuRow, model: Any, way: Way, tokens: int, eager
     steps = runtime_of(model).steps.captured
     if not cuda:
         steps.capture = lambda step, device: step  # what a graph would replay
-    _timed(results, row, model, tokens, 0, {}, eager, repeats=way.exact, prepare=start)
+    _timed(results, row, model, tokens, 0, dict, eager, repeats=way.exact, prepare=start)
     lowering = steps.lowering
     if lowering.ready:
         weights = next(reversed(lowering._models.values())).nbytes
@@ -228,7 +245,7 @@ def _timed(
     model: Any,
     tokens: int,
     nbytes: int,
-    options: dict[str, Any],
+    options: Options,
     eager: GpuRow | None = None,
     repeats: bool = False,
     prepare: float | None = None,
@@ -251,10 +268,10 @@ def _timed(
         row.notes += f"; {now / 1e9:.2f} GB, {peak / 1e9:.2f} at its peak"
 
 
-def _generate(model: Any, ids: Tensor, tokens: int, options: dict[str, Any]) -> float:
+def _generate(model: Any, ids: Tensor, tokens: int, options: Options) -> float:
     """Seconds a token after the first."""
     if ids.shape[0] == 1:
-        watched = greedy(model, ids, tokens, **options)[1]
+        watched = greedy(model, ids, tokens, **options())[1]
         return sum(watched.gaps) / max(1, len(watched.gaps))
     times = []  # streamers take one sequence: what two lengths differ by
     for count in (2, tokens):
@@ -265,7 +282,7 @@ def _generate(model: Any, ids: Tensor, tokens: int, options: dict[str, Any]) -> 
             max_new_tokens=count,
             do_sample=False,
             eos_token_id=None,
-            **options,
+            **options(),
         )
         if ids.is_cuda:
             torch.cuda.synchronize()
@@ -279,12 +296,11 @@ def _compiled(results: Results, row: GpuRow, model: Any, tokens: int, eager: Gpu
     model.generation_config.compile_config = compiling
     cache: Any = StaticCache(config=model.config, max_cache_len=PROMPT + tokens + 8)
 
-    class Fresh(dict[str, Any]):
-        def keys(self) -> Any:
-            cache.reset()
-            return super().keys()
+    def fresh() -> dict[str, Any]:
+        cache.reset()
+        return {"past_key_values": cache}
 
-    _timed(results, row, model, tokens, _bytes_of(model), Fresh(past_key_values=cache), eager)
+    _timed(results, row, model, tokens, _bytes_of(model), fresh, eager)
 
 
 def _torchao(results: Results, row: GpuRow, model: Any, tokens: int, eager: GpuRow) -> None:
@@ -292,10 +308,9 @@ def _torchao(results: Results, row: GpuRow, model: Any, tokens: int, eager: GpuR
         from torchao.quantization import Int4WeightOnlyConfig, quantize_  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
         row.notes = "torchao is not installed"
-        row.ok = False
         return
     quantize_(model, Int4WeightOnlyConfig(group_size=32))
-    _timed(results, row, model, tokens, 0, {}, eager)
+    _timed(results, row, model, tokens, 0, dict, eager)
 
 
 def _bytes_of(model: Any) -> int:
@@ -392,7 +407,7 @@ def _wrapped_for_counting(model: Any, way: Way) -> Iterator[Callable[[], Any]]:
             return step
 
         steps.capture = keep
-        _generate(model, prompt(model, 1, 8), 3, {})
+        _generate(model, prompt(model, 1, 8), 3, dict)
         if not steps.lowering.ready or not found:
             raise RuntimeError(f"no step was lowered: {steps.lowering.refusal}")
         yield found[0]

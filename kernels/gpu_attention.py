@@ -16,7 +16,7 @@ from . import gpu_config
 from .gpu_formats import Inputs
 from .gpu_launch import INTERPRETED
 from .gpu_norm import empty_rows, places_of
-from .gpu_parts import PLAIN, launch, power, row_stride, store_rows
+from .gpu_parts import PLAIN, launch, power, row_stride, store_rows, wait
 from .groups import GROUP
 from .step_model import Heads, Norm
 
@@ -185,8 +185,9 @@ def _rotary_kernel(
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
     TOKENS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr, PAIRED: tl.constexpr,
     AFTER: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_BIAS: tl.constexpr, K_BIAS: tl.constexpr,
-    Q_ALL: tl.constexpr, K_ALL: tl.constexpr,
+    Q_ALL: tl.constexpr, K_ALL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait(OVERLAP)
     head, r = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, BLOCK)
     inside = d < SIZE
@@ -228,8 +229,9 @@ def _attention_kernel(
     capacity, window,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TOKENS: tl.constexpr, SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    SLOPES: tl.constexpr, SEEN: tl.constexpr, PLAIN: tl.constexpr,
+    SLOPES: tl.constexpr, SEEN: tl.constexpr, PLAIN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait(OVERLAP)
     split, kv, r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     each: tl.constexpr = HEADS // KV_HEADS
     g = tl.arange(0, BLOCK_H)
@@ -293,8 +295,9 @@ def _attention_kernel(
 def _combine_kernel(
     largest, total, part, sinks, y, integers, step, sums,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, GROUPS: tl.constexpr, SINKS: tl.constexpr,
-    QUANTIZE: tl.constexpr,
+    QUANTIZE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait(OVERLAP)
     r = tl.program_id(1)
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     column = group[:, None] * 32 + tl.arange(0, 32)[None, :]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import gpu_config
 from .gpu_formats import FloatMatrix
-from .gpu_parts import launch
+from .gpu_parts import launch, wait
 
 MOST = 3  # matrices of one launch: gate and up, or q, k and v
 
@@ -52,11 +52,13 @@ def linears(x: Tensor, matrices: Sequence[FloatMatrix], out: Tensor, rows: Tenso
 def _rows(
     x, weight, bias, rows, out, outs, program, row,
     INPUTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BIAS: tl.constexpr, LISTED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     n = program * BLOCK_N + tl.arange(0, BLOCK_N)
     there = n < outs
     at = tl.minimum(n, outs - 1).to(tl.int64)  # beyond the last one it is computed again, and not stored
     if LISTED:
+        wait(OVERLAP)
         at = tl.load(rows + at)
     place = weight + at[:, None] * row
     total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
@@ -64,6 +66,8 @@ def _rows(
         i = start + tl.arange(0, BLOCK_K)
         inside = i < INPUTS
         ws = tl.load(place + i[None, :], mask=inside[None, :], other=0.0)
+        if start == 0 and not LISTED:
+            wait(OVERLAP)
         # x rounded to the matrix's dtype, as torch's product has it
         xs = tl.load(x + i, mask=inside, other=0.0).to(ws.dtype).to(tl.float32)
         total += ws.to(tl.float32) * xs[None, :]
@@ -77,20 +81,20 @@ def _rows(
 def _row_kernel(
     x, weight0, weight1, weight2, bias0, bias1, bias2, rows, out, outs0, outs1, outs2, blocks0, blocks1, row,
     INPUTS: tl.constexpr, COUNT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BIASES: tl.constexpr,
-    LISTED: tl.constexpr,
+    LISTED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     p = tl.program_id(0)
     # the whole of it three times: of a pointer that is chosen here it would not be known that 16 bytes lie together
     if p < blocks0:
-        _rows(x, weight0, bias0, rows, out, outs0, p, row, INPUTS, BLOCK_N, BLOCK_K, BIASES[0], LISTED)
+        _rows(x, weight0, bias0, rows, out, outs0, p, row, INPUTS, BLOCK_N, BLOCK_K, BIASES[0], LISTED, OVERLAP)
     elif COUNT > 1:
         if p < blocks0 + blocks1:
             _rows(
                 x, weight1, bias1, rows, out + outs0, outs1, p - blocks0, row, INPUTS, BLOCK_N, BLOCK_K, BIASES[1],
-                LISTED,
+                LISTED, OVERLAP,
             )  # fmt: skip
         elif COUNT > 2:
             _rows(
                 x, weight2, bias2, rows, out + outs0 + outs1, outs2, p - blocks0 - blocks1, row, INPUTS, BLOCK_N,
-                BLOCK_K, BIASES[2], LISTED,
+                BLOCK_K, BIASES[2], LISTED, OVERLAP,
             )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import gpu_config
 from .gpu_formats import GroupedMatrix, Quantized
-from .gpu_parts import PLAIN, launch
+from .gpu_parts import PLAIN, launch, wait
 
 MAX_DOT_ROWS = 3
 
@@ -107,11 +107,12 @@ def _products(first, last, x, step, total, scale, least, place, group, there, BI
 def _dot_kernel(
     words, ends, bias, x, step, total, listed, out, outs, row_groups, row_ends, out_stride, rows,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, BIAS: tl.constexpr, LISTED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, PLAIN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, PLAIN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, outs - 1).to(tl.int64)  # beyond the last output it is computed again, and not stored
     if LISTED:
+        wait(OVERLAP)
         row = tl.load(listed + row)
     sum0 = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
     sum1 = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
@@ -128,6 +129,8 @@ def _dot_kernel(
         else:
             last = tl.load(at + 4, mask=there[None, :, None], other=0)
         packed = tl.load(ends + row[:, None] * row_ends + group[None, :], mask=there[None, :], other=0)
+        if start == 0 and not LISTED:
+            wait(OVERLAP)
         scale, least = _halves(packed)
         place = group[None, :, None] * 8 + four
         sum0 += _products(first, last, x, step, total, scale, least, place, group, there, BITS, PLAIN)
@@ -169,8 +172,9 @@ def _nibbles(both, PLAIN: tl.constexpr):
 def _tile_kernel(
     words, ends, bias, x, step, total, listed, out, outs, row_groups, row_ends, out_stride, rows,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, BIAS: tl.constexpr, LISTED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, PLAIN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, PLAIN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait(OVERLAP)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row = tl.where(n < outs, n, 0).to(tl.int64)

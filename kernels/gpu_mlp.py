@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from . import gpu_config, gpu_norm
 from .gpu_launch import count
-from .gpu_parts import ACT, act, launch, power, row_stride
+from .gpu_parts import ACT, act, launch, power, row_stride, wait
 from .packed import PackedColumns, PackedMLP
 
 _RULE = {"listed": 0, "gate": 1, "activation": 2}
@@ -113,8 +113,9 @@ def _mlp_kernel(
     x, weight, gate_bias, up_bias, mean, norm, indices, partial, threshold, neurons, x_row, list_row, bundle, row,
     HIDDEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
     RULE: tl.constexpr, LISTED: tl.constexpr, GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, MEAN: tl.constexpr,
-    NORM: tl.constexpr,
+    NORM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait(OVERLAP)
     r, programs = tl.program_id(1), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
     inside = column < HIDDEN
@@ -168,7 +169,10 @@ def _mlp_kernel(
 
 
 @triton.jit
-def _sum_kernel(partial, bias, out, width, size, PROGRAMS: tl.constexpr, BIAS: tl.constexpr):
+def _sum_kernel(
+    partial, bias, out, width, size, PROGRAMS: tl.constexpr, BIAS: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
+    wait(OVERLAP)
     r = tl.program_id(1)
     column = tl.program_id(0) * 32 + tl.arange(0, 32)
     inside = column < width
@@ -185,8 +189,9 @@ def _sum_kernel(partial, bias, out, width, size, PROGRAMS: tl.constexpr, BIAS: t
 @triton.jit
 def _columns_kernel(
     x, weight, norm, partial, threshold, outs, inputs, x_row, column, share,
-    NORM: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
+    NORM: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait(OVERLAP)
     split, r = tl.program_id(1), tl.program_id(2)
     out = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     there = out < outs

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .gpu_formats import Inputs, Quantized
 from .gpu_launch import INTERPRETED
-from .gpu_parts import ACT, NO_ACT, act, launch, power, row_stride, store_rows
+from .gpu_parts import ACT, NO_ACT, act, launch, power, row_stride, store_rows, wait
 from .groups import GROUP
 from .step_model import Norm
 
@@ -129,7 +129,9 @@ def _add_norm_kernel(
     DELTAS: tl.constexpr, OUT: tl.constexpr, AFTER: tl.constexpr, NORM: tl.constexpr, SECOND: tl.constexpr,
     OUT_BIAS: tl.constexpr, AFTER_BIAS: tl.constexpr, NORM_BIAS: tl.constexpr, SECOND_BIAS: tl.constexpr,
     TWICE: tl.constexpr, CHANGED: tl.constexpr, QUANTIZE: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait(OVERLAP)
     r = tl.program_id(0)
     group = tl.arange(0, GROUPS)
     column = group[:, None] * 32 + tl.arange(0, 32)[None, :]
@@ -166,8 +168,9 @@ def _add_norm_kernel(
 def _act_mul_kernel(
     x, inverse, y, integers, step, total, stride, neurons,
     ACT: tl.constexpr, GATED: tl.constexpr, LISTED: tl.constexpr, QUANTIZE: tl.constexpr, WIDTH: tl.constexpr,
-    GROUPS: tl.constexpr,
+    GROUPS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait(OVERLAP)
     r = tl.program_id(1)
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     column = group[:, None] * 32 + tl.arange(0, 32)[None, :]

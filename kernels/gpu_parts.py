@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .gpu_launch import INTERPRETED, count
 from .packed import ACTS
@@ -14,12 +16,19 @@ from .packed import ACTS
 ACT = {name: code for code, name in enumerate(ACTS)}
 NO_ACT = -1
 PLAIN = INTERPRETED  # no inline assembly
+#: Whether a launch may begin before the one before it has ended, and reads its weights meanwhile (programmatic
+#: dependent launch, from Hopper on). Not tried on a card yet: it has to be asked for.
+OVERLAP = os.environ.get("CORESKIP_OVERLAP") == "1" and not INTERPRETED
 
 
 def launch(kind: str, kernel: Any, grid: tuple[int, ...], *arguments: Any, nbytes: int = 0, **options: Any) -> None:
     """Counts and makes a launch; a grid without programs is none."""
     if all(grid):
         count(kind, nbytes)
+        if OVERLAP and "OVERLAP" in kernel.arg_names:
+            options["launch_pdl"] = True
+        if "OVERLAP" in kernel.arg_names:
+            options["OVERLAP"] = OVERLAP
         run(kernel, grid, arguments, options)
 
 
@@ -40,6 +49,14 @@ def row_stride(x: Tensor | None) -> int:
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError("rows must lie side by side in memory")
     return x.stride(0)
+
+
+@triton.jit
+def wait(OVERLAP: tl.constexpr):
+    """What the launches before have written may be read from here on; the next one may begin."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit

@@ -143,3 +143,21 @@ for fmt in ("int8", "int8_sliced"):
     x = torch.randn(1, 256)
     made(lambda: gpu.mlp(x, packed, None, "listed", -1, 0.0, 0.0), "_activations_kernel", "_down_kernel", "_sum_kernel")
 """)
+
+
+def test_launches_that_overlap() -> None:
+    """Weights are asked for before the launch before is waited for, x after it."""
+    setup = "import os\nos.environ['CORESKIP_OVERLAP'] = '1'\n" + SETUP
+    with scripts(setup, interpreted=False) as script:
+        script("""
+for call, name in (
+    (lambda: step.linear(rounded(1, 4096), grouped(64, 4096, 4)), "_dot_kernel"),
+    (lambda: step.linear(torch.empty(1, 4096), step.pack(torch.empty((64, 4096), dtype=half))), "_row_kernel"),
+):
+    (ptx,) = made(call, name)
+    before, after = ptx.split("griddepcontrol.wait", 1)
+    assert "ld.global.v4.b32" in before and "ld.global.v4.b32" in after
+x = torch.empty(1, 4096)
+(ptx,) = made(lambda: step.add_norm(x, norm(4096), x), "_add_norm_kernel")
+assert "ld.global" not in ptx.split("griddepcontrol.wait", 1)[0]
+""")
