@@ -189,7 +189,7 @@ class GpuStep:
             return None
         y = kernel.attention(
             q, keys, values, self._at,
-            seen=place.seen, scale=spec.scale, window=spec.window, softcap=spec.softcap, slopes=spec.slopes,
+            seen=place.seen, scale=spec.scale, window=spec.window, softcap=spec.softcap, slopes=a.slopes,
             sinks=a.sinks, quantize=_grouped(a.output) and "o" not in columns, dtype=self._model.spec.dtype,
         )  # fmt: skip
         return self._product(y, (a.output,), columns, ("o",))
@@ -318,8 +318,8 @@ class GpuLowering:
         if self._refusal is None:
             try:
                 self._model(program)
-            except (NotCovered, ValueError, TypeError) as reason:
-                self.refuse(str(reason))
+            except (NotCovered, ValueError, TypeError, RuntimeError) as reason:
+                self.refuse(str(reason).partition("\n")[0])
         if self._refusal is not None:
             return self._refusal
         if program not in self._known:

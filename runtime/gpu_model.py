@@ -57,6 +57,7 @@ class GpuAttention:
     entries_order: tuple[Heads, Heads, Heads]
     q_norm: Norm | None
     k_norm: Norm | None
+    slopes: Tensor | None
     sinks: Tensor | None
 
     @property
@@ -327,6 +328,7 @@ def _attention(spec: AttentionSpec, packing: GpuPacking, device: torch.device) -
     return GpuAttention(
         spec, inputs, entries, output, heads, kv_heads, order, entries_order,
         _norm(spec.q_norm, device), _norm(spec.k_norm, device),
+        slopes=None if spec.slopes is None else spec.slopes.to(device),
         sinks=None if spec.sinks is None else spec.sinks.detach().float().contiguous(),
     )  # fmt: skip
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from ..kernels.gpu_step import MAX_ROWS
 from ..predictors.anatomy import Anatomy
 from .calls import Disagrees, NotCovered, NotThisCall, check_call, close, compare
 from .gpu_lowering import GpuLowering, GpuStep
@@ -226,7 +227,7 @@ class CapturedSteps:
         can; verifies: whether modules that are captured would not do.
         """
         try:
-            check_call(named, self._device)
+            check_call(named, self._device, MAX_ROWS)
             self._check_call(named)
             with self._lock:
                 logits = self._step(original, named, program, verifies)
@@ -300,11 +301,15 @@ class CapturedSteps:
         if positions is not None and (positions.ndim != 2 or positions.shape[1] != length):
             raise NotCovered("position_ids is not [rows, tokens]")
 
-    def _way(self, cache: Cache, program: StepProgram | str, tokens: int, verifies: bool = False) -> _Way:
-        """How a step of so many tokens is captured. Raises NotCovered where it is not."""
+    def _way(
+        self, cache: Cache, program: StepProgram | str, tokens: int, verifies: bool = False, rows: int = 1
+    ) -> _Way:
+        """How a step of so many tokens a sequence is captured. Raises NotCovered where it is not."""
         reason = self.lowering.covers(program)
+        if reason is None and tokens > MOST_TOKENS:
+            reason = "a sequence has more tokens than a step takes"
         if reason is None and isinstance(program, StepProgram):
-            wide = _class_of(tokens)
+            wide = _class_of(tokens) if rows * _class_of(tokens) <= MAX_ROWS else tokens
             return _Way(("step", self.lowering.key(program), wide), wide, program)
         if verifies:  # verification's tokens are the dense model's own to the last bit: so are its steps
             raise NotCovered(f"verification is not captured by modules: {reason}")
@@ -340,7 +345,7 @@ class CapturedSteps:
     ) -> Tensor | None:
         cache: Cache = named["past_key_values"]
         rows, length = named["input_ids"].shape
-        way = self._way(cache, program, length, verifies)
+        way = self._way(cache, program, length, verifies, rows)
         held, rooms = self._places.serving(cache, way.tokens)
         if held is None or rooms is None:
             self._places.check(cache, rows, self._host)

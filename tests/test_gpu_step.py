@@ -422,3 +422,23 @@ def test_launches_of_a_layer(weights: str | None, kind: str, products: int, inte
         f"assert 2 < counted['small'] <= 2 * 6 + 1, counted  # the last norm\n"
         f"assert counted['gemv'] == 2 * {products} + 1, counted  # the LM head\n"
     )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["dense", "static", "signed"])
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_groups_on_a_gpu(weights: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama").to("cuda", torch.bfloat16)
+    plan = replace(Plan.dense(model) if kind == "dense" else plan_of(model, kind), weights=weights)
+    ids, tokens = prompt(1).cuda(), some_tokens(1, 40).cuda()
+    arguments = (ids, torch.ones_like(ids), tokens)
+    coreskip.wrap(model, plan, keep_originals=False)
+    graphs = runtime_of(model).steps.captured
+    with torch.no_grad():
+        with monkeypatch.context() as switch:
+            switch.setattr(graphs, "capture", None)
+            expected = teacher_forced(model, *arguments, each=1)
+        found = [teacher_forced(model, *arguments, each=1) for _ in range(2)]
+    assert graphs.lowering.refusal is None
+    assert torch.equal(*found)
+    assert float((found[0] - expected).float().norm()) <= 0.1 * float(expected.float().norm())

@@ -484,9 +484,10 @@ def test_with_the_triton_kernels_inside() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["dense", "static", "signed", "sketch", "sketch_threshold", "cats", "topk", "teal"])
-def test_captured_on_a_gpu(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_on_a_gpu(name: str, dtype: torch.dtype, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama").to("cuda", dtype)
     plan = Plan.dense(model) if name == "dense" else policy_plan(model, name)
     ids, mask, tokens = (t.cuda() for t in (*ragged(), some_tokens(2, 300)))
@@ -499,9 +500,12 @@ def test_captured_on_a_gpu(name: str, dtype: torch.dtype, monkeypatch: pytest.Mo
         expected = teacher_forced(model, ids, mask, tokens, each=1)
     with torch.no_grad(), coreskip.wrap(model, plan):
         graphs = runtime_of(model).steps.captured
+        if not whole:
+            graphs.lowering.refuse("a test is of captured modules")
         for _ in range(2):
             found = teacher_forced(model, ids, mask, tokens, each=1)
             assert graphs.refusal is None
+            assert not whole or graphs.lowering.refusal is None
             assert [c.place.capacity for c in graphs._captured] == [256, 512]
             error = (found - expected).float().square().mean().sqrt() / expected.float().std()
             assert float(error) <= (1e-3 if dtype is torch.float32 else 0.1)
