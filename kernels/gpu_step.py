@@ -1,8 +1,9 @@
 """The operations of a GPU's decode step: what `runtime`'s lowering of a whole step is made of.
 
-On CUDA tensors, and under TRITON_INTERPRET=1 on CPU tensors, they are Triton kernels; elsewhere the definitions in
-gpu_reference.py. None reads anything back to the host, all grids depend on shapes alone, nothing depends on the order
-in which programs run: a sequence of them can be captured in a CUDA graph, and gives the same bits every time.
+On CUDA tensors (from Ampere on), and under TRITON_INTERPRET=1 on CPU tensors, they are Triton kernels; elsewhere the
+definitions in gpu_reference.py. None reads anything back to the host, all grids depend on shapes alone, nothing depends
+on the order in which programs run: a sequence of them can be captured in a CUDA graph, and gives the same bits every
+time.
 
 R rows are `tokens` consecutive tokens of each of B sequences, R = B * tokens, a sequence's tokens one after the other.
 Results are new tensors. The residual stream is best kept in float32: a row is read by few, and never by a matrix.
@@ -340,9 +341,15 @@ def definitions() -> Iterator[None]:
 
 def _kernels(name: str, x: Tensor) -> Any:
     """The module of Triton kernels, imported at its first use; None where the definitions run."""
-    if getattr(_chosen, "definitions", False) or not (x.is_cuda or INTERPRETED):
+    if getattr(_chosen, "definitions", False):
         return None
-    return _module(name)
+    return _module(name) if INTERPRETED or (x.is_cuda and _capable(x.device)) else None
+
+
+@cache
+def _capable(device: torch.device) -> bool:
+    """Whether the kernels compile for a card: from Ampere on."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache

@@ -145,6 +145,26 @@ for fmt in ("int8", "int8_sliced"):
 """)
 
 
+def test_other_cards(run: Run) -> None:
+    """RTX 30 and 40, B200, RTX 50; and numbers that are 1, which are constants of a kernel."""
+    run("""
+for capability in (86, 89, 100, 120):
+    made(lambda: step.linear(rounded(8, 4096), grouped(64, 4096, 4)), "_tile_kernel", capability=capability)
+    made(lambda: step.linear(rounded(1, 4096), grouped(64, 4096, 4)), "_dot_kernel", capability=capability)
+one = torch.empty(1, 1)
+made(lambda: step.linear(rounded(4, 32), grouped(1, 32, 8)), "_tile_kernel")
+made(lambda: step.linear(rounded(1, 32), grouped(1, 32, 4)), "_dot_kernel")
+made(lambda: step.linear(one, step.pack(one)), "_row_kernel")
+made(lambda: step.add_norm(one, norm(1), quantize=True), "_add_norm_kernel")
+made(lambda: step.columns(one, PackedColumns(torch.empty((1, 32)), 1, torch.empty(1)), 0.1), "_columns_kernel",
+    "_sum_kernel")
+lists = torch.zeros((1, 1), dtype=torch.int32)
+made(lambda: step.mlp(torch.empty(1, 64), bundles(64), indices=lists), "_mlp_kernel", "_sum_kernel")
+keys, at = torch.empty((1, 1, 1, 16)), torch.zeros(1, dtype=torch.int64)
+made(lambda: step.attention(keys[0], keys, keys, at, scale=1.0), "_attention_kernel", "_combine_kernel")
+""")
+
+
 def test_launches_that_overlap() -> None:
     """Weights are asked for before the launch before is waited for, x after it."""
     setup = "import os\nos.environ['CORESKIP_OVERLAP'] = '1'\n" + SETUP
