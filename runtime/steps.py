@@ -120,7 +120,9 @@ class Steps:
         """What a native step computes for the sequences of a cache, or why none can; dense: leaving nothing out."""
         if self._host.behaviour.withholds(cache):
             return "nothing is to be said after a prompt"
-        return self._dense if dense else self._host.program_for(cache, native)
+        if dense:
+            return self._dense
+        return self._host.program_for(cache) if native else self._host.program_for(cache, native=False)
 
     def _captured_program(self, cache: Cache, dense: bool) -> StepProgram | str:
         """The same of a lowered step on a GPU. Nothing is packed for it where none is."""
