@@ -1,29 +1,28 @@
-"""The Triton backend, for CUDA tensors; under TRITON_INTERPRET=1 it runs on CPU tensors, slowly, for tests.
+"""The Triton backend of the ops, for CUDA tensors; under TRITON_INTERPRET=1 it runs on CPU tensors, slowly, for tests.
 
-An MLP is three launches: the activations of the listed neurons, partial sums of the down projection in float32, and
-their sum. Nothing depends on the order in which blocks run, nothing is read back to the host, and all sizes depend
-on shapes alone, so that a call can be captured in a CUDA graph. No kernel is tuned by trying, for the same reason.
-
-None of this has run on a GPU yet: blocks and their numbers are reasoned for one of 132 multiprocessors (Hopper), each
-of which needs some 30 kB of loads under way to keep its memory busy.
+An MLP of floats is one pass over its bundles (gpu_mlp.py). One in 8 bits is three launches: the activations of the
+listed neurons, partial sums of the down projection in float32, and their sum. Nothing depends on the order in which
+blocks run, nothing is read back to the host, and all sizes depend on shapes alone, so that a call can be captured in a
+CUDA graph. No kernel is tuned by trying, for the same reason.
 """
 
 from __future__ import annotations
-
-import os
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference
-from .packed import ACTS, PackedMLP, quantize
+from . import gpu_mlp, reference
+from .gpu_launch import INTERPRETED
+from .gpu_parts import ACT as _ACT
+from .gpu_parts import act as _act
+from .gpu_parts import launch
+from .packed import PackedMLP, quantize
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+__all__ = ["INTERPRETED", "choose", "mlp"]
 
 _FLOAT, _BYTES, _SLICED, _HIGH = 0, 1, 2, 3  # how _weights reads
-_ACT = {name: code for code, name in enumerate(ACTS)}
 _BLOCKS = 512  # about 4 for each multiprocessor, of 8 kB under way
 
 
@@ -31,9 +30,13 @@ def mlp(
     x: Tensor, packed: PackedMLP, indices: Tensor | None, rule: str, keep: int, threshold: float, refine: float
 ) -> Tensor:
     """The op coreskip::mlp; `ops.mlp` describes it. An index out of range is not noticed: it is never read back."""
+    rows = x.reshape(-1, packed.hidden_size).contiguous()
+    if packed.scale is None and rule == "gate" and keep < 0:
+        return gpu_mlp.mlp(rows, packed, None, rule, threshold, x.dtype, None).reshape(x.shape)
     if rule != "listed":
         indices = choose(x, packed, rule, keep, threshold)
-    rows = x.reshape(-1, packed.hidden_size).contiguous()
+    if packed.scale is None:
+        return gpu_mlp.mlp(rows, packed, indices, "listed", 0.0, x.dtype, None).reshape(x.shape)
     count = packed.intermediate_size if indices is None else indices.shape[-1]
     h = _activations(rows, packed, indices, count, refine=refine)
     return _down(h, packed, indices, x, skip_zeros=refine > 0).reshape(x.shape)
@@ -63,12 +66,10 @@ def _activations(
     while block_n > 4 and triton.cdiv(count, block_n) * rows.shape[0] < _BLOCKS:
         block_n //= 2
     grid = (triton.cdiv(count, block_n), rows.shape[0])
-    if count == 0:
-        return h
-    _activations_kernel[grid](
-        rows, scale, packed.weight, packed.low, packed.scale, packed.gate_bias, packed.up_bias, packed.mean,
-        packed.norm, indices, h, refine, packed.hidden_size, count, _list_stride(indices), packed.weight.stride(0),
-        packed.weight.stride(1), 0 if packed.low is None else packed.low.stride(0),
+    launch(
+        "gemv", _activations_kernel, grid, rows, scale, packed.weight, packed.low, packed.scale, packed.gate_bias,
+        packed.up_bias, packed.mean, packed.norm, indices, h, refine, packed.hidden_size, count, _list_stride(indices),
+        packed.weight.stride(0), packed.weight.stride(1), 0 if packed.low is None else packed.low.stride(0),
         FORMAT=_HIGH if rule == "sketch" else _format(packed), ACT=_ACT[str(packed.act)],
         GATED=packed.gated, GATE_ONLY=rule == "gate", LISTED=indices is not None,
         GATE_BIAS=packed.gate_bias is not None, UP_BIAS=packed.up_bias is not None,
@@ -80,6 +81,7 @@ def _activations(
 
 
 def _down(h: Tensor, packed: PackedMLP, indices: Tensor | None, x: Tensor, skip_zeros: bool) -> Tensor:
+    assert packed.scale is not None
     rows, count = h.shape
     hidden = packed.hidden_size
     down = packed.weight[:, -1] if packed.low is None else packed.low[:, -2 * packed.weight.shape[2] :]
@@ -87,18 +89,12 @@ def _down(h: Tensor, packed: PackedMLP, indices: Tensor | None, x: Tensor, skip_
     columns = triton.cdiv(hidden, block_d)
     splits = 32 if columns * rows * 16 < _BLOCKS else 16  # parts of the sum over neurons
     partial = torch.empty((splits, rows, hidden), dtype=torch.float32, device=x.device)
-    out = torch.empty((rows, hidden), dtype=x.dtype, device=x.device)
-    _down_kernel[(columns, splits, rows)](
-        h, down, packed.scale, indices, partial, hidden, count, triton.cdiv(count, splits), _list_stride(indices),
-        down.stride(0), 0 if packed.scale is None else packed.scale.shape[1],
-        FORMAT=_FLOAT if packed.scale is None else _BYTES, LISTED=indices is not None, SKIP_ZEROS=skip_zeros,
-        BLOCK_K=block_k, BLOCK_D=block_d,
+    launch(
+        "gemv", _down_kernel, (columns, splits, rows), h, down, packed.scale, indices, partial, hidden, count,
+        triton.cdiv(count, splits), _list_stride(indices), down.stride(0), packed.scale.shape[1],
+        LISTED=indices is not None, SKIP_ZEROS=skip_zeros, BLOCK_K=block_k, BLOCK_D=block_d,
     )  # fmt: skip
-    _sum_kernel[(columns, rows)](
-        partial, packed.down_bias, out, hidden, rows * hidden,
-        SPLITS=splits, BIAS=packed.down_bias is not None, BLOCK_D=block_d,
-    )  # fmt: skip
-    return out
+    return gpu_mlp.summed(partial, packed.down_bias, x.dtype)
 
 
 def _format(packed: PackedMLP) -> int:
@@ -191,22 +187,9 @@ def _project(x, weight, low, wanted, hidden, FORMAT: tl.constexpr, BLOCK_N: tl.c
 
 
 @triton.jit
-def _act(x, ACT: tl.constexpr):
-    if ACT == 0:
-        return x / (1 + tl.exp(-x))
-    elif ACT == 1:
-        return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-    elif ACT == 2:
-        return x / (1 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
-    else:
-        positive = tl.where(x < 0, 0, x)
-        return positive * positive if ACT == 4 else positive
-
-
-@triton.jit
 def _down_kernel(
     h, down, scale, indices, partial, hidden, count, share, list_stride, bundle, parts,
-    FORMAT: tl.constexpr, LISTED: tl.constexpr, SKIP_ZEROS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    LISTED: tl.constexpr, SKIP_ZEROS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     split, r = tl.program_id(1), tl.program_id(2)
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -222,23 +205,6 @@ def _down_kernel(
         ws = tl.load(
             down + neuron[:, None] * bundle + column[None, :], mask=wanted[:, None] & inside[None, :], other=0
         ).to(tl.float32)
-        if FORMAT == 1:
-            factor *= tl.load(scale + neuron * parts + parts - 1, mask=wanted, other=0)
-            ws -= 128
-        total += tl.sum(ws * factor[:, None], 0)
+        factor *= tl.load(scale + neuron * parts + parts - 1, mask=wanted, other=0)
+        total += tl.sum((ws - 128) * factor[:, None], 0)
     tl.store(partial + (split * tl.num_programs(2) + r) * hidden + column, total, mask=inside)
-
-
-@triton.jit
-def _sum_kernel(
-    partial, bias, out, hidden, size, SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    r = tl.program_id(1)
-    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = column < hidden
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    for split in range(SPLITS):
-        total += tl.load(partial + split * size + r * hidden + column, mask=inside, other=0)
-    if BIAS:
-        total += tl.load(bias + column, mask=inside, other=0)
-    tl.store(out + r * hidden + column, total.to(out.dtype.element_ty), mask=inside)

@@ -112,7 +112,7 @@ def _rounded(w: Tensor, scale: Tensor, least: Tensor, steps: int) -> tuple[Tenso
     return q.round().clamp(0, steps).to(torch.uint8), scale, least
 
 
-def _group_bytes(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def group_bytes(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `group_weights`, for w about scale * (q - 128) with q in 1..255."""
     rows, width = weight.shape
     w = torch.nn.functional.pad(weight.float(), (0, -width % GROUP)).view(rows, -1, GROUP)
@@ -145,7 +145,7 @@ def tile_up(weight: Tensor, fmt: str) -> Tensor:
 
 
 def _tiles_of(weight: Tensor, fmt: str) -> Tensor:
-    return tiles_from_groups(*(group_weights(weight, _STEPS[fmt]) if fmt in _STEPS else _group_bytes(weight)), fmt)
+    return tiles_from_groups(*(group_weights(weight, _STEPS[fmt]) if fmt in _STEPS else group_bytes(weight)), fmt)
 
 
 def tiles_from_groups(q: Tensor, scale: Tensor, least: Tensor, fmt: str) -> Tensor:

@@ -124,7 +124,7 @@ class SparseMLP:
             return y, self.listed_neurons * tokens
         kept = None if self.keep is None else self.keep * tokens
         if self.rule in ("learned", "scored"):
-            indices = reference.pick(self._scores(x), -1 if self.keep is None else self.keep, self.threshold or 0.0)
+            indices = self.picked(x)
             if kept is None and counting:
                 kept = int((indices >= 0).sum())
             return mlp(x, self.packed, indices), kept
@@ -161,6 +161,11 @@ class SparseMLP:
         every = lists.lists.repeat_interleave(by_token.shape[0] // lists.lists.shape[0], 0)
         parts = zip(by_token.split(MAX_ROWS), every.split(MAX_ROWS), strict=True)
         return torch.cat([mlp(some, packed, wanted) for some, wanted in parts]).view_as(x)
+
+    def picked(self, x: Tensor) -> Tensor:
+        """Of ``learned`` and ``scored``: the neurons of each row of x, int64 ``[rows, k]`` with -1 for none. Nothing is
+        read back from a GPU."""
+        return reference.pick(self._scores(x), -1 if self.keep is None else self.keep, self.threshold or 0.0)
 
     def _chosen(self, x: Tensor, packed: PackedMLP) -> Tensor:
         """The neurons that a kernel's rule computes, int64 ``[rows, k]`` with -1 for none."""

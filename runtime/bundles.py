@@ -39,6 +39,8 @@ class Weights:
         self._groups: dict[tuple[int, Form], PackedNeurons] = {}
         self._columns: dict[nn.Module, PackedColumns] = {}
         self.linears: PackedBefore = {}
+        #: what lists of neurons become where a plan's format is a GPU's
+        self.in_groups_of_gpu: Callable[[int, Tensor], SparseMLP] | None = None
 
     def clear(self) -> None:
         """Forget everything: the model's own weights were moved, cast or loaded anew."""
@@ -87,6 +89,8 @@ class Weights:
         All neurons are packed, once. But where the layer's matrices are not in memory (kernels/residency.py) nobody
         else will want them: then those alone that are listed, which are numbered anew where the form allows it.
         """
+        if fmt is not None and self.in_groups_of_gpu is not None:
+            return self.in_groups_of_gpu(layer, lists)
         packed = self._listable(layer, fmt) if not self._far(layer) else self._alone(layer, fmt, lists.unique())
         if isinstance(packed, PackedMLP) and packed.intermediate_size < self.anatomy.mlp(layer).intermediate_size:
             lists = torch.searchsorted(lists.unique(), lists)

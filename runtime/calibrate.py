@@ -34,7 +34,7 @@ from ..predictors.token_choice import TokenCalibration
 from .calibration_text import model_text
 from .cost import runs_natively
 from .emulation import Emulation
-from .formats import check_format
+from .gpu_matrices import check_any_format
 from .lower_cpu import refusal
 from .options import (
     OPTIONS_OF,
@@ -96,7 +96,7 @@ class Study:
             raise CoreskipError(f"first_layer is {first_layer}; the model has layers 0..{depth - 1}")
         _check_rank(options.get("rank"), self._anatomy.hidden_size)
         if weights is not None:
-            check_format(model, self._anatomy, Plan.dense(model, weights))
+            check_any_format(model, self._anatomy, Plan.dense(model, weights))
         tokens, windows = (-(-tokens // 2), -(-windows // 2)) if fast else (tokens, windows)
         self.model, self.windows, self.fast, self.progress, self.weights = model, windows, fast, progress, weights
         self.tokens, self.seed = tokens, seed

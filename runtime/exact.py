@@ -18,7 +18,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,11 +28,18 @@ from .calls import NotCovered
 from .draft_costs import DraftCostModel
 from .drafting import Draft, Drafter, Statistics
 from .length_dependence import length_dependence
-from .passes import MAX_DRAFT, ModulePasses, NativePasses, Passes, rounding_error
+from .passes import MAX_DRAFT, CapturedPasses, ModulePasses, NativePasses, Passes, rounding_error
 from .sampler import GreedySampler, Sampler
 from .text import Text, end_tokens, is_stateless, uncovered_call
 
 logger = logging.getLogger("coreskip")
+
+
+class ByRows(Protocol):
+    """What may compute the rows of a pass apart."""
+
+    @property
+    def by_rows(self) -> bool: ...
 
 
 class SpeculativeDecoder:
@@ -46,11 +53,13 @@ class SpeculativeDecoder:
         last: statistics of the generation that ended last; None before the first.
     """
 
-    def __init__(self, has_draft: bool) -> None:
-        """has_draft: whether the plan is a draft model; one that skips nothing is no faster than the dense model."""
+    def __init__(self, has_draft: bool, steps: ByRows | None = None) -> None:
+        """has_draft: whether the plan is a draft model; one that skips nothing is no faster than the dense model.
+        steps: what passes may go through."""
         self._has_draft = has_draft
         self.native_only = False
         self.by_rows = False
+        self._steps = steps
         self.costs = DraftCostModel()
         self.last: Statistics | None = None
         # scores that lie no further apart may differ for rounding alone: 0 where rows are computed apart, infinite
@@ -111,7 +120,7 @@ class SpeculativeDecoder:
         return None
 
     def _margin_of(self, error: float, dtype: torch.dtype) -> float:
-        if self.by_rows and error == 0.0:
+        if error == 0.0 and (self.by_rows or (self._steps is not None and self._steps.by_rows)):
             return 0.0
         # 20 times what 8 tokens showed: errors grow with the context, and both sides of a comparison have one
         return max(1e-3, 20 * error) if dtype is torch.float32 and error < 1e-2 else float("inf")
@@ -140,7 +149,7 @@ class SpeculativeDecoder:
             if passes is None and self.native_only:
                 raise NotCovered("native steps do not cover the model")
             passes = passes or ModulePasses(model, cache)
-            greedy = isinstance(passes, NativePasses) and ends is not None
+            greedy = isinstance(passes, (NativePasses, CapturedPasses)) and ends is not None
             sampler = (GreedySampler if greedy else Sampler)(passes, text, ends)
             self._decode(sampler, first, longest - ids.shape[1], done)
         except NotCovered as reason:  # native steps have been found to differ, from this length on

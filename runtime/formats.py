@@ -30,6 +30,7 @@ from .packed_experts import HeldExperts, packed_of
 from .packed_layer import PackedLayer
 from .phases import Pass, Phase, mode
 from .program import Program
+from .width import product
 
 logger = logging.getLogger("coreskip")
 
@@ -104,10 +105,13 @@ class Formats:
 
     weights: the plan's "int4" or "int8", or None: nothing takes a format. head: the LM head, which takes bytes.
     before: what was packed before, and is added to; None where the originals are not to be held.
+    of_gpu: whether a GPU's kernels read what is packed.
     """
 
+    of_gpu = False
+
     def __init__(self, weights: str | None, head: nn.Module, before: PackedBefore | None) -> None:
-        self._format = KERNEL_FORMATS[weights]
+        self._weights, self._format = weights, KERNEL_FORMATS[weights]
         self._head, self._before = head, before
         self._parts: dict[nn.Module, list[PackedLinear]] = {}
         self._experts: dict[nn.Module, list[Expert]] = {}
@@ -138,6 +142,11 @@ class Formats:
             parts = module.parts(whole=False) if isinstance(module, PackedLayer) else self._pack(module)
             self._parts[module] = parts
         return parts
+
+    def product(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """x ``[..., inputs]`` times the module's matrix in the plan's format; None where it has no such form."""
+        parts = self.parts(module)
+        return product(x, parts) if parts else None
 
     def experts(self, mixture: Experts) -> list[Expert]:
         """A mixture's experts in the plan's format; none where they have no such form."""

@@ -119,9 +119,9 @@ class _Wrapped(_Outer, Watched):
 
         lookup = runtime.lookup
         hooked = lookup is not None and runtime.notice() is not None  # it would be measured on the modules
-        if lookup is None or hooked or runtime.steps.lowering is not Lowering.NATIVE:
+        if lookup is None or hooked or runtime.steps.lowering is Lowering.MODULES:
             return undrafted()
-        lookup.by_rows = lookup.native_only = True
+        lookup.by_rows, lookup.native_only = runtime.steps.lowering is Lowering.NATIVE, True
         return lookup.generate(self, undrafted, input_ids, arguments, runtime.steps.passes)
 
     def _assisted_decoding(

@@ -11,7 +11,7 @@ from ..predictors.errors import CoreskipError
 from ..predictors.plan import Plan
 from .cost import bytes_per_token, predicted_seconds, read_bandwidth
 from .figures import peak_memory
-from .formats import check_format
+from .gpu_matrices import check_any_format
 from .lower_cpu import refusal
 from .packed_layer import PackedLayer, packed_layers, weight_bytes
 from .wrap import make_way
@@ -72,7 +72,7 @@ def _memory(model: Any) -> dict[str, int]:
 def _format(model: Any, anatomy: Any, name: str) -> dict[str, Any]:
     plan = Plan.dense(model, None if name == AS_LOADED else name)
     try:
-        check_format(model, anatomy, plan)
+        check_any_format(model, anatomy, plan)
     except CoreskipError as error:
         return {"reason": str(error)}
     seconds = predicted_seconds(model, plan, anatomy)

@@ -74,7 +74,7 @@ def _decode_natively(steps: Steps, cache: Cache, text: Text, last: int, argument
     Raises:
         NotCovered: a step is not covered, or not any more; the text has what came before.
     """
-    passes = steps.passes(cache)
+    passes = steps.native_passes(cache)
     if passes is None:
         raise NotCovered("native steps do not cover the model")
     ends = end_tokens(arguments)
@@ -97,7 +97,7 @@ def _replay(steps: Steps, model: Any, cache: Cache, text: Text, first: Tensor, a
     last, ends = text.append(first), end_tokens(arguments) or []
     while not text.finished:
         room = arguments["stopping_criteria"].max_length - text.ids.shape[1]
-        made = steps.captured.greedy(cache, last, min(room, AHEAD), ends)
+        made = steps.greedy(cache, last, min(room, AHEAD), ends)
         if made:
             text.extend(made)
             last = made[-1]

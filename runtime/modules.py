@@ -99,9 +99,9 @@ class ModulePatches:
     def patch_linears(self) -> bool:
         """Decode steps run every linear of the decoder layers, but for routers, and the LM head, on the decode kernel.
         Returns whether that is all of their matrices."""
-        if available("cpu") is not None:
-            return False
         host = self._host
+        if available("cpu") is not None and not host.formats.of_gpu:
+            return False
         choose = routing_modules(host.anatomy)
         inner = [m for layer in host.anatomy.layers for m in layer.modules() if _has_matrix(m) and m not in choose]
         patched = [self._patch_linear(module) for module in inner]
@@ -150,11 +150,10 @@ class ModulePatches:
             if replaced is not None and module in replaced:
                 # in prefill, too, the head sees one token of each sequence
                 each = not is_head or few or input.shape[-2] == 1
-                parts = replaced.parts(module)
-                return product(input, parts) if in_format else replaced.run(module, input, wanted and each)
-            parts = host.formats.parts(module) if in_format else []
-            if parts:
-                return product(input, parts)
+                return replaced.product(module, input) if in_format else replaced.run(module, input, wanted and each)
+            found = host.formats.product(module, input) if in_format else None
+            if found is not None:
+                return found
             if isinstance(module, PackedLayer) and plain:
                 each = not is_head or few or input.shape[-2] == 1
                 return module.multiply(input, wanted and each)

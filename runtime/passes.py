@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from ..kernels.ops import MAX_ROWS
+from ..kernels.step import likeliest
 from .lower_cpu import StepProgram
+from .lower_gpu import CapturedSteps
 from .native import NativeSequence
-from .phases import drafting
+from .phases import drafting, mode
 
 MAX_DRAFT = MAX_ROWS - 1  # drafted tokens of one verification pass, which also holds the last accepted token
 
@@ -64,6 +66,11 @@ class NativePasses:
     def verify(self, tokens: Sequence[int]) -> Tensor:
         return self._native.step(tokens, self._verify)
 
+    @staticmethod
+    def likeliest(logits: Tensor, chances: bool = True) -> tuple[list[int], list[float]]:
+        """See `kernels.step.likeliest`."""
+        return likeliest(logits, chances)
+
     def greedy(self, token: int, count: int, ends: Sequence[int]) -> list[int]:
         """Append `token` as `verify` does, then the likeliest tokens after it: `count`, or up to the first of `ends`.
         Returns the likeliest tokens; the last of these is not appended."""
@@ -102,6 +109,59 @@ class ModulePasses:
         # of zero tokens too: the layers of sliding windows shrink to the window's size in it
         self._cache.crop(length - self.length)
         self.length = length
+
+
+class CapturedPasses(ModulePasses):
+    """`Passes` through steps that a GPU has captured; the model's forward captures those that were not yet."""
+
+    draft_width = MAX_ROWS
+
+    def __init__(
+        self, model: nn.Module, cache: Cache, steps: CapturedSteps, draft: StepProgram | str, verify: StepProgram
+    ) -> None:
+        super().__init__(model, cache)
+        self._steps, self._draft, self._verify = steps, draft, verify
+        if isinstance(draft, str) or steps.lowering.covers(draft) is not None:
+            self.draft_width = 1  # by modules
+
+    def draft(self, tokens: Sequence[int]) -> Tensor:
+        logits = None if isinstance(self._draft, str) else self._append(tokens, self._draft)
+        return super().draft(tokens) if logits is None else logits
+
+    def verify(self, tokens: Sequence[int]) -> Tensor:
+        drafts = mode().drafting
+        logits = None if drafts else self._append(tokens, self._verify)
+        return super().verify(tokens) if logits is None else logits
+
+    def draft_greedily(self, token: int, count: int, min_probability: float) -> tuple[list[int], list[float]]:
+        """See `NativePasses`."""
+        tokens, chances = list[int](), list[float]()
+        while len(tokens) < count and (not chances or chances[-1] >= min_probability):
+            some, each = self.likeliest(self.draft([tokens[-1] if tokens else token]))
+            tokens, chances = tokens + some, chances + each
+        return tokens, chances
+
+    def greedy(self, token: int, count: int, ends: Sequence[int]) -> list[int]:
+        """See `NativePasses`."""
+        made = self._steps.greedy(self._cache, token, count, ends, self._verify)
+        self.length += len(made)
+        return made or self.likeliest(self.verify([token]), chances=False)[0]
+
+    @staticmethod
+    def likeliest(logits: Tensor, chances: bool = True) -> tuple[list[int], list[float]]:
+        """Of each row of `logits` ``[rows, vocabulary]`` the first of the likeliest tokens, and its probability, where
+        `chances` are wanted."""
+        made = logits.argmax(-1)
+        if not chances:
+            return made.tolist(), []
+        shares = logits.float().softmax(-1).gather(1, made[:, None])[:, 0]
+        return made.tolist(), shares.tolist()
+
+    def _append(self, tokens: Sequence[int], program: StepProgram) -> Tensor | None:
+        logits = self._steps.append(self._cache, tokens, program)
+        if logits is not None:
+            self.length += len(tokens)
+        return logits
 
 
 @torch.no_grad()

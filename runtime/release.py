@@ -26,6 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ..kernels.packed import PackedLinear
 from ..predictors.errors import CoreskipError
 from .unpacking import Unpacking, unpack
+from .width import product
 
 
 @dataclass(eq=False)
@@ -40,7 +41,7 @@ class Replaced:
     """The linears of one wrapped model whose matrices exist in packed form alone.
 
     lossy: replace matrices that packing rounds, too.
-    kept: modules that keep their own.
+    kept: modules that keep their own, and those inside them theirs.
     """
 
     def __init__(self, model: nn.Module, lossy: bool, kept: Iterable[nn.Module]) -> None:
@@ -48,13 +49,13 @@ class Replaced:
         self.reversible = True
         self._unpacking = Unpacking()
         owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-        kept = set(kept)
+        parts = {part for module in kept for part in module.modules()}
         #: plain linears with a matrix that no other module uses
         self.candidates = {
             m
             for m in model.modules()
             if type(m).forward is nn.Linear.forward and "forward" not in vars(m)
-            if m not in kept and owners[id(m.weight)] == 1
+            if m not in parts and owners[id(m.weight)] == 1
         }
 
     def __contains__(self, module: object) -> bool:
@@ -86,13 +87,18 @@ class Replaced:
 
     def replace(self, module: nn.Module, parts: list[PackedLinear]) -> bool:
         """Lets go of the matrix of `module`, whose rows are those of `parts`, where that is allowed: whether it was."""
-        weight = module.weight
+        weight = cast(Tensor, module.weight)
         if module not in self.candidates or any(part.weight.dtype == weight.dtype for part in parts):
             return False
-        assert isinstance(weight, nn.Parameter)
         lossless = self._restores(parts, weight)
         if not (lossless or self._lossy):
             return False
+        self._let_go(module, parts, lossless)
+        return True
+
+    def _let_go(self, module: nn.Module, parts: list[PackedLinear], lossless: bool) -> None:
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
         self.reversible = self.reversible and lossless
         handles = [module.register_state_dict_pre_hook(self._no_state_dict)]
         handles.append(module.register_load_state_dict_pre_hook(self._no_state_dict))
@@ -101,11 +107,14 @@ class Replaced:
         self._linears[module] = _Linear(parts, weight, absent, handles)
         with _unmapped(weight), torch.inference_mode(False):
             weight.data = weight.new_empty(0)
-        return True
 
     def parts(self, module: nn.Module) -> list[PackedLinear]:
         """What has replaced the matrix of `module`, its rows in order."""
         return self._linears[module].parts
+
+    def product(self, module: nn.Module, x: Tensor) -> Tensor:
+        """x ``[..., inputs]`` times the numbers that have replaced the matrix, as a step multiplies."""
+        return product(x, self.parts(module))
 
     def put_back(self) -> None:
         """Every module has its own matrix again, bit for bit. Only where `reversible`."""

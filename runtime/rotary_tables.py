@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -89,3 +90,54 @@ def _made(rotary: RotarySpec, kind: str | None, positions: Tensor) -> Table:
 
 def _twice(half: Tensor) -> Tensor:
     return torch.cat([half, half], -1).contiguous()
+
+
+class Rotation:
+    """What `table_of` makes, on the model's own device and without a look at what is in a tensor: a step that calls it
+    can be captured."""
+
+    def __init__(self, rotary: RotarySpec, kind: str | None, device: torch.device) -> None:
+        self._rotary, self._kind, self._device = rotary, kind, device
+        self._table = None if rotary.table is None else rotary.table.detach().float().to(device)
+        if self._table is None:
+            self._made = self._way()
+
+    def __call__(self, positions: Tensor) -> Table:
+        """(cos, sin) of `positions` int64 [n], float32 ``[n, rotated dimensions]``."""
+        if self._table is not None:
+            at = positions.clamp(0, self._table.shape[0] - 1)  # beyond its end nothing that is asked for lies
+            sin, cos = self._table.index_select(0, at).chunk(2, -1)
+            cos, sin = _twice(cos), _twice(sin)
+        else:
+            cos, sin = self._made(self._module(positions))
+        return cos, -sin if self._rotary.backwards else sin
+
+    def _module(self, positions: Tensor) -> Any:
+        like = torch.zeros(1, dtype=torch.float32, device=self._device)
+        kinds = [self._kind] if self._rotary.by_type else []
+        with torch.no_grad():
+            return cast(Any, self._rotary.module)(like, positions[None], *kinds)
+
+    def _way(self) -> Callable[[Any], Table]:
+        """From what the module makes to what `table_of` does: seen at a few positions."""
+        positions = torch.arange(1, 9, device=self._device)
+        made, wanted = self._module(positions), table_of(self._rotary, self._kind, positions.cpu())
+        ways: list[Callable[[Any], Table]] = (
+            [lambda made: (_twice(made[0].real.float()), _twice(made[0].imag.float()))]
+            if isinstance(made, Tensor)
+            else [
+                lambda made: (made[0][0].float(), made[1][0].float()),
+                lambda made: (_twice(made[0][0].float()), _twice(made[1][0].float())),
+                lambda made: (_twice(made[0][0, :, ::2].float()), _twice(made[1][0, :, ::2].float())),
+            ]
+        )
+        sign = -1.0 if self._rotary.backwards else 1.0
+        for way in ways:
+            cos, sin = way(made)
+            if cos.shape == wanted[0].shape and _same(cos, wanted[0]) and _same(sign * sin, wanted[1]):
+                return way
+        raise NotCovered("its rotary embeddings are made in a way of their own on this device")
+
+
+def _same(made: Tensor, table: Tensor) -> bool:
+    return torch.allclose(made.cpu(), table, rtol=0, atol=1e-5)

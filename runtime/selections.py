@@ -159,16 +159,20 @@ class Selections:
             self._group_of_row = torch.zeros(self.rows, dtype=torch.int64, device="cpu")
             return
         every = torch.cat(list(chosen.values()), dim=1)
-        distinct, self._group_of_row = every.unique(dim=0, return_inverse=True)
+        if self.rows == 1:  # there is nothing to sort, which a GPU would be waited for
+            distinct, self._group_of_row = every, every.new_zeros(1)
+        else:
+            distinct, self._group_of_row = every.unique(dim=0, return_inverse=True)
         lists = distinct.split([indices.shape[1] for indices in chosen.values()], dim=1)
         self._distinct = dict(zip(chosen, lists, strict=True))
 
     def _pack(self, group_of_row: Tensor, packed: Packer, without: Collection[int]) -> SelectedNeurons:
-        alike, mlps = bool((group_of_row == group_of_row[0]).all()), {}
+        alike, mlps = group_of_row.numel() == 1 or bool((group_of_row == group_of_row[0]).all()), {}
+        wanted = int(group_of_row[0]) if alike else group_of_row  # read once, not once a layer
         for layer, distinct in self._distinct.items():
             if layer in without:
                 continue
-            mlps[layer] = packed(layer, distinct[group_of_row[0] if alike else group_of_row])
+            mlps[layer] = packed(layer, distinct[wanted])
         return SelectedNeurons(mlps)
 
     def _anchor(self, layer: int, policy: PromptNeurons) -> int:

@@ -1,4 +1,5 @@
-"""How the decode steps of a wrapped model run: natively on a CPU, captured on a GPU, or on its own modules.
+"""How the decode steps of a wrapped model run: natively on a CPU, captured on a GPU (whole, or through its modules), or
+on its own modules.
 
 Whoever decodes comes here: the model's patched forward with one call at a time, the loops of generation with sequences
 that are theirs alone. Which lowering carries a step out is decided in `Steps.lowering`, once for each state of the
@@ -9,10 +10,11 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any, Protocol
 
+import torch
 from transformers.cache_utils import Cache
 
 from .behaviour import Behaviour
@@ -21,7 +23,7 @@ from .lower_cpu import StepProgram
 from .lower_gpu import CapturedSteps
 from .native import NativeSequence, NativeSteps
 from .native_prompts import NativePrompts
-from .passes import NativePasses
+from .passes import CapturedPasses, NativePasses, Passes
 from .phases import mode
 from .spans import SpanSteps
 
@@ -40,6 +42,7 @@ class Lowering(Enum):
 class Host(Protocol):
     """A wrapped model, as the choice of its lowering needs it."""
 
+    model: Any
     behaviour: Behaviour
 
     @property
@@ -47,7 +50,7 @@ class Host(Protocol):
 
     def notice(self, every_setting: bool = False) -> str | None: ...
 
-    def program_for(self, cache: Cache) -> StepProgram | str: ...
+    def program_for(self, cache: Cache, native: bool = True) -> StepProgram | str: ...
 
 
 class Steps:
@@ -104,8 +107,10 @@ class Steps:
         lowering = self.lowering
         verifying = self._host.verifies and not mode().drafting
         if lowering is Lowering.CAPTURED:
-            # verification's tokens are the dense model's own to the last bit: so are its steps
-            return None if verifying or reason is not None else self.captured.forward(original, named)
+            if reason is not None:
+                return None
+            program = self._captured_program(named["past_key_values"], dense=verifying)
+            return self.captured.forward(original, named, program, verifying)
         if lowering is Lowering.NATIVE:
             program = reason or self._program(named["past_key_values"], dense=verifying or mode().densely)
             output = self.native.forward(original, program, named)
@@ -124,15 +129,32 @@ class Steps:
             return None
         return self._prompts.forward(original, named)
 
-    def _program(self, cache: Cache, dense: bool) -> StepProgram | str:
+    def _program(self, cache: Cache, dense: bool, native: bool = True) -> StepProgram | str:
         """What a native step computes for the sequences of a cache, or why none can; dense: leaving nothing out."""
         if self._host.behaviour.withholds(cache):
             return "nothing is to be said after a prompt"
-        return self._dense if dense else self._host.program_for(cache)
+        if dense:
+            return self._dense
+        return self._host.program_for(cache) if native else self._host.program_for(cache, native=False)
 
-    def passes(self, cache: Cache) -> NativePasses | None:
-        """Passes over one sequence's cache by native steps: in exact mode the plan drafts and the dense model verifies,
-        else the plan does both. None where these do not cover the model and its plan."""
+    def _captured_program(self, cache: Cache, dense: bool) -> StepProgram | str:
+        """The same of a lowered step on a GPU. Nothing is packed for it where none is."""
+        return self.captured.lowering.refusal or self._program(cache, dense, native=False)
+
+    def greedy(self, cache: Cache, token: int, count: int, ends: Sequence[int]) -> list[int]:
+        """`CapturedSteps.greedy` under the plan."""
+        return self.captured.greedy(cache, token, count, ends, self._captured_program(cache, dense=False))
+
+    def passes(self, cache: Cache) -> Passes | None:
+        """Passes over one sequence's cache by native or captured steps: in exact mode the plan drafts and the dense
+        model verifies, else the plan does both. None where these do not cover the model and its plan."""
+        self._host.notice()
+        if self.lowering is Lowering.CAPTURED:
+            return self._captured_passes(cache)
+        return self.native_passes(cache)
+
+    def native_passes(self, cache: Cache) -> NativePasses | None:
+        """`passes` by native steps alone."""
         self._host.notice()
         draft = self._program(cache, dense=False)
         if not self.native.ready or isinstance(draft, str):
@@ -142,6 +164,23 @@ class Steps:
         except NotCovered:
             return None
         return NativePasses(sequence, draft, self._dense if self._host.verifies else draft)
+
+    def pack_on_gpu(self) -> str | None:
+        """Packs what lowered steps on a GPU read; why there are none, if so."""
+        with torch.no_grad():
+            return self.captured.lowering.prepare(StepProgram.dense(len(self._dense.mlps)))
+
+    def _captured_passes(self, cache: Cache) -> CapturedPasses | None:
+        verify = self._captured_program(cache, dense=self._host.verifies)
+        if isinstance(verify, str) or self.captured.lowering.covers(verify) is not None:
+            return None
+        draft = self._captured_program(cache, dense=False)
+        return CapturedPasses(self._host.model, cache, self.captured, draft, verify)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether a pass over several tokens is known to give each the bits that a pass over it alone gives."""
+        return self.lowering is Lowering.CAPTURED and self.captured.lowering.ready
 
     def sequence(self, cache: Cache, most: int, dense: bool = False) -> tuple[NativeSequence, StepProgram] | None:
         """What steps one sequence natively, by `most` tokens at most, and the program that decides about its text;

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..kernels.ops import PackedLinear
@@ -24,16 +24,19 @@ from ..predictors.errors import CoreskipError
 from ..predictors.observe import down_norm, inference
 from ..predictors.plan import Plan
 from ..predictors.policies import Chooser, PromptNeurons
+from . import gpu_matrices
 from .attention import can_redirect, redirect_attention
 from .behaviour import Behaviour
 from .bundles import Weights
 from .changes import Changes, Places
 from .cost import LITTLE
 from .exact import SpeculativeDecoder
-from .formats import Formats, check_format
+from .formats import Formats
+from .gpu_lowering import GpuLowering
+from .gpu_model import packing_of
 from .layer_skips import LayerSkips
 from .lower_cpu import Packing, StepProgram, refusal
-from .lower_gpu import CapturedSteps, Settled
+from .lower_gpu import CapturedSteps, Settled, settled_by
 from .memory import memory_of
 from .modules import ModulePatches
 from .native import NativeSteps
@@ -75,9 +78,10 @@ class Runtime:
     def __init__(
         self, model: nn.Module, anatomy: Anatomy, plan: Plan, options: Options, weights: Weights | None = None
     ) -> None:
-        check_format(model, anatomy, plan)
+        gpu_matrices.check_any_format(model, anatomy, plan)
         self.model, self.anatomy, self.plan = model, anatomy, plan
         self.program = Program.of(anatomy, plan)
+        self.steps: Steps
         for layer, brick in self.program.chosen_by(Chooser.INPUTS).items():
             for name in brick.thresholds:
                 linear_of(anatomy, layer, name)  # raises where the plan names a linear that is not there
@@ -95,8 +99,9 @@ class Runtime:
         self._weights = weights or Weights(anatomy)
         self._prepare(options, searching=weights is not None)
         self.memory = memory_of(self, options.memory, reads_all=options.exact)
-        self.exact = SpeculativeDecoder(has_draft=self.program.decodes_otherwise) if options.exact else None
-        self.lookup = SpeculativeDecoder(has_draft=False) if options.lookup and not options.exact else None
+        steps = self.steps
+        self.exact = SpeculativeDecoder(self.program.decodes_otherwise, steps) if options.exact else None
+        self.lookup = SpeculativeDecoder(False, steps) if options.lookup and not options.exact else None
         self.gives_way = False  # to whoever wraps or reads the model: see `make_way`
         self._class, self._outer = type(model), cast("tuple[nn.Module, type] | None", None)
 
@@ -106,7 +111,8 @@ class Runtime:
         keep_all = searching or options.keep_originals is True
         keeps = options.exact or keep_all  # whatever is packed
         before = self._weights.linears if keeps else None
-        self.formats = Formats(weights, model.get_output_embeddings(), before)
+        head, on_gpu = model.get_output_embeddings(), weights is not None and gpu_matrices.packs_for(model)
+        self.formats = gpu_matrices.GpuFormats(weights, head) if on_gpu else Formats(weights, head, before)
         me: Runtime = weakref.proxy(self)  # who has these: a cycle would outlive `unwrap`
         self.changes = Changes(
             model, lambda module: me.patches.current(module, "forward"), lambda part, state: me.plain_state(part, state)
@@ -124,12 +130,14 @@ class Runtime:
         self.prepared = Prepared(self.anatomy, self.program, self._weights, self.skips, self.altered)
         prompts = NativePrompts(me, native, self.anatomy, narrow=packing.narrow > 0)
         spans = SpanSteps(me, native, packing, self.formats.take)
-        self.steps = Steps(self, native, prompts, CapturedSteps(self), spans)
+        captured = CapturedSteps(self, GpuLowering(me, packing_of(me, self.formats, self._weights)))
+        self.steps = Steps(self, native, prompts, captured, spans)
         self._demanded = options.keep_originals is False
         keeps = keeps or not (weights or self._demanded)
-        # neurons that prompts choose are packed again and again
-        kept = [module for index in self._by_prompt for module in self.anatomy.mlp(index).owner.modules()]
-        self.replaced = None if keeps else Replaced(model, lossy=self._demanded and bool(weights), kept=kept)
+        # neurons that prompts choose are packed again and again, but on a GPU
+        by_prompt = [] if on_gpu else [self.anatomy.mlp(index).owner for index in self._by_prompt]
+        kind = gpu_matrices.GpuReplaced if on_gpu else Replaced
+        self.replaced = None if keeps else kind(model, lossy=self._demanded and bool(weights), kept=by_prompt)
 
     @property
     def verifies(self) -> bool:
@@ -206,13 +214,15 @@ class Runtime:
 
     def replace_originals(self) -> None:
         """Packs the weights now, where the originals may go: every prefill, the first too, shall read the same."""
-        if self.replaced is None:
+        of_gpu = self.formats.of_gpu
+        if self.replaced is None and not of_gpu:
             self.changes.start()
             return
-        reason = self.behaviour.obstacle(decodes=True) or refusal(self.model, self.anatomy)
+        reason = self.behaviour.obstacle(decodes=True)
+        reason = reason or (self.steps.pack_on_gpu() if of_gpu else refusal(self.model, self.anatomy))
         model, generator = cast(Any, self.model), torch.Generator().manual_seed(0)
         native = self.steps.native
-        while reason is None and not native.ready:
+        while reason is None and not (native.ready or of_gpu):
             vocabulary = model.get_input_embeddings().weight.shape[0]
             ids = torch.randint(0, vocabulary, (1, 9), generator=generator, device="cpu")
             cache = DynamicCache(config=model.config)
@@ -269,7 +279,7 @@ class Runtime:
         """Forget packed weights: the model's own were moved, cast or loaded anew."""
         self._forget(frozenset(self.model.modules()))
         self.changes.start()
-        check_format(self.model, self.anatomy, self.plan)
+        gpu_matrices.check_any_format(self.model, self.anatomy, self.plan)
 
     def notice(self, every_setting: bool = False) -> str | None:
         """Takes note of what others have changed about the model; and why decode steps have to run on its modules.
@@ -333,9 +343,9 @@ class Runtime:
             return None
         return Selections(self, rows, self.observed, self._by_prompt, self.plan.clusters)
 
-    def program_for(self, cache: Cache) -> StepProgram | str:
-        """What a native step computes for the sequences of a cache, or why none can."""
-        if not self.program.native:
+    def program_for(self, cache: Cache, native: bool = True) -> StepProgram | str:
+        """What a step, or a native one, computes for the sequences of a cache, or why none can."""
+        if native and not self.program.native:
             return "no kernel of the native step makes its choice"
         if not self._places.hold() or self.altered & self._packed_apart:
             return "parts of the model were replaced by others"
@@ -350,14 +360,7 @@ class Runtime:
             return "nothing is to be said after a prompt"
         if self.program.chosen_experts:
             return "its tokens leave experts out, each its own"
-        selections = self._own_selections(cache)
-        if selections is None:
-            return self.skips.skipped(None), []
-        selected = self.prepared.selected(selections)
-        if selected.differ or self.skips.disputed(selections):
-            return "its sequences chose differently"
-        parts = [part for mlp in selected.mlps.values() for part in (mlp.packed, mlp.lists) if part is not None]
-        return self.skips.skipped(selections), [t for p in parts for t in vars(p).values() if isinstance(t, Tensor)]
+        return settled_by(self.prepared, self.skips, self._own_selections(cache))
 
     def _own_selections(self, cache: Cache) -> Selections | None:
         """Of a cache whose sequences decide something."""

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -36,6 +36,7 @@ from coreskip import Engine
 from coreskip.kernels import ops
 from coreskip.predictors.plan import Plan
 from coreskip.runtime import lower_gpu
+from coreskip.runtime.gpu_modules import ModuleStep
 from coreskip.runtime.phases import drafting
 from coreskip.runtime.wrap import runtime_of
 
@@ -49,14 +50,12 @@ class HostRead(RuntimeError):
 class Recorded(TorchDispatchMode):
     """A step's operations on fixed memory, as a CUDA graph holds them."""
 
-    def __init__(self, step: lower_gpu.StaticStep) -> None:
+    def __init__(self, step: Callable[[], Tensor], device: torch.device) -> None:
         super().__init__()
         step()
         self._operations: list[tuple[Any, Any, Any, list[Tensor] | None]] = []
-        before = step._holders()
         with self:
             self._logits = step()
-        step._unused += step._holders() - before  # a graph holds addresses, this list holds tensors
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function._schema.name.partition("::")[2] in WAITS:
@@ -83,11 +82,16 @@ class Recorded(TorchDispatchMode):
 
 
 @contextmanager
-def captured(model: Any, plan: Plan | None = None, **options: Any) -> Iterator[lower_gpu.CapturedSteps]:
-    """The model wrapped, with its decode steps recorded where a GPU would capture them."""
+def captured(
+    model: Any, plan: Plan | None = None, lowered: bool = False, **options: Any
+) -> Iterator[lower_gpu.CapturedSteps]:
+    """The model wrapped, with its decode steps recorded where a GPU would capture them. lowered: as whole steps, not
+    through the model's modules."""
     with coreskip.wrap(model, Plan.dense(model) if plan is None else plan, **options):
         graphs = runtime_of(model).steps.captured
         graphs.capture = Recorded
+        if not lowered:
+            graphs.lowering.refuse("a test is of captured modules")
         yield graphs
 
 
@@ -127,7 +131,7 @@ def test_logits_are_the_modules_own_while_the_capacity_grows(family: str, monkey
         with captured(model) as graphs:
             close(teacher_forced(model, *arguments, each=1), expected)
             assert graphs.refusal is None
-            assert [c.step.capacity for c in graphs._captured] == [16, 32, 64]
+            assert [c.place.capacity for c in graphs._captured] == [16, 32, 64]
             close(teacher_forced(model, *arguments, each=1), expected)  # the same memory, another cache
             assert len(graphs._captured) == 3
 
@@ -269,7 +273,7 @@ def test_buffers_go_to_the_next_cache_only_when_nobody_holds_them(monkeypatch: p
             for layer, other in zip(found.past_key_values.layers, wanted.past_key_values.layers, strict=True):
                 close(layer.keys, other.keys)
                 close(layer.values, other.values)
-        assert torch.equal(keys, before) or graphs._captured[0].step.buffers[1][0].data_ptr() == keys.data_ptr()
+        assert torch.equal(keys, before) or graphs._captured[0].place.buffers[1][0].data_ptr() == keys.data_ptr()
         del kept, found
         greedy(model, prompts[0], 8)
         assert len(graphs._captured) == 2
@@ -291,12 +295,12 @@ def test_a_batch_that_chose_differently_and_a_mask_with_holes() -> None:
         assert graphs._captured
 
 
-def wrong_masks(step: lower_gpu.StaticStep) -> Tensor:
-    return step.seen[:, None, None] | True
+def wrong_masks(step: ModuleStep) -> Tensor:
+    return step._place.seen[:, None, None] | True
 
 
-def reading(step: lower_gpu.StaticStep) -> Tensor:
-    return step.seen[:, None, None, :] & (step.at.item() >= step._index)
+def reading(step: ModuleStep) -> Tensor:
+    return step._place.seen[:, None, None, :] & (step._place.at.item() >= step._index)
 
 
 @pytest.mark.parametrize(("masks", "reason"), [(wrong_masks, "differ"), (reading, "_local_scalar_dense")])
@@ -305,7 +309,7 @@ def test_what_differs_or_waits_stays_on_the_modules(
 ) -> None:
     model = tiny("llama")
     expected = talk(model)
-    monkeypatch.setattr(lower_gpu.StaticStep, "_masks", masks)
+    monkeypatch.setattr(ModuleStep, "_masks", masks)
     with captured(model) as graphs, caplog.at_level(logging.WARNING, "coreskip"):
         for found, wanted in zip(talk(model), expected, strict=True):
             assert torch.equal(found, wanted)
@@ -428,7 +432,7 @@ def test_buffers_go_with_the_wrapping() -> None:
     try:
         with captured(model) as graphs:
             greedy(model, prompt(1), 4)
-            step = weakref.ref(graphs._captured[0].step)
+            step = weakref.ref(graphs._captured[0].place)
             del graphs
         assert step() is None
     finally:
@@ -480,9 +484,10 @@ def test_with_the_triton_kernels_inside() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["dense", "static", "signed", "sketch", "sketch_threshold", "cats", "topk", "teal"])
-def test_captured_on_a_gpu(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_on_a_gpu(name: str, dtype: torch.dtype, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama").to("cuda", dtype)
     plan = Plan.dense(model) if name == "dense" else policy_plan(model, name)
     ids, mask, tokens = (t.cuda() for t in (*ragged(), some_tokens(2, 300)))
@@ -495,10 +500,13 @@ def test_captured_on_a_gpu(name: str, dtype: torch.dtype, monkeypatch: pytest.Mo
         expected = teacher_forced(model, ids, mask, tokens, each=1)
     with torch.no_grad(), coreskip.wrap(model, plan):
         graphs = runtime_of(model).steps.captured
+        if not whole:
+            graphs.lowering.refuse("a test is of captured modules")
         for _ in range(2):
             found = teacher_forced(model, ids, mask, tokens, each=1)
             assert graphs.refusal is None
-            assert [c.step.capacity for c in graphs._captured] == [256, 512]
+            assert not whole or graphs.lowering.refusal is None
+            assert [c.place.capacity for c in graphs._captured] == [256, 512]
             error = (found - expected).float().square().mean().sqrt() / expected.float().std()
             assert float(error) <= (1e-3 if dtype is torch.float32 else 0.1)
         texts = [greedy(model, ids, 40, attention_mask=mask) for _ in range(2)]

@@ -1,0 +1,111 @@
+"""What several Triton kernels are made of."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .gpu_launch import INTERPRETED, count
+from .packed import ACTS
+
+ACT = {name: code for code, name in enumerate(ACTS)}
+NO_ACT = -1
+PLAIN = INTERPRETED  # no inline assembly
+#: Whether a launch may begin before the one before it has ended, and reads its weights meanwhile (programmatic
+#: dependent launch, from Hopper on). Not tried on a card yet: it has to be asked for.
+OVERLAP = os.environ.get("CORESKIP_OVERLAP") == "1" and not INTERPRETED
+
+
+def launch(kind: str, kernel: Any, grid: tuple[int, ...], *arguments: Any, nbytes: int = 0, **options: Any) -> None:
+    """Counts and makes a launch; a grid without programs is none."""
+    if all(grid):
+        count(kind, nbytes)
+        if OVERLAP and "OVERLAP" in kernel.arg_names:
+            options["launch_pdl"] = True
+        if "OVERLAP" in kernel.arg_names:
+            options["OVERLAP"] = OVERLAP
+        run(kernel, grid, arguments, options)
+
+
+def run(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """What a launch does; tests put something else here."""
+    kernel[grid](*arguments, **options)
+
+
+def power(n: int, least: int = 1) -> int:
+    """The least power of two from n up, and from `least` up."""
+    return max(least, 1 << max(0, n - 1).bit_length())
+
+
+def row_stride(x: Tensor | None) -> int:
+    """Elements from one row [R, n] to the next. Raises ValueError where those of a row do not lie side by side."""
+    if x is None:
+        return 0
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError("rows must lie side by side in memory")
+    return x.stride(0)
+
+
+@triton.jit
+def wait(OVERLAP: tl.constexpr):
+    """What the launches before have written may be read from here on; the next one may begin."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def act(x, ACT: tl.constexpr):
+    """An activation of packed.ACTS, in their order; any other code: none."""
+    if ACT == 0:
+        x = x / (1 + tl.exp(-x))
+    elif ACT == 1:
+        x = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    elif ACT == 2:
+        x = x / (1 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    elif ACT == 3:
+        x = tl.where(x < 0, 0.0, x)
+    elif ACT == 4:
+        x = tl.where(x < 0, 0.0, x)
+        x = x * x
+    return x
+
+
+@triton.jit
+def half_even(x):
+    """Rounded to integers, of equally near ones to the even one; for |x| below 2**22."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def rounded(x):
+    """x [groups, 32] as `packed.quantize` rounds each row: integers, as floats, and steps [groups]."""
+    finite = tl.abs(x) < float("inf")
+    wrong = tl.max(tl.where(finite, 0, 1), 1) > 0
+    x = tl.where(finite, x, 0.0)
+    largest = tl.max(tl.abs(x), 1)
+    some = (largest >= 1e-30) & (wrong == 0)
+    step = tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32))
+    safe = tl.where(some, step, 1.0)
+    integers = tl.where(some[:, None], half_even(tl.div_rn(x, tl.broadcast_to(safe[:, None], x.shape))), 0.0)
+    step = tl.where(some, step, tl.where(wrong, float("nan"), 0.0))
+    return integers, step
+
+
+@triton.jit
+def store_rows(y, integers, step, total, group, column, x, WIDTH: tl.constexpr, QUANTIZE: tl.constexpr):
+    """Stores x [groups, 32] at `column` of y, or rounded to 8 bits. x is 0 beyond WIDTH."""
+    if QUANTIZE:
+        GROUPS: tl.constexpr = (WIDTH + 31) // 32
+        there = group < GROUPS
+        whole, steps = rounded(x)
+        tl.store(integers + column, whole.to(tl.int32).to(tl.int8), mask=there[:, None])
+        tl.store(step + group, steps, mask=there)
+        tl.store(total + group, steps * tl.sum(whole, 1), mask=there)
+    else:
+        tl.store(y + column, x.to(y.dtype.element_ty), mask=column < WIDTH)

@@ -1,0 +1,419 @@
+"""The decode step of a GPU as a sequence of kernels (kernels/gpu_step.py), for a model and a program: norm, q, k and v,
+rotation and KV write, attention in parts of the KV length, output, norm, gate and up, activation, down, LM head.
+
+Residuals are added, and what leaves a half is normed, by the launch that norms what the next half reads: six small
+launches a layer beside the products with matrices. Nothing is read back to the host.
+
+The whole step has not run on a GPU yet; tests run its definitions on CPU tensors, and the kernels in Triton's
+interpreter.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable
+from dataclasses import replace
+from typing import Any, Protocol, cast
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import gpu_step as kernel
+from ..kernels.gpu_formats import GroupedMatrix, Inputs, Matrix
+from ..kernels.packed import ACTS, PackedMLP
+from ..kernels.sparse import ExactScores, SparseLinear, SparseMLP
+from ..kernels.step_model import Norm
+from ..predictors.anatomy import Anatomy
+from .calls import NotCovered, NotThisCall
+from .gpu_matrices import SlicedMLP
+from .gpu_model import GpuAttention, GpuLayer, GpuModel, GpuPacking, describe, lower
+from .gpu_place import Place
+from .lower_cpu import StepProgram
+from .program import Program
+from .spec import ModelSpec
+
+logger = logging.getLogger("coreskip")
+
+_ATTENTION, _MLP = ("q", "k", "v"), ("gate", "up")
+
+
+class _Stream:
+    """The residual stream, float32 ``[tokens, hidden]``, and what is to be added to it when it is read next."""
+
+    def __init__(self, x: Tensor, dtype: torch.dtype) -> None:
+        self._x, self._dtype = x, dtype
+        self._deltas: list[Tensor] = []
+        self._out: Norm | None = None  # of the first of them
+        self._after: Norm | None = None
+        self._scale = 1.0
+
+    def add(self, delta: Tensor, out: Norm | None, scale: float) -> None:
+        """+= scale * out(delta)."""
+        if self._after is not None or len(self._deltas) == 2 or (self._deltas and (out or scale != self._scale)):
+            self._settle()
+        if not self._deltas:
+            self._out, self._scale = out, scale
+        self._deltas.append(delta)
+
+    def norm(self, after: Norm | None) -> None:
+        """= after(itself)."""
+        if after is not None and self._after is not None:
+            self._settle()
+        self._after = after or self._after
+
+    def read(self, norm: Norm | None, second: Norm | None = None, quantize: bool = False) -> tuple[Inputs, Inputs]:
+        """norm(itself), and second(itself) or the same again."""
+        found = kernel.add_norm(
+            self._x, norm, *self._deltas, out=self._out, after=self._after, second=second, scale=self._scale,
+            quantize=quantize, dtype=self._dtype,
+        )  # fmt: skip
+        self._x, self._deltas, self._out, self._after = found.stream, [], None, None
+        return found.y, found.y if found.second is None else found.second
+
+    def _settle(self) -> None:
+        self.read(None)
+
+
+class GpuStep:
+    """A step of some tokens of each of a place's sequences, under a program. A second call does what the first did.
+
+    Args:
+        skipped: neurons that a token leaves out.
+        form: see kernels/gpu_step.py.
+    """
+
+    def __init__(
+        self, model: GpuModel, program: StepProgram, skipped: float, place: Place, tokens: int, form: kernel.Form | None
+    ) -> None:
+        self._model, self._program, self._place, self._tokens = model, program, place, tokens
+        self.skipped, self._form = skipped, form
+        self._rotations: dict[str | None, tuple[Tensor, Tensor]] = {}
+        self._lists: dict[int, Tensor] = {}
+        self._inverse: dict[int, Tensor] = {}  # int64 [neurons]: where each is listed, or -1
+        with torch.inference_mode(False):
+            self._rows = torch.arange(place.rows * tokens, device=place.device)
+            self._ahead = torch.arange(tokens, device=place.device).repeat(place.rows)
+            for index, mlp in enumerate(program.mlps):
+                if isinstance(mlp, SlicedMLP) and mlp.lists is not None:
+                    self._inverse[index] = self._rows.new_empty(mlp.groups.intermediate_size)
+                if mlp is not None and mlp.lists is not None:
+                    self._lists[index] = torch.empty_like(mlp.lists.listed, dtype=torch.int64)
+        self._chosen: Any = lambda: None
+        self.choose(program)
+
+    def choose(self, program: StepProgram) -> None:
+        """Takes over the neurons that a program's sequences chose; it differs in nothing else."""
+        if self._chosen() is program:
+            return
+        for index, to in self._lists.items():
+            to.copy_(cast(Any, program.mlps[index]).lists.listed)
+        for index, to in self._inverse.items():
+            listed = self._lists[index]
+            to.fill_(-1).scatter_(0, listed, torch.arange(listed.numel(), device=to.device))
+        self._chosen = ref(program)
+
+    def __call__(self) -> Tensor:
+        """Logits ``[rows, tokens, vocabulary]`` of the place's first tokens, whose keys and values are written."""
+        model, spec, place = self._model, self._model.spec, self._place
+        ids, positions = (t[:, : self._tokens].reshape(-1) for t in (place.ids, place.positions))
+        self._at = place.at + self._ahead
+        self._rotations = {kind: make(positions) for kind, make in model.rotations.items()}
+        x = kernel.embed(ids, model.table, scale=spec.embedding_scale or 1.0, dtype=torch.float32)
+        if model.places is not None:  # beyond the end nothing that is asked for lies
+            x = x + model.places.index_select(0, positions.clamp(0, model.places.shape[0] - 1))
+        stream = _Stream(x, spec.dtype)
+        stream.norm(model.embedding_norm)
+        for index, layer in enumerate(model.layers):
+            self._layer(index, layer, stream)
+        y, _ = stream.read(model.norm, quantize=_grouped(model.head))
+        logits = kernel.linear(y, model.head, dtype=torch.float32, form=self._form)
+        if spec.logit_scale != 1.0:
+            logits = logits * spec.logit_scale
+        if spec.logit_softcap:
+            logits = spec.logit_softcap * torch.tanh(logits / spec.logit_softcap)
+        return logits.to(spec.dtype).view(place.rows, self._tokens, -1)
+
+    # --- a layer
+
+    def _layer(self, index: int, layer: GpuLayer, stream: _Stream) -> None:
+        attends, computes = index not in self._program.no_attention, index not in self._program.no_mlp
+        if layer.parallel and computes:
+            of_attention, of_mlp = self._both(index, layer, stream)
+            y = self._attention(index, layer.attention, of_attention, attends)
+            stream.add(self._mlp(index, layer, of_mlp), layer.mlp_out, layer.residual_scale)
+            if y is not None:
+                stream.add(y, layer.attention_out, layer.residual_scale)
+        else:
+            x, _ = stream.read(layer.attention_in, quantize=self._quantizes(index, _ATTENTION, layer))
+            y = self._attention(index, layer.attention, x, attends)
+            if y is not None:
+                stream.add(y, layer.attention_out, layer.residual_scale)
+            stream.norm(layer.attention_after)
+            if computes:
+                x, _ = stream.read(layer.mlp_in, quantize=self._quantizes(index, _MLP, layer))
+                stream.add(self._mlp(index, layer, x), layer.mlp_out, layer.residual_scale)
+        stream.norm(layer.mlp_after)
+
+    def _both(self, index: int, layer: GpuLayer, stream: _Stream) -> tuple[Inputs, Inputs]:
+        """What attention and MLP read of one and the same stream."""
+        quantize = self._quantizes(index, _ATTENTION, layer)
+        if self._quantizes(index, _MLP, layer) is quantize and layer.mlp_in is not None:
+            return stream.read(layer.attention_in, layer.mlp_in, quantize)
+        x, _ = stream.read(layer.attention_in, quantize=quantize)
+        return x, stream.read(layer.mlp_in, quantize=self._quantizes(index, _MLP, layer))[0]
+
+    def _quantizes(self, index: int, names: tuple[str, ...], layer: GpuLayer) -> bool:
+        """Whether what reads a norm's output reads it in 8 bits."""
+        if self._program.columns.get(index, {}).keys() & set(names):
+            return False
+        if names is _ATTENTION:
+            return _grouped(layer.attention.inputs[0])
+        sparse = self._program.mlps[index]
+        return (sparse is None or isinstance(sparse, SlicedMLP)) and _grouped(layer.mlp.widening[0])
+
+    def _attention(self, index: int, a: GpuAttention, x: Inputs, attends: bool) -> Tensor | None:
+        """What an attention gives, or where it is skipped nothing; its keys and values are written."""
+        spec, place, columns = a.spec, self._place, self._program.columns.get(index, {})
+        keys, values = place.buffers[index]
+        whole = attends or columns.keys() & set(_ATTENTION)
+        qkv = self._product(x, a.inputs if whole else a.entries, columns, _ATTENTION)
+        q = kernel.rotary_write(
+            qkv, keys, values, self._at,
+            heads=a.heads if attends else 0,
+            places=a.order if whole else a.entries_order,
+            rotation=self._rotations.get(spec.rotation), positions=self._rows, paired=spec.paired,
+            q_norm=a.q_norm if attends else None, k_norm=a.k_norm, turned=spec.turned,
+        )  # fmt: skip
+        if not attends:
+            return None
+        y = kernel.attention(
+            q, keys, values, self._at,
+            seen=place.seen, scale=spec.scale, window=spec.window, softcap=spec.softcap, slopes=a.slopes,
+            sinks=a.sinks, quantize=_grouped(a.output) and "o" not in columns, dtype=self._model.spec.dtype,
+        )  # fmt: skip
+        return self._product(y, (a.output,), columns, ("o",))
+
+    def _mlp(self, index: int, layer: GpuLayer, x: Inputs) -> Tensor:
+        sparse, dense, columns = self._program.mlps[index], layer.mlp, self._program.columns.get(index, {})
+        if sparse is not None and not isinstance(sparse, SlicedMLP):
+            return self._bundled(index, sparse, cast(Tensor, x))
+        quantize, inverse = _grouped(dense.down) and "down" not in columns, None
+        if index in self._inverse:  # neurons that prompts choose: the down projection meets 0 in place of others
+            halves, inverse = cast(SlicedMLP, sparse).groups.halves, self._inverse[index]
+            wide = kernel.linears(x, halves, dtype=torch.float32, form=self._form, rows=self._lists[index])
+        else:
+            wide = self._product(x, dense.widening, columns, _MLP if dense.gated else ("up",))
+        h = kernel.act_mul(
+            wide, dense.act, gated=dense.gated, inverse=inverse, quantize=quantize, dtype=self._model.spec.dtype
+        )
+        return self._product(h, (dense.down,), columns, ("down",))
+
+    def _bundled(self, index: int, sparse: SparseMLP, x: Tensor) -> Tensor:
+        """Neurons that are listed, or that a rule chooses: by the one-pass kernel where it knows the rule."""
+        found = _one_pass(sparse)
+        if found is None:
+            return sparse.run(x)[0].float()
+        packed, rule, threshold = found
+        indices = sparse.picked(x) if rule == "picked" else self._lists.get(index)
+        return kernel.mlp(
+            x, packed, indices=indices, rule="listed" if rule == "picked" else rule, threshold=threshold,
+            dtype=torch.float32, form=self._form,
+        )  # fmt: skip
+
+    def _product(self, x: Inputs, matrices: tuple[Matrix, ...], columns: Any, names: tuple[str, ...]) -> Tensor:
+        """What linears of these names make of x, side by side, some of them without small inputs."""
+        left_out: dict[str, SparseLinear] = {name: columns[name] for name in names if name in columns}
+        if not left_out:
+            return kernel.linears(x, matrices, dtype=torch.float32, form=self._form)
+        if len(left_out) < len(names) and len(matrices) != len(names):
+            raise NotCovered("inputs are left out of a part of a projection")
+        parts = []
+        for at, name in enumerate(names):
+            found = left_out.get(name)
+            if found is None:
+                parts.append(kernel.linear(x, matrices[at], dtype=torch.float32, form=self._form))
+            else:
+                floats = cast(Tensor, x)
+                parts.append(
+                    kernel.columns(
+                        floats, found.packed, found.threshold, by_norm=found.by_norm, dtype=torch.float32
+                    )
+                )  # fmt: skip
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _grouped(matrix: Matrix) -> bool:
+    return isinstance(matrix, GroupedMatrix)
+
+
+def _one_pass(sparse: SparseMLP) -> tuple[PackedMLP, Any, float] | None:
+    """The bundles, the rule and the threshold of the one-pass kernel for a sparse MLP; "picked": lists of what scores
+    have picked. None: it has no rule that does the same (sketches)."""
+    packed = sparse.packed
+    if not isinstance(packed, PackedMLP) or packed.scale is not None or packed.act not in tuple(ACTS):
+        return None
+    if sparse.smooth is not None or sparse.refine:
+        return None
+    if sparse.rule == "listed":
+        return packed, "listed", 0.0
+    if sparse.rule == "gate" and packed.gated and sparse.threshold is not None:
+        return packed, "gate", sparse.threshold
+    if sparse.rule not in ("learned", "scored"):
+        return None
+    scorer = sparse.scorer
+    if isinstance(scorer, ExactScores) and sparse.threshold is not None:
+        return replace(packed, norm=scorer.norm), "activation", sparse.threshold
+    return packed, "picked", 0.0
+
+
+class Host(Protocol):
+    """A wrapped model, as its lowering needs it."""
+
+    model: nn.Module
+    anatomy: Anatomy
+    program: Program
+    exact: Any
+    lookup: Any
+
+
+class GpuLowering:
+    """The lowered steps of one wrapped model, which is described when a step is first asked for."""
+
+    def __init__(self, host: Host, packing: GpuPacking) -> None:
+        self._host, self._packing = host, packing
+        self.forget()
+
+    def forget(self) -> None:
+        """The model was changed: it is described anew."""
+        self._refusal: str | None = None
+        self._spec: ModelSpec | None = None
+        self._models: dict[bool, GpuModel] = {}
+        self._known: WeakKeyDictionary[StepProgram, tuple[str | None, Hashable]] = WeakKeyDictionary()
+
+    @property
+    def refusal(self) -> str | None:
+        """Why no step is lowered as a whole, if none is."""
+        return self._refusal
+
+    @property
+    def ready(self) -> bool:
+        return self._refusal is None and bool(self._models)
+
+    def prepare(self, program: StepProgram) -> str | None:
+        """Packs the matrices that steps read under a program; why there are no such steps, if so."""
+        return self.covers(program)
+
+    def refuse(self, reason: str) -> None:
+        """The model's steps are not lowered until it changes."""
+        self._models.clear()
+        self._refusal = reason
+        kind = self._host.anatomy.model_type
+        logger.debug("decode steps of this %s are not lowered as a whole, its modules are captured: %s", kind, reason)
+
+    def covers(self, program: StepProgram | str) -> str | None:
+        """Why there is no lowered step for a program; None where there is."""
+        if isinstance(program, str):
+            return program
+        if self._refusal is None:
+            try:
+                self._model(program)
+            except (NotCovered, ValueError, TypeError, RuntimeError) as reason:
+                self.refuse(str(reason).partition("\n")[0])
+        if self._refusal is not None:
+            return self._refusal
+        if program not in self._known:
+            found = self._uncovered(program)
+            if found is not None:
+                logger.debug("steps under this plan are not lowered as a whole, modules are captured: %s", found)
+            self._known[program] = found, _key(program)
+        return self._known[program][0]
+
+    def key(self, program: StepProgram) -> Hashable:
+        """What of a program a graph has fixed: all but which neurons are listed."""
+        return self._known[program][1]
+
+    def step(self, program: StepProgram, place: Place, tokens: int) -> GpuStep:
+        form: kernel.Form | None = "many" if self._host.exact or self._host.lookup else None
+        return GpuStep(self._model(program), program, self._skipped(program), place, tokens, form)
+
+    def positions(self, named: dict[str, Any], past: int) -> Tensor | None:
+        """int64 ``[rows, tokens]``: the positions of a call's tokens; None: those in the cache.
+
+        Raises:
+            NotThisCall: the model cannot come to so many.
+        """
+        spec = cast(ModelSpec, self._spec)
+        length, places, given = named["input_ids"].shape[1], spec.places, named.get("position_ids")
+        if spec.end is not None and past + length > spec.end:
+            raise NotThisCall(f"the model knows {spec.end} positions")
+        if places is None or (places.given and given is not None):
+            return cast("Tensor | None", given)
+        mask = named.get("attention_mask")
+        if not places.by_mask or mask is None:
+            return None
+        return cast(Tensor, (mask.long().cumsum(1) - 1).clamp_min(0)[:, -length:])
+
+    def _model(self, program: StepProgram) -> GpuModel:
+        as_loaded = program.as_loaded or self._packing.weights is None
+        if as_loaded not in self._models:
+            if self._spec is None:
+                self._spec = describe(self._host.model, self._host.anatomy)
+            packing = GpuPacking(None) if as_loaded else self._packing
+            self._models[as_loaded] = lower(self._spec, packing)
+        return self._models[as_loaded]
+
+    def _uncovered(self, program: StepProgram) -> str | None:
+        model = self._model(program)
+        if program.experts:
+            return "experts are left out"
+        if any(mlp is not None and mlp.lists is not None and mlp.lists.rows is not None for mlp in program.mlps):
+            return "its sequences chose differently"
+        for index, columns in program.columns.items():
+            layer = model.layers[index]
+            a, dense = layer.attention, layer.mlp
+            if columns.keys() & set(_ATTENTION) and a.spec.order is not None:
+                return "inputs are left out of a projection that is not one of q, k or v alone"
+            products = (
+                (_ATTENTION, a.inputs),
+                (_MLP if dense.gated else ("up",), dense.widening),
+                (("down",), (dense.down,)),
+            )
+            for names, matrices in (*products, (("o",), (a.output,))):
+                some = columns.keys() & set(names)
+                if some and len(some) < len(names) != len(matrices):
+                    return "inputs are left out of a part of a projection"
+        return None
+
+    def _skipped(self, program: StepProgram) -> float:
+        """Neurons that a token leaves out: what rules keep is taken from the calibration text."""
+        skipped = float(program.skipped)
+        for index, layer in enumerate(self._host.program.layers):
+            mlp = program.mlps[index]
+            for brick in layer.bricks if index not in program.no_mlp else ():
+                if mlp is not None and mlp.rule != "listed":
+                    skipped += brick.width - brick.kept
+                for found in program.columns.get(index, {}).values():
+                    inputs = found.packed.in_features
+                    skipped += (1.0 - brick.share) * inputs * found.neurons
+        return skipped
+
+
+def _key(program: StepProgram) -> Hashable:
+    mlps = tuple(
+        mlp
+        and (
+            None if isinstance(mlp, SlicedMLP) else id(mlp.packed),
+            mlp.rule,
+            mlp.threshold,
+            id(mlp.scorer),
+            mlp.lists and mlp.lists.kept,
+        )
+        for mlp in program.mlps
+    )
+    columns = tuple(
+        (index, name, id(found.packed.weight), found.threshold)
+        for index, every in program.columns.items()
+        for name, found in every.items()
+    )
+    return program.no_attention, program.no_mlp, program.as_loaded, mlps, columns

@@ -1,0 +1,183 @@
+"""Every Triton kernel compiled to the machine code of GPUs that are not here (A100, H100), at sizes of real models:
+what the interpreter allows and a compiler does not is noticed, and loads of 16 bytes that fell apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+
+import pytest
+from triton_process import scripts
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (the extra `gpu`)")
+
+SETUP = """
+import torch
+import triton
+from triton import knobs
+from gpu_compile import compiled
+from coreskip.kernels import gpu_step as step
+from coreskip.kernels.gpu_formats import GroupedMatrix, Quantized
+from coreskip.kernels.packed import PackedColumns, PackedMLP
+from coreskip.kernels.step_model import Norm
+
+half = torch.bfloat16
+LIMIT = 99 << 10  # shared memory of a program on the smallest cards of these generations
+
+def grouped(outs, inputs, bits):
+    words = torch.empty((outs, inputs // 32, bits), dtype=torch.int32)
+    return GroupedMatrix(words, torch.empty((outs, inputs // 32), dtype=torch.int32), inputs)
+
+def rounded(rows, inputs):
+    groups = inputs // 32
+    return Quantized(torch.empty((rows, inputs), dtype=torch.int8), *torch.empty((2, rows, groups)), inputs)
+
+def norm(size, kind="rms"):
+    return Norm(torch.empty(size), torch.empty(size) if kind == "layer" else None, 1e-6, kind)
+
+def bundles(hidden, dtype=half):
+    return PackedMLP(torch.empty((4, 3, hidden), dtype=dtype), hidden, True, "silu")
+
+def made(call, *names, capability=90):
+    found = compiled(call, capability)
+    assert [name for name, _ in found] == list(names), [name for name, _ in found]
+    for _, kernel in found:
+        assert kernel.asm["cubin"] and kernel.metadata.shared <= LIMIT, kernel.metadata.shared
+        assert ".local" not in kernel.asm["ptx"]
+    return [kernel.asm["ptx"] for _, kernel in found]
+"""
+
+Run = Callable[[str], None]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    with scripts(SETUP, interpreted=False) as script:
+        yield script
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_products_with_groups(run: Run, capability: int, bits: int) -> None:
+    run(f"""
+for outs, inputs in ((22016, 4096), (4096, 11008), (576, 576)) if {capability} == 90 else ((22016, 4096),):
+    for rows in (1, 3, 8) if inputs == 4096 else (1,):
+        matrix, x = grouped(outs, inputs, {bits}), rounded(rows, inputs)
+        name = "_tile_kernel" if rows > 3 else "_dot_kernel"
+        (ptx,) = made(lambda: step.linear(x, matrix), name, capability={capability})
+        if rows > 3:
+            assert "mma.sync.aligned.m16n8k32" in ptx and "cp.async.cg.shared.global" in ptx
+        else:
+            assert "dp4a" in ptx and "ld.global.v4.b32" in ptx and "ld.global.b8" not in ptx
+listed = torch.zeros(64, dtype=torch.int64)
+made(lambda: step.linears(rounded(8, inputs), [matrix], rows=listed), "_tile_kernel", capability={capability})
+made(lambda: step.linears(rounded(1, inputs), [matrix], rows=listed), "_dot_kernel", capability={capability})
+""")
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_rows(run: Run, capability: int) -> None:
+    run(f"""
+for hidden in (576, 4096, 8192) if {capability} == 90 else (4096,):
+    x, one, layer = torch.empty(1, hidden), norm(hidden), norm(hidden, "layer")
+    made(lambda: step.add_norm(x, one, x, out=layer, quantize=True), "_add_norm_kernel", capability={capability})
+made(lambda: step.add_norm(x, one, x, x, after=layer, second=one, dtype=half), "_add_norm_kernel")
+wide = torch.empty(1, 22016)
+made(lambda: step.act_mul(wide, "silu", quantize=True), "_act_mul_kernel", capability={capability})
+made(lambda: step.act_mul(wide, "gelu", inverse=torch.zeros(12000, dtype=torch.int64)), "_act_mul_kernel")
+made(lambda: step.quantize(x.to(half)), "_act_mul_kernel", capability={capability})
+""")
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_attention(run: Run, capability: int) -> None:
+    run(f"""
+def check(heads, kv_heads, size, dtype=half, one=None, **options):
+    keys = torch.empty((2, kv_heads, 2048, size), dtype=dtype)
+    at, table = torch.zeros(2, dtype=torch.int64), torch.empty((64, size))
+    ends = heads * size, (heads + kv_heads) * size
+    places = (0, heads, 0), (ends[0], kv_heads, 0), (ends[1], kv_heads, 0)
+    qkv = torch.empty((2, ends[1] + kv_heads * size))
+    made(lambda: step.rotary_write(qkv, keys, keys, at, heads=heads, places=places, rotation=(table, table), q_norm=one,
+        k_norm=one), "_rotary_kernel", capability={capability})
+    q = torch.empty((2, heads, size), dtype=dtype)
+    made(lambda: step.attention(q, keys, keys, at, scale=0.1, quantize=True, **options), "_attention_kernel",
+        "_combine_kernel", capability={capability})
+check(8, 1, 256, seen=torch.ones((2, 2048), dtype=torch.bool), softcap=50.0, window=512, sinks=torch.ones(8))
+if {capability} == 90:
+    check(32, 32, 128)
+    check(32, 8, 64, one=norm(64))
+    check(6, 6, 80, torch.float16)
+    check(8, 4, 128, torch.float32, slopes=torch.ones(8))
+""")
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_floats(run: Run, capability: int) -> None:
+    run(f"""
+names = "_mlp_kernel", "_sum_kernel"
+for hidden in (576, 4096, 8192) if {capability} == 90 else (4096,):
+    x, packed = torch.empty(1, hidden), bundles(hidden)
+    for way in ({{}}, {{"indices": torch.zeros(9, dtype=torch.int64)}}, {{"rule": "gate"}}, {{"rule": "activation"}}):
+        if (hidden == 4096 and {capability} == 90) or not way:
+            ptx = made(lambda: step.mlp(x, packed, **way), *names, capability={capability})
+            assert "ld.global.v4.b32" in ptx[0]
+made(lambda: step.mlp(x, bundles(hidden, torch.float32)), *names, capability={capability})
+columns = PackedColumns(torch.empty((4096, 4096), dtype=half), 4096, torch.empty(4096))
+made(lambda: step.columns(torch.empty(1, 4096), columns, 0.1, by_norm=True), "_columns_kernel", "_sum_kernel",
+    capability={capability})
+for inputs in (576, 4096, 11008) if {capability} == 90 else (4096,):
+    matrices = [step.pack(torch.empty((n, inputs), dtype=half)) for n in (64, 16, 16)]
+    x = torch.empty(1, inputs)
+    (ptx,) = made(lambda: step.linears(x, matrices), "_row_kernel", capability={capability})
+    assert "ld.global.v4.b32" in ptx
+""")
+
+
+def test_matrices_in_eight_bits_with_one_scale_a_row(run: Run) -> None:
+    """The kernels of gpu.py that are left."""
+    run("""
+from coreskip.kernels import gpu
+for fmt in ("int8", "int8_sliced"):
+    packed = PackedMLP.pack(*(torch.randn(64, 256) for _ in range(3)), act="silu", fmt=fmt)
+    x = torch.randn(1, 256)
+    made(lambda: gpu.mlp(x, packed, None, "listed", -1, 0.0, 0.0), "_activations_kernel", "_down_kernel", "_sum_kernel")
+""")
+
+
+def test_other_cards(run: Run) -> None:
+    """RTX 30 and 40, B200, RTX 50; and numbers that are 1, which are constants of a kernel."""
+    run("""
+for capability in (86, 89, 100, 120):
+    made(lambda: step.linear(rounded(8, 4096), grouped(64, 4096, 4)), "_tile_kernel", capability=capability)
+    made(lambda: step.linear(rounded(1, 4096), grouped(64, 4096, 4)), "_dot_kernel", capability=capability)
+one = torch.empty(1, 1)
+made(lambda: step.linear(rounded(4, 32), grouped(1, 32, 8)), "_tile_kernel")
+made(lambda: step.linear(rounded(1, 32), grouped(1, 32, 4)), "_dot_kernel")
+made(lambda: step.linear(one, step.pack(one)), "_row_kernel")
+made(lambda: step.add_norm(one, norm(1), quantize=True), "_add_norm_kernel")
+made(lambda: step.columns(one, PackedColumns(torch.empty((1, 32)), 1, torch.empty(1)), 0.1), "_columns_kernel",
+    "_sum_kernel")
+lists = torch.zeros((1, 1), dtype=torch.int32)
+made(lambda: step.mlp(torch.empty(1, 64), bundles(64), indices=lists), "_mlp_kernel", "_sum_kernel")
+keys, at = torch.empty((1, 1, 1, 16)), torch.zeros(1, dtype=torch.int64)
+made(lambda: step.attention(keys[0], keys, keys, at, scale=1.0), "_attention_kernel", "_combine_kernel")
+""")
+
+
+def test_launches_that_overlap() -> None:
+    """Weights are asked for before the launch before is waited for, x after it."""
+    setup = "import os\nos.environ['CORESKIP_OVERLAP'] = '1'\n" + SETUP
+    with scripts(setup, interpreted=False) as script:
+        script("""
+for call, name in (
+    (lambda: step.linear(rounded(1, 4096), grouped(64, 4096, 4)), "_dot_kernel"),
+    (lambda: step.linear(torch.empty(1, 4096), step.pack(torch.empty((64, 4096), dtype=half))), "_row_kernel"),
+):
+    (ptx,) = made(call, name)
+    before, after = ptx.split("griddepcontrol.wait", 1)
+    assert "ld.global.v4.b32" in before and "ld.global.v4.b32" in after
+x = torch.empty(1, 4096)
+(ptx,) = made(lambda: step.add_norm(x, norm(4096), x), "_add_norm_kernel")
+assert "ld.global" not in ptx.split("griddepcontrol.wait", 1)[0]
+""")

@@ -1,0 +1,350 @@
+"""The operations of a GPU's decode step against their definitions, in Triton's interpreter: what they compute, not how
+fast. Errors are at most twice those of torch in the same dtype, or a few roundings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+
+import pytest
+from triton_process import scripts
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (the extra `gpu`)")
+
+SETUP = """
+import torch
+from coreskip.kernels import gpu_reference as reference
+from coreskip.kernels import gpu_step as step
+from coreskip.kernels.gpu_formats import FloatMatrix, GroupedMatrix, Quantized
+from coreskip.kernels.packed import ACTS, PackedColumns, PackedLinear, PackedMLP
+from coreskip.kernels.step_model import Norm
+
+torch.manual_seed(0)
+half = torch.bfloat16
+
+def twice(call, exact, dtype=torch.float32):
+    '''Twice the error of the definition in float32, stored in `dtype`, and the same bits again.'''
+    result, again = call(), call()
+    assert torch.equal(result, again)
+    with step.definitions():
+        own = call()
+    assert result.shape == own.shape and result.dtype == own.dtype == dtype
+    scale = exact.double().abs().max()
+    error = (result.double() - exact.double()).abs().max()
+    own_error = (own.double() - exact.double()).abs().max()
+    if dtype is half:  # which the interpreter cuts off, where a GPU rounds
+        own_error = torch.maximum(own_error, scale * torch.finfo(half).eps / 2)
+    assert error <= 2 * own_error + 4 * torch.finfo(torch.float32).eps * scale, (error, own_error, scale)
+
+def norm(size, kind="rms", bias=False):
+    return Norm(torch.rand(size) + 0.5, torch.randn(size) if bias else None, 1e-6, kind)
+
+def same(result, expected):
+    assert torch.equal(result.integers, expected.integers)
+    assert torch.equal(result.step.nan_to_num(-1), expected.step.nan_to_num(-1))
+    assert torch.allclose(result.total, expected.total, rtol=1e-6, atol=1e-6, equal_nan=True)
+"""
+
+Run = Callable[[str], None]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    with scripts(SETUP, interpreted=True) as script:
+        yield script
+
+
+@pytest.mark.parametrize("width", [1, 32, 100])
+def test_norms_and_sums(run: Run, width: int) -> None:
+    run(f"""
+x, first, second = (torch.randn(2, {width}) for _ in range(3))
+one, other, layer = norm({width}), norm({width}), norm({width}, "layer", True)
+wide = reference.add_norm(x.double(), (first.double(), second.double()), one, other, 0.5)
+call = lambda: step.add_norm(x, layer, first, second, out=one, after=other, second=one, scale=0.5)
+twice(lambda: call().stream, wide)
+twice(lambda: call().y, reference.normed(wide, layer))
+twice(lambda: call().second, reference.normed(wide, one))
+twice(lambda: step.add_norm(x, None, first, dtype=half).y, x.double() + first, half)
+assert torch.equal(step.add_norm(x, None).y, x)
+same(step.add_norm(x, None, quantize=True).y, Quantized.of(x))
+""")
+
+
+def test_rounding_to_eight_bits(run: Run) -> None:
+    run("""
+x = torch.randn(3, 200) * torch.rand(3, 200).exp()
+x[0, 32:64], x[1, 3], x[2, 70] = 0, float("nan"), float("inf")
+x[0, 64:96] = torch.arange(32) / 2  # halves: to even
+x[1, 96:128] = 1e-31
+same(step.quantize(x), Quantized.of(x))
+same(step.quantize(x.to(half)), Quantized.of(x.to(half)))
+""")
+
+
+def test_activations(run: Run) -> None:
+    run("""
+for act in ACTS:
+    x = torch.randn(2, 140) * 3
+    twice(lambda: step.act_mul(x, act, dtype=half), reference.act_mul(x.double(), act, True), half)
+    twice(lambda: step.act_mul(x, act, gated=False), reference.act_mul(x.double(), act, False))
+places = torch.full((100,), -1)
+places[torch.tensor([1, 5, 98])] = torch.tensor([0, 69, 3])
+expected = torch.where(places >= 0, reference.act_mul(x, "silu", True)[:, places.clamp_min(0)], 0)
+twice(lambda: step.act_mul(x, "silu", inverse=places), expected)
+h = step.act_mul(x, "silu")
+same(step.act_mul(x, "silu", quantize=True), Quantized.of(h))
+""")
+
+
+@pytest.mark.parametrize("fmt", ["int4", "int8_groups"])
+@pytest.mark.parametrize(("outs", "inputs"), [(48, 96), (33, 100), (5, 32)])
+def test_products_with_groups(run: Run, fmt: str, outs: int, inputs: int) -> None:
+    """In every form, and the numbers are those of the CPU's packed matrix."""
+    run(f"""
+from coreskip.kernels import reference as cpu_reference
+weight, bias = torch.randn({outs}, {inputs}), torch.randn({outs})
+packed = PackedLinear.pack(weight, bias, fmt={fmt!r})
+matrix = GroupedMatrix.of(packed)
+for rows in (1, 2, 3, 5, 17):
+    x = torch.randn(rows, {inputs})
+    expected = cpu_reference.linear(x.float(), packed)
+    given = step.quantize(x)
+    twice(lambda: step.linear(given, matrix), expected)
+many = step.linear(given, matrix, form="many")
+for row in (0, 7, 16):
+    alone = Quantized(*(t[row : row + 1] for t in (given.integers, given.step, given.total)), {inputs})
+    assert torch.equal(step.linear(alone, matrix, form="many")[0], many[row])
+""")
+
+
+def test_formats_are_the_cpu_s(run: Run) -> None:
+    run("""
+from coreskip.kernels.groups import ungroup, untile
+from coreskip.kernels.packed import GROUPED
+weight = torch.randn(40, 70)
+for fmt in GROUPED:
+    packed = PackedLinear.pack(weight, fmt=fmt)
+    matrix = GroupedMatrix.of(packed)
+    exact = ungroup(*untile(packed)).flatten(1)[:, :70]
+    assert torch.equal(matrix.floats(), exact)
+    assert torch.equal(GroupedMatrix.round(weight, fmt=fmt).words, matrix.words)
+    assert torch.equal(matrix.rows(3, 9).floats(), exact[3:12])
+    assert torch.equal(matrix.take(torch.tensor([30, 2])).floats(), exact[[30, 2]])
+    assert torch.equal(matrix.inputs(32).floats(), exact[:, :32])
+    assert torch.equal(matrix.take_groups(torch.tensor([1])).floats(), exact[:, 32:64])
+    assert torch.equal(GroupedMatrix.stack([matrix, matrix]).floats()[40:], exact)
+    x = torch.randn(2, 32)
+    twice(lambda: step.linear(step.quantize(x), matrix.inputs(32)), reference.linear(x, matrix.inputs(32)))
+try:
+    GroupedMatrix.of(PackedLinear.pack(weight))
+except ValueError as error:
+    assert "no form" in str(error)
+else:
+    raise AssertionError("floats have no groups")
+""")
+
+
+def test_several_matrices_and_some_of_their_rows(run: Run) -> None:
+    run("""
+weight, bias = torch.randn(40, 300), torch.randn(40)
+for fmt, dtype in (("int4", torch.float32), (None, torch.float32), (None, half), (None, torch.float16)):
+    matrices = [step.pack(w.to(dtype), b, fmt) for w, b in ((weight, bias), (weight * 2, None), (weight - 1, bias))]
+    for rows in (1, 2):
+        x = torch.randn(rows, 300).to(dtype)
+        for listed in (None, torch.tensor([3, 7, 39, 0])):
+            for count in (1, 3):
+                some = matrices[:count]
+                parts = [reference.linear(x, m if listed is None else m.take(listed)) for m in some]
+                call = lambda: step.linears(x, some, rows=listed, dtype=torch.float32)
+                if dtype is torch.float32 or rows == 1:
+                    twice(call, torch.cat(parts, 1))
+""")
+
+
+@pytest.mark.parametrize(
+    ("hidden", "neurons", "gated", "act", "dtype"),
+    [
+        (1, 1, True, "silu", "float32"),
+        (300, 40, True, "gelu", "float32"),
+        (65, 17, False, "relu2", "bfloat16"),
+        (65, 70, True, "gelu_tanh", "float16"),
+    ],
+)
+def test_the_one_pass_mlp(run: Run, hidden: int, neurons: int, gated: bool, act: str, dtype: str) -> None:
+    run(f"""
+hidden, neurons, dtype = {hidden}, {neurons}, torch.{dtype}
+gate, up, down = (torch.randn(neurons, hidden).div(hidden**0.5).to(dtype) for _ in range(3))
+biases = {{"up_bias": torch.randn(neurons), "down_bias": torch.randn(hidden)}}
+if {gated}:
+    biases["gate_bias"] = torch.randn(neurons)
+packed = PackedMLP.pack(gate if {gated} else None, up, down, act={act!r}, **biases).compensated(torch.randn(neurons))
+x = torch.randn(2, hidden)
+shared = torch.cat([torch.randperm(neurons)[: neurons // 2 + 1], torch.tensor([-1])])
+ways = [
+    {{"form": "one"}},
+    {{"indices": shared}},
+    {{"indices": torch.stack([shared, shared.flip(0)]).int()}},
+    {{"rule": "activation", "threshold": 0.3}},
+    {{"indices": shared, "rule": "gate" if {gated} else "activation", "threshold": 0.2}},
+]
+for way in ways:
+    call = lambda: step.mlp(x, packed, dtype=torch.float32, **way)
+    exact = reference.mlp(
+        x.double(), packed, way.get("indices"), way.get("rule", "listed"), way.get("threshold", 0.0)
+    )
+    twice(call, exact)
+    alone = step.mlp(x[1:], packed, dtype=torch.float32, **{{**way, "form": "one", **(
+        {{"indices": way["indices"][1:]}} if way.get("indices", shared).dim() == 2 else {{}})}})
+    assert torch.equal(alone, call()[1:])
+given = x.to(dtype)
+exact = reference.mlp(given.double(), packed, None, "listed", 0.0)
+error = (step.mlp(given, packed, form="many").double() - exact).abs().max()
+assert error <= (2e-5 + 3 * torch.finfo(dtype).eps) * exact.abs().max()
+""")
+
+
+def test_nothing_is_read_of_neurons_that_are_left_out(run: Run) -> None:
+    """Rows that must not be read are NaN."""
+    run("""
+weight = torch.randn(20, 3, 64)
+packed = PackedMLP(weight.clone(), 64, True, "relu")
+x = torch.randn(1, 64)
+gates = torch.relu(weight[:, 0] @ x[0])
+packed.weight[gates < 0.5, 1:] = float("nan")
+assert step.mlp(x, packed, rule="gate", threshold=0.5).isfinite().all()
+assert not step.mlp(x, packed).isfinite().all()
+packed.weight[7], listed = float("nan"), torch.tensor([i for i in range(20) if gates[i] >= 0.5 and i != 7])
+assert step.mlp(x, packed, indices=listed).isfinite().all()
+""")
+
+
+def test_columns(run: Run) -> None:
+    run("""
+for dtype in (torch.float32, half):
+    packed = PackedColumns.pack(torch.randn(300, 70).to(dtype), torch.randn(300))
+    x = torch.randn(2, 70)
+    for by_norm in (False, True):
+        exact = reference.columns(x.double(), packed, 0.7, by_norm)
+        twice(lambda: step.columns(x, packed, 0.7, by_norm=by_norm), exact)
+packed.weight[x[0].abs() < 0.7] = float("nan")
+assert step.columns(x[:1], packed, 0.7).isfinite().all()
+""")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"turned": 8, "size": 8, "norms": "(norm(8), norm(8))"},
+        {"turned": 4, "size": 12, "paired": True, "norms": "(norm(48), norm(24))", "tokens": 2},
+        {"turned": 16, "size": 16, "norms": "(norm(16, 'layer', True), norm(16))", "after": True, "dtype": "bfloat16"},
+        {"turned": 8, "size": 8, "places": "((0, 2, 32), (16, 1, 32), (24, 1, 32))"},
+        {"heads": 0, "places": "((0, 1, 0), (0, 2, 0), (16, 2, 0))", "turned": 6},
+    ],
+    ids=["copied", "halves", "paired, over all heads", "normed afterwards", "in turn", "entries only"],
+)
+def test_rotation_and_writing(run: Run, options: dict[str, object]) -> None:
+    given = {"turned": 0, "size": 8, "heads": 4, "tokens": 1, "paired": False, "after": False, "dtype": "float32"}
+    given |= {"norms": "(None, None)", "places": "None", **options}
+    run(f"""
+heads, kv_heads, size, tokens, turned = {given["heads"]}, 2, {given["size"]}, {given["tokens"]}, {given["turned"]}
+rows, dtype = 2 * tokens, torch.{given["dtype"]}
+ends = heads * size, (heads + kv_heads) * size
+places = {given["places"]} or ((0, heads, 0), (ends[0], kv_heads, 0), (ends[1], kv_heads, 0))
+x = torch.randn(rows, ends[1] + kv_heads * size)
+angles = torch.rand(32, max(1, turned // 2)) * 6
+tables = (torch.cat([angles.cos()] * 2, 1), torch.cat([angles.sin()] * 2, 1)) if turned else None
+at = torch.randperm(16)[:rows]
+at[0] = 19  # beyond the end: nothing is written
+q_norm, k_norm = {given["norms"]}
+before = [torch.randn(2, kv_heads, 16, size).to(dtype) for _ in range(2)]
+
+def call(wide=lambda t: t):
+    keys, values = (t.clone() for t in before)
+    q = step.rotary_write(
+        x, keys, values, at, heads=heads, places=places, rotation=tables, positions=torch.arange(rows) + 3,
+        paired={given["paired"]}, q_norm=q_norm, k_norm=k_norm, turned={given["after"]},
+    )
+    return torch.cat([t.flatten() for t in (q, keys, values)])
+
+with step.definitions():
+    kept = x, before
+    x, before = x.double(), [t.float() for t in before]
+    exact = call()
+    x, before = kept
+twice(call, exact, dtype)
+""")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "heads=4, kv_heads=2, size=8, tokens=3, capacity=100",
+        "heads=4, kv_heads=4, size=12, window=9, softcap=5.0",
+        "heads=8, kv_heads=2, size=16, capacity=300, slopes=torch.rand(8), sinks=torch.randn(8)",
+        "heads=4, kv_heads=2, size=8, seen=torch.rand(2, 70) > 0.3, quantize=True",
+        "heads=4, kv_heads=2, size=8, seen=torch.zeros(2, 70, dtype=torch.bool)",
+        "heads=4, kv_heads=2, size=64, dtype=half, capacity=200",
+        "heads=6, kv_heads=2, size=80, dtype=torch.float16",
+    ],
+)
+def test_attention(run: Run, options: str) -> None:
+    """What lies beyond a row's index is NaN."""
+    run(f"""
+def check(heads, kv_heads, size, tokens=1, capacity=70, dtype=torch.float32, quantize=False, **options):
+    rows = 2 * tokens
+    q = torch.randn(rows, heads, size).to(dtype)
+    keys, values = (torch.randn(2, kv_heads, capacity, size).to(dtype) for _ in range(2))
+    at = torch.randint(0, capacity, (rows,))
+    for sequence in range(2):
+        end = int(at.view(2, tokens)[sequence].max()) + 1
+        keys[sequence, :, end:], values[sequence, :, end:] = float("nan"), float("nan")
+    call = lambda quantize=False: step.attention(
+        q, keys, values, at, scale=size**-0.5, dtype=torch.float32, quantize=quantize, **options
+    )
+    named = {{"seen": None, "window": 0, "softcap": 0.0, "slopes": None, "sinks": None, **options}}
+    exact = reference.attention(
+        q.double(), keys.double(), values.double(), at, named["seen"], size**-0.5, *list(named.values())[1:]
+    )
+    result = call()
+    assert torch.equal(result, call())
+    limit = (2e-6 if dtype is torch.float32 else 2 * torch.finfo(dtype).eps) * exact.abs().max() + 1e-30
+    assert (result - exact).abs().max() <= limit
+    if quantize:
+        same(call(True), Quantized.of(result))
+    own = slice(1 // tokens, 1 // tokens + 1)
+    if "seen" in options:
+        options["seen"] = options["seen"][own]
+    alone = step.attention(
+        q[1:2], keys[own], values[own], at[1:2], scale=size**-0.5, dtype=torch.float32, **options
+    )
+    assert torch.equal(alone, result[1:2])
+check({options})
+""")
+
+
+def test_embeddings_and_errors(run: Run) -> None:
+    run("""
+table, ids = torch.randn(50, 64), torch.tensor([3, 0, 49])
+assert torch.equal(step.embed(ids, table, scale=2.0, dtype=torch.float32), table[ids] * 2)
+matrix = GroupedMatrix.round(table)
+assert torch.equal(step.embed(ids, matrix, dtype=torch.float32), matrix.floats()[ids])
+packed = PackedMLP.pack(None, table, table, act="silu")
+for wrong in (lambda: step.mlp(table, packed, rule="gate"), lambda: step.mlp(table, PackedMLP.pack(
+        None, table, table, act="silu", fmt="int8"))):
+    try:
+        wrong()
+    except ValueError:
+        continue
+    raise AssertionError("no error")
+""")
+
+
+def test_launches_are_counted(run: Run) -> None:
+    run("""
+x = torch.randn(1, 64)
+matrix = step.pack(torch.randn(32, 64), fmt="int4")
+with step.launches() as found:
+    step.linear(step.quantize(x), matrix)
+assert (found["small"], found["gemv"], found["bytes"]) == (1, 1, matrix.nbytes)
+""")
