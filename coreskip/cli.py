@@ -93,7 +93,7 @@ def bench() -> None:
 @click.option("--memory", "caps", multiple=True, help="MODEL, a packed folder, within this much memory: 4GB, or 0.5.")
 @click.option("--json", "output", type=click.Path(path_type=Path), help="Write the rows to this file.")
 @click.pass_context
-def bench_run(context: click.Context, **options: Any) -> None:
+def bench_run(context: click.Context, /, **options: Any) -> None:
     """Time MODEL in every runner: verified first, in interleaved rounds, with the memory's bandwidth beside it. With
     --memory: ours under caps, beside the same weights mapped, in memory control groups of their own."""
     if caps := options.pop("caps"):

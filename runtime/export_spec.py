@@ -32,6 +32,8 @@ def plain_spec(model: Any) -> ModelSpec:
         attention_of(layer)
         if layer.experts is not None:
             raise NotCovered("mixtures of experts are not written")
+        if any(brick.norm is not None for brick in layer.bricks):
+            raise NotCovered("its MLPs norm all activations")
         if layer.attention_after is not None or layer.mlp_after is not None:
             raise NotCovered("its layers norm the residual stream itself")
     return spec
@@ -46,6 +48,8 @@ def attention_of(layer: LayerSpec) -> AttentionSpec:
         raise NotCovered("q, k and v lie in turn in one matrix")
     if found.turned or found.slopes is not None or found.sinks is not None:
         raise NotCovered("its attention norms what was turned, or has biases or sinks among its scores")
+    if found.inside:
+        raise NotCovered("heads of its attention have gates, or norms stand inside")
     return found
 
 

@@ -272,8 +272,11 @@ def describe(model: Any, anatomy: Anatomy) -> ModelSpec:
         raise NotCovered("its weights are not there yet")
     if isinstance(spec.table, PackedRows):
         raise NotCovered("its embeddings are packed for a CPU")
-    if not all(isinstance(layer.attention, AttentionSpec) for layer in spec.layers):
-        raise NotCovered("attention over latents is not lowered")
+    for layer in spec.layers:
+        if not isinstance(layer.attention, AttentionSpec):
+            raise NotCovered("attention over latents is not lowered")
+        if layer.attention.inside or any(brick.norm is not None for brick in layer.bricks):
+            raise NotCovered("heads have gates, or norms stand inside of attentions or MLPs")
     return spec
 
 
@@ -286,7 +289,7 @@ def lower(spec: ModelSpec, packing: GpuPacking) -> GpuModel:
     if packing.weights not in FORMATS:
         raise NotCovered(f"weights in {packing.weights} have no form on a GPU")
     device = spec.embedding.device
-    kinds = dict.fromkeys(layer.attention.rotation for layer in spec.layers)
+    kinds = dict.fromkeys(layer.attention.rotation for layer in spec.layers if layer.attention is not None)
     places = spec.places
     return GpuModel(
         spec=spec,
