@@ -265,7 +265,7 @@ class Step:
                 ctypes.byref(self._model), ctypes.byref(call), count, (_N * len(tokens))(*tokens),
                 (_N * (rows + 1))(*firsts), made, ctypes.byref(done),
             )  # fmt: skip
-        cpu.check(status, 0)
+            cpu.check(status, 0)
         found = made[: done.value * rows]
         return [found[row::rows] for row in range(rows)]
 

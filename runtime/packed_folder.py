@@ -191,6 +191,8 @@ def _read(folder: Path, document: Mapping[str, Any], sparing: bool) -> Any:
         plain = _fill(model, document, store, sparing)
         keep(model, _fingerprint(document["fingerprint"], store))
         _stores[model] = store
+        if document["weights"] is not None:
+            _roundings[model] = f"{document['weights']}, {_rounding(document['calibration'])}"
         if sparing:
             packed = [part["tensor"] for entry in document["packed"].values() for part in entry["parts"]] + plain
             _readers[model] = Residency(store, packed, *_SPARING, CoreskipError)
@@ -229,8 +231,6 @@ def _prepared(
 ) -> Any:
     if dtype is not None:
         model = cast_parameters(model, dtype)
-    if document["weights"] is not None:
-        _roundings[model] = f"{document['weights']}, {_rounding(document['calibration'])}"
     if packed is False or device.type != "cpu" or available("cpu") is not None:
         unpack_modules(model)
         return model.to(device)
