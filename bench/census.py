@@ -41,7 +41,7 @@ _FORKS = multiprocessing.get_context("fork")
 _VOCABULARY, _HIDDEN, _WIDTH, _LAYERS, _HEADS = 128, 64, 96, 4, 4
 #: What configurations call their sizes; each is given those that it has.
 _SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
-    (_VOCABULARY, ("vocab_size",)),
+    (_VOCABULARY, ("vocab_size", "vocab_size_per_layer_input")),
     (_HIDDEN, ("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim", "lru_width")),
     (_WIDTH, (
         "intermediate_size", "n_inner", "ffn_dim", "d_ff", "dff", "dim_ff", "ffn_hidden_size", "decoder_ffn_dim",
