@@ -54,7 +54,9 @@ class Stream:
 @click.command()
 @click.argument("model", required=False)
 @click.option("--rows", "output", required=True, type=click.Path(path_type=Path), help="JSONL file to write.")
-@click.option("--servers", default="coreskip,coreskip int4,transformers,llama-server", show_default=True)
+@click.option(
+    "--servers", default="coreskip,coreskip int4,transformers,llama-server,llama-cpp-python", show_default=True
+)
 @click.option("--clients", default="1,4,16", show_default=True, help="How many at once, one after the other.")
 @click.option("--tokens", default=128, type=click.IntRange(8), show_default=True, help="Of each answer, at most.")
 @click.option("--rounds", default=3, type=click.IntRange(1), show_default=True, help="Of all servers in turn.")

@@ -65,14 +65,27 @@ def _coreskip(*words: str) -> Callable[[Job, int], list[str]]:
 
 
 def _transformers(job: Job, port: int) -> list[str]:
-    program = Path(sys.executable).with_name("transformers")
+    program = "from transformers.cli.transformers import main; main()"  # its script may be another environment's
     words = ["--port", str(port), "--device", "cpu", "--dtype", "bfloat16", "--continuous-batching"]
-    return [str(program), "serve", str(job.folder), *words]
+    return [sys.executable, "-c", program, "serve", str(job.folder), *words]
 
 
 def _llama_server(job: Job, port: int) -> list[str]:
     words = ["-m", str(job.gguf), "--port", str(port), "-t", str(job.threads), "-np", str(job.streams)]
     return ["llama-server", *words, "-c", str(2048 * job.streams)]
+
+
+def _llama_cpp_python(job: Job, port: int) -> list[str]:
+    words = ["--model", str(job.gguf), "--model_alias", _NAME, "--port", str(port), "--n_ctx", "2048"]
+    return [sys.executable, "-m", "llama_cpp.server", *words, "--n_threads", str(job.threads)]
+
+
+def _no_llama_cpp_python(job: Job) -> str | None:
+    if job.gguf is None:
+        return "llama.cpp needs the model as GGUF"
+    wanted = ("llama_cpp", "fastapi", "sse_starlette", "starlette_context", "pydantic_settings")
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    return f"pip install 'llama-cpp-python[server]': there is no {missing[0]}" if missing else None
 
 
 def _no_transformers_serve(job: Job) -> str | None:
@@ -93,6 +106,7 @@ KINDS: dict[str, Kind] = {
         _transformers, _no_transformers_serve, lambda job: str(job.folder), "continuous batching, bfloat16"
     ),
     "llama-server": Kind(_llama_server, _no_llama_server),
+    "llama-cpp-python": Kind(_llama_cpp_python, _no_llama_cpp_python, notes="one request at a time"),
 }
 
 
