@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from ..kernels.ops import available
-from ..predictors.anatomy import check_model, dissect
+from ..predictors.anatomy import Anatomy, check_model, dissect
 from ..predictors.checks import AS_PACKED, WEIGHT_FORMATS
 from ..predictors.errors import CoreskipError
 from ..predictors.plan import Plan
+from .calls import NotCovered
 from .cost import bytes_per_token, predicted_seconds, read_bandwidth
 from .figures import peak_memory
 from .gpu_matrices import check_any_format
 from .lower_cpu import refusal
 from .packed_layer import PackedLayer, packed_layers, weight_bytes
+from .span_reading import read_shared
 from .wrap import make_way
 
 AS_LOADED = "as loaded"
@@ -56,9 +58,19 @@ def describe(model: Any) -> dict[str, Any]:
         **found,
         "native": reason is None,
         "reason": reason,
+        "native_halves": None if reason is None or available("cpu") else _native_halves(model, anatomy),
         "bandwidth": read_bandwidth(model.device.type),
         "formats": {name: _format(model, anatomy, name) for name in _formats(model)},
     } | _memory(model)
+
+
+def _native_halves(model: Any, anatomy: Anatomy) -> list[int] | None:
+    """How many of the layers' halves native steps may compute between the model's own modules, of how many; None: of
+    none, or the model is elsewhere."""
+    try:
+        return None if model.device.type != "cpu" else list(next(read_shared(model, anatomy)).halves)
+    except NotCovered:
+        return None
 
 
 def _formats(model: Any) -> tuple[str, ...]:
@@ -82,6 +94,8 @@ def _format(model: Any, anatomy: Any, name: str) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> str:
     """`describe`'s result for people."""
     how = "native" if found["native"] else f"on the model's modules: {found['reason']}"
+    if halves := found.get("native_halves"):
+        how = f"{halves[0]} of {halves[1]} halves of layers native, the others on modules: {found['reason']}"
     rows = [
         (
             "model",

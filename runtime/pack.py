@@ -36,6 +36,7 @@ from .packed_layer import PackedLayer, PackedRows, StandIn
 from .rounded_model import rows_of_parts, split
 from .rounding import Rounded, compensate, round_by
 from .sensitivity import recipe_within
+from .weight_readers import read_elsewhere
 from .wrap import make_way
 
 AS_LOADED, BFLOAT16, INT4 = "as-loaded", "bfloat16", "int4"
@@ -177,6 +178,8 @@ class _Source:
         if any(p.device.type != "cpu" for name, p in self._loose()):
             raise CoreskipError("only a model on the CPU can be packed: load it with device='cpu'")
         takers = format_takers(model, anatomy)
+        apart = read_elsewhere(model, takers)
+        takers = [module for module in takers if module not in apart]
         packed = [module for module in takers if isinstance(module, PackedLayer)]
         if packed and weights != AS_LOADED:
             raise CoreskipError("the model is packed already: pack the one that it was made from, or as-loaded")

@@ -18,6 +18,14 @@ from .unpacking import shared, unpack
 _PLAIN_WAY = "load the model with packed=False"
 
 
+#: Functions of torch, by name, that read a matrix's numbers.
+_COMPUTING = frozenset((
+    "linear", "matmul", "mm", "mv", "bmm", "addmm", "addmv", "baddbmm", "einsum", "tensordot", "dot", "embedding",
+    "conv1d", "add", "sub", "mul", "div", "rsub", "neg", "exp", "abs", "sum", "mean", "norm", "stack", "cat",
+    "__matmul__", "__rmatmul__", "__rsub__", "__rdiv__", "__rpow__",
+))  # fmt: skip
+
+
 class StandIn(nn.Parameter):
     """In place of a matrix that exists in packed form alone: its shape and dtype, and no numbers. Copies of it, pickled
     ones, too, take no more memory than it does.
@@ -27,6 +35,17 @@ class StandIn(nn.Parameter):
     """
 
     packed_bytes: int
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuses to compute: products with a tensor that has no numbers gave garbage, and no error."""
+        if getattr(func, "__name__", "") in _COMPUTING:
+            raise RuntimeError(
+                "this matrix exists in packed form alone, and a module computes with it itself: load the model with "
+                "packed=False"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
     @classmethod
     def of(cls, shape: tuple[int, ...], dtype: torch.dtype, packed_bytes: int, device: str) -> StandIn:

@@ -55,9 +55,12 @@ class Pieces:
         before, text = self._decode(self._tokens[: self._decoded]), self._decode(self._tokens)
         if whole and text.endswith("\ufffd") and len(self._tokens) - self._decoded < _MOST_HELD:
             return ""
-        self._tokens = self._tokens[self._decoded :]
+        fresh = text[len(before) :]
+        # what decodes to nothing, as special tokens do, is no context: the next word would come without its space
+        if fresh.strip() or len(self._tokens) > _MOST_HELD:
+            self._tokens = self._tokens[self._decoded :]
         self._decoded = len(self._tokens)
-        return text[len(before) :]
+        return fresh
 
     def _certain(self, text: str) -> str:
         if self.stopped or not self._stops:

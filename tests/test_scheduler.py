@@ -583,3 +583,18 @@ def test_prompts_that_decide_more_or_are_forgotten_are_read_again(family: str, k
         expected = alone(model, request)
         assert [made.submit(request).collect().tokens for _ in range(2)] == [expected, expected]
         assert made.load().cached_tokens == 0
+
+
+class Words:
+    """Words with spaces between, and tokens of which nothing is shown."""
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        return " ".join(f"w{token}" for token in tokens if token >= 5)
+
+
+def test_words_keep_their_spaces_behind_tokens_that_show_nothing() -> None:
+    tokens = [9, 1, 12, 1, 1, 7, 8, 2]
+    one_by_one, at_once = Pieces(Words()), Pieces(Words())
+    assert "".join(map(one_by_one.add, tokens)) + one_by_one.end() == "w9 w12 w7 w8"
+    found = [at_once.add_all(tokens[:2]), at_once.add_all(tokens[2:5]), at_once.add_all(tokens[5:])]
+    assert "".join(map(str, found)) + at_once.end() == "w9 w12 w7 w8"

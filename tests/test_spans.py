@@ -13,7 +13,9 @@ import torch
 from packed_models import packed
 from test_memory import capped
 from test_native_families import calls, made, texts
-from tiny_models import greedy, prompt
+from tiny_models import greedy, prompt, tiny
+from torch import nn
+from torch.nn import functional as F
 from transformers import DynamicCache
 
 import coreskip
@@ -21,6 +23,8 @@ from coreskip.kernels.ops import available
 from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.plan import LayerPlan, Plan
 from coreskip.predictors.policies import CoreNeurons, Dense, Skip, Static
+from coreskip.runtime.info import describe, table
+from coreskip.runtime.packed_layer import PackedLayer
 from coreskip.runtime.spans import _RUN
 from coreskip.runtime.steps import Lowering
 from coreskip.runtime.wrap import runtime_of
@@ -273,3 +277,38 @@ def test_threads_do_not_see_each_others_passes() -> None:
         for found in pool.map(lambda _: texts(model), range(6)):
             assert all(map(torch.equal, found, expected))
         assert spans_of(model).ready
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_matrices_that_a_mixer_reads_itself_stay_where_they_are(weights: str, tmp_path: Path) -> None:
+    """Jamba multiplies by its `dt_proj.weight`: as numbers that are not there, that gave garbage, and no error."""
+    model = packed(made("jamba"), tmp_path / "packed", weights=weights)
+    plain = coreskip.load(tmp_path / "packed", packed=False)[0]
+    names = [name for name, module in model.named_modules() if name.endswith("dt_proj")]
+    assert names
+    assert all(type(model.get_submodule(name)) is nn.Linear for name in names)
+    assert isinstance(model.get_submodule(names[0].replace("dt_proj", "in_proj")), PackedLayer)
+    ids = prompt()
+    expected = greedy(plain, ids, 8)
+    assert torch.equal(greedy(model, ids, 8), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-2, atol=1e-2)
+
+
+def test_numbers_that_are_not_there_are_not_computed_with(tmp_path: Path) -> None:
+    model = packed(tiny("llama"), tmp_path / "packed", weights="int4")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    x = torch.ones(weight.shape[1])
+    for read in (lambda: weight @ x, lambda: F.linear(x, weight), lambda: weight + 1, lambda: torch.stack([weight])):
+        with pytest.raises(RuntimeError, match="exists in packed form alone"):
+            read()
+    assert weight.shape == (160, 64)
+    assert weight.to(torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_info_says_what_is_native_in_part() -> None:
+    found = describe(made("jamba"))
+    assert not found["native"]
+    assert found["native_halves"] == [6, 8]
+    assert "6 of 8 halves of layers native" in table(found)
+    assert describe(tiny("llama"))["native_halves"] is None
