@@ -225,7 +225,7 @@ def test_info(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) 
     tiny("apertus", vocab_size=128).save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
     out = run(capsys, "info", str(tmp_path))[1]
-    assert "4 of 8 halves of layers native, the others on modules: " in out
+    assert "3 of 6 halves of layers native, the others on modules: " in out
     assert "apertus, " in out
 
 
