@@ -43,7 +43,7 @@ from coreskip.predictors.plan import LayerPlan, Plan, default_weights
 from coreskip.predictors.policies import Static
 from coreskip.runtime.load import load
 from coreskip.runtime.memory import Capped
-from coreskip.runtime.memory_size import bytes_of, text_of
+from coreskip.runtime.memory_size import bytes_of, share_of, text_of
 from coreskip.runtime.pack import pack
 from coreskip.runtime.packed_folder import WEIGHTS
 from coreskip.runtime.wrap import runtime_of, wrap
@@ -262,10 +262,8 @@ def _told(found: Row, expected: list[int]) -> Row:
 
 
 def _cap(text: str, size: int) -> int:
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) <= 1:
-            return int(float(text) * size)
-    return bytes_of(text)
+    share = share_of(text)
+    return bytes_of(text) if share is None else int(share * size)
 
 
 def make_shape(name: str, weights: str, work: Path) -> tuple[Path, Path]:

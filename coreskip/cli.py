@@ -121,10 +121,10 @@ def _bench_memory(
         given = context.get_parameter_source(str(option.name)) is click.core.ParameterSource.COMMANDLINE
         if given and option.name in options.keys() - {"tokens", "output"}:
             raise CoreskipError(f"under a cap --plan, --tokens and --json are asked alone: leave out {option.opts[0]}")
-    from coreskip.runtime.memory_size import bytes_of
+    from coreskip.runtime.memory_size import bytes_of, share_of
 
     for cap in caps:
-        if not _is_share(cap):
+        if share_of(cap) is None:
             bytes_of(cap)
     if model is None or not (Path(model) / "packed.json").is_file():
         raise CoreskipError("a cap is on a packed model: run `coreskip pack -o FOLDER`, then bench FOLDER --memory 4GB")
@@ -135,13 +135,6 @@ def _bench_memory(
     words += [word for plan in plans for word in ("--plan", str(plan))]
     words += [] if options["output"] is None else ["--rows", str(options["output"])]
     main(words)
-
-
-def _is_share(text: str) -> bool:
-    try:
-        return 0 < float(text) <= 1
-    except ValueError:
-        return False
 
 
 def _measure(settings: Any, output: Path | None) -> None:

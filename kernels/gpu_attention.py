@@ -15,12 +15,10 @@ from torch import Tensor
 from . import gpu_config
 from .gpu_formats import Inputs
 from .gpu_launch import INTERPRETED
-from .gpu_norm import empty_rows, places_of
+from .gpu_norm import empty_rows, kind_of, places_of
 from .gpu_parts import PLAIN, launch, power, row_stride, store_rows, wait
 from .groups import GROUP
 from .step_model import Heads, Norm
-
-_KIND = {"rms": 1, "layer": 2}
 
 
 def rotary_write(
@@ -51,7 +49,7 @@ def rotary_write(
         row_stride(qkv), row_stride(cos), *keys.stride()[:3], capacity,
         Q=tuple(places[0]), K=tuple(places[1]), V=tuple(places[2]), HEADS=heads, KV_HEADS=kv_heads,
         TOKENS=rows // sequences, SIZE=size, BLOCK=power(size), TURNED=0 if cos is None else cos.shape[1],
-        PAIRED=paired, AFTER=turned, Q_NORM=_kind(q_norm), K_NORM=_kind(k_norm), Q_BIAS=_biased(q_norm),
+        PAIRED=paired, AFTER=turned, Q_NORM=kind_of(q_norm), K_NORM=kind_of(k_norm), Q_BIAS=_biased(q_norm),
         K_BIAS=_biased(k_norm), Q_ALL=_all_heads(q_norm, heads, size), K_ALL=_all_heads(k_norm, kv_heads, size),
         num_warps=1 if size <= 128 else 2,
     )  # fmt: skip
@@ -95,10 +93,6 @@ def attention(
         QUANTIZE=quantize, num_warps=1,
     )  # fmt: skip
     return y
-
-
-def _kind(norm: Norm | None) -> int:
-    return 0 if norm is None else _KIND[norm.kind]
 
 
 def _biased(norm: Norm | None) -> bool:
@@ -324,10 +318,4 @@ def _combine_kernel(
     if SINKS:
         below += tl.exp(sink - safe)
     result = tl.where(inside & (below > 0), above * (1 / tl.where(below > 0, below, 1.0)), 0.0)
-    PADDED: tl.constexpr = (WIDTH + 31) // 32
-    if QUANTIZE:
-        store_rows(
-            None, integers + r * PADDED * 32, step + r * PADDED, sums + r * PADDED, group, column, result, WIDTH, True
-        )  # fmt: skip
-    else:
-        store_rows(y + r * WIDTH, None, None, None, group, column, result, WIDTH, False)
+    store_rows(y, integers, step, sums, r, group, column, result, WIDTH, QUANTIZE)

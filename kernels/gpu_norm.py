@@ -18,7 +18,6 @@ from .gpu_parts import ACT, NO_ACT, act, launch, power, row_stride, store_rows, 
 from .groups import GROUP
 from .step_model import Norm
 
-_KIND = {"rms": 1, "layer": 2}
 _GROUPS = 64 if INTERPRETED else 4  # groups of 32 values that a program of `act_mul` computes
 
 
@@ -43,7 +42,7 @@ def add_norm(
     norms = (out, after, norm, second)
     weights = [None if n is None else n.weight for n in norms]
     biases = [None if n is None else n.bias for n in norms]
-    kinds = [0 if n is None else _KIND[n.kind] for n in norms]
+    kinds = [kind_of(n) for n in norms]
     groups = power(triton.cdiv(width, GROUP))
     launch(
         "small", _add_norm_kernel, (rows,), stream, first, also, *weights, *biases, new, *places_of(y),
@@ -55,6 +54,11 @@ def add_norm(
         GROUPS=groups, num_warps=max(1, min(16, groups // 8)),
     )  # fmt: skip
     return new, y, more
+
+
+def kind_of(norm: Norm | None) -> int:
+    """What kernels call a kind of norm; 0: none."""
+    return 0 if norm is None else {"rms": 1, "layer": 2}[norm.kind]
 
 
 def act_mul(
@@ -146,22 +150,10 @@ def _add_norm_kernel(
     if CHANGED:
         tl.store(new + r * WIDTH + column, x.to(new.dtype.element_ty), mask=inside)
     n = _normed(x, norm_weight, norm_bias, norm_eps, column, inside, NORM, NORM_BIAS, WIDTH)
-    PADDED: tl.constexpr = (WIDTH + 31) // 32
-    if QUANTIZE:
-        store_rows(
-            None, y_integers + r * PADDED * 32, y_step + r * PADDED, y_total + r * PADDED, group, column, n, WIDTH, True
-        )  # fmt: skip
-    else:
-        store_rows(y + r * WIDTH, None, None, None, group, column, n, WIDTH, False)
+    store_rows(y, y_integers, y_step, y_total, r, group, column, n, WIDTH, QUANTIZE)
     if TWICE:
         n = _normed(x, second_weight, second_bias, second_eps, column, inside, SECOND, SECOND_BIAS, WIDTH)
-        if QUANTIZE:
-            store_rows(
-                None, z_integers + r * PADDED * 32, z_step + r * PADDED, z_total + r * PADDED, group, column, n, WIDTH,
-                True,
-            )  # fmt: skip
-        else:
-            store_rows(z + r * WIDTH, None, None, None, group, column, n, WIDTH, False)
+        store_rows(z, z_integers, z_step, z_total, r, group, column, n, WIDTH, QUANTIZE)
 
 
 @triton.jit
@@ -183,10 +175,4 @@ def _act_mul_kernel(
     if GATED:
         value *= tl.load(x + r * stride + neurons + at, mask=inside, other=0.0).to(tl.float32)
     value = tl.where(inside, value, 0.0)
-    PADDED: tl.constexpr = (WIDTH + 31) // 32
-    if QUANTIZE:
-        store_rows(
-            None, integers + r * PADDED * 32, step + r * PADDED, total + r * PADDED, group, column, value, WIDTH, True
-        )  # fmt: skip
-    else:
-        store_rows(y + r * WIDTH, None, None, None, group, column, value, WIDTH, False)
+    store_rows(y, integers, step, total, r, group, column, value, WIDTH, QUANTIZE)

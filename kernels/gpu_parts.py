@@ -98,14 +98,14 @@ def rounded(x):
 
 
 @triton.jit
-def store_rows(y, integers, step, total, group, column, x, WIDTH: tl.constexpr, QUANTIZE: tl.constexpr):
-    """Stores x [groups, 32] at `column` of y, or rounded to 8 bits. x is 0 beyond WIDTH."""
+def store_rows(y, integers, step, total, r, group, column, x, WIDTH: tl.constexpr, QUANTIZE: tl.constexpr):
+    """Stores x [groups, 32] at `column` of row r of y, or rounded to 8 bits. x is 0 beyond WIDTH."""
     if QUANTIZE:
         GROUPS: tl.constexpr = (WIDTH + 31) // 32
         there = group < GROUPS
         whole, steps = rounded(x)
-        tl.store(integers + column, whole.to(tl.int32).to(tl.int8), mask=there[:, None])
-        tl.store(step + group, steps, mask=there)
-        tl.store(total + group, steps * tl.sum(whole, 1), mask=there)
+        tl.store(integers + r * GROUPS * 32 + column, whole.to(tl.int32).to(tl.int8), mask=there[:, None])
+        tl.store(step + r * GROUPS + group, steps, mask=there)
+        tl.store(total + r * GROUPS + group, steps * tl.sum(whole, 1), mask=there)
     else:
-        tl.store(y + column, x.to(y.dtype.element_ty), mask=column < WIDTH)
+        tl.store(y + r * WIDTH + column, x.to(y.dtype.element_ty), mask=column < WIDTH)

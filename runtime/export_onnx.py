@@ -20,6 +20,7 @@ from .export_onnx_graph import Decoder, make_fast, rounded
 from .export_spec import attention_of, plain_spec
 from .export_weights import Smaller
 from .onnx_neurons import MODEL, NeuronInputs, input_of
+from .skeleton import cast_parameters
 from .spec import BrickSpec, LinearSpec, ModelSpec
 
 DATA = "model.onnx.data"
@@ -140,7 +141,7 @@ class OnnxFolder:
         session = InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         vocabulary = self._spec.embedding.shape[0]
         ids = torch.randint(vocabulary, (1, _PROBE), generator=torch.Generator().manual_seed(0))
-        self._widen()
+        cast_parameters(self._found.model, torch.float32)  # as the graph computes between matrices
         if self.weights == "int4":
             self._round()
         chosen: list[dict[str, Any]] = []
@@ -169,16 +170,6 @@ class OnnxFolder:
                 module.weight = torch.nn.Parameter(torch.cat(rows).float().contiguous(), requires_grad=False)
         logits += [model(input_ids=token, past_key_values=cache).logits for token in ids[:, -2:].split(1, 1)]
         return torch.cat(logits, 1).float()
-
-    def _widen(self) -> None:
-        """Has the smaller model compute in float32, as the graph does between matrices."""
-        for module in self._found.model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None and parameter.dtype in (torch.bfloat16, torch.float16):
-                    module._parameters[name] = torch.nn.Parameter(parameter.detach().float(), requires_grad=False)
-            for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.dtype in (torch.bfloat16, torch.float16):
-                    module._buffers[name] = buffer.float()
 
     def _round(self) -> None:
         """Gives the smaller model the numbers that were written."""

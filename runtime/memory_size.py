@@ -16,6 +16,15 @@ _SIZE = re.compile(r"([0-9]*\.?[0-9]+)\s*(%|([KMGT]?)(I?)B?)", re.IGNORECASE)
 _NO_LIMIT = 1 << 60  # version 1 of control groups has a number there
 
 
+def share_of(text: str) -> float | None:
+    """A cap that is a share, in (0, 1]; None of one that is not."""
+    try:
+        share = float(text)
+    except ValueError:
+        return None
+    return share if 0 < share <= 1 else None
+
+
 def bytes_of(memory: Any) -> int:
     """Bytes that `memory` stands for: a number of them, "4GB" (10**9), "4GiB" (2**30), or "60%" of what is free.
 

@@ -3,6 +3,7 @@ packed form alone (Jamba's mixers multiply by ``dt_proj.weight`` themselves)."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 from ..predictors.observe import inference
+
+logger = logging.getLogger("coreskip")
 
 _TOKENS = 4  # of a prompt; one more is decoded, for modules may take another way then
 
@@ -31,8 +34,8 @@ class _Watched(nn.Parameter):
 
 
 def read_elsewhere(model: Any, linears: Iterable[nn.Module]) -> set[nn.Module]:
-    """Those of `linears` whose weight is read by others in a pass of a few tokens; none where the model does not run on
-    tokens alone."""
+    """Those of `linears` whose weight is read by others in a pass of a few tokens, as far as the model runs on tokens
+    alone."""
     found, inside = set[nn.Module](), set[nn.Module]()
     plain = [module for module in dict.fromkeys(linears) if type(module) is nn.Linear and not module.weight.is_meta]
     with _watched(plain, found, inside), inference(model):
@@ -41,8 +44,8 @@ def read_elsewhere(model: Any, linears: Iterable[nn.Module]) -> set[nn.Module]:
             cache = model(input_ids=ids, use_cache=True).get("past_key_values")
             if cache is not None:
                 model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
-        except Exception:  # whatever a model trips over that wants more than tokens
-            return set()
+        except Exception as error:  # whatever a model trips over that wants more than tokens
+            logger.debug("who reads weights was seen in a part of a pass alone: %s", error)
     return found
 
 
