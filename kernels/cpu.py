@@ -267,19 +267,19 @@ def exact_form(weight: Tensor) -> str | None:
     matrices to be read where they lie."""
     if os.environ.get("CORESKIP_NARROW") == "0":
         return None
+    return next((form for form in EXACT_BYTES if holds(form, weight)), None)
+
+
+def holds(form: str, weight: Tensor) -> bool:
+    """Whether one of those forms holds the numbers of a float32 matrix, as far as its first groups tell."""
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.dim() != 2:
-        return None
+        return False
     if weight.numel() == 0 or weight.stride(1) != 1:
-        return None
+        return False
     some = weight.detach()[:1, : 8 * GROUP]
-    for form in EXACT_BYTES:
-        if form in GROUPED:
-            found = _tile_up(some, form) is not None
-        else:
-            found = torch.equal(some.to(getattr(torch, form)).float(), some)
-        if found:
-            return form
-    return None
+    if form in GROUPED:
+        return _tile_up(some, form) is not None
+    return torch.equal(some.to(getattr(torch, form)).float(), some)
 
 
 def _tile_up(weight: Tensor, fmt: str) -> Tensor | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -180,6 +180,41 @@ class SparseMLP:
             return linear(linear(rows.float(), reduce), expand).sigmoid()
         assert self.scorer is not None
         return self.scorer(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class SlimMLP:
+    """One MLP at a decode step of which the matrices of some neurons are all that was packed: a narrower dense one.
+
+    A list over all neurons takes rows from everywhere, at half to two thirds of the rate at which matrices stream
+    (bench/rows/neuron_groups.jsonl), and adds up in another order. A native step has this in place of the matrices.
+    """
+
+    gate: PackedLinear | None
+    up: PackedLinear
+    down: PackedLinear
+    act: Act
+
+    rule: ClassVar[Rule] = "listed"
+    lists: ClassVar[None] = None
+    smooth: ClassVar[None] = None
+
+    @property
+    def listed_neurons(self) -> int:
+        """How many neurons a token takes."""
+        return self.up.out_features
+
+    @property
+    def rounds(self) -> bool:
+        """See `SparseMLP.rounds`."""
+        return any(part is not None and part.grouped and not part.whole for part in (self.gate, self.up, self.down))
+
+    def run(self, x: Tensor, counting: bool = False) -> tuple[Tensor, int]:
+        """See `SparseMLP.run`."""
+        act, wide = ACTS[self.act] if isinstance(self.act, str) else self.act, x.float()
+        up = linear(wide, self.up)
+        activations = act(up) if self.gate is None else act(linear(wide, self.gate)) * up
+        return linear(activations, self.down).to(x.dtype), self.listed_neurons * (x.numel() // x.shape[-1])
 
 
 @dataclass(frozen=True, eq=False)

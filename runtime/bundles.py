@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,16 @@ from ..kernels.groups import TILE
 from ..kernels.neuron_groups import Form, PackedNeurons
 from ..kernels.ops import available
 from ..kernels.packed import ACTS, Act, PackedColumns, PackedLinear, PackedMLP
-from ..kernels.sparse import RowLists, SparseLinear, SparseMLP
+from ..kernels.sparse import RowLists, SlimMLP, SparseLinear, SparseMLP
 from ..predictors.anatomy import Anatomy, FeedForward, Matrices, canonical_activation, rows_of
 from ..predictors.errors import CoreskipError
 from .packed_layer import PackedLayer
+from .slim import linears_of, packed_parts, slimmed
 
 logger = logging.getLogger("coreskip")
 
+#: an MLP of which a decode step leaves neurons out
+FewerNeurons = SparseMLP | SlimMLP
 #: what was packed, by the matrix that it is of
 PackedBefore = dict[tuple[Any, ...], tuple[Tensor, PackedLinear]]
 
@@ -37,6 +40,7 @@ class Weights:
         self.acts = _acts(anatomy)
         self._mlps: dict[tuple[int, str | None], tuple[PackedMLP, Tensor | None]] = {}
         self._groups: dict[tuple[int, Form], PackedNeurons] = {}
+        self._alike: dict[tuple[int, str | None], tuple[Tensor, FewerNeurons]] = {}  # with the neurons that it is of
         self._columns: dict[nn.Module, PackedColumns] = {}
         self.linears: PackedBefore = {}
         #: what lists of neurons become where a plan's format is a GPU's
@@ -46,6 +50,7 @@ class Weights:
         """Forget everything: the model's own weights were moved, cast or loaded anew."""
         self._mlps.clear()
         self._groups.clear()
+        self._alike.clear()
         self._columns.clear()
         self.linears.clear()
 
@@ -57,10 +62,12 @@ class Weights:
             del self._mlps[key]
         for layer, form in [key for key in self._groups if key[0] in layers]:
             del self._groups[layer, form]
+        for layer, fmt in [key for key in self._alike if key[0] in layers]:
+            del self._alike[layer, fmt]
         for module in modules:
             self._columns.pop(module, None)
 
-    def sparse(self, layer: int, pack: Callable[[Bundles], SparseMLP], fmt: str | None = None) -> SparseMLP:
+    def sparse(self, layer: int, pack: Callable[[Bundles], FewerNeurons], fmt: str | None = None) -> FewerNeurons:
         """What `pack`, of a brick's program, makes of a layer; fmt: of neurons that are packed for themselves."""
         return pack(Bundles(self, layer, fmt))
 
@@ -97,6 +104,17 @@ class Weights:
         lists = lists.to(packed.device)
         rows = RowLists.shared(lists) if lists.dim() == 1 else RowLists.of(lists, packed.intermediate_size)
         return SparseMLP(packed, lists=rows)
+
+    def alone(self, layer: int, fmt: str | None, kept: Tensor) -> FewerNeurons:
+        """A layer's MLP of neurons that are the same for every text, int64 ``[k]``, ascending: smaller matrices where a
+        CPU's kernels read them, else lists."""
+        of, found = self._alike.get((layer, fmt), (None, None))
+        if found is None or of is not kept:
+            mlp = self.anatomy.mlp(layer)
+            found = slimmed(mlp, self.acts[layer], kept, fmt) if reads_matrices(mlp) else None
+            found = found or self.listed(layer, fmt, kept)
+            self._alike[layer, fmt] = kept, found
+        return found
 
     def _listable(self, layer: int, fmt: str | None) -> PackedMLP | PackedNeurons:
         if fmt != "int4":
@@ -193,6 +211,10 @@ class Bundles:
         """These neurons, int64 ascending: a list over all that are packed, which are not copied."""
         return self.weights.listed(self.layer, self.fmt, indices)
 
+    def alone(self, indices: Tensor) -> FewerNeurons:
+        """These neurons, int64 ascending, for every text."""
+        return self.weights.alone(self.layer, self.fmt, indices)
+
     def groups(self, form: Form) -> PackedNeurons:
         """All neurons in 4-bit groups."""
         return self.weights.groups(self.layer, form)
@@ -210,28 +232,27 @@ def _acts(anatomy: Anatomy) -> dict[int, Act]:
     return {index: canonical_activation(mlp.act) for index, mlp in anatomy.present}
 
 
+def reads_matrices(mlp: FeedForward) -> bool:
+    """Whether a CPU's kernels read an MLP."""
+    weight: Any = mlp.down.weight
+    return (isinstance(mlp.down, PackedLayer) or weight.device.type == "cpu") and available("cpu") is None
+
+
 def known_in_groups(mlp: FeedForward, act: Act) -> bool:
     """Whether kernels can read an MLP with this activation in 4-bit groups by neuron, here and from its matrices."""
-    weight: Any = mlp.down.weight
-    on_cpu = isinstance(mlp.down, PackedLayer) or weight.device.type == "cpu"
-    return on_cpu and available("cpu") is None and act in ACTS and _fits_int4(mlp)
+    return reads_matrices(mlp) and act in ACTS and _fits_int4(mlp)
 
 
 def packed_in_four_bits(mlp: FeedForward) -> bool:
     """Whether all matrices of an MLP exist in int4 tiles alone."""
-    return all(isinstance(module, PackedLayer) for module in _linears(mlp)) and _fits_int4(mlp)
-
-
-def _linears(mlp: FeedForward) -> list[nn.Module]:
-    gates = [] if mlp.gate_name is None else [getattr(mlp.owner, mlp.gate_name)]
-    return [*gates, mlp.up, mlp.down]
+    return all(isinstance(module, PackedLayer) for module in linears_of(mlp)) and _fits_int4(mlp)
 
 
 def _fits_int4(mlp: FeedForward) -> bool:
     """Whether matrices that exist in packed form alone are int4 tiles; others can be rounded to them."""
     if isinstance(mlp.up, PackedLayer) and mlp.stacked and len(mlp.up.formats) == 1 and mlp.intermediate_size % TILE:
         return False  # a tile belongs to two projections
-    packed = [module for module in _linears(mlp) if isinstance(module, PackedLayer)]
+    packed = [module for module in linears_of(mlp) if isinstance(module, PackedLayer)]
     return all(form == "int4" for module in packed for form in module.formats)
 
 
@@ -242,11 +263,7 @@ def _int4_parts(mlp: FeedForward) -> tuple[PackedLinear | None, PackedLinear, Pa
         gate = None if w.gate is None else PackedLinear.pack(w.gate, w.gate_bias, fmt="int4")
         up = PackedLinear.pack(w.up, w.up_bias, fmt="int4")
         return gate, up, PackedLinear.pack(w.down.t(), w.down_bias, fmt="int4")
-    parts = [part for module in _linears(mlp) for part in cast(PackedLayer, module).parts(whole=False)]
-    if mlp.stacked and len(parts) == 2:
-        rows, down = mlp.intermediate_size, parts[1]
-        halves = parts[0].part(0, rows), parts[0].part(rows, rows)
-        parts = [*(half for half in halves if half is not None), down]
+    parts = packed_parts(mlp)
     return (parts[0], parts[1], parts[2]) if mlp.gated else (None, parts[0], parts[1])
 
 

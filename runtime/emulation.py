@@ -23,13 +23,13 @@ from ..kernels import reference
 from ..kernels.neuron_groups import PackedNeurons
 from ..kernels.ops import MAX_ROWS, PackedMLP
 from ..kernels.packed import ACTS, quantize, spread
-from ..kernels.sparse import SparseMLP
+from ..kernels.sparse import SlimMLP, SparseMLP
 from ..predictors.anatomy import dissect
 from ..predictors.calibration import TokenText
 from ..predictors.observe import inference
 from ..predictors.plan import Plan
 from ..predictors.policies import Chooser
-from .bundles import Bundles, Weights
+from .bundles import Bundles, FewerNeurons, Weights
 from .generation import runtime_of
 from .quality import WINDOW, Tally, takes_several
 from .wrap import wrapped
@@ -180,8 +180,14 @@ class _FloatWeights(Weights):
         super().clear()
         self._floats.clear()
 
-    def sparse(self, layer: int, pack: Callable[[Bundles], SparseMLP], fmt: str | None = None) -> SparseMLP:
+    def alone(self, layer: int, fmt: str | None, kept: Tensor) -> FewerNeurons:
+        """Lists, where many rows meet floats: matrices would be packed for every plan that is scored."""
+        return self.listed(layer, fmt, kept) if fmt is None else super().alone(layer, fmt, kept)
+
+    def sparse(self, layer: int, pack: Callable[[Bundles], FewerNeurons], fmt: str | None = None) -> FewerNeurons:
         sparse = super().sparse(layer, pack, fmt)
+        if isinstance(sparse, SlimMLP):
+            return sparse
         packed = sparse.packed
         if sparse.rule != "sketch" or isinstance(packed, PackedNeurons):
             return sparse

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..kernels import gpu_step as kernel
 from ..kernels.gpu_formats import GroupedMatrix, Inputs, Matrix
 from ..kernels.packed import ACTS, PackedMLP
-from ..kernels.sparse import ExactScores, SparseLinear, SparseMLP
+from ..kernels.sparse import ExactScores, SlimMLP, SparseLinear, SparseMLP
 from ..kernels.step_model import Norm
 from ..predictors.anatomy import Anatomy
 from .calls import NotCovered, NotThisCall
@@ -195,7 +195,7 @@ class GpuStep:
         return self._product(y, (a.output,), columns, ("o",))
 
     def _mlp(self, index: int, layer: GpuLayer, x: Inputs) -> Tensor:
-        sparse, dense, columns = self._program.mlps[index], layer.mlp, self._program.columns.get(index, {})
+        sparse, dense, columns = _bundles(self._program)[index], layer.mlp, self._program.columns.get(index, {})
         if sparse is not None and not isinstance(sparse, SlicedMLP):
             return self._bundled(index, sparse, cast(Tensor, x))
         quantize, inverse = _grouped(dense.down) and "down" not in columns, None
@@ -399,6 +399,11 @@ class GpuLowering:
         return skipped
 
 
+def _bundles(program: StepProgram) -> list[SparseMLP | None]:
+    assert not any(isinstance(mlp, SlimMLP) for mlp in program.mlps), "smaller matrices are a CPU's"
+    return cast("list[SparseMLP | None]", program.mlps)
+
+
 def _key(program: StepProgram) -> Hashable:
     mlps = tuple(
         mlp
@@ -409,7 +414,7 @@ def _key(program: StepProgram) -> Hashable:
             id(mlp.scorer),
             mlp.lists and mlp.lists.kept,
         )
-        for mlp in program.mlps
+        for mlp in _bundles(program)
     )
     columns = tuple(
         (index, name, id(found.packed.weight), found.threshold)

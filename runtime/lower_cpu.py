@@ -14,7 +14,7 @@ from ..kernels import step as native
 from ..kernels.experts import Expert, PackedExperts, side_by_side
 from ..kernels.ops import PackedLinear, available
 from ..kernels.packed import DTYPES, finite
-from ..kernels.sparse import SparseLinear, SparseMLP
+from ..kernels.sparse import SlimMLP, SparseLinear, SparseMLP
 from ..predictors.anatomy import Anatomy, Experts, rows_of
 from ..predictors.checks import AS_PACKED
 from .bundles import PackedBefore
@@ -55,7 +55,7 @@ class StepProgram:
             token's greatest, at which one of its experts is computed.
     """
 
-    mlps: Sequence[SparseMLP | None]
+    mlps: Sequence[SparseMLP | SlimMLP | None]
     skipped: int
     no_attention: frozenset[int] = frozenset()
     no_mlp: frozenset[int] = frozenset()
@@ -322,7 +322,8 @@ def programmed(layer: native.StepLayer, index: int, program: StepProgram) -> nat
             raise NotCovered("neurons or inputs of a shared expert are left out")
         if index in program.experts:
             layer = replace(layer, mlp=layer.mlp.limited(*program.experts[index]))
-    kept = None if index in program.no_mlp else layer.mlp if mlp is None else mlp
+    matrices = native.DenseMLP(mlp.gate, mlp.up, mlp.down) if isinstance(mlp, SlimMLP) else mlp
+    kept = None if index in program.no_mlp else layer.mlp if mlp is None else matrices
     norm = layer.mlp_in if mlp is None else _scaled(layer.mlp_in, mlp.smooth)
     layer = replace(layer, mlp=kept, mlp_in=norm, entries_only=index in program.no_attention)
     return _by_columns(layer, program.columns.get(index, {}))

@@ -22,13 +22,15 @@ from ..predictors.anatomy import Activation, Anatomy, Experts, FeedForward, shap
 from ..predictors.errors import CoreskipError
 from ..predictors.policies import Chooser
 from ..predictors.routing import Router
+from .bundles import FewerNeurons
 from .formats import Formats, routing_modules, takes_format
+from .linear_names import linear_of
 from .packed_experts import HeldExperts, can_be_held, few_tokens
 from .packed_layer import PackedLayer
 from .patches import Patches, Usage
 from .phases import Pass, Phase, current_pass, current_prompt, last_pass, mode, passing, tokens_in
 from .prepared import Prepared
-from .program import BrickProgram, ExpertsProgram, Program, linear_of
+from .program import BrickProgram, ExpertsProgram, Program
 from .release import Replaced
 from .selections import Observed, Selections, attach, selections_of
 from .spec import is_plain_linear
@@ -219,7 +221,7 @@ class ModulePatches:
             selected = None if step.selections is None else host.prepared.selected(step.selections)
             if selected is None or index not in selected.mlps:  # which no prompt went through
                 return None
-            sparse = selected.mlps[index]
+            sparse: FewerNeurons = selected.mlps[index]
         else:
             sparse = host.prepared.mlp(index)
         tokens = step.rows * step.length

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from ..kernels.ops import PackedLinear
-from ..kernels.sparse import SparseLinear, SparseMLP
+from ..kernels.sparse import SparseLinear
 from ..predictors.anatomy import Anatomy, rows_of
 from ..predictors.checks import AS_PACKED
 from ..predictors.policies import Chooser
-from .bundles import Weights, neuron_weights
+from .bundles import FewerNeurons, Weights, neuron_weights
 from .layer_skips import LayerSkips
+from .linear_names import linear_of, native_names
 from .lower_cpu import StepProgram
-from .program import Program, linear_of, native_names
+from .program import Program
 from .selections import Packer, SelectedNeurons, Selections
 
 
@@ -30,7 +32,7 @@ class Prepared:
         self._altered = altered  # layers whose MLP runs dense, as parts of it were replaced by others
         self._packs = program.chosen_by(Chooser.CALIBRATION, Chooser.TOKEN)
         self._inputs = program.chosen_by(Chooser.INPUTS)
-        self._mlps: dict[int, SparseMLP] = {}
+        self._mlps: dict[int, FewerNeurons] = {}
         self._linears: dict[nn.Module, PackedLinear] = {}
         self._alike: StepProgram | None = None  # where sequences have nothing of their own
         self._own: WeakKeyDictionary[Selections, tuple[SelectedNeurons, StepProgram]] = WeakKeyDictionary()
@@ -41,7 +43,7 @@ class Prepared:
         weights = self._program.weights
         return "int4" if weights == AS_PACKED else weights
 
-    def mlp(self, layer: int) -> SparseMLP:
+    def mlp(self, layer: int) -> FewerNeurons:
         """A brick that all sequences share."""
         found = self._mlps.get(layer)
         if found is None:
@@ -82,11 +84,11 @@ class Prepared:
         chosen = self.selected(selections)
         before, program = self._own.get(selections, (None, None))
         if program is None or before is not chosen:
-            program = self._made(dict(chosen.mlps), selections)
+            program = self._made(chosen.mlps, selections)
             self._own[selections] = (chosen, program)
         return program
 
-    def _made(self, own: dict[int, SparseMLP], selections: Selections | None) -> StepProgram:
+    def _made(self, own: Mapping[int, FewerNeurons], selections: Selections | None) -> StepProgram:
         attention, no_mlp = self._skips.skipped(selections)
         mlps = {**{layer: self.mlp(layer) for layer in self._packs}, **own}
         width = [layer.width for layer in self._program.layers]

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..kernels.neuron_groups import Form, PackedNeurons
 from ..kernels.packed import EXACT_BYTES, PackedLinear, PackedMLP
 from ..kernels.sparse import ExactScores, SignScores, SparseMLP
-from ..predictors.anatomy import Anatomy, Experts, FeedForward, shape_of
+from ..predictors.anatomy import Anatomy, Experts
 from ..predictors.checks import AS_PACKED
 from ..predictors.errors import PlanError
 from ..predictors.expert_policies import AllExperts, ExpertPolicy, KeptExperts, SkipExperts
@@ -44,7 +44,9 @@ from ..predictors.policies import (
     TopK,
     Wina,
 )
-from .bundles import Bundles, packed_in_four_bits
+from .bundles import Bundles, FewerNeurons, packed_in_four_bits
+from .linear_names import native_names
+from .slim import slim_down_bytes
 
 # Of neurons chosen in 4-bit groups: by bytes alone. How long they take differs from machine to machine, 1.0 to 1.4
 # times that, and the search times them where it is to choose them.
@@ -63,6 +65,8 @@ class Brick:
         dense: bytes of one weight as a step reads it that computes every neuron.
         weights: the plan's format; None: as loaded.
         in_groups: whether neurons are read in 4-bit groups.
+        down: bytes of one weight of the down projection of some neurons alone, whose groups are made anew; None: as
+            many as of the whole one's.
         linears: names of the layer's linears of which a native step can leave inputs out.
     """
 
@@ -74,6 +78,7 @@ class Brick:
     weights: str | None = None
     in_groups: bool = False
     linears: frozenset[str] = frozenset()
+    down: float | None = None
 
     @property
     def scoring(self) -> int:
@@ -91,6 +96,11 @@ class Brick:
         if self.in_groups:
             return self.grouped(self.scoring * kept, kept)
         return kept * (self.scoring + 1) * (self.row if self.weights is None else self.hidden)
+
+    def alone(self, kept: int) -> float:
+        """Bytes of so many neurons in matrices of their own."""
+        weight = self.dense if self.weights is None else FORMAT_BYTES["int4" if self.in_groups else "int8"]
+        return kept * self.hidden * (self.scoring * weight + (weight if self.down is None else self.down))
 
     def grouped(self, rows: float, kept: float) -> float:
         """Bytes of so many rows of gate and up in 4-bit groups, and of the down rows of those kept."""
@@ -123,7 +133,7 @@ class BrickProgram:
     width: int
     nbytes: float
     native: bool = True
-    pack: Callable[[Bundles], SparseMLP] | None = None
+    pack: Callable[[Bundles], FewerNeurons] | None = None
     rate: float | None = None
     in_groups: bool = False
     thresholds: Mapping[str, float] = field(default_factory=dict)
@@ -310,6 +320,7 @@ def brick_of(
         weights=weights,
         in_groups=weights == "int4" or (weights == AS_PACKED and packed_in_four_bits(mlp)),
         linears=frozenset(native_names(anatomy, layer)),
+        down=slim_down_bytes(mlp, weights),
     )
 
 
@@ -327,9 +338,9 @@ def _bundled(policy: NeuronPolicy, brick: Brick) -> BrickProgram:
     kept = policy.kept(brick.width)
     if kept == brick.width:  # which the dense MLP computes to the last bit
         return _dense(policy, brick)
-    read = brick.listed(kept)
     indices: Tensor | None = getattr(policy, "indices", None)
-    pack = None if indices is None else lambda bundles: bundles.listed(indices)
+    read = brick.listed(kept) if indices is None else brick.alone(kept)
+    pack = None if indices is None else lambda bundles: bundles.alone(indices)
     return BrickProgram(policy, policy.chooser, kept, brick.width, read, pack=pack)
 
 
@@ -545,56 +556,3 @@ def _kept_experts(policy: KeptExperts, experts: Experts) -> ExpertsProgram:
     allowed = torch.zeros(experts.count, dtype=torch.bool, device="cpu")
     allowed[policy.indices] = True
     return _routed(policy, experts, min(kept, experts.top_k), allowed=allowed, native=True)
-
-
-# ---- the linears of a layer, as plans and native steps name them ----
-
-
-def native_names(anatomy: Anatomy, layer: int) -> dict[str, dict[str, int]]:
-    """What a native step calls a layer's linears, with their outputs, by the names that a plan has for them.
-
-    One that is fused is several.
-    """
-    mlp, attention = anatomy.feed_forwards[layer], anatomy.attentions[layer]
-    names = {} if mlp is None else _names_of_mlp(mlp)
-    if attention is None or len(attention.inputs) not in (1, 3):
-        return names
-    outputs, queries = shape_of(getattr(attention.module, attention.output))
-    names[f"attention.{attention.output}"] = {"o": outputs}
-    sizes = [shape_of(getattr(attention.module, name))[0] for name in attention.inputs]
-    if len(sizes) == 3:
-        triples = zip(attention.inputs, "qkv", sizes, strict=True)
-        return names | {f"attention.{name}": {part: size} for name, part, size in triples}
-    others, rest = divmod(sizes[0] - queries, 2)
-    if others > 0 and rest == 0:
-        names[f"attention.{attention.inputs[0]}"] = {"q": queries, "k": others, "v": others}
-    return names
-
-
-def _names_of_mlp(mlp: FeedForward) -> dict[str, dict[str, int]]:
-    width = mlp.intermediate_size
-    names = {
-        f"mlp.{mlp.up_name}": {"gate": width, "up": width} if mlp.stacked else {"up": width},
-        f"mlp.{mlp.down_name}": {"down": mlp.hidden_size},
-    }
-    if mlp.gate_name is not None:
-        names[f"mlp.{mlp.gate_name}"] = {"gate": width}
-    return names
-
-
-def linear_of(anatomy: Anatomy, layer: int, name: str) -> tuple[torch.nn.Module, bool]:
-    """The linear of a layer that a plan calls `name`, and whether it belongs to the MLP.
-
-    Raises:
-        PlanError: the layer has no such linear.
-    """
-    mlp, attention = anatomy.feed_forwards[layer], anatomy.attentions[layer]
-    owners = {
-        "mlp": None if mlp is None else mlp.owner,
-        "attention": None if attention is None else attention.module,
-    }
-    part, _, attribute = name.partition(".")
-    module = getattr(owners[part], attribute, None)
-    if not isinstance(module, torch.nn.Module):
-        raise PlanError(f"layer {layer} has no linear {name}, for which the plan has a threshold")
-    return module, part == "mlp"

@@ -29,7 +29,7 @@ from coreskip.kernels import gpu_step, ops
 from coreskip.predictors.errors import CoreskipError
 from coreskip.predictors.plan import LayerPlan, Plan
 from coreskip.predictors.policies import Skip, SkipAttention, SkipMLP, Static
-from coreskip.runtime import gpu_matrices, lower_gpu
+from coreskip.runtime import bundles, gpu_matrices, lower_gpu
 from coreskip.runtime.gpu_lowering import GpuStep
 from coreskip.runtime.wrap import runtime_of
 
@@ -57,6 +57,7 @@ def lowered(model: Any, plan: Plan | None = None, **options: Any) -> Iterator[lo
 @pytest.fixture(autouse=True)
 def _through_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_is_plain", lambda x: False)
+    monkeypatch.setattr(bundles, "slimmed", lambda *arguments: None)  # which is a CPU's way
 
 
 @pytest.fixture
@@ -384,9 +385,10 @@ import test_gpu_step as s
 from dataclasses import replace
 from coreskip.kernels import gpu_step, ops
 from coreskip.predictors.plan import Plan
-from coreskip.runtime import gpu_matrices
+from coreskip.runtime import bundles, gpu_matrices
 from coreskip.runtime.wrap import runtime_of
 ops._is_plain = lambda x: False
+bundles.slimmed = lambda *arguments: None
 gpu_matrices.packs_for = lambda model: True
 
 def launched(weights, kind, tokens=1):

@@ -25,6 +25,7 @@ from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.four_bits import Form as Choice
 from coreskip.predictors.plan import LayerPlan, Plan
 from coreskip.predictors.policies import CoreNeurons, Static
+from coreskip.runtime.bundles import Weights
 from coreskip.runtime.cost import cost
 from coreskip.runtime.step_timing import trial
 from coreskip.runtime.wrap import runtime_of
@@ -291,14 +292,14 @@ def test_a_packed_models_own_groups(tmp_path: Path) -> None:
     model = tiny("llama")
     coreskip.pack(model, tokenizer(), tmp_path / "packed", weights="int4", progress=False)
     packed, _ = coreskip.load(tmp_path / "packed")
-    for kind in ("static", "gates", "planes"):
+    for kind in ("core", "gates", "planes"):
         plan = plan_in_groups(model, kind)
         own = replace(plan, weights="packed", model=Plan.dense(packed).model)
         (natively, share), (on_modules, _) = (texts(packed, own, 2, how) for how in (True, False))
         error = (natively - on_modules).square().mean().sqrt() / on_modules.std()
         assert float(error) < 0.02, kind
         assert share > 0.3
-        groups = runtime_of_groups(packed, own)
+        groups = Weights(dissect(packed)).groups(0, "listed") if kind == "core" else runtime_of_groups(packed, own)
         difference = groups.down_rows() - packed.model.layers[0].mlp.down_proj.unpacked().t()
         assert float(difference.abs().max()) == 0, kind
 

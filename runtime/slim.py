@@ -1,0 +1,103 @@
+"""Matrices of an MLP's kept neurons alone, in the form in which a step reads the whole one's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import cpu
+from ..kernels.groups import FORMATS, tiles_from_groups, untile
+from ..kernels.packed import EXACT_BYTES, Act, PackedLinear, finite
+from ..kernels.residency import copied
+from ..kernels.sparse import SlimMLP
+from ..predictors.anatomy import FeedForward, rows_of
+from .packed_layer import PackedLayer
+
+_TAKEN = ("int4", "int5", "int8_groups")  # formats from whose tiles rows can be taken as they are
+_IN_GROUPS = {"int4": "int4", "int8": "int8_groups"}
+
+
+def linears_of(mlp: FeedForward) -> list[nn.Module]:
+    """Gate, where there is one of its own, up and down."""
+    gates = [] if mlp.gate_name is None else [getattr(mlp.owner, mlp.gate_name)]
+    return [*gates, mlp.up, mlp.down]
+
+
+def packed_parts(mlp: FeedForward, whole: bool = False) -> list[PackedLinear]:
+    """Gate, where there is one, up and down of an MLP whose linears are all `PackedLayer`, one matrix each; fewer where
+    one is in parts that are not the projections. whole: as for `PackedLayer.parts`."""
+    parts = [part for module in linears_of(mlp) for part in cast(PackedLayer, module).parts(whole=whole)]
+    if mlp.stacked and len(parts) == 2:
+        rows, down = mlp.intermediate_size, parts[1]
+        halves = parts[0].part(0, rows), parts[0].part(rows, rows)
+        parts = [*(half for half in halves if half is not None), down]
+    return parts
+
+
+def slimmed(mlp: FeedForward, act: Act, kept: Tensor, fmt: str | None) -> SlimMLP | None:
+    """The neurons `kept`, int64 ascending, of an MLP on the CPU; None where it is packed in a form of which rows cannot
+    be taken, or holds numbers that are none.
+
+    fmt: None, as loaded, in fewer bytes where these hold the very numbers; "int8" or "int4" groups. Rows of gate and up
+    are the numbers that the whole matrices have in that format, to the bit. Groups of the down projection run along the
+    neurons and are made anew: in 4 bits, or in 8 where its numbers are 4-bit groups already, which other groups of 4
+    bits do not hold.
+    """
+    packed = [isinstance(module, PackedLayer) for module in linears_of(mlp)]
+    if not any(packed):
+        return _of_floats(mlp, act, kept, fmt)
+    parts = packed_parts(mlp, whole=fmt is None) if all(packed) else []
+    if len(parts) != 2 + mlp.gated or any(part.fmt not in _TAKEN for part in parts):
+        return None
+    *rows, down = parts
+    taken = [_rows_of(part, kept) for part in rows]
+    outputs = mlp.matrices().down[kept].t().float().contiguous()
+    narrow = replace(PackedLinear.pack(outputs, down.bias, fmt="int8_groups"), whole=fmt is None)
+    return SlimMLP(taken[0] if mlp.gated else None, taken[-1], narrow, act)
+
+
+def slim_down_bytes(mlp: FeedForward, fmt: str | None) -> float | None:
+    """Bytes of a weight of the down projection of `slimmed`; None: as many as of the whole one's."""
+    if isinstance(mlp.down, PackedLayer):
+        return EXACT_BYTES["int8_groups"]
+    weight = cast(Tensor, mlp.down.weight)
+    if fmt not in (None, "int4") or not in_four_bits(mlp):
+        return None
+    return EXACT_BYTES["int8_groups"] if fmt == "int4" else float(weight.element_size())
+
+
+def in_four_bits(mlp: FeedForward) -> bool:
+    """Whether the down projection's numbers are 4-bit groups along the neurons, as far as the first tell."""
+    return cpu.holds("int4", rows_of(mlp.down)[0][:1].float().contiguous())
+
+
+def _of_floats(mlp: FeedForward, act: Act, kept: Tensor, fmt: str | None) -> SlimMLP | None:
+    w, form = mlp.matrices(), _IN_GROUPS.get(fmt or "")
+    if form is not None and not all(finite(part) for part in (w.gate, w.up, w.down) if part is not None):
+        return None
+
+    def rows(weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        return _pack(weight[kept], None if bias is None else bias[kept], form)
+
+    gate = None if w.gate is None else rows(w.gate, w.gate_bias)
+    of_down = "int8_groups" if form == "int4" and in_four_bits(mlp) else form
+    down = _pack(w.down[kept].t().contiguous(), w.down_bias, of_down)
+    return SlimMLP(gate, rows(w.up, w.up_bias), down, act)
+
+
+def _pack(weight: Tensor, bias: Tensor | None, form: str | None) -> PackedLinear:
+    exact = cpu.pack_exactly(weight.detach(), bias) if form is None else None
+    return exact or PackedLinear.pack(weight.detach(), bias, fmt=form)
+
+
+def _rows_of(packed: PackedLinear, kept: Tensor) -> PackedLinear:
+    """Rows of a matrix in groups, which are not rounded anew."""
+    form = str(packed.fmt)
+    q, scale, least = (part[kept] for part in untile(copied(packed)))
+    if FORMATS[form].centred:  # bytes about 128
+        q = (q + 128).to(torch.uint8)
+    tiles = tiles_from_groups(q, scale, least, form)
+    return replace(packed, weight=tiles, bias=None if packed.bias is None else packed.bias[kept], rows=kept.numel())
