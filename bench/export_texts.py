@@ -3,9 +3,10 @@
     python -m coreskip.bench.export_texts --text TEXT --rows bench/rows/export_texts.jsonl
 
 The embedded model dense, with 70 % of the neurons (static, calibrated on the first half of the text), without every
-third layer, and with both: exported as a checkpoint, to ONNX in float32 and to GGUF in float16, greedy texts after
-prompts of the second half against transformers on the checkpoint, with how near a tie texts part, and the largest error
-of ONNX Runtime's logits beside that of float32 itself, both against the checkpoint in float64.
+third layer, and with both: exported as a checkpoint, to ONNX in float32 and to GGUF in float32, where llama.cpp holds
+keys and values in 32 bits, too, and in float16, where it rounds them and activations to 16. Greedy texts after prompts
+of the second half against transformers on the checkpoint, with how near a tie texts part, and the largest error of ONNX
+Runtime's logits beside that of float32 itself, both against the checkpoint in float64.
 """
 
 from __future__ import annotations
@@ -57,17 +58,20 @@ def measure(
     """A row for every plan and runtime."""
     for name, plan in named.items():
         with tempfile.TemporaryDirectory() as scratch:
-            folders = {to: Path(scratch) / to for to in ("hf", "onnx", "gguf")}
+            folders = {to: Path(scratch) / to for to in ("hf", "onnx", "float32", "float16")}
             for to, folder in folders.items():
-                export(model, tokenizer, folder, plan=plan, to=to, progress=False)
+                how = {"to": "gguf", "weights": to} if to.startswith("float") else {"to": to}
+                export(model, tokenizer, folder, plan=plan, progress=False, **how)
             checkpoint = AutoModelForCausalLM.from_pretrained(folders["hf"]).eval()
             expected = [_greedy(checkpoint, ids, tokens) for ids in tqdm(prompts, desc=name, leave=False)]
             runners = {
                 "ONNX Runtime": Job(
                     "onnxruntime-folder", "float32", model=str(folders["onnx"]), context=_PROMPT + tokens
                 ),
-                "llama.cpp": Job("llama.cpp", "float16", gguf=folders["gguf"] / "model.gguf", context=_PROMPT + tokens),
             }
+            for form in ("float32", "float16"):
+                job = Job("llama.cpp", form, gguf=folders[form] / "model.gguf", context=_PROMPT + tokens)
+                runners[f"llama.cpp, {form}"] = job
             for runtime, job in runners.items():
                 found = _texts(job, prompts, tokens)
                 same = [_same(got, wanted) for got, wanted in zip(found, expected, strict=True)]

@@ -213,7 +213,9 @@ class LlamaCpp(Peer):
     def load(self) -> None:
         import llama_cpp
 
-        path = gguf_of(self.job)
+        path, exact = gguf_of(self.job), {}
+        if self.job.dtype == "float32":  # keys and values, too, which it rounds to 16 bits
+            exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
         self._llama: Any = llama_cpp.Llama(
             str(path),
             n_ctx=self._context,
@@ -221,6 +223,7 @@ class LlamaCpp(Peer):
             n_threads_batch=self.job.threads,
             n_gpu_layers=0 if self.job.device == "cpu" else -1,
             verbose=False,
+            **exact,
         )
         self._bytes, self._kind = gguf_weights(path)
 

@@ -84,7 +84,8 @@ def export(
         to: ``"hf"``: a checkpoint for ``AutoModelForCausalLM``; ``"onnx"``: for onnxruntime-genai; ``"gguf"``: for
             llama.cpp.
         weights: their form. hf: float32, bfloat16 or float16, by default the model's own; onnx: float32 (default),
-            float16, or int4, blocks of 32 of 4 bits, the LM head of 8; gguf: float16 (default), q8_0, q4_0 or q4_1.
+            float16, or int4, blocks of 32 of 4 bits, the LM head of 8; gguf: float32, float16 (default), q8_0, q4_0 or
+            q4_1.
             A plan's own `weights` are of coreskip's steps, and are not asked.
         command: that does this, for the model card.
 

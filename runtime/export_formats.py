@@ -11,7 +11,7 @@ from ..predictors.errors import CoreskipError
 WEIGHTS = {
     "hf": ("float32", "bfloat16", "float16"),
     "onnx": ("float32", "float16", "int4"),
-    "gguf": ("float16", "q8_0", "q4_0", "q4_1"),
+    "gguf": ("float32", "float16", "q8_0", "q4_0", "q4_1"),
 }
 
 ONNX_SETTINGS = "genai_config.json"  # by which an exported ONNX model is known

@@ -27,12 +27,13 @@ from .spec import LayerSpec, LinearSpec, ModelSpec, NormSpec
 
 MODEL = "model.gguf"
 _TYPES = {
+    "float32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     "float16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
     "q4_0": (gguf.GGMLQuantizationType.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
     "q4_1": (gguf.GGMLQuantizationType.Q4_1, gguf.LlamaFileType.MOSTLY_Q4_1),
 }
-_BYTES = {"float16": 2.0, "q8_0": 1.07, "q4_0": 0.6, "q4_1": 0.66}  # of a number, about
+_BYTES = {"float32": 4.0, "float16": 2.0, "q8_0": 1.07, "q4_0": 0.6, "q4_1": 0.66}  # of a number, about
 _BLOCK = 32
 
 
@@ -136,7 +137,7 @@ class GgufFolder:
 
     def _kind(self, name: str, inputs: int) -> gguf.GGMLQuantizationType:
         """The type of a matrix: where 4 bits are asked for, embeddings and head, which lose most by them, have 8."""
-        if inputs % _BLOCK:
+        if inputs % _BLOCK and self.weights != "float32":
             return gguf.GGMLQuantizationType.F16
         of_tokens = name in ("token_embd", "output") and self.weights.startswith("q4")
         return gguf.GGMLQuantizationType.Q8_0 if of_tokens else _TYPES[self.weights][0]
