@@ -44,7 +44,7 @@ def slimmed(mlp: FeedForward, act: Act, kept: Tensor, fmt: str | None) -> SlimML
     fmt: None, as loaded, in fewer bytes where these hold the very numbers; "int8" or "int4" groups. Rows of gate and up
     are the numbers that the whole matrices have in that format, to the bit. Groups of the down projection run along the
     neurons and are made anew: in 4 bits, or in 8 where its numbers are 4-bit groups already, which other groups of 4
-    bits do not hold.
+    bits do not hold; as loaded they are floats.
     """
     packed = [isinstance(module, PackedLayer) for module in linears_of(mlp)]
     if not any(packed):
@@ -54,19 +54,17 @@ def slimmed(mlp: FeedForward, act: Act, kept: Tensor, fmt: str | None) -> SlimML
         return None
     *rows, down = parts
     taken = [_rows_of(part, kept) for part in rows]
-    outputs = mlp.matrices().down[kept].t().float().contiguous()
-    narrow = replace(PackedLinear.pack(outputs, down.bias, fmt="int8_groups"), whole=fmt is None)
+    outputs = mlp.matrices().down[kept].t().contiguous()
+    narrow = _pack(outputs, down.bias, None if fmt is None else "int8_groups")
     return SlimMLP(taken[0] if mlp.gated else None, taken[-1], narrow, act)
 
 
 def slim_down_bytes(mlp: FeedForward, fmt: str | None) -> float | None:
     """Bytes of a weight of the down projection of `slimmed`; None: as many as of the whole one's."""
-    if isinstance(mlp.down, PackedLayer):
-        return EXACT_BYTES["int8_groups"]
-    weight = cast(Tensor, mlp.down.weight)
-    if fmt not in (None, "int4") or not in_four_bits(mlp):
+    packed = isinstance(mlp.down, PackedLayer)
+    if not packed and (fmt not in (None, "int4") or not in_four_bits(mlp)):
         return None
-    return EXACT_BYTES["int8_groups"] if fmt == "int4" else float(weight.element_size())
+    return float(cast(Tensor, mlp.down.weight).element_size()) if fmt is None else EXACT_BYTES["int8_groups"]
 
 
 def in_four_bits(mlp: FeedForward) -> bool:
