@@ -122,8 +122,8 @@ def _check_mlp(device: torch.device, hidden: int, inner: int, dtype: torch.dtype
     for by_norm in (False, True):
         yield Check(
             f"columns, by norm {by_norm}",
-            lambda b=by_norm: step.columns(x, columns, 0.5, by_norm=b),
-            lambda b=by_norm: reference.columns(x.double(), columns, 0.5, b),
+            lambda b=by_norm: step.columns(x, [columns] * 3, [0.5, 0.2, 0.1], by_norm=b),
+            lambda b=by_norm: torch.cat([reference.columns(x.double(), columns, t, b) for t in (0.5, 0.2, 0.1)], 1),
         )
     for count in (1, 2, 3):
         matrices = [step.pack(packed.weight[:, part, :hidden]) for part in range(count)]
@@ -321,10 +321,10 @@ def time_small(results: Results, device: torch.device, hidden: int, inner: int, 
         "rotation and KV write": (
             lambda: step.rotary_write(qkv, keys, values, at, heads=heads, places=places, rotation=(table, table)), 0,
         ),
-        f"attention over {context} (2 launches)": (
+        f"attention over {context}": (
             lambda: step.attention(q, keys, values, at, scale=0.1, quantize=True), 2 * keys.nbytes,
         ),
-        "attention over 128 (2 launches)": (
+        "attention over 128": (
             lambda: step.attention(q, keys, values, at.clamp(max=127), scale=0.1, quantize=True), 0,
         ),
     }  # fmt: skip

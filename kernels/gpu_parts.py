@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -49,6 +50,26 @@ def row_stride(x: Tensor | None) -> int:
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError("rows must lie side by side in memory")
     return x.stride(0)
+
+
+def counters_for(counters: Tensor | None, needed: int, device: torch.device) -> Tensor:
+    """int32 zeros for `last_of`: those given, where they are enough, else new ones, which are a launch."""
+    if counters is not None and counters.numel() >= needed:
+        return counters
+    count("small")
+    return torch.zeros(needed, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def last_of(counter, programs):
+    """Whether this program is the last of so many to come here, which may read what all of them have stored before.
+    None waits for another, and the counter, which was 0, is 0 again."""
+    tl.debug_barrier()  # every thread has stored what it has to
+    before = tl.atomic_add(counter, 1, sem="acq_rel")
+    last = before == programs - 1
+    if last:
+        tl.store(counter, 0)
+    return last
 
 
 @triton.jit

@@ -11,6 +11,10 @@ Results are new tensors. The residual stream is best kept in float32: a row is r
 form: "one" is the fastest way for a row or a few, "many" the one whose bits for a row depend on that row's inputs
 alone, however many others there are, up to `MAX_ROWS` (a verification pass must choose the tokens that single steps
 would have); None: by the number of rows. What has no `form` goes row by row in any case.
+
+counters: int32 zeros by which a launch of many programs knows which of them is the last, and adds up what all of them
+have found, always in the same order; they are zeros again afterwards. At most `COUNTERS` a row are asked for. Nobody
+else may use them meanwhile. None: they are made for the call, by a launch more.
 """
 
 from __future__ import annotations
@@ -56,6 +60,7 @@ __all__ = [
 
 Form = Literal["one", "many"]
 
+COUNTERS = 1024
 MAX_ROWS = 32  # of steps; beyond them grouped matrices are unpacked, and multiplied by torch
 
 
@@ -256,8 +261,9 @@ def attention(
     sinks: Tensor | None = None,
     quantize: bool = False,
     dtype: torch.dtype | None = None,
+    counters: Tensor | None = None,
 ) -> Inputs:
-    """[R, heads * head_dim]: each row's attention over the indices 0..at of its sequence that it sees. Two launches.
+    """[R, heads * head_dim]: each row's attention over the indices 0..at of its sequence that it sees. One launch.
 
     q: [R, heads, head_dim] as `rotary_write` returns it; keys, values: [B, kv_heads, capacity, head_dim] of one dtype;
     at: int64 [R], read on the device. seen: bool [B, capacity], what is not padding; None: everything. window: how many
@@ -269,7 +275,7 @@ def attention(
     kernel = _kernels("gpu_attention", q)
     if kernel is not None:
         return kernel.attention(  # type: ignore[no-any-return]
-            q, keys, values, at, seen, scale, window, softcap, slopes, sinks, quantize, dtype or q.dtype
+            q, keys, values, at, seen, scale, window, softcap, slopes, sinks, quantize, dtype or q.dtype, counters
         )
     y = reference.attention(q, keys, values, at, seen, scale, window, softcap, slopes, sinks)
     return _made(y, quantize, dtype or q.dtype)
@@ -304,16 +310,29 @@ def mlp(
 
 
 def columns(
-    x: Tensor, packed: PackedColumns, threshold: float, *, by_norm: bool = False, dtype: torch.dtype | None = None
+    x: Tensor,
+    packed: Sequence[PackedColumns],
+    thresholds: Sequence[float],
+    *,
+    by_norm: bool = False,
+    act: str | None = None,
+    dtype: torch.dtype | None = None,
+    counters: Tensor | None = None,
 ) -> Tensor:
-    """A linear without the inputs below `threshold`, whose columns stay unread: [R, out] in `dtype`. Two launches.
+    """What up to three linears make of x without the inputs below a threshold of each, side by side: columns of these
+    inputs stay unread. [R, sum of outs] in `dtype`, one launch.
 
-    x: [R, in]. An input counts by |x| (TEAL) or, by_norm, by |x| * |column| (WINA).
+    x: [R, in]. An input counts by |x| (TEAL) or, by_norm, by |x| * |column| (WINA). act: a name of `packed.ACTS`, of
+    the outputs; of two linears act(first) * second comes out, [R, out].
     """
+    if not 1 <= len(packed) <= 3 or (act is not None and len(packed) == 3):
+        raise ValueError("one launch takes one to three linears, and an activation one or two of them")
     kernel = _kernels("gpu_mlp", x)
     if kernel is not None:
-        return kernel.columns(x, packed, threshold, by_norm, dtype or x.dtype)  # type: ignore[no-any-return]
-    return reference.columns(x, packed, threshold, by_norm).to(dtype or x.dtype)
+        return kernel.columns(x, packed, thresholds, by_norm, act, dtype or x.dtype, counters)  # type: ignore[no-any-return]
+    parts = [reference.columns(x, some, least, by_norm) for some, least in zip(packed, thresholds, strict=True)]
+    y = torch.cat(parts, 1)
+    return (y if act is None else reference.act_mul(y, act, len(packed) == 2)).to(dtype or x.dtype)
 
 
 def embed(ids: Tensor, table: Tensor | GroupedMatrix, *, scale: float = 1.0, dtype: torch.dtype) -> Tensor:

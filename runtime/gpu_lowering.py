@@ -92,6 +92,8 @@ class GpuStep:
         self._lists: dict[int, Tensor] = {}
         self._inverse: dict[int, Tensor] = {}  # int64 [neurons]: where each is listed, or -1
         with torch.inference_mode(False):
+            rows = place.rows * tokens
+            self._counters = torch.zeros(rows * kernel.COUNTERS, dtype=torch.int32, device=place.device)
             self._rows = torch.arange(place.rows * tokens, device=place.device)
             self._ahead = torch.arange(tokens, device=place.device).repeat(place.rows)
             for index, mlp in enumerate(program.mlps):
@@ -191,6 +193,7 @@ class GpuStep:
             q, keys, values, self._at,
             seen=place.seen, scale=spec.scale, window=spec.window, softcap=spec.softcap, slopes=a.slopes,
             sinks=a.sinks, quantize=_grouped(a.output) and "o" not in columns, dtype=self._model.spec.dtype,
+            counters=self._counters,
         )  # fmt: skip
         return self._product(y, (a.output,), columns, ("o",))
 
@@ -198,12 +201,16 @@ class GpuStep:
         sparse, dense, columns = self._program.mlps[index], layer.mlp, self._program.columns.get(index, {})
         if sparse is not None and not isinstance(sparse, SlicedMLP):
             return self._bundled(index, sparse, cast(Tensor, x))
+        names = _MLP if dense.gated else ("up",)
         quantize, inverse = _grouped(dense.down) and "down" not in columns, None
         if index in self._inverse:  # neurons that prompts choose: the down projection meets 0 in place of others
             halves, inverse = cast(SlicedMLP, sparse).groups.halves, self._inverse[index]
             wide = kernel.linears(x, halves, dtype=torch.float32, form=self._form, rows=self._lists[index])
+        elif columns.keys() >= set(names):
+            h = self._columns(cast(Tensor, x), [columns[name] for name in names], dense.act)
+            return self._product(h, (dense.down,), columns, ("down",))
         else:
-            wide = self._product(x, dense.widening, columns, _MLP if dense.gated else ("up",))
+            wide = self._product(x, dense.widening, columns, names)
         h = kernel.act_mul(
             wide, dense.act, gated=dense.gated, inverse=inverse, quantize=quantize, dtype=self._model.spec.dtype
         )
@@ -226,21 +233,26 @@ class GpuStep:
         left_out: dict[str, SparseLinear] = {name: columns[name] for name in names if name in columns}
         if not left_out:
             return kernel.linears(x, matrices, dtype=torch.float32, form=self._form)
-        if len(left_out) < len(names) and len(matrices) != len(names):
+        if len(left_out) == len(names):
+            return self._columns(cast(Tensor, x), list(left_out.values()))
+        if len(matrices) != len(names):
             raise NotCovered("inputs are left out of a part of a projection")
         parts = []
-        for at, name in enumerate(names):
+        for matrix, name in zip(matrices, names, strict=True):
             found = left_out.get(name)
             if found is None:
-                parts.append(kernel.linear(x, matrices[at], dtype=torch.float32, form=self._form))
+                parts.append(kernel.linear(x, matrix, dtype=torch.float32, form=self._form))
             else:
-                floats = cast(Tensor, x)
-                parts.append(
-                    kernel.columns(
-                        floats, found.packed, found.threshold, by_norm=found.by_norm, dtype=torch.float32
-                    )
-                )  # fmt: skip
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+                parts.append(self._columns(cast(Tensor, x), [found]))
+        return torch.cat(parts, 1)
+
+    def _columns(self, x: Tensor, linears: list[SparseLinear], act: str | None = None) -> Tensor:
+        """Linears without small inputs, side by side, in one launch; or what an activation makes of them."""
+        return kernel.columns(
+            x, [found.packed for found in linears], [found.threshold for found in linears],
+            by_norm=linears[0].by_norm, act=act, dtype=self._model.spec.dtype if act else torch.float32,
+            counters=self._counters,
+        )  # fmt: skip
 
 
 def _grouped(matrix: Matrix) -> bool:

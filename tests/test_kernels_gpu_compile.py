@@ -102,7 +102,7 @@ def check(heads, kv_heads, size, dtype=half, one=None, **options):
         k_norm=one), "_rotary_kernel", capability={capability})
     q = torch.empty((2, heads, size), dtype=dtype)
     made(lambda: step.attention(q, keys, keys, at, scale=0.1, quantize=True, **options), "_attention_kernel",
-        "_combine_kernel", capability={capability})
+        capability={capability})
 check(8, 1, 256, seen=torch.ones((2, 2048), dtype=torch.bool), softcap=50.0, window=512, sinks=torch.ones(8))
 if {capability} == 90:
     check(32, 32, 128)
@@ -124,8 +124,9 @@ for hidden in (576, 4096, 8192) if {capability} == 90 else (4096,):
             assert "ld.global.v4.b32" in ptx[0]
 made(lambda: step.mlp(x, bundles(hidden, torch.float32)), *names, capability={capability})
 columns = PackedColumns(torch.empty((4096, 4096), dtype=half), 4096, torch.empty(4096))
-made(lambda: step.columns(torch.empty(1, 4096), columns, 0.1, by_norm=True), "_columns_kernel", "_sum_kernel",
-    capability={capability})
+for count, act in ((1, None), (2, "silu"), (3, None)):
+    made(lambda: step.columns(torch.empty(1, 4096), [columns] * count, [0.1] * count, by_norm=True, act=act),
+        "_columns_kernel", capability={capability})
 for inputs in (576, 4096, 11008) if {capability} == 90 else (4096,):
     matrices = [step.pack(torch.empty((n, inputs), dtype=half)) for n in (64, 16, 16)]
     x = torch.empty(1, inputs)
@@ -156,12 +157,11 @@ made(lambda: step.linear(rounded(4, 32), grouped(1, 32, 8)), "_tile_kernel")
 made(lambda: step.linear(rounded(1, 32), grouped(1, 32, 4)), "_dot_kernel")
 made(lambda: step.linear(one, step.pack(one)), "_row_kernel")
 made(lambda: step.add_norm(one, norm(1), quantize=True), "_add_norm_kernel")
-made(lambda: step.columns(one, PackedColumns(torch.empty((1, 32)), 1, torch.empty(1)), 0.1), "_columns_kernel",
-    "_sum_kernel")
+made(lambda: step.columns(one, [PackedColumns(torch.empty((1, 32)), 1, torch.empty(1))], [0.1]), "_columns_kernel")
 lists = torch.zeros((1, 1), dtype=torch.int32)
 made(lambda: step.mlp(torch.empty(1, 64), bundles(64), indices=lists), "_mlp_kernel", "_sum_kernel")
 keys, at = torch.empty((1, 1, 1, 16)), torch.zeros(1, dtype=torch.int64)
-made(lambda: step.attention(keys[0], keys, keys, at, scale=1.0), "_attention_kernel", "_combine_kernel")
+made(lambda: step.attention(keys[0], keys, keys, at, scale=1.0), "_attention_kernel")
 """)
 
 

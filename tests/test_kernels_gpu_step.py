@@ -219,15 +219,33 @@ assert step.mlp(x, packed, indices=listed).isfinite().all()
 
 
 def test_columns(run: Run) -> None:
+    """One to three linears at once, and what an activation makes of them; counters are zeros again."""
     run("""
+counters = torch.zeros(64, dtype=torch.int32)
 for dtype in (torch.float32, half):
-    packed = PackedColumns.pack(torch.randn(300, 70).to(dtype), torch.randn(300))
+    outs = (300, 300, 20)
+    every = [PackedColumns.pack(torch.randn(n, 70).to(dtype), torch.randn(n) if n == 300 else None) for n in outs]
     x = torch.randn(2, 70)
     for by_norm in (False, True):
-        exact = reference.columns(x.double(), packed, 0.7, by_norm)
-        twice(lambda: step.columns(x, packed, 0.7, by_norm=by_norm), exact)
-packed.weight[x[0].abs() < 0.7] = float("nan")
-assert step.columns(x[:1], packed, 0.7).isfinite().all()
+        parts = [reference.columns(x.double(), p, t, by_norm) for p, t in zip(every, (0.7, 0.2, 0.0))]
+        for count in (1, 3):
+            call = lambda: step.columns(x, every[:count], (0.7, 0.2, 0.0)[:count], by_norm=by_norm, counters=counters)
+            twice(call, torch.cat(parts[:count], 1))
+    both = lambda: step.columns(x, every[:2], (0.7, 0.2), by_norm=True, act="silu", counters=counters)
+    twice(both, ACTS["silu"](parts[0]) * parts[1])
+    twice(lambda: step.columns(x, every[2:], (0.0,), by_norm=True, act="relu"), parts[2].relu())
+assert not counters.any()
+every[0].weight[x[0].abs() < 0.7] = float("nan")
+assert step.columns(x[:1], every[:1], (0.7,)).isfinite().all()
+with step.launches() as found:
+    both()
+assert (found["gemv"], found["small"]) == (1, 0)
+try:
+    step.columns(x, every, (0.1,) * 3, act="silu")
+except ValueError:
+    pass
+else:
+    raise AssertionError("three linears have no common activation")
 """)
 
 
@@ -306,8 +324,10 @@ def check(heads, kv_heads, size, tokens=1, capacity=70, dtype=torch.float32, qua
     exact = reference.attention(
         q.double(), keys.double(), values.double(), at, named["seen"], size**-0.5, *list(named.values())[1:]
     )
+    counters = torch.zeros(rows * step.COUNTERS, dtype=torch.int32)
+    options["counters"] = counters
     result = call()
-    assert torch.equal(result, call())
+    assert torch.equal(result, call()) and not counters.any()
     limit = (2e-6 if dtype is torch.float32 else 2 * torch.finfo(dtype).eps) * exact.abs().max() + 1e-30
     assert (result - exact).abs().max() <= limit
     if quantize:
