@@ -307,7 +307,7 @@ def _combine(
     column = first + place
     inside = (place < OWN) & (column < WIDTH)
     heads: tl.constexpr = WIDTH // SIZE
-    if SIZE % 32 == 0:  # noqa: SIM108 - a group has one head
+    if SIZE % 32 == 0:  # a group has one head
         head = tl.minimum((first + tl.arange(0, GROUPS)[:, None] * 32) // SIZE, heads - 1)
     else:
         head = tl.where(inside, column // SIZE, 0)

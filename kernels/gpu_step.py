@@ -24,16 +24,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import gpu_reference as reference
-from .gpu_formats import FloatMatrix, GroupedMatrix, Inputs, Matrix, Quantized, pack
+from .gpu_formats import ByRow, FloatMatrix, GroupedMatrix, Inputs, Matrix, Quantized, pack
 from .gpu_launch import INTERPRETED, count, launches
-from .packed import ACTS, PackedColumns, PackedMLP
+from .packed import ACTS, PackedColumns, PackedLinear, PackedMLP
 from .step_model import Heads, Norm
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "Normed",
     "Quantized",
     "act_mul",
+    "activated",
     "add_norm",
     "attention",
     "columns",
@@ -80,20 +81,23 @@ def add_norm(
     after: Norm | None = None,
     second: Norm | None = None,
     scale: float = 1.0,
-    quantize: bool = False,
+    quantize: bool | Literal["row"] = False,
+    smooth: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Normed:
     """stream = after(stream + scale * out(deltas[0]) + scale * deltas[1]), y = norm(stream): one launch.
 
     stream: [R, hidden] of any float dtype, which the new stream has, too. deltas: none, one or two of [R, hidden];
     `out` is for the first. norm None: y is the stream itself. second: a further norm of the new stream.
-    quantize: y and second are `Quantized`; else they have `dtype`, by default that of the stream.
+    quantize: y and second are `Quantized`, or `ByRow` for "row"; else they have `dtype`, by default that of the stream.
+    smooth: float32 [hidden], what y is multiplied by before it is rounded.
     """
     kernel = _kernels("gpu_norm", stream)
     if kernel is not None:
-        return Normed(*kernel.add_norm(stream, norm, deltas, out, after, second, scale, quantize, dtype))
+        return Normed(*kernel.add_norm(stream, norm, deltas, out, after, second, scale, quantize, smooth, dtype))
     x = reference.add_norm(stream, deltas, out, after, scale)
-    y = _made(reference.normed(x, norm), quantize, dtype or stream.dtype)
+    y = reference.normed(x, norm)
+    y = _made(y if smooth is None else y * smooth, quantize, dtype or stream.dtype)
     more = None if second is None else _made(reference.normed(x, second), quantize, dtype or stream.dtype)
     return Normed(x.to(stream.dtype), y, more)
 
@@ -164,6 +168,34 @@ def linears(
     for matrix, part in zip(matrices, out.split(outs, 1), strict=True):
         _linear(x, matrix, part, rows, form)
     return out
+
+
+def activated(
+    x: Inputs,
+    matrices: Sequence[Matrix],
+    act: str,
+    *,
+    gated: bool = True,
+    quantize: bool = False,
+    dtype: torch.dtype | None = None,
+    form: Form | None = None,
+) -> Inputs:
+    """`act_mul` of what matrices make of x: [R, I]. One launch for one row and matrices of floats, else one more.
+
+    matrices: that of gates and that of ups, or one that has gates before ups; of a plain MLP that of ups. dtype: as for
+    `linear`. The others: as for `act_mul` and `linear`.
+    """
+    dtype = dtype or (x.dtype if isinstance(x, Tensor) else torch.float32)
+    floats = [m for m in matrices if isinstance(m, FloatMatrix)]
+    if len(floats) == len(matrices) and not quantize:
+        given = _floats(x)
+        neurons = sum(m.out_features for m in floats) // (2 if gated else 1)
+        out = given.new_empty((given.shape[0], neurons), dtype=dtype)
+        kernel = _kernels("gpu_floats", out)
+        if kernel is not None and kernel.linears(given, floats, out, None, form, act, gated):
+            return out
+    wide = linears(x, matrices, dtype=torch.float32, form=form)
+    return act_mul(wide, act, gated=gated, quantize=quantize, dtype=dtype)
 
 
 def _linear(x: Inputs, matrix: Matrix, out: Tensor, rows: Tensor | None, form: Form | None) -> None:
@@ -335,13 +367,83 @@ def columns(
     return (y if act is None else reference.act_mul(y, act, len(packed) == 2)).to(dtype or x.dtype)
 
 
+def pick(
+    score: Tensor,
+    *,
+    keep: int | None = None,
+    threshold: float = 0.0,
+    kind: Literal["plain", "sigmoid", "size"] = "plain",
+    norm: Tensor | None = None,
+) -> Tensor:
+    """int32 [R, keep]: the neurons with the greatest of score [R, neurons], float32, ascending, of equal ones the
+    first. keep None: [R, neurons], those of `threshold` up, then -1. A NaN is picked. One launch.
+
+    kind: "plain": scores are what they are; "sigmoid": theirs; "size": |score|. norm: float32 [neurons], what these are
+    multiplied by.
+    """
+    count_ = -1 if keep is None else keep
+    kernel = _kernels("gpu_choice", score)
+    if kernel is not None:
+        return kernel.pick(score, count_, threshold, kind, norm)  # type: ignore[no-any-return]
+    return reference.pick(score, count_, threshold, kind, norm).int()
+
+
+def sign_sums(x: Tensor, signs: PackedLinear) -> Tensor:
+    """float32 [R, neurons]: of how many more weights than not the sign is that of the input they meet. One launch.
+
+    signs: of `sparse.SignScores`. x: [R, in].
+    """
+    kernel = _kernels("gpu_choice", x)
+    if kernel is not None:
+        return kernel.sign_sums(x, signs)  # type: ignore[no-any-return]
+    return reference.sign_sums(x, signs)
+
+
+def sketch_scores(x: Tensor | ByRow, packed: PackedMLP) -> Tensor:
+    """float32 [R, neurons]: |act(gate) * up| by the upper nibbles, times packed.norm. One launch.
+
+    x: [R, hidden], rounded by row first (one more launch) where it is not yet. packed: in "int8_sliced".
+    """
+    given = _by_row(x)
+    kernel = _kernels("gpu_choice", given.step)
+    if kernel is not None:
+        return kernel.sketch_scores(given, packed)  # type: ignore[no-any-return]
+    return reference.sketch_scores(given, packed)
+
+
+def sketch_mlp(
+    x: Tensor | ByRow,
+    packed: PackedMLP,
+    *,
+    indices: Tensor | None = None,
+    threshold: float | None = None,
+    refine: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """An MLP in "int8_sliced", [R, hidden]: two launches, the second of which adds up.
+
+    Of neurons whose score (`sketch_scores`) is below `threshold` nothing but the upper nibbles is read; refine: of the
+    others, the down row is read of those whose exact score (`reference.refined`) is at least that. indices, x: as for
+    `mlp` and `sketch_scores`.
+    """
+    given = _by_row(x)
+    kernel = _kernels("gpu_choice", given.step)
+    if kernel is not None:
+        return kernel.sketch(given, packed, indices, threshold, refine, dtype)  # type: ignore[no-any-return]
+    return reference.sketch_mlp(given, packed, indices, threshold, refine).to(dtype)
+
+
+def _by_row(x: Tensor | ByRow) -> ByRow:
+    return x if isinstance(x, ByRow) else cast(ByRow, add_norm(x, None, quantize="row").y)
+
+
 def embed(ids: Tensor, table: Tensor | GroupedMatrix, *, scale: float = 1.0, dtype: torch.dtype) -> Tensor:
     """The rows `ids` int64 [R] of a table [vocabulary, hidden], times scale, in `dtype`."""
     return reference.embed(ids, table, scale).to(dtype)
 
 
-def _made(x: Tensor, quantize: bool, dtype: torch.dtype) -> Inputs:
-    return Quantized.of(x) if quantize else x.to(dtype)
+def _made(x: Tensor, quantize: bool | str, dtype: torch.dtype) -> Inputs:
+    return ByRow.of(x) if quantize == "row" else Quantized.of(x) if quantize else x.to(dtype)
 
 
 _chosen = threading.local()

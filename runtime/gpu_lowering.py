@@ -201,19 +201,23 @@ class GpuStep:
         sparse, dense, columns = self._program.mlps[index], layer.mlp, self._program.columns.get(index, {})
         if sparse is not None and not isinstance(sparse, SlicedMLP):
             return self._bundled(index, sparse, cast(Tensor, x))
-        names = _MLP if dense.gated else ("up",)
-        quantize, inverse = _grouped(dense.down) and "down" not in columns, None
+        names, dtype = _MLP if dense.gated else ("up",), self._model.spec.dtype
+        quantize = _grouped(dense.down) and "down" not in columns
         if index in self._inverse:  # neurons that prompts choose: the down projection meets 0 in place of others
-            halves, inverse = cast(SlicedMLP, sparse).groups.halves, self._inverse[index]
+            halves = cast(SlicedMLP, sparse).groups.halves
             wide = kernel.linears(x, halves, dtype=torch.float32, form=self._form, rows=self._lists[index])
+            h = kernel.act_mul(
+                wide, dense.act, gated=dense.gated, inverse=self._inverse[index], quantize=quantize, dtype=dtype
+            )
+        elif not columns.keys() & set(names):
+            h = kernel.activated(
+                x, dense.widening, dense.act, gated=dense.gated, quantize=quantize, dtype=dtype, form=self._form
+            )
         elif columns.keys() >= set(names):
             h = self._columns(cast(Tensor, x), [columns[name] for name in names], dense.act)
-            return self._product(h, (dense.down,), columns, ("down",))
         else:
             wide = self._product(x, dense.widening, columns, names)
-        h = kernel.act_mul(
-            wide, dense.act, gated=dense.gated, inverse=inverse, quantize=quantize, dtype=self._model.spec.dtype
-        )
+            h = kernel.act_mul(wide, dense.act, gated=dense.gated, quantize=quantize, dtype=dtype)
         return self._product(h, (dense.down,), columns, ("down",))
 
     def _bundled(self, index: int, sparse: SparseMLP, x: Tensor) -> Tensor:
