@@ -223,8 +223,10 @@ def attention(
 def embed(ids: Tensor, table: Tensor | GroupedMatrix, scale: float) -> Tensor:
     """[rows, hidden] in float32."""
     if isinstance(table, Tensor):
-        return _wide(table[ids]) * scale
-    return table.take(ids).floats() * scale
+        x = _wide(table[ids])
+    else:
+        x = table.take(ids).floats()
+    return x if scale == 1.0 else x * scale
 
 
 def _table(indices: Tensor, rows: int, neurons: int) -> Tensor:

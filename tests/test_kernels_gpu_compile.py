@@ -135,6 +135,38 @@ for inputs in (576, 4096, 11008) if {capability} == 90 else (4096,):
 """)
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+def test_choices(run: Run, capability: int) -> None:
+    run(f"""
+from coreskip.kernels.gpu_formats import ByRow
+from coreskip.kernels.packed import PackedLinear
+for neurons in (1536, 28672) if {capability} == 90 else (11008,):
+    score, ends = torch.empty(1, neurons), torch.empty(neurons)
+    made(lambda: step.pick(score, keep=neurons // 2, kind="sigmoid"), "_pick_kernel", capability={capability})
+    made(lambda: step.pick(score, threshold=0.5, kind="size", norm=ends), "_pick_kernel", capability={capability})
+for hidden in (576, 4096, 8192) if {capability} == 90 else (4096,):
+    half_row = -(-hidden // 128) * 64
+    packed = PackedMLP(torch.empty((8, 2, half_row), dtype=torch.uint8), hidden, True, "silu",
+        low=torch.empty((8, 4 * half_row), dtype=torch.uint8), scale=torch.empty(8, 3), norm=torch.empty(8))
+    x = ByRow(torch.empty((1, half_row * 2), dtype=torch.int8), torch.empty(1), torch.empty(1, dtype=torch.int32))
+    (ptx, _) = made(lambda: step.sketch_mlp(x, packed, threshold=0.5, refine=0.1), "_sketch_kernel", "_sum_kernel",
+        capability={capability})
+    assert "dp4a" in ptx and "ld.global.v4.b32" in ptx and "ld.global.b8" not in ptx
+    made(lambda: step.sketch_mlp(x, packed, indices=torch.zeros(8, dtype=torch.int32)), "_sketch_kernel", "_sum_kernel",
+        capability={capability})
+    made(lambda: step.sketch_scores(x, packed), "_scores_kernel", capability={capability})
+    given = torch.empty(1, hidden)
+    made(lambda: step.add_norm(given, norm(hidden), given, quantize="row", smooth=torch.empty(hidden)),
+        "_add_norm_kernel", capability={capability})
+signs = PackedLinear(torch.empty((64, 4096), dtype=torch.uint8), 4096, torch.empty(64))
+made(lambda: step.sign_sums(torch.empty((1, 4096), dtype=half), signs), "_sign_kernel", capability={capability})
+gates = [step.pack(torch.empty((64, 4096), dtype=half)) for _ in range(2)]
+(ptx,) = made(lambda: step.activated(torch.empty((1, 4096), dtype=half), gates, "silu"), "_row_kernel",
+    capability={capability})
+assert "ld.global.v4.b32" in ptx
+""")
+
+
 def test_matrices_in_eight_bits_with_one_scale_a_row(run: Run) -> None:
     """The kernels of gpu.py that are left."""
     run("""
@@ -173,6 +205,8 @@ def test_launches_that_overlap() -> None:
 for call, name in (
     (lambda: step.linear(rounded(1, 4096), grouped(64, 4096, 4)), "_dot_kernel"),
     (lambda: step.linear(torch.empty(1, 4096), step.pack(torch.empty((64, 4096), dtype=half))), "_row_kernel"),
+    (lambda: step.activated(torch.empty(1, 4096), [step.pack(torch.empty((64, 4096), dtype=half))] * 2, "silu"),
+        "_row_kernel"),
 ):
     (ptx,) = made(call, name)
     before, after = ptx.split("griddepcontrol.wait", 1)
