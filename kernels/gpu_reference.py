@@ -132,9 +132,7 @@ def sketch_scores(x: ByRow, packed: PackedMLP) -> Tensor:
     return _sliced(x, packed, lambda part: 16.0 * spread(packed.weight[:, part]) + (7.5 - 128)).abs() * packed.norm
 
 
-def sketch_mlp(
-    x: ByRow, packed: PackedMLP, indices: Tensor | None, threshold: float | None, refine: float
-) -> Tensor:
+def sketch_mlp(x: ByRow, packed: PackedMLP, indices: Tensor | None, threshold: float | None, refine: float) -> Tensor:
     """[rows, hidden] in float32."""
     assert packed.low is not None
     low, half = packed.low, packed.weight.shape[2]
@@ -222,10 +220,7 @@ def attention(
 
 def embed(ids: Tensor, table: Tensor | GroupedMatrix, scale: float) -> Tensor:
     """[rows, hidden] in float32."""
-    if isinstance(table, Tensor):
-        x = _wide(table[ids])
-    else:
-        x = table.take(ids).floats()
+    x = _wide(table[ids]) if isinstance(table, Tensor) else table.take(ids).floats()
     return x if scale == 1.0 else x * scale
 
 
