@@ -140,11 +140,11 @@ def _check_mlp(device: torch.device, hidden: int, inner: int, dtype: torch.dtype
             lambda m=matrices: torch.cat([reference.linear(x[:1].to(dtype).double(), one) for one in m], 1),
         )
     pair = [step.pack(packed.weight[:, part, :hidden]) for part in range(2)]
-    given = x[:1].to(dtype)
+    one = x[:1].to(dtype)
     yield Check(
         "float products, activated",
-        lambda: step.activated(given, pair, "silu", dtype=torch.float32),
-        lambda: reference.act_mul(torch.cat([reference.linear(given.double(), m) for m in pair], 1), "silu", True),
+        lambda: step.activated(one, pair, "silu", dtype=torch.float32),
+        lambda: reference.act_mul(torch.cat([reference.linear(one.double(), m) for m in pair], 1), "silu", True),
     )
 
 
@@ -158,7 +158,7 @@ def _check_choices(device: torch.device, hidden: int, inner: int) -> Iterator[Ch
             lambda k=keep, t=threshold: reference.pick(score, -1 if k is None else k, t, "size", norm),
         )
     x, packed = torch.randn(2, hidden, device=device), sliced(hidden, inner, device)
-    rounded = step.add_norm(x, None, quantize="row").y
+    rounded = step.by_row(x)
     least = float(reference.sketch_scores(ByRow.of(x), packed).median())
     yield Check(
         "sketch, scores",
@@ -336,7 +336,7 @@ def _by_inputs(x: Tensor, plain: list[Any], one: int) -> Iterator[Case]:
 def _by_sketch(x: Tensor, hidden: int, inner: int, count: int) -> Iterator[Case]:
     """In 8 bits; the upper nibbles of gate and up of all neurons, and of half of them the others."""
     layers = [sliced(hidden, inner, x.device) for _ in range(count)]
-    rounded = step.add_norm(x, None, quantize="row").y
+    rounded = step.by_row(x)
     least = float(step.sketch_scores(rounded, layers[0]).median())
     nbytes = int(hidden * inner * (1 + 2 * KEEP))
     calls = [lambda p=p: step.sketch_mlp(rounded, p, threshold=least) for p in layers]

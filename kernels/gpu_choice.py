@@ -135,12 +135,11 @@ def _pick_kernel(
     if NORM:
         x *= tl.load(norm + neuron, mask=there, other=0.0)
     x = tl.where(x == x, x, float("inf"))  # a NaN is picked: it has to reach the output
+    WIDTH: tl.constexpr = NEURONS if KEEP < 0 else KEEP
     if KEEP < 0:
-        WIDTH: tl.constexpr = NEURONS
         kept = there & (x >= threshold)
         count = tl.sum(kept.to(tl.int32), 0)
     else:
-        WIDTH: tl.constexpr = KEEP
         # integers in the order of the floats, without a sign
         bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
         key = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)

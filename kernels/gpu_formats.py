@@ -245,7 +245,7 @@ class ByRow:
         return self.integers.shape[0]
 
 
-Inputs = Tensor | Quantized | ByRow
+Inputs = Tensor | Quantized
 
 
 def _words(q: Tensor, bits: int) -> Tensor:

@@ -5,7 +5,7 @@ A row is one program: 4,096 values take 1.7 us on an H200, whatever is done with
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
@@ -100,7 +100,7 @@ def empty_rows(rows: int, width: int, quantize: bool | str, dtype: torch.dtype, 
     if quantize == "row":
         integers = torch.empty((rows, -(-width // PAD) * PAD), dtype=torch.int8, device=like.device)
         step = torch.empty(rows, dtype=torch.float32, device=like.device)
-        return ByRow(integers, step, torch.empty(rows, dtype=torch.int32, device=like.device))
+        return cast(Any, ByRow(integers, step, torch.empty(rows, dtype=torch.int32, device=like.device)))  # type: ignore[no-any-return]
     groups = triton.cdiv(width, GROUP)
     integers = torch.empty((rows, groups * GROUP), dtype=torch.int8, device=like.device)
     step, total = torch.empty((2, rows, groups), dtype=torch.float32, device=like.device)

@@ -47,6 +47,7 @@ __all__ = [
     "activated",
     "add_norm",
     "attention",
+    "by_row",
     "columns",
     "definitions",
     "embed",
@@ -55,8 +56,12 @@ __all__ = [
     "linears",
     "mlp",
     "pack",
+    "pick",
     "quantize",
     "rotary_write",
+    "sign_sums",
+    "sketch_mlp",
+    "sketch_scores",
 ]
 
 Form = Literal["one", "many"]
@@ -66,7 +71,8 @@ MAX_ROWS = 32  # of steps; beyond them grouped matrices are unpacked, and multip
 
 
 class Normed(NamedTuple):
-    """stream: the residual stream [R, hidden], as `add_norm` left it; y, second: what linears read."""
+    """stream: the residual stream [R, hidden], as `add_norm` left it; y, second: what linears read, or, where that was
+    asked for, a `ByRow`."""
 
     stream: Tensor
     y: Inputs
@@ -96,8 +102,8 @@ def add_norm(
     if kernel is not None:
         return Normed(*kernel.add_norm(stream, norm, deltas, out, after, second, scale, quantize, smooth, dtype))
     x = reference.add_norm(stream, deltas, out, after, scale)
-    y = reference.normed(x, norm)
-    y = _made(y if smooth is None else y * smooth, quantize, dtype or stream.dtype)
+    n = reference.normed(x, norm)
+    y = _made(n if smooth is None else n * smooth, quantize, dtype or stream.dtype)
     more = None if second is None else _made(reference.normed(x, second), quantize, dtype or stream.dtype)
     return Normed(x.to(stream.dtype), y, more)
 
@@ -388,6 +394,11 @@ def pick(
     return reference.pick(score, count_, threshold, kind, norm).int()
 
 
+def by_row(x: Tensor | ByRow) -> ByRow:
+    """x [R, hidden] of floats rounded to 8 bits by row, where it is not yet: one launch."""
+    return x if isinstance(x, ByRow) else cast(ByRow, add_norm(x, None, quantize="row").y)
+
+
 def sign_sums(x: Tensor, signs: PackedLinear) -> Tensor:
     """float32 [R, neurons]: of how many more weights than not the sign is that of the input they meet. One launch.
 
@@ -404,7 +415,7 @@ def sketch_scores(x: Tensor | ByRow, packed: PackedMLP) -> Tensor:
 
     x: [R, hidden], rounded by row first (one more launch) where it is not yet. packed: in "int8_sliced".
     """
-    given = _by_row(x)
+    given = by_row(x)
     kernel = _kernels("gpu_choice", given.step)
     if kernel is not None:
         return kernel.sketch_scores(given, packed)  # type: ignore[no-any-return]
@@ -426,15 +437,11 @@ def sketch_mlp(
     others, the down row is read of those whose exact score (`reference.refined`) is at least that. indices, x: as for
     `mlp` and `sketch_scores`.
     """
-    given = _by_row(x)
+    given = by_row(x)
     kernel = _kernels("gpu_choice", given.step)
     if kernel is not None:
         return kernel.sketch(given, packed, indices, threshold, refine, dtype)  # type: ignore[no-any-return]
     return reference.sketch_mlp(given, packed, indices, threshold, refine).to(dtype)
-
-
-def _by_row(x: Tensor | ByRow) -> ByRow:
-    return x if isinstance(x, ByRow) else cast(ByRow, add_norm(x, None, quantize="row").y)
 
 
 def embed(ids: Tensor, table: Tensor | GroupedMatrix, *, scale: float = 1.0, dtype: torch.dtype) -> Tensor:
@@ -443,7 +450,9 @@ def embed(ids: Tensor, table: Tensor | GroupedMatrix, *, scale: float = 1.0, dty
 
 
 def _made(x: Tensor, quantize: bool | str, dtype: torch.dtype) -> Inputs:
-    return ByRow.of(x) if quantize == "row" else Quantized.of(x) if quantize else x.to(dtype)
+    if quantize == "row":
+        return cast(Any, ByRow.of(x))  # type: ignore[no-any-return]
+    return Quantized.of(x) if quantize else x.to(dtype)
 
 
 _chosen = threading.local()
