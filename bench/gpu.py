@@ -4,8 +4,8 @@
 
 It needs a CUDA machine with torch, triton and transformers, and runs from a checkout with PYTHONPATH=. (no compiler, no
 network). What matters most comes first, each part in a process of its own, so that one that fails takes no other with
-it; what there is no time for is said. Without a card `--shape tiny` runs all of it in Triton's interpreter, and the
-predictions are of what an H200 should do.
+it; what there is no time for is said. Without a card `--shape tiny` runs all of it in Triton's interpreter, and `--shape predicted` counts
+launches and reasons what an H200 should do.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from coreskip.predictors.files import check_file
 
 #: each with its share of the minutes
 PARTS = {"kernels": 0.28, "7b": 0.42, "7b-overlap": 0.08, "8b": 0.12, "1b": 0.1}
+WITHOUT_CARD = ("tiny", "predicted")
 
 
 @click.command("gpu", help=__doc__)
 @click.option("--minutes", type=float, default=7.0, show_default=True, help="After which it ends.")
 @click.option("--rows", "output", help="Append a JSON row for each figure to this file.")
-@click.option("--shape", type=click.Choice([*PARTS, "all", "tiny"]), default="all", show_default=True)
+@click.option("--shape", type=click.Choice([*PARTS, "all", *WITHOUT_CARD]), default="all", show_default=True)
 @click.option("--inside", is_flag=True, hidden=True, help="This process runs the part itself.")
 def command(minutes: float, output: str | None, shape: str, inside: bool) -> None:
     if not minutes > 0:
@@ -39,7 +40,7 @@ def command(minutes: float, output: str | None, shape: str, inside: bool) -> Non
     if path is not None:
         check_file(path)
     cuda = torch.cuda.is_available()
-    if shape != "tiny" and not cuda:
+    if shape not in WITHOUT_CARD and not cuda:
         raise CoreskipError("there is no CUDA device: --shape tiny runs everything in Triton's interpreter")
     if inside:
         run_part(shape, minutes * 60, path, cuda)
@@ -85,14 +86,17 @@ def run_part(part: str, seconds: float, path: Path | None, cuda: bool) -> None:
 
     device = torch.device("cuda" if cuda else "cpu")
     results = Results(path, seconds, f"python -m coreskip.bench.gpu --shape {part}")
-    results.measure_copy(device)
-    if part == "tiny":
+    if part in WITHOUT_CARD:
         gpu_matrices.packs_for = lambda model: True  # what runs in the interpreter stands for a GPU
-        gpu_kernels.check(results, device, 64, 96, 0)
-        _kernels(results, device, ((64, 96),), 128)
         gpu_steps.count_launches(results)
         for name in gpu_steps.MODELS:
             gpu_steps.predict(results, name)
+        if part == "predicted":
+            return
+    results.measure_copy(device)
+    if part == "tiny":
+        gpu_kernels.check(results, device, 64, 96, 0)
+        _kernels(results, device, ((64, 96),), 128)
         gpu_steps.run_ways(results, "tiny", device, tokens=4)
     elif part == "kernels":
         hidden, inner = gpu_kernels.SHAPES[0]

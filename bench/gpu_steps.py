@@ -420,6 +420,7 @@ def predict(results: Results, name: str) -> None:
         row.gb_s = round(row.nbytes / micro / 1e3, 1)
         row.share = round(row.gb_s / 4227, 3)
         row.tok_s = round(1e6 / micro, 1)
+        row.small, row.products = way.small, len(each)
         row.notes = (
             f"an H200, reasoned: {len(each)} products and {way.small} small launches a layer, {_BESIDE} beside them, "
             f"{row.nbytes / 1e9:.2f} GB{way.notes}"
@@ -457,11 +458,10 @@ def _count(row: GpuRow, way: Way) -> None:
                 step()
             found["small"] += others.operations
             counts.append(found)
-    small, products = (counts[1][kind] - counts[0][kind] for kind in ("small", "gemv"))
-    row.notes = (
-        f"{small} small launches and {products} products a layer, {counts[0]['small'] - small} small ones beside"
-    )
-    row.ok = small <= 6
+    row.small, row.products = (counts[1][kind] - counts[0][kind] for kind in ("small", "gemv"))
+    beside = counts[0]["small"] - row.small
+    row.notes = f"{row.small} small launches and {row.products} products a layer, {beside} small ones beside"
+    row.ok = row.small <= 6
 
 
 class Launched(TorchDispatchMode):

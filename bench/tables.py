@@ -410,6 +410,18 @@ _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "unwrap": lambda row: ("exact" if row["unwrap"] else "not exact") if "unwrap" in row else "",
         "decode steps": _how_steps_run,
     },
+    "gpu": {
+        "shape": lambda row: str(row["shape"]),
+        "way": lambda row: str(row["name"]),
+        "weights": lambda row: str(row["fmt"] or "as loaded"),
+        "keep": lambda row: f"{row['keep']:g}",
+        "products a layer": lambda row: _given(row["products"], "{}"),
+        "small launches a layer": lambda row: _given(row["small"], "{}"),
+        "GB a token": lambda row: "" if row["nbytes"] is None else f"{row['nbytes'] / 1e9:.2f}",
+        "predicted us": lambda row: "" if row["us"] is None else f"{row['us']['p50']:.0f}",
+        "tok/s": lambda row: _given(row["tok_s"], "{:.0f}"),
+        "of copy bandwidth": lambda row: _given(row["share"], "{:.3f}"),
+    },
     "starting": {
         "model": lambda row: f"{row['model']}, {row['weights']}",
         "packed in": lambda row: f"{row['pack_s']:.0f} s",

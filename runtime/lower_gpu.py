@@ -16,7 +16,6 @@ operations and replay them on the CPU.
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import threading
@@ -35,7 +34,7 @@ from .calls import Disagrees, NotCovered, NotThisCall, check_call, close, compar
 from .gpu_lowering import GpuLowering, GpuStep
 from .gpu_modules import ModuleStep, attention_of
 from .gpu_place import MOST_TOKENS, Capture, Place
-from .kv_cache import Entries, Rooms, known_rooms, leave_rooms, length_of, sizes_of, unfit
+from .kv_cache import Entries, Rooms, known_rooms, leave_rooms, length_of, passing_twin, sizes_of, unfit
 from .layer_skips import LayerSkips
 from .lower_cpu import StepProgram
 from .patches import Usage
@@ -390,16 +389,16 @@ class CapturedSteps:
     def _new(
         self, original: Callable[..., Any], named: dict[str, Any], way: _Way, program: StepProgram | str, verifies: bool
     ) -> Tensor | None:
-        """Captures a step and compares it with the model's own modules, which run on a copy of the cache. None: they
+        """Captures a step and compares it with the model's own modules, which leave the cache as it is. None: they
         do not agree, and nothing has happened to the cache."""
         cache, length = named["past_key_values"], named["input_ids"].shape[1]
-        twin = copy.deepcopy(cache)
+        twin = passing_twin(cache)
         expected = original(**{**named, "past_key_values": twin})
         self._places.learn(cache.layers[0].keys.dtype, twin.layers)
-        del twin
-        self._output = type(expected)
+        self._output, logits = type(expected), expected.logits
+        del twin, expected  # which hold what the cache holds
         try:
-            return self._captured_anew(original, named, way, expected.logits)
+            return self._captured_anew(original, named, way, logits)
         except NotThisCall:
             self._places.leave(cache)
             raise
