@@ -4,8 +4,8 @@
 
 It needs a CUDA machine with torch, triton and transformers, and runs from a checkout with PYTHONPATH=. (no compiler, no
 network). What matters most comes first, each part in a process of its own, so that one that fails takes no other with
-it; what there is no time for is said. Without a card `--shape tiny` runs all of it in Triton's interpreter, and `--shape
-predicted` counts launches and reasons what an H200 should do.
+it; what there is no time for is said. Without a card `--shape tiny` runs all of it in Triton's interpreter, and
+`--shape predicted` counts launches and reasons what an H200 should do.
 """
 
 from __future__ import annotations
