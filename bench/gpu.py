@@ -24,7 +24,7 @@ from coreskip.predictors.errors import CoreskipError
 from coreskip.predictors.files import check_file
 
 #: each with its share of the minutes
-PARTS = {"kernels": 0.28, "7b": 0.42, "7b-overlap": 0.08, "8b": 0.12, "1b": 0.1}
+PARTS = {"kernels": 0.25, "7b": 0.38, "7b-overlap": 0.07, "steps": 0.12, "8b": 0.1, "1b": 0.08}
 WITHOUT_CARD = ("tiny", "predicted")
 
 
@@ -82,6 +82,7 @@ def run_part(part: str, seconds: float, path: Path | None, cuda: bool) -> None:
     """One part, in this process."""
     from coreskip.bench import gpu_kernels, gpu_steps
     from coreskip.bench.gpu_clock import Results
+    from coreskip.kernels import gpu_step
     from coreskip.runtime import gpu_matrices
 
     device = torch.device("cuda" if cuda else "cpu")
@@ -97,11 +98,15 @@ def run_part(part: str, seconds: float, path: Path | None, cuda: bool) -> None:
     if part == "tiny":
         gpu_kernels.check(results, device, 64, 96, 0)
         _kernels(results, device, ((64, 96),), 128)
+        with gpu_step.definitions():  # the kernels take the interpreter a second a step
+            gpu_steps.check_steps(results, device)
         gpu_steps.run_ways(results, "tiny", device, tokens=4)
     elif part == "kernels":
         hidden, inner = gpu_kernels.SHAPES[0]
         gpu_kernels.check(results, device, hidden, inner, seconds * 0.5)
         _kernels(results, device, gpu_kernels.SHAPES, 2048)
+    elif part == "steps":
+        gpu_steps.check_steps(results, device)
     elif part == "7b-overlap":
         gpu_steps.run_overlapping(results, "7b", device)
     else:

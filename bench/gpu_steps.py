@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CompileConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import CompileConfig, DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from coreskip.bench.clock import greedy
 from coreskip.bench.gpu_clock import GpuRow, Results
@@ -493,6 +493,53 @@ class Launched(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         self._parts.run = self._run
         super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+
+# ---- whether steps are right ----
+
+
+def check_steps(results: Results, device: torch.device) -> None:
+    """Lowered steps of a small model under every policy against its modules, and against themselves."""
+    for way in (*COUNTED, Way("dense", rows=3), Way("dense", "int4", rows=8), Way("cats", rows=2)):
+        if results.left < 8:
+            results.add(GpuRow("check", "steps of the other ways", ok=False, notes="no time was left for them"))
+            return
+        keep = 1.0 if way.name == "dense" else KEEP
+        row = GpuRow("check", f"steps, {way.name}", "tiny", way.weights or "float32", way.rows, keep)
+        results.attempt(row, lambda row, way=way: _check_step(row, way, device))
+
+
+def _check_step(row: GpuRow, way: Way, device: torch.device) -> None:
+    model = tiny().to(device)
+    wrap(model, plan_of(model, way), keep_originals=True)
+    try:
+        steps, native = runtime_of(model).steps.captured, runtime_of(model).steps.native
+        if device.type != "cuda":  # which stands for a GPU, that has no native step
+            native._state.refusal = "modules are to compute"
+        capture = steps.capture if device.type == "cuda" else lambda step, device: step
+        steps.capture = None
+        expected = _forced(model, way.rows)
+        steps.capture = capture
+        found, again = (_forced(model, way.rows) for _ in range(2))
+    finally:
+        unwrap(model)
+    # inputs in 8 bits turn roundings, and in the last digit of a score choices turn
+    row.error, row.limit = float((found - expected).norm() / expected.norm()), 0.1 if way.weights else 0.01
+    row.ok = row.error <= row.limit and torch.equal(found, again) and steps.lowering.ready
+    if not torch.equal(found, again):
+        row.notes = "two runs differ"
+    if not steps.lowering.ready:
+        row.notes += f"NOT LOWERED ({steps.lowering.refusal})"
+
+
+def _forced(model: Any, rows: int, length: int = 12) -> Tensor:
+    """Logits [rows, length, vocabulary] of given tokens after a prompt, decoded one by one."""
+    ids = prompt(model, rows, 8 + length)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :8], past_key_values=cache)
+        made = [model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(8, 8 + length)]
+    return torch.cat(made, 1).float()
 
 
 @contextmanager
