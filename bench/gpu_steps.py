@@ -525,7 +525,7 @@ def _check_step(row: GpuRow, way: Way, device: torch.device) -> None:
         unwrap(model)
     # inputs in 8 bits turn roundings, and in the last digit of a score choices turn
     row.error, row.limit = float((found - expected).norm() / expected.norm()), 0.1 if way.weights else 0.01
-    row.ok = row.error <= row.limit and torch.equal(found, again) and steps.lowering.ready
+    row.ok = row.error <= row.limit and torch.equal(found, again) and steps.lowering.ready and steps.ready
     if not torch.equal(found, again):
         row.notes = "two runs differ"
     if not steps.lowering.ready:
