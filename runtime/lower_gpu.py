@@ -47,8 +47,8 @@ logger = logging.getLogger("coreskip")
 
 _MOST = 16  # places that a model keeps; each has keys and values of its own
 _LEAST = 256  # capacity of the smallest; the others' are its doubles
-# In bfloat16 the right lowering of a step, too, is now and then further from the modules than the tolerance: only who
-# is so for several texts is refused.
+# In bfloat16, and where a token's choice is a near thing, the right lowering of a step, too, is now and then further from
+# the modules than the tolerance: only who is so for several texts is refused.
 _ATTEMPTS = 4
 
 #: What a captured pass of modules has fixed: the layers whose attention, and MLP, it leaves out, and the weights that
@@ -465,8 +465,8 @@ class CapturedSteps:
     @property
     def _attempts(self) -> int:
         entries = self._places.entries
-        halves = entries is not None and entries.dtype != torch.float32
-        return _ATTEMPTS if halves or self._host.program.weights is not None else 1
+        rounded = self._host.program.weights is not None or (entries is not None and entries.dtype != torch.float32)
+        return _ATTEMPTS if rounded or self._host.chooses_by_token else 1
 
 
 def settled_by(prepared: Prepared, skips: LayerSkips, selections: Selections | None) -> Settled | str:
