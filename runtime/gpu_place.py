@@ -90,6 +90,7 @@ class Place:
 
     def _made(self, cache: Cache) -> Iterator[tuple[Tensor, Tensor]]:
         """Buffers for one layer after the other: what the cache had before is let go meanwhile."""
+        layer: Any
         for layer in cache.layers:
             with torch.inference_mode(False):
                 self.buffers.append((_buffer(layer.keys, self.capacity), _buffer(layer.values, self.capacity)))

@@ -503,7 +503,7 @@ def passing_twin(cache: Any) -> Any:
     twin = twin_of(cache)
     for layer in twin.layers:
         if is_plain(layer):
-            layer.__class__ = _passing(type(layer))
+            layer.__class__ = _passing(cast(Any, type(layer)))
     return twin
 
 

@@ -47,8 +47,8 @@ logger = logging.getLogger("coreskip")
 
 _MOST = 16  # places that a model keeps; each has keys and values of its own
 _LEAST = 256  # capacity of the smallest; the others' are its doubles
-# In bfloat16, and where a token's choice is a near thing, the right lowering of a step, too, is now and then further from
-# the modules than the tolerance: only who is so for several texts is refused.
+# In bfloat16, and where a token's choice is a near thing, the right lowering of a step, too, is now and then further
+# from the modules than the tolerance: only who is so for several texts is refused.
 _ATTEMPTS = 4
 
 #: What a captured pass of modules has fixed: the layers whose attention, and MLP, it leaves out, and the weights that
