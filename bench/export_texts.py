@@ -6,11 +6,13 @@ The embedded model dense, with 70 % of the neurons (static, calibrated on the fi
 third layer, and with both: exported as a checkpoint, to ONNX in float32 and to GGUF in float32, where llama.cpp holds
 keys and values in 32 bits, too, and in float16, where it rounds them and activations to 16. Greedy texts after prompts
 of the second half against transformers on the checkpoint, with how near a tie texts part, and the largest error of ONNX
-Runtime's logits beside that of float32 itself, both against the checkpoint in float64.
+Runtime's logits beside that of float32 itself, both against the checkpoint in float64. And how many decode steps of the
+wrapped checkpoint give the logits of the wrapped model, to the bit.
 """
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +23,7 @@ import click
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from coreskip.bench.processes import Worker
 from coreskip.bench.provenance import provenance, write_rows
@@ -35,6 +37,7 @@ from coreskip.predictors.policies import Skip
 from coreskip.runtime.analyze import analyze
 from coreskip.runtime.export import export
 from coreskip.runtime.load import load
+from coreskip.runtime.wrap import wrap
 
 _PROMPT = 40
 
@@ -63,6 +66,7 @@ def measure(
                 how = {"to": "gguf", "weights": to} if to.startswith("float") else {"to": to}
                 export(model, tokenizer, folder, plan=plan, progress=False, **how)
             checkpoint = AutoModelForCausalLM.from_pretrained(folders["hf"]).eval()
+            yield _bits(model, plan, checkpoint, prompts[0]) | {"plan": name}
             expected = [_greedy(checkpoint, ids, tokens) for ids in tqdm(prompts, desc=name, leave=False)]
             runners = {
                 "ONNX Runtime": Job(
@@ -85,6 +89,26 @@ def measure(
                 row |= {"equal": sum(n == tokens for n in same), "before_they_part": float(np.mean(same))}
                 row |= {"largest_gap": _largest_gap(checkpoint, prompts, found, expected)}
                 yield row | (_errors(checkpoint, folders["onnx"], prompts[0]) if runtime == "ONNX Runtime" else {})
+
+
+def _bits(model: Any, plan: Plan, checkpoint: Any, ids: list[int]) -> dict[str, Any]:
+    """Decode steps of the wrapped model and of the wrapped checkpoint, after one dense token: how many of their logits
+    are the same to the bit."""
+    given, runs = torch.tensor([ids]), [i for i, layer in enumerate(plan.layers) if layer.layer.mlp]
+    own = DynamicCache(config=checkpoint.config)
+    with inference(model), inference(checkpoint):
+        cache = model(given[:, :1], use_cache=True).past_key_values
+        own.layers = [copy.deepcopy(cache.layers[i]) for i in runs]
+        with wrap(model, plan):
+            expected = _continued(model, cache, given)
+        with wrap(checkpoint):
+            found = _continued(checkpoint, own, given)
+    same = int((found == expected).all(-1).sum())
+    return {"kind": "export_texts", "runtime": "coreskip, to the bit", "steps": found.shape[1], "equal": same}
+
+
+def _continued(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
+    return torch.cat([model(token, past_key_values=cache).logits for token in ids[:, 1:].split(1, 1)], 1)
 
 
 def _greedy(model: Any, ids: list[int], tokens: int) -> list[int]:
@@ -157,7 +181,8 @@ def main(text: Path, output: Path, prompts: int, tokens: int) -> None:
     for row in measure(model, tokenizer, plans(model, tokenizer, calibration), begins, tokens):
         rows.append({"model": "SmolLM2-135M-Instruct", **row, **about})
         write_rows(output, rows)
-        click.echo(f"{row['plan']:26} {row['runtime']:13} {row['equal']} of {row['texts']} texts equal")
+        of = f"{row['steps']} steps" if "steps" in row else f"{row['texts']} texts"
+        click.echo(f"{row['plan']:26} {row['runtime']:19} {row['equal']} of {of} equal")
 
 
 if __name__ == "__main__":

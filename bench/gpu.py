@@ -4,8 +4,8 @@
 
 It needs a CUDA machine with torch, triton and transformers, and runs from a checkout with PYTHONPATH=. (no compiler, no
 network). What matters most comes first, each part in a process of its own, so that one that fails takes no other with
-it; what there is no time for is said. Without a card `--shape tiny` runs all of it in Triton's interpreter, and the
-predictions are of what an H200 should do.
+it; what there is no time for is said. Without a card `--shape tiny` runs all of it in Triton's interpreter, and
+`--shape predicted` counts launches and reasons what an H200 should do.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import click
 import torch
@@ -24,13 +25,14 @@ from coreskip.predictors.errors import CoreskipError
 from coreskip.predictors.files import check_file
 
 #: each with its share of the minutes
-PARTS = {"kernels": 0.28, "7b": 0.42, "7b-overlap": 0.08, "8b": 0.12, "1b": 0.1}
+PARTS = {"kernels": 0.25, "7b": 0.38, "7b-overlap": 0.07, "steps": 0.12, "8b": 0.1, "1b": 0.08}
+WITHOUT_CARD = ("tiny", "predicted")
 
 
 @click.command("gpu", help=__doc__)
 @click.option("--minutes", type=float, default=7.0, show_default=True, help="After which it ends.")
 @click.option("--rows", "output", help="Append a JSON row for each figure to this file.")
-@click.option("--shape", type=click.Choice([*PARTS, "all", "tiny"]), default="all", show_default=True)
+@click.option("--shape", type=click.Choice([*PARTS, "all", *WITHOUT_CARD]), default="all", show_default=True)
 @click.option("--inside", is_flag=True, hidden=True, help="This process runs the part itself.")
 def command(minutes: float, output: str | None, shape: str, inside: bool) -> None:
     if not minutes > 0:
@@ -39,7 +41,7 @@ def command(minutes: float, output: str | None, shape: str, inside: bool) -> Non
     if path is not None:
         check_file(path)
     cuda = torch.cuda.is_available()
-    if shape != "tiny" and not cuda:
+    if shape not in WITHOUT_CARD and not cuda:
         raise CoreskipError("there is no CUDA device: --shape tiny runs everything in Triton's interpreter")
     if inside:
         run_part(shape, minutes * 60, path, cuda)
@@ -81,21 +83,33 @@ def run_part(part: str, seconds: float, path: Path | None, cuda: bool) -> None:
     """One part, in this process."""
     from coreskip.bench import gpu_kernels, gpu_steps
     from coreskip.bench.gpu_clock import Results
+    from coreskip.kernels import gpu_step
+    from coreskip.runtime import bundles, gpu_matrices
 
     device = torch.device("cuda" if cuda else "cpu")
     results = Results(path, seconds, f"python -m coreskip.bench.gpu --shape {part}")
+    if part in WITHOUT_CARD:
+        # what runs in the interpreter stands for a GPU
+        gpu_matrices.packs_for = lambda model: True
+        cast(Any, bundles).slimmed = lambda *arguments: None
+        gpu_steps.count_launches(results)
+        for name in gpu_steps.MODELS:
+            gpu_steps.predict(results, name)
+        if part == "predicted":
+            return
     results.measure_copy(device)
     if part == "tiny":
         gpu_kernels.check(results, device, 64, 96, 0)
         _kernels(results, device, ((64, 96),), 128)
-        gpu_steps.count_launches(results)
-        for name in gpu_steps.MODELS:
-            gpu_steps.predict(results, name)
+        with gpu_step.definitions():  # the kernels take the interpreter a second a step
+            gpu_steps.check_steps(results, device)
         gpu_steps.run_ways(results, "tiny", device, tokens=4)
     elif part == "kernels":
         hidden, inner = gpu_kernels.SHAPES[0]
         gpu_kernels.check(results, device, hidden, inner, seconds * 0.5)
         _kernels(results, device, gpu_kernels.SHAPES, 2048)
+    elif part == "steps":
+        gpu_steps.check_steps(results, device)
     elif part == "7b-overlap":
         gpu_steps.run_overlapping(results, "7b", device)
     else:

@@ -29,7 +29,8 @@ class GpuRow:
         us: per call, or per token of a step: p20, p50, p80. nbytes: of weights read by one. gb_s: bytes over p50.
         share: of the copy bandwidth that the run measured. against: times as fast as the baseline that notes name.
         tok_s: of all sequences together. error, limit: largest difference over the definition's largest value.
-        ok: whether it agrees with its definition, or ran at all. notes: what else has to be known.
+        small, products: launches of a layer. ok: whether it agrees with its definition, or ran at all. notes: what else
+        has to be known.
     """
 
     part: str
@@ -46,8 +47,11 @@ class GpuRow:
     tok_s: float | None = None
     error: float | None = None
     limit: float | None = None
+    small: int | None = None
+    products: int | None = None
     ok: bool = True
     notes: str = ""
+    kind: str = field(default="gpu")  # of table
     format: str = field(default=FORMAT)
 
     def line(self) -> str:
@@ -69,6 +73,7 @@ class Results:
         self._path, self._end = path, time.monotonic() + seconds
         cuda = torch.cuda.is_available()
         self._about = {
+            "model": "A decode step" if cuda else "Launches counted and times reasoned: nothing ran on a GPU, but",
             "device": device_name("cuda" if cuda else "cpu"),
             "interpreted": not cuda,
             "torch": torch.__version__,

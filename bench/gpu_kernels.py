@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from coreskip.bench.gpu_clock import GpuRow, Results, difference, layers_for, seconds_of
 from coreskip.kernels import gpu_reference as reference
 from coreskip.kernels import gpu_step as step
-from coreskip.kernels.gpu_formats import GroupedMatrix, Quantized
-from coreskip.kernels.packed import PackedColumns, PackedMLP
+from coreskip.kernels.gpu_formats import ByRow, GroupedMatrix, Quantized
+from coreskip.kernels.packed import ACTS, PackedColumns, PackedLinear, PackedMLP
 from coreskip.kernels.step_model import Norm
 
 #: hidden and intermediate sizes, the most important first
@@ -60,6 +60,7 @@ def _checks(device: torch.device, hidden: int, inner: int) -> Iterator[Check]:
     half = torch.bfloat16
     yield from _check_groups(device, hidden, inner)
     yield from _check_mlp(device, hidden, inner, half)
+    yield from _check_choices(device, hidden, inner)
     yield from _check_rows(device, hidden, half)
     yield from _check_attention(device, hidden, half)
 
@@ -122,9 +123,15 @@ def _check_mlp(device: torch.device, hidden: int, inner: int, dtype: torch.dtype
     for by_norm in (False, True):
         yield Check(
             f"columns, by norm {by_norm}",
-            lambda b=by_norm: step.columns(x, columns, 0.5, by_norm=b),
-            lambda b=by_norm: reference.columns(x.double(), columns, 0.5, b),
+            lambda b=by_norm: step.columns(x, [columns] * 3, [0.5, 0.2, 0.1], by_norm=b),
+            lambda b=by_norm: torch.cat([reference.columns(x.double(), columns, t, b) for t in (0.5, 0.2, 0.1)], 1),
         )
+    gated = ACTS["silu"](reference.columns(x.double(), columns, 0.5, False))
+    yield Check(
+        "columns, activated",
+        lambda: step.columns(x, [columns] * 2, [0.5, 0.2], act="silu"),
+        lambda: gated * reference.columns(x.double(), columns, 0.2, False),
+    )
     for count in (1, 2, 3):
         matrices = [step.pack(packed.weight[:, part, :hidden]) for part in range(count)]
         yield Check(
@@ -132,6 +139,42 @@ def _check_mlp(device: torch.device, hidden: int, inner: int, dtype: torch.dtype
             lambda m=matrices: step.linears(x[:1].to(dtype), m, dtype=torch.float32),
             lambda m=matrices: torch.cat([reference.linear(x[:1].to(dtype).double(), one) for one in m], 1),
         )
+    pair = [step.pack(packed.weight[:, part, :hidden]) for part in range(2)]
+    one = x[:1].to(dtype)
+    yield Check(
+        "float products, activated",
+        lambda: step.activated(one, pair, "silu", dtype=torch.float32),
+        lambda: reference.act_mul(torch.cat([reference.linear(one.double(), m) for m in pair], 1), "silu", True),
+    )
+
+
+def _check_choices(device: torch.device, hidden: int, inner: int) -> Iterator[Check]:
+    score, norm = torch.randn(3, inner, device=device), torch.rand(inner, device=device)
+    score[1] = score[1].round()  # many are equal
+    for keep, threshold in ((int(inner * KEEP), 0.0), (None, 0.7)):
+        yield Check(
+            f"picked by {'a count' if keep else 'a threshold'}",
+            lambda k=keep, t=threshold: step.pick(score, keep=k, threshold=t, kind="size", norm=norm),
+            lambda k=keep, t=threshold: reference.pick(score, -1 if k is None else k, t, "size", norm),
+        )
+    x, packed = torch.randn(2, hidden, device=device), sliced(hidden, inner, device)
+    rounded = step.by_row(x)
+    least = float(reference.sketch_scores(ByRow.of(x), packed).median())
+    yield Check(
+        "sketch, scores",
+        lambda: step.sketch_scores(rounded, packed),
+        lambda: reference.sketch_scores(ByRow.of(x), packed),
+    )
+    listed = kept_list(inner, KEEP, device)
+    for name, options in (("by threshold", {"threshold": least}), ("listed", {"indices": listed})):
+        given: dict[str, Any] = {"indices": None, "threshold": None, "refine": 0.0, **options}
+        yield Check(
+            f"sketch, {name}",
+            lambda o=options: step.sketch_mlp(rounded, packed, **o),
+            lambda g=given: reference.sketch_mlp(ByRow.of(x), packed, **g),
+        )
+    signs = PackedLinear.pack(torch.randn(inner, hidden, device=device).sign(), fmt="int8")
+    yield Check("signs", lambda: step.sign_sums(x, signs), lambda: reference.sign_sums(x, signs))
 
 
 def _check_rows(device: torch.device, hidden: int, dtype: torch.dtype) -> Iterator[Check]:
@@ -214,6 +257,19 @@ def bundles(hidden: int, inner: int, dtype: torch.dtype, device: torch.device) -
     return PackedMLP(weight, hidden, True, "silu")
 
 
+def sliced(hidden: int, inner: int, device: torch.device) -> PackedMLP:
+    """Random weights in 8 bits, as a sketch reads them."""
+    stride = -(-hidden // 128) * 128
+    weight, low = (
+        torch.randint(0, 256, (inner, *shape), dtype=torch.uint8, device=device)
+        for shape in ((2, stride // 2), (2 * stride,))
+    )
+    scale = torch.rand(inner, 3, device=device).mul_(0.02 * hidden**-0.5)
+    return PackedMLP(
+        weight, hidden, True, "silu", low=low, scale=scale, norm=torch.rand(inner, device=device) + 0.5
+    )  # fmt: skip
+
+
 def kept_list(inner: int, keep: float, device: torch.device) -> Tensor:
     return torch.randperm(inner, device=device)[: int(inner * keep)].sort().values
 
@@ -237,7 +293,7 @@ def time_mlp(results: Results, device: torch.device, hidden: int, inner: int, dt
         lambda row: results.speed(row, seconds_of([lambda w=w: cublas(*w) for w in plain], device), one),
     )
     lists = [kept_list(inner, KEEP, device) for _ in layers]
-    cases: list[tuple[str, float, int, list[Callable[..., Any]]]] = [
+    cases: list[Case] = [
         ("mlp, one pass", 1.0, one, [lambda p=p: step.mlp(x, p, form="one") for p in layers]),
         (
             "mlp, one pass, listed", KEEP, int(one * KEEP),
@@ -248,10 +304,45 @@ def time_mlp(results: Results, device: torch.device, hidden: int, inner: int, dt
             [lambda p=p: step.mlp(x, p, rule="gate", threshold=threshold) for p in layers],
         ),
         ("mlp, three products", 1.0, one, [lambda w=w: _products(x, w) for w in _matrices(plain)]),
+        *_by_inputs(x, plain, one),
+        *_by_sketch(x, hidden, inner, len(layers)),
     ]  # fmt: skip
     for name, keep, nbytes, calls in cases:
         row = GpuRow("kernel", name, shape, fmt, keep=keep, notes="against cuBLAS dense")
         results.attempt(row, lambda row, calls=calls, nbytes=nbytes: _timed(results, row, calls, device, nbytes, base))
+
+
+Case = tuple[str, float, int, list[Callable[..., Any]]]
+
+
+def _by_inputs(x: Tensor, plain: list[Any], one: int) -> Iterator[Case]:
+    """Two launches: of every linear half of the inputs."""
+    counters = torch.zeros(step.COUNTERS, dtype=torch.int32, device=x.device)
+    layers = [
+        (PackedColumns.pack(gate), PackedColumns.pack(up), PackedColumns.pack(down.t())) for gate, up, down in plain
+    ]
+    gate, up, _ = layers[0]
+    half = float(x.float().abs().median())
+    h = step.columns(x, [gate, up], [half, half], act="silu", counters=counters)
+    least = float(h.float().abs().median())
+
+    def run(gate: PackedColumns, up: PackedColumns, down: PackedColumns) -> Tensor:
+        h = step.columns(x, [gate, up], [half, half], act="silu", counters=counters)
+        return step.columns(h, [down], [least], counters=counters)
+
+    yield "mlp, by inputs", KEEP, one // 2, [lambda w=w: run(*w) for w in layers]
+
+
+def _by_sketch(x: Tensor, hidden: int, inner: int, count: int) -> Iterator[Case]:
+    """In 8 bits; the upper nibbles of gate and up of all neurons, and of half of them the others."""
+    layers = [sliced(hidden, inner, x.device) for _ in range(count)]
+    rounded = step.by_row(x)
+    least = float(step.sketch_scores(rounded, layers[0]).median())
+    nbytes = int(hidden * inner * (1 + 2 * KEEP))
+    calls = [lambda p=p: step.sketch_mlp(rounded, p, threshold=least) for p in layers]
+    yield "mlp, one pass, by sketch", KEEP, nbytes, calls
+    score = step.sketch_scores(rounded, layers[0])
+    yield "neurons by a count", KEEP, 0, [lambda: step.pick(score, keep=int(inner * KEEP))] * count
 
 
 def _matrices(plain: list[Any]) -> list[Any]:
@@ -259,8 +350,7 @@ def _matrices(plain: list[Any]) -> list[Any]:
 
 
 def _products(x: Tensor, w: Any) -> Tensor:
-    h = step.act_mul(step.linears(x, w[:2], dtype=torch.float32), "silu", dtype=x.dtype)
-    return step.linear(h, w[2], dtype=torch.float32)
+    return step.linear(step.activated(x, w[:2], "silu"), w[2], dtype=torch.float32)
 
 
 def time_groups(results: Results, device: torch.device, outs: int, inputs: int, rows: tuple[int, ...]) -> None:
@@ -312,7 +402,8 @@ def time_small(results: Results, device: torch.device, hidden: int, inner: int, 
     qkv = torch.randn(1, 3 * hidden, device=device)
     places = (0, heads, 0), (hidden, heads, 0), (2 * hidden, heads, 0)
     table = torch.ones(context, size, device=device)
-    at = torch.tensor([context - 1], device=device)
+    at, early = torch.tensor([context - 1], device=device), torch.tensor([min(127, context - 1)], device=device)
+    counters = torch.zeros(step.COUNTERS, dtype=torch.int32, device=device)
     q = step.rotary_write(qkv, keys, values, at, heads=heads, places=places, rotation=(table, table))
     cases: dict[str, tuple[Callable[..., Any], int]] = {
         "norm of a sum, rounded": (lambda: step.add_norm(x, norm, x, quantize=True), 0),
@@ -321,11 +412,11 @@ def time_small(results: Results, device: torch.device, hidden: int, inner: int, 
         "rotation and KV write": (
             lambda: step.rotary_write(qkv, keys, values, at, heads=heads, places=places, rotation=(table, table)), 0,
         ),
-        f"attention over {context} (2 launches)": (
-            lambda: step.attention(q, keys, values, at, scale=0.1, quantize=True), 2 * keys.nbytes,
+        f"attention over {context}": (
+            lambda: step.attention(q, keys, values, at, scale=0.1, quantize=True, counters=counters), 2 * keys.nbytes,
         ),
-        "attention over 128 (2 launches)": (
-            lambda: step.attention(q, keys, values, at.clamp(max=127), scale=0.1, quantize=True), 0,
+        "attention over 128": (
+            lambda: step.attention(q, keys, values, early, scale=0.1, quantize=True, counters=counters), 0,
         ),
     }  # fmt: skip
     for name, (call, nbytes) in cases.items():

@@ -367,8 +367,12 @@ _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     "export_texts": {
         "plan": lambda row: str(row["plan"]),
         "runtime": lambda row: str(row["runtime"]),
-        "texts equal": lambda row: f"{row['equal']} of {row['texts']}",
-        "tokens before they part": lambda row: f"{row['before_they_part']:.0f} of {row['tokens']}",
+        "equal": lambda row: (
+            f"{row['equal']} of {row['steps']} steps" if "steps" in row else f"{row['equal']} of {row['texts']} texts"
+        ),
+        "tokens before they part": lambda row: (
+            f"{row['before_they_part']:.0f} of {row['tokens']}" if "tokens" in row else ""
+        ),
         "at a gap of at most": lambda row: _given(row.get("largest_gap"), "{:.2g}"),
         "largest error of logits": lambda row: _given(row.get("error"), "{:.1e}"),
         "of float32 itself": lambda row: _given(row.get("error_of_float32"), "{:.1e}"),
@@ -409,6 +413,18 @@ _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "one expert a token": lambda row: str(row.get("top_expert", "")).partition(":")[0],
         "unwrap": lambda row: ("exact" if row["unwrap"] else "not exact") if "unwrap" in row else "",
         "decode steps": _how_steps_run,
+    },
+    "gpu": {
+        "shape": lambda row: str(row["shape"]),
+        "way": lambda row: str(row["name"]),
+        "weights": lambda row: str(row["fmt"] or "as loaded"),
+        "keep": lambda row: f"{row['keep']:g}",
+        "products a layer": lambda row: _given(row["products"], "{}"),
+        "small launches a layer": lambda row: _given(row["small"], "{}"),
+        "GB a token": lambda row: "" if row["nbytes"] is None else f"{row['nbytes'] / 1e9:.2f}",
+        "predicted us": lambda row: "" if row["us"] is None else f"{row['us']['p50']:.0f}",
+        "tok/s": lambda row: _given(row["tok_s"], "{:.0f}"),
+        "of copy bandwidth": lambda row: _given(row["share"], "{:.3f}"),
     },
     "starting": {
         "model": lambda row: f"{row['model']}, {row['weights']}",

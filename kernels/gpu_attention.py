@@ -7,6 +7,8 @@ batch.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -14,9 +16,8 @@ from torch import Tensor
 
 from . import gpu_config
 from .gpu_formats import Inputs
-from .gpu_launch import INTERPRETED
 from .gpu_norm import empty_rows, kind_of, places_of
-from .gpu_parts import PLAIN, launch, power, row_stride, store_rows, wait
+from .gpu_parts import PLAIN, counters_for, last_of, launch, power, row_stride, store_rows, wait
 from .groups import GROUP
 from .step_model import Heads, Norm
 
@@ -69,6 +70,7 @@ def attention(
     sinks: Tensor | None,
     quantize: bool,
     dtype: torch.dtype,
+    counters: Tensor | None,
 ) -> Inputs:
     """See `gpu_step.attention`."""
     rows, heads, size = q.shape
@@ -78,19 +80,19 @@ def attention(
     largest, total = torch.empty((2, *shape), dtype=torch.float32, device=q.device)
     part = torch.empty((*shape, size), dtype=torch.float32, device=q.device)
     seen = None if seen is None else seen.view(torch.uint8)
+    y = empty_rows(rows, heads * size, quantize, dtype, q)
+    width = heads // kv_heads * size
+    # heads that are put together at once: what is rounded in groups of 32 has to begin with one
+    together = min(kv_heads, GROUP // math.gcd(GROUP, width)) if quantize else 1
+    counters = counters_for(counters, rows * triton.cdiv(kv_heads, together), q.device)
     launch(
-        "small", _attention_kernel, (tile.splits, kv_heads, rows), q, keys, values, at, seen, slopes, largest, total,
-        part, scale, softcap, *keys.stride()[:3], row_stride(seen), capacity, window,
+        "small", _attention_kernel, (tile.splits, kv_heads, rows), q, keys, values, at, seen, slopes, sinks, largest,
+        total, part, counters, *places_of(y), scale, softcap, *keys.stride()[:3], row_stride(seen), capacity, window,
         HEADS=heads, KV_HEADS=kv_heads, TOKENS=rows // sequences, SIZE=size, BLOCK_D=power(size, 16),
         BLOCK_H=power(heads // kv_heads, 16), BLOCK=tile.block, SPLITS=tile.splits, WINDOW=window > 0,
-        SOFTCAP=softcap > 0, SLOPES=slopes is not None, SEEN=seen is not None, PLAIN=PLAIN, num_warps=4, num_stages=2,
-    )  # fmt: skip
-    y = empty_rows(rows, heads * size, quantize, dtype, q)
-    groups = 64 if INTERPRETED else 2
-    launch(
-        "small", _combine_kernel, (triton.cdiv(heads * size, GROUP * groups), rows), largest, total, part, sinks,
-        *places_of(y), SIZE=size, WIDTH=heads * size, SPLITS=tile.splits, GROUPS=groups, SINKS=sinks is not None,
-        QUANTIZE=quantize, num_warps=1,
+        SOFTCAP=softcap > 0, SLOPES=slopes is not None, SEEN=seen is not None, SINKS=sinks is not None,
+        TOGETHER=together, GROUPS=power(triton.cdiv(together * width, GROUP)), QUANTIZE=quantize, PLAIN=PLAIN,
+        num_warps=4, num_stages=2,
     )  # fmt: skip
     return y
 
@@ -219,11 +221,12 @@ def _rotary_kernel(
 
 @triton.jit
 def _attention_kernel(
-    q, keys, values, at, seen, slopes, largest, total, part, scale, softcap, of_sequence, of_head, of_index, seen_row,
-    capacity, window,
+    q, keys, values, at, seen, slopes, sinks, largest, total, part, counters, y, integers, step, sums_of_groups, scale,
+    softcap, of_sequence, of_head, of_index, seen_row, capacity, window,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TOKENS: tl.constexpr, SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    SLOPES: tl.constexpr, SEEN: tl.constexpr, PLAIN: tl.constexpr, OVERLAP: tl.constexpr,
+    SLOPES: tl.constexpr, SEEN: tl.constexpr, SINKS: tl.constexpr, TOGETHER: tl.constexpr, GROUPS: tl.constexpr,
+    QUANTIZE: tl.constexpr, PLAIN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait(OVERLAP)
     split, kv, r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -283,22 +286,29 @@ def _attention_kernel(
     tl.store(largest + to, most, mask=real)
     tl.store(total + to, sums, mask=real)
     tl.store(part + to[:, None] * SIZE + d[None, :], result, mask=real[:, None] & inside[None, :])
+    first_kv = kv // TOGETHER * TOGETHER
+    programs = SPLITS * tl.minimum(KV_HEADS - first_kv, TOGETHER)
+    if last_of(counters + r * tl.cdiv(KV_HEADS, TOGETHER) + kv // TOGETHER, programs):
+        _combine(
+            largest, total, part, sinks, y, integers, step, sums_of_groups, r, first_kv * each * SIZE, SIZE,
+            HEADS * SIZE, TOGETHER * each * SIZE, SPLITS, GROUPS, SINKS, QUANTIZE,
+        )  # fmt: skip
 
 
 @triton.jit
-def _combine_kernel(
-    largest, total, part, sinks, y, integers, step, sums,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, GROUPS: tl.constexpr, SINKS: tl.constexpr,
-    QUANTIZE: tl.constexpr, OVERLAP: tl.constexpr,
+def _combine(
+    largest, total, part, sinks, y, integers, step, sums, r, first, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    OWN: tl.constexpr, SPLITS: tl.constexpr, GROUPS: tl.constexpr, SINKS: tl.constexpr, QUANTIZE: tl.constexpr,
 ):  # fmt: skip
-    wait(OVERLAP)
-    r = tl.program_id(1)
-    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-    column = group[:, None] * 32 + tl.arange(0, 32)[None, :]
-    inside = column < WIDTH
+    """What the shares of the positions give together: OWN columns of a row of WIDTH from `first` on."""
+    own = tl.arange(0, GROUPS) * 32 < OWN
+    group = tl.where(own, first // 32 + tl.arange(0, GROUPS), WIDTH)  # of others nothing is stored
+    place = tl.arange(0, GROUPS)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    column = first + place
+    inside = (place < OWN) & (column < WIDTH)
     heads: tl.constexpr = WIDTH // SIZE
-    if SIZE % 32 == 0:  # noqa: SIM108 - a group has one head
-        head = tl.minimum(group[:, None] * 32 // SIZE, heads - 1)
+    if SIZE % 32 == 0:  # a group has one head
+        head = tl.minimum((first + tl.arange(0, GROUPS)[:, None] * 32) // SIZE, heads - 1)
     else:
         head = tl.where(inside, column // SIZE, 0)
     at = (r * heads + head) * SPLITS
@@ -318,4 +328,7 @@ def _combine_kernel(
     if SINKS:
         below += tl.exp(sink - safe)
     result = tl.where(inside & (below > 0), above * (1 / tl.where(below > 0, below, 1.0)), 0.0)
-    store_rows(y, integers, step, sums, r, group, column, result, WIDTH, QUANTIZE)
+    if QUANTIZE:
+        store_rows(y, integers, step, sums, r, group, column, result, WIDTH, QUANTIZE)
+    else:
+        tl.store(y + r * WIDTH + column, result.to(y.dtype.element_ty), mask=inside)

@@ -80,6 +80,15 @@ def bundles(hidden: int, itemsize: int, count: int) -> Bundles:
     return Bundles(block, 8 if hidden >= 2048 else 4, max(1, min(2 * processors(), tiles)))
 
 
+def sketches(half: int, count: int) -> Bundles:
+    """half: bytes of a row of nibbles. Reasoned: 16 KB of gate and up at once, two programs a multiprocessor, as in
+    `bundles`."""
+    if INTERPRETED:
+        return Bundles(power(min(max(1, count), 64)), 4, 2)
+    block = max(1, min(16, (8 << 10) // power(half)))
+    return Bundles(block, 8 if half >= 1024 else 4, max(1, min(2 * processors(), -(-count // block))))
+
+
 @dataclass(frozen=True)
 class Columns:
     """Outputs, and inputs, that a program of `columns` reads at once, and the shares of the inputs."""
@@ -97,10 +106,11 @@ def columns(outs: int, inputs: int) -> Columns:
     return Columns(256, 32, max(1, min(-(-inputs // 32), 4 * processors() // blocks)))
 
 
-def float_rows(outs: int, inputs: int, itemsize: int) -> Tile:
-    """Reasoned: 32 KB of a matrix of floats a program, as in `bundles`; up to 2,048 numbers of a row at once."""
+def float_rows(outs: int, inputs: int, itemsize: int, matrices: int = 1) -> Tile:
+    """Reasoned: 32 KB of the matrices of floats that a program reads, as in `bundles`; up to 2,048 numbers of a row at
+    once."""
     block = min(2048, power(inputs))
-    rows = max(1, min(8, (32 << 10) // (power(inputs) * itemsize)))
+    rows = max(1, min(8, (32 << 10) // (matrices * power(inputs) * itemsize)))
     if INTERPRETED:
         return Tile(power(min(outs, 256)), block, 4)
     return Tile(rows, block, 4 if block * rows >= 2048 else 2)

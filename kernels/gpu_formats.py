@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .groups import GROUP, group_bytes, group_weights, ungroup, untile
-from .packed import PackedLinear, quantize
+from .packed import PAD, PackedLinear, quantize
 
 #: formats of groups.py that `GroupedMatrix.of` takes, with the bits that a weight has on a GPU
 GROUPED_BITS = {"int4": 4, "int4_centred": 4, "int5": 8, "int5_centred": 8, "int8_groups": 8}
@@ -219,6 +219,30 @@ class Quantized:
         """What the integers stand for, float32 ``[rows, in]``."""
         values = self.integers.view(*self.step.shape, GROUP).float() * self.step[..., None]
         return values.flatten(1)[:, : self.in_features]
+
+
+@dataclass(frozen=True, eq=False)
+class ByRow:
+    """Rows of inputs rounded to 8 bits with one step each, as sketches are read: x is about step * integers.
+
+    integers: int8 [rows, whole runs of 128], zeros beyond the inputs; step: float32 [rows]; total: int32 [rows], the
+    sum of a row's integers.
+    """
+
+    integers: Tensor
+    step: Tensor
+    total: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, smooth: Tensor | None = None) -> ByRow:
+        """x: [rows, in] of floats, times smooth [in], rounded as `packed.quantize` says."""
+        rows = x.float() if smooth is None else x.float() * smooth
+        integers, step = quantize(F.pad(rows, (0, -x.shape[1] % PAD)))
+        return cls(integers.to(torch.int8), step, integers.sum(-1).int())
+
+    @property
+    def rows(self) -> int:
+        return self.integers.shape[0]
 
 
 Inputs = Tensor | Quantized

@@ -47,7 +47,7 @@ def linear(x: Quantized, matrix: GroupedMatrix, out: Tensor, listed: Tensor | No
 
 
 @triton.jit
-def _dp4a(a, b, c, SIGNED: tl.constexpr, PLAIN: tl.constexpr):
+def dp4a(a, b, c, SIGNED: tl.constexpr, PLAIN: tl.constexpr):
     """c plus the products of the four bytes of a, signed or not, and the signed ones of b."""
     if PLAIN:
         for shift in tl.static_range(0, 32, 8):
@@ -97,7 +97,7 @@ def _products(first, last, x, step, total, scale, least, place, group, there, BI
     zero = tl.zeros(first.shape, tl.int32)
     x_first = tl.broadcast_to(tl.load(x + place, mask=there[None, :, None], other=0), first.shape)
     x_last = tl.broadcast_to(tl.load(x + place + 4, mask=there[None, :, None], other=0), first.shape)
-    dots = _dp4a(last, x_last, _dp4a(first, x_first, zero, BITS == 8, PLAIN), BITS == 8, PLAIN)
+    dots = dp4a(last, x_last, dp4a(first, x_first, zero, BITS == 8, PLAIN), BITS == 8, PLAIN)
     steps = tl.load(step + group, mask=there, other=0.0)
     totals = tl.load(total + group, mask=there, other=0.0)
     return tl.sum(dots, 2).to(tl.float32) * (scale * steps[None, :]) + least * totals[None, :]

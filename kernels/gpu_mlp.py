@@ -7,6 +7,8 @@ depend on them, so that memory is never waited for twice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -15,10 +17,11 @@ from torch.nn import functional as F
 
 from . import gpu_config, gpu_norm
 from .gpu_launch import count
-from .gpu_parts import ACT, act, launch, power, row_stride, wait
+from .gpu_parts import ACT, NO_ACT, act, counters_for, last_of, launch, power, row_stride, wait
 from .packed import PackedColumns, PackedMLP
 
 _RULE = {"listed": 0, "gate": 1, "activation": 2}
+MOST = 3  # linears of one launch: gate and up, or q, k and v
 _MANY = 32  # rows that torch's products get in the form "many"
 
 
@@ -59,19 +62,39 @@ def one_pass(
     return summed(partial, packed.down_bias, dtype)
 
 
-def columns(x: Tensor, packed: PackedColumns, threshold: float, by_norm: bool, dtype: torch.dtype) -> Tensor:
+def columns(
+    x: Tensor,
+    packed: Sequence[PackedColumns],
+    thresholds: Sequence[float],
+    by_norm: bool,
+    act: str | None,
+    dtype: torch.dtype,
+    counters: Tensor | None,
+) -> Tensor:
     """See `gpu_step.columns`."""
-    rows, weight = x.shape[0], packed.weight
-    outs, inputs = packed.out_features, packed.in_features
-    tile = gpu_config.columns(outs, inputs)
-    partial = torch.empty((tile.splits, rows, outs), dtype=torch.float32, device=x.device)
+    rows, inputs, device = x.shape[0], packed[0].in_features, x.device
+    outs = [part.out_features for part in packed]
+    multiplied = act is not None and len(packed) == 2
+    tile = gpu_config.columns(outs[0] if multiplied else sum(outs), inputs)
+    blocks = [triton.cdiv(n, tile.block_o) for n in (outs[:1] if multiplied else outs)]
+    partial = torch.empty((tile.splits, rows, sum(outs)), dtype=torch.float32, device=device)
+    y = torch.empty((rows, outs[0] if multiplied else sum(outs)), dtype=dtype, device=device)
+    counters = counters_for(counters, rows * sum(blocks), device)
+    none: list[None] = [None] * (MOST - len(packed))
+    nothing = [0] * len(none)
+    norms = [part.norm if by_norm else None for part in packed]
+    biases = [*(part.bias for part in packed), *none]
     launch(
-        "gemv", _columns_kernel, (triton.cdiv(outs, tile.block_o), tile.splits, rows), x, weight,
-        packed.norm if by_norm else None, partial, threshold, outs, inputs, row_stride(x), weight.stride(0),
-        triton.cdiv(inputs, tile.splits * tile.block_i), NORM=by_norm, BLOCK_I=tile.block_i, BLOCK_O=tile.block_o,
-        num_warps=4, num_stages=2, nbytes=outs * inputs * weight.element_size(),
+        "gemv", _columns_kernel, (sum(blocks), tile.splits, rows), x, *(part.weight for part in packed), *none, *norms,
+        *none, *biases, *thresholds, *(0.0 for _ in none), partial, counters, y, *outs, *nothing,
+        *(part.weight.stride(0) for part in packed), *nothing, *(*blocks, 0, 0)[:2], inputs, row_stride(x),
+        triton.cdiv(inputs, tile.splits * tile.block_i),
+        COUNT=len(packed), NORM=by_norm, BIASES=tuple(bias is not None for bias in biases),
+        ACT=NO_ACT if act is None else ACT[act], MULTIPLIED=multiplied, SPLITS=tile.splits, BLOCK_I=tile.block_i,
+        BLOCK_O=tile.block_o, num_warps=4, num_stages=2,
+        nbytes=sum(outs) * inputs * packed[0].weight.element_size(),
     )  # fmt: skip
-    return summed(partial, packed.bias, dtype)
+    return y
 
 
 def summed(partial: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -187,25 +210,94 @@ def _sum_kernel(
 
 
 @triton.jit
-def _columns_kernel(
-    x, weight, norm, partial, threshold, outs, inputs, x_row, column, share,
-    NORM: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, OVERLAP: tl.constexpr,
+def _column_sum(
+    x, weight, norm, threshold, out, outs, inputs, column, share, NORM: tl.constexpr, BLOCK_I: tl.constexpr,
+    BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    wait(OVERLAP)
-    split, r = tl.program_id(1), tl.program_id(2)
-    out = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    there = out < outs
+    """[BLOCK_O]: what this program's share of the inputs adds to some outputs, in float32."""
     total = tl.zeros((BLOCK_O,), tl.float32)
     for start in range(0, share):
-        i = (start * tl.num_programs(1) + split) * BLOCK_I + tl.arange(0, BLOCK_I)
+        i = (start * tl.num_programs(1) + tl.program_id(1)) * BLOCK_I + tl.arange(0, BLOCK_I)
         inside = i < inputs
-        value = tl.load(x + r * x_row + i, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(x + i, mask=inside, other=0.0).to(tl.float32)
         score = tl.abs(value)
         if NORM:
             score *= tl.load(norm + i, mask=inside, other=0.0)
         wanted = inside & ((score < threshold) == 0)
         place = weight + i.to(tl.int64)[:, None] * column + out[None, :]
-        ws = tl.load(place, mask=wanted[:, None] & there[None, :], other=0.0).to(tl.float32)
+        ws = tl.load(place, mask=wanted[:, None] & (out < outs)[None, :], other=0.0).to(tl.float32)
         total += tl.sum(ws * tl.where(wanted, value, 0.0)[:, None], 0)
-    to = (split * tl.num_programs(2) + r).to(tl.int64) * outs
-    tl.store(partial + to + out, total, mask=there)
+    return total
+
+
+@triton.jit
+def _over_shares(partial, bias, out, outs, size, SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK_O: tl.constexpr):
+    """[BLOCK_O]: the sum of all shares, which lie `size` numbers apart, and the bias."""
+    total = tl.zeros((BLOCK_O,), tl.float32)
+    for start in tl.static_range(0, SPLITS, 16):
+        split = start + tl.arange(0, 16)
+        place = partial + split[:, None].to(tl.int64) * size + out[None, :]
+        total += tl.sum(tl.load(place, mask=(split < SPLITS)[:, None] & (out < outs)[None, :], other=0.0), 0)
+    if BIAS:
+        total += tl.load(bias + out, mask=out < outs, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _some_columns(
+    x, weight, norm, bias, threshold, partial, counter, y, outs, inputs, column, share, block, size,
+    SPLITS: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, BLOCK_I: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    out = block * BLOCK_O + tl.arange(0, BLOCK_O)
+    total = _column_sum(x, weight, norm, threshold, out, outs, inputs, column, share, NORM, BLOCK_I, BLOCK_O)
+    tl.store(partial + tl.program_id(1).to(tl.int64) * size + out, total, mask=out < outs)
+    if last_of(counter, SPLITS):
+        total = act(_over_shares(partial, bias, out, outs, size, SPLITS, BIAS, BLOCK_O), ACT)
+        tl.store(y + out, total.to(y.dtype.element_ty), mask=out < outs)
+
+
+@triton.jit
+def _columns_kernel(
+    x, weight0, weight1, weight2, norm0, norm1, norm2, bias0, bias1, bias2, threshold0, threshold1, threshold2,
+    partial, counters, y, outs0, outs1, outs2, column0, column1, column2, blocks0, blocks1, inputs, x_row, share,
+    COUNT: tl.constexpr, NORM: tl.constexpr, BIASES: tl.constexpr, ACT: tl.constexpr, MULTIPLIED: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    wait(OVERLAP)
+    block, r = tl.program_id(0), tl.program_id(2)
+    width = outs0 + outs1 + outs2
+    size = tl.num_programs(2) * width
+    x += r * x_row
+    partial += r * width
+    counter = counters + r * tl.num_programs(0) + block
+    if MULTIPLIED:
+        out = block * BLOCK_O + tl.arange(0, BLOCK_O)
+        gate = _column_sum(x, weight0, norm0, threshold0, out, outs0, inputs, column0, share, NORM, BLOCK_I, BLOCK_O)
+        up = _column_sum(x, weight1, norm1, threshold1, out, outs1, inputs, column1, share, NORM, BLOCK_I, BLOCK_O)
+        to = partial + tl.program_id(1).to(tl.int64) * size
+        tl.store(to + out, gate, mask=out < outs0)
+        tl.store(to + outs0 + out, up, mask=out < outs1)
+        if last_of(counter, SPLITS):
+            gate = act(_over_shares(partial, bias0, out, outs0, size, SPLITS, BIASES[0], BLOCK_O), ACT)
+            up = _over_shares(partial + outs0, bias1, out, outs1, size, SPLITS, BIASES[1], BLOCK_O)
+            tl.store(y + r * outs0 + out, (gate * up).to(y.dtype.element_ty), mask=out < outs0)
+    else:  # the whole of it three times, as in gpu_floats.py
+        y += r * width
+        if block < blocks0:
+            _some_columns(
+                x, weight0, norm0, bias0, threshold0, partial, counter, y, outs0, inputs, column0, share, block, size,
+                SPLITS, ACT, NORM, BIASES[0], BLOCK_I, BLOCK_O,
+            )  # fmt: skip
+        elif COUNT > 1:
+            if block < blocks0 + blocks1:
+                _some_columns(
+                    x, weight1, norm1, bias1, threshold1, partial + outs0, counter, y + outs0, outs1, inputs, column1,
+                    share, block - blocks0, size, SPLITS, ACT, NORM, BIASES[1], BLOCK_I, BLOCK_O,
+                )  # fmt: skip
+            elif COUNT > 2:
+                _some_columns(
+                    x, weight2, norm2, bias2, threshold2, partial + outs0 + outs1, counter, y + outs0 + outs1, outs2,
+                    inputs, column2, share, block - blocks0 - blocks1, size, SPLITS, ACT, NORM, BIASES[2], BLOCK_I,
+                    BLOCK_O,
+                )  # fmt: skip

@@ -5,17 +5,18 @@ A row is one program: 4,096 values take 1.7 us on an H200, whatever is done with
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gpu_formats import Inputs, Quantized
+from .gpu_formats import ByRow, Inputs, Quantized
 from .gpu_launch import INTERPRETED
 from .gpu_parts import ACT, NO_ACT, act, launch, power, row_stride, store_rows, wait
 from .groups import GROUP
+from .packed import PAD
 from .step_model import Norm
 
 _GROUPS = 64 if INTERPRETED else 4  # groups of 32 values that a program of `act_mul` computes
@@ -29,7 +30,8 @@ def add_norm(
     after: Norm | None,
     second: Norm | None,
     scale: float,
-    quantize: bool,
+    quantize: bool | str,
+    smooth: Tensor | None,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Inputs, Inputs | None]:
     """See `gpu_step.add_norm`."""
@@ -43,15 +45,17 @@ def add_norm(
     weights = [None if n is None else n.weight for n in norms]
     biases = [None if n is None else n.bias for n in norms]
     kinds = [kind_of(n) for n in norms]
-    groups = power(triton.cdiv(width, GROUP))
+    by_row = quantize == "row"
+    groups = power(triton.cdiv(width, GROUP), PAD // GROUP if by_row else 1)
     launch(
-        "small", _add_norm_kernel, (rows,), stream, first, also, *weights, *biases, new, *places_of(y),
+        "small", _add_norm_kernel, (rows,), stream, first, also, *weights, *biases, smooth, new, *places_of(y),
         *places_of(more), *(0.0 if n is None else n.eps for n in norms), scale, row_stride(stream), row_stride(first),
         row_stride(also),
         DELTAS=len(deltas), OUT=kinds[0], AFTER=kinds[1], NORM=kinds[2], SECOND=kinds[3],
         OUT_BIAS=biases[0] is not None, AFTER_BIAS=biases[1] is not None, NORM_BIAS=biases[2] is not None,
-        SECOND_BIAS=biases[3] is not None, TWICE=more is not None, CHANGED=changed, QUANTIZE=quantize, WIDTH=width,
-        GROUPS=groups, num_warps=max(1, min(16, groups // 8)),
+        SECOND_BIAS=biases[3] is not None, TWICE=more is not None, CHANGED=changed,
+        QUANTIZE=2 if by_row else int(quantize), SMOOTH=smooth is not None, WIDTH=width, GROUPS=groups,
+        num_warps=max(1, min(16, groups // 8)),
     )  # fmt: skip
     return new, y, more
 
@@ -89,10 +93,14 @@ def _act_mul(
     return y
 
 
-def empty_rows(rows: int, width: int, quantize: bool, dtype: torch.dtype, like: Tensor) -> Inputs:
+def empty_rows(rows: int, width: int, quantize: bool | str, dtype: torch.dtype, like: Tensor) -> Inputs:
     """[rows, width] to be filled in, of floats or rounded."""
     if not quantize:
         return torch.empty((rows, width), dtype=dtype, device=like.device)
+    if quantize == "row":
+        integers = torch.empty((rows, -(-width // PAD) * PAD), dtype=torch.int8, device=like.device)
+        step = torch.empty(rows, dtype=torch.float32, device=like.device)
+        return cast(Any, ByRow(integers, step, torch.empty(rows, dtype=torch.int32, device=like.device)))  # type: ignore[no-any-return]
     groups = triton.cdiv(width, GROUP)
     integers = torch.empty((rows, groups * GROUP), dtype=torch.int8, device=like.device)
     step, total = torch.empty((2, rows, groups), dtype=torch.float32, device=like.device)
@@ -101,7 +109,7 @@ def empty_rows(rows: int, width: int, quantize: bool, dtype: torch.dtype, like: 
 
 def places_of(y: Inputs | None) -> tuple[Any, Any, Any, Any]:
     """Where a kernel stores it: floats, or integers, steps and totals."""
-    if isinstance(y, Quantized):
+    if isinstance(y, (Quantized, ByRow)):
         return None, y.integers, y.step, y.total
     return y, None, None, None
 
@@ -128,12 +136,12 @@ def _normed(
 @triton.jit
 def _add_norm_kernel(
     stream, delta, also, out_weight, after_weight, norm_weight, second_weight, out_bias, after_bias, norm_bias,
-    second_bias, new, y, y_integers, y_step, y_total, z, z_integers, z_step, z_total, out_eps, after_eps, norm_eps,
-    second_eps, scale, stream_stride, delta_stride, also_stride,
+    second_bias, smooth, new, y, y_integers, y_step, y_total, z, z_integers, z_step, z_total, out_eps, after_eps,
+    norm_eps, second_eps, scale, stream_stride, delta_stride, also_stride,
     DELTAS: tl.constexpr, OUT: tl.constexpr, AFTER: tl.constexpr, NORM: tl.constexpr, SECOND: tl.constexpr,
     OUT_BIAS: tl.constexpr, AFTER_BIAS: tl.constexpr, NORM_BIAS: tl.constexpr, SECOND_BIAS: tl.constexpr,
-    TWICE: tl.constexpr, CHANGED: tl.constexpr, QUANTIZE: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    TWICE: tl.constexpr, CHANGED: tl.constexpr, QUANTIZE: tl.constexpr, SMOOTH: tl.constexpr, WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait(OVERLAP)
     r = tl.program_id(0)
@@ -150,6 +158,8 @@ def _add_norm_kernel(
     if CHANGED:
         tl.store(new + r * WIDTH + column, x.to(new.dtype.element_ty), mask=inside)
     n = _normed(x, norm_weight, norm_bias, norm_eps, column, inside, NORM, NORM_BIAS, WIDTH)
+    if SMOOTH:
+        n *= tl.load(smooth + column, mask=inside, other=0.0)
     store_rows(y, y_integers, y_step, y_total, r, group, column, n, WIDTH, QUANTIZE)
     if TWICE:
         n = _normed(x, second_weight, second_bias, second_eps, column, inside, SECOND, SECOND_BIAS, WIDTH)

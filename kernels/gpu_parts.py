@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -51,6 +52,26 @@ def row_stride(x: Tensor | None) -> int:
     return x.stride(0)
 
 
+def counters_for(counters: Tensor | None, needed: int, device: torch.device) -> Tensor:
+    """int32 zeros for `last_of`: those given, where they are enough, else new ones, which are a launch."""
+    if counters is not None and counters.numel() >= needed:
+        return counters
+    count("small")
+    return torch.zeros(needed, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def last_of(counter, programs):
+    """Whether this program is the last of so many to come here, which may read what all of them have stored before.
+    None waits for another, and the counter, which was 0, is 0 again."""
+    tl.debug_barrier()  # every thread has stored what it has to
+    before = tl.atomic_add(counter, 1, sem="acq_rel")
+    last = before == programs - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
 @triton.jit
 def wait(OVERLAP: tl.constexpr):
     """What the launches before have written may be read from here on; the next one may begin."""
@@ -83,24 +104,45 @@ def half_even(x):
 
 
 @triton.jit
+def _rounded_by(x, largest, wrong):
+    """Integers, as floats, and steps; of each row, its largest size and whether it has infinities or NaNs are known."""
+    some = (largest >= 1e-30) & (wrong == 0)
+    step = tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32))
+    safe = tl.where(some, step, 1.0)
+    integers = tl.where(some[:, None], half_even(tl.div_rn(x, tl.broadcast_to(safe[:, None], x.shape))), 0.0)
+    return integers, tl.where(some, step, tl.where(wrong, float("nan"), 0.0))
+
+
+@triton.jit
 def rounded(x):
     """x [groups, 32] as `packed.quantize` rounds each row: integers, as floats, and steps [groups]."""
     finite = tl.abs(x) < float("inf")
     wrong = tl.max(tl.where(finite, 0, 1), 1) > 0
     x = tl.where(finite, x, 0.0)
-    largest = tl.max(tl.abs(x), 1)
-    some = (largest >= 1e-30) & (wrong == 0)
-    step = tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32))
-    safe = tl.where(some, step, 1.0)
-    integers = tl.where(some[:, None], half_even(tl.div_rn(x, tl.broadcast_to(safe[:, None], x.shape))), 0.0)
-    step = tl.where(some, step, tl.where(wrong, float("nan"), 0.0))
-    return integers, step
+    return _rounded_by(x, tl.max(tl.abs(x), 1), wrong)
+
+
+@triton.jit
+def rounded_as_one(x):
+    """x [groups, 32] as `packed.quantize` rounds a row: integers, as floats, and the step, once for each group."""
+    finite = tl.abs(x) < float("inf")
+    wrong = tl.max(tl.max(tl.where(finite, 0, 1), 1), 0)
+    x = tl.where(finite, x, 0.0)
+    groups = tl.zeros((x.shape[0],), tl.float32)
+    return _rounded_by(x, groups + tl.max(tl.max(tl.abs(x), 1), 0), groups + wrong.to(tl.float32) > 0)
 
 
 @triton.jit
 def store_rows(y, integers, step, total, r, group, column, x, WIDTH: tl.constexpr, QUANTIZE: tl.constexpr):
-    """Stores x [groups, 32] at `column` of row r of y, or rounded to 8 bits. x is 0 beyond WIDTH."""
-    if QUANTIZE:
+    """Stores x [groups, 32] at `column` of row r of y, or rounded to 8 bits in groups (QUANTIZE 1) or, where all of the
+    row is here, as one (2). x is 0 beyond WIDTH."""
+    if QUANTIZE == 2:
+        RUNS: tl.constexpr = (WIDTH + 127) // 128
+        whole, steps = rounded_as_one(x)
+        tl.store(integers + r * RUNS * 128 + column, whole.to(tl.int32).to(tl.int8), mask=(group < RUNS * 4)[:, None])
+        tl.store(step + r + group, steps, mask=group == 0)
+        tl.store(total + r, tl.sum(tl.sum(whole.to(tl.int32), 1), 0))
+    elif QUANTIZE:
         GROUPS: tl.constexpr = (WIDTH + 31) // 32
         there = group < GROUPS
         whole, steps = rounded(x)

@@ -5,13 +5,16 @@ Everything is computed in float32, or in float64 for float64 inputs, and rounded
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .gpu_formats import FloatMatrix, GroupedMatrix, Inputs, Matrix, Quantized
+from . import reference as cpu_reference
+from .gpu_formats import ByRow, FloatMatrix, GroupedMatrix, Inputs, Matrix, Quantized
 from .groups import GROUP
-from .packed import ACTS, PackedColumns, PackedMLP
+from .packed import ACTS, PackedColumns, PackedLinear, PackedMLP, spread
 from .step_model import Heads, Norm
 
 Rotation = tuple[Tensor, Tensor]
@@ -84,9 +87,7 @@ def mlp(x: Tensor, packed: PackedMLP, indices: Tensor | None, rule: str, thresho
         h = ACTS[str(packed.act)](up)
     kept = kept_by(gate, h, packed, rule, threshold)
     if indices is not None:
-        listed = indices.expand(x.shape[0], -1).long().remainder(packed.intermediate_size + 1)
-        table = torch.zeros((x.shape[0], packed.intermediate_size + 1), dtype=torch.bool, device=x.device)
-        kept = kept & table.scatter_(1, listed, True)[:, :-1]  # -1 falls into the extra column
+        kept = kept & _table(indices, x.shape[0], packed.intermediate_size)
     h = h if packed.mean is None else h - packed.mean.to(h.dtype)
     y = torch.where(kept, h, 0) @ weight[:, -1]
     return _biased(y, packed.down_bias)
@@ -100,6 +101,53 @@ def kept_by(gate: Tensor | None, h: Tensor, packed: PackedMLP, rule: str, thresh
     assert score is not None
     score = score.abs() if packed.norm is None or rule == "gate" else score.abs() * packed.norm
     return ~(score < threshold)
+
+
+def pick(score: Tensor, keep: int, threshold: float, kind: str, norm: Tensor | None) -> Tensor:
+    """int64."""
+    score = score.sigmoid() if kind == "sigmoid" else score.abs() if kind == "size" else score
+    return cpu_reference.pick(score if norm is None else score * norm, keep, threshold)
+
+
+def sign_sums(x: Tensor, signs: PackedLinear) -> Tensor:
+    """Integers, in float32."""
+    one = torch.where(x < 0, -1.0, 1.0)
+    return F.linear(one, torch.where(signs.weight[:, : signs.in_features] < 128, -1.0, 1.0))
+
+
+def _sliced(x: ByRow, packed: PackedMLP, sums: Callable[[int], Tensor]) -> Tensor:
+    """[rows, neurons]: act(gate) * up, or act(up), of integers of weights that `sums` gives by part."""
+    assert packed.scale is not None
+    integers, values = x.integers.double(), []
+    for part, bias in enumerate((packed.gate_bias, packed.up_bias) if packed.gated else (packed.up_bias,)):
+        y = (integers @ sums(part).double().t()).float() * (x.step[:, None] * packed.scale[:, part])
+        values.append(_biased(y, bias))
+    h = ACTS[str(packed.act)](values[0])
+    return h * values[1] if packed.gated else h
+
+
+def sketch_scores(x: ByRow, packed: PackedMLP) -> Tensor:
+    """By the upper nibbles, where a lower one counts as 7.5."""
+    assert packed.norm is not None
+    return _sliced(x, packed, lambda part: 16.0 * spread(packed.weight[:, part]) + (7.5 - 128)).abs() * packed.norm
+
+
+def sketch_mlp(x: ByRow, packed: PackedMLP, indices: Tensor | None, threshold: float | None, refine: float) -> Tensor:
+    """[rows, hidden] in float32."""
+    assert packed.low is not None
+    low, half = packed.low, packed.weight.shape[2]
+    h = _sliced(
+        x, packed,
+        lambda part: 16.0 * spread(packed.weight[:, part]) + spread(low[:, part * half : (part + 1) * half]) - 128.0,
+    )  # fmt: skip
+    h = h if packed.mean is None else h - packed.mean
+    kept = torch.ones_like(h, dtype=torch.bool) if indices is None else _table(indices, x.rows, h.shape[1])
+    if threshold is not None:
+        kept = kept & ~(sketch_scores(x, packed) < threshold)  # a NaN is kept
+    if refine > 0:
+        assert packed.norm is not None
+        kept = kept & ~(h.abs() * packed.norm < refine)
+    return _biased(torch.where(kept, h, 0) @ packed.down_rows(), packed.down_bias)
 
 
 def heads_of(x: Tensor, place: Heads, count: int, size: int) -> Tensor:
@@ -172,9 +220,15 @@ def attention(
 
 def embed(ids: Tensor, table: Tensor | GroupedMatrix, scale: float) -> Tensor:
     """[rows, hidden] in float32."""
-    if isinstance(table, Tensor):
-        return _wide(table[ids]) * scale
-    return table.take(ids).floats() * scale
+    x = _wide(table[ids]) if isinstance(table, Tensor) else table.take(ids).floats()
+    return x if scale == 1.0 else x * scale
+
+
+def _table(indices: Tensor, rows: int, neurons: int) -> Tensor:
+    """[rows, neurons] of bool: which are listed."""
+    listed = indices.expand(rows, -1).long().remainder(neurons + 1)
+    table = torch.zeros((rows, neurons + 1), dtype=torch.bool, device=indices.device)
+    return table.scatter_(1, listed, True)[:, :-1]  # -1 falls into the extra column
 
 
 def _biased(y: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,6 +11,10 @@ Results are new tensors. The residual stream is best kept in float32: a row is r
 form: "one" is the fastest way for a row or a few, "many" the one whose bits for a row depend on that row's inputs
 alone, however many others there are, up to `MAX_ROWS` (a verification pass must choose the tokens that single steps
 would have); None: by the number of rows. What has no `form` goes row by row in any case.
+
+counters: int32 zeros by which a launch of many programs knows which of them is the last, and adds up what all of them
+have found, always in the same order; they are zeros again afterwards. At most `COUNTERS` a row are asked for. Nobody
+else may use them meanwhile. None: they are made for the call, by a launch more.
 """
 
 from __future__ import annotations
@@ -20,16 +24,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import gpu_reference as reference
-from .gpu_formats import FloatMatrix, GroupedMatrix, Inputs, Matrix, Quantized, pack
+from .gpu_formats import ByRow, FloatMatrix, GroupedMatrix, Inputs, Matrix, Quantized, pack
 from .gpu_launch import INTERPRETED, count, launches
-from .packed import ACTS, PackedColumns, PackedMLP
+from .packed import ACTS, PackedColumns, PackedLinear, PackedMLP
 from .step_model import Heads, Norm
 
 __all__ = [
@@ -40,8 +44,10 @@ __all__ = [
     "Normed",
     "Quantized",
     "act_mul",
+    "activated",
     "add_norm",
     "attention",
+    "by_row",
     "columns",
     "definitions",
     "embed",
@@ -50,17 +56,23 @@ __all__ = [
     "linears",
     "mlp",
     "pack",
+    "pick",
     "quantize",
     "rotary_write",
+    "sign_sums",
+    "sketch_mlp",
+    "sketch_scores",
 ]
 
 Form = Literal["one", "many"]
 
+COUNTERS = 1024
 MAX_ROWS = 32  # of steps; beyond them grouped matrices are unpacked, and multiplied by torch
 
 
 class Normed(NamedTuple):
-    """stream: the residual stream [R, hidden], as `add_norm` left it; y, second: what linears read."""
+    """stream: the residual stream [R, hidden], as `add_norm` left it; y, second: what linears read, or, where that was
+    asked for, a `ByRow`."""
 
     stream: Tensor
     y: Inputs
@@ -75,20 +87,23 @@ def add_norm(
     after: Norm | None = None,
     second: Norm | None = None,
     scale: float = 1.0,
-    quantize: bool = False,
+    quantize: bool | Literal["row"] = False,
+    smooth: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Normed:
     """stream = after(stream + scale * out(deltas[0]) + scale * deltas[1]), y = norm(stream): one launch.
 
     stream: [R, hidden] of any float dtype, which the new stream has, too. deltas: none, one or two of [R, hidden];
     `out` is for the first. norm None: y is the stream itself. second: a further norm of the new stream.
-    quantize: y and second are `Quantized`; else they have `dtype`, by default that of the stream.
+    quantize: y and second are `Quantized`, or `ByRow` for "row"; else they have `dtype`, by default that of the stream.
+    smooth: float32 [hidden], what y is multiplied by before it is rounded.
     """
     kernel = _kernels("gpu_norm", stream)
     if kernel is not None:
-        return Normed(*kernel.add_norm(stream, norm, deltas, out, after, second, scale, quantize, dtype))
+        return Normed(*kernel.add_norm(stream, norm, deltas, out, after, second, scale, quantize, smooth, dtype))
     x = reference.add_norm(stream, deltas, out, after, scale)
-    y = _made(reference.normed(x, norm), quantize, dtype or stream.dtype)
+    n = reference.normed(x, norm)
+    y = _made(n if smooth is None else n * smooth, quantize, dtype or stream.dtype)
     more = None if second is None else _made(reference.normed(x, second), quantize, dtype or stream.dtype)
     return Normed(x.to(stream.dtype), y, more)
 
@@ -159,6 +174,34 @@ def linears(
     for matrix, part in zip(matrices, out.split(outs, 1), strict=True):
         _linear(x, matrix, part, rows, form)
     return out
+
+
+def activated(
+    x: Inputs,
+    matrices: Sequence[Matrix],
+    act: str,
+    *,
+    gated: bool = True,
+    quantize: bool = False,
+    dtype: torch.dtype | None = None,
+    form: Form | None = None,
+) -> Inputs:
+    """`act_mul` of what matrices make of x: [R, I]. One launch for one row and matrices of floats, else one more.
+
+    matrices: that of gates and that of ups, or one that has gates before ups; of a plain MLP that of ups. dtype: as for
+    `linear`. The others: as for `act_mul` and `linear`.
+    """
+    dtype = dtype or (x.dtype if isinstance(x, Tensor) else torch.float32)
+    floats = [m for m in matrices if isinstance(m, FloatMatrix)]
+    if len(floats) == len(matrices) and not quantize:
+        given = _floats(x)
+        neurons = sum(m.out_features for m in floats) // (2 if gated else 1)
+        out = given.new_empty((given.shape[0], neurons), dtype=dtype)
+        kernel = _kernels("gpu_floats", out)
+        if kernel is not None and kernel.linears(given, floats, out, None, form, act, gated):
+            return out
+    wide = linears(x, matrices, dtype=torch.float32, form=form)
+    return act_mul(wide, act, gated=gated, quantize=quantize, dtype=dtype)
 
 
 def _linear(x: Inputs, matrix: Matrix, out: Tensor, rows: Tensor | None, form: Form | None) -> None:
@@ -256,8 +299,9 @@ def attention(
     sinks: Tensor | None = None,
     quantize: bool = False,
     dtype: torch.dtype | None = None,
+    counters: Tensor | None = None,
 ) -> Inputs:
-    """[R, heads * head_dim]: each row's attention over the indices 0..at of its sequence that it sees. Two launches.
+    """[R, heads * head_dim]: each row's attention over the indices 0..at of its sequence that it sees. One launch.
 
     q: [R, heads, head_dim] as `rotary_write` returns it; keys, values: [B, kv_heads, capacity, head_dim] of one dtype;
     at: int64 [R], read on the device. seen: bool [B, capacity], what is not padding; None: everything. window: how many
@@ -269,7 +313,7 @@ def attention(
     kernel = _kernels("gpu_attention", q)
     if kernel is not None:
         return kernel.attention(  # type: ignore[no-any-return]
-            q, keys, values, at, seen, scale, window, softcap, slopes, sinks, quantize, dtype or q.dtype
+            q, keys, values, at, seen, scale, window, softcap, slopes, sinks, quantize, dtype or q.dtype, counters
         )
     y = reference.attention(q, keys, values, at, seen, scale, window, softcap, slopes, sinks)
     return _made(y, quantize, dtype or q.dtype)
@@ -304,16 +348,100 @@ def mlp(
 
 
 def columns(
-    x: Tensor, packed: PackedColumns, threshold: float, *, by_norm: bool = False, dtype: torch.dtype | None = None
+    x: Tensor,
+    packed: Sequence[PackedColumns],
+    thresholds: Sequence[float],
+    *,
+    by_norm: bool = False,
+    act: str | None = None,
+    dtype: torch.dtype | None = None,
+    counters: Tensor | None = None,
 ) -> Tensor:
-    """A linear without the inputs below `threshold`, whose columns stay unread: [R, out] in `dtype`. Two launches.
+    """What up to three linears make of x without the inputs below a threshold of each, side by side: columns of these
+    inputs stay unread. [R, sum of outs] in `dtype`, one launch.
 
-    x: [R, in]. An input counts by |x| (TEAL) or, by_norm, by |x| * |column| (WINA).
+    x: [R, in]. An input counts by |x| (TEAL) or, by_norm, by |x| * |column| (WINA). act: a name of `packed.ACTS`, of
+    the outputs; of two linears act(first) * second comes out, [R, out].
     """
+    if not 1 <= len(packed) <= 3 or (act is not None and len(packed) == 3):
+        raise ValueError("one launch takes one to three linears, and an activation one or two of them")
     kernel = _kernels("gpu_mlp", x)
     if kernel is not None:
-        return kernel.columns(x, packed, threshold, by_norm, dtype or x.dtype)  # type: ignore[no-any-return]
-    return reference.columns(x, packed, threshold, by_norm).to(dtype or x.dtype)
+        return kernel.columns(x, packed, thresholds, by_norm, act, dtype or x.dtype, counters)  # type: ignore[no-any-return]
+    parts = [reference.columns(x, some, least, by_norm) for some, least in zip(packed, thresholds, strict=True)]
+    y = torch.cat(parts, 1)
+    return (y if act is None else reference.act_mul(y, act, len(packed) == 2)).to(dtype or x.dtype)
+
+
+def pick(
+    score: Tensor,
+    *,
+    keep: int | None = None,
+    threshold: float = 0.0,
+    kind: Literal["plain", "sigmoid", "size"] = "plain",
+    norm: Tensor | None = None,
+) -> Tensor:
+    """int32 [R, keep]: the neurons with the greatest of score [R, neurons], float32, ascending, of equal ones the
+    first. keep None: [R, neurons], those of `threshold` up, then -1. A NaN is picked. One launch.
+
+    kind: "plain": scores are what they are; "sigmoid": theirs; "size": |score|. norm: float32 [neurons], what these are
+    multiplied by.
+    """
+    count_ = -1 if keep is None else keep
+    kernel = _kernels("gpu_choice", score)
+    if kernel is not None:
+        return kernel.pick(score, count_, threshold, kind, norm)  # type: ignore[no-any-return]
+    return reference.pick(score, count_, threshold, kind, norm).int()
+
+
+def by_row(x: Tensor | ByRow) -> ByRow:
+    """x [R, hidden] of floats rounded to 8 bits by row, where it is not yet: one launch."""
+    return x if isinstance(x, ByRow) else cast(ByRow, add_norm(x, None, quantize="row").y)
+
+
+def sign_sums(x: Tensor, signs: PackedLinear) -> Tensor:
+    """float32 [R, neurons]: of how many more weights than not the sign is that of the input they meet. One launch.
+
+    signs: of `sparse.SignScores`. x: [R, in].
+    """
+    kernel = _kernels("gpu_choice", x)
+    if kernel is not None:
+        return kernel.sign_sums(x, signs)  # type: ignore[no-any-return]
+    return reference.sign_sums(x, signs)
+
+
+def sketch_scores(x: Tensor | ByRow, packed: PackedMLP) -> Tensor:
+    """float32 [R, neurons]: |act(gate) * up| by the upper nibbles, times packed.norm. One launch.
+
+    x: [R, hidden], rounded by row first (one more launch) where it is not yet. packed: in "int8_sliced".
+    """
+    given = by_row(x)
+    kernel = _kernels("gpu_choice", given.step)
+    if kernel is not None:
+        return kernel.sketch_scores(given, packed)  # type: ignore[no-any-return]
+    return reference.sketch_scores(given, packed)
+
+
+def sketch_mlp(
+    x: Tensor | ByRow,
+    packed: PackedMLP,
+    *,
+    indices: Tensor | None = None,
+    threshold: float | None = None,
+    refine: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """An MLP in "int8_sliced", [R, hidden]: two launches, the second of which adds up.
+
+    Of neurons whose score (`sketch_scores`) is below `threshold` nothing but the upper nibbles is read; refine: of the
+    others, the down row is read of those whose exact score (`reference.refined`) is at least that. indices, x: as for
+    `mlp` and `sketch_scores`.
+    """
+    given = by_row(x)
+    kernel = _kernels("gpu_choice", given.step)
+    if kernel is not None:
+        return kernel.sketch(given, packed, indices, threshold, refine, dtype)  # type: ignore[no-any-return]
+    return reference.sketch_mlp(given, packed, indices, threshold, refine).to(dtype)
 
 
 def embed(ids: Tensor, table: Tensor | GroupedMatrix, *, scale: float = 1.0, dtype: torch.dtype) -> Tensor:
@@ -321,7 +449,9 @@ def embed(ids: Tensor, table: Tensor | GroupedMatrix, *, scale: float = 1.0, dty
     return reference.embed(ids, table, scale).to(dtype)
 
 
-def _made(x: Tensor, quantize: bool, dtype: torch.dtype) -> Inputs:
+def _made(x: Tensor, quantize: bool | str, dtype: torch.dtype) -> Inputs:
+    if quantize == "row":
+        return cast(Any, ByRow.of(x))  # type: ignore[no-any-return]
     return Quantized.of(x) if quantize else x.to(dtype)
 
 

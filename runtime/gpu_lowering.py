@@ -13,16 +13,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable
 from dataclasses import replace
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import gpu_step as kernel
-from ..kernels.gpu_formats import GroupedMatrix, Inputs, Matrix
+from ..kernels.gpu_formats import ByRow, FloatMatrix, GroupedMatrix, Inputs, Matrix
 from ..kernels.packed import ACTS, PackedMLP
-from ..kernels.sparse import ExactScores, SlimMLP, SparseLinear, SparseMLP
+from ..kernels.sparse import ExactScores, SignScores, SlimMLP, SparseLinear, SparseMLP
 from ..kernels.step_model import Norm
 from ..predictors.anatomy import Anatomy
 from .calls import NotCovered, NotThisCall
@@ -62,11 +62,17 @@ class _Stream:
             self._settle()
         self._after = after or self._after
 
-    def read(self, norm: Norm | None, second: Norm | None = None, quantize: bool = False) -> tuple[Inputs, Inputs]:
-        """norm(itself), and second(itself) or the same again."""
+    def read(
+        self,
+        norm: Norm | None,
+        second: Norm | None = None,
+        quantize: bool | Literal["row"] = False,
+        smooth: Tensor | None = None,
+    ) -> tuple[Inputs, Inputs]:
+        """norm(itself), and second(itself) or the same again; see `gpu_step.add_norm`."""
         found = kernel.add_norm(
             self._x, norm, *self._deltas, out=self._out, after=self._after, second=second, scale=self._scale,
-            quantize=quantize, dtype=self._dtype,
+            quantize=quantize, smooth=smooth, dtype=self._dtype,
         )  # fmt: skip
         self._x, self._deltas, self._out, self._after = found.stream, [], None, None
         return found.y, found.y if found.second is None else found.second
@@ -92,6 +98,8 @@ class GpuStep:
         self._lists: dict[int, Tensor] = {}
         self._inverse: dict[int, Tensor] = {}  # int64 [neurons]: where each is listed, or -1
         with torch.inference_mode(False):
+            rows = place.rows * tokens
+            self._counters = torch.zeros(rows * kernel.COUNTERS, dtype=torch.int32, device=place.device)
             self._rows = torch.arange(place.rows * tokens, device=place.device)
             self._ahead = torch.arange(tokens, device=place.device).repeat(place.rows)
             for index, mlp in enumerate(program.mlps):
@@ -151,7 +159,7 @@ class GpuStep:
                 stream.add(y, layer.attention_out, layer.residual_scale)
             stream.norm(layer.attention_after)
             if computes:
-                x, _ = stream.read(layer.mlp_in, quantize=self._quantizes(index, _MLP, layer))
+                x = self._of_mlp(index, layer, stream)
                 stream.add(self._mlp(index, layer, x), layer.mlp_out, layer.residual_scale)
         stream.norm(layer.mlp_after)
 
@@ -161,16 +169,24 @@ class GpuStep:
         if self._quantizes(index, _MLP, layer) is quantize and layer.mlp_in is not None:
             return stream.read(layer.attention_in, layer.mlp_in, quantize)
         x, _ = stream.read(layer.attention_in, quantize=quantize)
-        return x, stream.read(layer.mlp_in, quantize=self._quantizes(index, _MLP, layer))[0]
+        return x, self._of_mlp(index, layer, stream)
 
-    def _quantizes(self, index: int, names: tuple[str, ...], layer: GpuLayer) -> bool:
-        """Whether what reads a norm's output reads it in 8 bits."""
+    def _of_mlp(self, index: int, layer: GpuLayer, stream: _Stream) -> Inputs:
+        """What an MLP reads of the stream."""
+        sparse = self._program.mlps[index]
+        quantize = self._quantizes(index, _MLP, layer)
+        return stream.read(layer.mlp_in, None, quantize, sparse.smooth if sparse and quantize == "row" else None)[0]
+
+    def _quantizes(self, index: int, names: tuple[str, ...], layer: GpuLayer) -> bool | Literal["row"]:
+        """Whether what reads a norm's output reads it in 8 bits, and by groups or by row."""
         if self._program.columns.get(index, {}).keys() & set(names):
             return False
         if names is _ATTENTION:
             return _grouped(layer.attention.inputs[0])
         sparse = self._program.mlps[index]
-        return (sparse is None or isinstance(sparse, SlicedMLP)) and _grouped(layer.mlp.widening[0])
+        if sparse is not None and not isinstance(sparse, SlicedMLP):
+            return "row" if sparse.rule == "sketch" and _has_kernel(sparse) else False
+        return _grouped(layer.mlp.widening[0])
 
     def _attention(self, index: int, a: GpuAttention, x: Inputs, attends: bool) -> Tensor | None:
         """What an attention gives, or where it is skipped nothing; its keys and values are written."""
@@ -191,80 +207,126 @@ class GpuStep:
             q, keys, values, self._at,
             seen=place.seen, scale=spec.scale, window=spec.window, softcap=spec.softcap, slopes=a.slopes,
             sinks=a.sinks, quantize=_grouped(a.output) and "o" not in columns, dtype=self._model.spec.dtype,
+            counters=self._counters,
         )  # fmt: skip
         return self._product(y, (a.output,), columns, ("o",))
 
     def _mlp(self, index: int, layer: GpuLayer, x: Inputs) -> Tensor:
         sparse, dense, columns = _bundles(self._program)[index], layer.mlp, self._program.columns.get(index, {})
         if sparse is not None and not isinstance(sparse, SlicedMLP):
-            return self._bundled(index, sparse, cast(Tensor, x))
-        quantize, inverse = _grouped(dense.down) and "down" not in columns, None
+            return self._bundled(index, sparse, x)
+        names, dtype = _MLP if dense.gated else ("up",), self._model.spec.dtype
+        quantize = _grouped(dense.down) and "down" not in columns
         if index in self._inverse:  # neurons that prompts choose: the down projection meets 0 in place of others
-            halves, inverse = cast(SlicedMLP, sparse).groups.halves, self._inverse[index]
+            halves = cast(SlicedMLP, sparse).groups.halves
             wide = kernel.linears(x, halves, dtype=torch.float32, form=self._form, rows=self._lists[index])
+            h = kernel.act_mul(
+                wide, dense.act, gated=dense.gated, inverse=self._inverse[index], quantize=quantize, dtype=dtype
+            )
+        elif not columns.keys() & set(names):
+            h = kernel.activated(
+                x, dense.widening, dense.act, gated=dense.gated, quantize=quantize, dtype=dtype, form=self._form
+            )
+        elif columns.keys() >= set(names):
+            h = self._columns(cast(Tensor, x), [columns[name] for name in names], dense.act)
         else:
-            wide = self._product(x, dense.widening, columns, _MLP if dense.gated else ("up",))
-        h = kernel.act_mul(
-            wide, dense.act, gated=dense.gated, inverse=inverse, quantize=quantize, dtype=self._model.spec.dtype
-        )
+            wide = self._product(x, dense.widening, columns, names)
+            h = kernel.act_mul(wide, dense.act, gated=dense.gated, quantize=quantize, dtype=dtype)
         return self._product(h, (dense.down,), columns, ("down",))
 
-    def _bundled(self, index: int, sparse: SparseMLP, x: Tensor) -> Tensor:
-        """Neurons that are listed, or that a rule chooses: by the one-pass kernel where it knows the rule."""
-        found = _one_pass(sparse)
-        if found is None:
-            return sparse.run(x)[0].float()
-        packed, rule, threshold = found
-        indices = sparse.picked(x) if rule == "picked" else self._lists.get(index)
+    def _bundled(self, index: int, sparse: SparseMLP, x: Inputs) -> Tensor:
+        """Neurons that are listed, or that a rule chooses: by the one-pass kernels where they know the rule."""
+        if not _has_kernel(sparse):
+            return sparse.run(cast(Tensor, x))[0].float()
+        packed, rule, threshold = cast(PackedMLP, sparse.packed), sparse.rule, sparse.threshold
+        if rule == "sketch":
+            indices = None
+            if threshold is None:
+                indices = kernel.pick(kernel.sketch_scores(cast(ByRow, x), packed), keep=sparse.keep)
+            return kernel.sketch_mlp(
+                cast(ByRow, x), packed, indices=indices, threshold=threshold, refine=sparse.refine
+            )  # fmt: skip
+        indices, by = self._lists.get(index), "gate" if rule == "gate" else "listed"
+        if isinstance(sparse.scorer, ExactScores) and threshold is not None:
+            packed, by = replace(packed, norm=sparse.scorer.norm), "activation"
+        elif rule in ("learned", "scored"):
+            indices = self._picked(sparse, packed, cast(Tensor, x))
         return kernel.mlp(
-            x, packed, indices=indices, rule="listed" if rule == "picked" else rule, threshold=threshold,
+            cast(Tensor, x), packed, indices=indices, rule=cast(Any, by), threshold=threshold or 0.0,
             dtype=torch.float32, form=self._form,
         )  # fmt: skip
+
+    def _picked(self, sparse: SparseMLP, packed: PackedMLP, x: Tensor) -> Tensor:
+        """int32 ``[tokens, k]``: the neurons that a predictor or a scorer chooses."""
+        least, norm, kind = sparse.threshold or 0.0, None, "plain"
+        if sparse.predictor is not None:
+            score, kind = x, "sigmoid"
+            for linear in sparse.predictor:
+                matrix = FloatMatrix(linear.weight[:, : linear.in_features], linear.bias)
+                score = kernel.linear(score, matrix, dtype=torch.float32, form=self._form)
+        elif isinstance(sparse.scorer, ExactScores):
+            parts = range(packed.weight.shape[1] - 1)
+            biases = (packed.gate_bias, packed.up_bias) if packed.gated else (packed.up_bias,)
+            rows = [FloatMatrix(packed.weight[:, part, : packed.hidden_size], biases[part]) for part in parts]
+            score = cast(
+                Tensor,
+                kernel.activated(
+                    x, rows, str(packed.act), gated=packed.gated, dtype=torch.float32, form=self._form
+                ),
+            )  # fmt: skip
+            kind, norm = "size", sparse.scorer.norm
+        elif isinstance(sparse.scorer, SignScores):
+            score = kernel.sign_sums(x, sparse.scorer.signs)
+            least = (least - 0.5) * 2 * packed.hidden_size
+        else:
+            score = cast(Any, sparse.scorer)(x).float()
+        return kernel.pick(score, keep=sparse.keep, threshold=least, kind=cast(Any, kind), norm=norm)
 
     def _product(self, x: Inputs, matrices: tuple[Matrix, ...], columns: Any, names: tuple[str, ...]) -> Tensor:
         """What linears of these names make of x, side by side, some of them without small inputs."""
         left_out: dict[str, SparseLinear] = {name: columns[name] for name in names if name in columns}
         if not left_out:
             return kernel.linears(x, matrices, dtype=torch.float32, form=self._form)
-        if len(left_out) < len(names) and len(matrices) != len(names):
+        if len(left_out) == len(names):
+            return self._columns(cast(Tensor, x), list(left_out.values()))
+        if len(matrices) != len(names):
             raise NotCovered("inputs are left out of a part of a projection")
         parts = []
-        for at, name in enumerate(names):
+        for matrix, name in zip(matrices, names, strict=True):
             found = left_out.get(name)
             if found is None:
-                parts.append(kernel.linear(x, matrices[at], dtype=torch.float32, form=self._form))
+                parts.append(kernel.linear(x, matrix, dtype=torch.float32, form=self._form))
             else:
-                floats = cast(Tensor, x)
-                parts.append(
-                    kernel.columns(
-                        floats, found.packed, found.threshold, by_norm=found.by_norm, dtype=torch.float32
-                    )
-                )  # fmt: skip
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+                parts.append(self._columns(cast(Tensor, x), [found]))
+        return torch.cat(parts, 1)
+
+    def _columns(self, x: Tensor, linears: list[SparseLinear], act: str | None = None) -> Tensor:
+        """Linears without small inputs, side by side, in one launch; or what an activation makes of them."""
+        return kernel.columns(
+            x, [found.packed for found in linears], [found.threshold for found in linears],
+            by_norm=linears[0].by_norm, act=act, dtype=self._model.spec.dtype if act else torch.float32,
+            counters=self._counters,
+        )  # fmt: skip
 
 
 def _grouped(matrix: Matrix) -> bool:
     return isinstance(matrix, GroupedMatrix)
 
 
-def _one_pass(sparse: SparseMLP) -> tuple[PackedMLP, Any, float] | None:
-    """The bundles, the rule and the threshold of the one-pass kernel for a sparse MLP; "picked": lists of what scores
-    have picked. None: it has no rule that does the same (sketches)."""
+def _has_kernel(sparse: SparseMLP | SlimMLP) -> bool:
+    """Whether the one-pass kernels do what it says."""
+    if isinstance(sparse, SlimMLP):
+        return False
     packed = sparse.packed
-    if not isinstance(packed, PackedMLP) or packed.scale is not None or packed.act not in tuple(ACTS):
-        return None
-    if sparse.smooth is not None or sparse.refine:
-        return None
-    if sparse.rule == "listed":
-        return packed, "listed", 0.0
-    if sparse.rule == "gate" and packed.gated and sparse.threshold is not None:
-        return packed, "gate", sparse.threshold
-    if sparse.rule not in ("learned", "scored"):
-        return None
-    scorer = sparse.scorer
-    if isinstance(scorer, ExactScores) and sparse.threshold is not None:
-        return replace(packed, norm=scorer.norm), "activation", sparse.threshold
-    return packed, "picked", 0.0
+    if not isinstance(packed, PackedMLP) or packed.act not in tuple(ACTS):
+        return False
+    if sparse.rule == "sketch":
+        return packed.low is not None
+    if packed.scale is not None or sparse.smooth is not None or sparse.refine:
+        return False
+    if sparse.rule == "gate":
+        return packed.gated and sparse.threshold is not None
+    return sparse.predictor is None or all(linear.fmt is None for linear in sparse.predictor)
 
 
 class Host(Protocol):
@@ -411,7 +473,10 @@ def _key(program: StepProgram) -> Hashable:
             None if isinstance(mlp, SlicedMLP) else id(mlp.packed),
             mlp.rule,
             mlp.threshold,
+            mlp.keep,
+            mlp.refine,
             id(mlp.scorer),
+            id(mlp.predictor),
             mlp.lists and mlp.lists.kept,
         )
         for mlp in _bundles(program)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -69,8 +69,8 @@ class Place:
             self.at = torch.zeros(1, dtype=torch.int64, device=device)
             self.seen = torch.zeros((rows, capacity), dtype=torch.bool, device=device)
             self._index = torch.arange(capacity, device=device)
-            self.buffers = [(_buffer(layer.keys, capacity), _buffer(layer.values, capacity)) for layer in layers]
-        self._unused = self._holders()
+        self.buffers: list[tuple[Tensor, Tensor]] = []  # made when a first cache comes
+        self._unused = 0
         self._cache: Callable[[], Cache | None] = lambda: None
         self._rooms: Callable[[], Rooms | None] = lambda: None
 
@@ -84,9 +84,18 @@ class Place:
         """Copies a cache's keys and values into the buffers, which are the cache's from now on."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # whose they were may have used another stream
-        rooms = lend_rooms(cache, self.buffers, self._entries)
+        rooms = lend_rooms(cache, self.buffers or self._made(cache), self._entries)
         self._cache, self._rooms = weakref.ref(cache), weakref.ref(rooms)
         return rooms
+
+    def _made(self, cache: Cache) -> Iterator[tuple[Tensor, Tensor]]:
+        """Buffers for one layer after the other: what the cache had before is let go meanwhile."""
+        layer: Any
+        for layer in cache.layers:
+            with torch.inference_mode(False):
+                self.buffers.append((_buffer(layer.keys, self.capacity), _buffer(layer.values, self.capacity)))
+            self._unused += _holders(self.buffers[-1])
+            yield self.buffers[-1]
 
     def serves(self, rooms: Rooms | None) -> bool:
         return rooms is not None and self._rooms() is rooms
@@ -118,8 +127,7 @@ class Place:
         return replay
 
     def _holders(self) -> int:
-        counts = torch._C._storage_Use_Count
-        return sum(counts(t.untyped_storage()._cdata) for pair in self.buffers for t in pair)
+        return sum(map(_holders, self.buffers))
 
     # --- a step's arguments
 
@@ -141,6 +149,11 @@ class Place:
         else:
             self.positions[:, :count] = positions
             self.positions[:, count:tokens] = positions[:, -1:]
+
+
+def _holders(pair: tuple[Tensor, Tensor]) -> int:
+    counts = torch._C._storage_Use_Count
+    return sum(counts(t.untyped_storage()._cdata) for t in pair)
 
 
 def _buffer(like: Tensor, capacity: int) -> Tensor:

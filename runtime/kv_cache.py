@@ -17,7 +17,7 @@ import copy
 import copyreg
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -459,8 +459,8 @@ def first_rooms(cache: Cache, rows: int, more: int, entries: Entries) -> Rooms |
     return rooms
 
 
-def lend_rooms(cache: Cache, buffers: Sequence[tuple[Tensor, Tensor]], entries: Entries) -> Rooms:
-    """Moves the cache's layers into somebody's (keys, values), position i to index i.
+def lend_rooms(cache: Cache, buffers: Iterable[tuple[Tensor, Tensor]], entries: Entries) -> Rooms:
+    """Moves the cache's layers into somebody's (keys, values), position i to index i, one after the other.
 
     The rest becomes zero: what a mask weighs with 0 must not be a NaN of an earlier sequence. Who holds these buffers
     can tell from the number of views on them whether the cache, or anyone who took something from it, still needs them.
@@ -495,6 +495,27 @@ def twin_of(cache: Any) -> Any:
     twin = copy.copy(cache)
     twin.layers = [copy.copy(layer) if is_plain(layer) else copy.deepcopy(layer) for layer in cache.layers]
     return twin
+
+
+def passing_twin(cache: Any) -> Any:
+    """A cache for one pass that sees what `cache` holds: of what the pass adds to keys and values nothing is kept, so
+    that no more than one layer is ever there twice."""
+    twin = twin_of(cache)
+    for layer in twin.layers:
+        if is_plain(layer):
+            layer.__class__ = _passing(cast(Any, type(layer)))
+    return twin
+
+
+@functools.cache
+def _passing(cls: Any) -> type:
+    def update(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        before = layer.keys, layer.values
+        made = cls.update(layer, *args, **kwargs)
+        layer.keys, layer.values = before
+        return made
+
+    return type(cls.__name__, (cls,), {"__module__": cls.__module__, "update": update})
 
 
 def is_plain(layer: Any) -> bool:

@@ -16,7 +16,6 @@ operations and replay them on the CPU.
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import threading
@@ -35,7 +34,7 @@ from .calls import Disagrees, NotCovered, NotThisCall, check_call, close, compar
 from .gpu_lowering import GpuLowering, GpuStep
 from .gpu_modules import ModuleStep, attention_of
 from .gpu_place import MOST_TOKENS, Capture, Place
-from .kv_cache import Entries, Rooms, known_rooms, leave_rooms, length_of, sizes_of, unfit
+from .kv_cache import Entries, Rooms, known_rooms, leave_rooms, length_of, passing_twin, sizes_of, unfit
 from .layer_skips import LayerSkips
 from .lower_cpu import StepProgram
 from .patches import Usage
@@ -48,8 +47,8 @@ logger = logging.getLogger("coreskip")
 
 _MOST = 16  # places that a model keeps; each has keys and values of its own
 _LEAST = 256  # capacity of the smallest; the others' are its doubles
-# In bfloat16 the right lowering of a step, too, is now and then further from the modules than the tolerance: only who
-# is so for several texts is refused.
+# In bfloat16, and where a token's choice is a near thing, the right lowering of a step, too, is now and then further
+# from the modules than the tolerance: only who is so for several texts is refused.
 _ATTEMPTS = 4
 
 #: What a captured pass of modules has fixed: the layers whose attention, and MLP, it leaves out, and the weights that
@@ -390,16 +389,16 @@ class CapturedSteps:
     def _new(
         self, original: Callable[..., Any], named: dict[str, Any], way: _Way, program: StepProgram | str, verifies: bool
     ) -> Tensor | None:
-        """Captures a step and compares it with the model's own modules, which run on a copy of the cache. None: they
+        """Captures a step and compares it with the model's own modules, which leave the cache as it is. None: they
         do not agree, and nothing has happened to the cache."""
         cache, length = named["past_key_values"], named["input_ids"].shape[1]
-        twin = copy.deepcopy(cache)
+        twin = passing_twin(cache)
         expected = original(**{**named, "past_key_values": twin})
         self._places.learn(cache.layers[0].keys.dtype, twin.layers)
-        del twin
-        self._output = type(expected)
+        self._output, logits = type(expected), expected.logits
+        del twin, expected  # which hold what the cache holds
         try:
-            return self._captured_anew(original, named, way, expected.logits)
+            return self._captured_anew(original, named, way, logits)
         except NotThisCall:
             self._places.leave(cache)
             raise
@@ -466,8 +465,8 @@ class CapturedSteps:
     @property
     def _attempts(self) -> int:
         entries = self._places.entries
-        halves = entries is not None and entries.dtype != torch.float32
-        return _ATTEMPTS if halves or self._host.program.weights is not None else 1
+        rounded = self._host.program.weights is not None or (entries is not None and entries.dtype != torch.float32)
+        return _ATTEMPTS if rounded or self._host.chooses_by_token else 1
 
 
 def settled_by(prepared: Prepared, skips: LayerSkips, selections: Selections | None) -> Settled | str:

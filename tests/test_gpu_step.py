@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from test_graph import Recorded, alike, captured, close, modules_logits, policy_
 from test_policies import NAMES
 from tiny_models import EXPERTS, FAMILIES, greedy, plan_of, prompt, tiny
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 from triton_process import scripts
 
@@ -382,27 +384,21 @@ SETUP = """
 import sys, torch, coreskip
 import test_graph as t
 import test_gpu_step as s
-from dataclasses import replace
-from coreskip.kernels import gpu_step, ops
-from coreskip.predictors.plan import Plan
-from coreskip.runtime import bundles, gpu_matrices
-from coreskip.runtime.wrap import runtime_of
+from coreskip.kernels import ops
+from coreskip.runtime import bundles
 ops._is_plain = lambda x: False
 bundles.slimmed = lambda *arguments: None
-gpu_matrices.packs_for = lambda model: True
 
-def launched(weights, kind, tokens=1):
-    "What a step of two layers launches, once it agrees with the modules."
-    model = s.tiny("llama", num_hidden_layers=2, intermediate_size=64, hidden_size=32, head_dim=8)
-    plan = Plan.dense(model) if kind == "dense" else t.policy_plan(model, kind)
-    plan = replace(plan, weights=weights)
-    ids = t.prompt(1, 2)
-    with torch.no_grad(), s.lowered(model, plan) as graphs:
-        t.teacher_forced(model, ids, torch.ones_like(ids), t.some_tokens(1, tokens), each=1)
-        (graph,) = graphs._captured[0].graphs.values()
-        with gpu_step.launches() as counted:
-            graph.step()
-    return counted
+def check(kind, tokens):
+    "Steps by the Triton kernels, which have to agree with the modules, and twice with themselves."
+    model = s.tiny("llama", num_hidden_layers=1, intermediate_size=64, hidden_size=32, head_dim=8)
+    plan = t.policy_plan(model, kind)
+    arguments = t.prompt(1, 2), torch.ones_like(t.prompt(1, 2)), t.some_tokens(1, tokens)
+    expected = t.modules_logits(model, plan, *arguments)
+    with torch.no_grad(), s.lowered(model, plan):
+        found = [t.teacher_forced(model, *arguments, each=1) for _ in range(2)]
+    assert torch.equal(*found)
+    t.alike(found[0], expected)
 """
 
 
@@ -413,17 +409,60 @@ def interpreter() -> Iterator[Callable[[str], None]]:
         yield run
 
 
-@pytest.mark.parametrize(
-    ("weights", "kind", "products"),
-    [(None, "dense", 4), ("int4", "signed", 5), (None, "cats", 3)],
-)
-def test_launches_of_a_layer(weights: str | None, kind: str, products: int, interpreter: Callable[[str], None]) -> None:
-    """With the Triton kernels inside: six small ones at most besides the products with matrices."""
-    interpreter(
-        f"counted = launched({weights!r}, {kind!r})\n"
-        f"assert 2 < counted['small'] <= 2 * 6 + 1, counted  # the last norm\n"
-        f"assert counted['gemv'] == 2 * {products} + 1, counted  # the LM head\n"
-    )
+@pytest.mark.parametrize("kind", ["teal", "sketch_refined", "learned"])
+def test_policies_by_the_kernels(kind: str, interpreter: Callable[[str], None]) -> None:
+    interpreter(f"check({kind!r}, 2)")
+
+
+class Launched(TorchDispatchMode):
+    """Counts what torch would launch on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = Counter[str]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function._schema.name
+        if not function.is_view and "empty" not in name and "view" not in name:
+            self.operations[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+#: products with matrices of a layer in bfloat16; a predictor has two, a choice by a count computes scores before
+_PRODUCTS = {"dense": 4, "teal": 4, "teal_all": 4, "wina": 4, "topk": 4, "sketch": 4, "sketch_smooth": 4, "signs": 4}
+_PRODUCTS |= {"learned": 5, "bricks": 5}
+LAUNCHES = [(None, kind, _PRODUCTS.get(kind, 3)) for kind in ("dense", "static", "signed", *NAMES)]
+LAUNCHES += [("int4", "dense", 4), ("int4", "static", 4), ("int4", "signed", 5), ("int8", "dense", 4)]
+
+
+@pytest.mark.parametrize(("weights", "kind", "products"), LAUNCHES)
+def test_launches_of_a_layer(
+    weights: str | None, kind: str, products: int, on_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six small ones at most besides the products with matrices, and nothing that torch launches."""
+    pytest.importorskip("triton", reason="Triton is not installed (the extra `gpu`)")
+    from coreskip.kernels import gpu_parts
+
+    small, found, by_torch = list[int](), list[int](), list[Counter[str]]()
+    for layers in (1, 2):
+        model = tiny("llama_bias" if kind == "teal_all" else "llama", num_hidden_layers=layers)
+        plan = Plan.dense(model) if kind == "dense" else policy_plan(model, kind)
+        ids = prompt(1, 4)
+        with torch.no_grad(), lowered(model, replace(plan, weights=weights)) as graphs, monkeypatch.context() as patch:
+            teacher_forced(model, ids, torch.ones_like(ids), some_tokens(1, 1), each=1)
+            (graph,) = graphs._captured[0].graphs.values()
+            patch.setattr(gpu_parts, "run", lambda *arguments: None)  # counted and not run: there is no GPU
+            patch.setattr(gpu_step, "_kernels", lambda name, x: gpu_step._module(name))
+            with gpu_step.launches() as counted, Launched() as torchs:
+                graph.step()
+        small.append(counted["small"])
+        found.append(counted["gemv"])
+        by_torch.append(torchs.operations)
+    assert small[1] - small[0] <= 6
+    assert small[0] - (small[1] - small[0]) == 1  # the last norm
+    assert found == [products + 1, 2 * products + 1]  # the LM head
+    assert by_torch[0] == by_torch[1]
+    assert sum(by_torch[0].values()) <= 12  # positions and their angles, the embedding
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -35,8 +35,9 @@ import coreskip
 from coreskip import Engine
 from coreskip.kernels import ops
 from coreskip.predictors.plan import Plan
-from coreskip.runtime import lower_gpu
+from coreskip.runtime import gpu_place, lower_gpu
 from coreskip.runtime.gpu_modules import ModuleStep
+from coreskip.runtime.kv_cache import passing_twin
 from coreskip.runtime.phases import drafting
 from coreskip.runtime.wrap import runtime_of
 
@@ -190,6 +191,32 @@ def test_generate_and_further_turns_over_its_cache(family: str, monkeypatch: pyt
         assert torch.equal(
             greedy(model, prompt(1), 12, num_beams=3), greedy(model, prompt(1), 12, num_beams=3, use_cache=False)
         )
+
+
+def test_no_more_than_a_layer_of_a_cache_is_there_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the first step is compared with the modules, and while the cache moves to where steps find it."""
+    model, ids, twins = tiny("llama"), prompt(1, 30), list[Any]()
+    expected = model(torch.cat([ids, ids[:, :1]], 1)).logits[:, -1:]
+    cache, buffer, twin_of, moved = DynamicCache(config=model.config), gpu_place._buffer, passing_twin, list[int]()
+
+    def made(like: Tensor, capacity: int) -> Tensor:
+        moved.append([layer.keys.data_ptr() for layer in cache.layers].index(pointers[len(moved) // 2]))
+        assert all(layer.keys.data_ptr() not in pointers for layer in cache.layers[: moved[-1]])
+        return buffer(like, capacity)
+
+    def twin(cache: DynamicCache) -> DynamicCache:
+        twins.append(twin_of(cache))
+        return twins[-1]
+
+    monkeypatch.setattr(gpu_place, "_buffer", made)
+    monkeypatch.setattr(lower_gpu, "passing_twin", twin)
+    with torch.no_grad(), captured(model):
+        model(ids, past_key_values=cache)
+        pointers = [layer.keys.data_ptr() for layer in cache.layers]
+        close(model(ids[:, :1], past_key_values=cache).logits, expected)
+    assert moved == [0, 0, 1, 1, 2, 2]
+    assert [layer.keys.data_ptr() for layer in twins[0].layers] == pointers
+    assert [layer.keys.shape[2] for layer in cache.layers] == [31] * 3
 
 
 class Heard(BaseStreamer):

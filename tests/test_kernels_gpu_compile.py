@@ -102,7 +102,7 @@ def check(heads, kv_heads, size, dtype=half, one=None, **options):
         k_norm=one), "_rotary_kernel", capability={capability})
     q = torch.empty((2, heads, size), dtype=dtype)
     made(lambda: step.attention(q, keys, keys, at, scale=0.1, quantize=True, **options), "_attention_kernel",
-        "_combine_kernel", capability={capability})
+        capability={capability})
 check(8, 1, 256, seen=torch.ones((2, 2048), dtype=torch.bool), softcap=50.0, window=512, sinks=torch.ones(8))
 if {capability} == 90:
     check(32, 32, 128)
@@ -124,8 +124,9 @@ for hidden in (576, 4096, 8192) if {capability} == 90 else (4096,):
             assert "ld.global.v4.b32" in ptx[0]
 made(lambda: step.mlp(x, bundles(hidden, torch.float32)), *names, capability={capability})
 columns = PackedColumns(torch.empty((4096, 4096), dtype=half), 4096, torch.empty(4096))
-made(lambda: step.columns(torch.empty(1, 4096), columns, 0.1, by_norm=True), "_columns_kernel", "_sum_kernel",
-    capability={capability})
+for count, act in ((1, None), (2, "silu"), (3, None)):
+    made(lambda: step.columns(torch.empty(1, 4096), [columns] * count, [0.1] * count, by_norm=True, act=act),
+        "_columns_kernel", capability={capability})
 for inputs in (576, 4096, 11008) if {capability} == 90 else (4096,):
     matrices = [step.pack(torch.empty((n, inputs), dtype=half)) for n in (64, 16, 16)]
     x = torch.empty(1, inputs)
@@ -134,14 +135,45 @@ for inputs in (576, 4096, 11008) if {capability} == 90 else (4096,):
 """)
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+def test_choices(run: Run, capability: int) -> None:
+    run(f"""
+from coreskip.kernels.gpu_formats import ByRow
+from coreskip.kernels.packed import PackedLinear
+for neurons in (1536, 28672) if {capability} == 90 else (11008,):
+    score, ends = torch.empty(1, neurons), torch.empty(neurons)
+    made(lambda: step.pick(score, keep=neurons // 2, kind="sigmoid"), "_pick_kernel", capability={capability})
+    made(lambda: step.pick(score, threshold=0.5, kind="size", norm=ends), "_pick_kernel", capability={capability})
+for hidden in (576, 4096, 8192) if {capability} == 90 else (4096,):
+    half_row = -(-hidden // 128) * 64
+    packed = PackedMLP(torch.empty((8, 2, half_row), dtype=torch.uint8), hidden, True, "silu",
+        low=torch.empty((8, 4 * half_row), dtype=torch.uint8), scale=torch.empty(8, 3), norm=torch.empty(8))
+    x = ByRow(torch.empty((1, half_row * 2), dtype=torch.int8), torch.empty(1), torch.empty(1, dtype=torch.int32))
+    (ptx, _) = made(lambda: step.sketch_mlp(x, packed, threshold=0.5, refine=0.1), "_sketch_kernel", "_sum_kernel",
+        capability={capability})
+    assert "dp4a" in ptx and "ld.global.v4.b32" in ptx and "ld.global.b8" not in ptx
+    made(lambda: step.sketch_mlp(x, packed, indices=torch.zeros(8, dtype=torch.int32)), "_sketch_kernel", "_sum_kernel",
+        capability={capability})
+    made(lambda: step.sketch_scores(x, packed), "_scores_kernel", capability={capability})
+    given = torch.empty(1, hidden)
+    made(lambda: step.add_norm(given, norm(hidden), given, quantize="row", smooth=torch.empty(hidden)),
+        "_add_norm_kernel", capability={capability})
+signs = PackedLinear(torch.empty((64, 4096), dtype=torch.uint8), 4096, torch.empty(64))
+made(lambda: step.sign_sums(torch.empty((1, 4096), dtype=half), signs), "_sign_kernel", capability={capability})
+gates = [step.pack(torch.empty((64, 4096), dtype=half)) for _ in range(2)]
+(ptx,) = made(lambda: step.activated(torch.empty((1, 4096), dtype=half), gates, "silu"), "_row_kernel",
+    capability={capability})
+assert "ld.global.v4.b32" in ptx
+""")
+
+
 def test_matrices_in_eight_bits_with_one_scale_a_row(run: Run) -> None:
     """The kernels of gpu.py that are left."""
     run("""
 from coreskip.kernels import gpu
-for fmt in ("int8", "int8_sliced"):
-    packed = PackedMLP.pack(*(torch.randn(64, 256) for _ in range(3)), act="silu", fmt=fmt)
-    x = torch.randn(1, 256)
-    made(lambda: gpu.mlp(x, packed, None, "listed", -1, 0.0, 0.0), "_activations_kernel", "_down_kernel", "_sum_kernel")
+packed = PackedMLP.pack(*(torch.randn(64, 256) for _ in range(3)), act="silu", fmt="int8")
+x = torch.randn(1, 256)
+made(lambda: gpu.mlp(x, packed, None, "listed", -1, 0.0, 0.0), "_activations_kernel", "_down_kernel", "_sum_kernel")
 """)
 
 
@@ -156,12 +188,11 @@ made(lambda: step.linear(rounded(4, 32), grouped(1, 32, 8)), "_tile_kernel")
 made(lambda: step.linear(rounded(1, 32), grouped(1, 32, 4)), "_dot_kernel")
 made(lambda: step.linear(one, step.pack(one)), "_row_kernel")
 made(lambda: step.add_norm(one, norm(1), quantize=True), "_add_norm_kernel")
-made(lambda: step.columns(one, PackedColumns(torch.empty((1, 32)), 1, torch.empty(1)), 0.1), "_columns_kernel",
-    "_sum_kernel")
+made(lambda: step.columns(one, [PackedColumns(torch.empty((1, 32)), 1, torch.empty(1))], [0.1]), "_columns_kernel")
 lists = torch.zeros((1, 1), dtype=torch.int32)
 made(lambda: step.mlp(torch.empty(1, 64), bundles(64), indices=lists), "_mlp_kernel", "_sum_kernel")
 keys, at = torch.empty((1, 1, 1, 16)), torch.zeros(1, dtype=torch.int64)
-made(lambda: step.attention(keys[0], keys, keys, at, scale=1.0), "_attention_kernel", "_combine_kernel")
+made(lambda: step.attention(keys[0], keys, keys, at, scale=1.0), "_attention_kernel")
 """)
 
 
@@ -173,6 +204,8 @@ def test_launches_that_overlap() -> None:
 for call, name in (
     (lambda: step.linear(rounded(1, 4096), grouped(64, 4096, 4)), "_dot_kernel"),
     (lambda: step.linear(torch.empty(1, 4096), step.pack(torch.empty((64, 4096), dtype=half))), "_row_kernel"),
+    (lambda: step.activated(torch.empty(1, 4096), [step.pack(torch.empty((64, 4096), dtype=half))] * 2, "silu"),
+        "_row_kernel"),
 ):
     (ptx,) = made(call, name)
     before, after = ptx.split("griddepcontrol.wait", 1)

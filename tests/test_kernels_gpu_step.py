@@ -161,6 +161,108 @@ for fmt, dtype in (("int4", torch.float32), (None, torch.float32), (None, half),
 """)
 
 
+def test_activations_of_products(run: Run) -> None:
+    run("""
+weight, bias = torch.randn(40, 300), torch.randn(40)
+for fmt, dtype in (("int4", torch.float32), (None, torch.float32), (None, half)):
+    gate, up = (step.pack(w.to(dtype), b, fmt) for w, b in ((weight, bias), (weight * 2, None)))
+    both = step.pack(torch.cat([weight, weight * 2]).to(dtype), torch.cat([bias, bias]), fmt)
+    for rows in (1, 2):
+        x = torch.randn(rows, 300).to(dtype)
+        for matrices, gated in (((gate, up), True), ((both,), True), ((up,), False)):
+            wide = torch.cat([reference.linear(x, m) for m in matrices], 1)
+            exact = reference.act_mul(wide.double(), "silu", gated)
+            call = lambda: step.activated(x, matrices, "silu", gated=gated, dtype=torch.float32)
+            if dtype is torch.float32 or rows == 1:
+                twice(call, exact)
+            with step.launches() as found:
+                call()
+            assert found["small"] == (0 if fmt is None and rows == 1 else 1 if fmt is None else 2)
+given = step.quantize(torch.randn(1, 300))
+matrix = step.pack(weight, bias, "int4")
+h = step.act_mul(step.linear(given, matrix), "relu", gated=False)
+same(step.activated(given, [matrix], "relu", gated=False, quantize=True), Quantized.of(h))
+""")
+
+
+def test_neurons_are_picked(run: Run) -> None:
+    """As many as are asked for, of equal ones the first; or by a threshold."""
+    run("""
+score = torch.randn(3, 200)
+score[1] = score[1].round()  # many are equal
+score[2, :150], score[2, 3], score[2, 100] = 0.0, -0.0, float("nan")
+score[0, 7], score[0, 9] = float("inf"), -float("inf")
+norm = torch.rand(200)
+for keep in (1, 57, 103, 199, 200, 0):
+    for kind, norms in (("plain", None), ("size", norm), ("size", None), ("plain", norm)):
+        result = step.pick(score, keep=keep, kind=kind, norm=norms)
+        assert result.dtype == torch.int32
+        assert torch.equal(result.long(), reference.pick(score, keep, 0.0, kind, norms)), (keep, kind)
+    assert torch.equal(step.pick(score, keep=keep), step.pick(score, keep=keep))
+for threshold in (-9.0, 0.0, 0.5, 1e9):
+    for kind in ("plain", "size", "sigmoid"):
+        result = step.pick(score, threshold=threshold, kind=kind, norm=norm)
+        assert torch.equal(result.long(), reference.pick(score, -1, threshold, kind, norm))
+learned = step.pick(score[:1], keep=20, kind="sigmoid")
+assert torch.equal(learned.long(), reference.pick(score[:1], 20, 0.0, "sigmoid", None))
+""")
+
+
+def test_signs(run: Run) -> None:
+    run("""
+from coreskip.kernels.sparse import SignScores
+weight, x = torch.randn(33, 100), torch.randn(2, 100)
+weight[3, 5], x[0, 7], x[1, 9] = 0.0, 0.0, float("nan")
+scores = SignScores.of(weight)
+sums = step.sign_sums(x, scores.signs)
+assert torch.equal(sums, reference.sign_sums(x, scores.signs))
+assert torch.allclose(0.5 + sums / 200, scores(x.nan_to_num(1.0)))
+""")
+
+
+@pytest.mark.parametrize(("hidden", "gated", "act"), [(200, True, "silu"), (64, False, "relu2"), (1, True, "gelu")])
+def test_sketches(run: Run, hidden: int, gated: bool, act: str) -> None:
+    """One pass: the choice, the refinement and the exact values are those of the CPU's definition, and of neurons that
+    are left out nothing else is read."""
+    run(f"""
+from coreskip.kernels import reference as cpu
+from coreskip.kernels.gpu_formats import ByRow
+hidden, neurons = {hidden}, 70
+gate, up, down = (torch.randn(neurons, hidden).div(hidden**0.5) for _ in range(3))
+biases = {{"up_bias": torch.randn(neurons), "down_bias": torch.randn(hidden)}}
+if {gated}:
+    biases["gate_bias"] = torch.randn(neurons)
+packed = PackedMLP.pack(gate if {gated} else None, up, down, act={act!r}, fmt="int8_sliced", **biases)
+packed = packed.compensated(torch.randn(neurons))
+x, smooth = torch.randn(3, hidden), torch.rand(hidden) + 0.5
+one = norm(hidden)
+made, own = step.add_norm(x, one, quantize="row", smooth=smooth).y, ByRow.of(reference.normed(x, one), smooth)
+assert torch.equal(made.integers, own.integers) and torch.equal(made.total, own.total)
+assert torch.allclose(made.step, own.step, rtol=1e-6)
+given = step.add_norm(x, None, quantize="row").y
+twice(lambda: step.sketch_scores(given, packed), cpu.sketch_scores(x, packed))
+least, refine = 0.4 * packed.norm.mean().item(), 0.3 * packed.norm.mean().item()
+shared = torch.cat([torch.randperm(neurons)[:31], torch.tensor([-1])])
+for indices in (None, shared, torch.stack([shared, shared.flip(0), shared]).int()):
+    for threshold, refined in ((None, 0.0), (least, 0.0), (least, refine), (None, refine)):
+        call = lambda: step.sketch_mlp(given, packed, indices=indices, threshold=threshold, refine=refined)
+        twice(call, reference.sketch_mlp(given, packed, indices, threshold, refined))
+        if indices is None and threshold is not None:
+            found = cpu.mlp_by(x, packed, "sketch", -1, threshold, refined)
+            assert (call() - found).abs().max() <= 1e-5 * found.abs().max() + 1e-7
+dropped = (cpu.sketch_scores(x[:1], packed) < least)[0]
+packed.low[dropped], packed.scale[dropped, -1] = 255, float("nan")
+assert 0 < dropped.sum() < neurons
+assert step.sketch_mlp(x[:1], packed, threshold=least).isfinite().all()
+x[1, 0] = float("nan")
+wrong = step.sketch_mlp(x, packed, threshold=least)
+assert wrong[1].isnan().all()
+with step.launches() as found:
+    step.sketch_mlp(given, packed, threshold=least)
+assert (found["gemv"], found["small"]) == (1, 1)
+""")
+
+
 @pytest.mark.parametrize(
     ("hidden", "neurons", "gated", "act", "dtype"),
     [
@@ -219,15 +321,33 @@ assert step.mlp(x, packed, indices=listed).isfinite().all()
 
 
 def test_columns(run: Run) -> None:
+    """One to three linears at once, and what an activation makes of them; counters are zeros again."""
     run("""
+counters = torch.zeros(64, dtype=torch.int32)
 for dtype in (torch.float32, half):
-    packed = PackedColumns.pack(torch.randn(300, 70).to(dtype), torch.randn(300))
+    outs = (300, 300, 20)
+    every = [PackedColumns.pack(torch.randn(n, 70).to(dtype), torch.randn(n) if n == 300 else None) for n in outs]
     x = torch.randn(2, 70)
     for by_norm in (False, True):
-        exact = reference.columns(x.double(), packed, 0.7, by_norm)
-        twice(lambda: step.columns(x, packed, 0.7, by_norm=by_norm), exact)
-packed.weight[x[0].abs() < 0.7] = float("nan")
-assert step.columns(x[:1], packed, 0.7).isfinite().all()
+        parts = [reference.columns(x.double(), p, t, by_norm) for p, t in zip(every, (0.7, 0.2, 0.0))]
+        for count in (1, 3):
+            call = lambda: step.columns(x, every[:count], (0.7, 0.2, 0.0)[:count], by_norm=by_norm, counters=counters)
+            twice(call, torch.cat(parts[:count], 1))
+    both = lambda: step.columns(x, every[:2], (0.7, 0.2), by_norm=True, act="silu", counters=counters)
+    twice(both, ACTS["silu"](parts[0]) * parts[1])
+    twice(lambda: step.columns(x, every[2:], (0.0,), by_norm=True, act="relu"), parts[2].relu())
+assert not counters.any()
+every[0].weight[x[0].abs() < 0.7] = float("nan")
+assert step.columns(x[:1], every[:1], (0.7,)).isfinite().all()
+with step.launches() as found:
+    both()
+assert (found["gemv"], found["small"]) == (1, 0)
+try:
+    step.columns(x, every, (0.1,) * 3, act="silu")
+except ValueError:
+    pass
+else:
+    raise AssertionError("three linears have no common activation")
 """)
 
 
@@ -306,8 +426,10 @@ def check(heads, kv_heads, size, tokens=1, capacity=70, dtype=torch.float32, qua
     exact = reference.attention(
         q.double(), keys.double(), values.double(), at, named["seen"], size**-0.5, *list(named.values())[1:]
     )
+    counters = torch.zeros(rows * step.COUNTERS, dtype=torch.int32)
+    options["counters"] = counters
     result = call()
-    assert torch.equal(result, call())
+    assert torch.equal(result, call()) and not counters.any()
     limit = (2e-6 if dtype is torch.float32 else 2 * torch.finfo(dtype).eps) * exact.abs().max() + 1e-30
     assert (result - exact).abs().max() <= limit
     if quantize:
