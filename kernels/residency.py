@@ -49,7 +49,7 @@ class Residency:
         piece, ring: bytes that are read at once, whole pages, and of the memory that they are read into.
         scratch: bytes that matrices may be unpacked into at once.
         unreadable: made of a text and raised where the file cannot be read.
-        bundled: whether neurons that tokens choose are put into a file of their own. ahead: see `Slots`.
+        bundled: whether neurons that tokens choose are put into a file of their own.
     """
 
     def __init__(
@@ -61,9 +61,8 @@ class Residency:
         scratch: int,
         unreadable: Callable[[str], Exception] = OSError,
         bundled: bool = False,
-        ahead: bool = True,
     ) -> None:
-        self.bundled, self.ahead = bundled, ahead
+        self.bundled = bundled
         self.store, self.piece, self.scratch, self._unreadable = store, piece, scratch, unreadable
         self._base = store.memory.data_ptr()
         self._sizes = dict(sorted(store.spans[name] for name in streamed))  # bytes by offset
@@ -169,7 +168,7 @@ class Residency:
 
     def _slots_of(self, file: DirectFile) -> Slots:
         if self.slots is None:
-            self.slots = Slots(file, ahead=self.ahead)
+            self.slots = Slots(file)
             self.slots.allow(self._allowed)
         return self.slots
 
@@ -410,8 +409,8 @@ def attach(model: arguments.StepModel, layers: Iterable[arguments.StepLayer]) ->
     chosen = [found for layer in layers if (found := _chosen(layer, residency))]
     stream = Stream(residency, pieces, chosen)
     model.stream = stream.address or None
-    if stream.slots is not None:
-        model.slots, model.reads_ahead = stream.slots.address, residency.ahead
+    if stream.slots is not None and residency.slots is not None:
+        model.slots, model.reads_ahead = stream.slots.address, residency.slots.ahead
     return stream
 
 

@@ -20,6 +20,7 @@ from .files import PAGE, DirectFile, anonymous
 READERS = 8  # threads: what is chosen lies apart, and a disk does several small reads in the time of one
 #: Steps after which a use of a unit counts half, see csrc/slots.h; 0: the least recently used goes first.
 HALF_LIFE = 32.0
+AHEAD = True  # whether what the next layer will probably choose is read while this one waits
 _PIECE = 8 << 20  # bytes that are written at once
 _BOUNCE = (512 << 10) + 2 * PAGE  # of each reader
 
@@ -33,11 +34,10 @@ class Slots:
 
     Args:
         file: what they are read from.
-        ahead: whether what the next layer will probably choose is read while this one waits.
     """
 
-    def __init__(self, file: DirectFile, half_life: float = HALF_LIFE, ahead: bool = True) -> None:
-        self.file, self.ahead, self._half_life = file, ahead, half_life
+    def __init__(self, file: DirectFile) -> None:
+        self.file, self.ahead, self._half_life = file, AHEAD, HALF_LIFE
         self._layers: list[arguments.SlotLayer] = []
         self._index: dict[int, int] = {}
         self._least = 0  # slots

@@ -307,7 +307,7 @@ class Capped(Memory):
             always=rest
             + _copied(model, anatomy, streamed)
             + ring
-            + scratch
+            + 2 * scratch  # torch arranges what it multiplies many rows with in memory of its own
             + _of_steps(model, anatomy)
             + (slots + readers_bytes() if slots else 0),
             entry=_entry(model, anatomy),
