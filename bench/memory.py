@@ -33,10 +33,12 @@ import click
 import torch
 import transformers
 
+from coreskip.bench.method_quality import undo_wikitext
 from coreskip.bench.provenance import model_name, provenance, write_rows
 from coreskip.bench.workloads import Shape
 from coreskip.kernels import slots
 from coreskip.kernels.files import DirectFile
+from coreskip.predictors.calibration import read_text, tokenize
 from coreskip.predictors.checks import PACKINGS
 from coreskip.predictors.errors import CoreskipError
 from coreskip.predictors.files import check_file
@@ -50,9 +52,12 @@ from coreskip.runtime.packed_folder import WEIGHTS
 from coreskip.runtime.wrap import runtime_of, wrap
 
 Row = dict[str, Any]
-_BESIDE = 64 << 20  # bytes of a group beside its cap: page tables, threads, modules that the libraries load late
+_BESIDE = (
+    int(os.environ.get("CORESKIP_BENCH_BESIDE", 64)) << 20
+)  # bytes of a group beside its cap: page tables, threads, modules that the libraries load late
 _SHARES = (0.75, 0.5, 0.35, 0.2)  # of the cap that accelerate may fill: the largest that survives counts
 _PROMPT = 32  # tokens
+_LONG_EVERY = 50  # texts of a soak
 _WARM = 4  # tokens before those that are timed
 #: ways to use slots: what is added to a way's name, whether they read ahead, and the half-life of a use
 _SETTINGS = (("", True, slots.HALF_LIFE), (", not ahead", False, slots.HALF_LIFE), (", least recent", True, 0.0))
@@ -109,8 +114,8 @@ def _warm(folder: Path) -> None:
 
 
 def _serve(
-    way: str, folder: Path, cap: int | None, plan: str | None, tokens: int, group: str | None, ahead: bool,
-    half_life: float,
+    way: str, folder: Path, cap: int | None, plan: str | None, tokens: int, group: str | None, text: str | None,
+    ahead: bool, half_life: float,
 ) -> None:  # fmt: skip
     """Runs a way and prints its figures."""
     slots.AHEAD, slots.HALF_LIFE = ahead, half_life
@@ -122,8 +127,11 @@ def _serve(
     ready = time.perf_counter()
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(5, vocabulary, (1, _PROMPT), generator=torch.Generator().manual_seed(0))
+    words = None if text is None else _tokens_of(folder, text)
 
     def generate(count: int) -> tuple[list[int], list[dict[str, float]]]:
+        if words is not None:
+            return _read_along(model, words[:, : _PROMPT + count])
         clock, mask = _Clock(), torch.ones_like(ids)
         options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
         # random weights repeat a token for ever, whose neurons and experts would always be there
@@ -150,6 +158,24 @@ def _serve(
         figures |= {"kept_bytes": memory.kept_bytes, "streamed_bytes": memory.streamed_bytes}
         figures |= _told_of_slots({name: now - before[name] for name, now in _chosen_by(model).items()}, tokens)
     print(json.dumps(figures))
+
+
+def _tokens_of(folder: Path, text: str) -> torch.Tensor:
+    """Of the second half of a text, which nothing was trained or calibrated on, int64 ``[1, tokens]``."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return tokenize(tokenizer, undo_wikitext(read_text(text)), text).split(0.5, 0.5)[1].ids[None]
+
+
+def _read_along(model: Any, ids: torch.Tensor) -> tuple[list[int], list[dict[str, float]]]:
+    """Decodes a text that is there, token by token behind a prompt: what the model would have said after each."""
+    cache, seen, said = transformers.DynamicCache(config=model.config), list[dict[str, float]](), list[int]()
+    with torch.no_grad():
+        model(ids[:, :_PROMPT], past_key_values=cache, use_cache=True)
+        for index in range(_PROMPT, ids.shape[1]):
+            logits = model(ids[:, index : index + 1], past_key_values=cache, use_cache=True).logits
+            said.append(int(logits[0, -1].argmax()))
+            seen.append(_used())
+    return said, seen
 
 
 def _chosen_by(model: Any) -> dict[str, int]:
@@ -231,21 +257,53 @@ def drop_page_cache() -> bool:
     return True
 
 
+# ---- for minutes ----
+
+
+def soak(folder: Path, cap: int, minutes: float) -> Row:
+    """Texts of changing prompts under a cap, each compared with that of the same weights without one, and in between
+    one of 1,000 tokens. anonymous: bytes of the process' own memory after the first long text and after the last."""
+    plain, capped = load(folder)[0], load(folder, memory=cap)[0]
+    vocabulary, generator = plain.get_input_embeddings().weight.shape[0], torch.Generator().manual_seed(0)
+    row: Row = {"kind": "soak_capped", "cap": cap, "texts": 0, "differing": 0, "errors": 0, "anonymous": []}
+    end = time.monotonic() + 60 * minutes
+    with wrap(plain), wrap(capped), torch.no_grad():
+        while time.monotonic() < end:
+            long = row["texts"] % _LONG_EVERY == 0
+            length, new = (int(n) for n in torch.randint(4, 64, (2,), generator=generator))
+            ids = torch.randint(5, vocabulary, (1, length), generator=generator)
+            options = {"max_new_tokens": 1000 if long else new, "do_sample": False, "pad_token_id": 0}
+            try:
+                made = [m.generate(ids, attention_mask=torch.ones_like(ids), **options) for m in (plain, capped)]
+                row["differing"] += not torch.equal(*made)
+            except (CoreskipError, RuntimeError):
+                row["errors"] += 1
+            row["texts"] += 1
+            if long:
+                row["anonymous"].append(_anonymous())
+    return {**row, "minutes": minutes, "anonymous": [*row["anonymous"][:2], _anonymous()]}
+
+
+def _anonymous() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+
 # ---- all ways ----
 
 
 def run_way(
-    way: str, folder: Path, cap: int | None, plan: Path | None, tokens: int, limit: int | None, ahead: bool = True,
-    half_life: float = slots.HALF_LIFE,
+    way: str, folder: Path, cap: int | None, plan: Path | None, tokens: int, limit: int | None,
+    text: Path | None = None, ahead: bool = True, half_life: float = slots.HALF_LIFE,
 ) -> Row | None:  # fmt: skip
-    """A way's figures; None where it was killed for its memory. limit: of the group that it runs in. ahead, half_life:
-    of slots."""
+    """A way's figures; None where it was killed for its memory. limit: of the group that it runs in. text: what is
+    decoded; None: what the model makes. ahead, half_life: of slots."""
     group = None if limit is None else Group(limit)
     place = None if group is None or group.path is None else str(group.path)
     drop_page_cache()
     asked = [way, str(folder), json.dumps(cap), json.dumps(None if plan is None else str(plan)), str(tokens)]
     command = [sys.executable, "-m", "coreskip.bench.memory", "--serve", *asked]
-    command += [json.dumps(value) for value in (place, ahead, half_life)]
+    command += [json.dumps(value) for value in (place, None if text is None else str(text), ahead, half_life)]
     done = subprocess.run(command, capture_output=True, text=True)
     peak = None if group is None else group.peak()
     if group is not None:
@@ -267,37 +325,37 @@ def _accelerate_at_best(checkpoint: Path, cap: int, tokens: int, limit: int) -> 
 
 def measure(
     folder: Path, caps: tuple[str, ...], tokens: int, plans: tuple[Path, ...], checkpoint: Path | None,
-    slow_tokens: int, slots_too: bool = False,
+    slow_tokens: int, slots_too: bool = False, text: Path | None = None,
 ) -> Iterator[Row]:  # fmt: skip
-    """One row a way and a cap. slots_too: of plans, and of the model as it is, other ways to use slots."""
+    """One row a way and a cap. text: see `run_way`. slots_too: other ways to use slots, too."""
     file = folder / WEIGHTS
     size, bandwidth = file.stat().st_size, DirectFile(os.open(file, os.O_RDONLY)).bandwidth
     about = {"kind": "capped", "model": model_name(str(folder)), "weight_bytes": size, "disk_bandwidth": bandwidth}
-    free = run_way("ours", folder, None, None, tokens, None)
+    free = run_way("ours", folder, None, None, tokens, None, text)
     assert free is not None
     expected = free["text"]
     yield {**about, "way": "no cap", **_told(free, expected)}
-    own = {plan: run_way("ours", folder, None, plan, tokens, None) for plan in plans}
+    own = {plan: run_way("ours", folder, None, plan, tokens, None, text) for plan in plans}
     texts = {plan: expected if found is None else found["text"] for plan, found in own.items()}
-    for text in caps:
-        cap = _cap(text, size)
+    for asked in caps:
+        cap = _cap(asked, size)
         ways: dict[str, Callable[[], Row | None]] = {
-            "memory": lambda cap=cap: run_way("ours", folder, cap, None, tokens, cap + _BESIDE),  # type: ignore[misc]
-            "mapped": lambda cap=cap: run_way("ours", folder, None, None, slow_tokens, cap + _BESIDE),  # type: ignore[misc]
+            "memory": lambda cap=cap: run_way("ours", folder, cap, None, tokens, cap + _BESIDE, text),  # type: ignore[misc]
+            "mapped": lambda cap=cap: run_way("ours", folder, None, None, slow_tokens, cap + _BESIDE, text),  # type: ignore[misc]
         }
         for plan in plans if plans or not slots_too else (None,):
             for others, ahead, half_life in _SETTINGS if slots_too else _SETTINGS[:1]:
                 name = f"memory, {plan.name}{others}" if plan is not None else f"memory{others}"
                 ways[name] = lambda cap=cap, plan=plan, ahead=ahead, half_life=half_life: run_way(  # type: ignore[misc]
-                    "ours", folder, cap, plan, tokens, cap + _BESIDE, ahead, half_life
+                    "ours", folder, cap, plan, tokens, cap + _BESIDE, text, ahead, half_life
                 )
         if checkpoint is not None:
             ways["accelerate"] = lambda cap=cap: _accelerate_at_best(checkpoint, cap, slow_tokens, cap + _BESIDE)  # type: ignore[misc]
         for name, run in ways.items():
             found = run()
             row = {**about, "way": name, "cap": cap, "limit_bytes": cap + _BESIDE}
-            text = next((texts[plan] for plan in plans if name.startswith(f"memory, {plan.name}")), expected)
-            yield row | ({"killed": True} if found is None else _told(found, text))
+            own_text = next((texts[plan] for plan in plans if name.startswith(f"memory, {plan.name}")), expected)
+            yield row | ({"killed": True} if found is None else _told(found, own_text))
 
 
 def _told(found: Row, expected: list[int]) -> Row:
@@ -353,13 +411,15 @@ def plan_for_speed(folder: Path, method: str, make: Callable[..., NeuronPolicy],
 @click.option(
     "--slots", "slots_too", is_flag=True, help="What tokens choose without reading ahead, and by other rules."
 )
+@click.option("--soak", "minutes", type=float, help="Instead: texts of changing prompts under the first cap.")
+@click.option("--text", type=click.Path(path_type=Path), help="Decode this file's second half, not what models make.")
 @click.option("--tokens", default=32, show_default=True, help="Of our ways.")
 @click.option("--slow-tokens", default=8, show_default=True, help="Of mapping and accelerate.")
 @click.option("--rows", type=click.Path(path_type=Path), help="Where the rows go.")
 def main(
     folder: Path | None, shape: str | None, weights: str, work: Path | None, checkpoint: Path | None,
     caps: tuple[str, ...], plans: tuple[Path, ...], keeps: tuple[float, ...], sketches: tuple[float, ...],
-    slots_too: bool, tokens: int, slow_tokens: int, rows: Path | None,
+    slots_too: bool, minutes: float | None, text: Path | None, tokens: int, slow_tokens: int, rows: Path | None,
 ) -> None:  # fmt: skip
     if (folder is None) == (shape is None) or (shape is not None and work is None):
         raise click.UsageError("give the folder of a packed model, or a --shape and where to --work")
@@ -369,14 +429,19 @@ def main(
         assert work is not None
         folder, checkpoint = make_shape(shape, weights, work)
     assert folder is not None
-    found = []
+    found, about = [], provenance("python -m coreskip.bench.memory " + " ".join(sys.argv[1:]))
+    if minutes is not None:
+        row = soak(folder, _cap(caps[0], (folder / WEIGHTS).stat().st_size), minutes)
+        found.append({**row, "model": model_name(str(folder)), **about})
+        click.echo(json.dumps(row))
     with tempfile.TemporaryDirectory() as place:
         kinds = (("static, at random", _at_random, "keep", keeps), ("sketch", _by_sketch, "sketch", sketches))
         for method, make, name, shares in kinds:
             targets = {keep: Path(place) / f"{name} {keep:g}" for keep in shares}
             plans += tuple(plan_for_speed(folder, method, make, keep, to) for keep, to in targets.items())
-        for row in measure(folder, caps, tokens, plans, checkpoint, slow_tokens, slots_too):
-            found.append(row | provenance("python -m coreskip.bench.memory " + " ".join(sys.argv[1:])))
+        asked = (folder, caps, tokens, plans, checkpoint, slow_tokens, slots_too, text)
+        for row in measure(*asked) if minutes is None else ():
+            found.append(row | about)
             click.echo(_line(row))
     if rows is not None:
         write_rows(rows, found)

@@ -34,6 +34,7 @@ from .slots import Slots, Spilled
 from .store import Store
 
 _CODES = {form.code: form for form in FORMATS.values()}
+_WORTH_GUESSING = 2 << 20  # bytes of an expert from which on the next layer's are read ahead
 _FOUR = 4  # rows of a unit of matrices without groups; `unit` in csrc/step_thread.h
 
 _active: list[weakref.ref[Residency]] = []
@@ -406,11 +407,14 @@ def attach(model: arguments.StepModel, layers: Iterable[arguments.StepLayer]) ->
     table = residency.place(model.embedding)
     if table is not None and table[0] is not None:
         model.embedding = table[0]
-    chosen = [found for layer in layers if (found := _chosen(layer, residency))]
+    chosen = [some for layer in layers if (some := _chosen(layer, residency))]
     stream = Stream(residency, pieces, chosen)
     model.stream = stream.address or None
     if stream.slots is not None and residency.slots is not None:
-        model.slots, model.reads_ahead = stream.slots.address, residency.slots.ahead
+        model.slots = stream.slots.address
+        # on a mixture with experts of 0.8 MB guessing took 1.2 times as long as waiting for what was missed
+        small = any(layer.experts.slots for layer in layers) and residency.slots.slot_bytes < _WORTH_GUESSING
+        model.reads_ahead = residency.slots.ahead and not small
     return stream
 
 

@@ -96,7 +96,7 @@ class Slots:
         self._native = None
 
 
-_FIGURES = tuple(name for name, _ in arguments.SlotFigures._fields_)
+_FIGURES = tuple(str(field[0]) for field in arguments.SlotFigures._fields_)
 
 
 class Native:
@@ -152,9 +152,9 @@ class Spilled:
         """
         at, end, rows, last = self._size, self._size, 0, torch.empty(0, device="cpu")
         for last in tensors:
-            data, done = last.reshape(-1).view(torch.uint8).numpy(), 0
+            data, done = last.reshape(-1).view(torch.uint8).numpy().data, 0
             while done < len(data):
-                done += os.pwrite(self._to, memoryview(data[done : done + _PIECE]), end + done)
+                done += os.pwrite(self._to, data[done : done + _PIECE], end + done)
             end, rows = end + len(data), rows + last.shape[0]
         self._size = -(-end // PAGE) * PAGE
         os.truncate(self._to, self._size)

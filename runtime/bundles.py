@@ -131,15 +131,17 @@ class Weights:
                 packed = self._pack(layer, fmt, smooth, only, weights)
                 what = "weight" if packed.low is None else "low"
                 yield getattr(packed, what)
-                some.append(replace(packed, **{what: torch.empty(0, device="cpu")}))
+                gone: dict[str, Any] = {what: torch.empty(0, device="cpu")}
+                some.append(replace(packed, **gone))
 
         far = holder.put_bundles(bundles())
-        stays = {
+        stays: dict[str, Any] = {
             name: torch.cat([getattr(part, name) for part in some])
             for name in ("weight", "scale", "norm", "gate_bias", "up_bias")
             if getattr(some[0], name) is not None
         }
-        return replace(some[0], **{**stays, "weight" if some[0].low is None else "low": far})
+        stays["weight" if some[0].low is None else "low"] = far
+        return replace(some[0], **stays)
 
     def _alone(self, layer: int, fmt: str | None, only: Tensor) -> PackedMLP | PackedNeurons:
         if fmt == "int4" and self.in_groups(layer):

@@ -20,9 +20,10 @@ from ..predictors.plan import Plan
 from ..predictors.policies import Chooser
 from ..predictors.rounding_recipe import RoundingRecipe
 from .formats import bytes_in, format_takers, takes_format
+from .linear_names import linear_of
 from .lower_cpu import refusal
 from .packed_layer import packed_bytes_of
-from .program import FORMAT_BYTES, BrickProgram, LayerProgram, Program, linear_of
+from .program import FORMAT_BYTES, BrickProgram, LayerProgram, Program
 
 # Share of a matrix' bytes that another form of its numbers may take beside it unasked: 4-bit groups take 0.16 of
 # float32's, 8-bit groups 0.27.

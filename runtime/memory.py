@@ -36,12 +36,13 @@ from ..predictors.policies import Chooser
 from .cost import Cost, cost, read_bandwidth
 from .formats import format_takers
 from .layer_skips import LayerSkips
+from .linear_names import native_names
 from .memory_size import text_of
 from .packed_experts import HeldExperts
 from .packed_folder import reader_of, store_of
 from .packed_layer import PackedLayer
 from .prepared import Prepared
-from .program import Program, native_names
+from .program import Program
 from .release import trim
 from .selfcheck import KEYS
 from .steps import Steps

@@ -23,12 +23,13 @@ from ..predictors.errors import CoreskipError
 from ..predictors.policies import Chooser
 from ..predictors.routing import Router
 from .formats import Formats, routing_modules, takes_format
+from .linear_names import linear_of
 from .packed_experts import HeldExperts, can_be_held, few_tokens
 from .packed_layer import PackedLayer
 from .patches import Patches, Usage
 from .phases import Pass, Phase, current_pass, current_prompt, last_pass, mode, passing, tokens_in
 from .prepared import Prepared
-from .program import BrickProgram, ExpertsProgram, Program, linear_of
+from .program import BrickProgram, ExpertsProgram, Program
 from .release import Replaced
 from .selections import Observed, Selections, attach, selections_of
 from .spec import is_plain_linear

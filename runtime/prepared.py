@@ -14,8 +14,9 @@ from ..predictors.checks import AS_PACKED
 from ..predictors.policies import Chooser
 from .bundles import Weights, neuron_weights
 from .layer_skips import LayerSkips
+from .linear_names import linear_of, native_names
 from .lower_cpu import StepProgram
-from .program import Program, linear_of, native_names
+from .program import Program
 from .selections import Packer, SelectedNeurons, Selections
 
 

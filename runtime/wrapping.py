@@ -35,6 +35,7 @@ from .formats import Formats
 from .gpu_lowering import GpuLowering
 from .gpu_model import packing_of
 from .layer_skips import LayerSkips
+from .linear_names import linear_of
 from .lower_cpu import Packing, StepProgram, refusal
 from .lower_gpu import CapturedSteps, Settled, settled_by
 from .memory import memory_of
@@ -44,7 +45,7 @@ from .native_prompts import NativePrompts
 from .patches import Patches, Usage
 from .phases import as_loaded, calling, current_prompt, tokens_in
 from .prepared import Prepared
-from .program import Program, linear_of
+from .program import Program
 from .release import Replaced, trim
 from .selections import Observed, Selections, selections_of
 from .spans import SpanSteps
