@@ -52,9 +52,7 @@ from coreskip.runtime.packed_folder import WEIGHTS
 from coreskip.runtime.wrap import runtime_of, wrap
 
 Row = dict[str, Any]
-_BESIDE = (
-    int(os.environ.get("CORESKIP_BENCH_BESIDE", 64)) << 20
-)  # bytes of a group beside its cap: page tables, threads, modules that the libraries load late
+_BESIDE = 64  # MB of a group beside its cap: page tables, threads, modules that the libraries load late
 _SHARES = (0.75, 0.5, 0.35, 0.2)  # of the cap that accelerate may fill: the largest that survives counts
 _PROMPT = 32  # tokens
 _LONG_EVERY = 50  # texts of a soak
@@ -325,7 +323,7 @@ def _accelerate_at_best(checkpoint: Path, cap: int, tokens: int, limit: int) -> 
 
 def measure(
     folder: Path, caps: tuple[str, ...], tokens: int, plans: tuple[Path, ...], checkpoint: Path | None,
-    slow_tokens: int, slots_too: bool = False, text: Path | None = None,
+    slow_tokens: int, slots_too: bool = False, text: Path | None = None, beside: int = _BESIDE << 20,
 ) -> Iterator[Row]:  # fmt: skip
     """One row a way and a cap. text: see `run_way`. slots_too: other ways to use slots, too."""
     file = folder / WEIGHTS
@@ -340,20 +338,20 @@ def measure(
     for asked in caps:
         cap = _cap(asked, size)
         ways: dict[str, Callable[[], Row | None]] = {
-            "memory": lambda cap=cap: run_way("ours", folder, cap, None, tokens, cap + _BESIDE, text),  # type: ignore[misc]
-            "mapped": lambda cap=cap: run_way("ours", folder, None, None, slow_tokens, cap + _BESIDE, text),  # type: ignore[misc]
+            "memory": lambda cap=cap: run_way("ours", folder, cap, None, tokens, cap + beside, text),  # type: ignore[misc]
+            "mapped": lambda cap=cap: run_way("ours", folder, None, None, slow_tokens, cap + beside, text),  # type: ignore[misc]
         }
         for plan in plans if plans or not slots_too else (None,):
             for others, ahead, half_life in _SETTINGS if slots_too else _SETTINGS[:1]:
                 name = f"memory, {plan.name}{others}" if plan is not None else f"memory{others}"
                 ways[name] = lambda cap=cap, plan=plan, ahead=ahead, half_life=half_life: run_way(  # type: ignore[misc]
-                    "ours", folder, cap, plan, tokens, cap + _BESIDE, text, ahead, half_life
+                    "ours", folder, cap, plan, tokens, cap + beside, text, ahead, half_life
                 )
         if checkpoint is not None:
-            ways["accelerate"] = lambda cap=cap: _accelerate_at_best(checkpoint, cap, slow_tokens, cap + _BESIDE)  # type: ignore[misc]
+            ways["accelerate"] = lambda cap=cap: _accelerate_at_best(checkpoint, cap, slow_tokens, cap + beside)  # type: ignore[misc]
         for name, run in ways.items():
             found = run()
-            row = {**about, "way": name, "cap": cap, "limit_bytes": cap + _BESIDE}
+            row = {**about, "way": name, "cap": cap, "limit_bytes": cap + beside}
             own_text = next((texts[plan] for plan in plans if name.startswith(f"memory, {plan.name}")), expected)
             yield row | ({"killed": True} if found is None else _told(found, own_text))
 
@@ -415,11 +413,13 @@ def plan_for_speed(folder: Path, method: str, make: Callable[..., NeuronPolicy],
 @click.option("--text", type=click.Path(path_type=Path), help="Decode this file's second half, not what models make.")
 @click.option("--tokens", default=32, show_default=True, help="Of our ways.")
 @click.option("--slow-tokens", default=8, show_default=True, help="Of mapping and accelerate.")
+@click.option("--beside", default=_BESIDE, show_default=True, help="MB of a group beside the cap.")
 @click.option("--rows", type=click.Path(path_type=Path), help="Where the rows go.")
 def main(
     folder: Path | None, shape: str | None, weights: str, work: Path | None, checkpoint: Path | None,
     caps: tuple[str, ...], plans: tuple[Path, ...], keeps: tuple[float, ...], sketches: tuple[float, ...],
-    slots_too: bool, minutes: float | None, text: Path | None, tokens: int, slow_tokens: int, rows: Path | None,
+    slots_too: bool, minutes: float | None, text: Path | None, tokens: int, slow_tokens: int, beside: int,
+    rows: Path | None,
 ) -> None:  # fmt: skip
     if (folder is None) == (shape is None) or (shape is not None and work is None):
         raise click.UsageError("give the folder of a packed model, or a --shape and where to --work")
@@ -439,7 +439,7 @@ def main(
         for method, make, name, shares in kinds:
             targets = {keep: Path(place) / f"{name} {keep:g}" for keep in shares}
             plans += tuple(plan_for_speed(folder, method, make, keep, to) for keep, to in targets.items())
-        asked = (folder, caps, tokens, plans, checkpoint, slow_tokens, slots_too, text)
+        asked = (folder, caps, tokens, plans, checkpoint, slow_tokens, slots_too, text, beside << 20)
         for row in measure(*asked) if minutes is None else ():
             found.append(row | about)
             click.echo(_line(row))
