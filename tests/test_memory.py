@@ -466,7 +466,7 @@ def test_bench_under_a_cap(
     """What is run is noted here, not run: it drops the machine's page cache."""
     asked: list[tuple[Any, ...]] = []
 
-    def run(way: str, folder: Path, cap: int | None, plan: Path | None, tokens: int, limit: int | None) -> Any:
+    def run(way: str, _: Path, cap: int | None, plan: Path | None, tokens: int, limit: int | None, *__: Any) -> Any:
         asked.append((way, cap, plan, tokens, limit is None))
         figures = {"tokens_per_second": 4.0, "first_token_s": 0.1, "bytes_read_per_token": 5e6}
         return {**figures, "major_faults_per_token": 0, "peak_bytes": None, "text": [1, 2, 3], "grouped": False}
@@ -479,9 +479,11 @@ def test_bench_under_a_cap(
         main(["bench", str(folder), *words, "--json", str(rows)])
     assert not end.value.code, capsys.readouterr().err
     half = os.path.getsize(folder / WEIGHTS) // 2
-    assert [cap for _, cap, *_ in asked] == [None, 4_000_000, None, 4_000_000, half, None, half], "mapped has no cap"
-    assert [free for *_, free in asked] == [True, *[False] * 6]
-    assert [plan is None for _, _, plan, *_ in asked] == [True, True, True, False, True, True, False]
+    assert [cap for _, cap, *_ in asked] == [None, None, 4_000_000, None, 4_000_000, half, None, half], (
+        "mapped has none"
+    )
+    assert [free for *_, free in asked] == [True, True, *[False] * 6], "what texts are compared with"
+    assert [plan is None for _, _, plan, *_ in asked] == [True, False, True, True, False, True, True, False]
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     assert [row["way"] for row in found] == ["no cap", *["memory", "mapped", "memory, half"] * 2]
     assert all(row["same_text"] for row in found)
