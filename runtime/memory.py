@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from ..kernels.files import PAGE, look_up
+from ..kernels.memory import HUGE_PAGE
 from ..kernels.ops import MAX_ROWS
 from ..kernels.packed import padded
 from ..kernels.residency import Residency
@@ -560,8 +561,9 @@ def _copied(model: Any, anatomy: Anatomy, streamed: dict[nn.Module, list[str]]) 
 
 
 def _of_neurons(program: Program, chooser: Chooser) -> int:
-    """Bytes of neurons that are packed side by side, each padded to cache lines."""
-    return sum(round(brick.nbytes) + 256 * brick.kept for brick in program.chosen_by(chooser).values())
+    """Bytes of neurons that are packed side by side, each padded to cache lines, those of a layer to huge pages."""
+    sizes = [round(brick.nbytes) + 256 * brick.kept for brick in program.chosen_by(chooser).values()]
+    return sum(size + (2 * HUGE_PAGE if size >= HUGE_PAGE // 2 else 0) for size in sizes)
 
 
 def _widths(anatomy: Anatomy) -> tuple[int, int]:
