@@ -33,14 +33,17 @@ import click
 import torch
 import transformers
 
+from coreskip.bench.method_quality import undo_wikitext
 from coreskip.bench.provenance import model_name, provenance, write_rows
 from coreskip.bench.workloads import Shape
+from coreskip.kernels import slots
 from coreskip.kernels.files import DirectFile
+from coreskip.predictors.calibration import read_text, tokenize
 from coreskip.predictors.checks import PACKINGS
 from coreskip.predictors.errors import CoreskipError
 from coreskip.predictors.files import check_file
 from coreskip.predictors.plan import LayerPlan, Plan, default_weights
-from coreskip.predictors.policies import Static
+from coreskip.predictors.policies import NeuronPolicy, Sketch, Static
 from coreskip.runtime.load import load
 from coreskip.runtime.memory import Capped
 from coreskip.runtime.memory_size import bytes_of, share_of, text_of
@@ -49,9 +52,13 @@ from coreskip.runtime.packed_folder import WEIGHTS
 from coreskip.runtime.wrap import runtime_of, wrap
 
 Row = dict[str, Any]
-_BESIDE = 64 << 20  # bytes of a group beside its cap: page tables, threads, modules that the libraries load late
+_BESIDE = 64  # MB of a group beside its cap: page tables, threads, modules that the libraries load late
 _SHARES = (0.75, 0.5, 0.35, 0.2)  # of the cap that accelerate may fill: the largest that survives counts
 _PROMPT = 32  # tokens
+_LONG_EVERY = 50  # texts of a soak
+_WARM = 4  # tokens before those that are timed
+#: ways to use slots: what is added to a way's name, whether they read ahead, and the half-life of a use
+_SETTINGS = (("", True, slots.HALF_LIFE), (", not ahead", False, slots.HALF_LIFE), (", least recent", True, 0.0))
 
 
 # ---- a way, in its own process ----
@@ -104,8 +111,12 @@ def _warm(folder: Path) -> None:
         model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False, pad_token_id=0)
 
 
-def _serve(way: str, folder: Path, cap: int | None, plan: str | None, tokens: int, group: str | None) -> None:
+def _serve(
+    way: str, folder: Path, cap: int | None, plan: str | None, tokens: int, group: str | None, text: str | None,
+    ahead: bool, half_life: float,
+) -> None:  # fmt: skip
     """Runs a way and prints its figures."""
+    slots.AHEAD, slots.HALF_LIFE = ahead, half_life
     _warm(folder)
     if group is not None:
         (Path(group) / "cgroup.procs").write_text(str(os.getpid()))
@@ -114,15 +125,21 @@ def _serve(way: str, folder: Path, cap: int | None, plan: str | None, tokens: in
     ready = time.perf_counter()
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(5, vocabulary, (1, _PROMPT), generator=torch.Generator().manual_seed(0))
+    words = None if text is None else _tokens_of(folder, text)
 
     def generate(count: int) -> tuple[list[int], list[dict[str, float]]]:
+        if words is not None:
+            return _read_along(model, words[:, : _PROMPT + count])
         clock, mask = _Clock(), torch.ones_like(ids)
         options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+        # random weights repeat a token for ever, whose neurons and experts would always be there
+        options["no_repeat_ngram_size"] = 1
         with torch.no_grad():
             output = model.generate(ids, attention_mask=mask, streamer=clock, **options)
         return output[0, _PROMPT:].tolist(), clock.seen[_PROMPT:]
 
-    generate(2)
+    generate(_WARM)
+    before = _chosen_by(model) if way == "ours" else {}
     start = time.perf_counter()
     made, seen = generate(tokens)
     taken = {name: (seen[-1][name] - seen[0][name]) / (tokens - 1) for name in seen[0]}
@@ -137,7 +154,47 @@ def _serve(way: str, folder: Path, cap: int | None, plan: str | None, tokens: in
     memory = runtime_of(model).memory if way == "ours" else None
     if isinstance(memory, Capped):
         figures |= {"kept_bytes": memory.kept_bytes, "streamed_bytes": memory.streamed_bytes}
+        figures |= _told_of_slots({name: now - before[name] for name, now in _chosen_by(model).items()}, tokens)
     print(json.dumps(figures))
+
+
+def _tokens_of(folder: Path, text: str) -> torch.Tensor:
+    """Of the second half of a text, which nothing was trained or calibrated on, int64 ``[1, tokens]``."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return tokenize(tokenizer, undo_wikitext(read_text(text)), text).split(0.5, 0.5)[1].ids[None]
+
+
+def _read_along(model: Any, ids: torch.Tensor) -> tuple[list[int], list[dict[str, float]]]:
+    """Decodes a text that is there, token by token behind a prompt: what the model would have said after each."""
+    cache, seen, said = transformers.DynamicCache(config=model.config), list[dict[str, float]](), list[int]()
+    with torch.no_grad():
+        model(ids[:, :_PROMPT], past_key_values=cache, use_cache=True)
+        for index in range(_PROMPT, ids.shape[1]):
+            logits = model(ids[:, index : index + 1], past_key_values=cache, use_cache=True).logits
+            said.append(int(logits[0, -1].argmax()))
+            seen.append(_used())
+    return said, seen
+
+
+def _chosen_by(model: Any) -> dict[str, int]:
+    """What slots have done so far; nothing where there are none."""
+    memory = runtime_of(model).memory
+    found = memory.residency.slots if isinstance(memory, Capped) else None
+    return {} if found is None else {**found.figures(), "bytes": 0}
+
+
+def _told_of_slots(made: dict[str, int], tokens: int) -> Row:
+    """hits: of the units that tokens chose the share that was there, or on its way, when they were; waits: seconds a
+    token."""
+    if not made or not made["wanted"]:
+        return {}
+    return {
+        "hits": 1 - made["missed"] / made["wanted"],
+        "read_early": made["expected"] / made["wanted"],
+        "waits": made["waited"] / 1e9 / tokens,
+        "bytes_a_read": made["read_bytes"] / max(1, made["reads"]),
+        "slot_bytes_read_per_token": made["read_bytes"] / tokens,
+    }
 
 
 # ---- groups ----
@@ -198,16 +255,53 @@ def drop_page_cache() -> bool:
     return True
 
 
+# ---- for minutes ----
+
+
+def soak(folder: Path, cap: int, minutes: float) -> Row:
+    """Texts of changing prompts under a cap, each compared with that of the same weights without one, and in between
+    one of 1,000 tokens. anonymous: bytes of the process' own memory after the first long text and after the last."""
+    plain, capped = load(folder)[0], load(folder, memory=cap)[0]
+    vocabulary, generator = plain.get_input_embeddings().weight.shape[0], torch.Generator().manual_seed(0)
+    row: Row = {"kind": "soak_capped", "cap": cap, "texts": 0, "differing": 0, "errors": 0, "anonymous": []}
+    end = time.monotonic() + 60 * minutes
+    with wrap(plain), wrap(capped), torch.no_grad():
+        while time.monotonic() < end:
+            long = row["texts"] % _LONG_EVERY == 0
+            length, new = (int(n) for n in torch.randint(4, 64, (2,), generator=generator))
+            ids = torch.randint(5, vocabulary, (1, length), generator=generator)
+            options = {"max_new_tokens": 1000 if long else new, "do_sample": False, "pad_token_id": 0}
+            try:
+                made = [m.generate(ids, attention_mask=torch.ones_like(ids), **options) for m in (plain, capped)]
+                row["differing"] += not torch.equal(*made)
+            except (CoreskipError, RuntimeError):
+                row["errors"] += 1
+            row["texts"] += 1
+            if long:
+                row["anonymous"].append(_anonymous())
+    return {**row, "minutes": minutes, "anonymous": [*row["anonymous"][:2], _anonymous()]}
+
+
+def _anonymous() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+
 # ---- all ways ----
 
 
-def run_way(way: str, folder: Path, cap: int | None, plan: Path | None, tokens: int, limit: int | None) -> Row | None:
-    """A way's figures; None where it was killed for its memory. limit: of the group that it runs in."""
+def run_way(
+    way: str, folder: Path, cap: int | None, plan: Path | None, tokens: int, limit: int | None,
+    text: Path | None = None, ahead: bool = True, half_life: float = slots.HALF_LIFE,
+) -> Row | None:  # fmt: skip
+    """A way's figures; None where it was killed for its memory. limit: of the group that it runs in. text: what is
+    decoded; None: what the model makes. ahead, half_life: of slots."""
     group = None if limit is None else Group(limit)
     place = None if group is None or group.path is None else str(group.path)
     drop_page_cache()
     asked = [way, str(folder), json.dumps(cap), json.dumps(None if plan is None else str(plan)), str(tokens)]
-    command = [sys.executable, "-m", "coreskip.bench.memory", "--serve", *asked, json.dumps(place)]
+    command = [sys.executable, "-m", "coreskip.bench.memory", "--serve", *asked]
+    command += [json.dumps(value) for value in (place, None if text is None else str(text), ahead, half_life)]
     done = subprocess.run(command, capture_output=True, text=True)
     peak = None if group is None else group.peak()
     if group is not None:
@@ -228,32 +322,38 @@ def _accelerate_at_best(checkpoint: Path, cap: int, tokens: int, limit: int) -> 
 
 
 def measure(
-    folder: Path, caps: tuple[str, ...], tokens: int, plans: tuple[Path, ...], checkpoint: Path | None, slow_tokens: int
-) -> Iterator[Row]:
-    """One row a way and a cap."""
+    folder: Path, caps: tuple[str, ...], tokens: int, plans: tuple[Path, ...], checkpoint: Path | None,
+    slow_tokens: int, slots_too: bool = False, text: Path | None = None, beside: int = _BESIDE << 20,
+) -> Iterator[Row]:  # fmt: skip
+    """One row a way and a cap. text: see `run_way`. slots_too: other ways to use slots, too."""
     file = folder / WEIGHTS
     size, bandwidth = file.stat().st_size, DirectFile(os.open(file, os.O_RDONLY)).bandwidth
     about = {"kind": "capped", "model": model_name(str(folder)), "weight_bytes": size, "disk_bandwidth": bandwidth}
-    free = run_way("ours", folder, None, None, tokens, None)
+    free = run_way("ours", folder, None, None, tokens, None, text)
     assert free is not None
     expected = free["text"]
     yield {**about, "way": "no cap", **_told(free, expected)}
-    for text in caps:
-        cap = _cap(text, size)
+    own = {plan: run_way("ours", folder, None, plan, tokens, None, text) for plan in plans}
+    texts = {plan: expected if found is None else found["text"] for plan, found in own.items()}
+    for asked in caps:
+        cap = _cap(asked, size)
         ways: dict[str, Callable[[], Row | None]] = {
-            "memory": lambda cap=cap: run_way("ours", folder, cap, None, tokens, cap + _BESIDE),  # type: ignore[misc]
-            "mapped": lambda cap=cap: run_way("ours", folder, None, None, slow_tokens, cap + _BESIDE),  # type: ignore[misc]
+            "memory": lambda cap=cap: run_way("ours", folder, cap, None, tokens, cap + beside, text),  # type: ignore[misc]
+            "mapped": lambda cap=cap: run_way("ours", folder, None, None, slow_tokens, cap + beside, text),  # type: ignore[misc]
         }
-        for plan in plans:
-            ways[f"memory, {plan.name}"] = lambda cap=cap, plan=plan: run_way(  # type: ignore[misc]
-                "ours", folder, cap, plan, tokens, cap + _BESIDE
-            )
+        for plan in plans if plans or not slots_too else (None,):
+            for others, ahead, half_life in _SETTINGS if slots_too else _SETTINGS[:1]:
+                name = f"memory, {plan.name}{others}" if plan is not None else f"memory{others}"
+                ways[name] = lambda cap=cap, plan=plan, ahead=ahead, half_life=half_life: run_way(  # type: ignore[misc]
+                    "ours", folder, cap, plan, tokens, cap + beside, text, ahead, half_life
+                )
         if checkpoint is not None:
-            ways["accelerate"] = lambda cap=cap: _accelerate_at_best(checkpoint, cap, slow_tokens, cap + _BESIDE)  # type: ignore[misc]
+            ways["accelerate"] = lambda cap=cap: _accelerate_at_best(checkpoint, cap, slow_tokens, cap + beside)  # type: ignore[misc]
         for name, run in ways.items():
             found = run()
-            row = {**about, "way": name, "cap": cap, "limit_bytes": cap + _BESIDE}
-            yield row | ({"killed": True} if found is None else _told(found, expected))
+            row = {**about, "way": name, "cap": cap, "limit_bytes": cap + beside}
+            own_text = next((texts[plan] for plan in plans if name.startswith(f"memory, {plan.name}")), expected)
+            yield row | ({"killed": True} if found is None else _told(found, own_text))
 
 
 def _told(found: Row, expected: list[int]) -> Row:
@@ -277,17 +377,21 @@ def make_shape(name: str, weights: str, work: Path) -> tuple[Path, Path]:
     return folder, checkpoint
 
 
-def fixed_plan(folder: Path, keep: float, target: Path) -> Path:
-    """A static plan that keeps so many neurons of every layer, drawn at random: for speed, not for quality."""
+def _at_random(width: int, keep: float, generator: torch.Generator) -> NeuronPolicy:
+    return Static(torch.randperm(width, generator=generator)[: round(keep * width)].sort().values)
+
+
+def _by_sketch(width: int, keep: float, generator: torch.Generator) -> NeuronPolicy:
+    return Sketch(keep=keep)
+
+
+def plan_for_speed(folder: Path, method: str, make: Callable[..., NeuronPolicy], keep: float, target: Path) -> Path:
+    """A plan that keeps so many neurons of every layer, not calibrated: for speed, not for quality."""
     model, _ = load(folder)
     dense, generator = Plan.dense(model), torch.Generator().manual_seed(0)
-    layers = []
-    for width in dense.model.intermediate_sizes:
-        kept = torch.randperm(width, generator=generator)[: round(keep * width)].sort().values
-        layers.append(LayerPlan(Static(kept)))
-    plan = replace(dense, layers=tuple(layers), weights=default_weights(model), recipe={"method": "static, at random"})
-    plan.save(target)
-    del model
+    layers = tuple(LayerPlan(make(width, keep, generator)) for width in dense.model.intermediate_sizes)
+    replace(dense, layers=layers, weights=default_weights(model), recipe={"method": method}).save(target)
+    del model, dense, layers
     gc.collect()  # pages of a file that is still mapped are not dropped, and are free memory to whoever maps it
     return target
 
@@ -301,12 +405,20 @@ def fixed_plan(folder: Path, keep: float, target: Path) -> Path:
 @click.option("--cap", "caps", multiple=True, default=("0.5", "0.25"), show_default=True)
 @click.option("--plan", "plans", multiple=True, type=click.Path(path_type=Path), help="Under the caps, too.")
 @click.option("--keep", "keeps", multiple=True, type=float, help="Under the caps, too: so many neurons, fixed.")
+@click.option("--sketch", "sketches", multiple=True, type=float, help="Under the caps, too: so many, token by token.")
+@click.option(
+    "--slots", "slots_too", is_flag=True, help="What tokens choose without reading ahead, and by other rules."
+)
+@click.option("--soak", "minutes", type=float, help="Instead: texts of changing prompts under the first cap.")
+@click.option("--text", type=click.Path(path_type=Path), help="Decode this file's second half, not what models make.")
 @click.option("--tokens", default=32, show_default=True, help="Of our ways.")
 @click.option("--slow-tokens", default=8, show_default=True, help="Of mapping and accelerate.")
+@click.option("--beside", default=_BESIDE, show_default=True, help="MB of a group beside the cap.")
 @click.option("--rows", type=click.Path(path_type=Path), help="Where the rows go.")
 def main(
     folder: Path | None, shape: str | None, weights: str, work: Path | None, checkpoint: Path | None,
-    caps: tuple[str, ...], plans: tuple[Path, ...], keeps: tuple[float, ...], tokens: int, slow_tokens: int,
+    caps: tuple[str, ...], plans: tuple[Path, ...], keeps: tuple[float, ...], sketches: tuple[float, ...],
+    slots_too: bool, minutes: float | None, text: Path | None, tokens: int, slow_tokens: int, beside: int,
     rows: Path | None,
 ) -> None:  # fmt: skip
     if (folder is None) == (shape is None) or (shape is not None and work is None):
@@ -317,11 +429,19 @@ def main(
         assert work is not None
         folder, checkpoint = make_shape(shape, weights, work)
     assert folder is not None
-    found = []
+    found, about = [], provenance("python -m coreskip.bench.memory " + " ".join(sys.argv[1:]))
+    if minutes is not None:
+        row = soak(folder, _cap(caps[0], (folder / WEIGHTS).stat().st_size), minutes)
+        found.append({**row, "model": model_name(str(folder)), **about})
+        click.echo(json.dumps(row))
     with tempfile.TemporaryDirectory() as place:
-        plans += tuple(fixed_plan(folder, keep, Path(place) / f"keep {keep:g}") for keep in keeps)
-        for row in measure(folder, caps, tokens, plans, checkpoint, slow_tokens):
-            found.append(row | provenance("python -m coreskip.bench.memory " + " ".join(sys.argv[1:])))
+        kinds = (("static, at random", _at_random, "keep", keeps), ("sketch", _by_sketch, "sketch", sketches))
+        for method, make, name, shares in kinds:
+            targets = {keep: Path(place) / f"{name} {keep:g}" for keep in shares}
+            plans += tuple(plan_for_speed(folder, method, make, keep, to) for keep, to in targets.items())
+        asked = (folder, caps, tokens, plans, checkpoint, slow_tokens, slots_too, text, beside << 20)
+        for row in measure(*asked) if minutes is None else ():
+            found.append(row | about)
             click.echo(_line(row))
     if rows is not None:
         write_rows(rows, found)
@@ -336,12 +456,13 @@ def _line(row: Row) -> str:
         f"{cap:>9}  {row['way']:24} {row['tokens_per_second']:7.2f} tok/s, first {row['first_token_s']:5.2f} s, "
         f"{text_of(row['bytes_read_per_token'])} read and {row['major_faults_per_token']:.0f} faults a token, "
         f"peak {peak}, {'the same text' if row['same_text'] else 'another text'}"
+        + (f", hits {row['hits']:.3f}, waits {row['waits']:.3f} s" if "hits" in row else "")
     )
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
-        way_, folder_, cap_, plan_, tokens_, group_ = sys.argv[2:]
-        _serve(way_, Path(folder_), json.loads(cap_), json.loads(plan_), int(tokens_), json.loads(group_))
+        way_, folder_, *asked_ = sys.argv[2:]
+        _serve(way_, Path(folder_), *map(json.loads, asked_))
     else:
         main()

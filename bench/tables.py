@@ -235,6 +235,10 @@ def _quantiles_of(name: str) -> Callable[[dict[str, Any]], str]:
     return lambda row: f"{row[name]['p50']:.0f} ({row[name]['p95']:.0f})" if row.get(name) else ""
 
 
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:.0f}" if size >= 1e7 else f"{size / 1e6:.1f}"
+
+
 def _of_limit(row: dict[str, Any]) -> str:
     peak, limit = row.get("peak_bytes"), row.get("limit_bytes")
     return f"{peak / limit:.3f}" if peak and limit else ""
@@ -333,7 +337,9 @@ _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "way": lambda row: str(row["way"]),
         "cap": lambda row: f"{row['cap'] / row['weight_bytes']:.2f} of the weights" if "cap" in row else "",
         "tok/s": lambda row: "killed" if row.get("killed") else f"{row['tokens_per_second']:.2f}",
-        "MB read per token": lambda row: "" if row.get("killed") else f"{row['bytes_read_per_token'] / 1e6:.0f}",
+        "MB read per token": lambda row: "" if row.get("killed") else _megabytes(row["bytes_read_per_token"]),
+        "chosen, and there": lambda row: f"{100 * row['hits']:.1f} %" if "hits" in row else "",
+        "waits for it, ms per token": lambda row: f"{1e3 * row['waits']:.2f}" if "waits" in row else "",
         "peak, of the limit": _of_limit,
         "text": lambda row: "" if row.get("killed") else "the same" if row["same_text"] else "another",
     },

@@ -43,11 +43,11 @@ PLANS: tuple[tuple[str, str, dict[str, Any], tuple[float, ...]], ...] = (
 )
 
 
-def tiny_moe(seed: int = 0) -> Any:
+def tiny_moe(seed: int = 0, experts: int = 16, neurons: int = 128, hidden: int = 128) -> Any:
     torch.manual_seed(seed)
     config = OlmoeConfig(
-        vocab_size=384, hidden_size=128, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, num_experts=16, num_experts_per_tok=2, max_position_embeddings=1024,
+        vocab_size=384, hidden_size=hidden, intermediate_size=neurons, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, num_experts=experts, num_experts_per_tok=2, max_position_embeddings=1024,
         norm_topk_prob=True, router_aux_loss_coef=0.02, output_router_logits=True, tie_word_embeddings=True,
         pad_token_id=0, bos_token_id=None, eos_token_id=1,
     )  # fmt: skip
@@ -76,11 +76,11 @@ def plans(model: Any, calibration: TokenText, tokens: int) -> Iterator[tuple[str
 
 def measured(model: Any, seen: TokenText, scored: TokenText, windows: int, tokens: int) -> list[dict[str, Any]]:
     """A row for each plan, made of `seen` and measured on `scored`."""
-    named = list(plans(model, seen, tokens))
+    named, about = list(plans(model, seen, tokens)), f"trained byte MoE, {model.config.num_experts} experts"
     qualities = evaluate_all(model, [plan for _, plan in named], scored, windows=windows)
     return [
         {
-            "name": name, "model": "trained byte MoE, 16 experts", "dtype": "float32", "keep": 1.0, **plan.recipe,
+            "name": name, "model": about, "dtype": "float32", "keep": 1.0, **plan.recipe,
             "weights": plan.weights, "experts_kept": plan.experts, **quality,
             "megabytes": round(bytes_per_token(model, plan) / 1e6, 3),
         }
@@ -93,11 +93,18 @@ def measured(model: Any, seen: TokenText, scored: TokenText, windows: int, token
 @click.option("-o", "folder", required=True, type=click.Path(path_type=Path), help="Hugging Face folder of the model.")
 @click.option("--steps", default=STEPS, show_default=True, type=click.IntRange(1), help="Where FOLDER is not there.")
 @click.option("--seed", default=0, show_default=True, help="Of the weights and of the order of the text.")
+@click.option("--experts", default=16, show_default=True, help="Of a layer.")
+@click.option("--neurons", default=128, show_default=True, help="Of an expert.")
+@click.option("--hidden", default=128, show_default=True, help="Width of the residual stream.")
 @click.option("--rows", "output", type=click.Path(path_type=Path), help="JSONL file to write: plans over experts.")
 @click.option("--windows", default=24, show_default=True, help="Windows of 512 bytes to score.")
 @click.option("--tokens", default=16384, show_default=True, help="Calibration bytes.")
-def main(text: Path, folder: Path, steps: int, seed: int, output: Path | None, windows: int, tokens: int) -> None:
+def main(
+    text: Path, folder: Path, steps: int, seed: int, experts: int, neurons: int, hidden: int, output: Path | None,
+    windows: int, tokens: int,
+) -> None:  # fmt: skip
     command = f"python -m coreskip.bench.train_moe --text {text.name} -o {folder.name} --steps {steps} --seed {seed}"
+    command += f" --experts {experts} --neurons {neurons} --hidden {hidden}"
     if output is not None:
         command += f" --rows {output.name} --windows {windows} --tokens {tokens}"
     about = provenance(command)
@@ -105,7 +112,7 @@ def main(text: Path, folder: Path, steps: int, seed: int, output: Path | None, w
     seen, scored = tokenize(tokenizer, undo_wikitext(read_text(text)), text.name).split(0.5, 0.5)
     if not folder.exists():
         check_folder(folder)
-        model = tiny_moe(seed)
+        model = tiny_moe(seed, experts, neurons, hidden)
         losses = train(model, seen, steps=steps, rows=ROWS, length=LENGTH, rate=RATE, seed=seed)
         model.config.output_router_logits = False  # which only training needs
         with replaced_folder(folder) as draft:

@@ -30,6 +30,14 @@ class StreamPiece(ctypes.Structure):
     _fields_ = tuple(_fields(_N, "at bytes place after begin end"))
 
 
+class SlotLayer(ctypes.Structure):
+    _fields_ = (*_fields(_N, "units parts"), *_fields(_N * 3, "at step from_ bytes"))
+
+
+class SlotFigures(ctypes.Structure):
+    _fields_ = tuple(_fields(_N, "wanted missed expected reads read_bytes waited"))
+
+
 class StepLinear(ctypes.Structure):
     _fields_ = (
         *_fields(_P, "weight scale bias norm"),
@@ -57,6 +65,8 @@ class StepMlp(ctypes.Structure):
         *_fields(_F, "threshold refine"),
         *_fields(_I, "dtype gated rule"),
         *_fields(StepLinear, "reduce expand"),
+        ("gates", _P),
+        ("slots", _N),
         ("groups", NeuronGroups),
     )
 
@@ -78,6 +88,7 @@ class StepExperts(ctypes.Structure):
         ("shared_gate", StepLinear),
         *_fields(_F, "limit slope offset shared_scale"),
         ("by_inputs", _I),
+        ("slots", _N),
     )
 
 
@@ -119,10 +130,10 @@ class StepModel(ctypes.Structure):
         *_fields(_P, "layers embedding places"),
         *_fields(StepNorm, "embedding_norm norm"),
         ("head", StepLinear),
-        ("stream", _P),
+        *_fields(_P, "stream slots"),
         *_fields(_N, "layer_count hidden embedding_stride"),
         *_fields(_F, "embedding_scale logit_scale logit_softcap"),
-        *_fields(_I, "embedding_dtype places_dtype kv_dtype logit_dtype"),
+        *_fields(_I, "embedding_dtype places_dtype kv_dtype logit_dtype reads_ahead"),
     )
 
 
@@ -145,7 +156,7 @@ class PrefillCall(ctypes.Structure):
 # in the order of coreskip_sizes
 _STRUCTS = (
     MlpArguments, StepNorm, StepLinear, NeuronGroups, StepMlp, StepRouter, StepExperts, StepLayer, StepModel, StepCache,
-    StepCall, PrefillCall, StreamPiece,
+    StepCall, PrefillCall, StreamPiece, SlotLayer, SlotFigures,
 )  # fmt: skip
 
 

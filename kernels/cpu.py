@@ -118,6 +118,10 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.coreskip_stream.argtypes, lib.coreskip_stream.restype = [i, p, p, n, i], p
     lib.coreskip_stream_stop.argtypes, lib.coreskip_stream_stop.restype = [p], None
     lib.coreskip_stream_end.argtypes, lib.coreskip_stream_end.restype = [p], None
+    lib.coreskip_slot_bytes.argtypes, lib.coreskip_slot_bytes.restype = [p, n], n
+    lib.coreskip_slots.argtypes, lib.coreskip_slots.restype = [i, p, n, p, n, ctypes.c_double, i], p
+    lib.coreskip_slots_end.argtypes, lib.coreskip_slots_end.restype = [p], None
+    lib.coreskip_slots_figures.argtypes, lib.coreskip_slots_figures.restype = [p, p], None
     lib.coreskip_likeliest.argtypes, lib.coreskip_likeliest.restype = [p, i, n, n, p, p, i], None
 
 

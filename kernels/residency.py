@@ -5,11 +5,13 @@ Nothing else changes for who has the tensors: they are views of the mapped file,
 numbers, by page faults. Who reads a lot asks here first: native steps (`attach`), and products on a model's modules
 (`in_memory`). A mapping by itself would not do: a step reads all weights in the same order, and the page cache drops
 just what is needed next. Here reads are large, go past the page cache where the system can (O_DIRECT), and are ahead
-of what is computed (csrc/stream.h).
+of what is computed (csrc/stream.h). What a token chooses, neurons or experts, is not read by everybody: of that, slots
+keep some (slots.py).
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import weakref
@@ -25,12 +27,14 @@ import torch
 from torch import Tensor
 
 from . import arguments, cpu
-from .files import PAGE, READERS, anonymous
+from .files import PAGE, READERS, DirectFile, anonymous
 from .groups import FORMATS, GROUP, TILE
 from .packed import PackedLinear
+from .slots import Slots, Spilled
 from .store import Store
 
 _CODES = {form.code: form for form in FORMATS.values()}
+_WORTH_GUESSING = 2 << 20  # bytes of an expert from which on the next layer's are read ahead
 _FOUR = 4  # rows of a unit of matrices without groups; `unit` in csrc/step_thread.h
 
 _active: list[weakref.ref[Residency]] = []
@@ -46,6 +50,7 @@ class Residency:
         piece, ring: bytes that are read at once, whole pages, and of the memory that they are read into.
         scratch: bytes that matrices may be unpacked into at once.
         unreadable: made of a text and raised where the file cannot be read.
+        bundled: whether neurons that tokens choose are put into a file of their own.
     """
 
     def __init__(
@@ -56,7 +61,9 @@ class Residency:
         ring: int,
         scratch: int,
         unreadable: Callable[[str], Exception] = OSError,
+        bundled: bool = False,
     ) -> None:
+        self.bundled = bundled
         self.store, self.piece, self.scratch, self._unreadable = store, piece, scratch, unreadable
         self._base = store.memory.data_ptr()
         self._sizes = dict(sorted(store.spans[name] for name in streamed))  # bytes by offset
@@ -65,7 +72,12 @@ class Residency:
         self.ring = anonymous(ring)
         self._running: Stream | None = None
         self._pool: ThreadPoolExecutor | None = None
-        self.lock = threading.RLock()  # of the ring
+        self.lock = threading.RLock()  # of the ring, and of slots
+        self.slots: Slots | None = None  # what tokens choose
+        self._allowed = 0
+        self._spilled: Spilled | None = None
+        self._bundles: dict[int, tuple[Tensor, int]] = {}  # what is there, and where; by address
+        self._gates: dict[int, Tensor] = {}  # of bundles whose gates decide, by their address
 
     def open(self) -> None:
         """From now on products with the file's tensors come here."""
@@ -77,6 +89,9 @@ class Residency:
         with self.lock:
             self.use(None)
             self._kept.clear()
+            self._gates.clear()
+            self._bundles.clear()
+            self.slots = self._spilled = None
             if self._pool is not None:
                 self._pool.shutdown()
                 self._pool = None
@@ -129,6 +144,80 @@ class Residency:
     def holders(self) -> list[Tensor]:
         """What has to live as long as addresses from `place` are used."""
         return list(self._kept.values())
+
+    # --- what tokens choose
+
+    def put_bundles(self, tensors: Iterable[Tensor]) -> Tensor:
+        """Bundles of a layer's neurons, of which each token chooses some, or what of them is then read, a few at once:
+        all of them ``[neurons, ...]``, mapped from a file of their own.
+
+        Raises what `Residency` was told to where there is no room for them.
+        """
+        try:
+            if self._spilled is None:
+                self._spilled = Spilled(self.store.folder)
+            mapped, at = self._spilled.put(tensors)
+        except OSError as error:
+            raise self._unreadable(f"cannot write the neurons that tokens choose to a file: {error.strerror}") from None
+        self._bundles[mapped.data_ptr()] = mapped, at
+        return mapped
+
+    def allow(self, nbytes: int) -> bool:
+        """Slots may take so many bytes. Returns whether steps have to be made anew."""
+        self._allowed = nbytes
+        return self.slots is not None and self.slots.allow(nbytes)
+
+    def _slots_of(self, file: DirectFile) -> Slots:
+        if self.slots is None:
+            self.slots = Slots(file)
+            self.slots.allow(self._allowed)
+        return self.slots
+
+    def choose_experts(self, layer: arguments.StepLayer, rows: int) -> Any:
+        """The matrices of a layer's experts, for a step that writes their places to them; None where they are not read
+        from here. rows: of a step at most."""
+        count = int(layer.experts.router.count)
+        given = (arguments.StepLinear * (3 * count)).from_address(layer.experts.matrices)
+        kinds = [kind for kind in range(3) if given[kind].weight]
+        places = [[self.place(given[3 * e + kind].weight) for e in range(count)] for kind in kinds]
+        if any(place is None for of_kind in places for place in of_kind):
+            return None
+        offsets = [[place[1] for place in of_kind if place is not None] for of_kind in places]
+        slots = self._slots_of(self.store.file)
+        index = slots.layer(given[kinds[0]].weight)
+        if index is None:
+            parts = []
+            for kind, of_kind in zip(kinds, offsets, strict=True):
+                step = of_kind[1] - of_kind[0] if count > 1 else 0
+                if any(at != of_kind[0] + e * step for e, at in enumerate(of_kind)):
+                    return None
+                parts.append((of_kind[0], step, 0, _bytes_of(given[kind])))
+            slots.add(given[kinds[0]].weight, count, parts, 2 * rows * int(layer.experts.router.chosen))
+            index = slots.layer(given[kinds[0]].weight)
+        assert index is not None
+        copy = (arguments.StepLinear * (3 * count))(*given)
+        layer.experts.matrices, layer.experts.slots = ctypes.addressof(copy), index + 1
+        return copy
+
+    def choose_neurons(self, mlp: arguments.StepMlp) -> bool:
+        """Whether a layer's bundles are read from slots; its struct says so then."""
+        address = mlp.low or mlp.weight
+        if address not in self._bundles:
+            return False
+        mapped, at = self._bundles[address]
+        assert self._spilled is not None
+        slots = self._slots_of(self._spilled.file)
+        if mlp.rule == cpu.RULE["gate"] and address not in self._gates:
+            self._gates[address] = mapped[:, 0].contiguous()
+        gates = self._gates.get(address)
+        if slots.layer(address) is None:
+            count, size = mapped.shape[0], mapped[0].nbytes
+            first = 0 if gates is None else gates[0].nbytes
+            slots.add(address, count, [(at, size, first, size)], count)
+        index = slots.layer(address)
+        assert index is not None
+        mlp.slots, mlp.gates = index + 1, None if gates is None else gates.data_ptr()
+        return True
 
     # --- reading
 
@@ -250,9 +339,12 @@ def copied(part: PackedLinear) -> PackedLinear:
 class Stream:
     """The pieces that the native step of one program reads, in its order."""
 
-    def __init__(self, residency: Residency, pieces: Sequence[tuple[int, int, int, int]]) -> None:
-        """pieces: of each its place in the file, bytes, and first and last unit."""
-        self._residency, self._held = residency, residency.holders()
+    def __init__(
+        self, residency: Residency, pieces: Sequence[tuple[int, int, int, int]], chosen: Sequence[object]
+    ) -> None:
+        """pieces: of each its place in the file, bytes, and first and last unit. chosen: of layers that have slots."""
+        self._residency, self._held = residency, [*residency.holders(), *residency._gates.values(), *chosen]
+        self.slots = residency.slots.native() if chosen and residency.slots is not None else None
         self._pieces = _placed(pieces, residency.ring.numel())
         self._library = cpu.library()
         self.address = 0
@@ -267,11 +359,12 @@ class Stream:
 
         Raises what `Residency` was told to where the file cannot be read.
         """
-        if not self.address:
+        if not self.address and self.slots is None:
             yield
             return
         with self._residency.lock:
-            self._residency.use(self)
+            if self.address:
+                self._residency.use(self)
             try:
                 yield
             except OSError as error:
@@ -280,7 +373,8 @@ class Stream:
 
     def stop(self) -> None:
         """Nothing is read any more."""
-        self._library.coreskip_stream_stop(self.address)
+        if self.address:
+            self._library.coreskip_stream_stop(self.address)
 
     @property
     def bytes_a_step(self) -> int:
@@ -290,8 +384,9 @@ class Stream:
 def attach(model: arguments.StepModel, layers: Iterable[arguments.StepLayer]) -> Stream | None:
     """Lets a native step read its matrices where a `Residency` has them; None where none has any.
 
-    Of the structs what is kept gets its address, and what is read its pieces.
+    Of the structs what is kept gets its address, what is read its pieces, and what tokens choose its slots.
     """
+    layers = list(layers)
     matrices = [matrix for layer in layers for matrix in _in_order(layer)] + [model.head]
     holders = [of(matrix.weight) for matrix in matrices if matrix.weight] if _active else []
     residency = next((holder for holder in holders if holder is not None), None)
@@ -312,9 +407,22 @@ def attach(model: arguments.StepModel, layers: Iterable[arguments.StepLayer]) ->
     table = residency.place(model.embedding)
     if table is not None and table[0] is not None:
         model.embedding = table[0]
-    stream = Stream(residency, pieces)
+    chosen = [some for layer in layers if (some := _chosen(layer, residency))]
+    stream = Stream(residency, pieces, chosen)
     model.stream = stream.address or None
+    if stream.slots is not None and residency.slots is not None:
+        model.slots = stream.slots.address
+        # on a mixture with experts of 0.8 MB guessing took 1.2 times as long as waiting for what was missed
+        small = any(layer.experts.slots for layer in layers) and residency.slots.slot_bytes < _WORTH_GUESSING
+        model.reads_ahead = residency.slots.ahead and not small
     return stream
+
+
+def _chosen(layer: arguments.StepLayer, residency: Residency) -> object:
+    """What has to live as long as a layer's slots are used; nothing where it has none."""
+    if layer.run_mlp and layer.experts.matrices:
+        return residency.choose_experts(layer, cpu.MAX_ROWS)
+    return bool(layer.run_mlp and layer.mlp.weight) and residency.choose_neurons(layer.mlp)
 
 
 def _in_order(layer: arguments.StepLayer) -> Iterator[Any]:
@@ -332,16 +440,23 @@ def _in_order(layer: arguments.StepLayer) -> Iterator[Any]:
     yield from (matrix for matrix in (*attention, *mlp) if not matrix.columns)
 
 
-def _pieces_of(matrix: arguments.StepLinear, offset: int, most: int) -> list[tuple[int, int, int, int]]:
-    """A matrix in pieces of about `most` bytes: where each is, its bytes, and its first and last unit."""
+def _unit_of(matrix: arguments.StepLinear) -> tuple[int, int]:
+    """Bytes of a matrix' unit, and of all of it."""
     form = _CODES.get(matrix.dtype)
     if form is None:
-        rows, size = _FOUR, matrix.stride * (4 if matrix.dtype == 0 else 2)
-        total = matrix.out * size
-        unit = rows * size
-    else:
-        unit = matrix.stride // (GROUP * form.groups) * form.tile_bytes
-        total = -(-matrix.out // TILE) * unit
+        size = matrix.stride * (4 if matrix.dtype == 0 else 2)
+        return _FOUR * size, matrix.out * size
+    unit = matrix.stride // (GROUP * form.groups) * form.tile_bytes
+    return unit, -(-matrix.out // TILE) * unit
+
+
+def _bytes_of(matrix: arguments.StepLinear) -> int:
+    return _unit_of(matrix)[1]
+
+
+def _pieces_of(matrix: arguments.StepLinear, offset: int, most: int) -> list[tuple[int, int, int, int]]:
+    """A matrix in pieces of about `most` bytes: where each is, its bytes, and its first and last unit."""
+    unit, total = _unit_of(matrix)
     count, step = -(-total // unit), max(1, most // unit)
     return [
         (offset + first * unit, min(total, (first + step) * unit) - first * unit, first, min(count, first + step))

@@ -75,7 +75,7 @@ class Store:
         sparing: check the contents without having them in memory, not even in the page cache.
 
     Attributes:
-        file: to read from, however the folder changes meanwhile.
+        folder: where it lay. file: to read from, however the folder changes meanwhile.
         memory: its mapping. spans: of each tensor where it is, and its bytes.
 
     Raises:
@@ -86,6 +86,7 @@ class Store:
     def __init__(
         self, path: Path, index: Mapping[str, Any], size: int, expected: str, *, sparing: bool = False
     ) -> None:
+        self.folder = path.parent
         self.file = DirectFile(os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)))
         found = os.fstat(self.file.fd).st_size
         if found != size:

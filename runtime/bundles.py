@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ logger = logging.getLogger("coreskip")
 
 #: an MLP of which a decode step leaves neurons out
 FewerNeurons = SparseMLP | SlimMLP
+_AT_ONCE = 256  # neurons that are packed at once where they go to a file
 #: what was packed, by the matrix that it is of
 PackedBefore = dict[tuple[Any, ...], tuple[Tensor, PackedLinear]]
 
@@ -75,7 +76,10 @@ class Weights:
         """A layer's MLP, for inputs that are divided by `smooth` where it is given."""
         found = self._mlps.get((layer, fmt))
         if found is None or found[1] is not smooth:
-            found = self._mlps[layer, fmt] = self._pack(layer, fmt, smooth), smooth
+            holder = self._holder(layer)
+            far = holder is not None and holder.bundled
+            packed = self._put_away(holder, layer, fmt, smooth) if far else self._pack(layer, fmt, smooth)
+            found = self._mlps[layer, fmt] = packed, smooth
         return found[0]
 
     def groups(self, layer: int, form: Form) -> PackedNeurons:
@@ -126,10 +130,36 @@ class Weights:
             return self.mlp(layer, "int8")
 
     def _far(self, layer: int) -> bool:
-        mlp = self.anatomy.mlp(layer)
-        up: Any = mlp.up
+        return self._holder(layer) is not None
+
+    def _holder(self, layer: int) -> Any:
+        """Who keeps a layer's matrices where they are not in memory."""
+        up: Any = self.anatomy.mlp(layer).up
         weight = up.parts()[0].weight if isinstance(up, PackedLayer) else up.weight
-        return residency.of(weight.data_ptr()) is not None
+        return residency.of(weight.data_ptr())
+
+    def _put_away(self, holder: Any, layer: int, fmt: str | None, smooth: Tensor | None) -> PackedMLP:
+        """A layer's MLP of which only what chooses neurons stays in memory: the rest goes to a file, mapped."""
+        count, some = self.anatomy.mlp(layer).intermediate_size, list[PackedMLP]()
+        weights = self.anatomy.mlp(layer).matrices()
+
+        def bundles() -> Iterator[Tensor]:
+            for first in range(0, count, _AT_ONCE):
+                only = torch.arange(first, min(first + _AT_ONCE, count), device="cpu")
+                packed = self._pack(layer, fmt, smooth, only, weights)
+                what = "weight" if packed.low is None else "low"
+                yield getattr(packed, what)
+                gone: dict[str, Any] = {what: torch.empty(0, device="cpu")}
+                some.append(replace(packed, **gone))
+
+        far = holder.put_bundles(bundles())
+        stays: dict[str, Any] = {
+            name: torch.cat([getattr(part, name) for part in some])
+            for name in ("weight", "scale", "norm", "gate_bias", "up_bias")
+            if getattr(some[0], name) is not None
+        }
+        stays["weight" if some[0].low is None else "low"] = far
+        return replace(some[0], **stays)
 
     def _alone(self, layer: int, fmt: str | None, only: Tensor) -> PackedMLP | PackedNeurons:
         if fmt == "int4" and self.in_groups(layer):
@@ -140,8 +170,18 @@ class Weights:
         """Whether a layer's MLP can be had in 4-bit groups by neuron here."""
         return known_in_groups(self.anatomy.mlp(layer), self.acts[layer])
 
-    def _pack(self, layer: int, fmt: str | None, smooth: Tensor | None, only: Tensor | None = None) -> PackedMLP:
-        w = self.anatomy.mlp(layer).matrices()
+    def _pack(
+        self,
+        layer: int,
+        fmt: str | None,
+        smooth: Tensor | None,
+        only: Tensor | None = None,
+        weights: Matrices | None = None,
+    ) -> PackedMLP:
+        """weights: the layer's, where somebody has them. only: of these neurons."""
+        w = weights or self.anatomy.mlp(layer).matrices()
+        if weights is not None and only is not None:
+            w, only = _rows_of(w, only), None
         columns = 1 if smooth is None else smooth.to(w.up)
         return PackedMLP.pack(
             w.gate if w.gate is None or smooth is None else w.gate * columns,
@@ -223,6 +263,14 @@ class Bundles:
     def normed(packed: PackedMLP, norm: Tensor | None) -> PackedMLP:
         """With other norms than those of the down projection, where there are any."""
         return packed if norm is None else replace(packed, norm=norm.to(packed.weight.device))
+
+
+def _rows_of(w: Matrices, only: Tensor) -> Matrices:
+    """Of some neurons alone, that follow one another: as views."""
+    some = slice(int(only[0]), int(only[-1]) + 1)
+    gate = None if w.gate is None else w.gate[some]
+    biases = [None if bias is None else bias[some] for bias in (w.gate_bias, w.up_bias)]
+    return Matrices(gate, w.up[some], w.down[some], biases[0], biases[1], w.down_bias)
 
 
 # ---- MLPs in 4-bit groups ----

@@ -2,8 +2,9 @@
 
 A decode step reads every matrix of its program once, in the same order at every token. So which ones stay does not
 matter for how much is read, only how many bytes; they are spread evenly, so that the disk is never idle for long
-while the rest is read ahead (kernels/residency.py). Long texts need room for keys, values and what a prompt's pass
-computes: matrices give way to them.
+while the rest is read ahead (kernels/residency.py). Of neurons and experts that each token chooses a token reads some
+only: matrices come first, and slots for these have what is left (kernels/slots.py). Long texts need room for keys,
+values and what a prompt's pass computes: both give way to them.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ import torch
 from torch import nn
 
 from ..kernels.files import PAGE, look_up
+from ..kernels.memory import HUGE_PAGE
 from ..kernels.ops import MAX_ROWS
 from ..kernels.packed import padded
 from ..kernels.residency import Residency
+from ..kernels.slots import readers_bytes
 from ..kernels.store import Store
 from ..predictors.anatomy import Anatomy, dissect, shape_of
 from ..predictors.checks import WEIGHT_FORMATS
@@ -36,9 +39,12 @@ from .formats import format_takers
 from .layer_skips import LayerSkips
 from .linear_names import native_names
 from .memory_size import text_of
+from .packed_experts import HeldExperts
 from .packed_folder import reader_of, store_of
 from .packed_layer import PackedLayer
+from .prepared import Prepared
 from .program import Program
+from .release import trim
 from .selfcheck import KEYS
 from .steps import Steps
 from .unpacking import scratch_of
@@ -51,6 +57,7 @@ _PIECES = 8  # of the ring: what two readers are at, and as much again ahead
 _SHORT = 16, 48  # tokens of a prompt, and with its continuation, for which there has to be room at least
 _FEWEST_KEYS = 16  # behind which native steps are compared with the modules
 _PACKING = 6  # bytes a weight while one matrix of an MLP is taken apart
+_PUTTING_AWAY = 64 * 256  # bytes an input while neurons that tokens choose go to a file, a few at a time
 _PACKED = Chooser.PROMPT, Chooser.CALIBRATION  # who choose neurons that are packed by themselves
 _REFILL = 8  # a part of the cap that has to be free before more matrices are kept again
 
@@ -81,8 +88,10 @@ class Sizes:
         always: norms, buffers, what is read into, what matrices are unpacked into, a step's own memory.
         entry: keys and values of one token.
         activations: of one token of a prompt's pass.
-        fixed: neurons that the plan keeps for all texts. chosen: that one prompt chooses. packing: of a layer, while
-            these are taken out of its matrices.
+        fixed: neurons that the plan keeps for all texts, and what tokens choose neurons by. chosen: that one prompt
+            chooses. packing: of a layer, while these are taken out of its matrices. once: the same where it is done
+            before the first text.
+        slots: that are needed at least for what tokens choose.
         logits: of the tokens that a step may have, in the copies that comparing takes.
     """
 
@@ -93,6 +102,8 @@ class Sizes:
     fixed: int
     chosen: int
     packing: int
+    once: int
+    slots: int
 
     def of_probe(self, keys: int) -> int:
         """Of a comparison of native steps with the model's own modules behind so many keys, of which both have a
@@ -102,7 +113,7 @@ class Sizes:
     @property
     def least(self) -> int:
         """What has to fit beside it, with no matrix kept: a short text, and a comparison."""
-        return max(self.of_probe(_FEWEST_KEYS), self.of_text(1, *_SHORT))
+        return max(self.of_probe(_FEWEST_KEYS), self.of_text(1, *_SHORT), self.once)
 
     def of_text(self, rows: int, prompt: int, length: int) -> int:
         """Of so many texts at once; the KV cache grows by doubling."""
@@ -158,19 +169,31 @@ class Host(Protocol):
     program: Program
     skips: LayerSkips
     steps: Steps
-
-    @property
-    def chooses_by_token(self) -> bool: ...
+    prepared: Prepared
 
 
-#: ways to choose neurons or layers that a cap allows
-METHODS = ("auto", "core", "similar", "static", "layers")
+#: ways to choose neurons, experts or layers that a budget's search tries under a cap, and those that a cap allows
+METHODS = ("auto", "core", "similar", "static", "layers", "experts", "skip-experts")
+_ALLOWED = (*METHODS, "sketch", "threshold", "learned", "bricks")
 
 
 def check_method(method: str) -> None:
     """Raises CoreskipError where plans of this method are not run under a cap."""
-    if method not in METHODS:
-        raise CoreskipError(f"under memory= no plan of method {method} is run; choose from {', '.join(METHODS)}")
+    if method not in _ALLOWED:
+        raise CoreskipError(f"under memory= no plan of method {method} is run; choose from {', '.join(_ALLOWED)}")
+
+
+def _check_program(program: Program) -> None:
+    """Raises CoreskipError where what tokens choose cannot be read from a file."""
+    by_token = program.chosen_by(Chooser.TOKEN)
+    if program.chosen_by(Chooser.INPUTS) or not all(brick.native and brick.chosen for brick in by_token.values()):
+        raise CoreskipError(
+            "under memory= inputs are not left out, and what tokens choose is read by neuron for sketches of 4 bits, "
+            "gates (cats), learned predictors and experts alone: use one of these, or a plan of method core, similar, "
+            "static or layers, or leave out memory"
+        )
+    if by_token and any(layer.experts is not None for layer in program.layers):
+        raise CoreskipError("under memory= tokens choose neurons or experts, not both: leave one out of the plan")
 
 
 def capped_under(model: Any, plan: Plan, anatomy: Anatomy, cap: int) -> Capped:
@@ -180,6 +203,7 @@ def capped_under(model: Any, plan: Plan, anatomy: Anatomy, cap: int) -> Capped:
         CoreskipError: the plan does not fit, or the model cannot be capped.
     """
     program = Program.of(anatomy, plan)
+    _check_program(program)
     return Capped(model, anatomy, program, _unread(anatomy, program, LayerSkips(anatomy, plan).skipped(None)), cap)
 
 
@@ -191,8 +215,9 @@ def cost_under(model: Any, plan: Plan, anatomy: Anatomy, cap: int) -> Cost:
         capped = capped_under(model, plan, anatomy, cap)
     except CoreskipError:
         return Cost(found.moved, math.inf)
-    slower = read_bandwidth("cpu") / capped.residency.store.file.bandwidth if capped.expected[1] else 0.0
-    return Cost(found.moved, max(found.weighed, capped.expected[1] * slower))
+    read = capped.expected[1] + capped.chosen_per_token
+    slower = read_bandwidth("cpu") / capped.residency.store.file.bandwidth if read else 0.0
+    return Cost(found.moved, max(found.weighed, read * slower))
 
 
 def recipe_under(model: Any, plan: Plan, cap: int) -> dict[str, str]:
@@ -200,7 +225,11 @@ def recipe_under(model: Any, plan: Plan, cap: int) -> dict[str, str]:
     capped = capped_under(model, plan, dissect(model), cap)
     kept, read = capped.expected
     neurons = capped.needs.fixed + capped.needs.chosen
-    return {"memory": text_of(cap), "in_memory": text_of(kept + neurons), "read_per_token": text_of(read)}
+    return {
+        "memory": text_of(cap),
+        "in_memory": text_of(kept + neurons),
+        "read_per_token": text_of(read + capped.chosen_per_token),
+    }
 
 
 def memory_of(host: Host, cap: int | None, reads_all: bool) -> Memory:
@@ -215,14 +244,14 @@ def memory_of(host: Host, cap: int | None, reads_all: bool) -> Memory:
         raise CoreskipError(
             f"under memory= a model runs in the format it was packed in, not in {host.plan.weights}: pack it so"
         )
-    if host.chooses_by_token:
-        raise CoreskipError(
-            "under memory= no plan is run whose neurons or inputs each token chooses: leave out memory, or use a plan "
-            "of method core, similar, static or layers"
-        )
+    _check_program(host.program)
     me: Any = weakref.proxy(host)  # who has this
     unread = set[nn.Module]() if reads_all else _unread(host.anatomy, host.program, host.skips.skipped(None))
-    capped = Capped(host.model, host.anatomy, host.program, unread, cap, lambda: me.steps.native.renew())
+    early = host.program.chosen_by(Chooser.CALIBRATION, Chooser.TOKEN)
+    capped = Capped(
+        host.model, host.anatomy, host.program, unread, cap, lambda: me.steps.native.renew(),
+        lambda: [me.prepared.mlp(layer) for layer in early],
+    )  # fmt: skip
     if capped.holds_all:
         return Memory(host.model)
     host.steps.native.probe_keys = capped.probe_keys
@@ -232,7 +261,8 @@ def memory_of(host: Host, cap: int | None, reads_all: bool) -> Memory:
 class Capped(Memory):
     """A packed model whose matrices are in memory as far as a cap allows.
 
-    unread: linears that no step reads as matrices. changed: called when other matrices are in memory.
+    unread: linears that no step reads as matrices. changed: called when other matrices are in memory. prepare: packs
+    what the plan keeps for all texts.
 
     Raises:
         CoreskipError: it is not packed, or the cap is too small.
@@ -248,32 +278,51 @@ class Capped(Memory):
         unread: set[nn.Module],
         cap: int,
         changed: Callable[[], None] = lambda: None,
+        prepare: Callable[[], object] = lambda: None,
     ) -> None:
         super().__init__(model)
-        if any(anatomy.experts):
-            raise CoreskipError("memory caps models without experts so far: leave out memory, which maps the folder")
-        self.cap, self._changed = cap, changed
+        self.cap, self._changed, self._prepare = cap, changed, prepare
         store = _store(model)
         streamed = _streamed(model, anatomy, store)
+        mixtures = _mixtures(anatomy, store)
         self._order = [name for module, names in streamed.items() if module not in unread for name in names]
         self._order = list(dict.fromkeys(self._order))
-        names = list(dict.fromkeys(name for names in streamed.values() for name in names))
+        of_experts = [name for mixture in mixtures for name in mixture.names]
+        names = list(dict.fromkeys([*(name for names in streamed.values() for name in names), *of_experts]))
         self._sizes = {name: -(-store.spans[name][1] // PAGE) * PAGE for name in names}
         piece = min(max(store.memory.numel() // 256, _LEAST_PIECE), _MOST_PIECE) // PAGE * PAGE
         ring = max(_PIECES * piece, 2 * _largest_unit(anatomy))
         inner: list[Any] = [m for layer in anatomy.layers for m in layer.modules() if m in streamed]
-        scratch = max((scratch_of(m.weight, isinstance(m, PackedLayer)) for m in inner), default=0)
+        unpacked = [mixture.unpacked for mixture in mixtures]
+        scratch = max([0, *unpacked, *(scratch_of(m.weight, isinstance(m, PackedLayer)) for m in inner)])
+        by_token = program.chosen_by(Chooser.TOKEN).values()
+        self._bundles = [round(brick.chosen * brick.width) + 256 * brick.width for brick in by_token]
+        self.chosen_per_token = sum(round(brick.chosen * brick.kept) for brick in by_token)
+        self.chosen_per_token += sum(mixture.unit * mixture.top_k for mixture in mixtures)
+        slots = max([0, *self._bundles, *(mixture.least for mixture in mixtures)])
+        once = _PACKING * math.prod(_widths(anatomy)) if program.chosen_by(*_PACKED) else 0
+        if self._bundles:
+            once = 3 * math.prod(_widths(anatomy)) * 2 * model.dtype.itemsize + _PUTTING_AWAY * anatomy.hidden_size
         tables = _tables(model, store)
         rest = sum(size for name, (_, size) in store.spans.items() if name not in {*self._sizes, *tables})
         self.needs = Sizes(
-            always=rest + _copied(model, anatomy, streamed) + ring + scratch + _of_steps(model, anatomy),
+            always=rest
+            + _copied(model, anatomy, streamed)
+            + ring
+            + 2 * scratch  # torch arranges what it multiplies many rows with in memory of its own
+            + _of_steps(model, anatomy)
+            + (slots + readers_bytes() if slots else 0),
             entry=_entry(model, anatomy),
             activations=4 * sum(_widths(anatomy)) * model.dtype.itemsize,
             logits=16 * MAX_ROWS * int(model.get_input_embeddings().weight.shape[0]),
-            fixed=_of_neurons(program, Chooser.CALIBRATION),
+            fixed=_of_neurons(program, Chooser.CALIBRATION)
+            + sum(round(brick.stays) + 32 * brick.width for brick in by_token),
             chosen=_of_neurons(program, Chooser.PROMPT),
-            packing=_PACKING * math.prod(_widths(anatomy)) if program.chosen_by(*_PACKED) else 0,
+            packing=_PACKING * math.prod(_widths(anatomy)) if program.chosen_by(Chooser.PROMPT) else 0,
+            once=once,
+            slots=slots,
         )
+        self._step = max(1, cap // (4 * _REFILL))  # slots change by so many bytes: they are read anew then
         self._looked_up = [store.spans[name] for name in tables]
         self._held: list[int] = []  # of texts under way
         self._kept: list[str] = []
@@ -281,7 +330,7 @@ class Capped(Memory):
         self._check(self._room(self.needs.least))
         most = self._room(self.needs.of_probe(0)) // (3 * self.needs.entry)
         self.probe_keys = min(KEYS, max(_FEWEST_KEYS, most))
-        self.residency = Residency(store, names, piece, ring, scratch, CoreskipError)
+        self.residency = Residency(store, names, piece, ring, scratch, CoreskipError, bundled=bool(self._bundles))
 
     @property
     def expected(self) -> tuple[int, int]:
@@ -293,7 +342,7 @@ class Capped(Memory):
     @property
     def holds_all(self) -> bool:
         """Whether the whole model fits."""
-        return sum(self._sizes.values()) <= self._room(self.needs.least)
+        return sum(self._sizes.values()) + sum(self._bundles) <= self._room(self.needs.least)
 
     # --- in and out
 
@@ -304,6 +353,8 @@ class Capped(Memory):
             look_up(self.residency.store.memory[at : at + size])
 
     def settle(self) -> None:
+        self._prepare()
+        trim()
         with self._lock:
             self._keep_within(self._room(self.needs.of_text(1, *_SHORT)))
 
@@ -377,7 +428,9 @@ class Capped(Memory):
             self.residency.drop(name)
         if not before or room - self.kept_bytes > self.cap // _REFILL:
             self._fill(room)
-        if before != self._kept:
+        left = max(0, room - self.kept_bytes) // self._step * self._step
+        slots_changed = self.residency.allow(self.needs.slots + left)
+        if before != self._kept or slots_changed:
             self._changed()
 
     def _fill(self, room: int) -> None:
@@ -418,11 +471,44 @@ def _store(model: Any) -> Store:
     return store
 
 
+@dataclass(frozen=True)
+class _Mixture:
+    """The experts of a layer. names: of their tensors. unit: bytes of a slot for one. least: of as many slots as a step
+    may need. unpacked: bytes that a matrix is unpacked into."""
+
+    names: list[str]
+    unit: int
+    top_k: int
+    least: int
+    unpacked: int
+
+
+def _mixtures(anatomy: Anatomy, store: Store) -> list[_Mixture]:
+    at, found = {span[0]: name for name, span in store.spans.items() if span[1]}, []
+    for experts in filter(None, anatomy.experts):
+        module = experts.module
+        if isinstance(module, HeldExperts):
+            first = [parts[0].weight for parts in module.stacks.values()]
+        else:
+            kinds = (experts.layout.gate, experts.layout.up, experts.layout.down)
+            first = [experts.parameter(kind) for kind in kinds if kind is not None]
+        names = [at.get(weight.data_ptr() - store.memory.data_ptr()) for weight in first]
+        if None in names:
+            raise CoreskipError("the model's weights are not its folder's any more: load it again to cap its memory")
+        unit = sum(store.spans[str(name)][1] // experts.count for name in names) + 6 * PAGE
+        wanted = min(experts.count, 2 * MAX_ROWS * experts.top_k)
+        largest = experts.intermediate_size * experts.hidden_size * 2 * experts.down.dtype.itemsize
+        found.append(_Mixture([str(name) for name in names], unit, experts.top_k, wanted * unit, largest))
+    return found
+
+
 def _streamed(model: Any, anatomy: Anatomy, store: Store) -> dict[nn.Module, list[str]]:
-    """The linears whose matrices can be read whenever they are used, in the order of a step, and their tensors."""
+    """The linears whose matrices can be read whenever they are used, in the order of a step, and their tensors. Experts
+    that all tokens share are in memory: a step reads them with others, in no order of their own."""
     at = {span[0]: name for name, span in store.spans.items() if span[1]}
+    shared = {module for e in anatomy.experts if e is not None and e.shared for module in e.shared.owner.modules()}
     found: dict[nn.Module, list[str]] = {}
-    for module in dict.fromkeys(format_takers(model, anatomy)):
+    for module in dict.fromkeys(module for module in format_takers(model, anatomy) if module not in shared):
         if isinstance(module, PackedLayer):
             weights = [part.weight for part in module.parts()]
         elif isinstance(module, nn.Linear) and _unpadded(module.weight):
@@ -443,9 +529,10 @@ def _unpadded(weight: torch.Tensor) -> bool:
 def _unread(anatomy: Anatomy, program: Program, skipped: tuple[frozenset[int], frozenset[int]]) -> set[nn.Module]:
     """Linears that no step reads as matrices."""
     found: set[nn.Module] = set()
-    bundled = set(program.chosen_by(Chooser.CALIBRATION, Chooser.PROMPT))
+    bundled = set(program.chosen_by(Chooser.CALIBRATION, Chooser.PROMPT, Chooser.TOKEN))
     for index in bundled | skipped[1]:
-        found.update(anatomy.mlps[index].owner.modules())
+        mlp = anatomy.feed_forwards[index]
+        found.update(() if mlp is None else mlp.owner.modules())
     for index in skipped[0]:
         attention = anatomy.attentions[index]
         if attention is not None and len(attention.inputs) == 3:
@@ -474,13 +561,16 @@ def _copied(model: Any, anatomy: Anatomy, streamed: dict[nn.Module, list[str]]) 
 
 
 def _of_neurons(program: Program, chooser: Chooser) -> int:
-    """Bytes of neurons that are packed side by side, each padded to cache lines."""
-    return sum(round(brick.nbytes) + 256 * brick.kept for brick in program.chosen_by(chooser).values())
+    """Bytes of neurons that are packed side by side, each padded to cache lines, those of a layer to huge pages."""
+    sizes = [round(brick.nbytes) + 256 * brick.kept for brick in program.chosen_by(chooser).values()]
+    return sum(size + (2 * HUGE_PAGE if size >= HUGE_PAGE // 2 else 0) for size in sizes)
 
 
 def _widths(anatomy: Anatomy) -> tuple[int, int]:
     """The largest hidden size and intermediate size."""
-    return max(mlp.hidden_size for mlp in anatomy.mlps), max(mlp.intermediate_size for mlp in anatomy.mlps)
+    inner = [mlp.intermediate_size for _, mlp in anatomy.present]
+    inner += [experts.intermediate_size * max(1, experts.top_k) for experts in filter(None, anatomy.experts)]
+    return anatomy.hidden_size, max(inner)
 
 
 def _largest_unit(anatomy: Anatomy) -> int:
@@ -493,7 +583,7 @@ def _entry(model: Any, anatomy: Anatomy) -> int:
     total = 0
     for layer in range(len(anatomy)):
         parts = {part: size for names in native_names(anatomy, layer).values() for part, size in names.items()}
-        total += 2 * parts.get("k", anatomy.mlps[layer].hidden_size)
+        total += 2 * parts.get("k", anatomy.hidden_size)
     return total * int(model.dtype.itemsize)
 
 

@@ -122,6 +122,8 @@ class BrickProgram:
         in_groups: whether nothing but kernels over 4-bit groups carries it out.
         pack: what the brick becomes once its weights are packed; None where they are read as matrices, or are packed
             for each sequence.
+        stays, chosen: bytes of weights that choosing reads, and then of each neuron that is chosen, where these can be
+            read from a file by neuron; 0: they cannot.
         rate: how long a byte takes, in bytes that are read in a row; None: what its chooser usually takes.
         thresholds: of linears that leave out small inputs, by name. by_norm: see `InputThresholds`. share: of the
             inputs that stays on the calibration text.
@@ -134,6 +136,8 @@ class BrickProgram:
     nbytes: float
     native: bool = True
     pack: Callable[[Bundles], FewerNeurons] | None = None
+    stays: float = 0.0
+    chosen: float = 0.0
     rate: float | None = None
     in_groups: bool = False
     thresholds: Mapping[str, float] = field(default_factory=dict)
@@ -355,7 +359,10 @@ def _sketch(policy: Sketch, brick: Brick) -> BrickProgram:
         return BrickProgram(policy, policy.chooser, kept, brick.width, read, native=False, pack=pack)
     completed = kept if policy.candidates is None else kept_count(brick.width, policy.candidates)
     read = (brick.width + completed) * brick.scoring * brick.hidden / 2 + kept * brick.hidden
-    return BrickProgram(policy, policy.chooser, kept, brick.width, read, pack=lambda bundles: _nibbles(policy, bundles))
+    return BrickProgram(
+        policy, policy.chooser, kept, brick.width, read, pack=lambda bundles: _nibbles(policy, bundles),
+        stays=brick.width * brick.scoring * brick.hidden / 2, chosen=(brick.scoring / 2 + 1) * brick.hidden,
+    )  # fmt: skip
 
 
 def _planes(policy: Sketch, brick: Brick, kept: int) -> BrickProgram:
@@ -444,7 +451,10 @@ def _learned(policy: Learned, brick: Brick) -> BrickProgram:
         predictor = PackedLinear.pack(reduce), PackedLinear.pack(expand, bias)
         return SparseMLP(packed, "learned", keep, policy.threshold, predictor=predictor)
 
-    return BrickProgram(policy, policy.chooser, kept, brick.width, read, pack=pack)
+    return BrickProgram(
+        policy, policy.chooser, kept, brick.width, read, pack=pack,
+        stays=policy.rank * (brick.hidden + brick.width) * 4.0, chosen=(brick.scoring + 1) * brick.row,
+    )  # fmt: skip
 
 
 @builds(Bricks)
@@ -464,6 +474,7 @@ def _cats(policy: Cats, brick: Brick) -> BrickProgram:
         return BrickProgram(
             policy, policy.chooser, kept, brick.width, read,
             pack=lambda bundles: SparseMLP(bundles.every(None), "gate", threshold=policy.threshold),
+            stays=brick.width * brick.row, chosen=2 * brick.row,
         )  # fmt: skip
     read = (brick.width + kept) * brick.row
     return BrickProgram(

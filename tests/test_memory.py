@@ -244,8 +244,8 @@ def test_analysis_under_a_cap(folders: dict[str, Path], tmp_path: Path, capsys: 
     found = coreskip.analyze(model, words, budget="kl<1000", **options)
     assert found.recipe["read_per_token"] == "0.0 MB"  # what reads nothing is fastest
     assert not any(layer.neurons.name in ("sketch", "topk", "cats", "teal", "wina") for layer in found.layers)
-    with pytest.raises(CoreskipError, match="no plan of method sketch is run"):
-        coreskip.analyze(model, words, method="sketch", **options)
+    with pytest.raises(CoreskipError, match="no plan of method topk is run"):
+        coreskip.analyze(model, words, method="topk", **options)
     with pytest.raises(CoreskipError, match="for the neurons that the plan keeps"):
         coreskip.analyze(model, words, method="core", keep=0.99, **{**options, "memory": least(folder)})
     assert memory.cap_of(model) is None
@@ -466,7 +466,7 @@ def test_bench_under_a_cap(
     """What is run is noted here, not run: it drops the machine's page cache."""
     asked: list[tuple[Any, ...]] = []
 
-    def run(way: str, folder: Path, cap: int | None, plan: Path | None, tokens: int, limit: int | None) -> Any:
+    def run(way: str, _: Path, cap: int | None, plan: Path | None, tokens: int, limit: int | None, *__: Any) -> Any:
         asked.append((way, cap, plan, tokens, limit is None))
         figures = {"tokens_per_second": 4.0, "first_token_s": 0.1, "bytes_read_per_token": 5e6}
         return {**figures, "major_faults_per_token": 0, "peak_bytes": None, "text": [1, 2, 3], "grouped": False}
@@ -479,9 +479,11 @@ def test_bench_under_a_cap(
         main(["bench", str(folder), *words, "--json", str(rows)])
     assert not end.value.code, capsys.readouterr().err
     half = os.path.getsize(folder / WEIGHTS) // 2
-    assert [cap for _, cap, *_ in asked] == [None, 4_000_000, None, 4_000_000, half, None, half], "mapped has no cap"
-    assert [free for *_, free in asked] == [True, *[False] * 6]
-    assert [plan is None for _, _, plan, *_ in asked] == [True, True, True, False, True, True, False]
+    assert [cap for _, cap, *_ in asked] == [None, None, 4_000_000, None, 4_000_000, half, None, half], (
+        "mapped has none"
+    )
+    assert [free for *_, free in asked] == [True, True, *[False] * 6], "what texts are compared with"
+    assert [plan is None for _, _, plan, *_ in asked] == [True, False, True, True, False, True, True, False]
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     assert [row["way"] for row in found] == ["no cap", *["memory", "mapped", "memory, half"] * 2]
     assert all(row["same_text"] for row in found)

@@ -42,6 +42,21 @@ struct StreamPiece {
 
 class Stream;
 
+// What a layer chooses among, neurons or experts, each in up to three parts: of part p of unit u the file holds
+// bytes[p] bytes at at[p] + u * step[p] + from[p]. See Slots.
+struct SlotLayer {
+    int64_t units, parts;
+    int64_t at[3], step[3], from[3], bytes[3];
+};
+
+struct SlotFigures {
+    int64_t wanted, missed, expected;  // units: that steps wanted, had to wait for, and had read ahead
+    int64_t reads, read_bytes;
+    int64_t waited;                    // nanoseconds
+};
+
+class Slots;
+
 struct StepLinear {
     const void* weight;  // [out][stride] of `dtype`, or tiles, or columns; null: there is no such projection
     const float* scale;  // kInt8: [out]
@@ -95,6 +110,8 @@ struct StepMlp {         // neurons bundled as in MlpJob, instead of gate, up an
     float threshold, refine;
     int dtype, gated, rule;
     StepLinear reduce, expand;  // kLearned: neurons are scored by expand(reduce(x))
+    const void* gates;          // kGate: [neurons][stride], gates apart from the bundles; null: they are in these
+    int64_t slots;              // which layer of the model's slots brings what is chosen, from 1; 0: it is in memory
     NeuronGroups groups;        // instead of all above but lists and down_bias; its rows null: there are none
 };
 
@@ -117,11 +134,12 @@ struct StepRouter {
 // it is gate * sigmoid(slope * gate).
 struct StepExperts {
     StepRouter router;
-    const StepLinear* matrices;  // [count][3]: gate, up, down of each; null: there is no mixture
+    StepLinear* matrices;        // [count][3]: gate, up, down of each; null: there is no mixture
     StepLinear shared_gate;      // [1][hidden]: its sigmoid weighs the shared expert; weight null: that counts whole
     float limit, slope, offset;
     float shared_scale;          // what the shared expert's output is multiplied by, where no gate weighs it
     int by_inputs;               // an expert's weight multiplies what it reads, not what it gives (Llama 4)
+    int64_t slots;               // as in StepMlp; matrices of experts that are wanted then get their places
 };
 
 // Where the heads of one kind lie among a projection's outputs, of which a token has `width`: head h begins at
@@ -177,9 +195,11 @@ struct StepModel {
     StepNorm norm;
     StepLinear head;
     Stream* stream;         // brings what is not in memory, or null
+    Slots* slots;           // bring neurons and experts that are chosen, or null
     int64_t layer_count, hidden, embedding_stride;  // of tiles: inputs of one row with its padding
     float embedding_scale, logit_scale, logit_softcap;
     int embedding_dtype, places_dtype, kv_dtype, logit_dtype;
+    int reads_ahead;        // whether slots are told what the next layer will probably want
 };
 
 struct StepCache {        // one layer's keys and values of one sequence: [kv_heads][capacity][head_dim]

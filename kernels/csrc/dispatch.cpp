@@ -48,7 +48,8 @@ CORESKIP_API const char* coreskip_active() { return active.load()->name; }
 CORESKIP_API int coreskip_sizes(int64_t* sizes, int room) {
     const int64_t all[] = {sizeof(MlpArguments), sizeof(StepNorm),  sizeof(StepLinear), sizeof(NeuronGroups), sizeof(StepMlp),
                            sizeof(StepRouter),   sizeof(StepExperts), sizeof(StepLayer), sizeof(StepModel), sizeof(StepCache),
-                           sizeof(StepCall),     sizeof(PrefillCall), sizeof(StreamPiece)};
+                           sizeof(StepCall),     sizeof(PrefillCall), sizeof(StreamPiece), sizeof(SlotLayer),
+                           sizeof(SlotFigures)};
     const int count = sizeof(all) / sizeof(*all);
     for (int i = 0; i < count && i < room; i++) sizes[i] = all[i];
     return count;

@@ -41,6 +41,8 @@ struct MlpJob {
     uintptr_t after;           // an address: what is read after the last neuron; 0: not known
     float refine;              // kSketch: listed neurons with |h - mean| * norm below this are dropped; 0: none
     float* exact;              // refine: [listed][rows], room for the activations of those that stay
+    char* const* place;        // where each neuron's bundle lies, or null: one after the other
+    bool gates_alone;          // kGate: what is scanned are gates, one after the other
 };
 
 // What a thread will read next: memory from `at` to `end`, then from `then` to `then_end`. A kernel fetches it into the

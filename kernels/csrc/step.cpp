@@ -11,6 +11,7 @@
 
 #include "dispatch.h"
 #include "logits.h"
+#include "slots.h"
 #include "step_walker.h"
 #include "stream.h"
 #include "team.h"
@@ -51,12 +52,13 @@ class Steps {
     template <class Walk>
     bool run(const int64_t* past, const int64_t* ids, const int64_t* places, Walk walk) {
         const int64_t lap = model_.stream ? model_.stream->begin() : 0;
+        if (model_.slots) model_.slots->begin();
         team_->together(members_, call_.threads, [&](Member& member) {
             Walker& walker = walkers_[member.part];
             walker.begin(member, past, lap, ids, places);
             walk(walker, member.part);
         });
-        return !model_.stream || !model_.stream->failed();
+        return (!model_.stream || !model_.stream->failed()) && (!model_.slots || !model_.slots->failed());
     }
 
     // The first thread takes part in every step: what all threads know, it knows of all steps.

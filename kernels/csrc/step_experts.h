@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "slots.h"
 #include "step_experts_way.h"
 #include "step_projections.h"
 #include "step_routing.h"
@@ -32,6 +33,7 @@ class StepExpertsLayer {
         projections.meet();
         narrow();
         projections.meet();
+        if (l.experts.slots && thread.part == 0) m.slots->done(l.experts.slots - 1);
         projections.finish_layer(l, sum(l));
     }
 
@@ -79,9 +81,57 @@ class StepExpertsLayer {
             const int first = place_;
             for (int t = 0; t < thread.tokens; t++)
                 if (next[t]->expert == expert) want(t, next[t]->weight), next[t]++;
+            own.list[count_ - shared_] = expert;
             close(l.experts.matrices + 3 * expert, first);
         }
+        if (l.experts.slots) bring(l);
         ahead.enter(l, own.active, count_);
+    }
+
+    // Has the active experts read that are not in memory, and meanwhile those that the next layer will probably choose.
+    void bring(const StepLayer& l) {
+        Slots& slots = *m.slots;
+        const int64_t layer = l.experts.slots - 1;
+        if (thread.part == 0) {
+            slots.want(layer, own.list, count_ - shared_);
+            for (int i = shared_; i < count_; i++) {
+                const int64_t expert = own.list[i - shared_];
+                char* const* parts = slots.places(layer) + expert * parts_of(l);
+                StepLinear* matrices = l.experts.matrices + 3 * expert;
+                for (int k = matrices[0].weight ? 0 : 1; k < 3; k++) matrices[k].weight = *parts++;
+            }
+        }
+        const StepLayer* next = &l + 1;
+        if (m.reads_ahead && next < m.layers + m.layer_count && next->run_mlp && next->experts.slots) {
+            guess(*next);
+            x_ = projections.normed(l.mlp_in, own.x);
+            projections.read_from(x_, m.hidden);
+        }
+        const int64_t waited = slots.wait(layer);
+        if (thread.part == 0) slots.figures.waited += waited;
+    }
+
+    static int parts_of(const StepLayer& l) { return l.experts.matrices[0].weight ? 3 : 2; }
+
+    // What a layer's router will probably choose: what it would choose if this one changed nothing any more.
+    void guess(const StepLayer& next) {
+        const StepRouter& r = next.experts.router;
+        projections.read_from(projections.normed(next.mlp_in, own.x), m.hidden);
+        projections.project_all({{&r.logits}, {w.early_routes}, 0});
+        projections.meet();
+        if (thread.part) return;
+        memset(w.early_wanted, 0, r.count);
+        for (int t = 0; t < thread.tokens; t++) {
+            memcpy(own.logits, w.early_routes + t * r.count, r.count * sizeof(float));
+            const Chosen* end = w.early_experts + Router(r, own.logits, own.scored).choose(w.early_experts);
+            for (const Chosen* found = w.early_experts; found < end; found++) w.early_wanted[found->expert] = 1;
+        }
+        int64_t count = 0;
+        for (int64_t i = 0; i < r.count; i++) {
+            w.early_list[count] = i;
+            count += w.early_wanted[i];
+        }
+        m.slots->expect(next.experts.slots - 1, w.early_list, count);
     }
 
     void want(int row, float weight) {

@@ -9,6 +9,7 @@
 
 #include "choice.h"
 #include "neuron_shares.h"
+#include "slots.h"
 #include "step_projections.h"
 
 namespace coreskip {
@@ -77,6 +78,7 @@ class StepMlpLayer {
         job.high = b.dtype == kSliced ? w.high : nullptr;
         job.known_gate = b.rule == kGate ? w.known_gate : nullptr;
         job.score = w.score, job.refine = b.refine, job.exact = own.exact;
+        job.gates_alone = b.gates != nullptr;
         ahead.passed += ahead.bundles_of(b).bytes;
         int64_t count = b.neurons;
         const auto choose_some = [&] {
@@ -92,18 +94,78 @@ class StepMlpLayer {
         }
         if (b.dtype == kSliced || b.rule == kGate) {
             const Range here = thread.in_sums(count);
-            thread.isa.scan[b.dtype](job, here.begin, here.end);
+            scan(b, job, here);
         }
         if (b.rule == kSketch || b.rule == kGate) {
             projections.meet();
             choose_some();
+        }
+        if (b.slots) {
+            bring(l, count);
+            job.place = m.slots->places(b.slots - 1);
         }
         const auto range = [&](int64_t i) { return share(count, i, c.threads); };
         const float* all = sums_of(l, b.stride, range, [&](Range here, int64_t i, uintptr_t after, float* sum) {
             job.after = after;
             return thread.isa.mlp[b.dtype](job, here.begin, here.end, sum);
         });
+        if (b.slots && thread.part == 0) m.slots->done(b.slots - 1);  // all threads have met
         add_sums(l, all, b.stride, b.dtype);
+    }
+
+    void scan(const StepMlp& b, MlpJob job, Range here) const {
+        if (b.gates) job.weight = b.gates;
+        thread.isa.scan[b.dtype](job, here.begin, here.end);
+    }
+
+    // Has the chosen bundles read that are not in memory, and meanwhile those that the next layer will probably choose.
+    void bring(const StepLayer& l, int64_t count) {
+        Slots& slots = *m.slots;
+        if (thread.part == 0) slots.want(l.mlp.slots - 1, own.list, count);
+        const StepLayer* next = &l + 1;
+        if (m.reads_ahead && next < m.layers + m.layer_count && can_guess(l.mlp, *next)) {
+            guess(*next);
+            projections.read_from(projections.normed(l.mlp_in, own.x), m.hidden);
+            projections.prepare(l.mlp.dtype, l.mlp.stride);
+        }
+        const int64_t waited = slots.wait(l.mlp.slots - 1);
+        if (thread.part == 0) slots.figures.waited += waited;
+    }
+
+    static bool can_guess(const StepMlp& b, const StepLayer& next) {
+        return next.run_mlp && next.mlp.slots && next.mlp.rule == b.rule && b.rule != kLearned;
+    }
+
+    // What a layer will probably choose: what it would choose if this one changed nothing any more.
+    void guess(const StepLayer& next) {
+        const StepMlp& b = next.mlp;
+        projections.read_from(projections.normed(next.mlp_in, own.x), m.hidden);
+        projections.prepare(b.dtype, b.stride);
+        const int64_t bytes = b.stride * (b.gated ? 2 : 1) * size_of(b.dtype);
+        MlpJob job{};
+        job.weight = b.weight, job.scale = b.scale, job.gated = b.gated != 0, job.act = next.act;
+        job.block = static_cast<int>(std::min<int64_t>(bundles(64, bytes), kMaxBlock));
+        job.ahead = static_cast<int>(std::min<int64_t>(bundles(32, bytes), 4096));
+        job.gate_bias = b.gate_bias, job.up_bias = b.up_bias, job.rows = projections.rows_of(b.stride);
+        job.rule = b.rule, job.norm = b.norm, job.mean = b.mean, job.neurons = b.neurons;
+        job.high = b.dtype == kSliced ? w.early_high : nullptr;
+        job.known_gate = b.rule == kGate ? reinterpret_cast<float*>(w.early_high) : nullptr;
+        job.score = w.early_score, job.gates_alone = b.gates != nullptr;
+        scan(b, job, thread.in_sums(b.neurons));
+        projections.meet();
+        if (thread.part) return;
+        const int64_t width = b.keep >= 0 ? std::min(b.keep, b.neurons) : b.neurons;
+        memset(w.early_wanted, 0, b.neurons);
+        for (int t = 0; t < thread.tokens; t++) {
+            choose(w.early_score + t * b.neurons, b.neurons, b.keep, b.threshold, own.keys, w.early_chosen, width);
+            for (int64_t i = 0; i < width && w.early_chosen[i] >= 0; i++) w.early_wanted[w.early_chosen[i]] = 1;
+        }
+        int64_t count = 0;
+        for (int64_t i = 0; i < b.neurons; i++) {
+            w.early_list[count] = i;
+            count += w.early_wanted[i];
+        }
+        m.slots->expect(b.slots - 1, w.early_list, count);
     }
 
     // Neurons in 4-bit groups, listed or chosen by each token.

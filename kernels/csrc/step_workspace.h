@@ -92,6 +92,12 @@ struct Shared {
     Greatest* best;             // [threads][rows]
     float* exp_sums;            // [threads]
     int32_t* high;
+    float* early_score;         // of the next layer's neurons: as `score`, `high` and what is chosen by them
+    int32_t* early_high;
+    int64_t *early_chosen, *early_list;
+    Chosen* early_experts;      // [pairs of a token]
+    float* early_routes;        // [tokens][experts]
+    uint8_t* early_wanted;      // [neurons or experts]
     double* left_out;           // [threads]: see Walker
     float *routes, *shared_weight;                     // [tokens][experts], [tokens]
     float *experts_gate, *experts_up, *experts_out;    // of each active expert, [rows that want it][its outputs]
@@ -137,6 +143,14 @@ Shared share_out(const Sizes& s, const StepModel& m, const StepCall& c, int thre
     w.reduced = take(float(), s.rank * t);
     w.dropped = take(int64_t(), 2 * threads);
     w.high = take(int32_t(), s.listed * t * 2);
+    const int64_t early = m.slots && m.reads_ahead ? 1 : 0;
+    w.early_score = take(float(), early * s.listed * t);
+    w.early_high = take(int32_t(), early * s.listed * t * 2);
+    w.early_chosen = take(int64_t(), early * s.listed);
+    w.early_list = take(int64_t(), early * std::max(s.listed, s.experts) + 1);
+    w.early_experts = take(Chosen(), early * s.pairs);
+    w.early_routes = take(float(), early * s.experts * t);
+    w.early_wanted = take(uint8_t(), early * std::max(s.listed, s.experts));
     w.stretches = reinterpret_cast<Stretch*>(take(char(), threads * sizeof(Stretch)));
     w.best = take(Greatest(), threads * c.rows);
     w.exp_sums = take(float(), threads);
@@ -170,7 +184,7 @@ Own own_share(const Sizes& s, Take take) {
     w.from = take(int64_t(), s.queries);
     w.to = take(int64_t(), s.queries);
     w.chosen = take(int64_t(), s.listed * t);
-    w.list = take(int64_t(), std::max(s.listed, s.inputs) + 1);
+    w.list = take(int64_t(), std::max({s.listed, s.inputs, s.experts}) + 1);
     w.selected = take(uint8_t(), std::max(s.listed, s.inputs) * t);
     w.keys = take(uint32_t(), s.listed);
     w.slice = take(float(), kSlice);

@@ -46,10 +46,14 @@ struct Block {
         for (int n = 0; n < size; n++) {
             const int64_t ahead = begin + job.ahead + n;
             neuron[n] = at(begin + n);
-            bundle[n] = static_cast<const W*>(base) + neuron[n] * bundle_size;
-            next[n] = static_cast<const W*>(base) + at(ahead < end ? ahead : end - 1) * bundle_size;
+            bundle[n] = bundle_of(base, neuron[n], bundle_size);
+            next[n] = bundle_of(base, at(ahead < end ? ahead : end - 1), bundle_size);
             if (ahead >= end && after) next[n] = reinterpret_cast<const W*>(after + (ahead - end) * step);
         }
+    }
+    const W* bundle_of(const void* base, int64_t i, int64_t bundle_size) const {
+        if (job.place) return reinterpret_cast<const W*>(job.place[i]);
+        return static_cast<const W*>(base) + i * bundle_size;
     }
     int64_t at(int64_t i) const { return job.list ? job.list[i] : i; }
     int64_t down_offset() const { return projections * row_size; }
@@ -216,7 +220,7 @@ struct Block {
     void look_ahead(const void* base, int64_t bundle_size, int64_t begin, int64_t end, int64_t first, int64_t kept) {
         for (int n = 0; n < size; n++) {
             const int64_t i = first + begin + job.ahead + n - end;
-            if (i >= first && i < kept) next[n] = static_cast<const W*>(base) + at(i) * bundle_size + down_offset();
+            if (i >= first && i < kept) next[n] = bundle_of(base, at(i), bundle_size) + down_offset();
         }
     }
 
@@ -313,7 +317,8 @@ static int64_t mlp(const MlpJob& job, int64_t begin, int64_t end, float* acc) {
 template <class W>
 static void scan(const MlpJob& job, int64_t begin, int64_t end) {
     Block<W> block(job);
-    const int64_t bundle_size = block.down_offset() + (block.sliced ? 0 : block.stride);
+    const int64_t bundle_size =
+        job.gates_alone ? block.row_size : block.down_offset() + (block.sliced ? 0 : block.stride);
     for (int64_t i = begin; i < end; i += block.size) {
         block.place(job.weight, bundle_size, i, end, job.after, bundle_size * sizeof(W));
         block.look_at_all();
