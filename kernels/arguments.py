@@ -111,18 +111,21 @@ class StepLayer(ctypes.Structure):
         *_fields(StepHeads, "gate_heads"),
         *_fields(_F, "v_scale"),
         *_fields(_I, "gating gate_width"),
+        ("scale", _F),
+        ("curve", _P),
     )
 
 
 class StepModel(ctypes.Structure):
     _fields_ = (
         *_fields(_P, "layers embedding places"),
-        *_fields(StepNorm, "embedding_norm norm"),
-        ("head", StepLinear),
+        *_fields(StepNorm, "embedding_norm token_norm norm"),
+        *_fields(StepLinear, "head before_head"),
+        ("before_norm", StepNorm),
         ("stream", _P),
         *_fields(_N, "layer_count hidden embedding_stride"),
         *_fields(_F, "embedding_scale logit_scale logit_softcap"),
-        *_fields(_I, "embedding_dtype places_dtype kv_dtype logit_dtype"),
+        *_fields(_I, "embedding_dtype places_dtype kv_dtype logit_dtype before_act"),
     )
 
 

@@ -211,6 +211,7 @@ class LatentAttention:
 class StepLayer:
     """A decoder layer: x += out(attention(in(x))), x = after(x), then the same for the MLP; absent norms are None.
 
+    scale: what x is multiplied by in the end. curve: float32 [4], the numbers of an `act` "curve" (`packed.Curve`).
     parallel: the MLP reads x as it was before the attention. mlp None: it is skipped. entries_only: the attention is
     skipped but for the keys and values of the new tokens, which are written to the cache. attention None: there
     is none.
@@ -228,13 +229,25 @@ class StepLayer:
     entries_only: bool = False
     attention_after: Norm | None = None
     mlp_after: Norm | None = None
+    scale: float = 1.0
+    curve: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class BeforeHead:
+    """A map between the last norm and the LM head: norm(act(linear(x))). linear: [hidden, hidden]."""
+
+    linear: PackedLinear
+    act: str
+    norm: Norm | None
 
 
 @dataclass(frozen=True, eq=False)
 class StepModel:
     """A decoder: embedding [vocabulary, hidden], or in tiles, layers, a last norm, and the LM head.
 
-    places: [positions, hidden], added to embeddings by position, and embedding_norm, of the sum; None: there is none.
+    places: [positions, hidden], added to embeddings by position, and embedding_norm, of the sum; token_norm, of
+    embeddings before that; None: there is none. before: see `BeforeHead`.
     """
 
     embedding: Tensor | PackedLinear
@@ -247,6 +260,8 @@ class StepModel:
     logit_softcap: float = 0.0
     places: Tensor | None = None
     embedding_norm: Norm | None = None
+    token_norm: Norm | None = None
+    before: BeforeHead | None = None
 
     @property
     def hidden(self) -> int:

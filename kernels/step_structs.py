@@ -14,11 +14,23 @@ from .experts import SCORINGS, PackedExperts, Router
 from .neuron_groups import PackedNeurons
 from .packed import PackedLinear
 from .sparse import RowLists, SparseLinear, SparseMLP
-from .step_model import GATINGS, Attention, DenseMLP, Heads, LatentAttention, Linear, Norm, StepLayer, packed_of
+from .step_model import (
+    GATINGS,
+    Attention,
+    BeforeHead,
+    DenseMLP,
+    Heads,
+    LatentAttention,
+    Linear,
+    Norm,
+    StepLayer,
+    packed_of,
+)
 
 _NORM = {"rms": 1, "layer": 2}
 _RULE = {**cpu.RULE, "learned": 3}
 _NORMS = ("attention_in", "attention_out", "attention_after", "mlp_in", "mlp_out", "mlp_after")
+CURVE = len(cpu.ACT)  # kCurve in csrc/formats.h
 _OF_ROUTERS = (
     "count", "chosen", "groups", "groups_kept", "by_pairs", "normalized", "added", "floor", "scale", "jitter", "least",
 )  # fmt: skip
@@ -30,6 +42,13 @@ def embedding_struct(table: Tensor | PackedLinear) -> dict[str, int]:
     else:
         where, hidden, dtype, stride = table.data_ptr(), table.shape[1], cpu.DTYPE[table.dtype], table.shape[1]
     return {"embedding": where, "hidden": hidden, "embedding_dtype": dtype, "embedding_stride": stride}
+
+
+def before_head_struct(before: BeforeHead | None) -> dict[str, Any]:
+    if before is None:
+        return {}
+    norm, act = norm_struct(before.norm), cpu.ACT[before.act]
+    return {"before_head": linear_struct(before.linear), "before_norm": norm, "before_act": act}
 
 
 def norm_struct(norm: Norm | None) -> arguments.StepNorm:
@@ -107,7 +126,9 @@ def layer_struct(layer: StepLayer) -> arguments.StepLayer:
     out = arguments.StepLayer(
         **{name: norm_struct(getattr(layer, name)) for name in _NORMS},
         residual_scale=layer.residual_scale,
-        act=cpu.ACT[layer.act],
+        act=CURVE if layer.act == "curve" else cpu.ACT[layer.act],
+        curve=cpu.address(layer.curve),
+        scale=layer.scale,
         run_attention=attention is not None and not layer.entries_only,
         run_mlp=mlp is not None,
         parallel=layer.parallel,

@@ -24,7 +24,17 @@ from .packed_experts import HeldExperts
 from .packed_layer import PackedLayer, PackedRows, StandIn
 from .reading import read_spec
 from .rotary_tables import RotaryTables
-from .spec import AttentionSpec, BrickSpec, ExpertsSpec, LatentSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec
+from .spec import (
+    AttentionSpec,
+    BeforeHeadSpec,
+    BrickSpec,
+    ExpertsSpec,
+    LatentSpec,
+    LayerSpec,
+    LinearSpec,
+    ModelSpec,
+    NormSpec,
+)
 from .unpacking import unpack
 
 #: told of a linear as soon as all rows of its matrix are packed
@@ -127,6 +137,8 @@ class CpuModel:
             logit_softcap=spec.logit_softcap,
             places=None if spec.places is None else spec.places.table[spec.places.first :].contiguous(),
             embedding_norm=_norm(spec.embedding_norm),
+            token_norm=_norm(spec.token_norm),
+            before=self._before_head(spec.before),
         )
 
     def step(self, program: StepProgram) -> native.Step:
@@ -165,6 +177,11 @@ class CpuModel:
         of_attention = sum(m.nbytes for a in attentions for m in a.linears)
         return of_mlps + of_attention + self.base.head.nbytes, of_mlps
 
+    def _before_head(self, before: BeforeHeadSpec | None) -> native.BeforeHead | None:
+        if before is None:
+            return None
+        return native.BeforeHead(self._parts(before.linear, self._format)[0], before.act, _norm(before.norm))
+
     # --- layers
 
     def _layer(self, layer: LayerSpec, bundled: bool, rotation: tuple[Tensor, Tensor] | None) -> native.StepLayer:
@@ -187,6 +204,8 @@ class CpuModel:
             parallel=layer.parallel,
             attention_after=_norm(layer.attention_after),
             mlp_after=_norm(layer.mlp_after),
+            scale=layer.scale,
+            curve=layer.bricks[0].curve if layer.bricks else None,
         )
 
     def _latent(self, attention: LatentSpec, rotation: tuple[Tensor, Tensor] | None) -> native.LatentAttention:
@@ -262,6 +281,13 @@ class CpuModel:
 
     def _parts(self, linear: LinearSpec, fmt: str | None) -> list[PackedLinear]:
         """A linear's matrix in as many parts as it holds projections."""
+        if linear.more is None:
+            return self._parts_alone(linear, fmt)
+        (whole,) = self._parts_alone(replace(linear, more=None), fmt)
+        more = linear.more.detach().float()
+        return [replace(whole, bias=more.clone() if whole.bias is None else whole.bias + more)]
+
+    def _parts_alone(self, linear: LinearSpec, fmt: str | None) -> list[PackedLinear]:
         module: Any = linear.module
         if isinstance(module, PackedLayer):
             return _in_parts(module.parts(whole=self._packing.weights is None), linear.rows)

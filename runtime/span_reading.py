@@ -239,13 +239,17 @@ class _Reader:
         try:
             found = by_values(anatomy, index, self._seen)
             parts = anatomy.feed_forwards[index], anatomy.experts[index], anatomy.attentions[index]
-            reason = uncovered_part(self._layer, *parts, found.norms.values(), self._seen.calls, found.beside)
+            reason = uncovered_part(
+                self._layer, *parts, found.norms.values(), self._seen.calls, found.beside, found.more
+            )
             return None if reason is not None else self._piece(found, self._attention, mlp)
         except NotCovered:
             return None
 
     def _piece(self, found: Composition, attention: Attended, mlp: Bricks | tuple[()]) -> LayerSpec | None:
         bricks, experts = mlp or ((), None)
+        if isinstance(attention, AttentionSpec) and found.more is not None:
+            attention = replace(attention, output=replace(attention.output, more=found.more))
         try:
             norms = cast(Any, found.specs(self._seen.given(self._layer).shape[-1]))
         except NotCovered:
@@ -256,6 +260,7 @@ class _Reader:
             experts=experts,
             residual_scale=found.residual_scale,
             parallel=found.parallel,
+            scale=found.scale,
             **norms,
         )
 

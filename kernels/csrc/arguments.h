@@ -167,6 +167,8 @@ struct StepLayer {
     float v_scale;              // what is cached of v is multiplied by this
     int gating;                 // what is made of the gates of heads: see Gating
     int gate_width;             // numbers of a gate: one for each of a head's, or one for all
+    float scale;                // what the residual stream is multiplied by in the end (Gemma 4)
+    const float* curve;         // [4]: the numbers of a kCurve
 };
 
 struct StepModel {
@@ -174,12 +176,15 @@ struct StepModel {
     const void* embedding;  // [vocabulary][hidden] of `embedding_dtype`, or tiles of that format
     const void* places;     // [positions][hidden] of `places_dtype`, added to embeddings by position; null: nothing is
     StepNorm embedding_norm;  // of the sum
+    StepNorm token_norm;      // of the tokens' embeddings, before positions are added to them
     StepNorm norm;
     StepLinear head;
+    StepLinear before_head;  // [hidden][hidden]: the head reads before_norm(act(before_head(norm(x)))) (ModernBERT)
+    StepNorm before_norm;
     Stream* stream;         // brings what is not in memory, or null
     int64_t layer_count, hidden, embedding_stride;  // of tiles: inputs of one row with its padding
     float embedding_scale, logit_scale, logit_softcap;
-    int embedding_dtype, places_dtype, kv_dtype, logit_dtype;
+    int embedding_dtype, places_dtype, kv_dtype, logit_dtype, before_act;
 };
 
 struct StepCache {        // one layer's keys and values of one sequence: [kv_heads][capacity][head_dim]

@@ -44,7 +44,7 @@ class Walker {
             else if (layer.k.weight || layer.fused) attention_.write_entries(layer);
             if (layer.run_mlp && layer.experts.matrices) experts_.run(layer);
             else if (layer.run_mlp) mlp_.run(layer);
-            else projections_.norm_residual(layer.mlp_after);
+            else projections_.finish_nothing(layer);
         }
         if (c.hidden) give_back();
         else logits();
@@ -125,6 +125,23 @@ class Walker {
         ahead_.rewind();
     }
 
+    // What the LM head reads where there is a map before it: all threads compute what is small.
+    const float* before_head(const float* x) {
+        const int64_t n = m.before_head.out, before = ahead_.passed;  // the way does not have this matrix
+        projections_.meet();  // the last layer's outputs lie in w.out
+        projections_.read_from(x, m.hidden);
+        projections_.project_all({{&m.before_head}, {w.out}, 0});
+        ahead_.passed = before;
+        projections_.meet();
+        for (int t = 0; t < thread.tokens; t++) {
+            float* row = own.h + t * n;
+            memcpy(row, w.out + t * n, n * sizeof(float));
+            thread.step.act(row, nullptr, n, m.before_act, nullptr);
+            if (m.before_norm.kind != kNoNorm) thread.step.norm(m.before_norm, row, row);
+        }
+        return own.h;
+    }
+
     void logits() {
         // the tokens whose logits are wanted move to the front
         for (int64_t r = 0; r < c.rows; r++)
@@ -132,7 +149,9 @@ class Walker {
                 memmove(own.x + (r * c.wanted + j) * m.hidden,
                         own.x + (r * c.length + c.length - c.wanted + j) * m.hidden, m.hidden * sizeof(float));
         thread.tokens = static_cast<int>(c.rows * c.wanted);
-        projections_.read_from(projections_.normed(m.norm, own.x), m.hidden);
+        const float* x = projections_.normed(m.norm, own.x);
+        if (m.before_head.weight) x = before_head(x);
+        projections_.read_from(x, m.hidden);
         const Matrices last = thread.head();
         float* y = last.y[0];
         projections_.project_all(last);

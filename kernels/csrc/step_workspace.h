@@ -48,7 +48,7 @@ struct Sizes {
             width = std::max({width, l.mlp.stride, l.mlp.groups.width});
             if (l.experts.matrices) add_experts(l);
         }
-        width = std::max({width, model.head.stride, hidden});
+        width = std::max({width, model.head.stride, model.before_head.stride, hidden});
         const int64_t past = *std::max_element(call.past, call.past + call.rows);
         parts = (past + call.length + ahead - 1) / kChunk + 1;
         int64_t room = 8;  // grows by doubling, so that the workspace is not made anew every kChunk tokens
