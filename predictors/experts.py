@@ -144,16 +144,40 @@ class Experts:
     def formula(self, x: Tensor, expert: int) -> Tensor:
         """The output of one expert for x ``[tokens, hidden]``, unweighted."""
         at = self.layout
-        up = self._linear(x, at.up, at.up_bias, expert)
         if self.gating is None:
-            h = cast(Any, self.module)._apply_gate(up)
-        elif at.stacked:
-            h = self.gating(*up.chunk(2, -1))
-        elif at.interleaved:
-            h = self.gating(up[..., ::2], up[..., 1::2])
+            h = cast(Any, self.module)._apply_gate(self._linear(x, at.up, at.up_bias, expert))
         else:
-            h = self.gating(None if at.gate is None else self._linear(x, at.gate, at.gate_bias, expert), up)
+            h = self.gating(*self._gate_and_up(x, expert))
         return self._linear(h, at.down, at.down_bias, expert)
+
+    def opened(self, x: Tensor, expert: int) -> tuple[Tensor, Tensor]:
+        """What the neurons of a gated expert make of x ``[tokens, hidden]``: how far their gates are open, and what the
+        down projection is given, each ``[tokens, neurons]``."""
+        gating, (gate, up) = cast(Gating, self.gating), self._gate_and_up(x, expert)
+        return gating(gate, torch.ones_like(up) - gating.shift), gating(gate, up)
+
+    def _gate_and_up(self, x: Tensor, expert: int) -> tuple[Tensor | None, Tensor]:
+        at = self.layout
+        up = self._linear(x, at.up, at.up_bias, expert)
+        if at.stacked:
+            gate, up = up.chunk(2, -1)
+            return gate, up
+        if at.interleaved:
+            return up[..., ::2], up[..., 1::2]
+        return None if at.gate is None else self._linear(x, at.gate, at.gate_bias, expert), up
+
+    def thinned(self, x: Tensor, index: Tensor, weights: Tensor, least: Tensor) -> tuple[Tensor, int]:
+        """`mixture` without neurons whose gate is open by less than their expert's `least` ``[experts]``, and how many
+        that were."""
+        total, left_out = torch.zeros_like(x, dtype=torch.float32), 0
+        for expert in index[weights != 0].unique().tolist():
+            token, place = torch.where((index == expert) & (weights != 0))
+            gates, h = self.opened(x[token], expert)
+            thin = gates.abs() < float(least[expert])
+            left_out += int(thin.sum())
+            found = self._linear(h.masked_fill(thin, 0.0), self.layout.down, self.layout.down_bias, expert).float()
+            total.index_add_(0, token, found * weights[token, place, None].float())
+        return total.to(x.dtype), left_out
 
     def mixture(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The sum of the chosen experts' outputs for x ``[tokens, hidden]``, in the dtype of x, added up in float32.

@@ -24,7 +24,7 @@ from coreskip.predictors.plan import LayerPlan, Plan
 from coreskip.predictors.policies import SkipMLP, Static
 from coreskip.predictors.routing import Choice
 from coreskip.runtime.cost import bytes_per_token, cost
-from coreskip.runtime.program import build_experts
+from coreskip.runtime.program_experts import build_experts
 from coreskip.runtime.reading import read_spec
 from coreskip.runtime.wrap import runtime_of
 

@@ -46,6 +46,14 @@ TYPES = {
     "norms inside attentions and MLPs": ["bitnet"],
     "values that are scaled": ["mimo_v2_flash"],
     "an output that comes first": ["phi4_multimodal"],
+    "an activation of learned numbers": ["apertus"],
+    "routers of other kinds": ["phimoe", "kolibri1"],
+    "a norm that ends a mixture": ["axk1"],
+    "a vector that is added to an attention": ["gpt_neox_japanese"],
+    "normed embeddings under places": ["blenderbot-small"],
+    "a number that ends a layer": ["gemma4_unified_text"],
+    "a map before the head": ["modernbert-decoder"],
+    "layers that are idle without images": ["mllama"],
 }
 ALL = [name for some in TYPES.values() for name in some]
 
