@@ -256,7 +256,7 @@ def read_router(block: nn.Module, probe: Probe, dtype: torch.dtype) -> Router | 
         for bias_at in (*biases, None):
             corrections = [place for place in small if place != bias_at]
             logits = _logits(probe.samples, *_of(probe.block, weight_at, bias_at), upcast=True)
-            found = _reading(probe, logits, wanted, corrections)
+            found = _reading(probe, logits, wanted, corrections) or _mixer(probe, weight_at, bias_at, wanted)
             if found is not None:
                 choice, correction_at = found
                 choice = _with_epsilon(probe, choice, weight_at, small)
@@ -283,14 +283,26 @@ def _reading(
             scale = float(ratios.mean())
             if torch.allclose(ratios, ratios.mean(), rtol=1e-4):
                 return Choice(scoring, top_k, *grouping, normalised, scale=_named(probe, scale)), correction_at
-    return None if top_k != 2 else _mixer(probe, logits, wanted)
+    return None
 
 
-def _mixer(probe: Probe, logits: Tensor, wanted: Tensor) -> tuple[Choice, None] | None:
-    """The reading as a sparse mixer, whose jitter is a number of the block's."""
+def _mixer(probe: Probe, weight_at: Place, bias_at: Place | None, wanted: Tensor) -> tuple[Choice, None] | None:
+    """The reading as a sparse mixer, whose jitter is a number of the block's: which one it is shows where logits lie
+    close together."""
+    weight, bias = _of(probe.block, weight_at, bias_at)
+    if int((wanted > 0).sum(-1).max()) != 2 or bias is not None:
+        return None
+    seen, before = [(_logits(probe.samples, weight, None, upcast=True), wanted)], weight.clone()
+    apart = 1 + torch.logspace(-4, -0.5, len(weight), dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        weight.copy_(before[:1] * apart[:, None])
+        probe.run(probe.samples)
+        seen.append((_logits(probe.samples, weight, None, upcast=True), probe.seen.dense(probe.samples)))
+        weight.copy_(before)
     for jitter in _numbers(probe):
         choice = Choice("sparse_mixer", 2, jitter=jitter)
-        if torch.allclose(spread(*choice.of(logits, None), wanted.shape[1]), wanted, rtol=1e-4, atol=1e-6):
+        spreads = ((spread(*choice.of(logits, None), given.shape[1]), given) for logits, given in seen)
+        if all(torch.allclose(found, given, rtol=1e-4, atol=1e-6) for found, given in spreads):
             return choice, None
     return None
 
