@@ -111,6 +111,10 @@ class StepLayer(ctypes.Structure):
         *_fields(StepHeads, "gate_heads"),
         *_fields(_F, "v_scale"),
         *_fields(_I, "gating gate_width"),
+        *_fields(StepLinear, "side_gate side_out"),
+        ("side_norm", StepNorm),
+        ("side_at", _N),
+        ("side_act", _I),
         ("scale", _F),
         ("curve", _P),
     )
@@ -122,10 +126,13 @@ class StepModel(ctypes.Structure):
         *_fields(StepNorm, "embedding_norm token_norm norm"),
         *_fields(StepLinear, "head before_head"),
         ("before_norm", StepNorm),
+        ("side", StepLinear),
+        ("side_norm", StepNorm),
+        ("side_table", _P),
         ("stream", _P),
-        *_fields(_N, "layer_count hidden embedding_stride"),
-        *_fields(_F, "embedding_scale logit_scale logit_softcap"),
-        *_fields(_I, "embedding_dtype places_dtype kv_dtype logit_dtype before_act"),
+        *_fields(_N, "side_width layer_count hidden embedding_stride"),
+        *_fields(_F, "embedding_scale logit_scale logit_softcap side_scale side_table_scale side_sum"),
+        *_fields(_I, "embedding_dtype places_dtype kv_dtype logit_dtype before_act side_dtype"),
     )
 
 

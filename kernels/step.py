@@ -27,11 +27,13 @@ from .step_model import (
     LatentAttention,
     Linear,
     Norm,
+    Side,
+    SideInputs,
     StepLayer,
     StepModel,
     all_tiles,
 )
-from .step_structs import before_head_struct, embedding_struct, layer_struct, linear_struct, norm_struct
+from .step_structs import before_head_struct, embedding_struct, layer_struct, linear_struct, norm_struct, sides_struct
 
 __all__ = [
     "Attention",
@@ -42,6 +44,8 @@ __all__ = [
     "LatentAttention",
     "Linear",
     "Norm",
+    "Side",
+    "SideInputs",
     "Step",
     "StepLayer",
     "StepModel",
@@ -82,6 +86,7 @@ class Step:
             logit_softcap=model.logit_softcap,
             **embedding_struct(model.embedding),
             **before_head_struct(None if inner else model.before),
+            **sides_struct(model.sides),
             places=cpu.address(model.places),
             places_dtype=0 if model.places is None else cpu.DTYPE[model.places.dtype],
             kv_dtype=cpu.DTYPE[model.dtype],

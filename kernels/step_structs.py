@@ -23,6 +23,7 @@ from .step_model import (
     LatentAttention,
     Linear,
     Norm,
+    SideInputs,
     StepLayer,
     packed_of,
 )
@@ -42,6 +43,14 @@ def embedding_struct(table: Tensor | PackedLinear) -> dict[str, int]:
     else:
         where, hidden, dtype, stride = table.data_ptr(), table.shape[1], cpu.DTYPE[table.dtype], table.shape[1]
     return {"embedding": where, "hidden": hidden, "embedding_dtype": dtype, "embedding_stride": stride}
+
+
+def sides_struct(sides: SideInputs | None) -> dict[str, Any]:
+    if sides is None:
+        return {}
+    found = {"side": linear_struct(sides.linear), "side_norm": norm_struct(sides.norm), "side_width": sides.width}
+    table = {"side_table": sides.table.data_ptr(), "side_dtype": cpu.DTYPE[sides.table.dtype]}
+    return found | table | {"side_scale": sides.scale, "side_table_scale": sides.table_scale, "side_sum": sides.sum}
 
 
 def before_head_struct(before: BeforeHead | None) -> dict[str, Any]:
@@ -146,6 +155,10 @@ def layer_struct(layer: StepLayer) -> arguments.StepLayer:
         _put_experts(out, mlp)
     elif mlp is not None:
         out.mlp = _bundled(mlp)
+    if layer.side is not None:
+        side = layer.side
+        out.side_gate, out.side_out = linear_struct(side.gate), linear_struct(side.out)
+        out.side_norm, out.side_act, out.side_at = norm_struct(side.norm), cpu.ACT[side.act], side.at
     return out
 
 

@@ -126,14 +126,18 @@ def _described(
     if attention is not None:
         yield attention.module
         yield from (module for module in layer.modules() if attention.module in module.children())
-        yield from (getattr(attention.module, name) for name in (*attention.inputs, attention.output))
+        for name in (*attention.inputs, attention.output):
+            yield attention.part(name)
+            yield attention.module.get_submodule(name.rpartition(".")[0])
+        rotary = getattr(attention.module, "rotary_emb", None)  # its own (Moshi): how it turns shows in the keys
+        yield from () if rotary is None else rotary.modules()
         named = list(attention.module.named_children())
         # what others do shows in a pass, if they are called
         seen = [name for name, m in named if called is not None and m in called]
         plain = [name for name, _ in named if name.startswith(("q", "k"))]
         of_heads = [module for name, module in named if "norm" in name and name in (*plain, *seen)]
         if attention.gate is not None and attention.gate in seen:
-            yield getattr(attention.module, attention.gate)
+            yield attention.part(attention.gate)
     if experts is not None:  # what else the block might do, a copy of it would have shown
         yield from _beside_shared(experts)
     acts = []

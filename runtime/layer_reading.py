@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from ..predictors.anatomy import Anatomy, Attention
 from .calls import NotCovered
 from .coverage import INERT
 from .norms import read_norm
+from .side_reading import SideModules, side_of
 from .spec import NormSpec
 from .tracing import Trace
 
@@ -27,7 +27,7 @@ _NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layern
 class Composition:
     """How a layer is put together: see `LayerSpec`. norms: the modules by the names of their places there. beside:
     whether its MLP reads what its experts read, and is added to what they give. scale: what the residual stream is
-    multiplied by in the end. more: what is added to the attention's output besides."""
+    multiplied by in the end. more: what is added to the attention's output besides. side: a third half."""
 
     norms: dict[str, nn.Module]
     parallel: bool
@@ -35,6 +35,7 @@ class Composition:
     beside: bool = False
     scale: float = 1.0
     more: Tensor | None = None
+    side: SideModules | None = None
 
     def specs(self, size: int | None = None) -> dict[str, NormSpec | None]:
         places = ("attention_in", "attention_out", "attention_after", "mlp_in", "mlp_out", "mlp_after")
@@ -199,13 +200,19 @@ class _Layer(Residual):
         if after is not None:
             norms["mlp_after"], y = after, self._seen.given(after)
         found = self._scaled_sum(x, more, y, scale)
-        return None if found is None else Composition(norms, parallel, found[0], self._beside, found[1])
+        if found is not None:
+            return Composition(norms, parallel, found[0], self._beside, found[1])
+        for told in self._told if scale is None else [scale]:
+            side = side_of(self._own, x + told * more, self._seen)
+            ended = None if side is None else self._scaled_sum(x + told * more, side[1], y, 1.0)
+            if side is not None and ended is not None:
+                return Composition(norms, parallel, told, self._beside, ended[1], side=side[0])
+        return None
 
 
 def attended_in(attention: Attention, seen: Trace) -> tuple[Tensor, Tensor]:
     """What an attention was given and gave."""
-    owner: Any = attention.module
-    return seen.given(getattr(owner, attention.inputs[0])), seen.gave(getattr(owner, attention.output))
+    return seen.given(attention.part(attention.inputs[0])), seen.gave(attention.part(attention.output))
 
 
 def mlp_in_pass(anatomy: Anatomy, index: int, seen: Trace) -> tuple[tuple[Tensor, Tensor], list[nn.Module], bool]:

@@ -34,6 +34,8 @@ from .spec import (
     LinearSpec,
     ModelSpec,
     NormSpec,
+    SideInputsSpec,
+    SideSpec,
 )
 from .unpacking import unpack
 
@@ -125,7 +127,10 @@ class CpuModel:
             raise NotCovered("its weights are not there yet")
         self.spec, self.rotary, self._packing = spec, rotary, packing
         self._format, tables = KERNEL_FORMATS[packing.weights], rotary.tables()
-        layers = [self._layer(layer, i in packing.bundled, tables[i]) for i, layer in enumerate(spec.layers)]
+        layers = [
+            replace(self._layer(layer, i in packing.bundled, tables[i]), side=self._side(layer.side, i))
+            for i, layer in enumerate(spec.layers)
+        ]
         self.base = native.StepModel(
             embedding=_table(spec),
             layers=layers,
@@ -139,6 +144,7 @@ class CpuModel:
             embedding_norm=_norm(spec.embedding_norm),
             token_norm=_norm(spec.token_norm),
             before=self._before_head(spec.before),
+            sides=self._sides(spec.sides),
         )
 
     def step(self, program: StepProgram) -> native.Step:
@@ -181,6 +187,23 @@ class CpuModel:
         if before is None:
             return None
         return native.BeforeHead(self._parts(before.linear, self._format)[0], before.act, _norm(before.norm))
+
+    def _side(self, side: SideSpec | None, index: int) -> native.Side | None:
+        if side is None:
+            return None
+        assert self.spec.sides is not None
+        gate, out = (self._parts(linear, self._format)[0] for linear in (side.gate, side.out))
+        return native.Side(gate, out, _norm(side.norm), side.act, index * self.spec.sides.width)
+
+    def _sides(self, sides: SideInputsSpec | None) -> native.SideInputs | None:
+        if sides is None:
+            return None
+        return native.SideInputs(
+            self._parts(sides.linear, self._format)[0],
+            lower_norm(sides.norm),
+            sides.table.weight.detach(),
+            **{name: getattr(sides, name) for name in ("width", "scale", "table_scale", "sum")},
+        )
 
     # --- layers
 

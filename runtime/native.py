@@ -263,6 +263,7 @@ class NativeSteps:
             except NotCovered as reason:
                 state.disagreed += isinstance(reason, Disagrees)
                 for_good = not isinstance(reason, (Disagrees, NotThisCall))
+                state.uncovered = for_good  # nor are all halves of its layers, maybe
                 if for_good or state.disagreed == _ATTEMPTS:
                     self._refuse(str(reason))
                 take_back(cache, tokens.shape[1])

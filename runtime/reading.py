@@ -26,6 +26,7 @@ from .coverage import uncovered
 from .layer_reading import Composition, by_name, by_values
 from .norms import normed, read_norm
 from .packed_layer import PackedRows
+from .side_reading import read_sides
 from .spec import (
     STATIC_ROPE,
     AttentionSpec,
@@ -63,15 +64,18 @@ def read_spec(model: Any, anatomy: Anatomy) -> ModelSpec:
         for i, layer in enumerate(anatomy.layers)
     ]
     beside = [index for index, layer in enumerate(found) if layer.beside]
-    norms, more = [layer.norms.values() for layer in found], [layer.more for layer in found]
+    sides = [layer.side for layer in found]
+    norms = [[*layer.norms.values(), *(() if layer.side is None else layer.side.modules)] for layer in found]
+    more = [layer.more for layer in found]
     reason = uncovered(anatomy, norms, None if seen is None else seen.calls, beside, more, idle)
     if reason is not None:
         raise NotCovered(reason)
     config = model.config.get_text_config()
     size = table.weight.shape[-1]
     rotary, attentions = _attentions(anatomy, config, windows(model.config, len(anatomy)), seen, idle)
+    side_inputs, of_layers = read_sides(anatomy, sides, table, seen)
     layers = tuple(
-        _layer(anatomy, index, layer, attention, size)
+        replace(_layer(anatomy, index, layer, attention, size), side=of_layers[index])
         for index, (layer, attention) in enumerate(zip(found, attentions, strict=True))
     )
     scale, places, embedding_norm, token_norm = _embedding(anatomy, table, seen)
@@ -90,6 +94,7 @@ def read_spec(model: Any, anatomy: Anatomy) -> ModelSpec:
         embedding_norm=embedding_norm,
         token_norm=token_norm,
         before=before_head(model, anatomy, size),
+        sides=side_inputs,
         end=read_end(anatomy, rotary, places, seen),
     )
 
@@ -285,7 +290,8 @@ def _is_map(module: nn.Module, spec: BeforeHeadSpec) -> bool:
 
 def read_rotary(anatomy: Anatomy) -> RotarySpec | None:
     """How the layers rotate, if they do."""
-    named = getattr(anatomy.stack, "rotary_emb", None)
+    attending = (attention.module for attention in anatomy.attentions if attention is not None)
+    named = getattr(anatomy.stack, "rotary_emb", None) or getattr(next(attending, None), "rotary_emb", None)
     module = named or next((m for m in anatomy.stack.children() if "inv_freq" in m._buffers), None)
     if isinstance(module, nn.Module):
         kinds = getattr(module, "rope_type", "default")

@@ -219,12 +219,36 @@ class ExpertsSpec:
 
 
 @dataclass(frozen=True, eq=False)
+class SideSpec:
+    """A layer's third half (Gemma 4): x += norm(out(act(gate(x)) * p)), see `SideInputsSpec`."""
+
+    gate: LinearSpec
+    out: LinearSpec
+    norm: NormSpec | None
+    act: str
+
+
+@dataclass(frozen=True, eq=False)
+class SideInputsSpec:
+    """What a token has for the third halves of all layers, `width` numbers for each: sum * (norm(scale * linear(x)) +
+    table_scale * its row of table), where x is its embedding."""
+
+    linear: LinearSpec
+    norm: NormSpec
+    table: nn.Embedding
+    width: int
+    scale: float
+    table_scale: float
+    sum: float
+
+
+@dataclass(frozen=True, eq=False)
 class LayerSpec:
     """A decoder layer: x += out(attention(in(x))), x = after(x), then the same for its bricks; absent norms are None.
 
     bricks: a dense layer's MLP; none where there are `experts`.
     parallel: the bricks read x as it was before the attention.
-    scale: what x is multiplied by in the end.
+    side: a third half. scale: what x is multiplied by in the end.
     attention None, bricks () and experts None: of a layer that is described in part, what is not (span_reading.py); of
     one that is idle, all: layers that attend to images do nothing where there are none (Mllama).
     """
@@ -241,6 +265,7 @@ class LayerSpec:
     attention_after: NormSpec | None = None
     mlp_after: NormSpec | None = None
     scale: float = 1.0
+    side: SideSpec | None = None
 
     @property
     def idle(self) -> bool:
@@ -297,7 +322,7 @@ class ModelSpec:
     table: the module of the tokens' embeddings.
     embedding_scale: what embeddings are multiplied by; None where that cannot be seen, on a meta device.
     places: what positions add to them. embedding_norm: of the sum. token_norm: of the tokens' before that.
-    before: a map between the last norm and the LM head.
+    before: a map between the last norm and the LM head. sides: of layers' third halves.
     end: how many positions the model knows; None: no end is known.
     """
 
@@ -314,6 +339,7 @@ class ModelSpec:
     embedding_norm: NormSpec | None = None
     token_norm: NormSpec | None = None
     before: BeforeHeadSpec | None = None
+    sides: SideInputsSpec | None = None
     end: int | None = None
 
     @property
@@ -334,6 +360,10 @@ class ModelSpec:
                 yield from brick.linears
             if layer.experts is not None and layer.experts.shared is not None:
                 yield from layer.experts.shared.linears
+            if layer.side is not None:
+                yield from (layer.side.gate, layer.side.out)
+        if self.sides is not None:
+            yield self.sides.linear
         if self.before is not None:
             yield self.before.linear
         yield self.head
@@ -368,6 +398,8 @@ def beside_its_halves(spec: ModelSpec) -> str | None:
     """What of a model no lowering but the native step knows; None: nothing is."""
     if spec.token_norm is not None or spec.before is not None:
         return "its tokens' embeddings are normed by themselves, or a map lies before its LM head"
+    if spec.sides is not None:
+        return "its layers have third halves"
     if any(layer.idle for layer in spec.layers):
         return "some of its layers are idle while there is text alone"
     if any(layer.scale != 1.0 for layer in spec.layers):

@@ -120,13 +120,6 @@ class Projections {
         add_to_residual(l, l.mlp_out, y);
         if (l.parallel && l.run_attention) add_to_residual(l, l.attention_out, own.pending);
         norm_residual(l.mlp_after);
-        scale_residual(l);
-    }
-
-    // Of a layer whose MLP is left out.
-    void finish_nothing(const StepLayer& l) {
-        norm_residual(l.mlp_after);
-        scale_residual(l);
     }
 
     void scale_residual(const StepLayer& l) {

@@ -12,6 +12,7 @@
 #include "step_experts.h"
 #include "step_latent.h"
 #include "step_mlp_layer.h"
+#include "step_side.h"
 
 namespace coreskip {
 
@@ -44,7 +45,9 @@ class Walker {
             else if (layer.k.weight || layer.fused) attention_.write_entries(layer);
             if (layer.run_mlp && layer.experts.matrices) experts_.run(layer);
             else if (layer.run_mlp) mlp_.run(layer);
-            else projections_.finish_nothing(layer);
+            else projections_.norm_residual(layer.mlp_after);
+            if (layer.side_gate.weight) side_.run(layer);
+            projections_.scale_residual(layer);
         }
         if (c.hidden) give_back();
         else logits();
@@ -86,6 +89,7 @@ class Walker {
     StepLatent latent_{thread, ahead_, projections_};
     StepMlpLayer mlp_{thread, ahead_, projections_};
     StepExpertsLayer experts_{thread, ahead_, projections_};
+    StepSide side_{thread, ahead_, projections_};
     const StepModel& m = thread.m;
     const StepCall& c = thread.c;
     const Shared& w = thread.w;
@@ -103,6 +107,7 @@ class Walker {
         }
         for (int t = 0; t < thread.tokens; t++)
             look_up(m, thread.isa, thread.step, thread.ids[t], thread.places[t], own.h, own.x + t * m.hidden);
+        if (m.side.weight) side_.begin();
     }
 
     Logits logits_of(int64_t row) const {
