@@ -212,10 +212,14 @@ _QUALITY: dict[str, Callable[[dict[str, Any]], str]] = {
     "increase": _increase,
     "KL": lambda row: f"{row['kl']:.3f}",
     "top-1 agreement": lambda row: f"{100 * row['top1_agreement']:.0f} %",
-    "MB per token": lambda row: f"{row['megabytes']:.0f}" if "megabytes" in row else "",
+    "MB per token": lambda row: _megabytes(row["megabytes"]) if "megabytes" in row else "",
     _SPEED: lambda row: "{p50:.0f} ({p20:.0f}-{p80:.0f})".format(**row["tok_s"]) if "tok_s" in row else "",
     "x dense fp32": lambda row: f"{row['speedup']:.2f}" if "speedup" in row else "",
 }
+
+
+def _megabytes(some: float) -> str:
+    return f"{some:.0f}" if some >= 10 else f"{some:.2f}"
 
 
 # heading -> how a row fills it: of rounding weights, of processes that share cores, of starts
