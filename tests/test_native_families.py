@@ -54,6 +54,7 @@ TYPES = {
     "a number that ends a layer": ["gemma4_unified_text"],
     "a map before the head": ["modernbert-decoder"],
     "layers that are idle without images": ["mllama"],
+    "third halves": ["gemma4_text"],
 }
 ALL = [name for some in TYPES.values() for name in some]
 
@@ -110,7 +111,9 @@ def test_in_groups_steps_agree_with_modules(name: str, weights: str) -> None:
         described = native.described
         assert described is not None
         of_modules = TYPES["latents"] + TYPES["norms inside attentions and MLPs"] + TYPES["a number that ends a layer"]
-        of_modules += TYPES["a map before the head"] + TYPES["layers that are idle without images"]
+        of_modules += (
+            TYPES["third halves"] + TYPES["a map before the head"] + TYPES["layers that are idle without images"]
+        )
         if any(runtime_of(model).anatomy.experts) or name in of_modules:
             return  # prompts of these run on the modules
         assert described.prompts_uncovered is None
@@ -160,7 +163,8 @@ def test_a_tokens_bits_do_not_depend_on_its_neighbours(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt_neox", "gpt2", "bart", "bloom", "deepseek_v3", "minicpm3", "llama4_text", "bitnet", "laguna"]
+    "name",
+    ["gpt_neox", "gpt2", "bart", "bloom", "deepseek_v3", "minicpm3", "llama4_text", "bitnet", "laguna", "gemma4_text"],
 )
 def test_packed(name: str, tmp_path: Path) -> None:
     """Matrices in groups, and their very numbers in float32."""
