@@ -443,13 +443,10 @@ def test_plans_are_refused_where_they_do_not_fit(llama: Any) -> None:
         other.model.layers[2].mlp.experts.down_proj[0, 0, 0] += 1.0
     with pytest.raises(PlanError, match="other weights"):
         mixtral.check(other)
-    phimoe = tiny("phimoe")
-    with pytest.raises(PlanError, match="layer 0: what its router computes is not known"):
-        coreskip.wrap(phimoe, plan_with(phimoe, KeptExperts(torch.tensor([0, 1, 2]))))
     llama4 = tiny("llama4")
     with pytest.raises(PlanError, match="layer 1: every expert is given every token"):
         coreskip.wrap(llama4, plan_with(llama4, SkipExperts(0.5)))
-    assert not any("forward" in vars(module) for module in (*phimoe.modules(), *llama4.modules()))
+    assert not any("forward" in vars(module) for module in llama4.modules())
 
 
 # ---- calibration ----
