@@ -88,7 +88,7 @@ def uncovered_part(
             return f"{name} of its decoder layers, a {type(module).__name__}, is not a part that is described"
         own = [name for name in module._parameters if module is not attending or name != "sinks"]
         own = [name for name in own if more is None or module._parameters[name] is not more]
-        own += [name for name, value in module._buffers.items() if not _is_table(name, value)]
+        own += [name for name, value in module._buffers.items() if not _is_table(module, name, value)]
         if own and module in (part, owner, attending) and not _is_of(module, experts):
             return f"its decoder layers have {', '.join(own)} in a {type(module).__name__}"
     return None
@@ -106,10 +106,16 @@ def _idle(layer: nn.Module, called: Container[nn.Module]) -> Iterator[nn.Module]
             yield from module.modules()
 
 
-def _is_table(name: str, buffer: Tensor | None) -> bool:
+def _is_table(module: nn.Module, name: str, buffer: Tensor | None) -> bool:
     """Whether a buffer is a mask, of positions, or such a number: what is made of these shows in what is given."""
-    number = buffer is not None and buffer.numel() == 1 and name in _SCALARS
+    number = buffer is not None and buffer.numel() == 1 and name in _SCALARS and _reads(module, name)
     return buffer is None or buffer.dtype is torch.bool or name in _TABLES or number
+
+
+def _reads(module: nn.Module, name: str) -> bool:
+    """Whether the forward of a module's class reads an attribute: one that it does not might be anybody's."""
+    forward: Any = unwatched_class(type(cast(Any, module))).forward
+    return name in getattr(getattr(forward, "__wrapped__", forward), "__code__", _reads.__code__).co_names
 
 
 def _described(

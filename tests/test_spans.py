@@ -42,7 +42,6 @@ TYPES = {
     "convolutions": {"lfm2_moe": (6, 8)},
     "attentions that choose keys": {"deepseek_v32": (4, 8)},
     "attentions of two maps": {"diffllama": (4, 8)},
-    "windows that nothing but the cache keeps": {"moshi": (4, 8)},
     # with something of their own that nothing describes, see `made`
     "routers": {"phimoe": (4, 8)},
     "activations": {"apertus": (4, 8)},
