@@ -114,7 +114,7 @@ def _is_table(module: nn.Module, name: str, buffer: Tensor | None) -> bool:
 
 def _reads(module: nn.Module, name: str) -> bool:
     """Whether the forward of a module's class reads an attribute: one that it does not might be anybody's."""
-    forward: Any = unwatched_class(type(cast(Any, module))).forward
+    forward: Any = cast(Any, unwatched_class(type(module))).forward
     return name in getattr(getattr(forward, "__wrapped__", forward), "__code__", _reads.__code__).co_names
 
 
