@@ -212,10 +212,14 @@ _QUALITY: dict[str, Callable[[dict[str, Any]], str]] = {
     "increase": _increase,
     "KL": lambda row: f"{row['kl']:.3f}",
     "top-1 agreement": lambda row: f"{100 * row['top1_agreement']:.0f} %",
-    "MB per token": lambda row: f"{row['megabytes']:.0f}" if "megabytes" in row else "",
+    "MB per token": lambda row: _megabytes(row["megabytes"]) if "megabytes" in row else "",
     _SPEED: lambda row: "{p50:.0f} ({p20:.0f}-{p80:.0f})".format(**row["tok_s"]) if "tok_s" in row else "",
     "x dense fp32": lambda row: f"{row['speedup']:.2f}" if "speedup" in row else "",
 }
+
+
+def _megabytes(some: float) -> str:
+    return f"{some:.0f}" if some >= 10 else f"{some:.2f}"
 
 
 # heading -> how a row fills it: of rounding weights, of processes that share cores, of starts
@@ -233,10 +237,6 @@ _ROUNDING: dict[str, Callable[[dict[str, Any]], str]] = {
 def _quantiles_of(name: str) -> Callable[[dict[str, Any]], str]:
     """Two quantiles of a row, in the form p50 (p95)."""
     return lambda row: f"{row[name]['p50']:.0f} ({row[name]['p95']:.0f})" if row.get(name) else ""
-
-
-def _megabytes(size: float) -> str:
-    return f"{size / 1e6:.0f}" if size >= 1e7 else f"{size / 1e6:.1f}"
 
 
 def _of_limit(row: dict[str, Any]) -> str:
@@ -337,7 +337,7 @@ _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "way": lambda row: str(row["way"]),
         "cap": lambda row: f"{row['cap'] / row['weight_bytes']:.2f} of the weights" if "cap" in row else "",
         "tok/s": lambda row: "killed" if row.get("killed") else f"{row['tokens_per_second']:.2f}",
-        "MB read per token": lambda row: "" if row.get("killed") else _megabytes(row["bytes_read_per_token"]),
+        "MB read per token": lambda row: "" if row.get("killed") else _megabytes(row["bytes_read_per_token"] / 1e6),
         "chosen, and there": lambda row: f"{100 * row['hits']:.1f} %" if "hits" in row else "",
         "waits for it, ms per token": lambda row: f"{1e3 * row['waits']:.2f}" if "waits" in row else "",
         "peak, of the limit": _of_limit,

@@ -20,17 +20,22 @@ import torch
 from torch import Tensor
 from transformers import ByT5Tokenizer, OlmoeConfig, OlmoeForCausalLM
 
+from coreskip.bench.clock import greedy
 from coreskip.bench.finetune import descend
 from coreskip.bench.method_quality import undo_wikitext
 from coreskip.bench.provenance import provenance, write_rows
 from coreskip.bench.tables import quality_table
+from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.calibration import TokenText, read_text, tokenize
 from coreskip.predictors.files import check_file, check_folder, replaced_folder
+from coreskip.predictors.observe import inference
 from coreskip.predictors.plan import Plan
+from coreskip.runtime.bundles import Weights
 from coreskip.runtime.calibrate import Calibrator
 from coreskip.runtime.cost import bytes_per_token
 from coreskip.runtime.load import load
 from coreskip.runtime.quality import evaluate_all
+from coreskip.runtime.wrap import wrapped
 
 STEPS, ROWS, LENGTH, RATE = 900, 16, 128, 3e-3
 
@@ -40,7 +45,10 @@ PLANS: tuple[tuple[str, str, dict[str, Any], tuple[float, ...]], ...] = (
     ("experts by frequency", "experts", {"score": "frequency"}, (0.75, 0.5)),
     ("experts at random", "experts", {"score": "random"}, (0.75, 0.5)),
     ("a token's lightest skipped", "skip-experts", {}, (0.9, 0.75, 0.5)),
+    ("core experts of the prompt", "core-experts", {}, (0.75, 0.5)),
+    ("thresholds inside experts", "thin-experts", {}, (0.75, 0.5)),
 )
+PROMPT, TOKENS, ROUNDS = 256, 128, 5  # of each timed generation
 
 
 def tiny_moe(seed: int = 0, experts: int = 16, neurons: int = 128, hidden: int = 128) -> Any:
@@ -74,17 +82,30 @@ def plans(model: Any, calibration: TokenText, tokens: int) -> Iterator[tuple[str
         yield from ((name, calibrator.make(method, keep)) for keep in keeps)
 
 
+def timed(model: Any, plans: list[Plan], text: TokenText) -> list[dict[str, float]]:
+    """Decode speed under each plan, tokens a second: quantiles over rounds in which all are timed in turn."""
+    ids, speeds, weights = text.ids[None, :PROMPT], [list[float]() for _ in plans], Weights(dissect(model))
+    for turn in range(ROUNDS + 1):
+        for plan, found in zip(plans, speeds, strict=True):
+            with wrapped(model, plan, weights), inference(model):
+                greedy(model, ids, 4)
+                found += [greedy(model, ids, TOKENS)[1].tok_s] * (turn > 0)
+    quantiles = (torch.tensor(found).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist() for found in speeds)
+    return [{name: round(at, 1) for name, at in zip(("p20", "p50", "p80"), some, strict=True)} for some in quantiles]
+
+
 def measured(model: Any, seen: TokenText, scored: TokenText, windows: int, tokens: int) -> list[dict[str, Any]]:
     """A row for each plan, made of `seen` and measured on `scored`."""
     named, about = list(plans(model, seen, tokens)), f"trained byte MoE, {model.config.num_experts} experts"
+    speeds = timed(model, [plan for _, plan in named], scored)
     qualities = evaluate_all(model, [plan for _, plan in named], scored, windows=windows)
     return [
         {
             "name": name, "model": about, "dtype": "float32", "keep": 1.0, **plan.recipe,
             "weights": plan.weights, "experts_kept": plan.experts, **quality,
-            "megabytes": round(bytes_per_token(model, plan) / 1e6, 3),
+            "megabytes": round(bytes_per_token(model, plan) / 1e6, 3), "tok_s": speed,
         }
-        for (name, plan), quality in zip(named, qualities, strict=True)
+        for (name, plan), quality, speed in zip(named, qualities, speeds, strict=True)
     ]  # fmt: skip
 
 

@@ -51,7 +51,8 @@ method_options = together(
     "--method",
     default="auto",
     show_default=True,
-    help="auto, sketch, threshold, learned, bricks, core, similar, static, topk, layers, experts, skip-experts.",
+    help="auto, sketch, threshold, learned, bricks, core, similar, static, topk, layers, experts, skip-experts, "
+    "core-experts, thin-experts.",
 )
 @click.option("--keep", type=float, help="Share of neurons (0.6 by default), layers (0.9) or experts (0.75) to keep.")
 @click.option("--budget", help="ppl+1%, kl<0.05 or agreement>0.95: the fastest plan found that holds it.")

@@ -122,18 +122,27 @@ class StepLayer(ctypes.Structure):
         *_fields(StepHeads, "gate_heads"),
         *_fields(_F, "v_scale"),
         *_fields(_I, "gating gate_width"),
+        *_fields(StepLinear, "side_gate side_out"),
+        ("side_norm", StepNorm),
+        ("side_at", _N),
+        ("side_act", _I),
+        ("scale", _F),
+        ("curve", _P),
     )
 
 
 class StepModel(ctypes.Structure):
     _fields_ = (
         *_fields(_P, "layers embedding places"),
-        *_fields(StepNorm, "embedding_norm norm"),
-        ("head", StepLinear),
-        *_fields(_P, "stream slots"),
-        *_fields(_N, "layer_count hidden embedding_stride"),
-        *_fields(_F, "embedding_scale logit_scale logit_softcap"),
-        *_fields(_I, "embedding_dtype places_dtype kv_dtype logit_dtype reads_ahead"),
+        *_fields(StepNorm, "embedding_norm token_norm norm"),
+        *_fields(StepLinear, "head before_head"),
+        ("before_norm", StepNorm),
+        ("side", StepLinear),
+        ("side_norm", StepNorm),
+        *_fields(_P, "side_table stream slots"),
+        *_fields(_N, "side_width layer_count hidden embedding_stride"),
+        *_fields(_F, "embedding_scale logit_scale logit_softcap side_scale side_table_scale side_sum"),
+        *_fields(_I, "embedding_dtype places_dtype kv_dtype logit_dtype before_act side_dtype reads_ahead"),
     )
 
 

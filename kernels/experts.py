@@ -17,8 +17,9 @@ from .memory import allocate
 from .packed import ACTS, PackedLinear
 
 #: How a router scores experts: by the softmax of all logits, by their sigmoids, by the logits themselves, of which the
-#: chosen ones' softmax weighs them, or as PhiMoE's sparse mixer does. In the order of the enum in csrc/formats.h.
-SCORINGS = ("softmax", "sigmoid", "softmax_of_chosen", "sparse_mixer")
+#: chosen ones' softmax or sigmoids weigh them, or as PhiMoE's sparse mixer does. In the order of the enum in
+#: csrc/formats.h.
+SCORINGS = ("softmax", "sigmoid", "softmax_of_chosen", "sparse_mixer", "sigmoid_of_chosen")
 MOST_GROUPS = 256  # kMaxGroups in csrc/step_routing.h
 _TOGETHER = 32 << 20  # bytes of matrices that share their memory
 
@@ -115,6 +116,8 @@ class Router:
         if self.scoring == "softmax_of_chosen":
             weights = torch.where(there, weights, -inf)
             weights = (weights - weights.amax(-1, keepdim=True)).exp()
+        elif self.scoring == "sigmoid_of_chosen":
+            weights = weights.sigmoid()
         return weights, torch.where(there, best.indices, -1)
 
     def _in_groups(self, choice: Tensor) -> Tensor:

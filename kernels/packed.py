@@ -447,6 +447,19 @@ def _check_biases(up: Tensor, gated: bool, gate: Tensor | None, up_bias: Tensor 
             raise ValueError(f"{name}_bias must have shape ({size},), not {tuple(bias.shape)}")
 
 
+class Curve:
+    """An activation of four numbers: a x^2 + b x above 0, and c (e^x - 1) + d x below: xIELU (2411.13010), ELU, SELU,
+    leaky ReLU. numbers: float32 ``[4]``."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers = numbers
+
+    def __call__(self, x: Tensor) -> Tensor:
+        a, b, c, d = (number.to(x.dtype) for number in self.numbers.to(x.device))
+        low = x.clamp_max(0)
+        return torch.where(x > 0, x * (a * x + b), c * torch.expm1(low) + d * low)
+
+
 # The order is that of the Act enum in csrc/formats.h.
 ACTS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,

@@ -22,6 +22,10 @@ Observer = Callable[[int, Tensor], None]
 
 def uncovered(model: StepModel) -> str | None:
     """Why prompts of a model do not go through it here; None where they do."""
+    if model.sides is not None:
+        return "layers have third halves"
+    if model.before is not None:
+        return "a map lies between its last norm and its LM head"
     for layer in model.layers:
         attention, mlp = layer.attention, layer.mlp
         if attention is None or layer.entries_only or not isinstance(mlp, DenseMLP):

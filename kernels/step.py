@@ -19,17 +19,33 @@ from torch import Tensor
 
 from . import arguments, cpu, residency
 from .sparse import SparseMLP
-from .step_model import Attention, DenseMLP, Heads, LatentAttention, Linear, Norm, StepLayer, StepModel, all_tiles
-from .step_structs import embedding_struct, layer_struct, linear_struct, norm_struct
+from .step_model import (
+    Attention,
+    BeforeHead,
+    DenseMLP,
+    Heads,
+    LatentAttention,
+    Linear,
+    Norm,
+    Side,
+    SideInputs,
+    StepLayer,
+    StepModel,
+    all_tiles,
+)
+from .step_structs import before_head_struct, embedding_struct, layer_struct, linear_struct, norm_struct, sides_struct
 
 __all__ = [
     "Attention",
+    "BeforeHead",
     "DenseMLP",
     "Heads",
     "KeyValues",
     "LatentAttention",
     "Linear",
     "Norm",
+    "Side",
+    "SideInputs",
     "Step",
     "StepLayer",
     "StepModel",
@@ -62,12 +78,15 @@ class Step:
             layers=ctypes.cast(self._layers, _P),
             norm=norm_struct(model.norm),
             embedding_norm=norm_struct(model.embedding_norm),
+            token_norm=norm_struct(model.token_norm),
             head=linear_struct(None if inner else model.head),
             layer_count=len(model.layers),
             embedding_scale=model.embedding_scale,
             logit_scale=model.logit_scale,
             logit_softcap=model.logit_softcap,
             **embedding_struct(model.embedding),
+            **before_head_struct(None if inner else model.before),
+            **sides_struct(model.sides),
             places=cpu.address(model.places),
             places_dtype=0 if model.places is None else cpu.DTYPE[model.places.dtype],
             kv_dtype=cpu.DTYPE[model.dtype],

@@ -208,9 +208,45 @@ class LatentAttention:
 
 
 @dataclass(frozen=True, eq=False)
+class Side:
+    """A layer's third half (Gemma 4): x += norm(out(act(gate(x)) * p)), where p are the numbers from `at` on of what a
+    token has for all layers. gate: [width, hidden]. out: [hidden, width]."""
+
+    gate: PackedLinear
+    out: PackedLinear
+    norm: Norm | None
+    act: str
+    at: int
+
+
+@dataclass(frozen=True, eq=False)
+class SideInputs:
+    """What a token has for the third halves of all layers: sum * (norm(scale * linear(x)) + table_scale * its row of
+    table), where x is its embedding and `width` numbers of each layer are normed by themselves.
+    table: [tokens, all]."""
+
+    linear: PackedLinear
+    norm: Norm
+    table: Tensor
+    width: int
+    scale: float
+    table_scale: float
+    sum: float
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where native code would read beside what it is given."""
+        if self.linear.out_features != self.table.shape[1] or self.norm.weight.numel() != self.width:
+            raise ValueError("what tokens have for all layers is not of one size")
+        if not self.table.is_contiguous():
+            raise ValueError("rows of a table do not lie one after the other")
+
+
+@dataclass(frozen=True, eq=False)
 class StepLayer:
     """A decoder layer: x += out(attention(in(x))), x = after(x), then the same for the MLP; absent norms are None.
 
+    side: see `Side`. scale: what x is multiplied by in the end. curve: float32 [4], the numbers of an `act` "curve"
+    (`packed.Curve`).
     parallel: the MLP reads x as it was before the attention. mlp None: it is skipped. entries_only: the attention is
     skipped but for the keys and values of the new tokens, which are written to the cache. attention None: there
     is none.
@@ -228,13 +264,26 @@ class StepLayer:
     entries_only: bool = False
     attention_after: Norm | None = None
     mlp_after: Norm | None = None
+    scale: float = 1.0
+    curve: Tensor | None = None
+    side: Side | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class BeforeHead:
+    """A map between the last norm and the LM head: norm(act(linear(x))). linear: [hidden, hidden]."""
+
+    linear: PackedLinear
+    act: str
+    norm: Norm | None
 
 
 @dataclass(frozen=True, eq=False)
 class StepModel:
     """A decoder: embedding [vocabulary, hidden], or in tiles, layers, a last norm, and the LM head.
 
-    places: [positions, hidden], added to embeddings by position, and embedding_norm, of the sum; None: there is none.
+    places: [positions, hidden], added to embeddings by position, and embedding_norm, of the sum; token_norm, of
+    embeddings before that; None: there is none. before: see `BeforeHead`.
     """
 
     embedding: Tensor | PackedLinear
@@ -247,6 +296,9 @@ class StepModel:
     logit_softcap: float = 0.0
     places: Tensor | None = None
     embedding_norm: Norm | None = None
+    token_norm: Norm | None = None
+    before: BeforeHead | None = None
+    sides: SideInputs | None = None
 
     @property
     def hidden(self) -> int:

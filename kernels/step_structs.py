@@ -14,11 +14,24 @@ from .experts import SCORINGS, PackedExperts, Router
 from .neuron_groups import PackedNeurons
 from .packed import PackedLinear
 from .sparse import RowLists, SparseLinear, SparseMLP
-from .step_model import GATINGS, Attention, DenseMLP, Heads, LatentAttention, Linear, Norm, StepLayer, packed_of
+from .step_model import (
+    GATINGS,
+    Attention,
+    BeforeHead,
+    DenseMLP,
+    Heads,
+    LatentAttention,
+    Linear,
+    Norm,
+    SideInputs,
+    StepLayer,
+    packed_of,
+)
 
 _NORM = {"rms": 1, "layer": 2}
 _RULE = {**cpu.RULE, "learned": 3}
 _NORMS = ("attention_in", "attention_out", "attention_after", "mlp_in", "mlp_out", "mlp_after")
+CURVE = len(cpu.ACT)  # kCurve in csrc/formats.h
 _OF_ROUTERS = (
     "count", "chosen", "groups", "groups_kept", "by_pairs", "normalized", "added", "floor", "scale", "jitter", "least",
 )  # fmt: skip
@@ -30,6 +43,21 @@ def embedding_struct(table: Tensor | PackedLinear) -> dict[str, int]:
     else:
         where, hidden, dtype, stride = table.data_ptr(), table.shape[1], cpu.DTYPE[table.dtype], table.shape[1]
     return {"embedding": where, "hidden": hidden, "embedding_dtype": dtype, "embedding_stride": stride}
+
+
+def sides_struct(sides: SideInputs | None) -> dict[str, Any]:
+    if sides is None:
+        return {}
+    found = {"side": linear_struct(sides.linear), "side_norm": norm_struct(sides.norm), "side_width": sides.width}
+    table = {"side_table": sides.table.data_ptr(), "side_dtype": cpu.DTYPE[sides.table.dtype]}
+    return found | table | {"side_scale": sides.scale, "side_table_scale": sides.table_scale, "side_sum": sides.sum}
+
+
+def before_head_struct(before: BeforeHead | None) -> dict[str, Any]:
+    if before is None:
+        return {}
+    norm, act = norm_struct(before.norm), cpu.ACT[before.act]
+    return {"before_head": linear_struct(before.linear), "before_norm": norm, "before_act": act}
 
 
 def norm_struct(norm: Norm | None) -> arguments.StepNorm:
@@ -107,7 +135,9 @@ def layer_struct(layer: StepLayer) -> arguments.StepLayer:
     out = arguments.StepLayer(
         **{name: norm_struct(getattr(layer, name)) for name in _NORMS},
         residual_scale=layer.residual_scale,
-        act=cpu.ACT[layer.act],
+        act=CURVE if layer.act == "curve" else cpu.ACT[layer.act],
+        curve=cpu.address(layer.curve),
+        scale=layer.scale,
         run_attention=attention is not None and not layer.entries_only,
         run_mlp=mlp is not None,
         parallel=layer.parallel,
@@ -125,6 +155,10 @@ def layer_struct(layer: StepLayer) -> arguments.StepLayer:
         _put_experts(out, mlp)
     elif mlp is not None:
         out.mlp = _bundled(mlp)
+    if layer.side is not None:
+        side = layer.side
+        out.side_gate, out.side_out = linear_struct(side.gate), linear_struct(side.out)
+        out.side_norm, out.side_act, out.side_at = norm_struct(side.norm), cpu.ACT[side.act], side.at
     return out
 
 

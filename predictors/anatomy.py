@@ -22,6 +22,7 @@ from .feed_forward import (
     FeedForward,
     Matrices,
     canonical_activation,
+    curve_of,
     is_linear,
     is_packed,
     proved,
@@ -42,6 +43,7 @@ __all__ = [
     "Matrices",
     "canonical_activation",
     "check_model",
+    "curve_of",
     "dissect",
     "is_packed",
     "rows_of",
@@ -112,6 +114,10 @@ class Attention:
     inputs: tuple[str, ...]
     output: str
     gate: str | None = None
+
+    def part(self, name: str) -> nn.Module:
+        """The projection of that name, which may be inside of another module."""
+        return self.module.get_submodule(name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,10 +310,19 @@ def _attention_of(layer: nn.Module) -> Attention | None:
         if "att" not in name and not type(child).__name__.endswith("Attention"):
             continue
         for module in (child, *child.children()):  # some have it in a module of its own (GPT-Neo)
-            linears = [n for n, m in module.named_children() if is_linear(m)]
+            linears = _linears(module)
             if len(linears) >= 2:
                 return _named(module, linears)
     return None
+
+
+def _linears(module: nn.Module) -> list[str]:
+    """The linears in a module, some of which may be all that a module of their own holds (Moshi)."""
+    found = [n for n, m in module.named_children() if is_linear(m)]
+    if found:
+        return found
+    inner = {n: list(m.named_modules())[1:] for n, m in module.named_children()}
+    return [f"{n}.{some[0][0]}" for n, some in inner.items() if len(some) == 1 and is_linear(some[0][1])]
 
 
 def _named(module: nn.Module, names: list[str]) -> Attention:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from .checks import check_share
+from .checks import check_count, check_share
 from .errors import PlanError
 
 
@@ -102,3 +102,52 @@ class KeptExperts(ExpertPolicy):
 
     def kept(self, count: int) -> int:
         return int(self.indices.numel())
+
+
+@expert_policy
+@dataclass(frozen=True)
+class CoreExperts(ExpertPolicy):
+    """Routing is restricted, from the end of a prompt on, to the experts that the prompt used most: CoreInfer's idea
+    (arXiv 2410.18311) with experts in place of neurons. Each sequence has its own.
+
+    `count`: experts that are kept.
+    """
+
+    count: int
+    name: ClassVar[str] = "core_experts"
+
+    def check(self, count: int) -> None:
+        check_count("count", self.count, 1)
+        if self.count > count:
+            raise PlanError(f"{self.count} experts are to be kept of {count}")
+
+    def kept(self, count: int) -> int:
+        return self.count
+
+    def allowed(self, used: Tensor) -> Tensor:
+        """Which experts are kept, bool ``[rows, experts]``: those with the largest sums of router weights over the
+        prompt, `used` ``[rows, experts]``; of equal ones the first."""
+        best = used.argsort(dim=-1, descending=True, stable=True)[:, : self.count]
+        return torch.zeros_like(used, dtype=torch.bool).scatter_(1, best, True)
+
+
+@expert_policy
+@dataclass(frozen=True, eq=False)
+class ThinExperts(ExpertPolicy):
+    """Of a token's experts the neurons are left out whose gates are hardly open (CATS, arXiv 2404.08763, in every
+    expert): gates are read whole, rows of up and down for the others alone.
+
+    `least`: float32 ``[experts]``, of the absolute value of an activated gate. `share`: of the neurons of a token's
+    experts that stays on the calibration text.
+    """
+
+    least: Tensor
+    share: float
+    name: ClassVar[str] = "thin_experts"
+
+    def check(self, count: int) -> None:
+        if self.least.dtype != torch.float32 or self.least.shape != (count,):
+            raise PlanError(f"least must be float32 of {count} experts")
+        if not bool((self.least >= 0).all() & self.least.isfinite().all()):
+            raise PlanError("thresholds of gates must be numbers from 0 on")
+        check_share("share", self.share)

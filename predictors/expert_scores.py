@@ -14,9 +14,11 @@ from tqdm.auto import tqdm
 from .anatomy import Anatomy, Experts, dissect
 from .checks import ExpertScore
 from .errors import CoreskipError
-from .expert_policies import ExpertPolicy, KeptExperts, SkipExperts
+from .expert_policies import ExpertPolicy, KeptExperts, SkipExperts, ThinExperts
 from .importance import kept_count
 from .observe import inference
+
+_GATES = 256  # tokens of each expert whose gates are kept
 
 
 @dataclass(eq=False)
@@ -26,12 +28,15 @@ class ExpertStats:
     Attributes:
         tokens: int64 ``[experts]``, tokens that went to each.
         weighted: float64 ``[experts]``, the sum over these of router weight times the norm of the expert's output.
+        gates: by expert, how far its neurons' gates were open, per batch ``[tokens, neurons]``, of the first `_GATES`
+            tokens or so; none where its gates cannot be seen.
         ratios: per batch, each chosen expert's weight as a share of its token's largest, fp32 ``[tokens, top_k]``.
     """
 
     tokens: Tensor
     weighted: Tensor
     ratios: list[Tensor] = field(default_factory=list)
+    gates: list[list[Tensor]] = field(default_factory=list)
 
     @classmethod
     def empty(cls, count: int) -> ExpertStats:
@@ -48,6 +53,9 @@ class ExpertStats:
             norms = experts.formula(given, expert).float().norm(dim=-1)
             if not experts.scaled_inputs:  # else the output has the weight in it already
                 norms = norms * factor[:, 0].float()
+            if experts.gating is not None and experts.gated and self.tokens[expert] < _GATES:
+                self.gates = self.gates or [[] for _ in range(experts.count)]
+                self.gates[expert].append(experts.opened(given[:_GATES], expert)[0].abs().float().cpu())
             self.tokens[expert] += len(token)
             self.weighted[expert] += norms.double().sum().cpu()
         largest = weights.float().amax(-1, keepdim=True).clamp(min=1e-30)
@@ -123,6 +131,19 @@ def kept_experts(
     count = max(top_k, kept_count(len(stats.tokens), keep))
     best = stats.scores(score, generator).argsort(descending=True, stable=True)[:count]
     return KeptExperts(best.sort().values)
+
+
+def thin_experts(stats: ExpertStats, keep: float) -> ThinExperts:
+    """Thresholds at which each expert keeps the share `keep` of its neurons; of one that no token went to, all.
+
+    Raises:
+        CoreskipError: the experts have no gates, or these cannot be seen.
+    """
+    if not stats.gates:
+        raise CoreskipError("its experts have no gates by which neurons could be left out")
+    least = [torch.cat(seen).flatten().quantile(1 - keep) if seen else torch.zeros(()) for seen in stats.gates]
+    kept = [(torch.cat(seen) >= some).double().mean() for seen, some in zip(stats.gates, least, strict=True) if seen]
+    return ThinExperts(torch.stack(least).float(), float(torch.stack(kept).mean()))
 
 
 def skipped_experts(stats: ExpertStats, keep: float, beta: float | None = None) -> SkipExperts:

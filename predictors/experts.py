@@ -80,6 +80,7 @@ class Experts:
         scaled_inputs: whether a router's weight multiplies the expert's input, not its output (Llama 4).
         routed_scale, shared_scale: what the block multiplies the experts' output, and the shared expert's, by.
         whole: whether router, experts and shared expert are all that the block computes.
+        norm: of the sum of all that, in the block: its output; None: that sum is.
         top_k: experts of a token; 0: not known.
         outputs: how many things the block returns, the mixture's output first; 0: not known.
     """
@@ -95,6 +96,7 @@ class Experts:
     routed_scale: float = 1.0
     shared_scale: float = 1.0
     whole: bool = False
+    norm: nn.Module | None = None
     top_k: int = 0
     outputs: int = 0
 
@@ -142,16 +144,40 @@ class Experts:
     def formula(self, x: Tensor, expert: int) -> Tensor:
         """The output of one expert for x ``[tokens, hidden]``, unweighted."""
         at = self.layout
-        up = self._linear(x, at.up, at.up_bias, expert)
         if self.gating is None:
-            h = cast(Any, self.module)._apply_gate(up)
-        elif at.stacked:
-            h = self.gating(*up.chunk(2, -1))
-        elif at.interleaved:
-            h = self.gating(up[..., ::2], up[..., 1::2])
+            h = cast(Any, self.module)._apply_gate(self._linear(x, at.up, at.up_bias, expert))
         else:
-            h = self.gating(None if at.gate is None else self._linear(x, at.gate, at.gate_bias, expert), up)
+            h = self.gating(*self._gate_and_up(x, expert))
         return self._linear(h, at.down, at.down_bias, expert)
+
+    def opened(self, x: Tensor, expert: int) -> tuple[Tensor, Tensor]:
+        """What the neurons of a gated expert make of x ``[tokens, hidden]``: how far their gates are open, and what the
+        down projection is given, each ``[tokens, neurons]``."""
+        gating, (gate, up) = cast(Gating, self.gating), self._gate_and_up(x, expert)
+        return gating(gate, torch.ones_like(up) - gating.shift), gating(gate, up)
+
+    def _gate_and_up(self, x: Tensor, expert: int) -> tuple[Tensor | None, Tensor]:
+        at = self.layout
+        up = self._linear(x, at.up, at.up_bias, expert)
+        if at.stacked:
+            gate, up = up.chunk(2, -1)
+            return gate, up
+        if at.interleaved:
+            return up[..., ::2], up[..., 1::2]
+        return None if at.gate is None else self._linear(x, at.gate, at.gate_bias, expert), up
+
+    def thinned(self, x: Tensor, index: Tensor, weights: Tensor, least: Tensor) -> tuple[Tensor, int]:
+        """`mixture` without neurons whose gate is open by less than their expert's `least` ``[experts]``, and how many
+        that were."""
+        total, left_out = torch.zeros_like(x, dtype=torch.float32), 0
+        for expert in index[weights != 0].unique().tolist():
+            token, place = torch.where((index == expert) & (weights != 0))
+            gates, h = self.opened(x[token], expert)
+            thin = gates.abs() < float(least[expert])
+            left_out += int(thin.sum())
+            found = self._linear(h.masked_fill(thin, 0.0), self.layout.down, self.layout.down_bias, expert).float()
+            total.index_add_(0, token, found * weights[token, place, None].float())
+        return total.to(x.dtype), left_out
 
     def mixture(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The sum of the chosen experts' outputs for x ``[tokens, hidden]``, in the dtype of x, added up in float32.
@@ -303,16 +329,34 @@ def _in_block(block: nn.Module, found: Experts, shared: FeedForward | None) -> E
         probe = Probe.of(block, found.module, None if shared is None else shared.owner, found.count, found.hidden_size)
         output = probe.run(probe.samples)
         read |= {"top_k": probe.seen.top_k, "outputs": probe.returned[0]}
+        norm, output = _without_norm(block, probe, output)
         gate = _shared_gate(block, probe, output, shared)
         if probe.seen.is_given(probe.samples):
             read |= {"router": read_router(block, probe, found.down.dtype)}
-            read |= {} if gate is None else {"shared_gate": gate.module, "whole": True}
+            read |= {} if gate is None else {"shared_gate": gate.module, "whole": True, "norm": norm}
             read |= {} if gate is None else {"routed_scale": gate.routed, "shared_scale": gate.shared}
     except (TypeError, RuntimeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError):
         pass  # a block that wants more than hidden states, or does not hand its experts what others do
     if found.scaled_inputs and read.get("router") is None:
         return None
     return Experts(**{**vars(found), **read})
+
+
+def _without_norm(block: nn.Module, probe: Probe, output: Tensor) -> tuple[nn.Module | None, Tensor]:
+    """A module, maybe a norm, whose output is the block's, and what it was given there; or none, and the output."""
+    hidden, given = output.shape[-1], dict[str, Tensor]()
+    for name, child in probe.block.named_children():
+        if {p.shape for p in child.parameters()} == {(hidden,)}:
+
+            def see(_: nn.Module, args: tuple[Any, ...], gave: Any, name: str = name) -> None:
+                if isinstance(gave, Tensor) and torch.equal(gave.reshape(output.shape), output):
+                    given[name] = args[0].reshape(output.shape)
+
+            handle = child.register_forward_hook(see)
+            probe.run(probe.samples)
+            handle.remove()
+    found = next(iter(given), None)
+    return (None, output) if found is None else (cast(nn.Module, getattr(block, found)), given[found])
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Scoring = Literal["softmax", "sigmoid"]
+Scoring = Literal["softmax", "sigmoid", "sigmoid_of_chosen", "sparse_mixer"]
 GroupScore = Literal["max", "top2"]
 Place = tuple[str, str]  # the path of a module inside the block, and the name of one of its tensors
 
@@ -30,11 +30,13 @@ _TINY = 1e-20  # no sum of scores is as small; keeps a sum of zeros from being d
 class Choice:
     """What a router makes of its logits ``[tokens, experts]``.
 
-    scoring: scores are the logits' softmax or sigmoid. top_k: experts of a token, those with the highest score, or
-    score + correction where there is one. groups, top_groups: experts are `groups` groups of neighbours, and only those
-    of the best `top_groups` can be chosen: by their best expert ("max"), or their two best together ("top2").
-    normalised: whether the weights, which are the chosen scores, are divided by their sum + epsilon. scale: what they
-    are multiplied by in the end.
+    scoring: scores are the logits' softmax or sigmoid; or the logits themselves, of which the chosen ones' sigmoids
+    are the weights; or "sparse_mixer" (PhiMoE, 2409.12136): the two greatest logits, each weighed by a softmax over
+    those alone that are within 2 * `jitter` of it, relative to their size, of all for the first, of the others for
+    the second. top_k: experts of a token, those with the highest score, or score + correction where there is one.
+    groups, top_groups: experts are `groups` groups of neighbours, and only those of the best `top_groups` can be
+    chosen: by their best expert ("max"), or their two best together ("top2"). normalised: whether the weights,
+    which are the chosen scores, are divided by their sum + epsilon. scale: what they are multiplied by in the end.
     """
 
     scoring: Scoring
@@ -45,10 +47,13 @@ class Choice:
     normalised: bool = False
     epsilon: float = _TINY
     scale: float = 1.0
+    jitter: float = 0.0
 
     def scores(self, logits: Tensor, allowed: Tensor | None = None) -> Tensor:
         if self.scoring == "sigmoid":
             return logits.sigmoid()
+        if self.scoring == "sigmoid_of_chosen":
+            return logits
         return F.softmax(logits if allowed is None else logits.masked_fill(~allowed, -torch.inf), -1)
 
     def of(self, logits: Tensor, correction: Tensor | None, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -57,6 +62,8 @@ class Choice:
         allowed: bool ``[experts]``: the others count as absent, as if the model had never had them. Where too few are
         allowed, a place is left with weight 0.
         """
+        if self.scoring == "sparse_mixer":
+            return self._mixed(logits if allowed is None else logits.masked_fill(~allowed, -torch.inf))
         scores = self.scores(logits, allowed)
         ranks = scores if correction is None else scores + correction
         if self.top_groups < self.groups:
@@ -64,7 +71,20 @@ class Choice:
         if allowed is not None:
             ranks = ranks.masked_fill(~allowed, -torch.inf)
         best, index = ranks.topk(self.top_k, dim=-1)
-        return index, self.weights(scores.gather(-1, index).masked_fill(best == -torch.inf, 0.0))
+        chosen = scores.gather(-1, index)
+        chosen = chosen.sigmoid() if self.scoring == "sigmoid_of_chosen" else chosen
+        return index, self.weights(chosen.masked_fill(best == -torch.inf, 0.0))
+
+    def _mixed(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        weights, experts, others = [], [], logits
+        for _ in range(self.top_k):
+            greatest, expert = others.max(-1, keepdim=True)
+            far = (greatest - logits) / logits.abs().clamp_min(greatest) > 2 * self.jitter
+            among = others.masked_fill(far, -torch.inf).softmax(-1).gather(-1, expert)
+            weights.append(among.masked_fill(greatest == -torch.inf, 0.0))
+            experts.append(expert)
+            others = others.scatter(-1, expert, -torch.inf)
+        return torch.cat(experts, -1), self.weights(torch.cat(weights, -1))
 
     def weights(self, chosen: Tensor) -> Tensor:
         """From the scores of chosen experts ``[tokens, experts]``; 0 where one is left out."""
@@ -236,7 +256,7 @@ def read_router(block: nn.Module, probe: Probe, dtype: torch.dtype) -> Router | 
         for bias_at in (*biases, None):
             corrections = [place for place in small if place != bias_at]
             logits = _logits(probe.samples, *_of(probe.block, weight_at, bias_at), upcast=True)
-            found = _reading(probe, logits, wanted, corrections)
+            found = _reading(probe, logits, wanted, corrections) or _mixer(probe, weight_at, bias_at, wanted)
             if found is not None:
                 choice, correction_at = found
                 choice = _with_epsilon(probe, choice, weight_at, small)
@@ -249,7 +269,7 @@ def _reading(
     probe: Probe, logits: Tensor, wanted: Tensor, corrections: list[Place]
 ) -> tuple[Choice, Place | None] | None:
     top_k = int((wanted > 0).sum(-1).max())
-    scorings: tuple[Scoring, ...] = ("softmax", "sigmoid")
+    scorings: tuple[Scoring, ...] = ("softmax", "sigmoid", "sigmoid_of_chosen")
     for scoring, correction_at, grouping in itertools.product(scorings, (*corrections, None), _groupings(probe)):
         choice = Choice(scoring, top_k, *grouping)
         correction = None if correction_at is None else _tensor(probe.block, correction_at).flatten()
@@ -263,6 +283,27 @@ def _reading(
             scale = float(ratios.mean())
             if torch.allclose(ratios, ratios.mean(), rtol=1e-4):
                 return Choice(scoring, top_k, *grouping, normalised, scale=_named(probe, scale)), correction_at
+    return None
+
+
+def _mixer(probe: Probe, weight_at: Place, bias_at: Place | None, wanted: Tensor) -> tuple[Choice, None] | None:
+    """The reading as a sparse mixer, whose jitter is a number of the block's: which one it is shows where logits lie
+    close together."""
+    weight, bias = _of(probe.block, weight_at, bias_at)
+    if int((wanted > 0).sum(-1).max()) != 2 or bias is not None:
+        return None
+    seen, before = [(_logits(probe.samples, weight, None, upcast=True), wanted)], weight.clone()
+    apart = 1 + torch.logspace(-4, -0.5, len(weight), dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        weight.copy_(before[:1] * apart[:, None])
+        probe.run(probe.samples)
+        seen.append((_logits(probe.samples, weight, None, upcast=True), probe.seen.dense(probe.samples)))
+        weight.copy_(before)
+    for jitter in _numbers(probe):
+        choice = Choice("sparse_mixer", 2, jitter=jitter)
+        spreads = ((spread(*choice.of(logits, None), given.shape[1]), given) for logits, given in seen)
+        if all(torch.allclose(found, given, rtol=1e-4, atol=1e-6) for found, given in spreads):
+            return choice, None
     return None
 
 
@@ -283,8 +324,11 @@ def _groupings(probe: Probe) -> Iterator[tuple[int, int, GroupScore]]:
 
 def _named(probe: Probe, value: float) -> float:
     """The number among the block's own that `value` was measured of; without one, the value."""
-    own = [v for m in probe.block.modules() for v in vars(m).values() if type(v) is float]
-    return next((v for v in (1.0, *own) if abs(v - value) <= 1e-5 * abs(value)), value)
+    return next((v for v in (1.0, *_numbers(probe)) if abs(v - value) <= 1e-5 * abs(value)), value)
+
+
+def _numbers(probe: Probe) -> list[float]:
+    return [v for m in probe.block.modules() for v in vars(m).values() if type(v) is float]
 
 
 def _with_epsilon(probe: Probe, choice: Choice, weight_at: Place, small: list[Place]) -> Choice:

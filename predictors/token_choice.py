@@ -342,7 +342,7 @@ class TokenCalibration:
         for key, (owner, name, x) in inputs.items():
             score = x.float().abs()
             if by_norm:
-                score *= rows_of(getattr(owner, name))[0].float().norm(dim=0)
+                score *= rows_of(owner.get_submodule(name))[0].float().norm(dim=0)
             thresholds[key] = quantile(score, 1 - keep)
         return thresholds
 

@@ -13,7 +13,7 @@ from ..predictors.anatomy import check_model, dissect
 from ..predictors.calibration import TokenText, text_of
 from ..predictors.checks import Allocation
 from ..predictors.errors import CoreskipError
-from ..predictors.expert_policies import KeptExperts, SkipExperts
+from ..predictors.expert_policies import ExpertPolicy, KeptExperts, SkipExperts, ThinExperts
 from ..predictors.expert_scores import check_experts
 from ..predictors.layer_selection import LayerSelection
 from ..predictors.layers import with_skipped_layers
@@ -24,7 +24,8 @@ from .families import Family, outline
 from .memory import cap_of, capped_under, check_method, recipe_under
 from .memory_size import bytes_of
 from .options import OF_EXPERTS, Budget, check_options, chooses_layers_alone, given
-from .program import build_experts, normed
+from .program import normed
+from .program_experts import build_experts
 from .quality import WINDOW, evaluate_all
 from .scoring import Text, check_different
 from .search import Journal, search
@@ -32,7 +33,7 @@ from .unknown import refuses_unknown
 from .wrap import make_way
 
 DEFAULT_KEEP = 0.6
-_DEFAULT_KEEPS = {"layers": 0.9, "experts": 0.75, "skip-experts": 0.75}
+_DEFAULT_KEEPS = {"layers": 0.9, "experts": 0.75, "skip-experts": 0.75, "core-experts": 0.75, "thin-experts": 0.75}
 CAPPED_METHOD = "static"  # under a cap on memory, where nothing else is asked for
 _TOKENS_OF_LAYERS = 8192  # sampled, where layers alone are chosen
 _WINDOWS_OF_LAYERS = 8
@@ -80,16 +81,17 @@ def analyze(
     Args:
         model, tokenizer: from `load`, or any causal LM and its tokenizer; the model must not be wrapped.
         method: by prompt: ``core`` (stability-guided core neurons), ``similar`` (similarity-guided: the set of the
-            nearest cluster of calibration sentences); by token: ``sketch`` (the high nibbles of the weights choose, of
-            int4 their upper three bits), ``threshold`` (TEAL, WINA, CATS), ``learned`` (low-rank predictors), ``topk``
-            (exact scores: the oracle, which saves down rows alone), ``bricks`` (neurons in groups that a token takes
-            as a whole); ``static`` (one fixed set); ``layers`` (whole
-            layers are left out; with a budget also attentions or MLPs alone); of mixtures of experts ``experts`` (some
-            are left out for good) and ``skip-experts`` (those of a token whose weight is small beside its largest); or
-            ``auto``: with a budget the search looks at all that save time, else it is ``sketch``.
-        keep: share of the MLP neurons to keep, of ``layers`` that of the layers, of ``experts`` that of the experts, of
-            ``skip-experts`` that of what the router chose, in (0, 1]; where neither it nor a budget is given 0.6, of
-            ``layers`` 0.9, of both methods of experts 0.75.
+            nearest cluster of calibration sentences); by token: ``sketch`` (the high nibbles of the weights choose,
+            of int4 their upper three bits), ``threshold`` (TEAL, WINA, CATS), ``learned`` (low-rank predictors),
+            ``topk`` (exact scores: the oracle, which saves down rows alone), ``bricks`` (neurons in groups that a
+            token takes as a whole); ``static`` (one fixed set); ``layers`` (whole layers are left out; with a
+            budget also attentions or MLPs alone); of mixtures of experts ``experts`` (some are left out for good),
+            ``core-experts`` (after each prompt those that it used least), ``skip-experts`` (those of a token whose
+            weight is small beside its largest) and ``thin-experts`` (neurons of a token's experts whose gates are
+            hardly open); or ``auto``: with a budget the search looks at all that save time, else it is ``sketch``.
+        keep: share of the MLP neurons to keep, of ``layers`` that of the layers, of ``experts`` that of the
+            experts, of ``core-experts`` likewise, of ``skip-experts`` that of what the router chose, in (0, 1];
+            where neither it nor a budget is given 0.6, of ``layers`` 0.9, of the methods of experts 0.75.
         budget: ``ppl+1%``, ``kl<0.05`` or ``agreement>0.95`` (or 95%): the fastest plan found that holds it on text
             that the search did not see, with a margin; see `search`. A plan that skips nothing where none does.
         layers: layers that are left out besides: ``skip:6``, ``skip-attention:6``, ``skip-mlp:6``, ``every:2`` or
@@ -271,9 +273,12 @@ def _check_bricks(model: Any, method: str, searching: bool, layers_alone: bool) 
         return  # the search looks at what there is
     if method in OF_EXPERTS:
         check_experts(anatomy)
-        policy = SkipExperts(0.5) if method == "skip-experts" else KeptExperts(torch.zeros(1, dtype=torch.int64))
         for experts in filter(None, anatomy.experts):
-            build_experts(policy, experts)
+            some: dict[str, ExpertPolicy] = {
+                "skip-experts": SkipExperts(0.5),
+                "thin-experts": ThinExperts(torch.zeros(experts.count), 1.0),
+            }
+            build_experts(some.get(method, KeptExperts(torch.zeros(1, dtype=torch.int64))), experts)
     elif method != "layers" and not layers_alone:
         norms = [mlp.norm_name for mlp in anatomy.mlps if mlp.norm_name is not None]
         if norms and method != "threshold":

@@ -86,9 +86,13 @@ def _by_query(
         end = keys - queries + 1 + i
         start = max(0, end - window) if window is not None and slides else 0
         mask = attention_mask
+        if mask is not None and window is None and mask.dtype is torch.bool:  # who slides by the mask alone (PhiMoE)
+            seen = mask[:, :, i, :end].flatten(0, 1).any(0)
+            start = int(seen.int().argmax())
         if mask is not None:
             # transformers leaves a lone query's boolean mask out unless its keys fill the window
             needed = mask.dtype is not torch.bool or (window is not None and end - start >= window)
+            needed = needed or (window is None and not bool(mask[:, :, i, start:end].all()))
             mask = mask[:, :, i : i + 1, start:end] if needed else None
         rows = (query[:, :, i : i + 1], key[:, :, start:end], value[:, :, start:end])
         outputs.append(attend(module, *rows, mask, **options)[0])

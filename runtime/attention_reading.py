@@ -63,15 +63,15 @@ def _by_name(
     if seen is None and (found.gate is not None or _norms_inside(module) or _head_norm(module, "v", head_dim)):
         raise NotCovered("its attention has gates, or norms of its own")
     if len(found.inputs) == 3:
-        inputs = tuple(linear(getattr(module, name)) for name in found.inputs)
+        inputs = tuple(linear(found.part(name)) for name in found.inputs)
     elif len(found.inputs) == 1:
-        inputs = (_fused(getattr(module, found.inputs[0]), head_dim, config, found, index, seen),)
+        inputs = (_fused(found.part(found.inputs[0]), head_dim, config, found, index, seen),)
     else:
         raise NotCovered(f"its attention has {len(found.inputs)} projections before it")
     scale = getattr(module, "scaling", getattr(module, "scale", None))
     return AttentionSpec(
         inputs=inputs,
-        output=linear(getattr(module, found.output)),
+        output=linear(found.part(found.output)),
         head_dim=head_dim,
         scale=float(scale) if isinstance(scale, (int, float)) else head_dim**-0.5,
         rotation=kind_of_rotation(module, index, rotary),
@@ -90,7 +90,7 @@ def _fused(module: Any, head_dim: int, config: Any, found: Attention, index: int
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", heads)
     else:
-        output = getattr(found.module, found.output)
+        output = found.part(found.output)
         heads, kv_heads = seen.given(output).shape[-1] // head_dim, seen.keys[index].shape[0]
     sizes = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
     plain = linear(module, sizes)
@@ -142,12 +142,10 @@ def _evidence(found: Attention, index: int, seen: Trace) -> _Evidence:
     keys, values = seen.keys[index], seen.values[index]
     if keys.shape != values.shape:
         raise NotCovered("its keys and values have heads of different sizes")
-    projected = [seen.gave(getattr(module, name)) for name in found.inputs]
-    gates = None if found.gate is None else seen.gave(getattr(module, found.gate))
-    gate = None if found.gate is None else linear(getattr(module, found.gate))
-    return _Evidence(
-        projected, keys, values, seen.given(getattr(module, found.output)), gates, gate, _norms_inside(module)
-    )
+    projected = [seen.gave(found.part(name)) for name in found.inputs]
+    gates = None if found.gate is None else seen.gave(found.part(found.gate))
+    gate = None if found.gate is None else linear(found.part(found.gate))
+    return _Evidence(projected, keys, values, seen.given(found.part(found.output)), gates, gate, _norms_inside(module))
 
 
 def _readings(spec: AttentionSpec, evidence: _Evidence, module: Any, named: dict[str, Any]) -> Iterator[AttentionSpec]:

@@ -19,8 +19,8 @@ from ..predictors.calibration import TokenText, most_positions, text_of
 from ..predictors.checks import AS_PACKED, SCORES, Score
 from ..predictors.core_neurons import SentenceCounter, cluster_sentences, static_set
 from ..predictors.errors import CoreskipError
-from ..predictors.expert_policies import AllExperts, ExpertPolicy
-from ..predictors.expert_scores import ExpertStats, kept_experts, observe_experts, skipped_experts
+from ..predictors.expert_policies import AllExperts, CoreExperts, ExpertPolicy
+from ..predictors.expert_scores import ExpertStats, kept_experts, observe_experts, skipped_experts, thin_experts
 from ..predictors.fingerprint import Fingerprint
 from ..predictors.four_bits import Form
 from ..predictors.importance import kept_count
@@ -45,6 +45,7 @@ from .options import (
     ExpertsOptions,
     LayersOptions,
     LearnedOptions,
+    MethodOptions,
     SimilarOptions,
     SketchOptions,
     SkipExpertsOptions,
@@ -293,6 +294,17 @@ class Calibrator:
             for stats, experts in zip(self._expert_stats, found, strict=True)
         ]
         return self._of_experts(policies, {"method": "experts", "keep": keep, "score": options.score})
+
+    def _core_experts(self, keep: float, options: MethodOptions) -> Plan:
+        policies = [
+            AllExperts() if experts is None else CoreExperts(max(experts.top_k, kept_count(experts.count, keep)))
+            for experts in self._anatomy.experts
+        ]
+        return self._of_experts(policies, {"method": "core-experts", "keep": keep})
+
+    def _thin_experts(self, keep: float, options: MethodOptions) -> Plan:
+        policies = [AllExperts() if stats is None else thin_experts(stats, keep) for stats in self._expert_stats]
+        return self._of_experts(policies, {"method": "thin-experts", "keep": keep})
 
     def _skip_experts(self, keep: float, options: SkipExpertsOptions) -> Plan:
         policies = [

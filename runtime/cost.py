@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,11 +19,13 @@ from ..predictors.anatomy import Anatomy, FeedForward, dissect, is_packed
 from ..predictors.plan import Plan
 from ..predictors.policies import Chooser
 from ..predictors.rounding_recipe import RoundingRecipe
+from .calls import NotCovered
 from .formats import bytes_in, format_takers, takes_format
 from .linear_names import linear_of
 from .lower_cpu import refusal
 from .packed_layer import packed_bytes_of
 from .program import FORMAT_BYTES, BrickProgram, LayerProgram, Program
+from .span_reading import read_shared
 
 # Share of a matrix' bytes that another form of its numbers may take beside it unasked: 4-bit groups take 0.16 of
 # float32's, 8-bit groups 0.27.
@@ -53,7 +55,8 @@ class Cost:
 def cost(model: Any, plan: Plan, anatomy: Anatomy | None = None, *, native: bool | None = None) -> Cost:
     """What one decode step of one sequence reads under `plan`: the matrices of the program that runs.
 
-    native: whether the native step runs it, where that is known; else as far as model and plan tell.
+    native: whether the native step runs it, where that is known; else as far as model and plan tell: wholly, or some
+    layers of it and the modules the others.
 
     A threshold's share is what it kept on the calibration text; an adaptive layer counts as if it ran. The KV cache is
     left out: no plan changes it, for skipped attentions write their entries, too.
@@ -62,8 +65,12 @@ def cost(model: Any, plan: Plan, anatomy: Anatomy | None = None, *, native: bool
     if plan.rounding is not None and not any(map(is_packed, model.modules())):
         moved = _bytes_rounded(model, plan.rounding, anatomy)
         return Cost(moved, moved)
+    of_modules = len(anatomy) if native is None and not runs_natively(anatomy, plan) else 0
     if native is None:
-        native = runs_natively(anatomy, plan) and _covered(model, anatomy)
+        of_modules = of_modules or on_modules(model, anatomy)
+        native = of_modules < len(anatomy)
+    elif not native:
+        of_modules = len(anatomy)
     runs_in_place = native
     program = Program.of(anatomy, plan, lambda weight: _bytes_of(weight, plan.weights, runs_in_place))
     step = _Reading(plan.weights, native)
@@ -85,7 +92,7 @@ def cost(model: Any, plan: Plan, anatomy: Anatomy | None = None, *, native: bool
         if layer.skips.mlp:
             total += sum(step.brick(brick, inner[0]) for brick in layer.bricks)
             total += 0.0 if layer.experts is None else layer.experts.nbytes
-    extra = step.extra + (0.0 if native else _MODULES * len(anatomy))
+    extra = step.extra + _MODULES * of_modules
     return Cost(total, total + extra)
 
 
@@ -126,7 +133,7 @@ class _Reading:
             return 0.0
         if not layer.skips.attention:
             # keys and values are still written; the queries' projection has as many weights as the output's
-            output = getattr(attention.module, attention.output).weight
+            output = cast(Any, attention.part(attention.output)).weight
             return 2.0 * int(output.numel()) * _bytes_of(output, self._weights, self._native)
         unread = 0.0
         for brick in layer.bricks:
@@ -182,13 +189,23 @@ def runs_natively(anatomy: Anatomy, plan: Plan) -> bool:
     return program.native and not program.thins_shared_experts
 
 
-_refusals: WeakKeyDictionary[Anatomy, str | None] = WeakKeyDictionary()  # searches ask for hundreds of costs
+_on_modules: WeakKeyDictionary[Anatomy, int] = WeakKeyDictionary()  # searches ask for hundreds of costs
 
 
-def _covered(model: Any, anatomy: Anatomy) -> bool:
-    if anatomy not in _refusals:
-        _refusals[anatomy] = refusal(model, anatomy)
-    return _refusals[anatomy] is None
+def on_modules(model: Any, anatomy: Anatomy) -> int:
+    """How many decoder layers of `model` decode steps have to call the modules of, as far as descriptions tell."""
+    if anatomy not in _on_modules:
+        _on_modules[anatomy] = 0 if refusal(model, anatomy) is None else _called(model, anatomy)
+    return _on_modules[anatomy]
+
+
+def _called(model: Any, anatomy: Anatomy) -> int:
+    if available("cpu") is not None or model.device.type != "cpu":
+        return len(anatomy)
+    try:
+        return sum(split.without is not None for split in next(read_shared(model, anatomy)).splits)
+    except NotCovered:
+        return len(anatomy)
 
 
 def _bytes_of(weight: Any, fmt: str | None, native: bool) -> float:

@@ -26,6 +26,8 @@ _NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layern
 INERT = (nn.Identity, nn.Dropout, nn.ModuleList)
 _CROSS = ("encoder_attn", "cross_attn", "crossattention", "ln_cross_attn")
 _TABLES = ("masked_bias", "embed_positions")
+#: one number that multiplies the residual stream: what it is shows in what a layer gives
+_SCALARS = ("layer_scalar",)
 
 
 def uncovered(
@@ -33,20 +35,26 @@ def uncovered(
     norms: Sequence[Iterable[nn.Module]] | None = None,
     called: Container[nn.Module] | None = None,
     beside: Container[int] = (),
+    more: Sequence[Tensor | None] | None = None,
+    idle: Container[int] = (),
 ) -> str | None:
     """What of the decoder layers the description leaves out or cannot know; None where it accounts for everything.
 
     norms: by layer, those that are described; None: by the names that many architectures share. called: the modules
-    that a pass calls, where that is known. beside: the layers whose MLP stands beside their experts.
+    that a pass calls, where that is known. beside: the layers whose MLP stands beside their experts. more: by layer, a
+    parameter that is described besides. idle: layers that no pass of text alone calls.
     """
     parts = zip(anatomy.layers, anatomy.feed_forwards, anatomy.experts, anatomy.attentions, strict=True)
     for index, (layer, mlp, experts, attention) in enumerate(parts):
+        if index in idle:
+            continue
         if attention is None:
             return "a layer's attention was not recognised"
         if mlp is None and experts is None:
             return "a layer has no MLP that was recognised"
         of_layer = [getattr(layer, name, None) for name in _NORMS] if norms is None else norms[index]
-        reason = uncovered_part(layer, mlp, experts, attention, of_layer, called, index in beside)
+        extra = None if more is None else more[index]
+        reason = uncovered_part(layer, mlp, experts, attention, of_layer, called, index in beside, extra)
         if reason is not None:
             return reason
     return None
@@ -60,6 +68,7 @@ def uncovered_part(
     norms: Iterable[nn.Module | None],
     called: Container[nn.Module] | None,
     beside: bool = False,
+    more: Tensor | None = None,
 ) -> str | None:
     """What of a decoder layer, or of a module in it, its MLP or experts, its attention and these norms leave out; None
     where they account for everything. The rest: see `uncovered`."""
@@ -78,7 +87,8 @@ def uncovered_part(
         if module not in known and module not in idle and not isinstance(module, INERT):
             return f"{name} of its decoder layers, a {type(module).__name__}, is not a part that is described"
         own = [name for name in module._parameters if module is not attending or name != "sinks"]
-        own += [name for name, value in module._buffers.items() if not _is_table(name, value)]
+        own = [name for name in own if more is None or module._parameters[name] is not more]
+        own += [name for name, value in module._buffers.items() if not _is_table(module, name, value)]
         if own and module in (part, owner, attending) and not _is_of(module, experts):
             return f"its decoder layers have {', '.join(own)} in a {type(module).__name__}"
     return None
@@ -96,9 +106,16 @@ def _idle(layer: nn.Module, called: Container[nn.Module]) -> Iterator[nn.Module]
             yield from module.modules()
 
 
-def _is_table(name: str, buffer: Tensor | None) -> bool:
-    """Whether a buffer is a mask, or of positions: what an attention makes of these shows in its output."""
-    return buffer is None or buffer.dtype is torch.bool or name in _TABLES
+def _is_table(module: nn.Module, name: str, buffer: Tensor | None) -> bool:
+    """Whether a buffer is a mask, of positions, or such a number: what is made of these shows in what is given."""
+    number = buffer is not None and buffer.numel() == 1 and name in _SCALARS and _reads(module, name)
+    return buffer is None or buffer.dtype is torch.bool or name in _TABLES or number
+
+
+def _reads(module: nn.Module, name: str) -> bool:
+    """Whether the forward of a module's class reads an attribute: one that it does not might be anybody's."""
+    forward: Any = cast(Any, unwatched_class(type(module))).forward
+    return name in getattr(getattr(forward, "__wrapped__", forward), "__code__", _reads.__code__).co_names
 
 
 def _described(
@@ -115,14 +132,18 @@ def _described(
     if attention is not None:
         yield attention.module
         yield from (module for module in layer.modules() if attention.module in module.children())
-        yield from (getattr(attention.module, name) for name in (*attention.inputs, attention.output))
+        for name in (*attention.inputs, attention.output):
+            yield attention.part(name)
+            yield attention.module.get_submodule(name.rpartition(".")[0])
+        rotary = getattr(attention.module, "rotary_emb", None)  # its own (Moshi): how it turns shows in the keys
+        yield from () if rotary is None else rotary.modules()
         named = list(attention.module.named_children())
         # what others do shows in a pass, if they are called
         seen = [name for name, m in named if called is not None and m in called]
         plain = [name for name, _ in named if name.startswith(("q", "k"))]
         of_heads = [module for name, module in named if "norm" in name and name in (*plain, *seen)]
         if attention.gate is not None and attention.gate in seen:
-            yield getattr(attention.module, attention.gate)
+            yield attention.part(attention.gate)
     if experts is not None:  # what else the block might do, a copy of it would have shown
         yield from _beside_shared(experts)
     acts = []

@@ -12,7 +12,7 @@ from torch import nn
 from ..predictors.anatomy import dissect
 from .calls import NotCovered
 from .reading import read_spec
-from .spec import AttentionSpec, LayerSpec, ModelSpec
+from .spec import AttentionSpec, LayerSpec, ModelSpec, beside_its_halves
 
 
 def plain_spec(model: Any) -> ModelSpec:
@@ -28,6 +28,9 @@ def plain_spec(model: Any) -> ModelSpec:
         raise NotCovered("it adds embeddings of positions")
     if spec.embedding_norm is not None or spec.norm is None:
         raise NotCovered("its embeddings are normed, or what the LM head reads is not")
+    more = beside_its_halves(spec)
+    if more is not None:
+        raise NotCovered(more)
     for layer in spec.layers:
         attention_of(layer)
         if layer.experts is not None:

@@ -29,7 +29,7 @@ from .program import Program
 from .reading import read_spec
 from .release import Replaced
 from .rotary_tables import Rotation
-from .spec import AttentionSpec, BrickSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec
+from .spec import AttentionSpec, BrickSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec, beside_its_halves
 
 #: the kernels' names of a plan's formats, of those that a GPU has
 FORMATS = {None: None, "int8": "int8_groups", "int4": "int4"}
@@ -272,6 +272,9 @@ def describe(model: Any, anatomy: Anatomy) -> ModelSpec:
         raise NotCovered("its weights are not there yet")
     if isinstance(spec.table, PackedRows):
         raise NotCovered("its embeddings are packed for a CPU")
+    more = beside_its_halves(spec)
+    if more is not None:
+        raise NotCovered(more)
     for layer in spec.layers:
         if not isinstance(layer.attention, AttentionSpec):
             raise NotCovered("attention over latents is not lowered")

@@ -241,7 +241,8 @@ class Entries:
 
     windows: of each layer, how far back it sees (0: all). sizes: of each layer, KV heads, and the size of a key and of
     a value; None where nothing but the model's modules knows. dtype: likewise. at: of which layers of a cache all this
-    is, where its others are the modules'; None: of all.
+    is, where its others are the modules'; None: of all. alone: whether those others have to be empty: their layers do
+    nothing while they are (Mllama).
     """
 
     device: str
@@ -249,13 +250,16 @@ class Entries:
     sizes: Sequence[Sizes] | None = None
     dtype: torch.dtype | None = None
     at: tuple[int, ...] | None = None
+    alone: bool = False
 
     @classmethod
     def of(cls, model: StepModel, at: tuple[int, ...] | None = None) -> Entries:
         """Of a model that the native step runs."""
         attentions = [cast(Any, layer.attention) for layer in model.layers if layer.attention is not None]
         sizes = [a.sizes for a in attentions]
-        return cls("cpu", [a.window for a in attentions], sizes, model.dtype, at)
+        own = tuple(i for i, layer in enumerate(model.layers) if layer.attention is not None)
+        alone = at is None and len(own) < len(model.layers)
+        return cls("cpu", [a.window for a in attentions], sizes, model.dtype, own if alone else at, alone)
 
     def layers_of(self, cache: Any) -> list[Any]:
         """The layers of a cache that these are about."""
@@ -301,6 +305,8 @@ def _of_another_kind(cache: Any, entries: Entries) -> str | None:
     layers = entries.layers_of(cache)
     if len(layers) != len(entries.windows) or len({id(layer) for layer in layers}) != len(layers):
         return f"the KV cache has not {len(entries.windows)} layers"
+    if entries.alone and any(getattr(layer, "is_initialized", True) for layer in cache.layers if layer not in layers):
+        return "the KV cache holds what layers attend to that are idle without"
     for layer in layers:
         if not is_plain(layer) or any(name in vars(layer) for name in _ASKED):
             return f"a KV cache layer is a {type(layer).__name__}, or has methods of its own"

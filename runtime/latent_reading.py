@@ -29,8 +29,8 @@ def read_latent(found: Attention, index: int, window: int, rotary: RotarySpec | 
     if len(found.inputs) not in (3, 4) or keys.shape[0] != 1 or rotary is None:
         return None
     module = cast(Any, found.module)
-    *queries, low, expand = (getattr(module, name) for name in found.inputs)
-    output = getattr(module, found.output)
+    *queries, low, expand = (found.part(name) for name in found.inputs)
+    output = found.part(found.output)
     rank, rope = keys.shape[-1], values.shape[-1]
     if seen.gave(low).shape[-1] != rank + rope or seen.calls[expand][0].given is None:
         return None

@@ -7,8 +7,7 @@ Without a pass, on a meta device, the names that many architectures share have t
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from ..predictors.anatomy import Anatomy, Attention
 from .calls import NotCovered
 from .coverage import INERT
 from .norms import read_norm
+from .side_reading import SideModules, side_of
 from .spec import NormSpec
 from .tracing import Trace
 
@@ -26,12 +26,16 @@ _NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layern
 @dataclass(frozen=True, eq=False)
 class Composition:
     """How a layer is put together: see `LayerSpec`. norms: the modules by the names of their places there. beside:
-    whether its MLP reads what its experts read, and is added to what they give."""
+    whether its MLP reads what its experts read, and is added to what they give. scale: what the residual stream is
+    multiplied by in the end. more: what is added to the attention's output besides. side: a third half."""
 
     norms: dict[str, nn.Module]
     parallel: bool
     residual_scale: float
     beside: bool = False
+    scale: float = 1.0
+    more: Tensor | None = None
+    side: SideModules | None = None
 
     def specs(self, size: int | None = None) -> dict[str, NormSpec | None]:
         places = ("attention_in", "attention_out", "attention_after", "mlp_in", "mlp_out", "mlp_after")
@@ -74,7 +78,7 @@ class Residual:
     `inside` its halves."""
 
     def __init__(self, layer: nn.Module, inside: Collection[nn.Module], seen: Trace) -> None:
-        self._x, self._y = seen.given(layer), seen.gave(layer)
+        self._x, self._y, self._own = seen.given(layer), seen.gave(layer), layer
         told = getattr(layer, "residual_multiplier", None)
         self._told = [1.0, float(told)] if isinstance(told, (int, float)) else [1.0]
         self._seen = seen
@@ -108,6 +112,24 @@ class Residual:
         found = float(((total - x) * gave).sum() / (gave * gave).sum().clamp_min(1e-30))
         scales = [*self._told, found] if known is None else [known]
         return next((scale for scale in scales if self._seen.sums(x, scale * gave, total)), None)
+
+    def _scaled_sum(self, x: Tensor, gave: Tensor, total: Tensor, known: float | None) -> tuple[float, float] | None:
+        """The same, and what the sum is multiplied by."""
+        scale = self._scale(x, gave, total, known)
+        if scale is not None:
+            return scale, 1.0
+        for scale in self._told if known is None else [known]:
+            plain = x + scale * gave
+            end = float((total * plain).sum() / (plain * plain).sum().clamp_min(1e-30))
+            if self._seen.sums(end * x, end * scale * gave, total):
+                return scale, end
+        return None
+
+    def _more(self, gave: Tensor, total: Tensor) -> Tensor | None:
+        """A parameter of the layer that is added to x besides what its attention gives, where that is the total."""
+        tensors = (p for module in self._own.modules() for p in module._parameters.values() if p is not None)
+        fitting = (p for p in tensors if p.shape == self._x.shape[-1:])
+        return next((p for p in fitting if self._seen.sums(self._x, gave + p.detach().float().cpu(), total)), None)
 
 
 class _Layer(Residual):
@@ -145,8 +167,12 @@ class _Layer(Residual):
             norms["mlp_in"], reads = mlp_in, self._seen.given(mlp_in)
         if torch.equal(reads, self._x):
             return self._closed(norms, self._x, attended, parallel=True)
-        scale = self._scale(self._x, attended, reads)
-        return None if scale is None else self._closed(norms, reads, scale=scale)
+        scale, more = self._scale(self._x, attended, reads), None
+        if scale is None:
+            more = self._more(attended, reads)
+            scale = None if more is None else 1.0
+        found = None if scale is None else self._closed(norms, reads, scale=scale)
+        return found if found is None or more is None else replace(found, more=more)
 
     def _after_attention(self, norms: dict[str, nn.Module], attended: Tensor) -> Composition | None:
         """A norm of the residual stream after the attention, which the MLP reads as it is."""
@@ -173,14 +199,20 @@ class _Layer(Residual):
         y, after = self._y, self._giving(self._y, norms)
         if after is not None:
             norms["mlp_after"], y = after, self._seen.given(after)
-        scale = self._scale(x, more, y, scale)
-        return None if scale is None else Composition(norms, parallel, scale, self._beside)
+        found = self._scaled_sum(x, more, y, scale)
+        if found is not None:
+            return Composition(norms, parallel, found[0], self._beside, found[1])
+        for told in self._told if scale is None else [scale]:
+            side = side_of(self._own, x + told * more, self._seen)
+            ended = None if side is None else self._scaled_sum(x + told * more, side[1], y, 1.0)
+            if side is not None and ended is not None:
+                return Composition(norms, parallel, told, self._beside, ended[1], side=side[0])
+        return None
 
 
 def attended_in(attention: Attention, seen: Trace) -> tuple[Tensor, Tensor]:
     """What an attention was given and gave."""
-    owner: Any = attention.module
-    return seen.given(getattr(owner, attention.inputs[0])), seen.gave(getattr(owner, attention.output))
+    return seen.given(attention.part(attention.inputs[0])), seen.gave(attention.part(attention.output))
 
 
 def mlp_in_pass(anatomy: Anatomy, index: int, seen: Trace) -> tuple[tuple[Tensor, Tensor], list[nn.Module], bool]:
@@ -192,8 +224,9 @@ def mlp_in_pass(anatomy: Anatomy, index: int, seen: Trace) -> tuple[tuple[Tensor
         if mlp is None:
             raise NotCovered("a layer has no MLP that was recognised")
         return (seen.given(mlp.up), seen.gave(mlp.down)), inside, False
-    inside += experts.block.modules()
-    reads, gave = seen.given(experts.block), seen.gave(experts.block)
+    inside += (module for module in experts.block.modules() if module is not experts.norm)
+    reads = seen.given(experts.block)
+    gave = seen.gave(experts.block) if experts.norm is None else seen.given(experts.norm)
     if mlp is None or mlp is experts.shared or not torch.equal(seen.given(mlp.up), reads):
         return (reads, gave), inside, False
     return (reads, gave + seen.gave(mlp.down)), inside, True

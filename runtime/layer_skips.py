@@ -114,7 +114,7 @@ class LayerSkips:
         # a fused projection cannot leave its queries out
         names = [attention.inputs[0], attention.output] if len(attention.inputs) == 3 else [attention.output]
         for name in names:
-            _patch_projection(getattr(attention.module, name), replace)
+            _patch_projection(attention.part(name), replace)
 
     def _patch_mlp(
         self, index: int, layer: FeedForward, replace: Replace, passthrough: Callable[[FeedForward], None]

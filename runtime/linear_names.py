@@ -17,9 +17,9 @@ def native_names(anatomy: Anatomy, layer: int) -> dict[str, dict[str, int]]:
     names = {} if mlp is None else _names_of_mlp(mlp)
     if attention is None or len(attention.inputs) not in (1, 3):
         return names
-    outputs, queries = shape_of(getattr(attention.module, attention.output))
+    outputs, queries = shape_of(attention.part(attention.output))
     names[f"attention.{attention.output}"] = {"o": outputs}
-    sizes = [shape_of(getattr(attention.module, name))[0] for name in attention.inputs]
+    sizes = [shape_of(attention.part(name))[0] for name in attention.inputs]
     if len(sizes) == 3:
         triples = zip(attention.inputs, "qkv", sizes, strict=True)
         return names | {f"attention.{name}": {part: size} for name, part, size in triples}
@@ -52,7 +52,8 @@ def linear_of(anatomy: Anatomy, layer: int, name: str) -> tuple[torch.nn.Module,
         "attention": None if attention is None else attention.module,
     }
     part, _, attribute = name.partition(".")
-    module = getattr(owners[part], attribute, None)
-    if not isinstance(module, torch.nn.Module):
+    owner = owners[part]
+    module = None if owner is None else dict(owner.named_modules()).get(attribute)
+    if module is None or not attribute:
         raise PlanError(f"layer {layer} has no linear {name}, for which the plan has a threshold")
     return module, part == "mlp"

@@ -33,8 +33,8 @@ def generate(steps: Steps, model: Any, ids: Tensor, arguments: dict[str, Any]) -
 
     ids: int64 [rows, length]; arguments: the call's other arguments by name.
     """
-    captured = steps.lowering is Lowering.CAPTURED
-    if not steps.ready or (captured and end_tokens(arguments) is None):
+    captured, in_part = steps.lowering is Lowering.CAPTURED, steps.lowering is Lowering.SPANS
+    if not steps.ready or in_part or (captured and end_tokens(arguments) is None):
         return None
     if uncovered_call(ids, arguments) or length_dependence(model, ids, arguments):
         return None

@@ -24,7 +24,19 @@ from .packed_experts import HeldExperts
 from .packed_layer import PackedLayer, PackedRows, StandIn
 from .reading import read_spec
 from .rotary_tables import RotaryTables
-from .spec import AttentionSpec, BrickSpec, ExpertsSpec, LatentSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec
+from .spec import (
+    AttentionSpec,
+    BeforeHeadSpec,
+    BrickSpec,
+    ExpertsSpec,
+    LatentSpec,
+    LayerSpec,
+    LinearSpec,
+    ModelSpec,
+    NormSpec,
+    SideInputsSpec,
+    SideSpec,
+)
 from .unpacking import unpack
 
 #: told of a linear as soon as all rows of its matrix are packed
@@ -115,7 +127,10 @@ class CpuModel:
             raise NotCovered("its weights are not there yet")
         self.spec, self.rotary, self._packing = spec, rotary, packing
         self._format, tables = KERNEL_FORMATS[packing.weights], rotary.tables()
-        layers = [self._layer(layer, i in packing.bundled, tables[i]) for i, layer in enumerate(spec.layers)]
+        layers = [
+            replace(self._layer(layer, i in packing.bundled, tables[i]), side=self._side(layer.side, i))
+            for i, layer in enumerate(spec.layers)
+        ]
         self.base = native.StepModel(
             embedding=_table(spec),
             layers=layers,
@@ -127,6 +142,9 @@ class CpuModel:
             logit_softcap=spec.logit_softcap,
             places=None if spec.places is None else spec.places.table[spec.places.first :].contiguous(),
             embedding_norm=_norm(spec.embedding_norm),
+            token_norm=_norm(spec.token_norm),
+            before=self._before_head(spec.before),
+            sides=self._sides(spec.sides),
         )
 
     def step(self, program: StepProgram) -> native.Step:
@@ -165,6 +183,28 @@ class CpuModel:
         of_attention = sum(m.nbytes for a in attentions for m in a.linears)
         return of_mlps + of_attention + self.base.head.nbytes, of_mlps
 
+    def _before_head(self, before: BeforeHeadSpec | None) -> native.BeforeHead | None:
+        if before is None:
+            return None
+        return native.BeforeHead(self._parts(before.linear, self._format)[0], before.act, _norm(before.norm))
+
+    def _side(self, side: SideSpec | None, index: int) -> native.Side | None:
+        if side is None:
+            return None
+        assert self.spec.sides is not None
+        gate, out = (self._parts(linear, self._format)[0] for linear in (side.gate, side.out))
+        return native.Side(gate, out, _norm(side.norm), side.act, index * self.spec.sides.width)
+
+    def _sides(self, sides: SideInputsSpec | None) -> native.SideInputs | None:
+        if sides is None:
+            return None
+        return native.SideInputs(
+            self._parts(sides.linear, self._format)[0],
+            lower_norm(sides.norm),
+            sides.table.weight.detach(),
+            **{name: getattr(sides, name) for name in ("width", "scale", "table_scale", "sum")},
+        )
+
     # --- layers
 
     def _layer(self, layer: LayerSpec, bundled: bool, rotation: tuple[Tensor, Tensor] | None) -> native.StepLayer:
@@ -187,6 +227,8 @@ class CpuModel:
             parallel=layer.parallel,
             attention_after=_norm(layer.attention_after),
             mlp_after=_norm(layer.mlp_after),
+            scale=layer.scale,
+            curve=layer.bricks[0].curve if layer.bricks else None,
         )
 
     def _latent(self, attention: LatentSpec, rotation: tuple[Tensor, Tensor] | None) -> native.LatentAttention:
@@ -262,6 +304,13 @@ class CpuModel:
 
     def _parts(self, linear: LinearSpec, fmt: str | None) -> list[PackedLinear]:
         """A linear's matrix in as many parts as it holds projections."""
+        if linear.more is None:
+            return self._parts_alone(linear, fmt)
+        (whole,) = self._parts_alone(replace(linear, more=None), fmt)
+        more = linear.more.detach().float()
+        return [replace(whole, bias=more.clone() if whole.bias is None else whole.bias + more)]
+
+    def _parts_alone(self, linear: LinearSpec, fmt: str | None) -> list[PackedLinear]:
         module: Any = linear.module
         if isinstance(module, PackedLayer):
             return _in_parts(module.parts(whole=self._packing.weights is None), linear.rows)

@@ -77,4 +77,5 @@ def _router(spec: RouterSpec, logits: PackedLinear, scale: float) -> Router:
         normalized=choice.normalised,
         added=choice.epsilon if choice.normalised else 0.0,
         scale=choice.scale * scale,
+        jitter=choice.jitter,
     )

@@ -536,7 +536,7 @@ def _unread(anatomy: Anatomy, program: Program, skipped: tuple[frozenset[int], f
     for index in skipped[0]:
         attention = anatomy.attentions[index]
         if attention is not None and len(attention.inputs) == 3:
-            found.update(getattr(attention.module, name) for name in (attention.inputs[0], attention.output))
+            found.update(attention.part(name) for name in (attention.inputs[0], attention.output))
     return found
 
 

@@ -30,7 +30,8 @@ from .packed_layer import PackedLayer
 from .patches import Patches, Usage
 from .phases import Pass, Phase, current_pass, current_prompt, last_pass, mode, passing, tokens_in
 from .prepared import Prepared
-from .program import BrickProgram, ExpertsProgram, Program
+from .program import BrickProgram, Program
+from .program_experts import ExpertsProgram
 from .release import Replaced
 from .selections import Observed, Selections, attach, selections_of
 from .spec import is_plain_linear
@@ -278,9 +279,9 @@ class ModulePatches:
             program = host.program.chosen_experts.get(index)
             packed = experts is not None and (host.program.weights or isinstance(experts.module, HeldExperts))
             if experts is not None and (program is not None or (packed and can_be_held(experts))):
-                self._patch_experts(experts, program)
+                self._patch_experts(index, experts, program)
 
-    def _patch_experts(self, experts: Experts, program: ExpertsProgram | None) -> None:
+    def _patch_experts(self, layer: int, experts: Experts, program: ExpertsProgram | None) -> None:
         module = experts.module
         original, packs = module.forward, available("cpu") is None and can_be_held(experts)
 
@@ -288,6 +289,9 @@ class ModulePatches:
         def forward(*args: Any, **kwargs: Any) -> Any:
             step = current_pass()
             if step is None or step.phase is Phase.PREFILL or torch.is_grad_enabled():
+                if program is not None and program.by_prompt is not None and step is not None and step.selections:
+                    _, index, weights = experts.routed(args, kwargs)
+                    step.selections.observe_experts(layer, index, weights, experts.count, step.valid)
                 return original(*args, **kwargs)
             decides = program is not None and step.phase is Phase.DECODE
             packed = self._experts_as_packed(experts, step) if packs else []
@@ -295,19 +299,28 @@ class ModulePatches:
                 return original(*args, **kwargs)
             x, index, weights = experts.routed(args, kwargs)
             if decides:
-                index, weights = self._left_experts(experts, cast(ExpertsProgram, program), x, index, weights, step)
+                index, weights = self._left_experts(
+                    layer, experts, cast(ExpertsProgram, program), x, index, weights, step
+                )
+            if decides and program is not None and program.least is not None:
+                y, left_out = experts.thinned(x, index, weights, program.least)
+                step.skipped += left_out
+                return y
             return few_tokens(experts, packed, x, index, weights) if packed else experts.mixture(x, index, weights)
 
         self._host.patches.set(module, "forward", forward)
 
     @staticmethod
     def _left_experts(
-        experts: Experts, program: ExpertsProgram, x: Tensor, index: Tensor, given: Tensor, step: Pass
+        layer: int, experts: Experts, program: ExpertsProgram, x: Tensor, index: Tensor, given: Tensor, step: Pass
     ) -> tuple[Tensor, Tensor]:
         """What a plan leaves of a router's choice."""
-        if program.allowed is not None:
-            router = cast(Router, experts.router)
-            index, given = router.route(x, program.allowed.to(x.device))
+        allowed = program.allowed
+        if program.by_prompt is not None and step.selections is not None:
+            rows = step.selections.allowed_experts(layer)
+            allowed = None if rows is None else rows.repeat_interleave(step.length, 0)
+        if allowed is not None:
+            index, given = cast(Router, experts.router).route(x, allowed.to(x.device))
         weights = program.weights(given)
         step.skipped += program.width * int((weights == 0).sum())
         return index, weights

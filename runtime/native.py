@@ -263,6 +263,8 @@ class NativeSteps:
             except NotCovered as reason:
                 state.disagreed += isinstance(reason, Disagrees)
                 for_good = not isinstance(reason, (Disagrees, NotThisCall))
+                # maybe halves of its layers are; in halves of floats, texts would part from the modules' at near ties
+                state.uncovered = for_good and self.model.dtype == torch.float32
                 if for_good or state.disagreed == _ATTEMPTS:
                     self._refuse(str(reason))
                 take_back(cache, tokens.shape[1])

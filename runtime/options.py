@@ -34,10 +34,10 @@ from .unknown import closest
 
 METHODS = (
     "auto", "core", "similar", "static", "threshold", "sketch", "learned", "topk", "bricks", "layers", "experts",
-    "skip-experts",
+    "skip-experts", "core-experts", "thin-experts",
 )  # fmt: skip
-OF_EXPERTS = ("experts", "skip-experts")  # of mixtures of experts
-UNSEARCHED = ("experts", "bricks")  # no search for a budget looks at them
+OF_EXPERTS = ("experts", "skip-experts", "core-experts", "thin-experts")  # of mixtures of experts
+UNSEARCHED = ("experts", "core-experts", "thin-experts", "bricks")  # no search for a budget looks at them
 RULES = ("teal", "wina", "cats")
 WITH_ALPHA = ("magnitude", "magnitude_down", "signed")  # of the scores, those by which tokens have a core
 
@@ -246,6 +246,8 @@ OPTIONS_OF: Mapping[str, type[MethodOptions]] = {
     "layers": LayersOptions,
     "experts": ExpertsOptions,
     "skip-experts": SkipExpertsOptions,
+    "core-experts": MethodOptions,
+    "thin-experts": MethodOptions,
     "dense": MethodOptions,
 }
 _OF_THE_SEARCH = ("leave", "gated")  # what a user cannot give

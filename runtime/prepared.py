@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..kernels.ops import PackedLinear
 from ..kernels.sparse import SparseLinear
@@ -18,6 +18,7 @@ from .layer_skips import LayerSkips
 from .linear_names import linear_of, native_names
 from .lower_cpu import StepProgram
 from .program import Program
+from .program_experts import ExpertsProgram
 from .selections import Packer, SelectedNeurons, Selections
 
 
@@ -99,7 +100,7 @@ class Prepared:
         columns = {layer: self._columns(layer) for layer in self._inputs}
         every = [mlps.get(layer) for layer in range(len(self._anatomy))]
         chosen = self._program.chosen_experts.items()
-        experts = {i: (None if e.allowed is None else e.allowed.to(torch.uint8), e.beta) for i, e in chosen}
+        experts = {index: (_kept(index, found, selections), found.beta) for index, found in chosen}
         return StepProgram(every, skipped, attention, no_mlp, columns=columns, experts=experts)
 
     def _columns(self, layer: int) -> dict[str, SparseLinear]:
@@ -111,3 +112,12 @@ class Prepared:
             worth = neuron if in_mlp else 0.0
             found |= self._weights.sparse_linears(module, threshold, brick.by_norm, names[name], worth)
         return found
+
+
+def _kept(layer: int, experts: ExpertsProgram, selections: Selections | None) -> Tensor | None:
+    """The experts that a native step may choose from, uint8 ``[experts]``; None: all. Sequences that keep different
+    ones have no native step."""
+    if experts.by_prompt is None:
+        return None if experts.allowed is None else experts.allowed.to(torch.uint8)
+    allowed = None if selections is None else selections.allowed_experts(layer)
+    return None if allowed is None else allowed[0].to(torch.uint8)

@@ -21,10 +21,10 @@ from torch import Tensor
 from ..kernels.neuron_groups import Form, PackedNeurons
 from ..kernels.packed import EXACT_BYTES, PackedLinear, PackedMLP
 from ..kernels.sparse import ExactScores, SignScores, SparseMLP
-from ..predictors.anatomy import Anatomy, Experts
+from ..predictors.anatomy import Anatomy
 from ..predictors.checks import AS_PACKED
 from ..predictors.errors import PlanError
-from ..predictors.expert_policies import AllExperts, ExpertPolicy, KeptExperts, SkipExperts
+from ..predictors.expert_policies import CoreExperts
 from ..predictors.importance import kept_count
 from ..predictors.interventions import Site
 from ..predictors.plan import LayerPlan, Plan
@@ -46,6 +46,7 @@ from ..predictors.policies import (
 )
 from .bundles import Bundles, FewerNeurons, packed_in_four_bits
 from .linear_names import native_names
+from .program_experts import ExpertsProgram, build_experts
 from .slim import slim_down_bytes
 
 # Of neurons chosen in 4-bit groups: by bytes alone. How long they take differs from machine to machine, 1.0 to 1.4
@@ -172,46 +173,6 @@ def build(policy: NeuronPolicy, brick: Brick) -> BrickProgram:
 
 
 @dataclass(frozen=True, eq=False)
-class ExpertsProgram:
-    """What a decode step does with one mixture of experts.
-
-    Attributes:
-        policy: of the plan.
-        count, width: experts, and the neurons of one.
-        top_k: experts of a token; 0: not known.
-        active: experts computed for a token; where tokens differ, on the calibration text.
-        nbytes: bytes of experts' weights that a step of one token reads; shared experts are bricks.
-        allowed: bool ``[count]``: only these can be chosen, see `Choice.of`; None: all.
-        beta: experts of a token are left out whose weight is below this share of its largest.
-        normalised: whether the weights of the others then make up for theirs.
-        native: whether native steps make the choice.
-    """
-
-    policy: ExpertPolicy
-    count: int
-    width: int
-    top_k: int
-    active: float
-    nbytes: float
-    allowed: Tensor | None = None
-    beta: float = 0.0
-    normalised: bool = False
-    native: bool = False
-
-    @property
-    def chooses(self) -> bool:
-        """Whether it computes anything else than the model's router asks for."""
-        return self.allowed is not None or self.beta > 0
-
-    def weights(self, given: Tensor) -> Tensor:
-        """A token's weights ``[tokens, top_k]`` with 0 for the experts that are left out, fp32."""
-        given = given.float()
-        stay = given >= self.beta * given.amax(-1, keepdim=True)
-        left = given.masked_fill(~stay, 0.0)
-        return left * (given.sum(-1, keepdim=True) / left.sum(-1, keepdim=True)) if self.normalised else left
-
-
-@dataclass(frozen=True, eq=False)
 class LayerProgram:
     """What a decode step does with one decoder layer. bricks: its MLP, or its shared expert; experts: None where it has
     none. skips: what its layer policy leaves out. changed: whether something changes its activations, which no kernel
@@ -248,7 +209,12 @@ class Program:
         the plan's format has it."""
         dense = dense or (lambda weight: FORMAT_BYTES.get(str(plan.weights), float(weight.element_size())))
         layers = (_layer(anatomy, index, layer, plan.weights, dense) for index, layer in enumerate(plan.layers))
-        return cls(tuple(layers), plan.weights)
+        found = cls(tuple(layers), plan.weights)
+        if plan.weights is not None and any(e.least is not None for e in found.chosen_experts.values()):
+            raise PlanError(
+                "neurons inside of experts are left out of weights as loaded alone: make the plan without weights"
+            )
+        return found
 
     def chosen_by(self, *choosers: Chooser) -> dict[int, BrickProgram]:
         """By layer, the bricks in which one of these decides."""
@@ -269,6 +235,12 @@ class Program:
         """Whether it leaves neurons of shared experts out, which a whole native step does not."""
         layers = [layer for layer in self.layers if layer.experts is not None]
         return any(brick.chooser is not Chooser.NOTHING for layer in layers for brick in layer.bricks)
+
+    @cached_property
+    def core_experts(self) -> dict[int, CoreExperts]:
+        """By layer, what prompts decide of mixtures."""
+        found = {index: experts.by_prompt for index, experts in self.chosen_experts.items()}
+        return {index: policy for index, policy in found.items() if policy is not None}
 
     @cached_property
     def chosen_experts(self) -> dict[int, ExpertsProgram]:
@@ -494,76 +466,3 @@ def _by_inputs(policy: Teal | Wina, brick: Brick) -> BrickProgram:
         policy, policy.chooser, kept, brick.width, read, native,
         thresholds=policy.thresholds, by_norm=policy.by_norm, share=policy.keep,
     )  # fmt: skip
-
-
-# ---- and one for each of experts ----
-
-
-ExpertsBuilder = Callable[[Any, Experts], ExpertsProgram]
-_EXPERTS_BUILDERS: dict[type[ExpertPolicy], ExpertsBuilder] = {}
-
-
-def builds_experts(policy: type[ExpertPolicy]) -> Callable[[ExpertsBuilder], ExpertsBuilder]:
-    """Registers a function as the builder of this policy."""
-
-    def register(builder: ExpertsBuilder) -> ExpertsBuilder:
-        _EXPERTS_BUILDERS[policy] = builder
-        return builder
-
-    return register
-
-
-def build_experts(
-    policy: ExpertPolicy, experts: Experts, dense: Callable[[Tensor], float] | None = None
-) -> ExpertsProgram:
-    """The program of one mixture under `policy`. dense: see `Program.of`; by default weights are read as loaded.
-
-    Raises:
-        PlanError: there is no builder for policies of this type, or the mixture is not one that it can be for.
-    """
-    builder = _EXPERTS_BUILDERS.get(type(policy))
-    if builder is None:
-        raise PlanError(f"nothing carries out the policy {policy.name!r}: register a builder for it")
-    found = builder(policy, experts)
-    if dense is None:
-        return found
-    return replace(found, nbytes=found.nbytes * dense(experts.down) / experts.down.element_size())
-
-
-def _routed(policy: ExpertPolicy, experts: Experts, active: float, **choice: Any) -> ExpertsProgram:
-    neuron = (3 if experts.gated else 2) * experts.hidden_size * experts.down.element_size()
-    read = active * experts.intermediate_size * neuron
-    return ExpertsProgram(
-        policy, experts.count, experts.intermediate_size, experts.top_k, active, read, **choice
-    )  # fmt: skip
-
-
-@builds_experts(AllExperts)
-def _all_experts(policy: ExpertPolicy, experts: Experts) -> ExpertsProgram:
-    return _routed(policy, experts, experts.top_k)
-
-
-@builds_experts(SkipExperts)
-def _skip_experts(policy: SkipExperts, experts: Experts) -> ExpertsProgram:
-    if policy.beta == 0:
-        return _all_experts(policy, experts)
-    if experts.scaled_inputs:
-        raise PlanError("every expert is given every token, multiplied by the router's weights: none can be left out")
-    normalised = experts.router is not None and experts.router.choice.normalised
-    active = max(1.0, policy.share * experts.top_k)
-    known = experts.router is not None
-    return _routed(policy, experts, active, beta=float(policy.beta), normalised=normalised, native=known)
-
-
-@builds_experts(KeptExperts)
-def _kept_experts(policy: KeptExperts, experts: Experts) -> ExpertsProgram:
-    kept = policy.kept(experts.count)
-    if kept == experts.count:
-        return _all_experts(policy, experts)
-    if experts.scaled_inputs:
-        raise PlanError("every expert is given every token, multiplied by the router's weights: none can be left out")
-    if experts.router is None:
-        raise PlanError("what its router computes is not known: --method skip-experts can leave experts out")
-    allowed = torch.zeros(experts.count, dtype=torch.bool, device="cpu")
-    allowed[policy.indices] = True
-    return _routed(policy, experts, min(kept, experts.top_k), allowed=allowed, native=True)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..predictors.anatomy import Anatomy, Attention, Experts, FeedForward, canonical_activation
+from ..kernels.packed import ACTS
+from ..predictors.anatomy import Anatomy, Attention, Experts, FeedForward, canonical_activation, curve_of, rows_of
 from .attention_names import linear
 from .attention_reading import alibi, read_attention
 from .calls import NotCovered
@@ -25,9 +26,11 @@ from .coverage import uncovered
 from .layer_reading import Composition, by_name, by_values
 from .norms import normed, read_norm
 from .packed_layer import PackedRows
+from .side_reading import read_sides
 from .spec import (
     STATIC_ROPE,
     AttentionSpec,
+    BeforeHeadSpec,
     BrickSpec,
     ExpertsSpec,
     LatentSpec,
@@ -54,20 +57,28 @@ def read_spec(model: Any, anatomy: Anatomy) -> ModelSpec:
     if any(attention is None for attention in anatomy.attentions):
         raise NotCovered("a layer's attention was not recognised")
     windows(model.config, len(anatomy))  # before anything is computed
-    seen = None if table.weight.is_meta and not isinstance(table, PackedRows) else trace(model, anatomy)
-    found = [by_name(layer) if seen is None else by_values(anatomy, i, seen) for i, layer in enumerate(anatomy.layers)]
+    seen = None if table.weight.is_meta and not isinstance(table, PackedRows) else trace(model, anatomy, partly=True)
+    idle = idle_layers(anatomy, seen)
+    found = [
+        _IDLE if i in idle else by_name(layer) if seen is None else by_values(anatomy, i, seen)
+        for i, layer in enumerate(anatomy.layers)
+    ]
     beside = [index for index, layer in enumerate(found) if layer.beside]
-    reason = uncovered(anatomy, [layer.norms.values() for layer in found], None if seen is None else seen.calls, beside)
+    sides = [layer.side for layer in found]
+    norms = [[*layer.norms.values(), *(() if layer.side is None else layer.side.modules)] for layer in found]
+    more = [layer.more for layer in found]
+    reason = uncovered(anatomy, norms, None if seen is None else seen.calls, beside, more, idle)
     if reason is not None:
         raise NotCovered(reason)
     config = model.config.get_text_config()
     size = table.weight.shape[-1]
-    rotary, attentions = _attentions(anatomy, config, windows(model.config, len(anatomy)), seen)
+    rotary, attentions = _attentions(anatomy, config, windows(model.config, len(anatomy)), seen, idle)
+    side_inputs, of_layers = read_sides(anatomy, sides, table, seen)
     layers = tuple(
-        _layer(anatomy, index, layer, attention, size)
+        replace(_layer(anatomy, index, layer, attention, size), side=of_layers[index])
         for index, (layer, attention) in enumerate(zip(found, attentions, strict=True))
     )
-    scale, places, embedding_norm = _embedding(anatomy, table, seen)
+    scale, places, embedding_norm, token_norm = _embedding(anatomy, table, seen)
     divisor = getattr(config, "logits_scaling", None)
     return ModelSpec(
         table=table,
@@ -81,8 +92,28 @@ def read_spec(model: Any, anatomy: Anatomy) -> ModelSpec:
         logit_softcap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
         places=places,
         embedding_norm=embedding_norm,
+        token_norm=token_norm,
+        before=before_head(model, anatomy, size),
+        sides=side_inputs,
         end=read_end(anatomy, rotary, places, seen),
     )
+
+
+_IDLE = Composition({}, False, 1.0)
+
+
+def idle_layers(anatomy: Anatomy, seen: Trace | None) -> frozenset[int]:
+    """The layers that a pass of text alone does not call.
+
+    Raises:
+        NotCovered: one that it calls keeps no keys and values.
+    """
+    if seen is None:
+        return frozenset()
+    idle = frozenset(index for index, layer in enumerate(anatomy.layers) if layer not in seen.calls)
+    if any(keys.ndim != 3 for index, keys in enumerate(seen.keys) if index not in idle):
+        raise NotCovered("a layer keeps no keys and values in its cache")
+    return idle
 
 
 def windows(config: Any, layers: int) -> list[int]:
@@ -101,16 +132,18 @@ def windows(config: Any, layers: int) -> list[int]:
 
 
 def _attentions(
-    anatomy: Anatomy, config: Any, windows_of: list[int], seen: Trace | None
-) -> tuple[RotarySpec | None, list[AttentionSpec | LatentSpec]]:
-    """How the layers rotate, and attend."""
+    anatomy: Anatomy, config: Any, windows_of: list[int], seen: Trace | None, idle: frozenset[int]
+) -> tuple[RotarySpec | None, list[AttentionSpec | LatentSpec | None]]:
+    """How the layers rotate, and attend; None for idle ones."""
     rotary = read_rotary(anatomy)
     variants = [rotary] if rotary is None or seen is None else [rotary, replace(rotary, backwards=True)]
     refused: NotCovered | None = None
     for variant in variants:
         try:
             return variant, [
-                read_attention(cast(Attention, attention), index, window, config, variant, seen)
+                None
+                if index in idle
+                else read_attention(cast(Attention, attention), index, window, config, variant, seen)
                 for index, (attention, window) in enumerate(zip(anatomy.attentions, windows_of, strict=True))
             ]
         except NotCovered as reason:
@@ -120,20 +153,28 @@ def _attentions(
 
 def _layer(anatomy: Anatomy, index: int, found: Composition, attention: Any, size: int) -> LayerSpec:
     mlp, experts = anatomy.feed_forwards[index], anatomy.experts[index]
+    if found is _IDLE:
+        mlp = experts = None
+    if found.more is not None:
+        attention = replace(attention, output=replace(attention.output, more=found.more))
     return LayerSpec(
         attention=attention,
         bricks=(read_brick(mlp),) if mlp is not None and experts is None else (),
         experts=None if experts is None else read_experts(experts, mlp if found.beside else experts.shared),
         residual_scale=found.residual_scale,
         parallel=found.parallel,
+        scale=found.scale,
         **cast(Any, found.specs(size)),
     )
 
 
 def read_brick(mlp: FeedForward) -> BrickSpec:
-    act = canonical_activation(mlp.act)
+    act, curve = canonical_activation(mlp.act), None
     if not isinstance(act, str):
-        raise NotCovered("its activation is not one of the kernels'")
+        curve = curve_of(mlp.act)
+        if curve is None:
+            raise NotCovered("its activation is not one of the kernels'")
+        act = "curve"
     linears = [mlp.up, mlp.down] if mlp.gate_name is None else [getattr(mlp.owner, mlp.gate_name), mlp.up, mlp.down]
     if not all(map(is_plain_linear, linears)):
         raise NotCovered("a projection of an MLP is not a plain linear layer")
@@ -141,7 +182,8 @@ def read_brick(mlp: FeedForward) -> BrickSpec:
     up = LinearSpec(mlp.up, (width, width) if mlp.stacked else None)
     gate = None if mlp.gate_name is None else LinearSpec(linears[0])
     norm = None if mlp.norm_name is None else read_norm(getattr(mlp.owner, mlp.norm_name), width)
-    return BrickSpec(gate, up, LinearSpec(mlp.down), act, mlp, norm)
+    numbers = None if curve is None else curve.numbers
+    return BrickSpec(gate, up, LinearSpec(mlp.down), act, mlp, norm, numbers)
 
 
 def read_experts(found: Experts, shared: FeedForward | None) -> ExpertsSpec:
@@ -192,7 +234,8 @@ def read_experts(found: Experts, shared: FeedForward | None) -> ExpertsSpec:
 def _last_norm(anatomy: Anatomy, seen: Trace | None, size: int) -> NormSpec | None:
     """The norm between the last layer and what the decoder gives."""
     if seen is not None:
-        last, gave = seen.gave(anatomy.layers[-1]), cast(Tensor, seen.last)
+        called = [layer for layer in anatomy.layers if layer in seen.calls]
+        last, gave = seen.gave(called[-1]), cast(Tensor, seen.last)
         if torch.equal(last, gave):
             return None
         norm = next((module for module, calls in seen.calls.items() if any(c.made(last, gave) for c in calls)), None)
@@ -206,12 +249,49 @@ def _last_norm(anatomy: Anatomy, seen: Trace | None, size: int) -> NormSpec | No
     raise NotCovered("no norm before the LM head was found")
 
 
+def before_head(model: Any, anatomy: Anatomy, size: int) -> BeforeHeadSpec | None:
+    """A map of the model's that, as its shape says, comes between the decoder and the LM head; whether it does, the
+    comparison with the model's own logits tells."""
+    head = model.get_output_embeddings()
+    for module in model.children():
+        inside = set(module.modules())
+        if anatomy.stack in inside or head in inside:
+            continue
+        linears = [part for part in inside if is_plain_linear(part)]
+        norms = [part for part in module.children() if {p.shape for p in part.parameters()} == {(size,)}]
+        square = len(linears) == 1 and linears[0].weight.shape == (size, size)
+        if (
+            not square
+            or len(norms) > 1
+            or set(module.parameters()) - {p for part in (*linears, *norms) for p in part.parameters()}
+        ):
+            continue
+        found = BeforeHeadSpec(LinearSpec(linears[0]), "", read_norm(norms[0], size) if norms else None)
+        for act in ACTS:
+            if _is_map(module, replace(found, act=act)):
+                return replace(found, act=act)
+    return None
+
+
+def _is_map(module: nn.Module, spec: BeforeHeadSpec) -> bool:
+    weight, bias = rows_of(spec.linear.module)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, weight.shape[1], generator=generator, dtype=torch.float32, device="cpu").to(weight)
+    with torch.no_grad():
+        y = ACTS[spec.act](torch.nn.functional.linear(x, weight, bias))
+        y = y if spec.norm is None else normed(spec.norm, y.float())
+        found = module(x)
+    most = 2e-2 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    return isinstance(found, Tensor) and torch.allclose(found.float(), y.float(), rtol=most, atol=most)
+
+
 # ---- positions and embeddings ----
 
 
 def read_rotary(anatomy: Anatomy) -> RotarySpec | None:
     """How the layers rotate, if they do."""
-    named = getattr(anatomy.stack, "rotary_emb", None)
+    attending = (attention.module for attention in anatomy.attentions if attention is not None)
+    named = getattr(anatomy.stack, "rotary_emb", None) or getattr(next(attending, None), "rotary_emb", None)
     module = named or next((m for m in anatomy.stack.children() if "inv_freq" in m._buffers), None)
     if isinstance(module, nn.Module):
         kinds = getattr(module, "rope_type", "default")
@@ -246,13 +326,14 @@ def check_table(module: nn.Module) -> None:
         raise NotCovered(f"the token embeddings are a {type(module).__name__}")
 
 
-Embedding = tuple["float | None", "PlacesSpec | None", "NormSpec | None"]
+Embedding = tuple["float | None", "PlacesSpec | None", "NormSpec | None", "NormSpec | None"]
 
 
 def _embedding(anatomy: Anatomy, module: Any, seen: Trace | None) -> Embedding:
-    """What embeddings are multiplied by (Gemma, Granite), what positions add to them, and the norm of the sum."""
+    """What embeddings are multiplied by (Gemma, Granite), what positions add to them, and the norms of the sum, and
+    of the tokens' alone."""
     if seen is None:
-        return None, None, None
+        return None, None, None, None
     ids = seen.ids[0]
     rows = module.rows(ids.cpu()) if isinstance(module, PackedRows) else module.weight.detach()[ids]
     w, x, norm = rows.float(), seen.given(anatomy.layers[0]), None
@@ -263,11 +344,18 @@ def _embedding(anatomy: Anatomy, module: Any, seen: Trace | None) -> Embedding:
             break
     scale = float((x * w).sum() / (w * w).sum())
     if seen.near(scale * w, x):
-        return 1.0 if abs(scale - 1.0) < 1e-3 else scale, None, norm
+        return 1.0 if abs(scale - 1.0) < 1e-3 else scale, None, norm, None
     for scale, table in ((s, t) for s in (1.0, math.sqrt(w.shape[-1])) for t in _tables(anatomy, module, seen)):
         first = _first_row(seen, table, x, scale * w)
         if first is not None:
-            return scale, _places(anatomy, seen, norm, scale * w, table, first), norm
+            return scale, _places(anatomy, seen, norm, scale * w, table, first), norm, None
+    for norm_of, call in ((part, call) for part in seen.before for call in seen.calls[part]):
+        if call.given is None or call.gave is None or not seen.near(call.given, w) or seen.near(call.gave, w):
+            continue
+        for table in _tables(anatomy, module, seen):  # the tokens' are normed by themselves (BlenderbotSmall)
+            first = _first_row(seen, table, x, call.gave)
+            if first is not None:
+                return 1.0, _places(anatomy, seen, None, call.gave, table, first), None, read_norm(norm_of, w.shape[-1])
     raise NotCovered("the first layer does not read plain token embeddings, nor with what positions add to them")
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..kernels.sparse import SparseMLP
+from ..predictors.expert_policies import CoreExperts
 from ..predictors.importance import token_contributions
 from ..predictors.policies import Clusters, Observation, PromptNeurons
 
@@ -62,10 +63,14 @@ class Selections:
         observed: Mapping[int, Observed],
         policies: Mapping[int, PromptNeurons],
         clusters: Clusters | None,
+        experts: Mapping[int, CoreExperts] | None = None,
     ) -> None:
         self.owner = owner  # the wrapping that made it: selections of an earlier one are not used
         self.rows = rows
         self._observed, self._policies, self._clusters = observed, policies, clusters
+        self._core_experts = dict(experts or {})
+        self._used: dict[int, Tensor] = {}  # by layer, sums of router weights, [rows, experts]
+        self._allowed: dict[int, Tensor] = {}
         self._scores: dict[int, Tensor] = {}
         self._ties: dict[int, Tensor] = {}
         self._void: dict[int, Tensor] = {}  # per adaptive layer, tokens void less tokens not, [rows]
@@ -78,7 +83,8 @@ class Selections:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Selections:
         """A copied cache gets its own tallies; packed slices never change and are shared."""
-        twin = Selections(self.owner, self.rows, self._observed, self._policies, self._clusters)
+        twin = Selections(self.owner, self.rows, self._observed, self._policies, self._clusters, self._core_experts)
+        twin._used = dict(self._used)
         twin._scores, twin._ties = dict(self._scores), dict(self._ties)
         twin._void, twin._void_rows = dict(self._void), dict(self._void_rows)
         twin._abstained = dict(self._abstained)
@@ -101,6 +107,32 @@ class Selections:
         self._scores[layer] = total if previous is None else previous + total
         self._ties[layer] = tie if previous is None else self._ties[layer] + tie
         self._group_of_row = None
+
+    def observe_experts(self, layer: int, index: Tensor, weights: Tensor, count: int, valid: Tensor | None) -> None:
+        """Tally which of `count` experts the tokens of one prefill pass went to, ``[tokens of all rows, top_k]`` with
+        their weights."""
+        dense = torch.zeros(len(index), count, dtype=torch.float32, device="cpu")
+        dense.scatter_add_(1, index.cpu(), weights.float().cpu())
+        by_row = dense.view(self.rows, -1, count)
+        total = (by_row if valid is None else by_row * valid.cpu().unsqueeze(-1)).sum(1)
+        previous = self._used.get(layer)
+        self._used[layer] = total if previous is None else previous + total
+        self._allowed.pop(layer, None)
+        self._group_of_row = None
+
+    def allowed_experts(self, layer: int) -> Tensor | None:
+        """The experts that a layer's tokens may go to, bool ``[rows, experts]``; None: all, as no prompt was seen."""
+        if layer not in self._used:
+            return None
+        if layer not in self._allowed:
+            self._allowed[layer] = self._core_experts[layer].allowed(self._used[layer])
+        return self._allowed[layer]
+
+    @property
+    def experts_differ(self) -> bool:
+        """Whether some sequences keep other experts than others."""
+        found = (self.allowed_experts(layer) for layer in self._used)
+        return any(allowed is not None and bool((allowed != allowed[:1]).any()) for allowed in found)
 
     def observe_void(self, layer: int, void: Tensor, valid: Tensor | None) -> None:
         """Tally on which tokens of one prefill pass an adaptive layer was void, bool ``[rows, length]``."""
@@ -195,9 +227,11 @@ class Selections:
         """Row i becomes what row `index[i]` was: beam reordering, repeating and selecting batch rows."""
         self.rows = int(index.shape[0])
         self._void_rows.clear()
-        for tally in (self._scores, self._ties, self._void, self._abstained):
+        for tally in (self._scores, self._ties, self._void, self._abstained, self._used):
             for layer, value in tally.items():
                 tally[layer] = value[index.to(value.device)]
+        if self._used:
+            self._allowed, self._selected = {}, None
         if self._group_of_row is not None:
             moved = self._group_of_row[index.to(self._group_of_row.device)]
             if not torch.equal(moved, self._group_of_row):

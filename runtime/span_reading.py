@@ -92,8 +92,9 @@ def read_shared(model: Any, anatomy: Anatomy) -> Iterator[Shared]:
     seen = trace(model, anatomy, partly=True)
     rotary, attentions = _attentions(model, anatomy, seen)
     found: list[tuple[Split, ...]] = []
-    for besides in (True, False):
-        splits = tuple(_Reader(anatomy, i, attentions[i], seen).split(besides) for i in range(len(anatomy)))
+    none: list[Attended] = [None] * len(anatomy)
+    for besides, attending in ((True, attentions), (False, attentions), (False, none)):  # the last: MLPs alone
+        splits = tuple(_Reader(anatomy, i, attending[i], seen).split(besides) for i in range(len(anatomy)))
         if any(split.halves for split in splits) and not _alike(splits, found):
             found.append(splits)
     if not found:
@@ -238,14 +239,20 @@ class _Reader:
         anatomy, index = self._anatomy, self._index
         try:
             found = by_values(anatomy, index, self._seen)
+            if found.side is not None:
+                return None
             parts = anatomy.feed_forwards[index], anatomy.experts[index], anatomy.attentions[index]
-            reason = uncovered_part(self._layer, *parts, found.norms.values(), self._seen.calls, found.beside)
+            reason = uncovered_part(
+                self._layer, *parts, found.norms.values(), self._seen.calls, found.beside, found.more
+            )
             return None if reason is not None else self._piece(found, self._attention, mlp)
         except NotCovered:
             return None
 
     def _piece(self, found: Composition, attention: Attended, mlp: Bricks | tuple[()]) -> LayerSpec | None:
         bricks, experts = mlp or ((), None)
+        if isinstance(attention, AttentionSpec) and found.more is not None:
+            attention = replace(attention, output=replace(attention.output, more=found.more))
         try:
             norms = cast(Any, found.specs(self._seen.given(self._layer).shape[-1]))
         except NotCovered:
@@ -256,6 +263,7 @@ class _Reader:
             experts=experts,
             residual_scale=found.residual_scale,
             parallel=found.parallel,
+            scale=found.scale,
             **norms,
         )
 

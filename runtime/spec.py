@@ -42,10 +42,12 @@ class LinearSpec:
     """A linear module, whose rows are those of one or several projections.
 
     rows: outputs of each, in order; None: one, of all rows.
+    more: ``[outputs]``, added to what the module gives by whoever calls it (GPT-NeoX Japanese); None: nothing is.
     """
 
     module: nn.Module
     rows: tuple[int, ...] | None = None
+    more: Tensor | None = None
 
     @property
     def parts(self) -> int:
@@ -139,7 +141,8 @@ class LatentSpec:
 @dataclass(frozen=True, eq=False)
 class BrickSpec:
     """A run of neurons: gate, up and down rows, and the activation's name. gate None: plain, or in `up` before its own
-    rows where that is `stacked`. norm: of all activations, before the down projection."""
+    rows where that is `stacked`. norm: of all activations, before the down projection. curve: the numbers of an `act`
+    "curve", see `kernels.packed.Curve`."""
 
     gate: LinearSpec | None
     up: LinearSpec
@@ -147,6 +150,7 @@ class BrickSpec:
     act: str
     feed_forward: FeedForward
     norm: NormSpec | None = None
+    curve: Tensor | None = None
 
     @property
     def stacked(self) -> bool:
@@ -215,12 +219,38 @@ class ExpertsSpec:
 
 
 @dataclass(frozen=True, eq=False)
+class SideSpec:
+    """A layer's third half (Gemma 4): x += norm(out(act(gate(x)) * p)), see `SideInputsSpec`."""
+
+    gate: LinearSpec
+    out: LinearSpec
+    norm: NormSpec | None
+    act: str
+
+
+@dataclass(frozen=True, eq=False)
+class SideInputsSpec:
+    """What a token has for the third halves of all layers, `width` numbers for each: sum * (norm(scale * linear(x)) +
+    table_scale * its row of table), where x is its embedding."""
+
+    linear: LinearSpec
+    norm: NormSpec
+    table: nn.Embedding
+    width: int
+    scale: float
+    table_scale: float
+    sum: float
+
+
+@dataclass(frozen=True, eq=False)
 class LayerSpec:
     """A decoder layer: x += out(attention(in(x))), x = after(x), then the same for its bricks; absent norms are None.
 
     bricks: a dense layer's MLP; none where there are `experts`.
     parallel: the bricks read x as it was before the attention.
-    attention None, bricks () and experts None: of a layer that is described in part, what is not (span_reading.py).
+    side: a third half. scale: what x is multiplied by in the end.
+    attention None, bricks () and experts None: of a layer that is described in part, what is not (span_reading.py); of
+    one that is idle, all: layers that attend to images do nothing where there are none (Mllama).
     """
 
     attention: AttentionSpec | LatentSpec | None
@@ -234,6 +264,21 @@ class LayerSpec:
     parallel: bool
     attention_after: NormSpec | None = None
     mlp_after: NormSpec | None = None
+    scale: float = 1.0
+    side: SideSpec | None = None
+
+    @property
+    def idle(self) -> bool:
+        return self.attention is None and not self.bricks and self.experts is None
+
+
+@dataclass(frozen=True, eq=False)
+class BeforeHeadSpec:
+    """A map between the decoder and the LM head (ModernBERT): norm(act(linear(x)))."""
+
+    linear: LinearSpec
+    act: str
+    norm: NormSpec | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,7 +321,8 @@ class ModelSpec:
 
     table: the module of the tokens' embeddings.
     embedding_scale: what embeddings are multiplied by; None where that cannot be seen, on a meta device.
-    places: what positions add to them. embedding_norm: of the sum.
+    places: what positions add to them. embedding_norm: of the sum. token_norm: of the tokens' before that.
+    before: a map between the last norm and the LM head. sides: of layers' third halves.
     end: how many positions the model knows; None: no end is known.
     """
 
@@ -291,6 +337,9 @@ class ModelSpec:
     logit_softcap: float
     places: PlacesSpec | None = None
     embedding_norm: NormSpec | None = None
+    token_norm: NormSpec | None = None
+    before: BeforeHeadSpec | None = None
+    sides: SideInputsSpec | None = None
     end: int | None = None
 
     @property
@@ -311,6 +360,12 @@ class ModelSpec:
                 yield from brick.linears
             if layer.experts is not None and layer.experts.shared is not None:
                 yield from layer.experts.shared.linears
+            if layer.side is not None:
+                yield from (layer.side.gate, layer.side.out)
+        if self.sides is not None:
+            yield self.sides.linear
+        if self.before is not None:
+            yield self.before.linear
         yield self.head
 
 
@@ -333,7 +388,27 @@ def beyond_llama(spec: ModelSpec) -> str | None:
         return "its positions are not rotary embeddings as most models have them"
     if spec.norm is None:
         return "no norm comes before its LM head"
+    more = beside_its_halves(spec)
+    if more is not None:
+        return more
     return next(filter(None, map(_beyond_llama, spec.layers)), None)
+
+
+def beside_its_halves(spec: ModelSpec) -> str | None:
+    """What of a model no lowering but the native step knows; None: nothing is."""
+    if spec.token_norm is not None or spec.before is not None:
+        return "its tokens' embeddings are normed by themselves, or a map lies before its LM head"
+    if spec.sides is not None:
+        return "its layers have third halves"
+    if any(layer.idle for layer in spec.layers):
+        return "some of its layers are idle while there is text alone"
+    if any(layer.scale != 1.0 for layer in spec.layers):
+        return "its layers end with a number of their own"
+    if any(layer.attention is not None and layer.attention.output.more is not None for layer in spec.layers):
+        return "a vector of its own is added to what its attention gives"
+    if any(brick.curve is not None for layer in spec.layers for brick in layer.bricks):
+        return "its activation is a curve of its own numbers"
+    return None
 
 
 def _beyond_llama(layer: LayerSpec) -> str | None:

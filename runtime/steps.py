@@ -95,6 +95,8 @@ class Steps:
     def ready(self) -> bool:
         """Whether a step of this lowering has been found to agree with the model's own modules."""
         lowering = self.lowering
+        if lowering is Lowering.SPANS:
+            return self.spans.ready
         return (lowering is Lowering.NATIVE and self.native.ready) or (
             lowering is Lowering.CAPTURED and self.captured.ready
         )

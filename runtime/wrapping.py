@@ -340,9 +340,9 @@ class Runtime:
 
     def new_selections(self, rows: int) -> Selections | None:
         """For sequences that begin; None where their prompts decide nothing."""
-        if not (self.observed or self.skips.adaptive or self.behaviour.abstains):
+        if not (self.observed or self.skips.adaptive or self.behaviour.abstains or self.program.core_experts):
             return None
-        return Selections(self, rows, self.observed, self._by_prompt, self.plan.clusters)
+        return Selections(self, rows, self.observed, self._by_prompt, self.plan.clusters, self.program.core_experts)
 
     def program_for(self, cache: Cache, native: bool = True) -> StepProgram | str:
         """What a step, or a native one, computes for the sequences of a cache, or why none can."""
@@ -351,8 +351,8 @@ class Runtime:
         if not self._places.hold() or self.altered & self._packed_apart:
             return "parts of the model were replaced by others"
         selections = self._own_selections(cache)
-        if selections is not None and self.skips.disputed(selections):
-            return "its sequences skip different layers"
+        if selections is not None and (self.skips.disputed(selections) or selections.experts_differ):
+            return "its sequences skip different layers, or keep different experts"
         return self.prepared.step_program(selections)
 
     def settled(self, cache: Cache) -> Settled | str:
@@ -365,7 +365,9 @@ class Runtime:
 
     def _own_selections(self, cache: Cache) -> Selections | None:
         """Of a cache whose sequences decide something."""
-        return selections_of(cache, self) if self._by_prompt or self.skips.adaptive else None
+        return (
+            selections_of(cache, self) if self._by_prompt or self.skips.adaptive or self.program.core_experts else None
+        )
 
 
 def _observed(anatomy: Anatomy, plan: Plan, by_prompt: dict[int, PromptNeurons]) -> dict[int, Observed]:

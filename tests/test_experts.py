@@ -24,13 +24,11 @@ from coreskip.predictors.plan import LayerPlan, Plan
 from coreskip.predictors.policies import SkipMLP, Static
 from coreskip.predictors.routing import Choice
 from coreskip.runtime.cost import bytes_per_token, cost
-from coreskip.runtime.program import build_experts
+from coreskip.runtime.program_experts import build_experts
 from coreskip.runtime.reading import read_spec
 from coreskip.runtime.wrap import runtime_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-UNKNOWN_ROUTERS = {"phimoe"}  # sparsemixer is not one formula with choices
 
 
 def mixtures(model: Any) -> list[Experts]:
@@ -96,7 +94,7 @@ def test_a_mixture_computes_what_is_read_of_it(family: str) -> None:
         )
 
 
-@pytest.mark.parametrize("family", [family for family in EXPERTS if family not in UNKNOWN_ROUTERS])
+@pytest.mark.parametrize("family", EXPERTS)
 def test_a_router_chooses_what_the_familys_own_does(family: str) -> None:
     model = tiny(family)
     with torch.no_grad():  # zero as they are made: what has no effect then must be read right, too
@@ -108,11 +106,6 @@ def test_a_router_chooses_what_the_familys_own_does(family: str) -> None:
         order, theirs = mine.sort(-1).indices, index.sort(-1).indices
         assert torch.equal(mine.gather(1, order), index.gather(1, theirs))
         torch.testing.assert_close(own.gather(1, order), weights.gather(1, theirs).float(), rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("family", sorted(UNKNOWN_ROUTERS))
-def test_an_unknown_router_goes_on_choosing(family: str) -> None:
-    assert all(experts.router is None and experts.whole for experts in mixtures(tiny(family)))
 
 
 def test_readings_say_what_differs_between_families() -> None:
@@ -450,13 +443,10 @@ def test_plans_are_refused_where_they_do_not_fit(llama: Any) -> None:
         other.model.layers[2].mlp.experts.down_proj[0, 0, 0] += 1.0
     with pytest.raises(PlanError, match="other weights"):
         mixtral.check(other)
-    phimoe = tiny("phimoe")
-    with pytest.raises(PlanError, match="layer 0: what its router computes is not known"):
-        coreskip.wrap(phimoe, plan_with(phimoe, KeptExperts(torch.tensor([0, 1, 2]))))
     llama4 = tiny("llama4")
     with pytest.raises(PlanError, match="layer 1: every expert is given every token"):
         coreskip.wrap(llama4, plan_with(llama4, SkipExperts(0.5)))
-    assert not any("forward" in vars(module) for module in (*phimoe.modules(), *llama4.modules()))
+    assert not any("forward" in vars(module) for module in llama4.modules())
 
 
 # ---- calibration ----

@@ -185,6 +185,14 @@ struct StepLayer {
     float v_scale;              // what is cached of v is multiplied by this
     int gating;                 // what is made of the gates of heads: see Gating
     int gate_width;             // numbers of a gate: one for each of a head's, or one for all
+    // A third half (Gemma 4): x += side_norm(side_out(act(side_gate(x)) * p)), where p is the layer's part of what a token
+    // has for all layers, from side_at on; side_gate none: there is no such.
+    StepLinear side_gate, side_out;
+    StepNorm side_norm;
+    int64_t side_at;
+    int side_act;
+    float scale;                // what the residual stream is multiplied by in the end (Gemma 4)
+    const float* curve;         // [4]: the numbers of a kCurve
 };
 
 struct StepModel {
@@ -192,13 +200,21 @@ struct StepModel {
     const void* embedding;  // [vocabulary][hidden] of `embedding_dtype`, or tiles of that format
     const void* places;     // [positions][hidden] of `places_dtype`, added to embeddings by position; null: nothing is
     StepNorm embedding_norm;  // of the sum
+    StepNorm token_norm;      // of the tokens' embeddings, before positions are added to them
     StepNorm norm;
     StepLinear head;
+    StepLinear before_head;  // [hidden][hidden]: the head reads before_norm(act(before_head(norm(x)))) (ModernBERT)
+    StepNorm before_norm;
+    // What a token has for all layers' third halves: side_sum * (side_norm(side_scale * side(x)) + side_table_scale * row),
+    // with x its embedding, its row of side_table, and side_width numbers of each layer normed by themselves.
+    StepLinear side;
+    StepNorm side_norm;
+    const void* side_table;   // [vocabulary][side.out] of side_dtype
     Stream* stream;         // brings what is not in memory, or null
     Slots* slots;           // bring neurons and experts that are chosen, or null
-    int64_t layer_count, hidden, embedding_stride;  // of tiles: inputs of one row with its padding
-    float embedding_scale, logit_scale, logit_softcap;
-    int embedding_dtype, places_dtype, kv_dtype, logit_dtype;
+    int64_t side_width, layer_count, hidden, embedding_stride;  // of tiles: inputs of one row with its padding
+    float embedding_scale, logit_scale, logit_softcap, side_scale, side_table_scale, side_sum;
+    int embedding_dtype, places_dtype, kv_dtype, logit_dtype, before_act, side_dtype;
     int reads_ahead;        // whether slots are told what the next layer will probably want
 };
 

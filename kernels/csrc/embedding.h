@@ -20,6 +20,7 @@ inline void look_up(const StepModel& m, const Isa& isa, const StepIsa& step, int
         isa.to_float(static_cast<const char*>(m.embedding) + token * row, m.embedding_dtype, to, m.hidden);
     }
     for (int64_t i = 0; i < m.hidden && m.embedding_scale != 1.f; i++) to[i] *= m.embedding_scale;
+    if (m.token_norm.kind != kNoNorm) step.norm(m.token_norm, to, to);
     if (m.places) {
         const int64_t row = m.hidden * size_of(m.places_dtype);
         isa.to_float(static_cast<const char*>(m.places) + position * row, m.places_dtype, room, m.hidden);

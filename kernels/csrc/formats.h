@@ -15,7 +15,8 @@ constexpr int kPad = 128;
 // The first three are also those of x. kInt8 is one byte a weight, w = scale[row] * (byte - 128). kSliced is the same
 // numbers in two planes of nibbles, byte = 16 * high + low; down rows stay whole bytes.
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kSliced = 4, kDtypes = 5 };
-enum Act : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kRelu2 = 4 };
+// kCurve is a family of four numbers a, b, c, d: a x^2 + b x above 0, and c (e^x - 1) + d x below (xIELU, ELU, leaky ReLU).
+enum Act : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kRelu2 = 4, kCurve = 5 };
 enum Rule : int { kListed = 0, kSketch = 1, kGate = 2 };
 
 // Further weight formats are tiles of kTile rows by groups of kGroup inputs, group by group: one stream through memory. A
@@ -81,9 +82,9 @@ constexpr int kMaxHeadDim = 512;
 constexpr int kLearned = 3;     // a further Rule: the threshold is one of scores before the sigmoid
 
 // How experts are scored: by the softmax of all logits, by their sigmoids, by the logits themselves, of which the chosen
-// ones' softmax weighs them, or as the sparse mixer of PhiMoE does it: the two greatest, each weighed by a softmax over
+// ones' softmax or sigmoids weigh them, or as the sparse mixer of PhiMoE does it: the two greatest, each weighed by a softmax over
 // those logits alone that are within 2 * jitter of it, relative to their size.
-enum Scoring : int { kSoftmax = 0, kSigmoid = 1, kSoftmaxOfChosen = 2, kMixer = 3 };
+enum Scoring : int { kSoftmax = 0, kSigmoid = 1, kSoftmaxOfChosen = 2, kMixer = 3, kSigmoidOfChosen = 4 };
 
 enum Gating : int { kNoGate = 0, kSigmoidGate = 1, kSoftplusGate = 2 };
 enum NormKind : int { kNoNorm = 0, kRms = 1, kLayer = 2 };

@@ -43,6 +43,7 @@ struct MlpJob {
     float* exact;              // refine: [listed][rows], room for the activations of those that stay
     char* const* place;        // where each neuron's bundle lies, or null: one after the other
     bool gates_alone;          // kGate: what is scanned are gates, one after the other
+    const float* curve;        // the numbers of a kCurve
 };
 
 // What a thread will read next: memory from `at` to `end`, then from `then` to `then_end`. A kernel fetches it into the
@@ -157,6 +158,7 @@ struct NeuronsJob {
     float* scales;            // room for scales_room() floats
     int8_t* turned;           // room for x in another order, [rows][width]
     uintptr_t after;          // what is read after the last neuron; 0: not known
+    const float* curve;       // the numbers of a kCurve
 };
 
 // Queries against some positions of one KV head: leaves, per query, the largest score, the sum of exponentials and
@@ -192,7 +194,9 @@ struct StepIsa {
     void (*attend)(const AttendJob& job);
     void (*merge)(int64_t parts, int64_t stride, const float* most, const float* sum, const float* value,
                   int64_t head_dim, float* out, const float* sink);  // sink: a score without a value, or null
-    void (*act)(float* gate, const float* up, int64_t n, int act);  // gate <- act(gate) * up; up null: act(gate)
+    void (*scale)(float* x, float factor, int64_t n);
+    // gate <- act(gate) * up; up null: act(gate)
+    void (*act)(float* gate, const float* up, int64_t n, int act, const float* curve);
     void (*add_scaled)(float* to, const float* from, float scale, int64_t n);
     void (*softcap)(float* x, float scale, float cap, int64_t n);
     void (*fetch)(Ahead& ahead, int64_t bytes);

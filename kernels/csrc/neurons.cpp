@@ -44,7 +44,7 @@ CORESKIP_API int coreskip_neurons(const void* x, int x_dtype, int rows, int64_t 
         float* mine = acc + part * size;
         memset(mine, 0, size * sizeof(float));
         const NeuronsJob job = {n, {rows, q, scale, sum}, act, list, selected, count,
-                                scales + part * scratch, turned + part * size, 0};
+                                scales + part * scratch, turned + part * size, 0, nullptr};
         const Range here = neuron_share(n, count, part, threads);
         left[part] = step.neurons(job, here.begin, here.end, mine);
     });

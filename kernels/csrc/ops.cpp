@@ -56,7 +56,7 @@ struct Call {
         job = {a.weight, a.low, a.scale, a.gated != 0, a.act, std::min<int>(bundles(64, bytes), kMaxBlock),
                std::min<int>(bundles(32, bytes), 4096), a.gate_bias, a.up_bias, nullptr, nullptr,
                load_rows(isa, a.x, a.x_dtype, a.w_dtype, a.rows, a.hidden, a.stride, memory), a.rule, a.norm,
-               nullptr, nullptr, nullptr, a.neurons, a.mean, 0, a.refine};
+               nullptr, nullptr, nullptr, a.neurons, a.mean, 0, a.refine, nullptr, nullptr};
         acc = memory.take<float>(size * a.threads);
         list = memory.take<int64_t>(listed);
         selected = memory.take<uint8_t>(all);

@@ -146,13 +146,14 @@ class LayerPass {
         else project(x, m.hidden, {&l.up}, {up_}, finish_attention);
         float* a = l.gate.weight ? gate_ : up_;
         project(a, n, {&l.down}, {narrowed_}, [&](int64_t t) {
-            step.act(a + t * n, l.gate.weight ? up_ + t * n : nullptr, n, l.act);
+            step.act(a + t * n, l.gate.weight ? up_ + t * n : nullptr, n, l.act, l.curve);
             if (c.activations) memcpy(c.activations + (first_ + t) * n, a + t * n, n * sizeof(float));
         });
         each_token([&](int64_t t) {
             add_to_residual(t, l.mlp_out, narrowed_);
             if (l.parallel) add_to_residual(t, l.attention_out, out_);
             norm_residual(t, l.mlp_after);
+            step.scale(x_ + t * m.hidden, l.scale, m.hidden);
         });
     }
 

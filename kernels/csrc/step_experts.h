@@ -231,7 +231,7 @@ class StepExpertsLayer {
             // slope * gate * sigmoid(slope * gate) is what silu makes of slope * gate
             for (int64_t i = 0; i < n; i++) gate[i] *= e.slope, up[i] = (up[i] + e.offset) / e.slope;
         }
-        thread.step.act(gate, up, n, l.act);
+        thread.step.act(gate, up, n, l.act, l.curve);
     }
 };
 

@@ -33,7 +33,7 @@ class StepMlpLayer {
         for (int t = 0; t < thread.tokens; t++) {
             float* a = own.h + t * n;
             memcpy(a, (l.gate.weight ? w.gate : w.up) + t * n, n * sizeof(float));
-            thread.step.act(a, l.gate.weight ? w.up + t * n : nullptr, n, l.act);
+            thread.step.act(a, l.gate.weight ? w.up + t * n : nullptr, n, l.act, l.curve);
             if (l.special && l.inner_norm.kind) thread.step.norm(l.inner_norm, a, a);
         }
         projections.read_from(own.h, n);
@@ -70,6 +70,7 @@ class StepMlpLayer {
         const int64_t bytes = b.stride * (b.gated ? 3 : 2) * size_of(b.dtype);
         MlpJob job{};
         job.weight = b.weight, job.low = b.low, job.scale = b.scale, job.gated = b.gated != 0, job.act = l.act;
+        job.curve = l.curve;
         job.block = static_cast<int>(std::min<int64_t>(bundles(64, bytes), kMaxBlock));
         job.ahead = static_cast<int>(std::min<int64_t>(bundles(32, bytes), 4096));
         job.gate_bias = b.gate_bias, job.up_bias = b.up_bias, job.rows = projections.rows_of(b.stride);
@@ -182,7 +183,7 @@ class StepMlpLayer {
             selected = c.length == 1 ? b.selected
                                      : selected_by_token(b, {range(mine.begin).begin, range(mine.end - 1).end});
         const NeuronsJob job = {n, {thread.tokens, own.q, own.group_scale, own.group_sum}, l.act, b.list, selected,
-                                count, own.group_scales, own.turned, 0};
+                                count, own.group_scales, own.turned, 0, l.curve};
         ahead.passed += ahead.bundles_of(b).bytes;
         const float* all = sums_of(l, n.width, range, [&](Range here, int64_t, uintptr_t after, float* sum) {
             NeuronsJob part = job;

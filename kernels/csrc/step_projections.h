@@ -122,6 +122,10 @@ class Projections {
         norm_residual(l.mlp_after);
     }
 
+    void scale_residual(const StepLayer& l) {
+        thread.step.scale(own.x, l.scale, thread.tokens * m.hidden);
+    }
+
     void add_to_residual(const StepLayer& layer, const StepNorm& after, const float* y) {
         for (int t = 0; t < thread.tokens; t++) {
             const float* from = y + t * m.hidden;

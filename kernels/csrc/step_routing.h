@@ -105,6 +105,7 @@ class Router {
         for (int64_t i = 0; i < r.chosen; i++)
             if (scored[i].score != kNever) to[n++] = {scored[i].expert, logits[scored[i].expert]};
         if (r.scoring == kSoftmaxOfChosen) exponentials(to, n);
+        for (int64_t i = 0; r.scoring == kSigmoidOfChosen && i < n; i++) to[i].weight = 1 / (1 + expf(-to[i].weight));
         return n;
     }
 

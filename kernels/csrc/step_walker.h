@@ -12,6 +12,7 @@
 #include "step_experts.h"
 #include "step_latent.h"
 #include "step_mlp_layer.h"
+#include "step_side.h"
 
 namespace coreskip {
 
@@ -45,6 +46,8 @@ class Walker {
             if (layer.run_mlp && layer.experts.matrices) experts_.run(layer);
             else if (layer.run_mlp) mlp_.run(layer);
             else projections_.norm_residual(layer.mlp_after);
+            if (layer.side_gate.weight) side_.run(layer);
+            projections_.scale_residual(layer);
         }
         if (c.hidden) give_back();
         else logits();
@@ -86,6 +89,7 @@ class Walker {
     StepLatent latent_{thread, ahead_, projections_};
     StepMlpLayer mlp_{thread, ahead_, projections_};
     StepExpertsLayer experts_{thread, ahead_, projections_};
+    StepSide side_{thread, ahead_, projections_};
     const StepModel& m = thread.m;
     const StepCall& c = thread.c;
     const Shared& w = thread.w;
@@ -103,6 +107,7 @@ class Walker {
         }
         for (int t = 0; t < thread.tokens; t++)
             look_up(m, thread.isa, thread.step, thread.ids[t], thread.places[t], own.h, own.x + t * m.hidden);
+        if (m.side.weight) side_.begin();
     }
 
     Logits logits_of(int64_t row) const {
@@ -125,6 +130,23 @@ class Walker {
         ahead_.rewind();
     }
 
+    // What the LM head reads where there is a map before it: all threads compute what is small.
+    const float* before_head(const float* x) {
+        const int64_t n = m.before_head.out, before = ahead_.passed;  // the way does not have this matrix
+        projections_.meet();  // the last layer's outputs lie in w.out
+        projections_.read_from(x, m.hidden);
+        projections_.project_all({{&m.before_head}, {w.out}, 0});
+        ahead_.passed = before;
+        projections_.meet();
+        for (int t = 0; t < thread.tokens; t++) {
+            float* row = own.h + t * n;
+            memcpy(row, w.out + t * n, n * sizeof(float));
+            thread.step.act(row, nullptr, n, m.before_act, nullptr);
+            if (m.before_norm.kind != kNoNorm) thread.step.norm(m.before_norm, row, row);
+        }
+        return own.h;
+    }
+
     void logits() {
         // the tokens whose logits are wanted move to the front
         for (int64_t r = 0; r < c.rows; r++)
@@ -132,7 +154,9 @@ class Walker {
                 memmove(own.x + (r * c.wanted + j) * m.hidden,
                         own.x + (r * c.length + c.length - c.wanted + j) * m.hidden, m.hidden * sizeof(float));
         thread.tokens = static_cast<int>(c.rows * c.wanted);
-        projections_.read_from(projections_.normed(m.norm, own.x), m.hidden);
+        const float* x = projections_.normed(m.norm, own.x);
+        if (m.before_head.weight) x = before_head(x);
+        projections_.read_from(x, m.hidden);
         const Matrices last = thread.head();
         float* y = last.y[0];
         projections_.project_all(last);

@@ -19,6 +19,7 @@ namespace coreskip {
 struct Sizes {
     int64_t tokens, hidden, width = 0, projected = 0, attention = 0, queries = 0, kv = 0, neurons = 0, parts = 0, listed = 0;
     int64_t gates = 0;                       // of an attention
+    int64_t sides = 0, side = 0;             // of third halves: of all layers, and of one
     int64_t absorbed = 0;                    // of latent attention: all heads' queries
     int64_t scales = 0, grouped = 0;         // of neurons in groups: room for scales, and their width
     int64_t rank = 0, inputs = 0, sums = 0;  // of learned scores; of column-sparse linears, and their outputs
@@ -48,7 +49,12 @@ struct Sizes {
             width = std::max({width, l.mlp.stride, l.mlp.groups.width});
             if (l.experts.matrices) add_experts(l);
         }
-        width = std::max({width, model.head.stride, hidden});
+        if (model.side.weight) {
+            sides = model.side.out, side = model.side_width;
+            neurons = std::max(neurons, side);
+            width = std::max({width, model.side.stride, model.layers[0].side_gate.stride, model.layers[0].side_out.stride});
+        }
+        width = std::max({width, model.head.stride, model.before_head.stride, hidden});
         const int64_t past = *std::max_element(call.past, call.past + call.rows);
         parts = (past + call.length + ahead - 1) / kChunk + 1;
         int64_t room = 8;  // grows by doubling, so that the workspace is not made anew every kChunk tokens
@@ -84,6 +90,7 @@ struct Shared {
     float *q, *k, *v, *out, *gate, *up, *logits;
     float *most, *sum, *value;  // attention: [parts][tokens][heads], value times [head_dim]
     float* attention_gate;      // [tokens][its outputs]
+    float *sides, *side, *side_out;  // of third halves: [tokens][of all layers], [tokens][of one], [tokens][hidden]
     float* absorbed;            // of latent attention, [tokens][heads][rank]
     float* acc;                 // bundled MLPs: [2][threads][tokens][stride], used in turn
     float *score, *known_gate, *reduced;
@@ -105,6 +112,7 @@ struct Shared {
 
 // What one thread has to itself.
 struct Own {
+    float* side;  // of a token, and its row of a table
     float *x, *h, *pending, *rows, *attended, *queries, *scratch;
     int8_t *q, *turned;
     float *scale, *group_scale, *group_sum;
@@ -136,6 +144,9 @@ Shared share_out(const Sizes& s, const StepModel& m, const StepCall& c, int thre
     w.sum = take(float(), s.parts * t * s.queries);
     w.value = take(float(), s.parts * t * s.attention);
     w.attention_gate = take(float(), t * s.gates);
+    w.sides = take(float(), t * s.sides);
+    w.side = take(float(), t * s.side);
+    w.side_out = take(float(), s.side ? t * s.hidden : 0);
     w.absorbed = take(float(), t * s.absorbed);
     w.acc = take(float(), s.listed ? 2 * threads * t * s.width : 0);
     w.score = take(float(), s.listed * t);
@@ -167,6 +178,7 @@ template <class Take>
 Own own_share(const Sizes& s, Take take) {
     Own w{};
     const int64_t t = s.tokens, wide = std::max(s.width, s.neurons + kPad);
+    w.side = take(float(), 2 * s.side);
     w.x = take(float(), t * s.hidden);
     w.h = take(float(), t * wide);
     w.pending = take(float(), t * s.hidden);

@@ -33,8 +33,21 @@ static inline V erf_gelu(V x) {
     return 0.5f * x * (1.f + load(lane));
 }
 
-static inline V activate(V x, int act) {
+// e^x - 1 for x up to 0: near 0, where a difference would cancel, by its series.
+static inline V expm1_below(V x) {
+    const V near = x * (1.f + x * (0.5f + x * (1.f / 6 + x * (1.f / 24 + x * (1.f / 120 + x * (1.f / 720))))));
+    return x > -0.25f ? near : exp(x) - 1.f;
+}
+
+static inline V curve_of(V x, const float* curve) {
+    const V low = x > 0.f ? V{} : x, above = x * (curve[0] * x + curve[1]);
+    return x > 0.f ? above : curve[2] * expm1_below(low) + curve[3] * low;  // this order keeps NaN
+}
+
+// curve: of kCurve, else not looked at.
+static inline V activate(V x, int act, const float* curve) {
     switch (act) {
+        case kCurve: return curve_of(x, curve);
         case kSilu: return sigmoid_times(x, x);
         case kGelu: return erf_gelu(x);
         // 1 + tanh(y) is 2 sigmoid(2y)

@@ -313,7 +313,7 @@ template <class Of>
 static inline void apply_act_alone(const NeuronsJob& job, int count, Of of, float (*gate)[kOf32]) {
     add_each(job, job.n.gate_bias, 1.f, count, of, gate);
     for (int r = 0; r < job.x.rows; r++)
-        for (int i = 0; i < count; i += kLanes) store(gate[r] + i, activate(load(gate[r] + i), job.act));
+        for (int i = 0; i < count; i += kLanes) store(gate[r] + i, activate(load(gate[r] + i), job.act, job.curve));
 }
 
 // Leaves act * up, less its mean, in `up`.
@@ -334,7 +334,7 @@ static inline void apply_act(const NeuronsJob& job, int count, Of of, float (*ga
     for (int r = 0; r < job.x.rows; r++)
         for (int i = 0; i < count; i += kLanes) {
             const V u = load(up[r] + i);
-            store(up[r] + i, job.n.gated ? activate(load(gate[r] + i), job.act) * u : activate(u, job.act));
+            store(up[r] + i, job.n.gated ? activate(load(gate[r] + i), job.act, job.curve) * u : activate(u, job.act, job.curve));
         }
     if (less_mean) add_each(job, job.n.mean, -1.f, count, of, up);
 }

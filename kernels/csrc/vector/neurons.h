@@ -119,7 +119,7 @@ struct Block {
         for (int r = 0; r < rows; r++)
             for (int n = 0; n < size; n += kLanes) {
                 float *g = gate + r * kMaxBlock + n, *u = up + r * kMaxBlock + n;
-                store(u, job.gated ? activate(load(g), job.act) * load(u) : activate(load(u), job.act));
+                store(u, job.gated ? activate(load(g), job.act, job.curve) * load(u) : activate(load(u), job.act, job.curve));
             }
     }
 
@@ -271,7 +271,7 @@ struct Block {
         add_bias(job.gate_bias, gate);
         for (int r = 0; r < rows; r++)
             for (int n = 0; n < size; n += kLanes) {
-                store(up + r * kMaxBlock + n, activate(load(gate + r * kMaxBlock + n), job.act));
+                store(up + r * kMaxBlock + n, activate(load(gate + r * kMaxBlock + n), job.act, job.curve));
                 for (int i = n; i < size && i < n + kLanes; i++)
                     job.known_gate[neuron[i] * rows + r] = gate[r * kMaxBlock + i];
             }

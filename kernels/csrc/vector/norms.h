@@ -40,17 +40,21 @@ static void rotate(float* x, const float* cos, const float* sin, int64_t size, b
     }
 }
 
-static void act(float* gate, const float* up, int64_t n, int kind) {
+static void scale(float* x, float factor, int64_t n) {
+    for (int64_t i = 0; factor != 1.f && i < n; i++) x[i] *= factor;
+}
+
+static void act(float* gate, const float* up, int64_t n, int kind, const float* curve) {
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
-        const V value = activate(load(gate + i), kind);
+        const V value = activate(load(gate + i), kind, curve);
         store(gate + i, up ? value * load(up + i) : value);
     }
     if (i == n) return;
     float a[kLanes] = {}, b[kLanes] = {};
     memcpy(a, gate + i, (n - i) * sizeof(float));
     if (up) memcpy(b, up + i, (n - i) * sizeof(float));
-    const V value = activate(load(a), kind);
+    const V value = activate(load(a), kind, curve);
     store(a, up ? value * load(b) : value);
     memcpy(gate + i, a, (n - i) * sizeof(float));
 }

@@ -15,7 +15,7 @@ namespace coreskip {
 namespace CORESKIP_ISA {
 
 static const StepIsa step_table = {
-    tiles, quantize_groups, norm, rotate, attend, merge, act, add_scaled, softcap, fetch, argmax, exp_sum, untile, tile_up,
+    tiles, quantize_groups, norm, rotate, attend, merge, scale, act, add_scaled, softcap, fetch, argmax, exp_sum, untile, tile_up,
     neurons,
 };
 
