@@ -24,7 +24,7 @@ namespace {
 // level, where 128 rows of x in 8 bits stay in the second.
 constexpr int64_t kTogether = 128;
 constexpr int64_t kTokensAPiece = 4;  // of what is shared out by tokens
-constexpr int64_t kQueriesAPiece = 32;
+constexpr int64_t kQueriesAPiece = 48;
 
 // Of the threads that share out a call: what one piece of attention needs.
 thread_local Workspace piece_memory;
@@ -300,10 +300,12 @@ class LayerPass {
         const int64_t from = first_seen(position + begin) / kChunk, to = (position + end - 1) / kChunk + 1;
         const int64_t chunks = to - from;
         Workspace& memory = piece_memory;
-        const size_t bytes = Workspace::room<float>(queries * d) + 2 * Workspace::room<int64_t>(queries) +
+        const int64_t apart = turned_apart(queries);
+        const size_t bytes = Workspace::room<float>(queries * d) + Workspace::room<float>(apart * d) + 2 * Workspace::room<int64_t>(queries) +
                              2 * Workspace::room<float>(chunks * queries) + Workspace::room<float>(chunks * queries * d);
         if (!memory.reserve(bytes)) return failed_.store(true);
         float* q = memory.take<float>(queries * d);
+        float* turned = memory.take<float>(apart * d);
         int64_t* seen_from = memory.take<int64_t>(queries);
         int64_t* seen_to = memory.take<int64_t>(queries);
         float* most = memory.take<float>(chunks * queries);
@@ -315,6 +317,8 @@ class LayerPass {
             std::fill(seen_from + at, seen_from + at + each, first_seen(position + t));
             std::fill(seen_to + at, seen_to + at + each, position + t + 1);
         }
+        for (int64_t i = 0; i < d; i++)
+            for (int64_t n = 0; n < apart; n++) turned[i * apart + n] = n < queries ? q[n * d + i] : 0.f;
         const int64_t offset = offset_of(group) * size_of(m.kv_dtype);
         for (int64_t i = 0; i < chunks; i++) {
             Ahead none{};
@@ -323,7 +327,7 @@ class LayerPass {
                          static_cast<const char*>(c.cache->values) + offset, m.kv_dtype, static_cast<int>(queries), d,
                          chunk, std::min(chunk + kChunk, position + end), seen_from, seen_to, l.softcap,
                          l.slopes ? l.slopes + group * each : nullptr, static_cast<int>(each), most + at, sum + at,
-                         value + at * d, &none});
+                         value + at * d, &none, turned});
         }
         for (int64_t i = 0; i < queries; i++) {
             float* out = attended_ + ((begin + i / each) * l.heads + group * each + i % each) * d;
