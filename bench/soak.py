@@ -183,14 +183,19 @@ def main(
 
 
 def _summary(soak: Soak) -> dict[str, Any]:
-    """Memory in megabytes: medians of the second and of the last tenth of the time; the first tenth warms up."""
+    """Memory in megabytes: medians of the second and of the last tenth of the time, for the first tenth warms up; and of
+    each fifth, by the seconds at its end, which tell whether it still grows."""
     samples = [value / 1e6 for _, value in soak.memory]
     tenth = max(1, len(samples) // 10)
     early, late = median(samples[tenth : 2 * tenth] or samples), median(samples[-tenth:])
+    fifths = [samples[-(-len(samples) * i // 5) : -(-len(samples) * (i + 1) // 5)] for i in range(5)]
+    ends = [soak.memory[-(-len(samples) * (i + 1) // 5) - 1][0] for i in range(5)]
+    over_time = {f"{end:.0f}": round(median(some), 1) for end, some in zip(ends, fifths, strict=True) if some}
     return {
         "requests": dict(soak.done),
         "wrong": dict(soak.wrong),
         "memory_mb": {"early": round(early, 1), "late": round(late, 1), "most": round(max(samples), 1)},
+        "memory_mb_by_seconds": over_time,
     }
 
 

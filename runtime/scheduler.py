@@ -24,6 +24,12 @@ logger = logging.getLogger("coreskip")
 _SHARE = 0.5  # of the memory that is free, for keys and values
 _WHOLE = 128  # positions by which room for keys and values grows
 _RETRY_S = 1.0, 60.0  # what a full queue asks to wait, at least and at most
+_MOST_PROMPTS = 10**9  # bytes: else a server grows for hours, into memory that nobody gave it
+
+
+def prompts_beside(kv_bytes: int) -> int:
+    """Bytes for prompts that were read before, where nobody said."""
+    return min(kv_bytes // 4, _MOST_PROMPTS)
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,8 @@ class Limits:
         batch: sequences that run at once.
         waiting: requests in the queue; None: any number.
         kv_bytes: of keys and values; None: half of the memory that is free when the scheduler starts.
-        prompt_bytes: of keys and values of prompts that were read before; None: a quarter of `kv_bytes`, beside these.
+        prompt_bytes: of keys and values of prompts that were read before; None: a quarter of `kv_bytes`, beside these, but
+            not more than 1 GB.
         chunk: tokens of a prompt that are read between two steps.
     """
 
@@ -58,7 +65,7 @@ class Scheduler:
     def __init__(self, model: Any, limits: Limits, acquire: Callable[[], None]) -> None:
         self._limits, self._acquire = limits, acquire
         self._memory = _Memory(model, limits.kv_bytes)
-        kept = self._memory.limit // 4 if limits.prompt_bytes is None else limits.prompt_bytes
+        kept = prompts_beside(self._memory.limit) if limits.prompt_bytes is None else limits.prompt_bytes
         self._decoder = Decoder(model, limits.chunk, PromptCache(kept, limits.chunk))
         self._changed = threading.Condition()
         self._waiting: deque[Running] = deque()

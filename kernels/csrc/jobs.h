@@ -157,7 +157,8 @@ struct NeuronsJob {
     uintptr_t after;          // what is read after the last neuron; 0: not known
 };
 
-// From one dimension of turned queries to the next: whole vectors, whose last lanes may hold anything.
+// From one dimension of turned queries to the next: whole vectors. Where queries lie turned, `from`, `to`, `most` and `sum`
+// have as much room, and beyond the queries `from`, `to` are a query's, too.
 static inline int64_t turned_apart(int64_t queries) { return (queries + kTile - 1) / kTile * kTile; }
 
 // Queries against some positions of one KV head: leaves, per query, the largest score, the sum of exponentials and

@@ -14,7 +14,7 @@ static inline float widened(const T* p) {
 
 constexpr int kStretch = 32;  // positions whose scores are at hand together
 constexpr int kShare = kLanes == 16 ? 4 : 2;  // queries whose sums fit into registers
-constexpr int kAbreast = 3;   // vectors of queries that have a lane each
+constexpr int kAbreast = 2;   // vectors of queries that have a lane each
 constexpr int kWidest = 256;  // of a head whose keys are widened for these
 
 template <class A, class B> constexpr bool same = false;
@@ -102,13 +102,16 @@ static inline void bring(const void* from, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 3);
 }
 
+// What earlier sums come to once their greatest score is another one.
+static inline V fading(V before, V most) { return before == most ? splat(1.f) : exp(before - most); }
+
 // Q queries from the n-th on, which all see `count` positions from `from` on.
 template <int Q, class T>
 static inline void attend_stretch(const AttendJob& job, int n, int64_t from, int count) {
     const int64_t d = job.head_dim;
     const T* keys = static_cast<const T*>(job.keys) + from * d;
     const float* q = job.q + n * d;
-    float score[Q * kStretch], fade[Q];
+    float score[Q * kStretch], fade[Q], lane[kLanes];
     int done = 0;
     for (; done + 4 <= count; done += 4) {
         if (n == 0) {
@@ -139,7 +142,8 @@ static inline void attend_stretch(const AttendJob& job, int n, int64_t from, int
             store(mine + i, weight);
             sum += weight;
         }
-        fade[r] = before == most ? 1.f : expf(before - most);
+        store(lane, fading(splat(before), splat(most)));
+        fade[r] = lane[0];
         job.sum[n + r] = job.sum[n + r] * fade[r] + total(sum);
         job.most[n + r] = most;
     }
@@ -208,7 +212,7 @@ __attribute__((always_inline)) static inline void dot_lanes(const float* q, int6
             for (int r = 0; r < Q; r++) a[r] = load(q + i * apart + r * kLanes);
 #pragma GCC unroll 16
             for (int j = 0; j < N; j++) {
-                const V b = splat(k[j * d + i]);
+                const float b = k[j * d + i];
 #pragma GCC unroll 16
                 for (int r = 0; r < Q; r++) to[j * Q + r] += a[r] * b;
             }
@@ -221,69 +225,57 @@ __attribute__((always_inline)) static inline void dot_lanes(const float* q, int6
 }
 
 // What Q vectors of queries, from the n-th query on, add to their sums from one stretch: `count` positions from `at` on, of
-// which each query sees those before its own end. last: one past the last query.
-template <int Q, class T>
+// which each query sees those before its own end. whole: all see all of it; last: one past the last query.
+template <int Q, bool whole, class T>
 static inline void attend_lanes(const AttendJob& job, int n, int last, int64_t at, int count) {
-    constexpr int width = Q * kLanes;
+    constexpr int width = Q * kLanes, N = 8 / Q;
     const int64_t d = job.head_dim, apart = turned_apart(job.queries);
     float score[kStretch * width], fade[width];
-    int seen[width];
-    int least = count;
-    for (int r = 0; r < width; r++) {
-        const int64_t own = n + r < last && job.from[n + r] <= at ? job.to[n + r] - at : 0;
-        seen[r] = static_cast<int>(own < 0 ? 0 : own < count ? own : count);
-        least = seen[r] < least ? seen[r] : least;
-    }
     const T* keys = static_cast<const T*>(job.keys) + at * d;
-    const float* k;
     float wide[same<T, float> ? 1 : kStretch * kWidest];
-    if constexpr (same<T, float>) {
-        k = keys;
-    } else {
-        for (int64_t i = 0; i < count * d; i += kLanes) store(wide + i, load(keys + i));
-        k = wide;
-    }
-    constexpr int N = 6 / Q;
+    const float* k = wide;
+    if constexpr (same<T, float>) k = keys;
+    else for (int64_t i = 0; i < count * d; i += kLanes) store(wide + i, load(keys + i));
     const float* q = job.turned + n;
     int done = 0;
     for (; done + N <= count; done += N) dot_lanes<Q, N>(q, apart, k + done * d, d, score + done * width);
     for (; done < count; done++) dot_lanes<Q, 1>(q, apart, k + done * d, d, score + done * width);
     for (; done < kStretch; done++)
         for (int p = 0; p < Q; p++) store(score + done * width + p * kLanes, splat(-HUGE_VALF));
+    int seen[width];
+    for (int r = 0; r < width; r++) {
+        const int64_t own = whole ? count : job.from[n + r] > at ? 0 : job.to[n + r] - at;
+        seen[r] = static_cast<int>(own < 0 ? 0 : own < count ? own : count);
+    }
     for (int p = 0; p < Q; p++) {
-        float* mine = score + p * kLanes;
+        float *mine = score + p * kLanes, *tops = job.most + n + p * kLanes, *sums = job.sum + n + p * kLanes;
         VI sees;
         memcpy(&sees, seen + p * kLanes, sizeof sees);
-        if (least < count)
-            for (int i = 0; i < count; i++)
-                store(mine + i * width, sees > i ? load(mine + i * width) : splat(-HUGE_VALF));
-        float lane[3][kLanes] = {};
-        const int some = last - n - p * kLanes < kLanes ? last - n - p * kLanes : kLanes;
-        memcpy(lane[0], job.most + n + p * kLanes, some * sizeof(float));
-        memcpy(lane[1], job.sum + n + p * kLanes, some * sizeof(float));
-        const V before = load(lane[0]);
-        V most = before;
-        for (int i = 0; i < kStretch; i++) most = load(mine + i * width) > most ? load(mine + i * width) : most;
+        for (int i = 0; !whole && i < count; i++)
+            store(mine + i * width, sees > i ? load(mine + i * width) : splat(-HUGE_VALF));
+        const V before = load(tops);
+        V highest[4] = {before, before, before, before};  // one would wait for itself
+        for (int i = 0; i < kStretch; i += 4)
+#pragma GCC unroll 4
+            for (int c = 0; c < 4; c++) highest[c] = greater(load(mine + (i + c) * width), highest[c]);
+        const V most = greater(greater(highest[0], highest[1]), greater(highest[2], highest[3]));
         for (int i = 0; i < kStretch; i++) store(mine + i * width, exp(load(mine + i * width) - most));
         V sum;
         total_by_lanes<1, 1>(0, [&](int of, V* to) __attribute__((always_inline)) {
             *to = V{};
             for (int i = of; i < kStretch; i += kLanes) *to += load(mine + i * width);
         }, &sum);
-        store(lane[2], most);
-        float* faded = fade + p * kLanes;
-        for (int i = 0; i < kLanes; i++) faded[i] = lane[0][i] == lane[2][i] ? 1.f : expf(lane[0][i] - lane[2][i]);
-        const V whole = load(lane[1]) * load(faded) + sum;
-        store(lane[0], sees > 0 ? most : before);
-        store(lane[1], sees > 0 ? whole : load(lane[1]));
-        memcpy(job.most + n + p * kLanes, lane[0], some * sizeof(float));
-        memcpy(job.sum + n + p * kLanes, lane[1], some * sizeof(float));
+        const V faded = fading(before, most);
+        store(fade + p * kLanes, faded);
+        store(tops, whole || sees > 0 ? most : before);
+        store(sums, whole || sees > 0 ? load(sums) * faded + sum : load(sums));
     }
     const T* values = static_cast<const T*>(job.values) + at * d;
-    for (int r = 0, next; r < width; r = next) {
+    const int queries = last - n < width ? last - n : width;
+    for (int r = 0, next; r < queries; r = next) {
         next = r + 1;
         if (!seen[r]) continue;
-        while (next < width && next < r + kShare && seen[next] == seen[r]) next++;
+        while (next < queries && next < r + kShare && seen[next] == seen[r]) next++;
         float* to = job.value + (n + r) * d;
         if (next == r + 4) add_rows<4, 1, width>(to, values, score + r, seen[r], fade + r, d);
         else if (next == r + 3) add_rows<3, 1, width>(to, values, score + r, seen[r], fade + r, d);
@@ -292,27 +284,23 @@ static inline void attend_lanes(const AttendJob& job, int n, int last, int64_t a
     }
 }
 
-// Whether all queries from `first` to `last` may see a stretch from its first position on, where they see any of it.
-static inline bool see_from(const AttendJob& job, int first, int last, int64_t at) {
-    for (int n = first; n < last; n++)
-        if (job.from[n] > at && job.from[n] < at + kStretch && job.from[n] < job.to[n]) return false;
-    return true;
-}
-
+// One stretch for all queries, which lie turned; those that see it from its middle on go one by one.
 template <class T>
 static void attend_abreast(const AttendJob& job, int64_t at) {
     const int64_t end = at + kStretch < job.end ? at + kStretch : job.end;
     const int count = static_cast<int>(end - at);
-    for (int n = 0; n < job.queries; n += kAbreast * kLanes) {
-        const int last = n + kAbreast * kLanes < job.queries ? n + kAbreast * kLanes : job.queries;
-        if (!see_from(job, n, last, at)) {
-            attend_few<T>(job, n, last, at);
-            continue;
+    const int room = static_cast<int>(turned_apart(job.queries));
+    for (int n = 0, last; n < job.queries; n = last) {
+        last = n + kAbreast * kLanes < room ? n + kAbreast * kLanes : room;
+        bool whole = true, begins = true;
+        for (int r = n; r < last; r++) {
+            whole &= (job.from[r] <= at) & (job.to[r] >= end);
+            begins &= (job.from[r] <= at) | (job.from[r] >= end) | (job.to[r] <= at);
         }
-        const int vectors = (last - n + kLanes - 1) / kLanes;
-        if (vectors == 3) attend_lanes<3, T>(job, n, last, at, count);
-        else if (vectors == 2) attend_lanes<2, T>(job, n, last, at, count);
-        else attend_lanes<1, T>(job, n, last, at, count);
+        const int some = last < job.queries ? last : job.queries;
+        if (!begins) attend_few<T>(job, n, some, at);
+        else if (last - n < 2 * kLanes) whole ? attend_lanes<1, true, T>(job, n, some, at, count) : attend_lanes<1, false, T>(job, n, some, at, count);
+        else whole ? attend_lanes<2, true, T>(job, n, some, at, count) : attend_lanes<2, false, T>(job, n, some, at, count);
     }
 }
 
