@@ -183,7 +183,7 @@ def main(
 
 
 def _summary(soak: Soak) -> dict[str, Any]:
-    """Memory in megabytes: medians of the second and of the last tenth of the time, for the first tenth warms up; and of
+    """Memory in megabytes: medians of the second and of the last tenth of the time, as the first one warms up; and of
     each fifth, by the seconds at its end, which tell whether it still grows."""
     samples = [value / 1e6 for _, value in soak.memory]
     tenth = max(1, len(samples) // 10)

@@ -77,8 +77,8 @@ class Engine:
         max_waiting: of max_batch: how many requests may wait for a place; one more raises `Busy`. None: any number.
         kv_bytes: of max_batch: memory for the keys and values of all that run; None: half of what is free.
         prompt_bytes: of max_batch: memory for prompts that were read before, so that what begins alike, in whole
-            chunks, or is the same is not read again; None: a quarter of `kv_bytes`, beside these, but not more than 1 GB;
-            0: none.
+            chunks, or is the same is not read again; None: a quarter of `kv_bytes`, beside these, but not more than
+            1 GB; 0: none.
         prefill_chunk: of max_batch: how many tokens of a prompt are read between two steps.
 
     Raises:

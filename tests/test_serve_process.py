@@ -243,6 +243,7 @@ def test_mistakes_of_the_command(
         (["--plan", str(tmp_path / "none.plan"), "--port", "0"], "no plan at"),
         (["--max-context", "99999", "--port", "0"], f"the model has {CONTEXT} positions"),
         (["--max-batch", "0"], "--max-batch"),
+        (["--prompt-memory", "much"], "--prompt-memory: memory is 'much'; give bytes"),
     ):
         with pytest.raises(SystemExit) as caught:
             main(["serve", str(folder), *words])
