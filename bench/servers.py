@@ -30,7 +30,7 @@ class Job:
     Attributes:
         model: an id, a folder or a file, as `coreskip serve` takes it; None: the embedded one.
         folder: the same model as a folder of transformers'. gguf: as a GGUF file; None: there is none.
-        streams: at once, at most.
+        streams: at once, at most. prompt_memory: of ours, for prompts that were read before; None: its default.
     """
 
     model: str | None
@@ -38,6 +38,7 @@ class Job:
     gguf: Path | None
     threads: int
     streams: int
+    prompt_memory: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def _coreskip(*words: str) -> Callable[[Job, int], list[str]]:
     def command(job: Job, port: int) -> list[str]:
         model = [] if job.model is None else [job.model]
         batch = ["--threads", str(job.threads), "--max-batch", str(job.streams), "--name", _NAME]
-        return [sys.executable, "-m", "coreskip", "serve", *model, "--port", str(port), *batch, *words]
+        kept = [] if job.prompt_memory is None else ["--prompt-memory", job.prompt_memory]
+        return [sys.executable, "-m", "coreskip", "serve", *model, "--port", str(port), *batch, *kept, *words]
 
     return command
 

@@ -44,13 +44,6 @@ __attribute__((always_inline)) static inline void dot_rows(const float* q, const
         }
 }
 
-template <class T>
-static inline void add_row(float* to, const T* v, float weight, int64_t n) {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(to + i, load(to + i) + weight * load(v + i));
-    for (; i < n; i++) to[i] += weight * widened(v + i);
-}
-
 // to[r] = fade[r] * to[r] + weight[r][0] * v[0] + ... for Q queries and `count` rows of values side by side, N vectors of
 // them at a time: what goes through memory for every row waits for the row before. A query's weights are `Row` apart, those
 // of the next query `Query` further on.
@@ -299,8 +292,10 @@ static void attend_abreast(const AttendJob& job, int64_t at) {
         }
         const int some = last < job.queries ? last : job.queries;
         if (!begins) attend_few<T>(job, n, some, at);
-        else if (last - n < 2 * kLanes) whole ? attend_lanes<1, true, T>(job, n, some, at, count) : attend_lanes<1, false, T>(job, n, some, at, count);
-        else whole ? attend_lanes<2, true, T>(job, n, some, at, count) : attend_lanes<2, false, T>(job, n, some, at, count);
+        else if (last - n < 2 * kLanes && whole) attend_lanes<1, true, T>(job, n, some, at, count);
+        else if (last - n < 2 * kLanes) attend_lanes<1, false, T>(job, n, some, at, count);
+        else if (whole) attend_lanes<2, true, T>(job, n, some, at, count);
+        else attend_lanes<2, false, T>(job, n, some, at, count);
     }
 }
 
@@ -327,6 +322,20 @@ static void attend(const AttendJob& job) {
     else attend_as<F16>(job);
 }
 
+// to += weight[0] * v[0] + ... for `count` parts' values, N vectors of them at a time.
+template <int N>
+__attribute__((always_inline)) static inline int64_t add_parts(float* to, const float* const* v, const float* weight,
+                                                               int count, int64_t n, int64_t i) {
+    for (; i + N * kLanes <= n; i += N * kLanes) {
+        V sum[N];
+        for (int p = 0; p < N; p++) sum[p] = load(to + i + p * kLanes);
+        for (int c = 0; c < count; c++)
+            for (int p = 0; p < N; p++) sum[p] += weight[c] * load(v[c] + i + p * kLanes);
+        for (int p = 0; p < N; p++) store(to + i + p * kLanes, sum[p]);
+    }
+    return i;
+}
+
 // One query's output from its parts, which lie `stride` queries apart.
 static void merge(int64_t parts, int64_t stride, const float* most, const float* sum, const float* value,
                   int64_t head_dim, float* out, const float* sink) {
@@ -336,11 +345,22 @@ static void merge(int64_t parts, int64_t stride, const float* most, const float*
         if (sum[p * stride] != 0 && most[p * stride] > top) top = most[p * stride];
     if (sink) whole = expf(*sink - top);
     memset(out, 0, head_dim * sizeof(float));
-    for (int64_t p = 0; p < parts; p++) {
-        if (sum[p * stride] == 0) continue;
-        const float weight = expf(most[p * stride] - top);
-        whole += weight * sum[p * stride];
-        add_row(out, value + p * stride * head_dim, weight, head_dim);
+    for (int64_t p = 0; p < parts;) {
+        const float* from[kLanes];
+        float weight[kLanes] = {}, sums[kLanes];
+        int count = 0;
+        for (; p < parts && count < kLanes; p++) {
+            if (sum[p * stride] == 0) continue;
+            from[count] = value + p * stride * head_dim;
+            weight[count] = most[p * stride] - top;
+            sums[count++] = sum[p * stride];
+        }
+        store(weight, exp(load(weight)));
+        for (int c = 0; c < count; c++) whole += weight[c] * sums[c];
+        int64_t i = add_parts<4>(out, from, weight, count, head_dim, 0);
+        i = add_parts<1>(out, from, weight, count, head_dim, i);
+        for (; i < head_dim; i++)
+            for (int c = 0; c < count; c++) out[i] += weight[c] * from[c][i];
     }
     for (int64_t i = 0; i < head_dim; i++) out[i] /= whole;
 }
