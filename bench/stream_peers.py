@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing
+import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -154,7 +156,8 @@ class SystemFailed(Exception):
 
 
 class SystemProcess:
-    """A system in a process of its own."""
+    """A system in a process of its own, which is stopped but for its turns: idle threads of some peers spin, on the cores
+    that the others need."""
 
     def __init__(self, name: str, threads: int, most: int, context: int) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -163,6 +166,7 @@ class SystemProcess:
         self._process.start()
         theirs.close()
         self._answer(_START_S)
+        self._signal(signal.SIGSTOP)
 
     def seconds(self, asked: Sequence[list[int]], new: int, patience: float) -> float:
         """From the first request to the last token of all.
@@ -170,8 +174,10 @@ class SystemProcess:
         Raises:
             SystemFailed: it took longer than `patience` seconds, ended, or made another number of tokens.
         """
+        self._signal(signal.SIGCONT)
         self._pipe.send((list(asked), new))
         seconds, made = self._answer(patience)
+        self._signal(signal.SIGSTOP)
         if made != [new] * len(asked):
             raise SystemFailed(f"made {made} tokens where {new} were asked of each")
         return float(seconds)
@@ -190,7 +196,12 @@ class SystemProcess:
             raise SystemFailed(found)
         return found
 
+    def _signal(self, number: int) -> None:
+        if self._process.pid is not None and self._process.is_alive():
+            os.kill(self._process.pid, number)
+
     def close(self) -> None:
+        self._signal(signal.SIGCONT)
         self._pipe.close()  # which ends it between two turns
         self._process.join(5)
         self._process.kill()
