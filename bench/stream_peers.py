@@ -156,8 +156,8 @@ class SystemFailed(Exception):
 
 
 class SystemProcess:
-    """A system in a process of its own, which is stopped but for its turns: idle threads of some peers spin, on the cores
-    that the others need."""
+    """A system in a process of its own, stopped but for its turns: idle threads of some peers spin, on the cores that the
+    others need."""
 
     def __init__(self, name: str, threads: int, most: int, context: int) -> None:
         spawn = multiprocessing.get_context("spawn")
