@@ -156,7 +156,7 @@ class SystemFailed(Exception):
 
 
 class SystemProcess:
-    """A system in a process of its own, stopped but for its turns: idle threads of some peers spin, on the cores that the
+    """A system in a process of its own, stopped but for its turns: idle threads of some peers spin, on cores that the
     others need."""
 
     def __init__(self, name: str, threads: int, most: int, context: int) -> None:
