@@ -47,13 +47,14 @@ class Kind:
     Attributes:
         command: of a job at a port. unavailable: why it cannot run here; None where it can.
         model: what requests call the model.
-        notes: how it computes, for rows.
+        notes: how it computes, for rows. ready: a path that answers once it runs.
     """
 
     command: Callable[[Job, int], list[str]]
     unavailable: Callable[[Job], str | None] = lambda job: None
     model: Callable[[Job], str] = lambda job: _NAME
     notes: str = ""
+    ready: str = "/health"
 
 
 def _coreskip(*words: str) -> Callable[[Job, int], list[str]]:
@@ -108,7 +109,9 @@ KINDS: dict[str, Kind] = {
         _transformers, _no_transformers_serve, lambda job: str(job.folder), "continuous batching, bfloat16"
     ),
     "llama-server": Kind(_llama_server, _no_llama_server),
-    "llama-cpp-python": Kind(_llama_cpp_python, _no_llama_cpp_python, notes="one request at a time"),
+    "llama-cpp-python": Kind(
+        _llama_cpp_python, _no_llama_cpp_python, notes="one request at a time", ready="/v1/models"
+    ),
 }
 
 
@@ -122,6 +125,7 @@ class ServerProcess:
     def __init__(self, kind: str, job: Job) -> None:
         port = free_port()
         self.url, self.model = f"http://127.0.0.1:{port}", KINDS[kind].model(job)
+        self._ready = self.url + KINDS[kind].ready
         self._log = TemporaryFile("w+")  # noqa: SIM115  (the server's, for as long as it runs)
         command, environment = KINDS[kind].command(job, port), _environment(job.threads)
         self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log, env=environment)
@@ -131,7 +135,7 @@ class ServerProcess:
         end = time.monotonic() + _START_S
         while time.monotonic() < end and self._process.poll() is None:
             try:
-                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                if httpx.get(self._ready, timeout=5).status_code == 200:
                     return
             except httpx.HTTPError:
                 pass

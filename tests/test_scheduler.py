@@ -22,7 +22,6 @@ from coreskip.kernels.ops import available
 from coreskip.predictors.plan import LayerPlan, Plan
 from coreskip.predictors.policies import Sketch
 from coreskip.runtime.pieces import Pieces
-from coreskip.runtime.scheduler import prompts_beside
 from coreskip.runtime.sequence import Busy, Event, Request
 from coreskip.runtime.wrap import is_wrapped, runtime_of
 
@@ -263,12 +262,10 @@ def test_memory_is_flat() -> None:
         for round_ in range(3):
             for ticket in [made.submit(Request(ids(20, i), 6)) for i in range(12)]:
                 ticket.collect()
-            for _ in range(200):  # the scheduler's thread may still be in the turn in which the last one ended
-                gc.collect()
-                caches = [o for o in gc.get_objects() if isinstance(o, DynamicCache)]
-                if not caches:
-                    break
-                time.sleep(0.01)
+            while made._batched()._scheduler._running:  # the thread that decodes may be in its last turn
+                time.sleep(0.001)
+            gc.collect()
+            caches = [o for o in gc.get_objects() if isinstance(o, DynamicCache)]
             assert not caches, round_
 
 
@@ -578,10 +575,6 @@ def test_kept_prompts_stay_within_their_memory() -> None:
             made.submit(Request(ids(70, seed), 3)).collect()
             assert 0 < prompts.nbytes <= 4 * each
             assert prompts.nbytes == sum(block.nbytes for block in prompts._blocks.values())
-
-
-def test_kept_prompts_are_bounded_where_nobody_said() -> None:
-    assert [prompts_beside(kv_bytes) for kv_bytes in (4000, 10**12)] == [1000, 10**9]
 
 
 @pytest.mark.parametrize(("family", "kind"), [("llama", "griffin"), ("mistral", "dense")])
