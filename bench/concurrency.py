@@ -60,13 +60,13 @@ def main(output: Path, model: str | None, weights: str, streams: str, tokens: in
 
 def _measured(model: str | None, weights: str, counts: Sequence[int], tokens: int, rounds: int) -> Iterator[Row]:
     loaded, tokenizer = load(model, device="cpu") if model is not None else load(device="cpu")
-    asked = _prompts(tokenizer, max(counts))
+    asked = different_prompts(tokenizer, max(counts))
     with Engine(loaded, tokenizer, weights=weights, max_batch=max(counts), prompt_bytes=0) as engine:
-        alone = [_run(engine, [prompt], tokens)[1][0].tokens for prompt in asked]
+        alone = [streams_of(engine, [prompt], tokens)[1][0].tokens for prompt in asked]
         found: dict[int, list[tuple[float, list[Stream]]]] = {count: [] for count in counts}
         for _ in range(rounds):
             for count in counts:
-                found[count].append(_run(engine, asked[:count], tokens))
+                found[count].append(streams_of(engine, asked[:count], tokens))
     base = None
     for count, runs in found.items():
         row = _row(count, tokens, runs, alone, [len(prompt) for prompt in asked[:count]])
@@ -74,7 +74,7 @@ def _measured(model: str | None, weights: str, counts: Sequence[int], tokens: in
         yield {**row, "times_the_first": round(row["tok_s"] / base, 2)}
 
 
-def _prompts(tokenizer: Any, count: int) -> list[list[int]]:
+def different_prompts(tokenizer: Any, count: int) -> list[list[int]]:
     """Different ones, of lengths of their own."""
     found = []
     for i, prompt in zip(range(count), itertools.cycle(prompts()), strict=False):
@@ -83,7 +83,7 @@ def _prompts(tokenizer: Any, count: int) -> list[list[int]]:
     return found
 
 
-def _run(engine: Engine, asked: Sequence[list[int]], tokens: int) -> tuple[float, list[Stream]]:
+def streams_of(engine: Engine, asked: Sequence[list[int]], tokens: int) -> tuple[float, list[Stream]]:
     """Seconds from the first request to the last token, and the streams."""
 
     start = time.perf_counter()

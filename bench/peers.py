@@ -84,9 +84,9 @@ class OnnxFolder(Peer):
         og.disable_telemetry_events()
         settings = json.loads((built / ONNX_SETTINGS).read_text())
         # nothing ends a generation early: it wants a token that does, and takes what pads where it is told none
-        never = int(settings["model"]["vocab_size"]) - 1
-        ends = {"model": {"eos_token_id": [never], "pad_token_id": never}}
-        self._model = open_model(built, self.job.threads, ends)
+        self.pad = int(settings["model"]["vocab_size"]) - 1
+        ends = {"model": {"eos_token_id": [self.pad], "pad_token_id": self.pad}}
+        self.model = open_model(built, self.job.threads, ends)
         self._bytes = onnx_weight_bytes(built / settings["model"]["decoder"]["filename"])
 
     def generate(self, ids: Sequence[int], new: int) -> Generation:
@@ -100,9 +100,9 @@ class OnnxFolder(Peer):
     def _start(self, ids: Sequence[int]) -> None:
         import onnxruntime_genai as og
 
-        search = og.GeneratorParams(self._model)
+        search = og.GeneratorParams(self.model)
         search.set_search_options(do_sample=False, max_length=self._context)
-        self._generator = og.Generator(self._model, search)
+        self._generator = og.Generator(self.model, search)
         self._generator.append_tokens(np.asarray([ids], dtype=np.int32))
 
     def _feed(self, token: int) -> None:
@@ -115,7 +115,7 @@ class OnnxFolder(Peer):
         return self._bytes
 
     def close(self) -> None:
-        self._generator = self._model = None
+        self._generator = self.model = None
 
 
 class OnnxNeurons(Peer):

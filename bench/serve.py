@@ -61,8 +61,22 @@ class Stream:
 @click.option("--tokens", default=128, type=click.IntRange(8), show_default=True, help="Of each answer, at most.")
 @click.option("--rounds", default=3, type=click.IntRange(1), show_default=True, help="Of all servers in turn.")
 @click.option("--threads", type=click.IntRange(1), help="Of every server; by default as many as there are.")
+@click.option(
+    "--patience",
+    default=60.0,
+    type=click.FloatRange(0, min_open=True),
+    show_default=True,
+    help="Seconds for all clients of one turn; a server that takes longer has a row that says so, and no more turns.",
+)
 def main(
-    model: str | None, output: Path, servers: str, clients: str, tokens: int, rounds: int, threads: int | None
+    model: str | None,
+    output: Path,
+    servers: str,
+    clients: str,
+    tokens: int,
+    rounds: int,
+    threads: int | None,
+    patience: float,
 ) -> None:
     """Measure MODEL, by default the embedded one, behind each server: greedy streams that begin at the same time."""
     counts, threads = [int(count) for count in clients.split(",")], threads or threads_available()
@@ -70,16 +84,19 @@ def main(
     if unknown:
         raise click.BadParameter(f"{unknown[0]}: choose from {', '.join(KINDS)}", param_hint="--servers")
     words = f"--servers '{servers}' --clients {clients} --tokens {tokens} --rounds {rounds} --threads {threads}"
+    words += f" --patience {patience:g}"
     about = provenance(f"python -m coreskip.bench.serve --rows bench/rows/{output.name} {words}")
     about = {**about, "threads": threads, "model": model_name(model)}
     with tempfile.TemporaryDirectory() as folder:
         loaded, tokenizer = load(model, device="cpu")
         gguf = embedded_gguf() if model is None else Path(model) if model.endswith(".gguf") else None
         job = Job(model, Path(folder), gguf, threads, max(counts))
-        started = _started(servers.split(","), job, loaded, tokenizer)
+        started, failed = _started(servers.split(","), job, loaded, tokenizer)
         del loaded
         try:
-            rows = [{**row, **about} for row in measured(started, counts, tokens, rounds, tokenizer)]
+            found = list(measured(started, counts, tokens, rounds, tokenizer, patience))
+            found += [_failed(name, count, reason) for name, reason in failed.items() for count in counts]
+            rows = [{**row, **about} for row in found]
         finally:
             for server in started.values():
                 server.close()
@@ -88,43 +105,70 @@ def main(
         click.echo({name: value for name, value in row.items() if name not in about})
 
 
-def _started(names: Sequence[str], job: Job, model: Any, tokenizer: Any) -> dict[str, ServerProcess]:
-    started = dict[str, ServerProcess]()
+def _started(
+    names: Sequence[str], job: Job, model: Any, tokenizer: Any
+) -> tuple[dict[str, ServerProcess], dict[str, str]]:
+    """The servers that run, and why others do not."""
+    started, failed = dict[str, ServerProcess](), dict[str, str]()
     if "transformers" in names:
         model.to(torch.bfloat16).save_pretrained(job.folder)
         tokenizer.save_pretrained(job.folder)
-    try:
-        for name in names:
-            reason = KINDS[name].unavailable(job)
-            if reason is not None:
-                click.echo(f"{name}: {reason}", err=True)
-                continue
-            started[name] = ServerProcess(name, job)
-    except CoreskipError:
-        for server in started.values():
-            server.close()
-        raise
-    return started
+    for name in names:
+        reason = KINDS[name].unavailable(job)
+        try:
+            if reason is None:
+                started[name] = ServerProcess(name, job)
+        except CoreskipError as error:
+            reason = str(error)
+        if reason is not None:
+            failed[name] = reason
+            click.echo(f"{name}: {reason}", err=True)
+    return started, failed
 
 
 def measured(
-    servers: dict[str, ServerProcess], counts: Sequence[int], tokens: int, rounds: int, tokenizer: Any
+    servers: dict[str, ServerProcess],
+    counts: Sequence[int],
+    tokens: int,
+    rounds: int,
+    tokenizer: Any,
+    patience: float,
 ) -> Iterator[Row]:
-    """A row for each server and number of clients. Every prompt is another one, so that nothing is found in a cache."""
+    """A row for each server and number of clients. Every prompt is another one, so that nothing is found in a cache. A
+    server that keeps its clients waiting for longer than `patience` seconds is asked no more."""
     found: dict[tuple[str, int], list[list[Stream]]] = {(name, n): [] for name in servers for n in counts}
     same: dict[tuple[str, int], list[bool]] = {key: [] for key in found}
-    for server in servers.values():
-        asyncio.run(_streams(server, _asked("warm-up", 1), tokens))
+    slow = dict[str, str]()
+
+    def answers(name: str, asked: Sequence[str]) -> list[Stream]:
+        if name in slow:
+            return []
+        try:
+            return asyncio.run(asyncio.wait_for(_streams(servers[name], asked, tokens), patience))
+        except TimeoutError:
+            slow[name] = f"{len(asked)} clients had no whole answers of {tokens} tokens in {patience:g} s"
+            servers[name].close()  # it would go on beside the others
+            return []
+
+    for name in servers:
+        answers(name, _asked("warm-up", 1))
     for turn in range(rounds):
         for count in counts:
-            for name, server in servers.items():
-                streams = asyncio.run(_streams(server, _asked(f"{turn}.{count}", count), tokens))
-                found[name, count].append(streams)
+            for name in servers:
+                streams = answers(name, _asked(f"{turn}.{count}", count))
+                if streams:
+                    found[name, count].append(streams)
                 for stream in streams[:_ALONE]:
-                    (alone,) = asyncio.run(_streams(server, [stream.prompt], tokens))
-                    same[name, count].append(alone.text == stream.text)
+                    same[name, count] += [alone.text == stream.text for alone in answers(name, [stream.prompt])]
     for (name, count), streams_by_round in found.items():
-        yield _row(name, count, streams_by_round, same[name, count], tokens, tokenizer)
+        if streams_by_round:
+            yield _row(name, count, streams_by_round, same[name, count], tokens, tokenizer)
+        else:
+            yield _failed(name, count, slow[name])
+
+
+def _failed(name: str, count: int, reason: str) -> Row:
+    return {"kind": "serve", "server": name, "clients": count, "failed": reason, "notes": KINDS[name].notes}
 
 
 def _row(name: str, count: int, rounds: list[list[Stream]], same: list[bool], tokens: int, tokenizer: Any) -> Row:

@@ -30,7 +30,7 @@ class Job:
     Attributes:
         model: an id, a folder or a file, as `coreskip serve` takes it; None: the embedded one.
         folder: the same model as a folder of transformers'. gguf: as a GGUF file; None: there is none.
-        streams: at once, at most.
+        streams: at once, at most. prompt_memory: of ours, for prompts that were read before; None: its default.
     """
 
     model: str | None
@@ -38,6 +38,7 @@ class Job:
     gguf: Path | None
     threads: int
     streams: int
+    prompt_memory: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,20 +47,22 @@ class Kind:
     Attributes:
         command: of a job at a port. unavailable: why it cannot run here; None where it can.
         model: what requests call the model.
-        notes: how it computes, for rows.
+        notes: how it computes, for rows. ready: a path that answers once it runs.
     """
 
     command: Callable[[Job, int], list[str]]
     unavailable: Callable[[Job], str | None] = lambda job: None
     model: Callable[[Job], str] = lambda job: _NAME
     notes: str = ""
+    ready: str = "/health"
 
 
 def _coreskip(*words: str) -> Callable[[Job, int], list[str]]:
     def command(job: Job, port: int) -> list[str]:
         model = [] if job.model is None else [job.model]
         batch = ["--threads", str(job.threads), "--max-batch", str(job.streams), "--name", _NAME]
-        return [sys.executable, "-m", "coreskip", "serve", *model, "--port", str(port), *batch, *words]
+        kept = [] if job.prompt_memory is None else ["--prompt-memory", job.prompt_memory]
+        return [sys.executable, "-m", "coreskip", "serve", *model, "--port", str(port), *batch, *kept, *words]
 
     return command
 
@@ -106,7 +109,9 @@ KINDS: dict[str, Kind] = {
         _transformers, _no_transformers_serve, lambda job: str(job.folder), "continuous batching, bfloat16"
     ),
     "llama-server": Kind(_llama_server, _no_llama_server),
-    "llama-cpp-python": Kind(_llama_cpp_python, _no_llama_cpp_python, notes="one request at a time"),
+    "llama-cpp-python": Kind(
+        _llama_cpp_python, _no_llama_cpp_python, notes="one request at a time", ready="/v1/models"
+    ),
 }
 
 
@@ -120,6 +125,7 @@ class ServerProcess:
     def __init__(self, kind: str, job: Job) -> None:
         port = free_port()
         self.url, self.model = f"http://127.0.0.1:{port}", KINDS[kind].model(job)
+        self._ready = self.url + KINDS[kind].ready
         self._log = TemporaryFile("w+")  # noqa: SIM115  (the server's, for as long as it runs)
         command, environment = KINDS[kind].command(job, port), _environment(job.threads)
         self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log, env=environment)
@@ -129,7 +135,7 @@ class ServerProcess:
         end = time.monotonic() + _START_S
         while time.monotonic() < end and self._process.poll() is None:
             try:
-                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                if httpx.get(self._ready, timeout=5).status_code == 200:
                     return
             except httpx.HTTPError:
                 pass

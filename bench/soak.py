@@ -26,19 +26,21 @@ from coreskip.bench.workloads import prompts, threads_available
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 _SAMPLE_S = 5.0  # between looks at the memory
-_PATIENCE_S = 120.0  # a request that takes longer hangs
 SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}}}
 
 
 class Soak:
     """Requests of all kinds, at random, each checked for what it must get.
 
+    Args:
+        patience: seconds; a request that takes longer hangs.
+
     Attributes:
         done: by kind. wrong: what some got instead, by kind and status. memory: bytes over time, from ``/metrics``.
     """
 
-    def __init__(self, server: ServerProcess, seed: int) -> None:
-        self._server, self._random = server, random.Random(seed)
+    def __init__(self, server: ServerProcess, seed: int, patience: float = 120.0) -> None:
+        self._server, self._random, self._patience = server, random.Random(seed), patience
         self.done, self.wrong = Counter[str](), Counter[str]()
         self.memory: list[tuple[float, float]] = []
         self._kinds: dict[str, Callable[[httpx.AsyncClient], Awaitable[None]]] = {
@@ -54,7 +56,7 @@ class Soak:
     async def run(self, seconds: float, clients: int) -> None:
         end = time.monotonic() + seconds
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=self._server.url, timeout=_PATIENCE_S, limits=limits) as client:
+        async with httpx.AsyncClient(base_url=self._server.url, timeout=self._patience, limits=limits) as client:
             try:
                 await asyncio.gather(self._watch(client, end), *(self._client(client, end) for _ in range(clients)))
                 await self._settled(client)
@@ -162,17 +164,30 @@ class Soak:
 @click.option("--threads", type=click.IntRange(1), help="Of the server; by default as many as there are.")
 @click.option("--server", default="coreskip", type=click.Choice(["coreskip", "coreskip int4"]), show_default=True)
 @click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--prompt-memory", default="256MB", show_default=True, help="As for `coreskip serve`: full within minutes."
+)
+@click.option("--patience", default=120.0, show_default=True, help="Seconds; a request that takes longer hangs.")
 def main(
-    model: str | None, output: Path, minutes: float, clients: int, threads: int | None, server: str, seed: int
+    model: str | None,
+    output: Path,
+    minutes: float,
+    clients: int,
+    threads: int | None,
+    server: str,
+    seed: int,
+    prompt_memory: str,
+    patience: float,
 ) -> None:
     """Soak a server of MODEL, by default the embedded one. The exit code is 1 where something went wrong."""
     threads = threads or threads_available()
     words = f"--minutes {minutes:g} --clients {clients} --threads {threads} --server '{server}' --seed {seed}"
+    words += f" --prompt-memory {prompt_memory} --patience {patience:g}"
     about = provenance(f"python -m coreskip.bench.soak --rows bench/rows/{output.name} {words}")
     with tempfile.TemporaryDirectory() as folder:
-        started = ServerProcess(server, Job(model, Path(folder), None, threads, 8))
+        started = ServerProcess(server, Job(model, Path(folder), None, threads, 8, prompt_memory))
     try:
-        soak = Soak(started, seed)
+        soak = Soak(started, seed, patience)
         asyncio.run(soak.run(60 * minutes, clients))
     finally:
         code = started.close()
@@ -183,14 +198,19 @@ def main(
 
 
 def _summary(soak: Soak) -> dict[str, Any]:
-    """Memory in megabytes: medians of the second and of the last tenth of the time; the first tenth warms up."""
+    """Memory in megabytes: medians of the second and of the last tenth of the time, as the first one warms up; and of
+    each fifth, by the seconds at its end, which tell whether it still grows."""
     samples = [value / 1e6 for _, value in soak.memory]
     tenth = max(1, len(samples) // 10)
     early, late = median(samples[tenth : 2 * tenth] or samples), median(samples[-tenth:])
+    fifths = [samples[-(-len(samples) * i // 5) : -(-len(samples) * (i + 1) // 5)] for i in range(5)]
+    ends = [soak.memory[-(-len(samples) * (i + 1) // 5) - 1][0] for i in range(5)]
+    over_time = {f"{end:.0f}": round(median(some), 1) for end, some in zip(ends, fifths, strict=True) if some}
     return {
         "requests": dict(soak.done),
         "wrong": dict(soak.wrong),
         "memory_mb": {"early": round(early, 1), "late": round(late, 1), "most": round(max(samples), 1)},
+        "memory_mb_by_seconds": over_time,
     }
 
 

@@ -327,11 +327,25 @@ _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     "serve": {
         "server": lambda row: str(row["server"]),
         "clients": lambda row: str(row["clients"]),
-        "tok/s of all": lambda row: f"{row['tok_s']:.0f}",
+        "tok/s of all": lambda row: f"{row['tok_s']:.0f}" if "tok_s" in row else str(row["failed"]),
         "first token, ms: p50 (p95)": _quantiles_of("ttft_ms"),
         "between tokens, ms: p50 (p95)": _quantiles_of("inter_token_ms"),
-        "texts as alone": lambda row: str(row["same_as_alone"]),
-        "errors": lambda row: str(len(row["errors"])),
+        "texts as alone": lambda row: str(row.get("same_as_alone", "")),
+        "errors": lambda row: str(len(row["errors"])) if "errors" in row else "",
+    },
+    "stream_peers": {
+        "system": lambda row: str(row["system"]),
+        "streams": lambda row: str(row["streams"]),
+        "tok/s of all": lambda row: f"{row['tok_s']:.0f}" if "tok_s" in row else str(row["failed"]),
+        "computes": lambda row: str(row["notes"]),
+    },
+    "soak": {
+        "server": lambda row: str(row["server"]),
+        "minutes": lambda row: f"{row['minutes']:g}",
+        "clients": lambda row: str(row["clients"]),
+        "requests": lambda row: str(sum(row["requests"].values())),
+        "wrong": lambda row: str(sum(row["wrong"].values())),
+        "MB by seconds": lambda row: ", ".join(f"{at}: {mb:.0f}" for at, mb in row["memory_mb_by_seconds"].items()),
     },
     "capped": {
         "way": lambda row: str(row["way"]),

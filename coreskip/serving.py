@@ -24,6 +24,12 @@ from coreskip.runtime.serve_setup import Setup, check_libraries
 )
 @weights_option("Decode with weights in 4 or 8 bits, on top of the plan or of the dense model.")
 @memory_option
+@click.option(
+    "--prompt-memory",
+    metavar="SIZE",
+    help="For prompts that were read before, so that what begins alike is not read again: 512MB or 5% of what is free; "
+    "0: none. By default up to 1GB.",
+)
 @click.option("--name", help="What requests call the model; by default its id, or its file's or folder's name.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at; 0.0.0.0 is all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")

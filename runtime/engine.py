@@ -37,7 +37,7 @@ from .generation_options import check_length, learned_positions, own_options
 from .memory import cap_of
 from .memory_size import bytes_of
 from .prompts import Message, Prompt, as_batch, render
-from .scheduler import Limits
+from .scheduler import Limits, prompts_beside
 from .sequence import Event, Load, Request, Ticket
 from .shared_wrapping import Settings, SharedWrapping
 from .stop_strings import cut, stop_before
@@ -77,7 +77,8 @@ class Engine:
         max_waiting: of max_batch: how many requests may wait for a place; one more raises `Busy`. None: any number.
         kv_bytes: of max_batch: memory for the keys and values of all that run; None: half of what is free.
         prompt_bytes: of max_batch: memory for prompts that were read before, so that what begins alike, in whole
-            chunks, or is the same is not read again; None: a quarter of `kv_bytes`, beside these; 0: none.
+            chunks, or is the same is not read again; None: a quarter of `kv_bytes`, beside these, but not more than
+            1 GB; 0: none.
         prefill_chunk: of max_batch: how many tokens of a prompt are read between two steps.
 
     Raises:
@@ -370,9 +371,9 @@ def _limits(
 
 def _shared_out(cap: int, limits: Limits) -> tuple[int, Limits]:
     """What of a cap on memory is the model's, and limits whose keys and values take the rest: a fifth by
-    default, and a quarter of that for prompts that were read before."""
+    default, and a quarter of that, at most 1 GB, for prompts that were read before."""
     texts = cap // 5 if limits.kv_bytes is None else limits.kv_bytes
-    prompts = texts // 4 if limits.prompt_bytes is None else limits.prompt_bytes
+    prompts = prompts_beside(texts) if limits.prompt_bytes is None else limits.prompt_bytes
     return max(1, cap - texts - prompts), replace(limits, kv_bytes=texts, prompt_bytes=prompts)
 
 

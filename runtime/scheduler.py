@@ -24,6 +24,12 @@ logger = logging.getLogger("coreskip")
 _SHARE = 0.5  # of the memory that is free, for keys and values
 _WHOLE = 128  # positions by which room for keys and values grows
 _RETRY_S = 1.0, 60.0  # what a full queue asks to wait, at least and at most
+_MOST_PROMPTS = 10**9  # bytes: else a server grows for hours, into memory that nobody gave it
+
+
+def prompts_beside(kv_bytes: int) -> int:
+    """Bytes for prompts that were read before, where nobody said."""
+    return min(kv_bytes // 4, _MOST_PROMPTS)
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,8 @@ class Limits:
         batch: sequences that run at once.
         waiting: requests in the queue; None: any number.
         kv_bytes: of keys and values; None: half of the memory that is free when the scheduler starts.
-        prompt_bytes: of keys and values of prompts that were read before; None: a quarter of `kv_bytes`, beside these.
+        prompt_bytes: of keys and values of prompts that were read before; None: a quarter of `kv_bytes`, beside these,
+            but not more than 1 GB.
         chunk: tokens of a prompt that are read between two steps.
     """
 
@@ -49,7 +56,7 @@ class Scheduler:
 
     A sequence is admitted when one of `limits.batch` places is free and its keys and values, with all the tokens that
     it may make, fit beside the others': so none has to be stopped later. Nobody overtakes the first one in the queue.
-    Between two steps one chunk of a prompt is read, the first one's that came.
+    Between two steps one chunk of a prompt is read, the first one's that came, or as many short prompts as make one.
 
     Args:
         acquire: called before the model is used; has it wrapped as it should be.
@@ -58,7 +65,7 @@ class Scheduler:
     def __init__(self, model: Any, limits: Limits, acquire: Callable[[], None]) -> None:
         self._limits, self._acquire = limits, acquire
         self._memory = _Memory(model, limits.kv_bytes)
-        kept = self._memory.limit // 4 if limits.prompt_bytes is None else limits.prompt_bytes
+        kept = prompts_beside(self._memory.limit) if limits.prompt_bytes is None else limits.prompt_bytes
         self._decoder = Decoder(model, limits.chunk, PromptCache(kept, limits.chunk))
         self._changed = threading.Condition()
         self._waiting: deque[Running] = deque()
@@ -180,11 +187,19 @@ class Scheduler:
         return len(waiting)
 
     def _turn(self) -> None:
-        """One chunk of a prompt, and one step of all whose prompts have been read."""
+        """One chunk of a prompt, or several short ones that are no more together, and a step of all whose prompts have
+        been read: prompts read one by one would have the others wait for as many steps of ever more rows."""
         self._acquire()
-        reading = next((sequence for sequence in self._running if not sequence.decodes), None)
-        if reading is not None:
-            self._read(reading)
+        room = self._limits.chunk
+        for sequence in self._running:
+            while sequence.finish is None and not sequence.decodes and not sequence.ticket.cancelled:
+                wanted = min(self._limits.chunk, sequence.prompt - sequence.read)
+                if wanted > room:
+                    break
+                room -= wanted
+                self._read(sequence)
+            if not sequence.decodes and sequence.finish is None:
+                break  # nobody overtakes the first one
         decoding = [s for s in self._running if s.decodes and s.finish is None and not s.ticket.cancelled]
         if decoding:
             self._step(decoding)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..predictors.errors import CoreskipError
+from .memory_size import bytes_of
 
 if TYPE_CHECKING:
     from .serve import Server
@@ -25,6 +26,7 @@ class Setup:
         plans: each a path, ``NAME=PATH``, or ``exact``: the dense model beside the plan.
         weights: of decode steps: ``int4`` or ``int8``; None: the plan's.
         memory: that the model and its texts may take; None: any.
+        prompt_memory: for prompts that were read before, as `bytes_of` reads it; "0": none; None: what `Engine` takes.
         name: what requests call the model; None: its id, or its file's or folder's name.
         threads: to compute with; None: all.
         keys, max_body, timeout: of `Limits`; max_body in megabytes.
@@ -35,6 +37,7 @@ class Setup:
     plans: Sequence[str] = ()
     weights: str | None = None
     memory: str | None = None
+    prompt_memory: str | None = None
     name: str | None = None
     dtype: str | None = None
     device: str | None = None
@@ -56,6 +59,16 @@ class Setup:
             raise CoreskipError(f"two models have one name: {', '.join(names)}")
         if any(not key.strip() for key in self.keys):
             raise CoreskipError("an --api-key is empty")
+        self._prompt_bytes()
+
+    def _prompt_bytes(self) -> int | None:
+        given = self.prompt_memory
+        if given is None or given.strip() == "0":
+            return None if given is None else 0
+        try:
+            return bytes_of(given)
+        except CoreskipError as error:
+            raise CoreskipError(f"--prompt-memory: {error}") from error
 
     def _plans(self) -> list[tuple[str | None, str | None]]:
         """Names, None where there is none, and paths, None for the dense model."""
@@ -111,6 +124,7 @@ class Setup:
             keep_originals=keep,
             max_batch=self.max_batch,
             max_waiting=self.max_waiting,
+            prompt_bytes=self._prompt_bytes(),
         )
         try:
             limits = Limits(self.keys, body_bytes=round(self.max_body * 1e6), request_s=self.timeout)

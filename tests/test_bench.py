@@ -290,7 +290,8 @@ def load_small(dtype: str, **options: Any) -> tuple[Any, Any]:
 
 def test_endurance_measures_both(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(endurance, "load", load_small)
-    asked = ["--context", "100", "--tokens", "5", "--rounds", "2", "--run", "30", "--each", "10"]
+    # of one round, for the median of ratios of several is not the ratio of medians, on a machine that is busy at times
+    asked = ["--context", "100", "--tokens", "5", "--rounds", "1", "--run", "30", "--each", "10"]
     result = CliRunner().invoke(
         endurance.main, ["--rows", str(tmp_path / "long.jsonl"), *asked], catch_exceptions=False
     )
@@ -300,7 +301,7 @@ def test_endurance_measures_both(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert min(memory["rss_mb_by_tokens"].values()) > 100
     assert [(row["dtype"], row["prompt_tokens"]) for row in (single, half)] == [("float32", 100), ("bfloat16", 100)]
     assert single["same_tokens"] == 5
-    assert single["speedup"] == pytest.approx(single["hf_ms_per_token"] / single["dense_ms_per_token"], rel=0.5)
+    assert single["speedup"] == pytest.approx(single["hf_ms_per_token"] / single["dense_ms_per_token"], rel=0.01)
     assert str(tmp_path) not in single["command"]
 
 

@@ -18,6 +18,7 @@ import pytest
 from served import MESSAGES, Served, events, serving, small_model
 
 from coreskip.cli import main
+from coreskip.runtime.scheduler import prompts_beside
 from coreskip.runtime.serve_setup import Setup
 
 CONTEXT = 1 << 15
@@ -243,6 +244,7 @@ def test_mistakes_of_the_command(
         (["--plan", str(tmp_path / "none.plan"), "--port", "0"], "no plan at"),
         (["--max-context", "99999", "--port", "0"], f"the model has {CONTEXT} positions"),
         (["--max-batch", "0"], "--max-batch"),
+        (["--prompt-memory", "much"], "--prompt-memory: memory is 'much'; give bytes"),
     ):
         with pytest.raises(SystemExit) as caught:
             main(["serve", str(folder), *words])
@@ -268,6 +270,10 @@ def test_names_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     ):
         setup.check()
         assert setup.names() == names
+
+
+def test_kept_prompts_are_bounded_where_nobody_said() -> None:
+    assert [prompts_beside(kv_bytes) for kv_bytes in (4000, 10**12)] == [1000, 10**9]
 
 
 def test_without_its_libraries_it_says_how_to_install_them(

@@ -161,6 +161,10 @@ struct NeuronsJob {
     const float* curve;       // the numbers of a kCurve
 };
 
+// From one dimension of turned queries to the next: whole vectors. Where queries lie turned, `from`, `to`, `most` and `sum`
+// have as much room, and beyond the queries `from`, `to` are a query's, too.
+static inline int64_t turned_apart(int64_t queries) { return (queries + kTile - 1) / kTile * kTile; }
+
 // Queries against some positions of one KV head: leaves, per query, the largest score, the sum of exponentials and
 // the weighted sum of values, for `merge`.
 struct AttendJob {
@@ -178,6 +182,7 @@ struct AttendJob {
     float* sum;            // [queries]
     float* value;          // [queries][head_dim]
     Ahead* ahead;
+    const float* turned;   // of many queries: q by its dimensions, turned_apart(queries) apart; or null
     const float* more;     // [queries][more_dim], scaled: scores have a second part, by further keys; or null
     const void* more_keys;
     int64_t more_dim;

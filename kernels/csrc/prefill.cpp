@@ -24,7 +24,7 @@ namespace {
 // level, where 128 rows of x in 8 bits stay in the second.
 constexpr int64_t kTogether = 128;
 constexpr int64_t kTokensAPiece = 4;  // of what is shared out by tokens
-constexpr int64_t kQueriesAPiece = 32;
+constexpr int64_t kQueriesAPiece = 96;
 
 // Of the threads that share out a call: what one piece of attention needs.
 thread_local Workspace piece_memory;
@@ -301,35 +301,41 @@ class LayerPass {
         const int64_t from = first_seen(position + begin) / kChunk, to = (position + end - 1) / kChunk + 1;
         const int64_t chunks = to - from;
         Workspace& memory = piece_memory;
-        const size_t bytes = Workspace::room<float>(queries * d) + 2 * Workspace::room<int64_t>(queries) +
-                             2 * Workspace::room<float>(chunks * queries) + Workspace::room<float>(chunks * queries * d);
+        const int64_t apart = turned_apart(queries);
+        const size_t bytes = Workspace::room<float>(queries * d) + Workspace::room<float>(apart * d) + 2 * Workspace::room<int64_t>(apart) +
+                             2 * Workspace::room<float>(chunks * apart) + Workspace::room<float>(chunks * apart * d);
         if (!memory.reserve(bytes)) return failed_.store(true);
         float* q = memory.take<float>(queries * d);
-        int64_t* seen_from = memory.take<int64_t>(queries);
-        int64_t* seen_to = memory.take<int64_t>(queries);
-        float* most = memory.take<float>(chunks * queries);
-        float* sum = memory.take<float>(chunks * queries);
-        float* value = memory.take<float>(chunks * queries * d);
+        float* turned = memory.take<float>(apart * d);
+        int64_t* seen_from = memory.take<int64_t>(apart);
+        int64_t* seen_to = memory.take<int64_t>(apart);
+        float* most = memory.take<float>(chunks * apart);
+        float* sum = memory.take<float>(chunks * apart);
+        float* value = memory.take<float>(chunks * apart * d);
         for (int64_t t = begin; t < end; t++) {
             const int64_t at = (t - begin) * each;
             memcpy(q + at * d, q_ + (t * l.heads + group * each) * d, each * d * sizeof(float));
             std::fill(seen_from + at, seen_from + at + each, first_seen(position + t));
             std::fill(seen_to + at, seen_to + at + each, position + t + 1);
         }
+        std::fill(seen_from + queries, seen_from + apart, seen_from[queries - 1]);
+        std::fill(seen_to + queries, seen_to + apart, seen_to[queries - 1]);
+        for (int64_t i = 0; i < d; i++)
+            for (int64_t n = 0; n < apart; n++) turned[i * apart + n] = n < queries ? q[n * d + i] : 0.f;
         const int64_t offset = offset_of(group) * size_of(m.kv_dtype);
         for (int64_t i = 0; i < chunks; i++) {
             Ahead none{};
-            const int64_t chunk = (from + i) * kChunk, at = i * queries;
+            const int64_t chunk = (from + i) * kChunk, at = i * apart;
             step.attend({q, static_cast<const char*>(c.cache->keys) + offset,
                          static_cast<const char*>(c.cache->values) + offset, m.kv_dtype, static_cast<int>(queries), d,
                          chunk, std::min(chunk + kChunk, position + end), seen_from, seen_to, l.softcap,
                          l.slopes ? l.slopes + group * each : nullptr, static_cast<int>(each), most + at, sum + at,
-                         value + at * d, &none});
+                         value + at * d, &none, turned});
         }
         for (int64_t i = 0; i < queries; i++) {
             float* out = attended_ + ((begin + i / each) * l.heads + group * each + i % each) * d;
             const float* sink = l.sinks ? l.sinks + group * each + i % each : nullptr;
-            step.merge(chunks, queries, most + i, sum + i, value + i * d, d, out, sink);
+            step.merge(chunks, apart, most + i, sum + i, value + i * d, d, out, sink);
         }
     }
 };

@@ -44,6 +44,23 @@ static inline const int8_t* input(const Rows& rows, int8_t) { return rows.q; }
 static inline V splat(float value) { return V{} + value; }
 static inline VU bits_of(V v) { return (VU)v; }
 
+// b where they are equal, or either is NaN. GCC makes two operations of the comparison.
+static inline V greater(V a, V b) {
+#if CORESKIP_LEVEL == 512
+    return (V)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+static inline V lesser(V a, V b) {
+#if CORESKIP_LEVEL == 512
+    return (V)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
 // ---- loads and stores: every format computes in fp32 ----
 
 static inline V load(const float* p) {
