@@ -100,9 +100,8 @@ class Runtime:
         self._weights = weights or Weights(anatomy)
         self._prepare(options, searching=weights is not None)
         self.memory = memory_of(self, options.memory, reads_all=options.exact)
-        steps = self.steps
-        self.exact = SpeculativeDecoder(self.program.decodes_otherwise, steps) if options.exact else None
-        self.lookup = SpeculativeDecoder(False, steps) if options.lookup and not options.exact else None
+        self.exact = SpeculativeDecoder(self.program.decodes_otherwise, self.steps) if options.exact else None
+        self.lookup = SpeculativeDecoder(False, self.steps) if options.lookup and not options.exact else None
         self.gives_way = False  # to whoever wraps or reads the model: see `make_way`
         self._class, self._outer = type(model), cast("tuple[nn.Module, type] | None", None)
 
@@ -365,9 +364,8 @@ class Runtime:
 
     def _own_selections(self, cache: Cache) -> Selections | None:
         """Of a cache whose sequences decide something."""
-        return (
-            selections_of(cache, self) if self._by_prompt or self.skips.adaptive or self.program.core_experts else None
-        )
+        chooses = self._by_prompt or self.skips.adaptive or self.program.core_experts
+        return selections_of(cache, self) if chooses else None
 
 
 def _observed(anatomy: Anatomy, plan: Plan, by_prompt: dict[int, PromptNeurons]) -> dict[int, Observed]:

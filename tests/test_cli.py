@@ -222,11 +222,11 @@ def test_info(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) 
         assert (found["native"], found["reason"]) == (True, None)
         sizes = [found["formats"][name]["bytes_per_token"] for name in ("int4", "int8", "as loaded")]
         assert sizes == sorted(sizes)
-    tiny("apertus", vocab_size=128).save_pretrained(tmp_path)
+    tiny("doge", vocab_size=128).save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
     out = run(capsys, "info", str(tmp_path))[1]
     assert "3 of 6 halves of layers native, the others on modules: " in out
-    assert "apertus, " in out
+    assert "doge, " in out
 
 
 def test_chat(capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

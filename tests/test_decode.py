@@ -30,7 +30,7 @@ COVERED = (
     "llama", "llama_bias", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "olmo2", "stablelm",
     "starcoder2", "granite", "phi", "nemotron_relu2", "smollm3",
 )  # fmt: skip
-NOT_COVERED = ("apertus", "doge", "nemotron_h")
+NOT_COVERED = ("doge", "nemotron_h")
 
 
 def refusal(model: Any) -> str | None:

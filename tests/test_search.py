@@ -379,7 +379,7 @@ def test_weights_in_fewer_bits_win_where_they_hold(llama: Any) -> None:
 
 @needs_kernels
 def test_the_model_must_be_one_that_the_native_step_covers() -> None:
-    plan = budgeted(tiny("apertus"), "kl<0.05", fast=True)
+    plan = budgeted(tiny("doge"), "kl<0.05", fast=True)
     assert plan.weights is None
 
 

@@ -159,21 +159,21 @@ def test_memory_is_not_taken_twice(llama: Any) -> None:
 
 
 def test_what_stays_dense(llama: Any) -> None:
-    apertus, ids, more = tiny("apertus"), prompt(1, 12), prompt(1, 3, seed=3)
-    plain, defined = after_prefill(apertus, apertus, ids, more), by_definition(apertus, "int4")
-    with coreskip.wrap(apertus, Plan.dense(apertus, weights="int4")):
+    doge, ids, more = tiny("doge"), prompt(1, 12), prompt(1, 3, seed=3)
+    plain, defined = after_prefill(doge, doge, ids, more), by_definition(doge, "int4")
+    with coreskip.wrap(doge, Plan.dense(doge, weights="int4")):
         with prefilling():
-            found = after_prefill(apertus, apertus, ids, more)
+            found = after_prefill(doge, doge, ids, more)
         assert differ(found, after_prefill(defined, defined, ids, more)) < PROMPT_ROUNDING
         with densely():
-            assert differ(after_prefill(apertus, apertus, ids, more), plain) < 1e-4
-        cache = DynamicCache(config=apertus.config)
-        apertus(ids, past_key_values=cache)
-        logits = apertus(more, past_key_values=cache).logits  # with gradients
+            assert differ(after_prefill(doge, doge, ids, more), plain) < 1e-4
+        cache = DynamicCache(config=doge.config)
+        doge(ids, past_key_values=cache)
+        logits = doge(more, past_key_values=cache).logits  # with gradients
         assert differ(logits.detach(), plain) < 1e-4
         logits.sum().backward()
-        first = apertus(more).logits
-    assert torch.equal(apertus(more).logits, first)
+        first = doge(more).logits
+    assert torch.equal(doge(more).logits, first)
 
 
 @pytest.mark.parametrize("family", ["opt", "gpt2"])
@@ -223,7 +223,7 @@ def test_weights_loaded_anew_are_packed_anew() -> None:
 
 def test_the_figure_knows_where_steps_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of 4-bit numbers loaded in float32 is read in 4 bits by the native step, in 32 by the modules."""
-    for family, native in (("llama", True), ("apertus", False)):
+    for family, native in (("llama", True), ("doge", False)):
         model = tiny(family)
         for module in takers(model):
             q, scale, least = untile(PackedLinear.pack(module.weight, fmt="int4"))
