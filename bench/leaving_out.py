@@ -1,6 +1,6 @@
 """Times decoding that leaves neurons out of 4-bit weights, against all of them in the same run.
 
-python -m coreskip.bench.leaving_out [--shape llama-3.2-1b] [--weights int4|bfloat16] [--rows FILE]
+python -m coreskip.bench.leaving_out [--shape llama-3.2-1b] [--weights int4|bfloat16] [--only NAMES] [--rows FILE]
 
 Without a shape it is the embedded model. Shapes have random weights, and plans here are not calibrated: thresholds are
 those of a few tokens that let given shares through, and static sets are drawn. What the shares lose is measured
@@ -11,10 +11,11 @@ and the seconds from the prompt to the last of 64 tokens, in which a choice by t
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,12 @@ _PROMPT = 128
 #: Shares of candidates and of neurons kept: what the embedded model's calibrations chose at 0.82 and 0.76 of the MLPs'
 #: bytes, where it lost 0.9 and 2.6 % of perplexity by gates, and 1.7 and 4.7 by planes.
 _GATES = {"gates, 0.82 of the bytes": (0.78, 0.59), "gates, 0.76 of the bytes": (0.69, 0.49)}
+_ROWS = "rows, half kept"
 _PLANES = {"planes, 0.82 of the bytes": (0.59, 0.53), "planes, 0.76 of the bytes": (0.43, 0.38)}
 
 
-def plans_of(model: Any, ids: Tensor, weights: str) -> Mapping[str, Plan]:
-    """What is timed, by its name."""
+def plans_of(model: Any, ids: Tensor, weights: str, only: Sequence[str] = ()) -> Mapping[str, Plan]:
+    """What is timed, by its name. only: these, if any are given; "dense" comes along."""
     anatomy = dissect(model)
     dense = Plan.dense(model, weights if weights == "int4" else None)
 
@@ -58,19 +60,21 @@ def plans_of(model: Any, ids: Tensor, weights: str) -> Mapping[str, Plan]:
     drawn: list[NeuronPolicy] = [Static(torch.randperm(width)[: width // 2].sort().values) for width in widths]
     core: list[NeuronPolicy] = [CoreNeurons(0.4, 0.5, "griffin") for _ in widths]
     found = {"dense": dense, "static 0.5": everywhere(drawn), "core 0.5": everywhere(core)}
-    if weights != "int4":
-        return found
+    if only and not {*only} <= {*found, *_GATES, *_PLANES, _ROWS}:
+        raise click.BadParameter(f"--only: choose from {', '.join([*found, *_GATES, *_PLANES, _ROWS])}")
+    if weights != "int4" or (only and {*only} <= found.keys()):
+        return {name: plan for name, plan in found.items() if not only or name in {"dense", *only}}
     hidden = sample_tokens(model, ids, progress=False).hidden
     forms = {**dict.fromkeys(_GATES, Form.GATES), **dict.fromkeys(_PLANES, Form.PLANES)}
     for name, form in forms.items():
         found[name] = trial(dense, anatomy.mlps, hidden, form, {**_GATES, **_PLANES}[name])
-    found["rows, half kept"] = trial(dense, anatomy.mlps, hidden, Form.ROWS, (1.0, 0.5))
-    return found
+    found[_ROWS] = trial(dense, anatomy.mlps, hidden, Form.ROWS, (1.0, 0.5))
+    return {name: plan for name, plan in found.items() if not only or name in {"dense", *only}}
 
 
-def measure(model: Any, ids: Tensor, weights: str, rounds: int) -> list[dict[str, Any]]:
+def measure(model: Any, ids: Tensor, weights: str, rounds: int, only: Sequence[str]) -> list[dict[str, Any]]:
     """One row a plan: medians, and medians of the ratios to dense in the same round."""
-    plans, packed = plans_of(model, ids, weights), Weights(dissect(model))
+    plans, packed = plans_of(model, ids, weights, only), Weights(dissect(model))
     speed: dict[str, list[float]] = {name: [] for name in plans}
     whole: dict[str, list[float]] = {name: [] for name in plans}
     left: dict[str, float] = {}
@@ -111,8 +115,9 @@ def _ratio(some: list[float], others: list[float]) -> float:
 @click.option("--shape", help="A model of this shape, in place of the embedded one.")
 @click.option("--weights", type=click.Choice(["int4", "bfloat16"]), default="int4", show_default=True)
 @click.option("--rounds", default=5, show_default=True)
-@click.option("--rows", type=click.Path(path_type=Path), help="Where the rows go; those of other models stay.")
-def main(shape: str | None, weights: str, rounds: int, rows: Path | None) -> None:
+@click.option("--only", multiple=True, help="A plan by its name; may be given again. Dense is always timed.")
+@click.option("--rows", type=click.Path(path_type=Path), help="Where the rows go; those of others stay.")
+def main(shape: str | None, weights: str, rounds: int, only: tuple[str, ...], rows: Path | None) -> None:
     torch.manual_seed(0)
     if shape is None:
         model, _ = load()
@@ -120,15 +125,16 @@ def main(shape: str | None, weights: str, rounds: int, rows: Path | None) -> Non
     else:
         model = Shape(shape).build(torch.bfloat16, torch.device("cpu"))
     ids = torch.randint(5, 40000, (1, _PROMPT))
-    found = measure(model, ids, weights, rounds)
-    about = provenance("python -m coreskip.bench.leaving_out " + " ".join(sys.argv[1:]))
+    found = measure(model, ids, weights, rounds, only)
+    about = provenance("python -m coreskip.bench.leaving_out " + shlex.join(sys.argv[1:]))
     name = str(Shape(shape)) if shape else "embedded"
     for row in found:
         figures = f"{row['tok_s']:8.1f} tok/s {row['of_dense']:6.3f} {row['of_dense_with_prompt']:6.3f} with prompt"
         click.echo(f"{name}, {weights}: {row['plan']:26} {figures}, {row['megabytes']} MB, {row['of_dense_each']}")
     if rows is not None:
         before = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
-        others = [row for row in before if (row["model"], row["weights"]) != (name, weights)]
+        timed = {(name, weights, row["plan"]) for row in found}
+        others = [row for row in before if (row["model"], row["weights"], row["plan"]) not in timed]
         write_rows(rows, [*others, *({"model": name, **row, **about} for row in found)])
 
 
