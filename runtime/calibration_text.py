@@ -5,18 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ..kernels.packed import PackedLinear
+from ..kernels.residency import copied
 from ..predictors.calibration import TokenText, check_tokenizer, sample_text
 from ..predictors.checks import check_seed
 from ..predictors.errors import CoreskipError
 from ..predictors.files import read_text, write_text
 from ..predictors.version import VERSION
 from .cache import cache_folder
+from .packed_experts import HeldExperts
+from .packed_layer import PackedLayer, PackedRows, StandIn
 from .wrap import make_way, wrap
 
 logger = logging.getLogger("coreskip")
@@ -58,8 +64,28 @@ def _digest(model: Any) -> str:
     digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
     for name, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device.type}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if not isinstance(tensor, StandIn):
+            digest.update(_bytes(tensor))
+    for name, part in _packed(model):
+        digest.update(f"{name} {part!r}".encode())
+        digest.update(_bytes(copied(part).weight))
     return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _packed(model: Any) -> Iterator[tuple[str, PackedLinear]]:
+    """Matrices that exist in packed form alone, whose parameters hold no numbers."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLayer):
+            yield from ((name, part) for part in module.parts())
+        elif isinstance(module, PackedRows):
+            yield name, module.part()
+        elif isinstance(module, HeldExperts):
+            for expert in module.experts():
+                yield from ((name, part) for part in (expert.gate, expert.up, expert.down) if part is not None)
 
 
 def _read(file: Path, key: str) -> list[int] | None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from packed_models import packed
 from tiny_models import NoTokenizer, tiny
 
+import coreskip
 from coreskip.predictors.calibration import TokenText, sample_text
 from coreskip.runtime import calibration_text
 from coreskip.runtime.calibration_text import model_text
@@ -93,3 +95,13 @@ def test_the_cache_keeps_the_last_texts(
     for seed in range(4):
         written(llama, seed)
     assert len(list(tmp_path.glob("texts/*.json"))) == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_packed_models_text(family: str, sampled: list[bool], tmp_path: Path) -> None:
+    """Its parameters hold no numbers: another model's text would be the same to the cache, or there were none."""
+    one, two = (packed(tiny(family, seed=seed), tmp_path / f"{seed}", weights="int4") for seed in (0, 1))
+    first = written(one)
+    assert torch.equal(written(coreskip.load(tmp_path / "0")[0]).ids, first.ids)
+    assert len(sampled) == 1
+    assert not torch.equal(written(two).ids, first.ids)
