@@ -17,7 +17,7 @@ from .gpu_formats import ByRow
 from .gpu_groups import dp4a
 from .gpu_launch import INTERPRETED
 from .gpu_mlp import summed
-from .gpu_parts import ACT, PLAIN, act, launch, power, row_stride, wait
+from .gpu_parts import ACT, PLAIN, act, dealt, launch, power, row_stride, wait
 from .packed import PackedLinear, PackedMLP
 
 _KINDS = {"plain": 0, "sigmoid": 1, "size": 2}
@@ -279,13 +279,8 @@ def _sketch_kernel(
     of_row, sum_of_x = tl.load(step + r), tl.load(total + r)
     y = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, tl.cdiv(neurons, BLOCK_N * programs)):
-        at = (start * programs + tl.program_id(0)) * BLOCK_N + tl.arange(0, BLOCK_N)
-        if LISTED:
-            neuron = tl.load(indices + r * list_row + at, mask=at < neurons, other=-1).to(tl.int64)
-        else:
-            neuron = tl.where(at < neurons, at, -1).to(tl.int64)
-        wanted = neuron >= 0
-        neuron = tl.where(wanted, neuron, 0)
+        block = start * programs + tl.program_id(0)
+        neuron, wanted = dealt(block, indices, r * list_row, neurons, BLOCK_N, LISTED)
         first = _nibble_sum(words, neuron, bundle, word, wanted, x_low, x_high, WORDS, PLAIN)
         second = first
         if GATED:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from . import gpu_config, gpu_norm
 from .gpu_launch import count
-from .gpu_parts import ACT, NO_ACT, act, counters_for, last_of, launch, power, row_stride, wait
+from .gpu_parts import ACT, NO_ACT, act, counters_for, dealt, last_of, launch, power, row_stride, wait
 from .packed import PackedColumns, PackedMLP
 
 _RULE = {"listed": 0, "gate": 1, "activation": 2}
@@ -147,13 +147,8 @@ def _mlp_kernel(
     up_part: tl.constexpr = 1 if GATED else 0
     # dealt out in turn: neighbours are read at the same time, and a list's -1 at its end are everybody's
     for start in range(0, tl.cdiv(neurons, BLOCK_N * programs)):
-        at = (start * programs + tl.program_id(0)) * BLOCK_N + tl.arange(0, BLOCK_N)
-        if LISTED:
-            neuron = tl.load(indices + r * list_row + at, mask=at < neurons, other=-1).to(tl.int64)
-        else:
-            neuron = tl.where(at < neurons, at, -1).to(tl.int64)
-        wanted = neuron >= 0
-        neuron = tl.where(wanted, neuron, 0)
+        block = start * programs + tl.program_id(0)
+        neuron, wanted = dealt(block, indices, r * list_row, neurons, BLOCK_N, LISTED)
         place = weight + (neuron * bundle)[:, None] + column[None, :]
         if GATED:
             first = tl.load(place, mask=wanted[:, None] & inside[None, :], other=0.0)

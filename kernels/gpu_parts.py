@@ -81,6 +81,18 @@ def wait(OVERLAP: tl.constexpr):
 
 
 @triton.jit
+def dealt(block, indices, first, neurons, BLOCK_N: tl.constexpr, LISTED: tl.constexpr):
+    """The neurons of a block, of a list from `first` on where there is one, and which of them there are."""
+    at = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    if LISTED:
+        neuron = tl.load(indices + first + at, mask=at < neurons, other=-1).to(tl.int64)
+    else:
+        neuron = tl.where(at < neurons, at, -1).to(tl.int64)
+    wanted = neuron >= 0
+    return tl.where(wanted, neuron, 0), wanted
+
+
+@triton.jit
 def act(x, ACT: tl.constexpr):
     """An activation of packed.ACTS, in their order; any other code: none."""
     if ACT == 0:

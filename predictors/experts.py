@@ -169,27 +169,32 @@ class Experts:
     def thinned(self, x: Tensor, index: Tensor, weights: Tensor, least: Tensor) -> tuple[Tensor, int]:
         """`mixture` without neurons whose gate is open by less than their expert's `least` ``[experts]``, and how many
         that were."""
-        total, left_out = torch.zeros_like(x, dtype=torch.float32), 0
-        for expert in index[weights != 0].unique().tolist():
-            token, place = torch.where((index == expert) & (weights != 0))
-            gates, h = self.opened(x[token], expert)
+        left_out = 0
+
+        def output(given: Tensor, expert: int) -> Tensor:
+            nonlocal left_out
+            gates, h = self.opened(given, expert)
             thin = gates.abs() < float(least[expert])
             left_out += int(thin.sum())
-            found = self._linear(h.masked_fill(thin, 0.0), self.layout.down, self.layout.down_bias, expert).float()
-            total.index_add_(0, token, found * weights[token, place, None].float())
-        return total.to(x.dtype), left_out
+            return self._linear(h.masked_fill(thin, 0.0), self.layout.down, self.layout.down_bias, expert)
+
+        return self._summed(x, index, weights, output), left_out
 
     def mixture(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The sum of the chosen experts' outputs for x ``[tokens, hidden]``, in the dtype of x, added up in float32.
 
         index: int64 ``[tokens, top_k]``. weights: the same shape; nothing is computed where one is 0.
         """
+        return self._summed(x, index, weights, self.formula)
+
+    def _summed(self, x: Tensor, index: Tensor, weights: Tensor, output: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """`mixture` of what `output` makes of its tokens ``[tokens, hidden]`` and an expert."""
         total = torch.zeros_like(x, dtype=torch.float32)
         for expert in index[weights != 0].unique().tolist():
             token, place = torch.where((index == expert) & (weights != 0))
             factor = weights[token, place, None]
             given = x[token] * factor.to(x.dtype) if self.scaled_inputs else x[token]
-            found = self.formula(given, expert).float()
+            found = output(given, expert).float()
             total.index_add_(0, token, found if self.scaled_inputs else found * factor.float())
         return total.to(x.dtype)
 

@@ -102,7 +102,7 @@ class Weights:
         """
         if fmt is not None and self.in_groups_of_gpu is not None:
             return self.in_groups_of_gpu(layer, lists)
-        packed = self._listable(layer, fmt) if not self._far(layer) else self._alone(layer, fmt, lists.unique())
+        packed = self._listable(layer, fmt) if not self._far(layer) else self._only(layer, fmt, lists.unique())
         if isinstance(packed, PackedMLP) and packed.intermediate_size < self.anatomy.mlp(layer).intermediate_size:
             lists = torch.searchsorted(lists.unique(), lists)
         lists = lists.to(packed.device)
@@ -161,7 +161,7 @@ class Weights:
         stays["weight" if some[0].low is None else "low"] = far
         return replace(some[0], **stays)
 
-    def _alone(self, layer: int, fmt: str | None, only: Tensor) -> PackedMLP | PackedNeurons:
+    def _only(self, layer: int, fmt: str | None, only: Tensor) -> PackedMLP | PackedNeurons:
         if fmt == "int4" and self.in_groups(layer):
             return PackedNeurons.pack(*_int4_parts(self.anatomy.mlp(layer)), act=self.acts[layer], only=only)
         return self._pack(layer, "int8" if fmt == "int4" else fmt, None, only)

@@ -93,7 +93,7 @@ class GpuStep:
         self, model: GpuModel, program: StepProgram, skipped: float, place: Place, tokens: int, form: kernel.Form | None
     ) -> None:
         self._model, self._program, self._place, self._tokens = model, program, place, tokens
-        self.skipped, self._form = skipped, form
+        self.skipped, self._form, self._mlps = skipped, form, _bundles(program)
         self._rotations: dict[str | None, tuple[Tensor, Tensor]] = {}
         self._lists: dict[int, Tensor] = {}
         self._inverse: dict[int, Tensor] = {}  # int64 [neurons]: where each is listed, or -1
@@ -173,7 +173,7 @@ class GpuStep:
 
     def _of_mlp(self, index: int, layer: GpuLayer, stream: _Stream) -> Inputs:
         """What an MLP reads of the stream."""
-        sparse = self._program.mlps[index]
+        sparse = self._mlps[index]
         quantize = self._quantizes(index, _MLP, layer)
         return stream.read(layer.mlp_in, None, quantize, sparse.smooth if sparse and quantize == "row" else None)[0]
 
@@ -183,7 +183,7 @@ class GpuStep:
             return False
         if names is _ATTENTION:
             return _grouped(layer.attention.inputs[0])
-        sparse = self._program.mlps[index]
+        sparse = self._mlps[index]
         if sparse is not None and not isinstance(sparse, SlicedMLP):
             return "row" if sparse.rule == "sketch" and _has_kernel(sparse) else False
         return _grouped(layer.mlp.widening[0])
@@ -212,7 +212,7 @@ class GpuStep:
         return self._product(y, (a.output,), columns, ("o",))
 
     def _mlp(self, index: int, layer: GpuLayer, x: Inputs) -> Tensor:
-        sparse, dense, columns = _bundles(self._program)[index], layer.mlp, self._program.columns.get(index, {})
+        sparse, dense, columns = self._mlps[index], layer.mlp, self._program.columns.get(index, {})
         if sparse is not None and not isinstance(sparse, SlicedMLP):
             return self._bundled(index, sparse, x)
         names, dtype = _MLP if dense.gated else ("up",), self._model.spec.dtype
@@ -313,10 +313,8 @@ def _grouped(matrix: Matrix) -> bool:
     return isinstance(matrix, GroupedMatrix)
 
 
-def _has_kernel(sparse: SparseMLP | SlimMLP) -> bool:
+def _has_kernel(sparse: SparseMLP) -> bool:
     """Whether the one-pass kernels do what it says."""
-    if isinstance(sparse, SlimMLP):
-        return False
     packed = sparse.packed
     if not isinstance(packed, PackedMLP) or packed.act not in tuple(ACTS):
         return False

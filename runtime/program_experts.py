@@ -107,8 +107,7 @@ def _all_experts(policy: ExpertPolicy, experts: Experts) -> ExpertsProgram:
 def _skip_experts(policy: SkipExperts, experts: Experts) -> ExpertsProgram:
     if policy.beta == 0:
         return _all_experts(policy, experts)
-    if experts.scaled_inputs:
-        raise PlanError("every expert is given every token, multiplied by the router's weights: none can be left out")
+    _check_separate(experts)
     normalised = experts.router is not None and experts.router.choice.normalised
     active = max(1.0, policy.share * experts.top_k)
     known = experts.router is not None
@@ -134,10 +133,15 @@ def _core_experts(policy: CoreExperts, experts: Experts) -> ExpertsProgram:
     return _routed(policy, experts, min(policy.count, experts.top_k), by_prompt=policy, native=True)
 
 
-def _check_restricted(experts: Experts) -> None:
-    """Raises PlanError where a router's choice cannot be restricted to some experts."""
+def _check_separate(experts: Experts) -> None:
+    """Raises PlanError where no expert can be left out."""
     if experts.scaled_inputs:
         raise PlanError("every expert is given every token, multiplied by the router's weights: none can be left out")
+
+
+def _check_restricted(experts: Experts) -> None:
+    """Raises PlanError where a router's choice cannot be restricted to some experts."""
+    _check_separate(experts)
     if experts.router is None:
         raise PlanError("what its router computes is not known: --method skip-experts can leave experts out")
 

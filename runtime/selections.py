@@ -132,7 +132,8 @@ class Selections:
     def experts_differ(self) -> bool:
         """Whether some sequences keep other experts than others."""
         found = (self.allowed_experts(layer) for layer in self._used)
-        return any(allowed is not None and bool((allowed != allowed[:1]).any()) for allowed in found)
+        # asked at every step: one sequence differs from nobody, and its layers need not be looked at
+        return self.rows > 1 and any(allowed is not None and bool((allowed != allowed[:1]).any()) for allowed in found)
 
     def observe_void(self, layer: int, void: Tensor, valid: Tensor | None) -> None:
         """Tally on which tokens of one prefill pass an adaptive layer was void, bool ``[rows, length]``."""

@@ -54,7 +54,7 @@ def slimmed(mlp: FeedForward, act: Act, kept: Tensor, fmt: str | None) -> SlimML
         return None
     *rows, down = parts
     taken = [_rows_of(part, kept) for part in rows]
-    outputs = mlp.matrices().down[kept].t().contiguous()
+    outputs = rows_of(mlp.down)[0][:, kept].contiguous()
     narrow = _pack(outputs, down.bias, None if fmt is None else "int8_groups")
     return SlimMLP(taken[0] if mlp.gated else None, taken[-1], narrow, act)
 

@@ -2,18 +2,16 @@
 
 #include <errno.h>
 #include <math.h>
-#include <pthread.h>
-#include <signal.h>
 #include <string.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <new>
-#include <system_error>
 
 #include "dispatch.h"
 #include "formats.h"
+#include "readers.h"
 
 namespace coreskip {
 namespace {
@@ -251,16 +249,7 @@ void Slots::submit_small(int64_t layer, int part, int64_t count, std::vector<Rea
 
 void Slots::start() {
     stopping_ = false;
-    // signals are the program's own threads' to handle
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    try {
-        while (static_cast<int>(readers_.size()) < wanted_readers_) readers_.emplace_back([this] { read_on(); });
-    } catch (const std::system_error&) {
-        if (readers_.empty()) failed_ = true;
-    }
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    if (!start_readers(readers_, wanted_readers_, [this] { read_on(); })) failed_ = true;
 }
 
 void Slots::stop() {

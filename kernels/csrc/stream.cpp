@@ -1,15 +1,13 @@
 #include "stream.h"
 
 #include <errno.h>
-#include <pthread.h>
-#include <signal.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <new>
-#include <system_error>
 
 #include "dispatch.h"
+#include "readers.h"
 
 namespace coreskip {
 namespace {
@@ -38,16 +36,7 @@ void Stream::start() {
         states_[i].loaded = -1;
         states_[i].used = -1;
     }
-    // signals are the program's own threads' to handle
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    try {
-        while (static_cast<int>(readers_.size()) < wanted_readers_) readers_.emplace_back([this] { read_ahead(); });
-    } catch (const std::system_error&) {
-        if (readers_.empty()) failed_ = true;
-    }
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    if (!start_readers(readers_, wanted_readers_, [this] { read_ahead(); })) failed_ = true;
 }
 
 void Stream::stop() {
