@@ -537,8 +537,8 @@ def _give_room(layer: Any, more: int, snug: bool = False) -> None:
         return
     keys, values = layer.keys, layer.values
     rows, heads, used, _ = keys.shape
-    most = used if snug else max(2 * used, used + 128)
-    capacity = -(-(most + more) // 128) * 128
+    most, whole = (used, 16) if snug else (max(2 * used, used + 128), 128)
+    capacity = -(-(most + more) // whole) * whole
     with torch.inference_mode(False):  # else no pass outside of it could write to them
         new_keys, new_values = (
             torch.empty((rows, heads, capacity, t.shape[3]), dtype=t.dtype, device=t.device) for t in (keys, values)

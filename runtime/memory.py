@@ -45,7 +45,7 @@ from .packed_layer import PackedLayer
 from .prepared import Prepared
 from .program import Program
 from .release import trim
-from .selfcheck import KEYS
+from .selfcheck import FEW, KEYS
 from .steps import Steps
 from .unpacking import scratch_of
 
@@ -59,6 +59,7 @@ _FEWEST_KEYS = 16  # behind which native steps are compared with the modules
 _PACKING = 6  # bytes a weight while one matrix of an MLP is taken apart
 _PUTTING_AWAY = 64 * 256  # bytes an input while neurons that tokens choose go to a file, a few at a time
 _PACKED = Chooser.PROMPT, Chooser.CALIBRATION  # who choose neurons that are packed by themselves
+_PROBE = 16  # the part of the cap that comparing native steps with the modules may take, where a few keys take less
 _REFILL = 8  # a part of the cap that has to be free before more matrices are kept again
 
 #: caps that `load` was told
@@ -106,9 +107,9 @@ class Sizes:
     slots: int
 
     def of_probe(self, keys: int) -> int:
-        """Of a comparison of native steps with the model's own modules behind so many keys, of which both have a
-        copy."""
-        return self.of_text(1, 0, keys) + keys * self.entry + self.logits
+        """Of a comparison of native steps with the model's own modules behind so many keys, twice there while they
+        move to where steps add to them, and at several positions behind a few."""
+        return self.entry * max(2 * keys + 32, 3 * FEW * MAX_ROWS) + self.logits
 
     @property
     def least(self) -> int:
@@ -251,10 +252,11 @@ def memory_of(host: Host, cap: int | None, reads_all: bool) -> Memory:
     capped = Capped(
         host.model, host.anatomy, host.program, unread, cap, lambda: me.steps.native.renew(),
         lambda: [me.prepared.mlp(layer) for layer in early],
+        lambda: not (me.steps.native.ready or me.steps.native.refusal),
     )  # fmt: skip
     if capped.holds_all:
         return Memory(host.model)
-    host.steps.native.probe_keys = capped.probe_keys
+    host.steps.native.probe_keys, host.steps.native.compared = capped.probe_keys, capped.fill_up
     return capped
 
 
@@ -262,7 +264,7 @@ class Capped(Memory):
     """A packed model whose matrices are in memory as far as a cap allows.
 
     unread: linears that no step reads as matrices. changed: called when other matrices are in memory. prepare: packs
-    what the plan keeps for all texts.
+    what the plan keeps for all texts. compares: whether the next step is compared with the model's own modules.
 
     Raises:
         CoreskipError: it is not packed, or the cap is too small.
@@ -279,16 +281,16 @@ class Capped(Memory):
         cap: int,
         changed: Callable[[], None] = lambda: None,
         prepare: Callable[[], object] = lambda: None,
+        compares: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(model)
-        self.cap, self._changed, self._prepare = cap, changed, prepare
+        self.cap, self._changed, self._prepare, self._compares = cap, changed, prepare, compares
         store = _store(model)
-        streamed = _streamed(model, anatomy, store)
-        mixtures = _mixtures(anatomy, store)
-        self._order = [name for module, names in streamed.items() if module not in unread for name in names]
-        self._order = list(dict.fromkeys(self._order))
-        of_experts = [name for mixture in mixtures for name in mixture.names]
-        names = list(dict.fromkeys([*(name for names in streamed.values() for name in names), *of_experts]))
+        streamed, mixtures = _streamed(model, anatomy, store), _mixtures(anatomy, store)
+        read = (names for module, names in streamed.items() if module not in unread)
+        self._order = list(dict.fromkeys(name for names in read for name in names))
+        everywhere = [*streamed.values(), *(mixture.names for mixture in mixtures)]
+        names = list(dict.fromkeys(name for some in everywhere for name in some))
         self._sizes = {name: -(-store.spans[name][1] // PAGE) * PAGE for name in names}
         piece = min(max(store.memory.numel() // 256, _LEAST_PIECE), _MOST_PIECE) // PAGE * PAGE
         ring = max(_PIECES * piece, 2 * _largest_unit(anatomy))
@@ -324,12 +326,12 @@ class Capped(Memory):
         )
         self._step = max(1, cap // (4 * _REFILL))  # slots change by so many bytes: they are read anew then
         self._looked_up = [store.spans[name] for name in tables]
-        self._held: list[int] = []  # of texts under way
-        self._kept: list[str] = []
+        self._held, self._kept = list[int](), list[str]()  # of texts under way; by name
         self._lock = threading.RLock()
         self._check(self._room(self.needs.least))
-        most = self._room(self.needs.of_probe(0)) // (3 * self.needs.entry)
+        most = (min(cap // _PROBE, self._room(0)) - self.needs.logits) // (2 * self.needs.entry)
         self.probe_keys = min(KEYS, max(_FEWEST_KEYS, most))
+        self._for_probe = 0  # bytes that matrices leave to the comparison now
         self.residency = Residency(store, names, piece, ring, scratch, CoreskipError, bundled=bool(self._bundles))
 
     @property
@@ -355,8 +357,11 @@ class Capped(Memory):
     def settle(self) -> None:
         self._prepare()
         trim()
+        self.fill_up()
+
+    def fill_up(self) -> None:
         with self._lock:
-            self._keep_within(self._room(self.needs.of_text(1, *_SHORT)))
+            self._keep_beside(max(sum(self._held), self.needs.of_text(1, *_SHORT)))
 
     def stop(self) -> None:
         self.residency.close()
@@ -396,8 +401,7 @@ class Capped(Memory):
                 )
             self._held.append(need)
         try:
-            with self._lock:
-                self._keep_within(room)
+            self.fill_up()
             yield
         finally:
             with self._lock:
@@ -417,16 +421,18 @@ class Capped(Memory):
                 "disk"
             )
 
-    def _keep_within(self, room: int) -> None:
-        """Keeps matrices in so many bytes."""
-        before = list(self._kept)
+    def _keep_beside(self, texts: int) -> None:
+        """Keeps matrices beside texts that take so many bytes, and beside the comparison of a first step."""
+        probe = self.needs.of_probe(self.probe_keys) if self._compares() else 0
+        refill, self._for_probe = probe < self._for_probe, probe
+        room, before = max(0, self._room(texts) - probe), list(self._kept)
         while self._kept and self.kept_bytes > room:
             over = self.kept_bytes - room
             enough = [name for name in self._kept if self._sizes[name] >= over]
             name = min(enough or self._kept, key=lambda name: self._sizes[name] * (1 if enough else -1))
             self._kept.remove(name)
             self.residency.drop(name)
-        if not before or room - self.kept_bytes > self.cap // _REFILL:
+        if refill or not before or room - self.kept_bytes > self.cap // _REFILL:
             self._fill(room)
         left = max(0, room - self.kept_bytes) // self._step * self._step
         slots_changed = self.residency.allow(self.needs.slots + left)

@@ -104,6 +104,7 @@ class NativeSteps:
         config = getattr(anatomy.stack, "config", None)
         self._settings = {} if config is None else vars(config)
         self.probe_keys = KEYS  # behind how many keys steps are compared with the modules, to begin with
+        self.compared: Callable[[], None] = lambda: None  # called when they were
         self.forget()
 
     def forget(self) -> None:
@@ -113,9 +114,8 @@ class NativeSteps:
     def renew(self) -> None:
         """Other matrices are in memory: steps are made again before they run."""
         with self._lock:
-            described = self._state.described
-            if described is not None:
-                described.steps.clear()
+            if self._state.described is not None:
+                self._state.described.steps.clear()
 
     @property
     def weights(self) -> str | None:
@@ -170,7 +170,9 @@ class NativeSteps:
             check_outputs(self.model.config)
             described = self._state.described  # another thread may forget it
             if described is None:
-                return self._first(original, program, named)
+                output = self._first(original, program, named)
+                self.compared()
+                return output
             if self.checkpoints.due(int(named["past_key_values"].get_seq_length()), named["input_ids"].shape[1]):
                 self.compare(named)
             logits, left_out = self.run(self.step_of(described, program), named, described.of(program))

@@ -40,7 +40,7 @@ def rounded_in_place(model: Any, found: Iterable[Rounded], packed_as: str = "int
             dtype = each.module.weight.dtype
             layer = PackedLayer(parts, None if bias is None else bias.detach(), dtype)  # type: ignore[arg-type]
             exchanged[each.name] = each.module
-            model.set_submodule(each.name, layer)
+            model.set_submodule(each.name, layer.train(each.module.training))
         for name, value in notes.items():
             setattr(model, name, value)
         yield

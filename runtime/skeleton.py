@@ -61,7 +61,8 @@ def hold(model: Any, name: str, parts: list[PackedLinear], bias: Tensor | None, 
             raise ValueError(f"{name} is packed as embeddings are not")
         PackedRows.hold(old, parts[0], dtype)
     else:
-        model.set_submodule(name, PackedLayer(parts, bias, dtype))
+        # in the mode of what it stands for: one that trains in a model that does not is changed whenever it is observed
+        model.set_submodule(name, PackedLayer(parts, bias, dtype).train(old.training))
 
 
 def put(model: Any, name: str, value: Tensor) -> None:

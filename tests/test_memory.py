@@ -24,7 +24,7 @@ from coreskip.kernels.store import checksum
 from coreskip.predictors.calibration import TokenText
 from coreskip.predictors.plan import Plan
 from coreskip.predictors.policies import Skip, SkipMLP
-from coreskip.runtime import memory
+from coreskip.runtime import memory, native_check
 from coreskip.runtime.memory_size import bytes_of, free_memory
 from coreskip.runtime.native_prompts import NativePrompts
 from coreskip.runtime.packed_folder import WEIGHTS
@@ -267,6 +267,39 @@ def test_matrices_give_way_to_long_texts_and_come_back(folders: dict[str, Path])
         assert found.kept_bytes > between
         with pytest.raises(CoreskipError, match=r"has no room for 1 x \d+ tokens: give .* or shorten"):
             greedy(model, prompt(1, 8), 100_000)
+
+
+def test_the_first_step_has_room_to_be_compared(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 3B shape went 137 MB beyond its cap in it, and was killed."""
+    model, kept, compare = capped(folders["bfloat16"], 0.5), list[int](), native_check.Comparison._probe
+
+    def watched(self: Any, *arguments: Any) -> None:
+        kept.append(found.kept_bytes)
+        compare(self, *arguments)
+
+    monkeypatch.setattr(native_check.Comparison, "_probe", watched)
+    with torch.no_grad(), coreskip.wrap(model):
+        found = runtime_of(model).memory
+        assert isinstance(found, memory.Capped)
+        greedy(model, prompt(1, 4), 4)
+        needs = found.needs.always + found.needs.of_text(1, 4, 8) + found.needs.of_probe(found.probe_keys)
+        assert len(kept) == 1
+        assert kept[0] + needs <= found.cap
+        assert found.kept_bytes > kept[0]  # what that took is for matrices afterwards
+
+
+def test_looking_at_a_packed_model_does_not_change_it(
+    folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its layers were in training mode, and out of it while they were observed: steps were proved three times."""
+    caplog.set_level("DEBUG", logger="coreskip")
+    for weights, cap in (("int4", None), ("bfloat16", cap_at(folders["bfloat16"], 0.5))):
+        model, _ = coreskip.load(folders[weights], memory=cap)
+        assert not any(module.training for module in model.modules())
+        text_of(model, prompt(1, 9))
+    told = [record.getMessage() for record in caplog.records]
+    assert not any("were changed" in text for text in told)
+    assert sum("run natively" in text for text in told) == 2
 
 
 def test_a_cap_for_all_of_it_changes_nothing(folders: dict[str, Path]) -> None:
