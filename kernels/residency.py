@@ -431,6 +431,9 @@ def _in_order(layer: arguments.StepLayer) -> Iterator[Any]:
     if latent.kv_low.weight:  # what expands latents is read by heads, where it lies
         first = (latent.q_low, latent.kv_low, layer.q) if latent.q_low.weight else (layer.q, latent.kv_low)
         attention = [*first, *((layer.o,) if layer.run_attention else ())]
+    elif layer.recurrence.taps:
+        more = list(layer.recurrence.more)
+        attention = [layer.q, layer.k, layer.v, layer.attention_gate, *more, layer.o]
     elif layer.run_attention:
         attention = [layer.q, layer.k, layer.v, layer.attention_gate, layer.o]
     else:  # its keys and values alone
