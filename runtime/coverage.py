@@ -88,7 +88,8 @@ def uncovered_part(
         if module not in known and module not in idle and not isinstance(module, INERT):
             return f"{name} of its decoder layers, a {type(module).__name__}, is not a part that is described"
         own = [name for name in module._parameters if module is not attending or name != "sinks"]
-        own = [] if module is attending and parts_of(module) is not None else own  # how these act shows in a pass
+        if module is attending and parts_of(module) is not None:
+            own = []  # how numbers of a recurrence act shows in a pass
         own = [name for name in own if more is None or module._parameters[name] is not more]
         own += [name for name, value in module._buffers.items() if not _is_table(module, name, value)]
         if own and module in (part, owner, attending) and not _is_of(module, experts):

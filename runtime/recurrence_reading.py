@@ -64,7 +64,9 @@ def read_recurrence(found: Attention, index: int, seen: Trace) -> RecurrentSpec:
     parts, states = parts_of(found.module), seen.states[index]
     if parts is None or len(states) != 1 + bool(parts.numbers):
         raise NotCovered("a recurrence of its decoder layers is of no kind that is described")
-    return _delta(found, parts, *states, seen) if parts.numbers else _convolution(found, parts, *states, seen)
+    if parts.numbers:
+        return _delta(found, parts, states[0], states[1], seen)
+    return _convolution(found, parts, states[0], seen)
 
 
 def _convolution(found: Attention, parts: Parts, recent: Tensor, seen: Trace) -> ConvolutionSpec:

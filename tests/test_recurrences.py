@@ -23,7 +23,8 @@ from coreskip.kernels.ops import available
 from coreskip.kernels.packed import PackedLinear
 from coreskip.kernels.step import KeyValues, Norm, Recurrence, Step, StepLayer, StepModel
 from coreskip.predictors.plan import LayerPlan, Plan
-from coreskip.predictors.policies import SkipAttention
+from coreskip.predictors.policies import SkipAttention, Teal
+from coreskip.runtime import loop
 from coreskip.runtime.lower_cpu import CpuModel
 from coreskip.runtime.sequence import Request
 from coreskip.runtime.wrap import runtime_of
@@ -33,8 +34,8 @@ pytestmark = [
     pytest.mark.skipif(available("cpu") is not None, reason="the native kernels are not built"),
 ]
 
-#: projections in one, in two, in four and in six; heads that share keys, or not
-TYPES = ["qwen3_next", "qwen3_5_text", "olmo_hybrid", "qwen3_5_moe_text"]
+#: of two projections, of four and of six; a convolution
+TYPES = ["qwen3_next", "qwen3_5_text", "olmo_hybrid", "lfm2_moe"]
 
 
 def native_of(model: Any) -> Any:
@@ -176,7 +177,7 @@ def test_beams_and_batches_and_copies(name: str) -> None:
         torch.testing.assert_close(got, plain, rtol=0, atol=1e-3 * float(plain.std()))
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_text", "olmo_hybrid"])
+@pytest.mark.parametrize("name", ["qwen3_5_text", "olmo_hybrid", "lfm3"])
 @pytest.mark.parametrize("weights", [None, "int4"])
 def test_plans_are_carried_out_as_on_modules(name: str, weights: str | None) -> None:
     model = made(name)
@@ -204,14 +205,19 @@ def test_requests_that_share_steps_get_the_tokens_they_get_alone() -> None:
         assert [ticket.collect().tokens for ticket in tickets] == expected
 
 
-def test_a_description_that_is_wrong_leaves_the_cache_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "change"), [("qwen3_next", {"most_rate": 1.5}), ("lfm3", {"tap_bias": torch.ones(64)})]
+)
+def test_a_description_that_is_wrong_leaves_the_cache_as_it_was(
+    name: str, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = CpuModel._recurrent
 
     def wrong(self: Any, found: Any) -> Any:
-        return replace(right(self, found), most_rate=1.5)
+        return replace(right(self, found), **change)
 
     monkeypatch.setattr(CpuModel, "_recurrent", wrong)
-    model = made("qwen3_next")
+    model = made(name)
     expected = texts(model)
     with coreskip.wrap(model, Plan.dense(model)):
         for _ in range(4):
@@ -219,16 +225,27 @@ def test_a_description_that_is_wrong_leaves_the_cache_as_it_was(monkeypatch: pyt
         assert "differ" in str(runtime_of(model).steps.native.refusal)
 
 
-def test_a_recurrence_that_is_left_out_runs_on_the_modules() -> None:
-    model = made("olmo_hybrid")
+@pytest.mark.parametrize("name", ["olmo_hybrid", "lfm3"])
+def test_a_recurrence_cannot_be_skipped(name: str) -> None:
+    """Its states would be those of another text."""
+    model = made(name)
     dense = Plan.dense(model)
     layers = (LayerPlan(), LayerPlan(layer=SkipAttention()), *dense.layers[2:])
-    try:
+    with pytest.raises(coreskip.CoreskipError, match="attention of their own"):
         coreskip.wrap(model, Plan(layers, dense.model, {"method": "layers"}))
-    except coreskip.CoreskipError:
-        return  # no such plan is possible
-    greedy(model, prompt(1), 4)
-    assert not runtime_of(model).steps.native.ready
+
+
+def test_inputs_that_a_convolution_leaves_out_are_left_out_by_the_modules() -> None:
+    model = made("lfm3")
+    dense = Plan.dense(model)
+    policy = Teal(keep=0.5, thresholds={"attention.in_proj": 0.5, "attention.out_proj": 0.1})
+    conv = next(i for i, layer in enumerate(model.model.layers) if hasattr(layer, "conv"))
+    layers = tuple(LayerPlan(policy) if i == conv else LayerPlan() for i in range(len(dense.layers)))
+    expected = stepped(model)
+    with coreskip.wrap(model, Plan(layers, dense.model, {"method": "teal"})):
+        got = stepped(model)
+        assert not runtime_of(model).steps.native.ready
+    assert not torch.equal(got, expected)
 
 
 def test_a_cache_that_records_its_past_is_the_modules() -> None:
@@ -244,3 +261,25 @@ def test_a_cache_that_records_its_past_is_the_modules() -> None:
             steps.admit(cache, 1)
         model(ids[:, 8:9], past_key_values=cache, use_cache=True)
         assert cache.get_seq_length() == 9
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", "lfm2_moe"])
+def test_texts_are_made_without_pythons_loop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampled ones, too; states know no way back, so that nothing is drafted."""
+    model, ids = made(name), prompt(1)
+    asked: list[dict[str, Any]] = [{}, {"do_sample": True, "temperature": 0.7}]
+
+    def both() -> list[Tensor]:
+        torch.manual_seed(0)
+        return [greedy(model, ids, 20, **options) for options in asked]
+
+    expected, calls = both(), []
+    decode = loop._decode
+    monkeypatch.setattr(loop, "_decode", lambda *given: (calls.append(1), decode(*given))[1])
+    for mode in ({}, {"lookup": True}):
+        with coreskip.wrap(model, Plan.dense(model), **mode):
+            greedy(model, ids, 4)  # proves the native step
+            calls.clear()
+            assert all(map(torch.equal, both(), expected))
+            assert len(calls) == 2
+            native_of(model)
