@@ -283,3 +283,21 @@ def test_texts_are_made_without_pythons_loop(name: str, monkeypatch: pytest.Monk
             assert all(map(torch.equal, both(), expected))
             assert len(calls) == 2
             native_of(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"), [("olmo_hybrid", "A_log"), ("qwen3_next", "conv1d.weight"), ("lfm3", "conv.weight")]
+)
+def test_numbers_that_change_count_at_the_next_step(name: str, changed: str) -> None:
+    model = made(name)
+    number = next(parameter for path, parameter in model.named_parameters() if path.endswith(changed))
+    with coreskip.wrap(model, Plan.dense(model)):
+        before = stepped(model)
+        native_of(model)
+        with torch.no_grad():
+            number.mul_(0.5)
+        got = stepped(model)
+        native_of(model)
+    expected = stepped(model)
+    assert not torch.equal(before, got)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-3 * float(expected.std()))
