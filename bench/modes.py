@@ -25,7 +25,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache
 
 from coreskip.bench.census import Row, build, examined, prompt, text_of, vocabulary
 from coreskip.bench.tables import MODES
@@ -171,9 +171,10 @@ def _in_four_bits(model: Any) -> str:
 
 
 def _decoded(model: Any) -> Tensor | None:
-    ids, cache = prompt(1), DynamicCache(config=model.config)
+    ids = prompt(1)
     with torch.no_grad():
-        if getattr(model(ids[:, :8], past_key_values=cache, use_cache=True), "past_key_values", None) is not cache:
+        cache = getattr(model(ids[:, :8], use_cache=True), "past_key_values", None)
+        if not isinstance(cache, Cache):
             return None
         steps = [model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(8, 12)]
     return torch.cat(steps, 1).float()

@@ -318,6 +318,24 @@ def test_matrices_that_a_mixer_reads_itself_stay_where_they_are(weights: str, tm
         torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-2, atol=1e-2)
 
 
+def test_linears_that_do_more_than_their_matrix_says_are_not_packed(tmp_path: Path) -> None:
+    """DeepSeek V4's output projection multiplies groups of its inputs by parts of its matrix."""
+    model = packed(made("deepseek_v4"), tmp_path / "packed", weights="int4")
+    plain = coreskip.load(tmp_path / "packed", packed=False)[0]
+    attention = model.model.layers[0].self_attn
+    assert not isinstance(attention.o_a_proj, PackedLayer)
+    assert isinstance(attention.o_b_proj, PackedLayer)
+    assert torch.equal(greedy(model, prompt(1), 4), greedy(plain, prompt(1), 4))
+
+
+def test_exact_mode_where_a_pass_takes_one_token_alone() -> None:
+    model = made("prophetnet")
+    expected = greedy(model, prompt(1), 6)
+    with coreskip.wrap(model, half_of_the_neurons(model), exact=True):
+        assert torch.equal(greedy(model, prompt(1), 6), expected)
+        assert "several tokens" in runtime_of(model).exact.last.note
+
+
 def test_numbers_that_are_not_there_are_not_computed_with(tmp_path: Path) -> None:
     model = packed(tiny("llama"), tmp_path / "packed", weights="int4")
     weight = model.model.layers[0].mlp.up_proj.weight
