@@ -12,6 +12,7 @@ modules that multiply with the same numbers. A run that was stopped goes on wher
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import tempfile
@@ -68,8 +69,8 @@ def examine(model_type: str) -> Row:
     row |= _noted(lambda: {"exact": _exactly(model, _lossy(model), repeated)}, "exact")
     row |= _noted(lambda: {"lookup": _exactly(model, Plan.dense(model), repeated)}, "lookup")
     row |= _noted(lambda: {"int4": _in_four_bits(model)}, "int4")
-    for name, weights in (("packed", "as-loaded"), ("packed int4", "int4")):
-        row |= _noted(lambda name=name, weights=weights: {name: _packed(model, weights, expected["greedy"])}, name)
+    row |= _noted(lambda: {"packed": _packed(model, "as-loaded", expected["greedy"])}, "packed")
+    row |= _noted(lambda: {"packed int4": _packed(model, "int4", expected["greedy"])}, "packed int4")
     return row
 
 
@@ -92,15 +93,14 @@ def _plainly(model: Any, expected: dict[str, Tensor | None]) -> Row:
         steps = runtime_of(model).steps
         found["steps"] = steps.lowering.value
         for name, tokens in expected.items():
-            found |= _noted(
-                lambda name=name, tokens=tokens: {
-                    name: "" if tokens is None else _compared(_generated(model, name), tokens)
-                },
-                name,
-            )
+            found |= _noted(functools.partial(_again, model, name, tokens), name)
     finally:
         unwrap(model)
     return found
+
+
+def _again(model: Any, name: str, expected: Tensor | None) -> Row:
+    return {name: "" if expected is None else _compared(_generated(model, name), expected)}
 
 
 def _tried(model: Any, name: str) -> Tensor | None:

@@ -88,7 +88,7 @@ def uncovered_part(
         if module not in known and module not in idle and not isinstance(module, INERT):
             return f"{name} of its decoder layers, a {type(module).__name__}, is not a part that is described"
         own = [name for name in module._parameters if module is not attending or name != "sinks"]
-        if module is attending and parts_of(module) is not None:
+        if attending is not None and module is attending and parts_of(attending) is not None:
             own = []  # how numbers of a recurrence act shows in a pass
         own = [name for name in own if more is None or module._parameters[name] is not more]
         own += [name for name, value in module._buffers.items() if not _is_table(module, name, value)]
