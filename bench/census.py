@@ -14,7 +14,7 @@ import json
 import logging
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,10 +38,11 @@ Row = dict[str, Any]
 
 _SECONDS = 240  # for one type
 _FORKS = multiprocessing.get_context("fork")
-_VOCABULARY, _HIDDEN, _WIDTH, _LAYERS, _HEADS = 128, 64, 96, 4, 4
+_HIDDEN, _WIDTH, _LAYERS, _HEADS = 64, 96, 4, 4
+vocabulary = 128  # tokens of every model
 #: What configurations call their sizes; each is given those that it has.
 _SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
-    (_VOCABULARY, ("vocab_size", "vocab_size_per_layer_input")),
+    (vocabulary, ("vocab_size", "vocab_size_per_layer_input")),
     (_HIDDEN, ("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim", "lru_width")),
     (_WIDTH, (
         "intermediate_size", "n_inner", "ffn_dim", "d_ff", "dff", "dim_ff", "ffn_hidden_size", "decoder_ffn_dim",
@@ -144,7 +145,7 @@ def _random(config: Any) -> Any:
                 parameter.normal_(0.0, 0.2)
             elif "bias" in name and parameter.is_floating_point():
                 parameter.normal_(0.0, 0.1)
-        model(_prompt(2), use_cache=True)
+        model(prompt(2), use_cache=True)
     return model
 
 
@@ -156,7 +157,7 @@ def examine(model_type: str) -> Row:
         expected = [_generate(model, rows) for rows in (1, 2)]
         before = _logits(model)
     except Exception as error:
-        return {**row, "error": _text_of(error)}
+        return {**row, "error": text_of(error)}
     row |= {"built": True, "parameters": sum(p.numel() for p in model.parameters())}
     try:
         anatomy = dissect(model)
@@ -176,7 +177,7 @@ def examine(model_type: str) -> Row:
         except CoreskipError as error:
             row |= {name: f"refused: {error}"}
         except Exception as error:
-            row |= {name: "error", "error": _text_of(error)}
+            row |= {name: "error", "error": text_of(error)}
     row["unwrap"] = bool(torch.equal(_logits(model), before))
     return row
 
@@ -279,28 +280,28 @@ def _top_expert(model: Any, row: Row, expected: list[Tensor]) -> str:
 
 def _cache_of(model: Any) -> Any:
     with torch.no_grad():
-        return getattr(model(_prompt(1), use_cache=True), "past_key_values", None)
+        return getattr(model(prompt(1), use_cache=True), "past_key_values", None)
 
 
-def _prompt(rows: int, length: int = 12) -> Tensor:
-    return torch.randint(5, _VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+def prompt(rows: int, length: int = 12) -> Tensor:
+    return torch.randint(5, vocabulary, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
 def _generate(model: Any, rows: int) -> Tensor:
-    ids = _prompt(rows)
+    ids = prompt(rows)
     tokens: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
     return tokens
 
 
 def _logits(model: Any) -> Tensor:
     with torch.no_grad():
-        logits: Tensor = model(_prompt(2), use_cache=False).logits
+        logits: Tensor = model(prompt(2), use_cache=False).logits
     return logits
 
 
 def _decoded(model: Any, change: Any = None) -> Tensor:
     """fp32 logits of four decode steps after a dense prefill; `change(True)` comes between."""
-    ids = _prompt(1)
+    ids = prompt(1)
     with torch.no_grad():
         cache = model(ids[:, :8], use_cache=True).past_key_values
         if change is not None:
@@ -309,22 +310,36 @@ def _decoded(model: Any, change: Any = None) -> Tensor:
     return torch.cat(steps, 1).float()
 
 
-def _text_of(error: Exception) -> str:
+def text_of(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"
 
 
-def _rows(types: list[str], done: dict[str, Row]) -> Iterator[Row]:
-    for name in tqdm(types, desc="types", unit="type"):
+def examined(
+    examine: Callable[[str], Row], of_all: Row, command: str, output: Path | None, types: str | None
+) -> list[Row]:
+    """Rows of every type, or of those `types`, which are separated by commas, and of those that `output` has, where
+    they are written as they come. of_all: what all of them have. What is there is kept, unless `types` names it."""
+    every = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    kept = [json.loads(line) for line in output.read_text().splitlines()] if output and output.exists() else []
+    anew = set(types.split(",")) if types else set()
+    done = {row["type"]: row for row in kept if row["type"] not in anew}
+    wanted = [name for name in every if name in anew or name in done or not anew]
+    origin, rows = provenance(command), list[Row]()
+    for name in tqdm(wanted, desc="types", unit="type"):
         if name in done:
-            yield done[name]
+            rows.append(done[name])
             continue
         start = time.perf_counter()
-        row = _apart(name)
-        yield {"kind": "census", "model": "tiny random models", **row, "seconds": round(time.perf_counter() - start, 1)}
+        row = _apart(examine, name)
+        seconds = round(time.perf_counter() - start, 1)
+        rows.append({"model": "tiny random models", **of_all, **row, "seconds": seconds, **origin})
+        if output is not None:  # what is not reached yet stays
+            write_rows(output, rows + [done[name] for name in done if name not in {r["type"] for r in rows}])
+    return rows
 
 
-def _apart(model_type: str) -> Row:
+def _apart(examine: Callable[[str], Row], model_type: str) -> Row:
     """`examine` in a process of its own, which may hang or die. It is forked: to import everything takes longer."""
     receive, send = _FORKS.Pipe(duplex=False)
     process = _FORKS.Process(target=lambda: send.send(examine(model_type)))
@@ -353,17 +368,8 @@ def main(output: Path | None, one: str | None, types: str | None) -> None:
     if one is not None:
         click.echo(json.dumps(examine(one)))
         return
-    every = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    kept = [json.loads(line) for line in output.read_text().splitlines()] if output and output.exists() else []
-    anew = set(types.split(",")) if types else set()
-    done = {row["type"]: row for row in kept if row["type"] not in anew}
-    wanted = [name for name in every if name in anew or name in done or not anew]
-    origin = provenance("python -m coreskip.bench.census -o bench/rows/census.jsonl")
-    rows: list[Row] = []
-    for row in _rows(wanted, done):
-        rows.append(row if "commit" in row else {**row, **origin})
-        if output is not None:  # what is not reached yet stays
-            write_rows(output, rows + [done[name] for name in done if name not in {r["type"] for r in rows}])
+    command = "python -m coreskip.bench.census -o bench/rows/census.jsonl"
+    rows = examined(examine, {"kind": "census"}, command, output, types)
     click.echo(summary(rows))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -267,6 +268,17 @@ def _parts_of_layers(row: dict[str, Any]) -> str:
     return f"{row['mlps']}, {row['experts']} of {row['layers']}" if "layers" in row else ""
 
 
+#: ways of generating, as rows of `coreskip.bench.modes` name them
+MODES = (
+    "greedy", "batch", "sampling", "beams", "static cache", "prompt in chunks", "exact", "lookup", "packed",
+    "packed int4", "int4",
+)  # fmt: skip
+
+
+def _in_mode(name: str, row: dict[str, Any]) -> str:
+    return str(row.get(name, "")) or "-"
+
+
 _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     "sharing": {
         "weights": lambda row: str(row["dtype"]),
@@ -433,6 +445,11 @@ _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "one expert a token": lambda row: str(row.get("top_expert", "")).partition(":")[0],
         "unwrap": lambda row: ("exact" if row["unwrap"] else "not exact") if "unwrap" in row else "",
         "decode steps": _how_steps_run,
+    },
+    "modes": {
+        "type": lambda row: str(row["type"]),
+        "steps": lambda row: str(row.get("steps", "")),
+        **{name: functools.partial(_in_mode, name) for name in MODES},
     },
     "gpu": {
         "shape": lambda row: str(row["shape"]),

@@ -7,10 +7,16 @@ Random routers send every token everywhere: nothing that is claimed of experts c
 bytes (4 layers, 16 experts of 128 neurons, 2 of them a token), trained on the first half of the text with the router's
 own balancing loss: 900 steps took 20 minutes on two busy cores, to 1.45 nats a byte. With --rows the model that is in
 FOLDER, or was just trained, is calibrated on the first half and measured on the second.
+
+    python -m coreskip.bench.train_moe --text TEXT -o FOLDER --widen 4
+
+makes FOLDERx4 beside it: every neuron of an expert stands four times, each with a quarter of its outputs. Function and
+routing are the trained model's, at four times the bytes: what memory caps are tried on.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,6 +68,21 @@ def tiny_moe(seed: int = 0, experts: int = 16, neurons: int = 128, hidden: int =
     return OlmoeForCausalLM(config)
 
 
+def widened(model: Any, times: int) -> Any:
+    """A model of the same function and routing, whose experts have each neuron so many times."""
+    config = copy.deepcopy(model.config)
+    config.intermediate_size *= times
+    wide = type(model)(config).to(model.dtype).eval()
+    state = model.state_dict()
+    for name, weight in state.items():
+        if name.endswith("gate_up_proj"):  # gates first, then ups
+            state[name] = torch.cat([part.repeat_interleave(times, 1) for part in weight.chunk(2, 1)], 1)
+        elif name.endswith("experts.down_proj"):
+            state[name] = weight.repeat_interleave(times, 2) / times
+    wide.load_state_dict(state)
+    return wide
+
+
 def batches(text: TokenText, steps: int, rows: int, length: int, seed: int) -> Iterator[Tensor]:
     """`steps` times token ids, int64 ``[rows, length]``, from random places."""
     generator = torch.Generator().manual_seed(seed)
@@ -109,6 +130,12 @@ def measured(model: Any, seen: TokenText, scored: TokenText, windows: int, token
     ]  # fmt: skip
 
 
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    with replaced_folder(folder) as draft:
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+
+
 @click.command(help=__doc__)
 @click.option("--text", required=True, type=click.Path(path_type=Path), help="Its first half trains and calibrates.")
 @click.option("-o", "folder", required=True, type=click.Path(path_type=Path), help="Hugging Face folder of the model.")
@@ -117,12 +144,13 @@ def measured(model: Any, seen: TokenText, scored: TokenText, windows: int, token
 @click.option("--experts", default=16, show_default=True, help="Of a layer.")
 @click.option("--neurons", default=128, show_default=True, help="Of an expert.")
 @click.option("--hidden", default=128, show_default=True, help="Width of the residual stream.")
+@click.option("--widen", type=click.IntRange(2), help="Make a model with each expert's neurons so many times, too.")
 @click.option("--rows", "output", type=click.Path(path_type=Path), help="JSONL file to write: plans over experts.")
 @click.option("--windows", default=24, show_default=True, help="Windows of 512 bytes to score.")
 @click.option("--tokens", default=16384, show_default=True, help="Calibration bytes.")
 def main(
-    text: Path, folder: Path, steps: int, seed: int, experts: int, neurons: int, hidden: int, output: Path | None,
-    windows: int, tokens: int,
+    text: Path, folder: Path, steps: int, seed: int, experts: int, neurons: int, hidden: int, widen: int | None,
+    output: Path | None, windows: int, tokens: int,
 ) -> None:  # fmt: skip
     command = f"python -m coreskip.bench.train_moe --text {text.name} -o {folder.name} --steps {steps} --seed {seed}"
     command += f" --experts {experts} --neurons {neurons} --hidden {hidden}"
@@ -136,10 +164,13 @@ def main(
         model = tiny_moe(seed, experts, neurons, hidden)
         losses = train(model, seen, steps=steps, rows=ROWS, length=LENGTH, rate=RATE, seed=seed)
         model.config.output_router_logits = False  # which only training needs
-        with replaced_folder(folder) as draft:
-            model.save_pretrained(draft)
-            tokenizer.save_pretrained(draft)
+        _save(model, tokenizer, folder)
         click.echo(f"{folder}: {steps} steps, loss from {losses[0]:.2f} to {losses[-1]:.2f} nats a byte")
+    if widen is not None:
+        wide = folder.with_name(f"{folder.name}x{widen}")
+        check_folder(wide)
+        _save(widened(load(folder, device="cpu", dtype="float32")[0], widen), tokenizer, wide)
+        click.echo(f"{wide}: each neuron of an expert {widen} times")
     if output is None:
         return
     check_file(output)

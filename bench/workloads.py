@@ -184,6 +184,34 @@ SHAPES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "max_position_embeddings": 8192,
     },
+    "qwen3.5-0.8b": {
+        "model_type": "qwen3_5_text",
+        "vocab_size": 248320,
+        "hidden_size": 1024,
+        "intermediate_size": 3584,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 16,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "lfm2-350m": {
+        "model_type": "lfm2",
+        "vocab_size": 65536,
+        "hidden_size": 1024,
+        "intermediate_size": 6656,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
     "opt-1.3b": {
         "model_type": "opt",
         "vocab_size": 50272,
@@ -292,6 +320,9 @@ def _fill(module: Any, block: torch.Tensor) -> None:
         nn.init.ones_(module.weight)
         if getattr(module, "bias", None) is not None:
             module.bias.zero_()
+    for name, number in module.named_parameters(recurse=False):  # of a recurrence's heads
+        if number.ndim == 1 and name not in ("weight", "bias"):
+            nn.init.zeros_(number)
     for experts in (p for p in module.parameters(recurse=False) if p.ndim == 3):
         _tile(experts, block, experts.shape[2] ** -0.5)
 

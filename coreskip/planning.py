@@ -51,10 +51,14 @@ method_options = together(
     "--method",
     default="auto",
     show_default=True,
-    help="auto, sketch, threshold, learned, bricks, core, similar, static, topk, layers, experts, skip-experts, "
-    "core-experts, thin-experts.",
+    help="auto, sketch, threshold, learned, bricks, core, similar, static, topk, layers; of mixtures experts, "
+    "skip-experts, core-experts (of the prompt: for a cap), thin-experts (neurons inside; no faster).",
 )
-@click.option("--keep", type=float, help="Share of neurons (0.6 by default), layers (0.9) or experts (0.75) to keep.")
+@click.option(
+    "--keep",
+    type=float,
+    help="Share to keep: of neurons (0.6 by default), layers (0.9), experts or their neurons (0.75).",
+)
 @click.option("--budget", help="ppl+1%, kl<0.05 or agreement>0.95: the fastest plan found that holds it.")
 @click.option("--layers", help="Leave layers out: skip:6, skip-attention:6, skip-mlp:6, every:2 or adaptive:0.8.")
 @weights_option("Decode with weights in 4 or 8 bits; a search for a budget tries them, and mixtures, by itself.")

@@ -105,6 +105,19 @@ class StepLatentPart(ctypes.Structure):
     )
 
 
+class StepRecurrence(ctypes.Structure):
+    _fields_ = (
+        ("more", StepLinear * 2),
+        ("places", StepHeads * 6),
+        ("from_", _I * 6),
+        *_fields(_P, "taps tap_bias fading fading_bias"),
+        ("norm", StepNorm),
+        *_fields(_N, "tap_count read_heads heads key_dim value_dim"),
+        *_fields(_F, "most_rate unit_eps"),
+        *_fields(_I, "tap_act open_act"),
+    )
+
+
 class StepLayer(ctypes.Structure):
     _fields_ = (
         *_fields(StepNorm, "attention_in q_norm k_norm attention_out mlp_in mlp_out attention_after mlp_after"),
@@ -128,6 +141,7 @@ class StepLayer(ctypes.Structure):
         ("side_act", _I),
         ("scale", _F),
         ("curve", _P),
+        ("recurrence", StepRecurrence),
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import arguments, cpu, residency
 from .packed import PackedLinear
-from .step import DenseMLP, KeyValues, LatentAttention, Step, StepModel
+from .step import DenseMLP, KeyValues, LatentAttention, Recurrent, Step, StepModel
 
 #: told of a layer, and of its activations [rows, length, neurons] in float32, zero at padding
 Observer = Callable[[int, Tensor], None]
@@ -30,6 +30,8 @@ def uncovered(model: StepModel) -> str | None:
         attention, mlp = layer.attention, layer.mlp
         if attention is None or layer.entries_only or not isinstance(mlp, DenseMLP):
             return "a layer leaves something out"
+        if isinstance(attention, Recurrent):
+            return "a recurrence goes through a prompt in chunks, on the modules"
         if isinstance(attention, LatentAttention):
             return "latents of many tokens are expanded once for all of their heads by the modules"
         if attention.special or mlp.norm is not None:

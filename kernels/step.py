@@ -22,11 +22,14 @@ from .sparse import SparseMLP
 from .step_model import (
     Attention,
     BeforeHead,
+    Convolution,
     DenseMLP,
     Heads,
     LatentAttention,
     Linear,
     Norm,
+    Recurrence,
+    Recurrent,
     Side,
     SideInputs,
     StepLayer,
@@ -38,12 +41,15 @@ from .step_structs import before_head_struct, embedding_struct, layer_struct, li
 __all__ = [
     "Attention",
     "BeforeHead",
+    "Convolution",
     "DenseMLP",
     "Heads",
     "KeyValues",
     "LatentAttention",
     "Linear",
     "Norm",
+    "Recurrence",
+    "Recurrent",
     "Side",
     "SideInputs",
     "Step",
@@ -70,10 +76,14 @@ class Step:
         self.model = model
         self.library = cpu.library()
         self._layers = (arguments.StepLayer * len(model.layers))(*(layer_struct(layer) for layer in model.layers))
-        attentions, caches = [layer.attention for layer in model.layers], 0
-        for struct, attention in zip(self._layers, attentions, strict=True):
-            struct.cache = caches
-            caches += attention is not None
+        kept = [layer.attention for layer in model.layers]
+        recurrences = [found for found in kept if isinstance(found, Recurrent)]
+        attentions = [found for found in kept if found is not None and not isinstance(found, Recurrent)]
+        places = {False: 0, True: len(attentions)}  # of a sequence's caches: with keys and values, then with states
+        for struct, found in zip(self._layers, kept, strict=True):
+            recurs = isinstance(found, Recurrent)
+            struct.cache = places[recurs]
+            places[recurs] += found is not None
         self._model = arguments.StepModel(
             layers=ctypes.cast(self._layers, _P),
             norm=norm_struct(model.norm),
@@ -96,8 +106,9 @@ class Step:
         self.stream = residency.attach(self._model, self._layers)
         self._rotations: list[tuple[Tensor, Tensor] | None] = []
         self._parts: dict[tuple[int, int], Step] = {}
-        self._entries = [(model.dtype, *a.sizes) for a in attentions if a is not None]
-        self._windows = [a.window for a in attentions if a is not None]
+        self._entries = [(model.dtype, *a.sizes) for a in attentions]
+        self._states = [(model.dtype, found.sizes) for found in recurrences]
+        self._windows = [a.window for a in attentions]
         lists = (layer.mlp.lists for layer in model.layers if isinstance(layer.mlp, SparseMLP))
         self.rows = next((found.rows for found in lists if found is not None and found.rows is not None), None)
 
@@ -303,11 +314,11 @@ class Step:
 
     def check_caches(self, caches: KeyValues, rows: int, past: int, end: int) -> None:
         """Raises ValueError where native code would read or write beside the caches."""
-        if not self._entries:
+        if not (self._entries or self._states):
             return
-        if caches.entries != self._entries:
+        if caches.entries != self._entries or caches.state_sizes != self._states:
             raise ValueError("the KV cache is not this model's")
-        if rows > caches.rows or not 0 <= past < end <= caches.longest:
+        if rows > caches.rows or not 0 <= past < end or (self._entries and end > caches.longest):
             raise ValueError(f"the KV cache has no room for {rows} rows of {end} positions")
         if caches.begins_late and any(
             first > (max(0, past - window + 1) if window else 0)
@@ -345,18 +356,24 @@ def likeliest(logits: Tensor, chances: bool = True) -> tuple[list[int], list[flo
 class KeyValues:
     """Where each layer's keys and values lie: [rows, kv_heads, capacity, head_dim] of the model's dtype.
 
-    first: per layer, the position that lies at index 0.
-    Raises ValueError unless a layer's keys and values have the same shape and dtype, lie alike, and are on the CPU.
+    first: per layer, the position that lies at index 0. states: of layers with a recurrence, what steps write in place,
+    each with rows first: the last inputs of its channels, in the model's dtype, and what heads hold, if any do, in
+    float32.
+    Raises ValueError unless a layer's keys and values have the same shape and dtype, lie alike, and are on the CPU, as
+    states are.
     """
 
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
     first: Sequence[int]
+    states: Sequence[tuple[Tensor, ...]] = ()
     entries: list[tuple[torch.dtype, int, int, int]] = field(init=False)  # per layer: heads, sizes of keys and values
+    state_sizes: list[tuple[torch.dtype, tuple[tuple[int, ...], ...]]] = field(init=False)
     rows: int = field(init=False)
     longest: int = field(init=False)  # positions that all layers have memory for
     begins_late: bool = field(init=False)  # whether a layer has forgotten the first of them
-    _table: Any = field(init=False)  # [rows][layers]
+    _table: Any = field(init=False)  # [rows][layers]: with keys and values first, then with states
+    _width: int = field(init=False)
 
     def __post_init__(self) -> None:
         for k, v in zip(self.keys, self.values, strict=True):
@@ -368,22 +385,30 @@ class KeyValues:
                 raise ValueError("keys and values are not [rows, heads, capacity, head_dim] on the CPU, alike")
         pairs = zip(self.keys, self.values, strict=True)
         self.entries = [(k.dtype, k.shape[1], k.shape[3], v.shape[3]) for k, v in pairs]
-        self.rows = min((k.shape[0] for k in self.keys), default=0)
+        for states in self.states:
+            lie = all(x.is_contiguous() and x.device.type == "cpu" for x in states)
+            if not lie or any(x.dtype != torch.float32 for x in states[1:]):
+                raise ValueError("the states of a recurrence do not lie one after the other on the CPU")
+        self.state_sizes = [(some[0].dtype, tuple(tuple(x.shape[1:]) for x in some)) for some in self.states]
+        self.rows = min((x.shape[0] for x in (*self.keys, *(x for some in self.states for x in some))), default=0)
         capacities = (k.shape[2] + first for k, first in zip(self.keys, self.first, strict=True))
         self.longest = min(capacities, default=0)
         self.begins_late = max(self.first, default=0) > 0
         layers = list(zip(self.keys, self.values, self.first, strict=True))
-        self._table = (arguments.StepCache * (self.rows * len(layers)))(
-            *(
-                arguments.StepCache(_row(k, row), _row(v, row), k.stride(1), begin)
-                for row in range(self.rows)
-                for k, v, begin in layers
+        self._width = len(layers) + len(self.states)
+        table = [
+            cache
+            for row in range(self.rows)
+            for cache in (
+                *(arguments.StepCache(_row(k, row), _row(v, row), k.stride(1), begin) for k, v, begin in layers),
+                *(arguments.StepCache(*(_row(x, row) for x in some)) for some in self.states),
             )
-        )
+        ]
+        self._table = (arguments.StepCache * len(table))(*table)
 
     def row(self, row: int) -> int:
         """The address of what the native step reads of one sequence's keys and values."""
-        return ctypes.addressof(self._table) + row * len(self.keys) * ctypes.sizeof(arguments.StepCache)
+        return ctypes.addressof(self._table) + row * self._width * ctypes.sizeof(arguments.StepCache)
 
     def entry(self, row: int, layer: int) -> int:
         """The same of one of its layers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -207,6 +208,118 @@ class LatentAttention:
         return tuple(linear for linear in found if linear is not None)
 
 
+#: what a recurrence reads of a token, in the order of its places
+RECURRENT = ("read", "key", "value", "open", "rate", "decay")
+
+PlaceIn = tuple[int, Heads]  # which of the inputs, and where the heads are among its outputs
+
+
+class Recurrent:
+    """What stands in place of an attention and keeps states, which steps write in place, not keys and values."""
+
+    inputs: tuple[Linear, ...]
+    o: Linear
+
+    @property
+    def sizes(self) -> tuple[tuple[int, ...], ...]:
+        """Of a sequence's states: the last inputs of all channels, and what heads hold."""
+        raise NotImplementedError
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return (*self.inputs, self.o)
+
+
+@dataclass(frozen=True, eq=False)
+class Convolution(Recurrent):
+    """A short convolution along the text (LFM2): o(open * sum of each channel's last few value * times, by taps).
+
+    inputs: a projection of x to all three. places: of value, times and open there, each of as many numbers as channels.
+    taps: float32 [channels, count]; tap_bias: [channels], or None.
+    """
+
+    inputs: tuple[Linear, ...]
+    places: tuple[PlaceIn, ...]
+    o: Linear
+    taps: Tensor
+    tap_bias: Tensor | None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where native code would read beside what it is given."""
+        ends = [offset + self.channels for _, (offset, _, _) in self.places]
+        if len(self.inputs) != 1 or max(ends) > packed_of(self.inputs[0]).out_features or len(ends) != 3:
+            raise ValueError("a convolution reads beside what its projection gives")
+        if not self.taps.is_contiguous() or self.taps.dtype != torch.float32:
+            raise ValueError("taps are float32, and lie one after the other")
+
+    @property
+    def channels(self) -> int:
+        return self.taps.shape[0]
+
+    @property
+    def run(self) -> int:
+        """Channels that a thread takes at once."""
+        return math.gcd(self.channels, 64)
+
+    @property
+    def sizes(self) -> tuple[tuple[int, ...], ...]:
+        return (tuple(self.taps.shape),)
+
+
+@dataclass(frozen=True, eq=False)
+class Recurrence(Recurrent):
+    """The gated delta rule (Yang et al., 2412.06464) in place of an attention. In float32, of each token and head:
+
+        S *= exp(-fading * softplus(decay + fading_bias)); S += key (most_rate * sigmoid(rate) * (value - key S))
+        y = norm(read S) * act(open)
+
+    where read, key and value have gone through taps, the weighted sums of each channel's last few inputs, and
+    `tap_act`, and read and key have been brought to a length of key_dim^-1/2 and 1: x / sqrt(x x + unit_eps).
+
+    inputs: up to six projections of x. places: where each of RECURRENT is among what they give; rate and decay are one
+    number a head. o: back, from all heads. taps: float32 [channels, count] of the heads of read, then key, then value;
+    tap_bias: [channels], or None. fading, fading_bias: [heads]. Each of `read_heads` serves as many of `heads` in turn.
+    """
+
+    inputs: tuple[Linear, ...]
+    places: tuple[PlaceIn, ...]
+    o: Linear
+    taps: Tensor
+    tap_bias: Tensor | None
+    fading: Tensor
+    fading_bias: Tensor
+    norm: Norm
+    read_heads: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    tap_act: str
+    open_act: str
+    most_rate: float
+    unit_eps: float
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where native code would read beside what it is given."""
+        counts = (self.read_heads, self.read_heads, *(self.heads,) * 4)
+        sizes = (self.key_dim, self.key_dim, self.value_dim, self.value_dim, 1, 1)
+        for (which, (offset, run, step)), count, size in zip(self.places, counts, sizes, strict=True):
+            last = offset + (count - 1) // run * step + min(run, count) * size
+            if last > packed_of(self.inputs[which]).out_features:
+                raise ValueError("heads of a recurrence lie beyond what its projections give")
+        channels = 2 * self.read_heads * self.key_dim + self.heads * self.value_dim
+        per_head = (self.fading, self.fading_bias)
+        if not 1 <= len(self.inputs) <= 6 or self.heads % self.read_heads or self.taps.shape[0] != channels:
+            raise ValueError("a recurrence has other inputs, heads or taps than it needs")
+        if any(x.shape != (self.heads,) for x in per_head) or self.norm.weight.numel() != self.value_dim:
+            raise ValueError("there is not one number for each head, or for each of what it gives")
+        if not all(x.is_contiguous() and x.dtype == torch.float32 for x in (self.taps, *per_head)):
+            raise ValueError("numbers of a recurrence are float32, and lie one after the other")
+
+    @property
+    def sizes(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(self.taps.shape), (self.heads, self.key_dim, self.value_dim)
+
+
 @dataclass(frozen=True, eq=False)
 class Side:
     """A layer's third half (Gemma 4): x += norm(out(act(gate(x)) * p)), where p are the numbers from `at` on of what a
@@ -252,7 +365,7 @@ class StepLayer:
     is none.
     """
 
-    attention: Attention | LatentAttention | None
+    attention: Attention | LatentAttention | Recurrence | Convolution | None
     mlp: DenseMLP | SparseMLP | PackedExperts | None
     act: str
     attention_in: Norm | None = None

@@ -16,13 +16,18 @@ from .packed import PackedLinear
 from .sparse import RowLists, SparseLinear, SparseMLP
 from .step_model import (
     GATINGS,
+    RECURRENT,
     Attention,
     BeforeHead,
+    Convolution,
     DenseMLP,
     Heads,
     LatentAttention,
     Linear,
     Norm,
+    PlaceIn,
+    Recurrence,
+    Recurrent,
     SideInputs,
     StepLayer,
     packed_of,
@@ -146,6 +151,10 @@ def layer_struct(layer: StepLayer) -> arguments.StepLayer:
     )
     if isinstance(attention, LatentAttention):
         _put_latent(out, attention)
+    elif isinstance(attention, Recurrence):
+        _put_recurrence(out, attention)
+    elif isinstance(attention, Convolution):
+        _put_convolution(out, attention)
     elif attention is not None:
         _put_attention(out, attention)
     if isinstance(mlp, DenseMLP):
@@ -165,7 +174,7 @@ def layer_struct(layer: StepLayer) -> arguments.StepLayer:
 def is_special(layer: StepLayer) -> bool:
     """Whether a layer has what few models have, inside its attention or its MLP."""
     attention, mlp = layer.attention, layer.mlp
-    inside = isinstance(attention, Attention) and attention.special
+    inside = isinstance(attention, Recurrent) or (isinstance(attention, Attention) and attention.special)
     return inside or (isinstance(mlp, DenseMLP) and mlp.norm is not None)
 
 
@@ -248,3 +257,45 @@ def _put_latent(out: arguments.StepLayer, attention: LatentAttention) -> None:
     out.rope_dim, out.cos, out.sin, out.paired = cos.shape[1], cos.data_ptr(), sin.data_ptr(), attention.paired
     out.window, out.attention_scale, out.softcap = attention.window, attention.scale, attention.softcap
     out.sinks = cpu.address(attention.sinks)
+
+
+def _put_recurrence(out: arguments.StepLayer, found: Recurrence) -> None:
+    _put_inputs(out, found)
+    places = [_place_in(found, place) for place in found.places]
+    out.recurrence = arguments.StepRecurrence(
+        more=(arguments.StepLinear * 2)(*map(linear_struct, found.inputs[4:])),
+        places=(arguments.StepHeads * len(places))(*places),
+        from_=(ctypes.c_int * len(places))(*(which for which, _ in found.places)),
+        **{name: cpu.address(getattr(found, name)) for name in ("taps", "tap_bias", "fading", "fading_bias")},
+        norm=norm_struct(found.norm),
+        tap_count=found.taps.shape[1],
+        **{name: getattr(found, name) for name in ("read_heads", "heads", "key_dim", "value_dim")},
+        most_rate=found.most_rate,
+        unit_eps=found.unit_eps,
+        tap_act=cpu.ACT[found.tap_act],
+        open_act=cpu.ACT[found.open_act],
+    )
+
+
+def _put_convolution(out: arguments.StepLayer, found: Convolution) -> None:
+    _put_inputs(out, found)
+    out.recurrence = arguments.StepRecurrence(
+        taps=cpu.address(found.taps),
+        tap_bias=cpu.address(found.tap_bias),
+        tap_count=found.taps.shape[1],
+        heads=found.channels // found.run,
+        value_dim=found.run,
+    )
+    for name, place in zip(("value", "rate", "open"), found.places, strict=True):
+        out.recurrence.places[RECURRENT.index(name)] = _place_in(found, place)
+
+
+def _put_inputs(out: arguments.StepLayer, found: Recurrent) -> None:
+    for name, linear in zip(("q", "k", "v", "attention_gate"), found.inputs, strict=False):
+        setattr(out, name, linear_struct(linear))
+    out.o = linear_struct(found.o)
+
+
+def _place_in(found: Recurrent, place: PlaceIn) -> arguments.StepHeads:
+    which, heads = place
+    return arguments.StepHeads(*heads, packed_of(found.inputs[which]).out_features)

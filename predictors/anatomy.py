@@ -313,7 +313,20 @@ def _attention_of(layer: nn.Module) -> Attention | None:
             linears = _linears(module)
             if len(linears) >= 2:
                 return _named(module, linears)
+    for child in layer.children():  # a convolution in its place
+        if any(map(is_taps, child.children())) and len(_linears(child)) == 2:
+            return _named(child, _linears(child))
     return None
+
+
+def is_taps(module: nn.Module) -> bool:
+    """Whether a module is a convolution along the text in which each channel is by itself."""
+    plain = isinstance(module, nn.Conv1d) and (module.stride, module.dilation, module.padding_mode) == (
+        (1,),
+        (1,),
+        "zeros",
+    )
+    return plain and module.groups == module.in_channels == module.out_channels
 
 
 def _linears(module: nn.Module) -> list[str]:

@@ -26,7 +26,7 @@ def plan_table(plan: Plan) -> str:
         "calibration  " + (_pairs(plan.calibration) or "none"),
         "quality      " + _quality(plan.quality),
         *(["elsewhere    " + _quality(plan.recipe["elsewhere"])] if "elsewhere" in plan.recipe else []),
-        f"keeps        {plan.keep:.1%} of all MLP neurons at each decode step" + _experts(plan),
+        "keeps        " + ", ".join(_kept(plan)) + " at each decode step",
         "weights      " + (plan.weights or "as loaded") + _rounding(plan.rounding),
         "",
     ]
@@ -43,17 +43,18 @@ def plan_table(plan: Plan) -> str:
     return "\n".join([*lines, *_frontier(plan.frontier)])
 
 
-def _experts(plan: Plan) -> str:
-    return f", {plan.experts:.1%} of all experts" if plan.model.experts else ""
+def _kept(plan: Plan) -> list[str]:
+    """How much of what the model has a step may compute."""
+    neurons = [f"{plan.keep:.1%} of all MLP neurons"] if any(plan.model.intermediate_sizes) else []
+    return neurons + ([f"{plan.experts:.1%} of all experts"] if plan.model.experts else [])
 
 
 def _of_experts(layer: LayerPlan, count: int) -> str:
     """Which experts tokens may go to, and how many of a token's run."""
     if count == 0:
         return ""
-    beta = getattr(layer.experts, "beta", None)
-    below = "" if beta is None else f", {layer.experts.active:.0%} of a token's (beta {beta:.3g})"
-    return f"  {layer.experts.kept(count)} of {count} experts{below}"
+    words = layer.experts.words
+    return f"  {layer.experts.kept(count)} of {count} experts" + (f", {words}" if words else "")
 
 
 def _rounding(recipe: Any) -> str:

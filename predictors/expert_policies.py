@@ -19,10 +19,11 @@ from .errors import PlanError
 class ExpertPolicy:
     """What one mixture computes at a decode step.
 
-    name: what a saved plan calls the policy.
+    name: what a saved plan calls the policy. by_prompt: whether each sequence's prompt decides.
     """
 
     name: ClassVar[str]
+    by_prompt: ClassVar[bool] = False
 
     def check(self, count: int) -> None:
         """Raise `CoreskipError` where the policy does not fit a mixture of `count` experts."""
@@ -35,6 +36,11 @@ class ExpertPolicy:
     def active(self) -> float:
         """Share of a token's experts that is computed, on the calibration text."""
         return 1.0
+
+    @property
+    def words(self) -> str:
+        """What else there is to say of those that are kept; "" where nothing is."""
+        return ""
 
 
 Policy = TypeVar("Policy", bound=type[ExpertPolicy])
@@ -80,6 +86,10 @@ class SkipExperts(ExpertPolicy):
     def active(self) -> float:
         return self.share
 
+    @property
+    def words(self) -> str:
+        return f"{self.active:.0%} of a token's (beta {self.beta:.3g})"
+
 
 @expert_policy
 @dataclass(frozen=True, eq=False)
@@ -115,6 +125,7 @@ class CoreExperts(ExpertPolicy):
 
     count: int
     name: ClassVar[str] = "core_experts"
+    by_prompt: ClassVar[bool] = True
 
     def check(self, count: int) -> None:
         check_count("count", self.count, 1)
@@ -123,6 +134,10 @@ class CoreExperts(ExpertPolicy):
 
     def kept(self, count: int) -> int:
         return self.count
+
+    @property
+    def words(self) -> str:
+        return "those that the prompt used most"
 
     def allowed(self, used: Tensor) -> Tensor:
         """Which experts are kept, bool ``[rows, experts]``: those with the largest sums of router weights over the
@@ -151,3 +166,7 @@ class ThinExperts(ExpertPolicy):
         if not bool((self.least >= 0).all() & self.least.isfinite().all()):
             raise PlanError("thresholds of gates must be numbers from 0 on")
         check_share("share", self.share)
+
+    @property
+    def words(self) -> str:
+        return f"{self.share:.0%} of the neurons of a token's"

@@ -35,6 +35,11 @@ class LayerPlan:
         """Neurons that a decode step computes of `width`; where that depends on the prompt, as if the layer ran."""
         return self.neurons.kept(width) if self.layer.mlp else 0
 
+    @property
+    def by_prompt(self) -> bool:
+        """Whether each sequence's prompt decides something of what its decode steps leave out."""
+        return self.neurons.chooser is Chooser.PROMPT or self.layer.by_prompt or self.experts.by_prompt
+
 
 #: where a packed model notes the format that it was packed in
 PACKED_AS = "_coreskip_packed_as"

@@ -86,12 +86,15 @@ def analyze(
             ``topk`` (exact scores: the oracle, which saves down rows alone), ``bricks`` (neurons in groups that a
             token takes as a whole); ``static`` (one fixed set); ``layers`` (whole layers are left out; with a
             budget also attentions or MLPs alone); of mixtures of experts ``experts`` (some are left out for good),
-            ``core-experts`` (after each prompt those that it used least), ``skip-experts`` (those of a token whose
-            weight is small beside its largest) and ``thin-experts`` (neurons of a token's experts whose gates are
-            hardly open); or ``auto``: with a budget the search looks at all that save time, else it is ``sketch``.
-        keep: share of the MLP neurons to keep, of ``layers`` that of the layers, of ``experts`` that of the
-            experts, of ``core-experts`` likewise, of ``skip-experts`` that of what the router chose, in (0, 1];
-            where neither it nor a budget is given 0.6, of ``layers`` 0.9, of the methods of experts 0.75.
+            ``core-experts`` (after each prompt those that it used least; a token computes as many as before, which
+            spares memory under a cap, not time), ``skip-experts`` (those of a token whose weight is small beside its
+            largest) and ``thin-experts`` (neurons of a token's experts whose gates are hardly open: by the modules
+            alone, no faster); or ``auto``: with a budget the search looks at all that save time, else it is
+            ``sketch``.
+        keep: share of the MLP neurons to keep, of ``layers`` that of the layers, of ``experts`` and
+            ``core-experts`` that of the experts, of ``skip-experts`` that of what the router chose, of
+            ``thin-experts`` that of the neurons of a token's experts, in (0, 1]; where neither it nor a budget is
+            given 0.6, of ``layers`` 0.9, of the methods of experts 0.75.
         budget: ``ppl+1%``, ``kl<0.05`` or ``agreement>0.95`` (or 95%): the fastest plan found that holds it on text
             that the search did not see, with a margin; see `search`. A plan that skips nothing where none does.
         layers: layers that are left out besides: ``skip:6``, ``skip-attention:6``, ``skip-mlp:6``, ``every:2`` or

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..predictors.anatomy import Anatomy
+from ..predictors.anatomy import Anatomy, is_taps
 from .phases import Phase, current_pass
 
 _NAME = "coreskip"
@@ -30,10 +30,12 @@ class _Redirected:
 
 def can_redirect(anatomy: Anatomy) -> bool:
     """Whether every attention module goes through transformers' attention interface."""
-    modules = [None if attention is None else attention.module for attention in anatomy.attentions]
+    modules: list[Any] = [None if attention is None else attention.module for attention in anatomy.attentions]
     return all(
-        # a recurrent layer among them has no configuration that could send it elsewhere
-        hasattr(module, "config") and hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
+        # a recurrence among them calls no attention function
+        hasattr(module, "config")
+        and hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
+        and not any(map(is_taps, module.children()))
         for module in modules
     )
 

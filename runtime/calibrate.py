@@ -28,7 +28,7 @@ from ..predictors.layer_selection import Leave
 from ..predictors.layers import block_influence, half_losses, skip_policies, skipped_layers
 from ..predictors.observe import LayerStats, down_norms, observe
 from ..predictors.plan import PACKED_AS, LayerPlan, Plan
-from ..predictors.policies import Chooser, Clusters, CoreNeurons, NeuronPolicy, Similar, Static
+from ..predictors.policies import Clusters, CoreNeurons, NeuronPolicy, Similar, Static
 from ..predictors.scores import NeuronScores
 from ..predictors.token_choice import TokenCalibration
 from .calibration_text import model_text
@@ -136,7 +136,7 @@ class Study:
         study's own. Of what is searched they are estimated where steps run on the modules."""
         text = self.checked if part == "checked" else self.searched
         options: dict[str, Any] = {"window": self.window, "progress": self.progress}
-        if any(layer.neurons.chooser is Chooser.PROMPT for layer in plan.layers):
+        if any(layer.by_prompt for layer in plan.layers):
             return evaluate_all(self.model, [plan], text, windows=windows or self.windows, **options)[0]
         emulation = self.windows_of(part, windows)
         # on the modules a token takes several times as long as in one pass, natively half as long

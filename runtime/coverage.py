@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..predictors.anatomy import Anatomy, Attention, Experts, FeedForward
 from .parts import unwatched_class
+from .recurrence_reading import parts_of
 from .spec import is_plain_linear
 
 _HERE = str(Path(__file__).parent)
@@ -87,6 +88,8 @@ def uncovered_part(
         if module not in known and module not in idle and not isinstance(module, INERT):
             return f"{name} of its decoder layers, a {type(module).__name__}, is not a part that is described"
         own = [name for name in module._parameters if module is not attending or name != "sinks"]
+        if attending is not None and module is attending and parts_of(attending) is not None:
+            own = []  # how numbers of a recurrence act shows in a pass
         own = [name for name in own if more is None or module._parameters[name] is not more]
         own += [name for name, value in module._buffers.items() if not _is_table(module, name, value)]
         if own and module in (part, owner, attending) and not _is_of(module, experts):
@@ -131,6 +134,8 @@ def _described(
     of_heads: list[nn.Module] = []
     if attention is not None:
         yield attention.module
+        recurrent = parts_of(attention.module)
+        yield from () if recurrent is None else recurrent.modules
         yield from (module for module in layer.modules() if attention.module in module.children())
         for name in (*attention.inputs, attention.output):
             yield attention.part(name)

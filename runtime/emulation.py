@@ -28,7 +28,6 @@ from ..predictors.anatomy import dissect
 from ..predictors.calibration import TokenText
 from ..predictors.observe import inference
 from ..predictors.plan import Plan
-from ..predictors.policies import Chooser
 from .bundles import Bundles, FewerNeurons, Weights
 from .generation import runtime_of
 from .quality import WINDOW, Tally, takes_several
@@ -105,7 +104,7 @@ class Emulation:
         token_by_token: decode for real, up to eight windows side by side and a token of each in a step; always so where
             the plan's weights have a format of their own. Else the figures carry ``"estimated": True``.
         """
-        assert not any(layer.neurons.chooser is Chooser.PROMPT for layer in plan.layers), "chosen in prefill"
+        assert not any(layer.by_prompt for layer in plan.layers), "chosen in prefill"
         tally, scored = Tally(), self._windows[:windows]
         real = token_by_token or plan.weights is not None
         with inference(self._model), wrapped(self._model, plan, self.weights):

@@ -111,7 +111,7 @@ class SpeculativeDecoder:
         if self._margin is None:
             error = rounding_error(model, ids)
             if error is None:
-                return "a pass does not append one entry a token to the KV cache of each layer"
+                return "a pass does not take several tokens, or append one entry a token to each layer's KV cache"
             self._margin = self._margin_of(error, model.dtype)
         if self._margin == float("inf"):
             return "in this dtype and on this device a pass over several tokens rounds otherwise than passes over one"

@@ -81,7 +81,8 @@ def _experts(experts: Any, layer: Any) -> str:
         return "no MLP"
     kept = getattr(layer.experts, "indices", None)
     names = "" if kept is None else ": " + ", ".join(map(str, kept.tolist()))
-    return f"{layer.experts.kept(experts.count)} of {experts.count} experts ({layer.experts.name}){names}"
+    words = f", {layer.experts.words}" if layer.experts.words else ""
+    return f"{layer.experts.kept(experts.count)} of {experts.count} experts ({layer.experts.name}){words}{names}"
 
 
 def _clearest(layer: int, head: LMHead) -> list[tuple[int, int]]:

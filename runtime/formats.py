@@ -10,11 +10,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..kernels.experts import Expert, side_by_side
 from ..kernels.groups import tile_shape
@@ -30,6 +29,7 @@ from .packed_experts import HeldExperts, packed_of
 from .packed_layer import PackedLayer
 from .phases import Pass, Phase, mode
 from .program import Program
+from .spec import is_plain_linear
 from .width import product
 
 logger = logging.getLogger("coreskip")
@@ -96,8 +96,8 @@ def routing_modules(anatomy: Anatomy) -> set[nn.Module]:
 
 
 def takes_format(module: nn.Module) -> bool:
-    """Whether the module multiplies with one matrix, which may be packed."""
-    return isinstance(module, (nn.Linear, Conv1D)) and module.weight.ndim == 2
+    """Whether the module multiplies with one matrix, and does nothing else, so that this may be packed."""
+    return is_plain_linear(module) and cast(Any, module).weight.ndim == 2
 
 
 class Formats:

@@ -17,7 +17,8 @@ import copy
 import copyreg
 import functools
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..kernels.step import KeyValues, StepModel
+from ..kernels.step import KeyValues, Recurrent, StepModel
+from .recurrent_states import States, StateSizes, are_states, copies, is_recurrent, put_back, same, states_of
 
 _MARK = "_coreskip_library_class"
 
@@ -242,7 +244,8 @@ class Entries:
     windows: of each layer, how far back it sees (0: all). sizes: of each layer, KV heads, and the size of a key and of
     a value; None where nothing but the model's modules knows. dtype: likewise. at: of which layers of a cache all this
     is, where its others are the modules'; None: of all. alone: whether those others have to be empty: their layers do
-    nothing while they are (Mllama).
+    nothing while they are (Mllama). states: of the layers that hold a recurrence's states in place of keys and values,
+    which of a cache's they are, and the sizes of a sequence's.
     """
 
     device: str
@@ -251,20 +254,27 @@ class Entries:
     dtype: torch.dtype | None = None
     at: tuple[int, ...] | None = None
     alone: bool = False
+    states: tuple[tuple[int, StateSizes], ...] = ()
 
     @classmethod
     def of(cls, model: StepModel, at: tuple[int, ...] | None = None) -> Entries:
         """Of a model that the native step runs."""
-        attentions = [cast(Any, layer.attention) for layer in model.layers if layer.attention is not None]
-        sizes = [a.sizes for a in attentions]
-        own = tuple(i for i, layer in enumerate(model.layers) if layer.attention is not None)
-        alone = at is None and len(own) < len(model.layers)
-        return cls("cpu", [a.window for a in attentions], sizes, model.dtype, own if alone else at, alone)
+        kept = [(i, cast(Any, layer.attention)) for i, layer in enumerate(model.layers) if layer.attention is not None]
+        states = tuple((i, found.sizes) for i, found in kept if isinstance(found, Recurrent))
+        attentions = [found for _, found in kept if not isinstance(found, Recurrent)]
+        sizes, own = [a.sizes for a in attentions], tuple(i for i, a in kept if not isinstance(a, Recurrent))
+        alone = at is None and len(kept) < len(model.layers)
+        at = own if alone or states else at
+        return cls("cpu", [a.window for a in attentions], sizes, model.dtype, at, alone, states)
 
     def layers_of(self, cache: Any) -> list[Any]:
-        """The layers of a cache that these are about."""
+        """The layers of a cache that hold the keys and values."""
         layers: list[Any] = cache.layers
         return layers if self.at is None else [layers[index] for index in self.at if index < len(layers)]
+
+    def recurrent_of(self, cache: Any) -> list[Any]:
+        """The layers of a cache that hold states."""
+        return [cache.layers[index] for index, _ in self.states if index < len(cache.layers)]
 
 
 # What a pass asks of a cache and its layers. Who has a method of his own for it wants it called.
@@ -293,6 +303,9 @@ def unfit(cache: Any, entries: Entries) -> str | None:
         for layer, sizes in zip(layers, entries.sizes, strict=True):
             if sizes_of(layer) != sizes:
                 return f"a KV cache layer has not the model's {sizes[0]} heads of {sizes[1]}"
+    for layer, (_, of_state) in zip(entries.recurrent_of(cache), entries.states, strict=True):
+        if not are_states(layer, first.keys.shape[0], of_state, first.keys.dtype):
+            return "what a recurrence holds is not what steps write in place"
     return None
 
 
@@ -305,7 +318,11 @@ def _of_another_kind(cache: Any, entries: Entries) -> str | None:
     layers = entries.layers_of(cache)
     if len(layers) != len(entries.windows) or len({id(layer) for layer in layers}) != len(layers):
         return f"the KV cache has not {len(entries.windows)} layers"
-    if entries.alone and any(getattr(layer, "is_initialized", True) for layer in cache.layers if layer not in layers):
+    recurrent = entries.recurrent_of(cache)
+    if len(recurrent) != len(entries.states) or not all(map(is_recurrent, recurrent)):
+        return "the KV cache has not the states of all recurrences"
+    others = (layer for layer in cache.layers if layer not in layers and layer not in recurrent)
+    if entries.alone and any(getattr(layer, "is_initialized", True) for layer in others):
         return "the KV cache holds what layers attend to that are idle without"
     for layer in layers:
         if not is_plain(layer) or any(name in vars(layer) for name in _ASKED):
@@ -353,10 +370,11 @@ def length_of(layer: Any) -> int:
 
 
 class Rooms:
-    """The rooms of one cache's layers, for steps of a model with these `entries`."""
+    """The rooms of one cache's layers, for steps of a model with these `entries`, and its layers that hold states."""
 
-    def __init__(self, layers: list[Any], entries: Entries) -> None:
-        self.layers, self.entries = layers, entries
+    def __init__(self, layers: list[Any], entries: Entries, recurrent: Sequence[Any] = ()) -> None:
+        self.layers, self.entries, self.recurrent = layers, entries, recurrent
+        self._states = [states_of(layer) for layer in recurrent]
         self.rooms: list[Room] = [layer._room for layer in layers]
         self.length = length_of(layers[0])
         self._first = [length_of(layer) - room.end for layer, room in zip(layers, self.rooms, strict=True)]
@@ -366,7 +384,16 @@ class Rooms:
     @functools.cached_property
     def table(self) -> KeyValues:
         """As the native step reads them."""
-        return KeyValues([r.keys for r in self.rooms], [r.values for r in self.rooms], self._first)
+        return KeyValues([r.keys for r in self.rooms], [r.values for r in self.rooms], self._first, self._states)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """States are afterwards what they are now, whatever steps write to them."""
+        before = copies(self.recurrent)
+        try:
+            yield
+        finally:
+            put_back(self._states, before)
 
     def part(self, begin: int, end: int) -> KeyValues:
         """Those of some layers alone."""
@@ -380,6 +407,10 @@ class Rooms:
         """Whether nothing has been moved since, and `more` positions can be written. Takes note of positions cut off
         the end."""
         layers = self.layers
+        if any(x.record_past for x in self.recurrent) or not all(
+            map(same, self._states, map(states_of, self.recurrent))
+        ):
+            return False
         if len(layers) != len(self.rooms) or getattr(layers[0], "_room", None) is not self.rooms[0]:
             return False
         length = length_of(layers[0])
@@ -429,6 +460,8 @@ def known_rooms(cache: Cache, more: int, entries: Entries) -> Rooms | None:
     layers = entries.layers_of(cache)
     if rooms.layers is not layers and (entries.at is None or list(map(id, rooms.layers)) != list(map(id, layers))):
         return None
+    if entries.states and list(map(id, rooms.recurrent)) != list(map(id, entries.recurrent_of(cache))):
+        return None
     return rooms if rooms.fits(more) else None
 
 
@@ -441,7 +474,7 @@ def make_rooms(cache: Cache, more: int, entries: Entries, snug: bool = False) ->
     layers = entries.layers_of(cache)
     for layer in layers:
         _give_room(layer, more, snug)
-    rooms = _ROOMS[cache] = Rooms(layers, entries)
+    rooms = _ROOMS[cache] = Rooms(layers, entries, entries.recurrent_of(cache))
     return rooms
 
 
@@ -490,9 +523,13 @@ def leave_rooms(rooms: Rooms) -> None:
         layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
 
 
-def take_back(cache: Cache, positions: int) -> None:
-    """Forgets the last positions of a cache that has just been given room for them."""
-    _ROOMS[cache].advance(-positions)
+def take_back(cache: Cache, positions: int, states: Sequence[States] = ()) -> None:
+    """Forgets the last positions of a cache that has just been given room for them; states: what its recurrences held
+    before."""
+    rooms = _ROOMS[cache]
+    rooms.advance(-positions)
+    if states:
+        put_back(rooms._states, states)
 
 
 def twin_of(cache: Any) -> Any:

@@ -36,7 +36,7 @@ def generate(steps: Steps, model: Any, ids: Tensor, arguments: dict[str, Any]) -
     captured, in_part = steps.lowering is Lowering.CAPTURED, steps.lowering is Lowering.SPANS
     if not steps.ready or in_part or (captured and end_tokens(arguments) is None):
         return None
-    if uncovered_call(ids, arguments) or length_dependence(model, ids, arguments):
+    if uncovered_call(ids, arguments, goes_back=False) or length_dependence(model, ids, arguments):
         return None
     config, kwargs = arguments["generation_config"], arguments["model_kwargs"]
     outputs = model._prefill(ids, config, kwargs)

@@ -34,6 +34,8 @@ from .spec import (
     LinearSpec,
     ModelSpec,
     NormSpec,
+    RecurrenceSpec,
+    RecurrentSpec,
     SideInputsSpec,
     SideSpec,
 )
@@ -46,6 +48,11 @@ PackedAlone = Callable[[nn.Module], "list[PackedLinear] | None"]
 
 #: the kernels' names of a plan's formats
 KERNEL_FORMATS = {None: None, "int8": "int8_groups", "int4": "int4", AS_PACKED: None}
+#: of a recurrence, what its description and the step's have alike
+_AS_DESCRIBED = (
+    "fading", "fading_bias", "read_heads", "heads", "key_dim", "value_dim", "tap_act", "open_act",
+    "most_rate", "unit_eps",
+)  # fmt: skip
 _OF_ATTENTION = frozenset("qkvo")  # linears by their names in `kernels.step`
 HEAD_FORMAT = "int8_groups"  # 4 bits there cost +4.6 % perplexity on the embedded model
 
@@ -251,11 +258,27 @@ class CpuModel:
             **{name: getattr(attention, name) for name in ("heads", "rope", "scale", "paired", "apart", "window")},
         )
 
+    def _recurrent(self, found: RecurrentSpec) -> native.Recurrence | native.Convolution:
+        alike: dict[str, Any] = {
+            "inputs": tuple(self._parts(linear, self._format)[0] for linear in found.inputs),
+            "places": found.places,
+            "o": self._parts(found.output, self._format)[0],
+            "taps": found.taps.detach()[:, 0].float().contiguous(),
+            "tap_bias": None if found.tap_bias is None else found.tap_bias.detach().float().contiguous(),
+        }
+        if not isinstance(found, RecurrenceSpec):
+            return native.Convolution(**alike)
+        return native.Recurrence(
+            **alike, norm=lower_norm(found.norm), **{name: getattr(found, name) for name in _AS_DESCRIBED}
+        )
+
     def _attention(
-        self, attention: AttentionSpec | LatentSpec, rotation: tuple[Tensor, Tensor] | None
-    ) -> native.Attention | native.LatentAttention:
+        self, attention: AttentionSpec | LatentSpec | RecurrentSpec, rotation: tuple[Tensor, Tensor] | None
+    ) -> native.Attention | native.LatentAttention | native.Recurrence | native.Convolution:
         if isinstance(attention, LatentSpec):
             return self._latent(attention, rotation)
+        if isinstance(attention, RecurrentSpec):
+            return self._recurrent(attention)
         q, *others = (part for linear in attention.inputs for part in self._parts(linear, self._format))
         k, v = others or (None, None)
         return native.Attention(
@@ -375,6 +398,9 @@ def programmed(layer: native.StepLayer, index: int, program: StepProgram) -> nat
     kept = None if index in program.no_mlp else layer.mlp if mlp is None else matrices
     norm = layer.mlp_in if mlp is None else _scaled(layer.mlp_in, mlp.smooth)
     layer = replace(layer, mlp=kept, mlp_in=norm, entries_only=index in program.no_attention)
+    left_out = index in program.no_attention or program.columns.get(index, {}).keys() & _OF_ATTENTION
+    if isinstance(layer.attention, native.Recurrent) and left_out:
+        raise NotCovered("a recurrence is left out, or some of what it reads")
     return _by_columns(layer, program.columns.get(index, {}))
 
 

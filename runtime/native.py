@@ -26,6 +26,8 @@ from .calls import Disagrees, NotCovered, NotThisCall, check_call, check_outputs
 from .kv_cache import Entries, Rooms, known_rooms, make_rooms, take_back
 from .lower_cpu import CpuModel, Packed, Packing, StepProgram, check_finite, describe
 from .native_check import Comparison
+from .phases import tokens_in
+from .recurrent_states import copies
 from .release import trim
 from .rotary_tables import RotaryTables
 from .selfcheck import KEYS, Checkpoints
@@ -173,7 +175,7 @@ class NativeSteps:
                 output = self._first(original, program, named)
                 self.compared()
                 return output
-            if self.checkpoints.due(int(named["past_key_values"].get_seq_length()), named["input_ids"].shape[1]):
+            if self.checkpoints.due(tokens_in(named["past_key_values"]), named["input_ids"].shape[1]):
                 self.compare(named)
             logits, left_out = self.run(self.step_of(described, program), named, described.of(program))
             tokens = named["input_ids"].numel()
@@ -239,6 +241,7 @@ class NativeSteps:
             try:
                 loaded = describe(self.model, self.anatomy, self._packing)
                 comparison = Comparison(self, original, Entries.of(loaded.base))
+                before = copies(comparison.entries.recurrent_of(cache))
                 found = comparison.begin(loaded, program, named)
             except NotThisCall:
                 raise
@@ -258,7 +261,7 @@ class NativeSteps:
                     model = self._packed_instead(spec, rotary, packed)
                     described = Described(model, model, kind, entries, original, alone=True)
                 # once more as every step after it: the same numbers may be added up in another order
-                take_back(cache, tokens.shape[1])
+                take_back(cache, tokens.shape[1], before)
                 model = described.of(program)
                 logits, left_out = self.run(model.step(program), named, model, entries)
                 self._check_unchanged(state)
@@ -269,7 +272,7 @@ class NativeSteps:
                 state.uncovered = for_good and self.model.dtype == torch.float32
                 if for_good or state.disagreed == _ATTEMPTS:
                     self._refuse(str(reason))
-                take_back(cache, tokens.shape[1])
+                take_back(cache, tokens.shape[1], before)
                 return None
             state.described = described
             trim()  # what the comparison took, 40 MB of the embedded model
@@ -303,7 +306,7 @@ class NativeSteps:
 
         Raises NotCovered where they differ, now and from now on.
         """
-        past, length = int(named["past_key_values"].get_seq_length()), named["input_ids"].shape[1]
+        past, length = tokens_in(named["past_key_values"]), named["input_ids"].shape[1]
         with self._comparing:
             described = self._state.described
             if described is not None and self.refusal is None and self.checkpoints.due(past, length):

@@ -92,7 +92,8 @@ class Comparison:
 
         def natively(ids: Tensor) -> Tensor:
             call = {**named, "input_ids": ids, "logits_to_keep": 0}
-            return self._steps.compute(step, call, model, self.entries)[1][0]
+            with self._steps.admit(call["past_key_values"], ids.shape[1], self.entries).kept():
+                return self._steps.compute(step, call, model, self.entries)[1][0]
 
         return self._agrees(natively, named)
 
@@ -122,7 +123,8 @@ class Comparison:
         start = torch.zeros(places.shape[0], dtype=torch.int64, device="cpu")
 
         def natively(ids: Tensor) -> Tensor:
-            return step.run(ids, indices, start, rooms.table, keys, ids.shape[1])[0]
+            with rooms.kept():
+                return step.run(ids, indices, start, rooms.table, keys, ids.shape[1])[0]
 
         named = {"input_ids": places, "position_ids": places, "past_key_values": cache, "use_cache": True}
         return self._agrees(natively, named)

@@ -30,7 +30,7 @@ def read_norm(module: nn.Module, size: int | None = None) -> NormSpec:
     known = own.keys() <= {"weight", "bias"} and all(p.ndim == 1 for p in own.values())
     if not isinstance(size, int) or not known:
         raise unknown
-    for eps in _epsilons(module):
+    for eps in epsilons(module):
         found = _as_norm(module, own, size, eps)
         if found is not None:
             return found
@@ -44,7 +44,8 @@ def normed(norm: NormSpec, x: Tensor) -> Tensor:
     return y if norm.bias is None else y + norm.bias.detach().float().to(x.device)
 
 
-def _epsilons(module: nn.Module) -> list[float]:
+def epsilons(module: nn.Module) -> list[float]:
+    """What a norm may add to the mean of squares, as far as it says it."""
     told = (getattr(module, name, None) for name in ("variance_epsilon", "eps", "epsilon", "norm_eps"))
     return next(([eps] for eps in told if isinstance(eps, float)), list(_USUAL_EPS))
 

@@ -26,6 +26,8 @@ from .coverage import uncovered
 from .layer_reading import Composition, by_name, by_values
 from .norms import normed, read_norm
 from .packed_layer import PackedRows
+from .recurrence_reading import read_recurrence
+from .recurrent_states import is_recurrent
 from .side_reading import read_sides
 from .spec import (
     STATIC_ROPE,
@@ -39,6 +41,7 @@ from .spec import (
     ModelSpec,
     NormSpec,
     PlacesSpec,
+    RecurrentSpec,
     RotarySpec,
     RouterSpec,
     is_plain_linear,
@@ -56,7 +59,7 @@ def read_spec(model: Any, anatomy: Anatomy) -> ModelSpec:
     check_table(table)
     if any(attention is None for attention in anatomy.attentions):
         raise NotCovered("a layer's attention was not recognised")
-    windows(model.config, len(anatomy))  # before anything is computed
+    windows_of = cached(model.config, len(anatomy))  # before anything is computed
     seen = None if table.weight.is_meta and not isinstance(table, PackedRows) else trace(model, anatomy, partly=True)
     idle = idle_layers(anatomy, seen)
     found = [
@@ -72,7 +75,7 @@ def read_spec(model: Any, anatomy: Anatomy) -> ModelSpec:
         raise NotCovered(reason)
     config = model.config.get_text_config()
     size = table.weight.shape[-1]
-    rotary, attentions = _attentions(anatomy, config, windows(model.config, len(anatomy)), seen, idle)
+    rotary, attentions = _attentions(anatomy, config, windows_of, seen, idle)
     side_inputs, of_layers = read_sides(anatomy, sides, table, seen)
     layers = tuple(
         replace(_layer(anatomy, index, layer, attention, size), side=of_layers[index])
@@ -111,30 +114,53 @@ def idle_layers(anatomy: Anatomy, seen: Trace | None) -> frozenset[int]:
     if seen is None:
         return frozenset()
     idle = frozenset(index for index, layer in enumerate(anatomy.layers) if layer not in seen.calls)
-    if any(keys.ndim != 3 for index, keys in enumerate(seen.keys) if index not in idle):
+    kept = zip(seen.keys, seen.states, strict=True)
+    if any(keys.ndim != 3 and not states for index, (keys, states) in enumerate(kept) if index not in idle):
         raise NotCovered("a layer keeps no keys and values in its cache")
     return idle
 
 
 def windows(config: Any, layers: int) -> list[int]:
-    """How far back each layer sees (0: all), as the cache that `generate` makes says it."""
+    """How far back each layer sees (0: all), as the cache that `generate` makes says it.
+
+    Raises:
+        NotCovered: a layer keeps something else than keys and values.
+    """
+    found = cached(config, layers)
+    if None in found:
+        raise NotCovered("its KV cache has layers of type LinearAttentionLayer")
+    return cast("list[int]", found)
+
+
+def cached(config: Any, layers: int) -> list[int | None]:
+    """`windows`, and None for layers that keep the states of a recurrence."""
     cache = DynamicCache(config=config)
     if len(cache.layers) != layers:
         raise NotCovered("the model does not keep one KV cache layer for each decoder layer")
+    found: list[int | None] = []
     kept: Any = cache.layers
     for layer in kept:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        plain = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+        if not (plain or is_recurrent(layer)):
             raise NotCovered(f"its KV cache has layers of type {type(layer).__name__}")
-    return [int(layer.sliding_window) if layer.is_sliding else 0 for layer in kept]
+        found.append((int(layer.sliding_window) if layer.is_sliding else 0) if plain else None)
+    return found
 
 
 # ---- layers ----
 
 
 def _attentions(
-    anatomy: Anatomy, config: Any, windows_of: list[int], seen: Trace | None, idle: frozenset[int]
-) -> tuple[RotarySpec | None, list[AttentionSpec | LatentSpec | None]]:
+    anatomy: Anatomy, config: Any, windows_of: list[int | None], seen: Trace | None, idle: frozenset[int]
+) -> tuple[RotarySpec | None, list[AttentionSpec | LatentSpec | RecurrentSpec | None]]:
     """How the layers rotate, and attend; None for idle ones."""
+    if seen is None and None in windows_of:
+        raise NotCovered("what a recurrence computes shows in a pass alone, and its weights are not there yet")
+    recurrent = {
+        index: read_recurrence(cast(Attention, anatomy.attentions[index]), index, cast(Trace, seen))
+        for index, window in enumerate(windows_of)
+        if window is None and index not in idle
+    }
     rotary = read_rotary(anatomy)
     variants = [rotary] if rotary is None or seen is None else [rotary, replace(rotary, backwards=True)]
     refused: NotCovered | None = None
@@ -143,6 +169,8 @@ def _attentions(
             return variant, [
                 None
                 if index in idle
+                else recurrent[index]
+                if window is None
                 else read_attention(cast(Attention, attention), index, window, config, variant, seen)
                 for index, (attention, window) in enumerate(zip(anatomy.attentions, windows_of, strict=True))
             ]

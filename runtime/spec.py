@@ -139,6 +139,53 @@ class LatentSpec:
 
 
 @dataclass(frozen=True, eq=False)
+class ConvolutionSpec:
+    """A short convolution in place of an attention, as `kernels.step_model.Convolution` has it, whose cache has states.
+
+    taps, tap_bias: as `RecurrenceSpec` has them.
+    """
+
+    inputs: tuple[LinearSpec, ...]
+    output: LinearSpec
+    places: tuple[tuple[int, Heads], ...]
+    taps: Tensor
+    tap_bias: Tensor | None
+    rotation: str = ""  # nothing is turned
+
+
+@dataclass(frozen=True, eq=False)
+class RecurrenceSpec:
+    """A recurrence in place of an attention, as `kernels.step_model.Recurrence` has it, whose cache has states.
+
+    Attributes:
+        taps, tap_bias: the model's own, ``[channels, 1, count]`` and ``[channels]``, or None.
+        fading, fading_bias: float32 ``[heads]``.
+        others: see there.
+    """
+
+    inputs: tuple[LinearSpec, ...]
+    output: LinearSpec
+    places: tuple[tuple[int, Heads], ...]
+    taps: Tensor
+    tap_bias: Tensor | None
+    fading: Tensor
+    fading_bias: Tensor
+    norm: NormSpec
+    read_heads: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    tap_act: str
+    open_act: str
+    most_rate: float
+    unit_eps: float
+    rotation: str = ""  # nothing is turned
+
+
+RecurrentSpec = RecurrenceSpec | ConvolutionSpec
+
+
+@dataclass(frozen=True, eq=False)
 class BrickSpec:
     """A run of neurons: gate, up and down rows, and the activation's name. gate None: plain, or in `up` before its own
     rows where that is `stacked`. norm: of all activations, before the down projection. curve: the numbers of an `act`
@@ -253,7 +300,7 @@ class LayerSpec:
     one that is idle, all: layers that attend to images do nothing where there are none (Mllama).
     """
 
-    attention: AttentionSpec | LatentSpec | None
+    attention: AttentionSpec | LatentSpec | RecurrentSpec | None
     bricks: tuple[BrickSpec, ...]
     experts: ExpertsSpec | None
     attention_in: NormSpec | None
@@ -417,6 +464,8 @@ def _beyond_llama(layer: LayerSpec) -> str | None:
         return "a layer has no attention that is described"
     if isinstance(attention, LatentSpec):
         return "its attention is over latents"
+    if isinstance(attention, RecurrentSpec):
+        return "a recurrence, or a convolution, stands in place of an attention"
     if attention.order is not None or attention.paired or attention.turned:
         return "heads of its attention lie in turn, or are turned by neighbours, or before their norm"
     if attention.slopes is not None or attention.sinks is not None:

@@ -14,12 +14,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache
 from transformers.generation import logits_process
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .kv_cache import library_class
+from .kv_cache import is_plain
+from .recurrent_states import is_recurrent
 
 
 class _SamplingNoise:
@@ -173,10 +174,11 @@ def end_tokens(arguments: dict[str, Any]) -> list[int] | None:
     return [int(t) for c in criteria if isinstance(c, EosTokenCriteria) for t in c.eos_token_id.flatten()]
 
 
-def uncovered_call(ids: Tensor, arguments: dict[str, Any]) -> str | None:
+def uncovered_call(ids: Tensor, arguments: dict[str, Any], goes_back: bool = True) -> str | None:
     """Why a call of ``model._sample`` is more than one unpadded sequence over a growing KV cache; None where it is not.
 
-    ids: int64 [rows, length]; arguments: the call's others, by name.
+    ids: int64 [rows, length]; arguments: the call's others, by name. goes_back: whether tokens may be taken back, which
+    the states of recurrences do not know.
     """
     config, kwargs = arguments["generation_config"], arguments["model_kwargs"]
     cache, mask, positions = kwargs.get("past_key_values"), kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -190,7 +192,7 @@ def uncovered_call(ids: Tensor, arguments: dict[str, Any]) -> str | None:
         return "attentions or hidden states are asked for"
     if not kwargs.get("use_cache", True) or not isinstance(cache, DynamicCache):
         return "the KV cache is not a DynamicCache"
-    if any(library_class(type(layer)) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+    if not all(is_plain(layer) or (is_recurrent(layer) and not goes_back) for layer in cache.layers):
         return "the KV cache holds more than keys and values"
     if getattr(cache, "offloading", False):
         return "the KV cache is offloaded"

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache
 from ..predictors.anatomy import Anatomy
 from .calls import NotCovered
 from .phases import densely, unprompted
+from .recurrent_states import is_recurrent, states_of
 
 TOKENS = 5  # of the pass
 _FIRST = 5  # ids before it are often special
@@ -50,6 +51,8 @@ class Trace:
         calls: by module, in the order in which they were made.
         before: the modules that were called before the first layer.
         keys, values: by layer, as the cache has them, ``[kv_heads, tokens, size]``; ``[0]`` where it has none.
+        states: by layer, what a recurrence has left there, ``[channels, count]`` and, if its heads hold any,
+            ``[heads, keys, values]``; none where there is no such.
         last: what the decoder gave.
     """
 
@@ -59,6 +62,7 @@ class Trace:
     before: list[nn.Module] = field(default_factory=list)
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    states: list[tuple[Tensor, ...]] = field(default_factory=list)
     last: Tensor | None = None
 
     @property
@@ -132,6 +136,7 @@ def trace(model: Any, anatomy: Anatomy, partly: bool = False) -> Trace:
             raise NotCovered("a layer keeps no keys and values in its cache")
         found.keys.append(keys)
         found.values.append(values)
+        found.states.append(tuple(map(_own, states_of(layer))) if is_recurrent(layer) else ())
     return found
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from coreskip.bench import census
-from coreskip.bench.tables import fill_tables
-from coreskip.bench.train_moe import batches, tiny_moe, train
+from coreskip.bench import census, modes
+from coreskip.bench.provenance import provenance
+from coreskip.bench.tables import MODES, fill_tables
+from coreskip.bench.train_moe import batches, tiny_moe, train, widened
 from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.calibration import TokenText
 from coreskip.predictors.feed_forward import FeedForward
@@ -67,6 +68,27 @@ def test_a_census_goes_on_where_it_was(tmp_path: Path) -> None:
     assert "| llama | yes | 4, 0 of 4 | right | right | no experts | exact | native |" in table
 
 
+@pytest.mark.parametrize("model_type", ["lfm3", "mixtral"])
+def test_every_way_of_generating_gives_the_same(model_type: str, tmp_path: Path) -> None:
+    row = modes.examine(model_type)
+    assert {name: row[name] for name in MODES} == dict.fromkeys(MODES, "same")
+    (tmp_path / "modes.jsonl").write_text(
+        json.dumps({"kind": "modes", "model": "tiny", **row, **provenance("none"), "static cache": ""}) + "\n"
+    )
+    table = fill_tables("<!-- table: modes -->\n<!-- end table -->", tmp_path)
+    assert f"| {model_type} | one native call | same | same | same | same | - | same |" in table
+
+
+def test_another_text_in_some_mode_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    assert modes._compared(tokens, tokens) == "same"
+    assert modes._compared(torch.tensor([[1, 2, 3, 5]]), tokens) == "other from token 3 on"
+    assert "shape" in modes._compared(tokens[:, :2], tokens)
+    monkeypatch.setattr(modes, "wrap", lambda *given, **options: (_ for _ in ()).throw(RuntimeError("no")))
+    row = modes.examine("llama")
+    assert {row[name] for name in MODES} == {"error: RuntimeError: no"}
+
+
 def test_training_lowers_the_loss_and_routes() -> None:
     text = TokenText(
         torch.randint(3, 40, (600,), generator=torch.Generator().manual_seed(0)), torch.tensor([]), "random"
@@ -76,3 +98,11 @@ def test_training_lowers_the_loss_and_routes() -> None:
     assert losses[-1] < losses[0]
     assert [experts.count for experts in dissect(model).experts if experts] == [16] * 4
     assert [ids.tolist() for ids in batches(text, 2, 2, 8, 1)] == [ids.tolist() for ids in batches(text, 2, 2, 8, 1)]
+
+
+def test_a_widened_mixture_is_the_same_function() -> None:
+    model = tiny_moe(experts=4, neurons=24, hidden=32).eval()
+    wide, ids = widened(model, 4), torch.arange(5, 25)[None]
+    assert wide.model.layers[0].mlp.experts.down_proj.shape == (4, 32, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(wide(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)

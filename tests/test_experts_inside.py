@@ -150,6 +150,9 @@ def test_analyze_makes_them(method: str, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan")
     again = Plan.load(tmp_path / "plan")
     assert again.recipe["method"] == method
+    assert plan.quality is not None
+    assert plan.quality["kl"] > 1e-4  # prompts decide in the measurement, too
+    assert again.layers[0].experts.words in str(again)
     assert bytes_per_token(model, plan) <= bytes_per_token(model, Plan.dense(model))
     ids = prompt(1, 12)
     found = []

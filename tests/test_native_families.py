@@ -55,6 +55,8 @@ TYPES = {
     "a map before the head": ["modernbert-decoder"],
     "layers that are idle without images": ["mllama"],
     "third halves": ["gemma4_text"],
+    "recurrences in place of attentions": ["qwen3_next", "qwen3_5_text", "olmo_hybrid"],
+    "convolutions in place of attentions": ["lfm2_moe", "lfm3"],
 }
 ALL = [name for some in TYPES.values() for name in some]
 
@@ -114,6 +116,7 @@ def test_in_groups_steps_agree_with_modules(name: str, weights: str) -> None:
         of_modules += (
             TYPES["third halves"] + TYPES["a map before the head"] + TYPES["layers that are idle without images"]
         )
+        of_modules += TYPES["recurrences in place of attentions"] + TYPES["convolutions in place of attentions"]
         if any(runtime_of(model).anatomy.experts) or name in of_modules:
             return  # prompts of these run on the modules
         assert described.prompts_uncovered is None
@@ -164,7 +167,10 @@ def test_a_tokens_bits_do_not_depend_on_its_neighbours(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["gpt_neox", "gpt2", "bart", "bloom", "deepseek_v3", "minicpm3", "llama4_text", "bitnet", "laguna", "gemma4_text"],
+    [
+        *("gpt_neox", "gpt2", "bart", "bloom", "deepseek_v3", "minicpm3", "llama4_text", "bitnet", "laguna"),
+        *("gemma4_text", "olmo_hybrid", "qwen3_5_text", "lfm3"),
+    ],
 )
 def test_packed(name: str, tmp_path: Path) -> None:
     """Matrices in groups, and their very numbers in float32."""
@@ -177,7 +183,7 @@ def test_packed(name: str, tmp_path: Path) -> None:
         assert native.ready, native.refusal
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "bart", "minicpm3", "youtu", "bitnet"])
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "bart", "minicpm3", "youtu", "bitnet", "olmo_hybrid", "lfm3"])
 @pytest.mark.parametrize("weights", ["int4", "as-loaded"])
 def test_under_a_cap(name: str, weights: str, tmp_path: Path) -> None:
     """Matrices come from the disk in the order in which a step reads them."""

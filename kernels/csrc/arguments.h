@@ -158,6 +158,25 @@ struct StepLatentPart {
     int apart;                       // neighbours are turned, and come to lie half of what is turned apart
 };
 
+// What a recurrence reads of a token, in the order of StepRecurrence's places.
+enum Recurrent : int { kRead, kKey, kValue, kOpen, kRate, kDecay, kRecurrentParts };
+
+// A recurrence in place of an attention, see step_recurrence.h: read_heads heads of queries and keys, of key_dim numbers,
+// and `heads` heads of values, of value_dim, of which each of the former serves as many, in turn.
+struct StepRecurrence {
+    StepLinear more[2];               // inputs beside the layer's q, k, v and attention_gate
+    StepHeads places[kRecurrentParts];
+    int from[kRecurrentParts];        // of which input each is: q, k, v, attention_gate, more[0], more[1]
+    const float* taps;                // [channels][tap_count]; null: there is no recurrence
+    const float* tap_bias;            // [channels], or null
+    const float* fading;              // [heads]: what a step makes of a state is e^(-fading * softplus(decay + fading_bias))
+    const float* fading_bias;
+    StepNorm norm;                    // of each head's output
+    int64_t tap_count, read_heads, heads, key_dim, value_dim;
+    float most_rate, unit_eps;        // the rate is most_rate * sigmoid; see to_length()
+    int tap_act, open_act;            // of what taps give, and of what opens each head's output
+};
+
 struct StepLayer {
     StepNorm attention_in, q_norm, k_norm, attention_out, mlp_in, mlp_out;
     StepNorm attention_after, mlp_after;  // of the residual stream, once a half has been added to it (BART)
@@ -193,6 +212,7 @@ struct StepLayer {
     int side_act;
     float scale;                // what the residual stream is multiplied by in the end (Gemma 4)
     const float* curve;         // [4]: the numbers of a kCurve
+    StepRecurrence recurrence;  // its inputs are q, k, v and attention_gate, and its cache: see step_recurrence.h
 };
 
 struct StepModel {

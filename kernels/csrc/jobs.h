@@ -188,6 +188,17 @@ struct AttendJob {
     int64_t more_dim;
 };
 
+// One token of a linear recurrence that corrects what it holds (gated delta rule, 2412.06464), of one head: the state is
+// multiplied by `decay`, what it gives for k is moved towards v by `rate`, and out is what it then gives for q.
+struct RecallJob {
+    float* state;                 // [keys][values]
+    const float *q, *k;           // [keys]
+    const float* v;               // [values]
+    float decay, rate;
+    int64_t keys, values;
+    float* out;                   // [values]
+};
+
 struct StepIsa {
     void (*tiles)(const TileJob& job, int64_t begin, int64_t end);
     // half: see TileJob; null: not wanted.
@@ -212,6 +223,7 @@ struct StepIsa {
     // Adds to acc, [rows][width], what neurons `begin` to `end` come to, or those at these positions of the list. Returns
     // how many of those that are scanned were left out, summed over rows.
     int64_t (*neurons)(const NeuronsJob& job, int64_t begin, int64_t end, float* acc);
+    void (*recall)(const RecallJob& job);
 };
 
 const Isa& generic_isa();

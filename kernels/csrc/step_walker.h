@@ -12,6 +12,7 @@
 #include "step_experts.h"
 #include "step_latent.h"
 #include "step_mlp_layer.h"
+#include "step_recurrence.h"
 #include "step_side.h"
 
 namespace coreskip {
@@ -41,6 +42,7 @@ class Walker {
         for (int64_t i = 0; i < m.layer_count; i++) {
             const StepLayer& layer = m.layers[i];
             if (layer.latent.kv_low.weight) latent(layer);
+            else if (layer.recurrence.taps) recurrence_.run(layer);
             else if (layer.run_attention) attention_.run(layer);
             else if (layer.k.weight || layer.fused) attention_.write_entries(layer);
             if (layer.run_mlp && layer.experts.matrices) experts_.run(layer);
@@ -87,6 +89,7 @@ class Walker {
     Projections projections_{thread, ahead_};
     StepAttention attention_{thread, ahead_, projections_};
     StepLatent latent_{thread, ahead_, projections_};
+    StepRecurrentLayer recurrence_{thread, ahead_, projections_};
     StepMlpLayer mlp_{thread, ahead_, projections_};
     StepExpertsLayer experts_{thread, ahead_, projections_};
     StepSide side_{thread, ahead_, projections_};

@@ -21,6 +21,7 @@ struct Sizes {
     int64_t gates = 0;                       // of an attention
     int64_t sides = 0, side = 0;             // of third halves: of all layers, and of one
     int64_t absorbed = 0;                    // of latent attention: all heads' queries
+    int64_t more = 0, tapped = 0, recalled = 0, recent = 0;  // of recurrences
     int64_t scales = 0, grouped = 0;         // of neurons in groups: room for scales, and their width
     int64_t rank = 0, inputs = 0, sums = 0;  // of learned scores; of column-sparse linears, and their outputs
     int64_t experts = 0, pairs = 0, active = 0;  // in all; times a token each, the shared one too; their neurons, summed
@@ -40,6 +41,7 @@ struct Sizes {
             grouped = std::max(grouped, l.mlp.groups.width);
             rank = std::max(rank, l.mlp.reduce.out);
             if (l.latent.kv_low.weight) add_latent(l);
+            if (l.recurrence.taps) add_recurrence(l);
             for (const StepLinear* w : {&l.q, &l.k, &l.v, &l.attention_gate, &l.o, &l.gate, &l.up, &l.down, &l.mlp.reduce,
                                         &l.mlp.expand}) {
                 width = std::max(width, w->columns ? 0 : w->stride);
@@ -71,6 +73,16 @@ struct Sizes {
         inputs = std::max(inputs, p.nope), sums = std::max(sums, l.k.stride);
     }
 
+    void add_recurrence(const StepLayer& l) {
+        const StepRecurrence& r = l.recurrence;
+        kv = std::max({kv, l.k.out, l.v.out});
+        width = std::max({width, r.more[0].stride, r.more[1].stride});
+        more = std::max(more, r.more[0].out + r.more[1].out);
+        tapped = std::max(tapped, 2 * r.read_heads * r.key_dim + r.heads * r.value_dim);
+        recalled = std::max(recalled, r.heads * r.value_dim);
+        recent = std::max({recent, r.key_dim * r.tap_count, r.value_dim * r.tap_count});
+    }
+
     void add_experts(const StepLayer& l) {
         const StepExperts& e = l.experts;
         int64_t widest = 0;
@@ -92,6 +104,7 @@ struct Shared {
     float* attention_gate;      // [tokens][its outputs]
     float *sides, *side, *side_out;  // of third halves: [tokens][of all layers], [tokens][of one], [tokens][hidden]
     float* absorbed;            // of latent attention, [tokens][heads][rank]
+    float *more, *tapped, *recalled;  // of recurrences: see StepRecurrence, and step_recurrence.h
     float* acc;                 // bundled MLPs: [2][threads][tokens][stride], used in turn
     float *score, *known_gate, *reduced;
     int64_t* dropped;           // [2][threads]: neurons that `refine` left out, used as `acc` is
@@ -113,7 +126,7 @@ struct Shared {
 // What one thread has to itself.
 struct Own {
     float* side;  // of a token, and its row of a table
-    float *x, *h, *pending, *rows, *attended, *queries, *scratch;
+    float *x, *h, *pending, *rows, *attended, *queries, *scratch, *recent;
     int8_t *q, *turned;
     float *scale, *group_scale, *group_sum;
     int32_t *sum, *group_half;
@@ -148,6 +161,9 @@ Shared share_out(const Sizes& s, const StepModel& m, const StepCall& c, int thre
     w.side = take(float(), t * s.side);
     w.side_out = take(float(), s.side ? t * s.hidden : 0);
     w.absorbed = take(float(), t * s.absorbed);
+    w.more = take(float(), t * s.more);
+    w.tapped = take(float(), t * s.tapped);
+    w.recalled = take(float(), t * s.recalled);
     w.acc = take(float(), s.listed ? 2 * threads * t * s.width : 0);
     w.score = take(float(), s.listed * t);
     w.known_gate = take(float(), s.listed * t);
@@ -186,6 +202,7 @@ Own own_share(const Sizes& s, Take take) {
     w.attended = take(float(), t * s.attention);
     w.queries = take(float(), s.attention + s.kv);
     w.scratch = take(float(), s.attention);
+    w.recent = take(float(), s.recent);
     const int64_t places = places_of(t, wide / kGroup + 1);
     w.q = take(int8_t(), places * kGroup);
     w.scale = take(float(), t);

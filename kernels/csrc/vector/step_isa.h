@@ -10,13 +10,14 @@
 #include "untile.h"
 #include "neuron_groups.h"
 #include "scanned_neurons.h"
+#include "recurrence.h"
 
 namespace coreskip {
 namespace CORESKIP_ISA {
 
 static const StepIsa step_table = {
     tiles, quantize_groups, norm, rotate, attend, merge, scale, act, add_scaled, softcap, fetch, argmax, exp_sum, untile, tile_up,
-    neurons,
+    neurons, recall,
 };
 
 }  // namespace CORESKIP_ISA
