@@ -69,15 +69,42 @@ def _dense(layer: Layer, x: Tensor, a: Tensor) -> tuple[DenseMLP | SparseMLP, Te
 
 def _listed(keep: float, prefix: bool) -> Way:
     def way(layer: Layer, x: Tensor, a: Tensor) -> tuple[DenseMLP | SparseMLP, Tensor]:
-        packed, count = PackedNeurons.pack(*layer.tiles, act="silu"), round(keep * a.shape[1])
-        count = max(count, 1)
-        order = torch.arange(a.shape[1]) if prefix else torch.randperm(a.shape[1])
-        chosen = order[:count].sort().values
-        kept = torch.zeros_like(a)
-        kept[:, chosen] = 1
-        return SparseMLP(packed, lists=RowLists.shared(chosen)), kept
+        packed, chosen = PackedNeurons.pack(*layer.tiles, act="silu"), _chosen(a.shape[1], keep, prefix)
+        return SparseMLP(packed, lists=RowLists.shared(chosen)), torch.zeros_like(a).index_fill_(1, chosen, 1.0)
 
     return way
+
+
+def _alone(keep: float, prefix: bool) -> Way:
+    """In matrices of their own, which a prompt's neurons are taken into once (`settling`)."""
+
+    def way(layer: Layer, x: Tensor, a: Tensor) -> tuple[DenseMLP | SparseMLP, Tensor]:
+        chosen = _chosen(a.shape[1], keep, prefix)
+        slim = SlimMLP.of_tiles(*layer.tiles, chosen, act="silu")
+        return DenseMLP(slim.gate, slim.up, slim.down), torch.zeros_like(a).index_fill_(1, chosen, 1.0)
+
+    return way
+
+
+def _chosen(neurons: int, keep: float, prefix: bool) -> Tensor:
+    order = torch.arange(neurons) if prefix else torch.randperm(neurons)
+    return order[: max(1, round(keep * neurons))].sort().values
+
+
+def settling(layers: list[Layer], keep: float, rounds: int) -> float:
+    """Seconds in which drawn neurons of a layer are taken into matrices of their own, as the median of `rounds`."""
+    memory, seconds = Reused(), list[float]()
+    memory.most = sum(tile.nbytes for layer in layers for tile in layer.tiles)
+    for _ in range(rounds + 1):
+        lists = [_chosen(layer.tiles[0].out_features, keep, False) for layer in layers]
+        start = time.perf_counter()
+        made = [
+            SlimMLP.of_tiles(*layer.tiles, chosen, act="silu", memory=memory)
+            for layer, chosen in zip(layers, lists, strict=True)
+        ]
+        seconds.append((time.perf_counter() - start) / len(layers))
+        del made  # its memory is what the next round gets
+    return statistics.median(seconds[1:])
 
 
 def _scanned(form: Form, keep: float, candidates: float) -> Way:
@@ -101,15 +128,17 @@ def _scanned(form: Form, keep: float, candidates: float) -> Way:
     return way
 
 
-def ways(keeps: tuple[float, ...]) -> dict[str, Way]:
-    """What is timed, by its name."""
+def ways(keeps: tuple[float, ...], scanned: bool) -> dict[str, Way]:
+    """What is timed, by its name. scanned: also what tokens choose."""
     found: dict[str, Way] = {"dense": _dense, "all listed": _listed(1.0, True)}
     for keep in keeps:
         found[f"prefix {keep:g}"] = _listed(keep, True)
         found[f"list {keep:g}"] = _listed(keep, False)
-    for keep in (0.6, 0.1):
+        found[f"prefix {keep:g}, matrices of their own"] = _alone(keep, True)
+        found[f"list {keep:g}, matrices of their own"] = _alone(keep, False)
+    for keep in (0.6, 0.1) if scanned else ():
         found[f"rows, {keep:g} kept"] = _scanned("rows", keep, 1.0)
-    for form in ("gates", "planes"):
+    for form in ("gates", "planes") if scanned else ():
         for candidates, keep in ((0.7, 0.6), (0.6, 0.45), (0.15, 0.1)):
             found[f"{form}, {candidates:g} looked at, {keep:g} kept"] = _scanned(form, keep, candidates)
     return found
@@ -167,8 +196,11 @@ def _own(value: Any) -> Any:
     return value
 
 
-def measure(shape: str, keeps: tuple[float, ...], rounds: int, memory: float) -> list[dict[str, Any]]:
-    """One row a way: microseconds a layer, and as a share of the dense one's in the same rounds."""
+def measure(
+    shape: str, keeps: tuple[float, ...], rounds: int, memory: float, scanned: bool = True
+) -> list[dict[str, Any]]:
+    """One row a way: microseconds a layer, and as a share of the dense one's in the same rounds; and one for how long
+    neurons are taken into matrices of their own."""
     torch.manual_seed(0)
     hidden, neurons = (int(n) for n in shape.split("x"))
     layers = [Layer.random(hidden, neurons) for _ in range(_LAYERS)]
@@ -176,7 +208,7 @@ def measure(shape: str, keeps: tuple[float, ...], rounds: int, memory: float) ->
     count = max(2 * _LAYERS, -(-int(memory) // dense_bytes))
     x = torch.randn(1, hidden)
     decoders = {}
-    for name, way in tqdm(ways(keeps).items(), desc=f"packing {shape}", leave=False):
+    for name, way in tqdm(ways(keeps, scanned).items(), desc=f"packing {shape}", leave=False):
         decoders[name] = Decoder(way, layers, count, x)
         decoders[name].verify()
     times: dict[str, list[float]] = {name: [] for name in decoders}
@@ -186,6 +218,9 @@ def measure(shape: str, keeps: tuple[float, ...], rounds: int, memory: float) ->
             start = time.perf_counter()
             left[name] = decoder.run()
             times[name].append((time.perf_counter() - start) / count)
+    for keep in keeps:
+        name = f"taking {keep:g} of them"
+        times[name], left[name] = [settling(layers, keep, 5)] * (rounds + 1), 1 - keep
     rows = []
     for name, seconds in times.items():
         ratios = [one / other for one, other in zip(seconds[1:], times["dense"][1:], strict=True)]
@@ -208,6 +243,7 @@ def measure(shape: str, keeps: tuple[float, ...], rounds: int, memory: float) ->
 
 @click.command(help=__doc__)
 @click.option("--shapes", default=",".join(SHAPES), show_default=True)
+@click.option("--listed", is_flag=True, help="Only what does not depend on tokens.")
 @click.option("--rounds", default=21, show_default=True)
 @click.option("--memory", default=0, help="Megabytes of weights at least; 0: one and a half times the last cache.")
 @click.option("--rows", type=click.Path(path_type=Path), help="Where the rows go.")

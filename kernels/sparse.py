@@ -12,10 +12,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, taken
+from .memory import LINE, Reused
 from .neuron_groups import PackedNeurons, neurons
 from .ops import MAX_ROWS, column_linear, gate_mlp, gate_select, linear, mlp, sketch_mlp, sketch_select
 from .packed import ACTS, Act, PackedColumns, PackedLinear, PackedMLP
+from .residency import copied
 
 Scorer = Callable[[Tensor], Tensor]
 
@@ -199,10 +201,43 @@ class SlimMLP:
     lists: ClassVar[None] = None
     smooth: ClassVar[None] = None
 
+    @classmethod
+    @torch.no_grad()
+    def of_tiles(
+        cls,
+        gate: PackedLinear | None,
+        up: PackedLinear,
+        down: PackedLinear,
+        kept: Tensor,
+        *,
+        act: Act,
+        memory: Reused | None = None,
+    ) -> SlimMLP:
+        """The neurons `kept`, int64 ``[k]``, ascending, of matrices in tiles: gate and up with their very numbers, down
+        as `taken.columns` has it. memory: where it comes to lie; None: in memory of its own. Half of a Llama-3.2-1B
+        takes about as long as a step of all of it (bench/rows/settling.jsonl).
+
+        Raises ValueError for formats of which neurons cannot be taken, or neurons that are not there.
+        """
+        parts = [copied(part) for part in (gate, up, down) if part is not None]
+        places: list[Tensor | None] = [None] * len(parts)
+        if memory is not None:
+            sizes = [taken.rows_bytes(str(part.fmt), kept.numel(), part.in_features) for part in parts[:-1]]
+            sizes.append(taken.rows_bytes(taken.OF_COLUMNS, down.out_features, kept.numel()))
+            sizes = [-(-size // LINE) * LINE for size in sizes]
+            places = [*memory.take(sum(sizes)).split(sizes)]
+        *rows, last = zip(parts, places, strict=True)
+        found = [taken.rows(part, kept, place) for part, place in rows]
+        return cls(found[0] if gate is not None else None, found[-1], taken.columns(last[0], kept, last[1]), act)
+
     @property
     def listed_neurons(self) -> int:
         """How many neurons a token takes."""
         return self.up.out_features
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self.gate, self.up, self.down) if part is not None)
 
     @property
     def rounds(self) -> bool:
