@@ -5,7 +5,8 @@ python -m coreskip.bench.leaving_out [--shape llama-3.2-1b] [--weights int4|bflo
 Without a shape it is the embedded model. Shapes have random weights, and plans here are not calibrated: thresholds are
 those of a few tokens that let given shares through, and static sets are drawn. What the shares lose is measured
 elsewhere. Whole generations of a prompt are timed in turn, round after round: tokens per second after the first one,
-and the seconds from the prompt to the last of 64 tokens, in which a choice by the prompt is settled.
+and the seconds from the prompt to the last of 64 tokens, in which a choice by the prompt is settled; how long that
+takes alone is a row's settling_ms.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def measure(model: Any, ids: Tensor, weights: str, rounds: int, only: Sequence[s
     plans, packed = plans_of(model, ids, weights, only), Weights(dissect(model))
     speed: dict[str, list[float]] = {name: [] for name in plans}
     whole: dict[str, list[float]] = {name: [] for name in plans}
+    settling: dict[str, list[float]] = {name: [] for name in plans}
     left: dict[str, float] = {}
     for turn in range(rounds + 1):
         for name, plan in plans.items():
@@ -88,7 +90,9 @@ def measure(model: Any, ids: Tensor, weights: str, rounds: int, only: Sequence[s
                 _, found = greedy(model, ids, _TOKENS)
                 taken = time.perf_counter() - start
                 left[name] = runtime_of(model).usage.neuron_sparsity()
+                settled = _settling(model, ids)
             if turn:  # the first one packs
+                settling[name].append(settled)
                 speed[name].append(found.tok_s)
                 whole[name].append(taken)
     return [
@@ -100,11 +104,25 @@ def measure(model: Any, ids: Tensor, weights: str, rounds: int, only: Sequence[s
             "of_dense": round(_ratio(speed[name], speed["dense"]), 3),
             "of_dense_each": [round(a / b, 3) for a, b in zip(speed[name], speed["dense"], strict=True)],
             "of_dense_with_prompt": round(_ratio(whole["dense"], whole[name]), 3),
+            "settling_ms": round(1e3 * statistics.median(settling[name]), 2),
             "left_out": round(left[name], 4),
             "megabytes": round(bytes_per_token(model, plan) / 1e6, 1),
         }
         for name, plan in plans.items()
     ]
+
+
+def _settling(model: Any, ids: Tensor) -> float:
+    """Seconds between a prompt and its first step in which what it chose is made ready."""
+    runtime = runtime_of(model)
+    cache = model(ids, use_cache=True).past_key_values
+    native = runtime.steps.native
+    start = time.perf_counter()
+    program = runtime.program_for(cache)
+    assert native.described is not None
+    assert not isinstance(program, str)
+    native.step_of(native.described, program)
+    return time.perf_counter() - start
 
 
 def _ratio(some: list[float], others: list[float]) -> float:

@@ -28,10 +28,10 @@ from coreskip.bench.kernels import SHAPES, cache_bytes
 from coreskip.bench.provenance import provenance, write_rows
 from coreskip.kernels import cpu
 from coreskip.kernels.groups import ungroup, untile
-from coreskip.kernels.memory import allocate
+from coreskip.kernels.memory import Reused, allocate
 from coreskip.kernels.neuron_groups import Form, PackedNeurons
 from coreskip.kernels.packed import PackedLinear
-from coreskip.kernels.sparse import RowLists, SparseMLP
+from coreskip.kernels.sparse import RowLists, SlimMLP, SparseMLP
 from coreskip.kernels.step import DenseMLP, KeyValues, Norm, Step, StepLayer, StepModel
 from coreskip.predictors.four_bits import rounded
 
@@ -247,10 +247,10 @@ def measure(
 @click.option("--rounds", default=21, show_default=True)
 @click.option("--memory", default=0, help="Megabytes of weights at least; 0: one and a half times the last cache.")
 @click.option("--rows", type=click.Path(path_type=Path), help="Where the rows go.")
-def main(shapes: str, rounds: int, memory: int, rows: Path | None) -> None:
+def main(shapes: str, listed: bool, rounds: int, memory: int, rows: Path | None) -> None:
     found = []
     for shape in shapes.split(","):
-        made = measure(shape, (0.5, 0.1), rounds, memory * 1e6 or 1.5 * min(cache_bytes(), 64 << 20))
+        made = measure(shape, (0.5, 0.1), rounds, memory * 1e6 or 1.5 * min(cache_bytes(), 64 << 20), not listed)
         for row in made:
             click.echo(f"{shape} {row['way']:20} {row['us_per_layer']:8.1f} us {row['of_dense']:6.3f} "
                        f"left out {row['left_out']:.3f}")  # fmt: skip

@@ -283,6 +283,7 @@ _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "tok/s": lambda row: f"{row['tok_s']:.1f}",
         "x dense": lambda row: f"{row['of_dense']:.2f}",
         "x dense, with the prompt": lambda row: f"{row['of_dense_with_prompt']:.2f}",
+        "settling, ms": lambda row: f"{row['settling_ms']:.1f}" if "settling_ms" in row else "",
     },
     "experts": {
         "model": lambda row: str(row["model"]),

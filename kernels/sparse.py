@@ -226,9 +226,13 @@ class SlimMLP:
             sizes.append(taken.rows_bytes(taken.OF_COLUMNS, down.out_features, kept.numel()))
             sizes = [-(-size // LINE) * LINE for size in sizes]
             places = [*memory.take(sum(sizes)).split(sizes)]
-        *rows, last = zip(parts, places, strict=True)
-        found = [taken.rows(part, kept, place) for part, place in rows]
-        return cls(found[0] if gate is not None else None, found[-1], taken.columns(last[0], kept, last[1]), act)
+        for part in parts:
+            if part is not parts[-1] and part.out_features != down.in_features:
+                raise ValueError(f"gate and up have {part.out_features} neurons, not the {down.in_features} of down")
+        taken.check(down, kept, down.in_features)
+        found = [taken.checked_rows(part, kept, place) for part, place in zip(parts[:-1], places[:-1], strict=True)]
+        narrow = taken.checked_columns(parts[-1], kept, places[-1])
+        return cls(found[0] if gate is not None else None, found[-1], narrow, act)
 
     @property
     def listed_neurons(self) -> int:

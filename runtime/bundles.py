@@ -122,12 +122,18 @@ class Weights:
             self._alike[layer, fmt] = kept, found
         return found
 
+    @property
+    def reusable(self) -> int:
+        """Bytes of memory that earlier prompts' neurons were in, and nobody's are."""
+        return self._reused.spare
+
     def chosen(self, layer: int, kept: Tensor, parts_of: PartsOf) -> SlimMLP | None:
         """A layer's MLP of the neurons, int64 ``[k]``, ascending, that a prompt has chosen, in matrices of their own;
-        None where it has none in tiles in memory: then `listed` is how steps read them. parts_of: its linears as steps
-        read them."""
+        None where it has none in int4 tiles in memory: then `listed` is how steps read them. In 8 bits these round x by
+        rows, not by groups, and a text alone would differ from one among others by more than last bits. parts_of: its
+        linears as steps read them."""
         mlp = self.anatomy.mlp(layer)
-        if self.in_groups_of_gpu is not None or not reads_matrices(mlp) or self._far(layer):
+        if self.in_groups_of_gpu is not None or not self.in_groups(layer) or self._far(layer):
             return None
         found = chosen(mlp, self.acts[layer], kept, parts_of, self._reused)
         if found is not None:  # of one sequence what is let go of is kept for the next one's

@@ -89,12 +89,12 @@ class Prepared:
         return selections.selected(self._packer, self._altered)
 
     def _packer(self) -> Packer:
-        """What makes MLPs of chosen neurons. A plan's format is that of tiles, of which a sequence gets matrices of its
-        own, where there is memory for them: these stream at the dense rate, and lists do not. Sequences of a batch that
-        chose differently, and weights as they were loaded, have lists over what all share."""
+        """What makes MLPs of chosen neurons. Of tiles in 4 bits a sequence gets matrices of its own, where there is
+        memory for them: these stream at the dense rate, and lists do not. Sequences of a batch that chose differently,
+        and other weights, have lists over what all share."""
         parts_of: PartsOf | None = self._formats.parts
         needed = sum(brick.nbytes for brick in self._program.chosen_by(Chooser.PROMPT).values())
-        if self._program.weights is None or free_memory() < _ROOM * needed:
+        if self._bundle_format != "int4" or (self._weights.reusable < needed and free_memory() < _ROOM * needed):
             parts_of = None
 
         def pack(layer: int, lists: Tensor) -> FewerNeurons:

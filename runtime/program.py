@@ -94,12 +94,11 @@ class Brick:
         return self.hidden * self.loaded
 
     def chosen(self, kept: int) -> float:
-        """Bytes that so many neurons read which a prompt has chosen: taken from matrices in a plan's format, with the
-        down projection in groups of 8 bits."""
-        if self.weights is None or not self.of_cpu:
+        """Bytes that so many neurons read which a prompt has chosen: taken from matrices in 4 bits, with the down
+        projection in groups of 8."""
+        if not (self.in_groups and self.of_cpu):
             return self.listed(kept)
-        weight = FORMAT_BYTES["int4" if self.in_groups else "int8"]
-        return kept * self.hidden * (self.scoring * weight + FORMAT_BYTES["int8"])
+        return kept * self.hidden * (self.scoring * FORMAT_BYTES["int4"] + FORMAT_BYTES["int8"])
 
     def listed(self, kept: int) -> float:
         """Bytes that so many listed neurons read: of 4-bit groups, the ends of all of the down projection's come with

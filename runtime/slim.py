@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from ..kernels import cpu
@@ -54,11 +53,11 @@ def slimmed(mlp: FeedForward, act: Act, kept: Tensor, fmt: str | None) -> SlimML
     parts = packed_parts(mlp, of_layers(whole=fmt is None)) if all(packed) else []
     if not _whole_mlp(parts, mlp):
         return None
+    gate, up, down = _three(parts)
     if fmt is not None:
-        return SlimMLP.of_tiles(parts[0] if mlp.gated else None, *parts[-2:], kept, act=act)
-    found = [rows(copied(part), kept) for part in parts[:-1]]
-    down = _pack(rows_of(mlp.down)[0][:, kept].contiguous(), parts[-1].bias, None)
-    return SlimMLP(found[0] if mlp.gated else None, found[-1], down, act)
+        return SlimMLP.of_tiles(gate, up, down, kept, act=act)
+    narrow = _pack(rows_of(mlp.down)[0][:, kept].contiguous(), down.bias, None)
+    return SlimMLP(None if gate is None else rows(copied(gate), kept), rows(copied(up), kept), narrow, act)
 
 
 def chosen(mlp: FeedForward, act: Act, kept: Tensor, parts_of: PartsOf, memory: Reused) -> SlimMLP | None:
@@ -67,7 +66,8 @@ def chosen(mlp: FeedForward, act: Act, kept: Tensor, parts_of: PartsOf, memory: 
     parts = packed_parts(mlp, parts_of)
     if not _whole_mlp(parts, mlp):
         return None
-    return SlimMLP.of_tiles(parts[0] if mlp.gated else None, *parts[-2:], kept, act=act, memory=memory)
+    gate, up, down = _three(parts)
+    return SlimMLP.of_tiles(gate, up, down, kept, act=act, memory=memory)
 
 
 def of_layers(whole: bool = False) -> PartsOf:
@@ -77,6 +77,10 @@ def of_layers(whole: bool = False) -> PartsOf:
 
 def _whole_mlp(parts: list[PackedLinear], mlp: FeedForward) -> bool:
     return len(parts) == 2 + mlp.gated and all(part.fmt in TAKEN for part in parts)
+
+
+def _three(parts: list[PackedLinear]) -> tuple[PackedLinear | None, PackedLinear, PackedLinear]:
+    return None if len(parts) == 2 else parts[0], parts[-2], parts[-1]
 
 
 def slim_down_bytes(mlp: FeedForward, fmt: str | None) -> float | None:

@@ -114,7 +114,7 @@ def test_memory_is_used_again_only_when_nobody_has_it() -> None:
 # ---- neurons of a prompt ----
 
 
-def core(model: Any, weights: str | None) -> Any:
+def core(model: Any, weights: str) -> Any:
     return replace(with_policies(model, CoreNeurons(0.4, 0.5, "griffin")), weights=weights)
 
 
@@ -136,7 +136,7 @@ def test_a_prompts_neurons_are_matrices_of_their_own(
     logits = {}
     for room in (4, 1e30):
         monkeypatch.setattr(prepared, "_ROOM", room)
-        with coreskip.wrap(model, core(model, weights)):
+        with coreskip.wrap(model, core(model, "int4")):
             greedy(model, ids, 3)
             assert runtime_of(model).steps.native.refusal is None
             with torch.no_grad():

@@ -96,7 +96,7 @@ CORESKIP_API void coreskip_take_rows(const void* weight, int format, int64_t gro
     const StepIsa& step = *active_step.load();
     const TakeJob job = {weight, format, groups, rows, count, out};
     const int64_t tiles = (count + kTile - 1) / kTile;
-    Lease()->each((tiles + 3) / 4, threads, [&](int64_t i) { step.take_rows(job, 4 * i, std::min(tiles, 4 * i + 4)); });
+    each_beside_torch((tiles + 3) / 4, threads, [&](int64_t i) { step.take_rows(job, 4 * i, std::min(tiles, 4 * i + 4)); });
 }
 
 // Columns of so many tiles as tiles of their own in kInt8Groups, rounded where these do not hold the very numbers.
@@ -104,5 +104,5 @@ CORESKIP_API void coreskip_take_columns(const void* weight, int format, int64_t 
                                         const int64_t* columns, int64_t count, void* out, int threads) {
     const StepIsa& step = *active_step.load();
     const TakeJob job = {weight, format, groups, columns, count, out};
-    Lease()->each(tiles, threads, [&](int64_t t) { step.take_columns(job, t, t + 1); });
+    each_beside_torch((tiles + 3) / 4, threads, [&](int64_t i) { step.take_columns(job, 4 * i, std::min(tiles, 4 * i + 4)); });
 }

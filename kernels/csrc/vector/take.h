@@ -32,68 +32,95 @@ static void take_rows_as(const TakeJob& job, int64_t begin, int64_t end) {
 
 // ---- columns: in groups anew ----
 
-// The i-th numbers of a group's rows, kLanes of them.
-template <int more>
-static inline VU number_at(Nibbles<more>, const uint8_t* w, int i, int p) {
-    const int k = i % 16 / 4, byte = 8 * (i % 4), half = 4 * (i / 16);
-    VU number = load_words(w, k, p) >> (byte + half) & 15;
-    if (more > 0) {
-        const VU plane = load_words(w, Nibbles<more>::vectors + k / Nibbles<more>::per, p) >> byte;
-        number |= (plane >> (Nibbles<more>::at(k) + half) & ((1 << more) - 1)) << 4;
-    }
-    return number;
-}
-static inline VU number_at(Bytes, const uint8_t* w, int i, int p) { return load_words(w, i / 4, p) >> (8 * (i % 4)) & 255; }
+// Where a column's numbers lie in a tile: in each row's word `word`, from bit `shift` on, and where there is a plane of
+// further bits, in its word from bit `plane` on.
+struct ColumnPlace {
+    int64_t group;
+    int word, shift, plane;
+};
 
-// What the numbers at `columns` of a tile stand for, of kLanes rows; the largest size.
+template <int more>
+static inline ColumnPlace place_of(Nibbles<more>, int64_t column) {
+    const int i = static_cast<int>(column % kGroup), k = i % 16 / 4, at = 8 * (i % 4), half = 4 * (i / 16);
+    return {column / kGroup, k * kLine, at + half, at + Nibbles<more>::at(k) + half};
+}
+static inline ColumnPlace place_of(Bytes, int64_t column) {
+    const int i = static_cast<int>(column % kGroup);
+    return {column / kGroup, i / 4 * kLine, 8 * (i % 4), 0};
+}
+
+// The numbers of kLanes rows.
+static inline VU numbers_at(Nibbles<0>, const uint8_t* w, const ColumnPlace& place, int p) {
+    return load_words(w + place.word, 0, p) >> place.shift & 15;
+}
+static inline VU numbers_at(Nibbles<1>, const uint8_t* w, const ColumnPlace& place, int p) {
+    const VU above = load_words(w, Nibbles<1>::vectors, p) >> place.plane & 1;
+    return numbers_at(Nibbles<0>{}, w, place, p) | above << 4;
+}
+static inline VU numbers_at(Bytes, const uint8_t* w, const ColumnPlace& place, int p) {
+    return load_words(w + place.word, 0, p) >> place.shift & 255;
+}
+
+// Leaves in `to` what the numbers of some columns of a tile stand for, of kLanes rows. Returns the largest size.
 template <class G>
-static inline V take_numbers(const uint8_t* w, const int64_t* columns, int count, int p, V* to) {
+static inline V take_numbers(const uint8_t* w, const ColumnPlace* places, int count, int p, V* to) {
     typedef typename G::Ends E;
     V most = {}, scale = {}, least = {};
     int64_t known = -1;
     for (int j = 0; j < count; j++) {
-        const int64_t g = columns[j] / kGroup;
-        const uint8_t* group = w + g * G::bytes;
-        if (g != known) {
+        const uint8_t* group = w + places[j].group * G::bytes;
+        if (places[j].group != known) {
             const typename G::Head head(group);
             scale = E::scale(head, group + G::Numbers::bytes, p, 0), least = E::least(head, group + G::Numbers::bytes, p);
-            known = g;
+            known = places[j].group;
         }
-        const V q = __builtin_convertvector((VI)number_at(typename G::Numbers{}, group, columns[j] % kGroup, p), V);
+        const V q = __builtin_convertvector((VI)numbers_at(typename G::Numbers{}, group, places[j], p), V);
         const V value = E::centred ? (q - static_cast<float>(G::Numbers::half)) * scale : q * scale + least;
-        most = greater(most, value < 0.f ? -value : value);
+        most = greater(most, (V)((VU)value & 0x7fffffff));
         to[j] = value;
     }
     for (int j = count; j < kGroup; j++) to[j] = V{};
     return most;
 }
 
-// As `group_bytes` of groups.py rounds them, but for products with the inverse of a scale in place of divisions, which
-// took three times as long as all the rest.
+// A group of kLanes rows as bytes about 128. As `group_bytes` of groups.py rounds them, but for products with the inverse
+// of a scale in place of divisions, which took longer than all the rest. Such a product plus 1.5 * 2^23 has the rounded
+// number in its lowest bits.
+static inline void put_bytes(const V* numbers, V most, int p, uint8_t* to) {
+    F16 halves[kLanes];
+    store(halves, most / 127.f);
+    memcpy(to + Bytes::bytes + p * kLanes * 2, halves, sizeof halves);
+    const V scale = load(halves), steps = scale == 0.f ? splat(1.f) : 1.f / scale;
+    for (int k = 0; k < Bytes::vectors; k++) {
+        VU word = {};
+        for (int i = 0; i < 4; i++) {
+            const V near = lesser(greater(once(numbers[4 * k + i] * steps), splat(-127.f)), splat(127.f));
+            word |= ((VU)(near + 0x1.8p23f) & 255) << (8 * i);
+        }
+        word ^= 0x80808080u;
+        memcpy(to + k * kLine + p * kVector, &word, sizeof word);
+    }
+}
+
+// Group by group of all these tiles, whose places are found once; what the next group reads is fetched meanwhile.
 template <class G>
 static void take_columns_as(const TakeJob& job, int64_t begin, int64_t end) {
-    const int64_t groups = (job.count + kGroup - 1) / kGroup;
+    const int64_t groups = (job.count + kGroup - 1) / kGroup, tile = job.groups * G::bytes;
+    ColumnPlace places[kGroup];
     V numbers[kGroup];
-    for (int64_t t = begin; t < end; t++) {
-        const uint8_t* w = static_cast<const uint8_t*>(job.weight) + t * job.groups * G::bytes;
-        uint8_t* to = static_cast<uint8_t*>(job.to) + t * groups * Int8::bytes;
-        for (int64_t g = 0; g < groups; g++, to += Int8::bytes) {
-            const int64_t left = job.count - g * kGroup;
+    for (int64_t g = 0; g < groups; g++) {
+        const int64_t first = g * kGroup, after = first + kGroup;
+        const int count = static_cast<int>(after < job.count ? kGroup : job.count - first);
+        for (int j = 0; j < count; j++) places[j] = place_of(typename G::Numbers{}, job.list[first + j]);
+        const int64_t next = after < job.count ? job.list[after] / kGroup * G::bytes : 0;
+        const int64_t last = after < job.count ? job.list[(after + kGroup < job.count ? after + kGroup : job.count) - 1] / kGroup : -1;
+        for (int64_t t = begin; t < end; t++) {
+            const uint8_t* w = static_cast<const uint8_t*>(job.weight) + t * tile;
+            uint8_t* to = static_cast<uint8_t*>(job.to) + (t * groups + g) * Int8::bytes;
+            for (int64_t at = next; at < (last + 1) * G::bytes; at += kLine) __builtin_prefetch(w + at, 0, 3);
             for (int p = 0; p < kParts; p++) {
-                const V most = take_numbers<G>(w, job.list + g * kGroup, static_cast<int>(left < kGroup ? left : kGroup), p, numbers);
-                F16 halves[kLanes];
-                store(halves, most / 127.f);
-                memcpy(to + Bytes::bytes + p * kLanes * 2, halves, sizeof halves);
-                const V scale = load(halves), steps = scale == 0.f ? splat(1.f) : 1.f / scale;
-                for (int k = 0; k < Bytes::vectors; k++) {
-                    VU word = {};
-                    for (int i = 0; i < 4; i++) {
-                        V near = (once(numbers[4 * k + i] * steps) + 0x1.8p23f) - 0x1.8p23f;
-                        near = near < -127.f ? splat(-127.f) : near > 127.f ? splat(127.f) : near;
-                        word |= (VU)__builtin_convertvector(near + 128.f, VI) << (8 * i);
-                    }
-                    memcpy(to + k * kLine + p * kVector, &word, sizeof word);
-                }
+                const V most = take_numbers<G>(w, places, count, p, numbers);
+                put_bytes(numbers, most, p, to);
             }
         }
     }
