@@ -10,6 +10,7 @@ cost.
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import time
@@ -37,6 +38,7 @@ from coreskip.predictors.four_bits import rounded
 
 _HEAD = 16  # values of the hidden state that come out as logits: enough to verify
 _LAYERS = 4  # of different weights; the others are copies, or making them takes minutes
+_LARGE = 32 << 20  # weights of a matrix from which on one of them is enough: every way has copies of its own
 _TOKEN = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
 
 
@@ -203,9 +205,9 @@ def measure(
     neurons are taken into matrices of their own."""
     torch.manual_seed(0)
     hidden, neurons = (int(n) for n in shape.split("x"))
-    layers = [Layer.random(hidden, neurons) for _ in range(_LAYERS)]
+    layers = [Layer.random(hidden, neurons) for _ in range(_LAYERS if hidden * neurons < _LARGE else 1)]
     dense_bytes = sum(tile.nbytes for tile in layers[0].tiles)
-    count = max(2 * _LAYERS, -(-int(memory) // dense_bytes))
+    count = max(2 * len(layers), -(-int(memory) // dense_bytes))
     x = torch.randn(1, hidden)
     decoders = {}
     for name, way in tqdm(ways(keeps, scanned).items(), desc=f"packing {shape}", leave=False):
@@ -246,7 +248,7 @@ def measure(
 @click.option("--listed", is_flag=True, help="Only what does not depend on tokens.")
 @click.option("--rounds", default=21, show_default=True)
 @click.option("--memory", default=0, help="Megabytes of weights at least; 0: one and a half times the last cache.")
-@click.option("--rows", type=click.Path(path_type=Path), help="Where the rows go.")
+@click.option("--rows", type=click.Path(path_type=Path), help="Where the rows go; those of others stay.")
 def main(shapes: str, listed: bool, rounds: int, memory: int, rows: Path | None) -> None:
     found = []
     for shape in shapes.split(","):
@@ -256,7 +258,9 @@ def main(shapes: str, listed: bool, rounds: int, memory: int, rows: Path | None)
                        f"left out {row['left_out']:.3f}")  # fmt: skip
         found += [row | provenance("python -m coreskip.bench.neuron_groups " + " ".join(sys.argv[1:])) for row in made]
     if rows is not None:
-        write_rows(rows, found)
+        before = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+        timed = {(row["shape"], row["way"]) for row in found}
+        write_rows(rows, [*(row for row in before if (row["shape"], row["way"]) not in timed), *found])
 
 
 if __name__ == "__main__":
