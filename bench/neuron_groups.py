@@ -28,7 +28,7 @@ from tqdm import tqdm
 from coreskip.bench.kernels import SHAPES, cache_bytes
 from coreskip.bench.provenance import provenance, write_rows
 from coreskip.kernels import cpu
-from coreskip.kernels.groups import ungroup, untile
+from coreskip.kernels.groups import tile_up, ungroup, untile
 from coreskip.kernels.memory import Reused, allocate
 from coreskip.kernels.neuron_groups import Form, PackedNeurons
 from coreskip.kernels.packed import PackedLinear
@@ -77,12 +77,15 @@ def _listed(keep: float, prefix: bool) -> Way:
     return way
 
 
-def _alone(keep: float, prefix: bool) -> Way:
-    """In matrices of their own, which a prompt's neurons are taken into once (`settling`)."""
+def _alone(keep: float, prefix: bool, down: str | None = None) -> Way:
+    """In matrices of their own, which a prompt's neurons are taken into once (`settling`). down: in this format."""
 
     def way(layer: Layer, x: Tensor, a: Tensor) -> tuple[DenseMLP | SparseMLP, Tensor]:
         chosen = _chosen(a.shape[1], keep, prefix)
         slim = SlimMLP.of_tiles(*layer.tiles, chosen, act="silu")
+        if down is not None:
+            tiles = tile_up(layer.numbers[2][:, chosen], down)
+            slim = replace(slim, down=replace(slim.down, weight=tiles))
         return DenseMLP(slim.gate, slim.up, slim.down), torch.zeros_like(a).index_fill_(1, chosen, 1.0)
 
     return way
@@ -138,6 +141,7 @@ def ways(keeps: tuple[float, ...], scanned: bool) -> dict[str, Way]:
         found[f"list {keep:g}"] = _listed(keep, False)
         found[f"prefix {keep:g}, matrices of their own"] = _alone(keep, True)
         found[f"list {keep:g}, matrices of their own"] = _alone(keep, False)
+        found[f"list {keep:g}, the same with down in 5 bits"] = _alone(keep, False, "int5")
     for keep in (0.6, 0.1) if scanned else ():
         found[f"rows, {keep:g} kept"] = _scanned("rows", keep, 1.0)
     for form in ("gates", "planes") if scanned else ():

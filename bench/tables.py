@@ -285,6 +285,16 @@ _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "x dense, with the prompt": lambda row: f"{row['of_dense_with_prompt']:.2f}",
         "settling, ms": lambda row: f"{row['settling_ms']:.1f}" if "settling_ms" in row else "",
     },
+    "natural_zeros": {
+        "model": lambda row: str(row["model"]),
+        "way": lambda row: str(row["plan"]),
+        "neurons left out": lambda row: f"{100 * row['left_out']:.0f} %",
+        "recall": lambda row: "" if row["recall"] is None else f"{100 * row['recall']:.1f} %",
+        "MB per token": lambda row: f"{row['megabytes']:.0f}",
+        "tok/s": lambda row: f"{row['tok_s']:.1f}",
+        "x dense": lambda row: f"{row['of_dense']:.2f}",
+        "tokens as dense, of 64": lambda row: str(row["same_tokens"]),
+    },
     "experts": {
         "model": lambda row: str(row["model"]),
         "way": lambda row: str(row["way"]),
