@@ -77,10 +77,10 @@ def quality(text: Path, folder: Path, output: Path, windows: int, tokens: int) -
 
 
 def _plans(model: Any, calibration: TokenText, tokens: int) -> Iterator[tuple[str, float, Plan]]:
+    calibrator = Calibrator(model, calibration, max_tokens=tokens, weights="int4")
     for name, (method, options, keeps) in CURVES.items():
-        calibrator = Calibrator(model, calibration, max_tokens=tokens, weights="int4", **options)
         for keep in keeps:
-            yield name, keep, replace(calibrator.make(method, keep), weights="int4")
+            yield name, keep, replace(calibrator.make(method, keep, **options), weights="int4")
 
 
 @main.command()
