@@ -2,8 +2,8 @@
 in float32, against its definition in torch: ``python tests/two_hundred_steps.py [family ..]``. It takes minutes; the
 suite runs a part of it (test_decode.py, test_policies.py).
 
-Steps run natively where kernels make the choice, else on the modules. An error is that of a step's logits, as a share
-of what the policy changes of them; printed are the median and the largest of both rows' steps, and `off` where the
+Steps run natively where kernels make the choice, else on the modules; `lacks`: they should be native and are not. An
+error is that of a step's logits, as a share of what the policy changes of them; printed are the median and the largest of both rows' steps, and `off` where the
 median is above what the policy may differ by: sketches round their inputs to 8 bits, and a step of that, turned by the
 last bit of a float, may turn a choice.
 """
@@ -83,13 +83,8 @@ def main(families: list[str]) -> int:
                 continue
             median, most, how = errors(family, name)
             off = not median < (1 if "sketch" in name or name == "signs" else 1e-3)
-            lacks = not native and name not in _BY_MODULES
-            wrong += off or lacks
-            how = "native" if native else "modules"
-            print(
-                f"{name:17} {family:15} {how:8} {median:.1e} {most:.1e}{' off' * off}{' not native' * lacks}",
-                flush=True,
-            )
+            wrong += off or how == "lacks"
+            print(f"{name:17} {family:15} {how:8} {median:.1e} {most:.1e}{' off' * off}", flush=True)
     return wrong
 
 
