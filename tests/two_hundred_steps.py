@@ -3,9 +3,9 @@ in float32, against its definition in torch: ``python tests/two_hundred_steps.py
 suite runs a part of it (test_decode.py, test_policies.py).
 
 Steps run natively where kernels make the choice, else on the modules; `lacks`: they should be native and are not. An
-error is that of a step's logits, as a share of what the policy changes of them; printed are the median and the largest of both rows' steps, and `off` where the
-median is above what the policy may differ by: sketches round their inputs to 8 bits, and a step of that, turned by the
-last bit of a float, may turn a choice.
+error is that of a step's logits, as a share of what the policy changes of them; printed are the median and the largest
+of both rows' steps, and `off` where the median is above what the policy may differ by: sketches round their inputs to 8
+bits, and a step of that, turned by the last bit of a float, may turn a choice.
 """
 
 from __future__ import annotations
