@@ -34,6 +34,7 @@ tables: setup
 	$(BIN)/coreskip bench tables bench/RESULTS.md bench/rows
 	$(BIN)/python -m coreskip.bench.speed_plot bench/rows/peers.jsonl -o bench/speed.svg
 	$(BIN)/python -m coreskip.bench.method_plot bench/rows/core_neurons.jsonl bench/rows/token_choice.jsonl -o bench/quality.svg
+	$(BIN)/python -m coreskip.bench.curve draw bench/rows/curve.jsonl -o bench/curve.svg
 
 # In two processes of one thread each: threads of both on two cores would wait for one another.
 JOBS ?= 2
