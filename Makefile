@@ -28,12 +28,13 @@ bench: setup
 	$(BIN)/coreskip bench --keep 0.6 --json build/bench.jsonl $(ARGS)
 	$(BIN)/coreskip bench report build/bench.jsonl -o build/bench.html
 
-# The tables of README.md and bench/RESULTS.md, and the plots of speed and of methods, from bench/rows.
+# The tables of README.md and bench/RESULTS.md, and the plots, from bench/rows.
 tables: setup
 	$(BIN)/coreskip bench tables README.md bench/rows
 	$(BIN)/coreskip bench tables bench/RESULTS.md bench/rows
 	$(BIN)/python -m coreskip.bench.speed_plot bench/rows/peers.jsonl -o bench/speed.svg
 	$(BIN)/python -m coreskip.bench.method_plot bench/rows/core_neurons.jsonl bench/rows/token_choice.jsonl -o bench/quality.svg
+	$(BIN)/python -m coreskip.bench.curve draw bench/rows/curve.jsonl -o bench/curve.svg
 
 # In two processes of one thread each: threads of both on two cores would wait for one another.
 JOBS ?= 2

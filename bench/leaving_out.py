@@ -5,7 +5,8 @@ python -m coreskip.bench.leaving_out [--shape llama-3.2-1b] [--weights int4|bflo
 Without a shape it is the embedded model. Shapes have random weights, and plans here are not calibrated: thresholds are
 those of a few tokens that let given shares through, and static sets are drawn. What the shares lose is measured
 elsewhere. Whole generations of a prompt are timed in turn, round after round: tokens per second after the first one,
-and the seconds from the prompt to the last of 64 tokens, in which a choice by the prompt is settled.
+and the seconds from the prompt to the last of 64 tokens, in which a choice by the prompt is settled; how long that
+takes alone is a row's settling_ms.
 """
 
 from __future__ import annotations
@@ -72,11 +73,12 @@ def plans_of(model: Any, ids: Tensor, weights: str, only: Sequence[str] = ()) ->
     return {name: plan for name, plan in found.items() if not only or name in {"dense", *only}}
 
 
-def measure(model: Any, ids: Tensor, weights: str, rounds: int, only: Sequence[str]) -> list[dict[str, Any]]:
-    """One row a plan: medians, and medians of the ratios to dense in the same round."""
-    plans, packed = plans_of(model, ids, weights, only), Weights(dissect(model))
+def measure(model: Any, ids: Tensor, weights: str, rounds: int, plans: Mapping[str, Plan]) -> list[dict[str, Any]]:
+    """One row a plan: medians, and medians of the ratios to dense in the same round. plans: "dense" and others."""
+    packed, texts = Weights(dissect(model)), dict[str, Tensor]()
     speed: dict[str, list[float]] = {name: [] for name in plans}
     whole: dict[str, list[float]] = {name: [] for name in plans}
+    settling: dict[str, list[float]] = {name: [] for name in plans}
     left: dict[str, float] = {}
     for turn in range(rounds + 1):
         for name, plan in plans.items():
@@ -85,10 +87,12 @@ def measure(model: Any, ids: Tensor, weights: str, rounds: int, only: Sequence[s
                 if not runtime_of(model).steps.native.ready:
                     raise click.ClickException(f"{name}: {runtime_of(model).steps.native.refusal}; nothing was timed")
                 start = time.perf_counter()
-                _, found = greedy(model, ids, _TOKENS)
+                texts[name], found = greedy(model, ids, _TOKENS)
                 taken = time.perf_counter() - start
                 left[name] = runtime_of(model).usage.neuron_sparsity()
+                settled = _settling(model, ids)
             if turn:  # the first one packs
+                settling[name].append(settled)
                 speed[name].append(found.tok_s)
                 whole[name].append(taken)
     return [
@@ -100,11 +104,31 @@ def measure(model: Any, ids: Tensor, weights: str, rounds: int, only: Sequence[s
             "of_dense": round(_ratio(speed[name], speed["dense"]), 3),
             "of_dense_each": [round(a / b, 3) for a, b in zip(speed[name], speed["dense"], strict=True)],
             "of_dense_with_prompt": round(_ratio(whole["dense"], whole[name]), 3),
+            "settling_ms": round(1e3 * statistics.median(settling[name]), 2),
             "left_out": round(left[name], 4),
+            "same_tokens": same_at_first(texts[name][0], texts["dense"][0]) - ids.shape[1],
             "megabytes": round(bytes_per_token(model, plan) / 1e6, 1),
         }
         for name, plan in plans.items()
     ]
+
+
+def same_at_first(one: Tensor, other: Tensor) -> int:
+    """Of how many tokens two texts are the same up to where they part."""
+    return int((one == other).long().cumprod(0).sum())
+
+
+def _settling(model: Any, ids: Tensor) -> float:
+    """Seconds between a prompt and its first step in which what it chose is made ready."""
+    runtime = runtime_of(model)
+    cache = model(ids, use_cache=True).past_key_values
+    native = runtime.steps.native
+    start = time.perf_counter()
+    program = runtime.program_for(cache)
+    assert native.described is not None
+    assert not isinstance(program, str)
+    native.step_of(native.described, program)
+    return time.perf_counter() - start
 
 
 def _ratio(some: list[float], others: list[float]) -> float:
@@ -125,15 +149,20 @@ def main(shape: str | None, weights: str, rounds: int, only: tuple[str, ...], ro
     else:
         model = Shape(shape).build(torch.bfloat16, torch.device("cpu"))
     ids = torch.randint(5, 40000, (1, _PROMPT))
-    found = measure(model, ids, weights, rounds, only)
-    about = provenance("python -m coreskip.bench.leaving_out " + shlex.join(sys.argv[1:]))
-    name = str(Shape(shape)) if shape else "embedded"
+    found = measure(model, ids, weights, rounds, plans_of(model, ids, weights, only))
+    report(found, str(Shape(shape)) if shape else "embedded", "python -m coreskip.bench.leaving_out", rows)
+
+
+def report(found: Sequence[dict[str, Any]], name: str, command: str, rows: Path | None) -> None:
+    """Prints rows of the model `name`, and puts them into the file `rows` in place of those of the same plans."""
+    about = provenance(f"{command} {shlex.join(sys.argv[1:])}")
     for row in found:
+        weights = row["weights"]
         figures = f"{row['tok_s']:8.1f} tok/s {row['of_dense']:6.3f} {row['of_dense_with_prompt']:6.3f} with prompt"
         click.echo(f"{name}, {weights}: {row['plan']:26} {figures}, {row['megabytes']} MB, {row['of_dense_each']}")
     if rows is not None:
         before = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
-        timed = {(name, weights, row["plan"]) for row in found}
+        timed = {(name, row["weights"], row["plan"]) for row in found}
         others = [row for row in before if (row["model"], row["weights"], row["plan"]) not in timed]
         write_rows(rows, [*others, *({"model": name, **row, **about} for row in found)])
 

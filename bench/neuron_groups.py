@@ -10,6 +10,7 @@ cost.
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import time
@@ -27,16 +28,17 @@ from tqdm import tqdm
 from coreskip.bench.kernels import SHAPES, cache_bytes
 from coreskip.bench.provenance import provenance, write_rows
 from coreskip.kernels import cpu
-from coreskip.kernels.groups import ungroup, untile
-from coreskip.kernels.memory import allocate
+from coreskip.kernels.groups import tile_up, ungroup, untile
+from coreskip.kernels.memory import Reused, allocate
 from coreskip.kernels.neuron_groups import Form, PackedNeurons
 from coreskip.kernels.packed import PackedLinear
-from coreskip.kernels.sparse import RowLists, SparseMLP
+from coreskip.kernels.sparse import RowLists, SlimMLP, SparseMLP
 from coreskip.kernels.step import DenseMLP, KeyValues, Norm, Step, StepLayer, StepModel
 from coreskip.predictors.four_bits import rounded
 
 _HEAD = 16  # values of the hidden state that come out as logits: enough to verify
 _LAYERS = 4  # of different weights; the others are copies, or making them takes minutes
+_LARGE = 32 << 20  # weights of a matrix from which on one of them is enough: every way has copies of its own
 _TOKEN = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
 
 
@@ -69,15 +71,45 @@ def _dense(layer: Layer, x: Tensor, a: Tensor) -> tuple[DenseMLP | SparseMLP, Te
 
 def _listed(keep: float, prefix: bool) -> Way:
     def way(layer: Layer, x: Tensor, a: Tensor) -> tuple[DenseMLP | SparseMLP, Tensor]:
-        packed, count = PackedNeurons.pack(*layer.tiles, act="silu"), round(keep * a.shape[1])
-        count = max(count, 1)
-        order = torch.arange(a.shape[1]) if prefix else torch.randperm(a.shape[1])
-        chosen = order[:count].sort().values
-        kept = torch.zeros_like(a)
-        kept[:, chosen] = 1
-        return SparseMLP(packed, lists=RowLists.shared(chosen)), kept
+        packed, chosen = PackedNeurons.pack(*layer.tiles, act="silu"), _chosen(a.shape[1], keep, prefix)
+        return SparseMLP(packed, lists=RowLists.shared(chosen)), torch.zeros_like(a).index_fill_(1, chosen, 1.0)
 
     return way
+
+
+def _alone(keep: float, prefix: bool, down: str | None = None) -> Way:
+    """In matrices of their own, which a prompt's neurons are taken into once (`settling`). down: in this format."""
+
+    def way(layer: Layer, x: Tensor, a: Tensor) -> tuple[DenseMLP | SparseMLP, Tensor]:
+        chosen = _chosen(a.shape[1], keep, prefix)
+        slim = SlimMLP.of_tiles(*layer.tiles, chosen, act="silu")
+        if down is not None:
+            tiles = tile_up(layer.numbers[2][:, chosen], down)
+            slim = replace(slim, down=replace(slim.down, weight=tiles))
+        return DenseMLP(slim.gate, slim.up, slim.down), torch.zeros_like(a).index_fill_(1, chosen, 1.0)
+
+    return way
+
+
+def _chosen(neurons: int, keep: float, prefix: bool) -> Tensor:
+    order = torch.arange(neurons) if prefix else torch.randperm(neurons)
+    return order[: max(1, round(keep * neurons))].sort().values
+
+
+def settling(layers: list[Layer], keep: float, rounds: int) -> float:
+    """Seconds in which drawn neurons of a layer are taken into matrices of their own, as the median of `rounds`."""
+    memory, seconds = Reused(), list[float]()
+    memory.most = sum(tile.nbytes for layer in layers for tile in layer.tiles)
+    for _ in range(rounds + 1):
+        lists = [_chosen(layer.tiles[0].out_features, keep, False) for layer in layers]
+        start = time.perf_counter()
+        made = [
+            SlimMLP.of_tiles(*layer.tiles, chosen, act="silu", memory=memory)
+            for layer, chosen in zip(layers, lists, strict=True)
+        ]
+        seconds.append((time.perf_counter() - start) / len(layers))
+        del made  # its memory is what the next round gets
+    return statistics.median(seconds[1:])
 
 
 def _scanned(form: Form, keep: float, candidates: float) -> Way:
@@ -101,15 +133,18 @@ def _scanned(form: Form, keep: float, candidates: float) -> Way:
     return way
 
 
-def ways(keeps: tuple[float, ...]) -> dict[str, Way]:
-    """What is timed, by its name."""
+def ways(keeps: tuple[float, ...], scanned: bool) -> dict[str, Way]:
+    """What is timed, by its name. scanned: also what tokens choose."""
     found: dict[str, Way] = {"dense": _dense, "all listed": _listed(1.0, True)}
     for keep in keeps:
         found[f"prefix {keep:g}"] = _listed(keep, True)
         found[f"list {keep:g}"] = _listed(keep, False)
-    for keep in (0.6, 0.1):
+        found[f"prefix {keep:g}, matrices of their own"] = _alone(keep, True)
+        found[f"list {keep:g}, matrices of their own"] = _alone(keep, False)
+        found[f"list {keep:g}, the same with down in 5 bits"] = _alone(keep, False, "int5")
+    for keep in (0.6, 0.1) if scanned else ():
         found[f"rows, {keep:g} kept"] = _scanned("rows", keep, 1.0)
-    for form in ("gates", "planes"):
+    for form in ("gates", "planes") if scanned else ():
         for candidates, keep in ((0.7, 0.6), (0.6, 0.45), (0.15, 0.1)):
             found[f"{form}, {candidates:g} looked at, {keep:g} kept"] = _scanned(form, keep, candidates)
     return found
@@ -167,16 +202,19 @@ def _own(value: Any) -> Any:
     return value
 
 
-def measure(shape: str, keeps: tuple[float, ...], rounds: int, memory: float) -> list[dict[str, Any]]:
-    """One row a way: microseconds a layer, and as a share of the dense one's in the same rounds."""
+def measure(
+    shape: str, keeps: tuple[float, ...], rounds: int, memory: float, scanned: bool = True
+) -> list[dict[str, Any]]:
+    """One row a way: microseconds a layer, and as a share of the dense one's in the same rounds; and one for how long
+    neurons are taken into matrices of their own."""
     torch.manual_seed(0)
     hidden, neurons = (int(n) for n in shape.split("x"))
-    layers = [Layer.random(hidden, neurons) for _ in range(_LAYERS)]
+    layers = [Layer.random(hidden, neurons) for _ in range(_LAYERS if hidden * neurons < _LARGE else 1)]
     dense_bytes = sum(tile.nbytes for tile in layers[0].tiles)
-    count = max(2 * _LAYERS, -(-int(memory) // dense_bytes))
+    count = max(2 * len(layers), -(-int(memory) // dense_bytes))
     x = torch.randn(1, hidden)
     decoders = {}
-    for name, way in tqdm(ways(keeps).items(), desc=f"packing {shape}", leave=False):
+    for name, way in tqdm(ways(keeps, scanned).items(), desc=f"packing {shape}", leave=False):
         decoders[name] = Decoder(way, layers, count, x)
         decoders[name].verify()
     times: dict[str, list[float]] = {name: [] for name in decoders}
@@ -186,6 +224,9 @@ def measure(shape: str, keeps: tuple[float, ...], rounds: int, memory: float) ->
             start = time.perf_counter()
             left[name] = decoder.run()
             times[name].append((time.perf_counter() - start) / count)
+    for keep in keeps:
+        name = f"taking {keep:g} of them"
+        times[name], left[name] = [settling(layers, keep, 5)] * (rounds + 1), 1 - keep
     rows = []
     for name, seconds in times.items():
         ratios = [one / other for one, other in zip(seconds[1:], times["dense"][1:], strict=True)]
@@ -208,19 +249,22 @@ def measure(shape: str, keeps: tuple[float, ...], rounds: int, memory: float) ->
 
 @click.command(help=__doc__)
 @click.option("--shapes", default=",".join(SHAPES), show_default=True)
+@click.option("--listed", is_flag=True, help="Only what does not depend on tokens.")
 @click.option("--rounds", default=21, show_default=True)
 @click.option("--memory", default=0, help="Megabytes of weights at least; 0: one and a half times the last cache.")
-@click.option("--rows", type=click.Path(path_type=Path), help="Where the rows go.")
-def main(shapes: str, rounds: int, memory: int, rows: Path | None) -> None:
+@click.option("--rows", type=click.Path(path_type=Path), help="Where the rows go; those of others stay.")
+def main(shapes: str, listed: bool, rounds: int, memory: int, rows: Path | None) -> None:
     found = []
     for shape in shapes.split(","):
-        made = measure(shape, (0.5, 0.1), rounds, memory * 1e6 or 1.5 * min(cache_bytes(), 64 << 20))
+        made = measure(shape, (0.5, 0.1), rounds, memory * 1e6 or 1.5 * min(cache_bytes(), 64 << 20), not listed)
         for row in made:
             click.echo(f"{shape} {row['way']:20} {row['us_per_layer']:8.1f} us {row['of_dense']:6.3f} "
                        f"left out {row['left_out']:.3f}")  # fmt: skip
         found += [row | provenance("python -m coreskip.bench.neuron_groups " + " ".join(sys.argv[1:])) for row in made]
     if rows is not None:
-        write_rows(rows, found)
+        before = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+        timed = {(row["shape"], row["way"]) for row in found}
+        write_rows(rows, [*(row for row in before if (row["shape"], row["way"]) not in timed), *found])
 
 
 if __name__ == "__main__":

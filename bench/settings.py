@@ -11,7 +11,7 @@ from typing import Any
 
 from coreskip.bench.runner import FORMATS, Job
 from coreskip.bench.runners import OPPONENTS
-from coreskip.bench.workloads import NATURAL_SPARSITY, SHAPES, Prompt, Shape, prompts, threads_available
+from coreskip.bench.workloads import NATURAL_SPARSITY, Prompt, Shape, has_relu, prompts, threads_available
 from coreskip.predictors.calibration import read_text
 from coreskip.predictors.checks import check_above_zero, check_share
 from coreskip.predictors.errors import CoreskipError
@@ -92,7 +92,7 @@ def settings_of(
     opponents = _opponents(against, place, shape)
     if gguf is not None and not {"llama.cpp", "openvino"} & set(opponents):
         raise CoreskipError("--gguf is for llama.cpp and openvino: leave it out, or name one of them in --against")
-    if sparsity is not None and shape is not None and "activation_function" not in SHAPES.get(shape, {}):
+    if sparsity is not None and shape is not None and not has_relu(shape):
         raise CoreskipError(f"--sparsity is of ReLU shapes, and {shape} has no ReLU: leave it out")
     for plan in plans:
         Plan.load(plan)

@@ -240,6 +240,10 @@ def _quantiles_of(name: str) -> Callable[[dict[str, Any]], str]:
     return lambda row: f"{row[name]['p50']:.0f} ({row[name]['p95']:.0f})" if row.get(name) else ""
 
 
+def _increase_over_dense(row: dict[str, Any]) -> str:
+    return f"{100 * row['ppl_increase']:+.1f} ± {100 * row['ppl_increase_stderr']:.1f} %"
+
+
 def _of_limit(row: dict[str, Any]) -> str:
     peak, limit = row.get("peak_bytes"), row.get("limit_bytes")
     return f"{peak / limit:.3f}" if peak and limit else ""
@@ -295,6 +299,26 @@ _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "tok/s": lambda row: f"{row['tok_s']:.1f}",
         "x dense": lambda row: f"{row['of_dense']:.2f}",
         "x dense, with the prompt": lambda row: f"{row['of_dense_with_prompt']:.2f}",
+        "settling, ms": lambda row: f"{row['settling_ms']:.1f}" if "settling_ms" in row else "",
+    },
+    "curve": {
+        "neurons": lambda row: str(row["name"]),
+        "kept": lambda row: f"{row['keep']:.0%}",
+        "MB per token": lambda row: f"{row['megabytes']:.0f}",
+        "tok/s": lambda row: f"{row['tok_s']:.0f}" if "tok_s" in row else "",
+        "x dense int4": lambda row: f"{row['of_dense']:.2f}" if "of_dense" in row else "",
+        "increase of perplexity over dense int4": _increase_over_dense,
+        "KL": lambda row: f"{row['kl']:.3f}",
+    },
+    "natural_zeros": {
+        "model": lambda row: str(row["model"]),
+        "way": lambda row: str(row["plan"]),
+        "neurons left out": lambda row: f"{100 * row['left_out']:.0f} %",
+        "recall": lambda row: "" if row["recall"] is None else f"{100 * row['recall']:.1f} %",
+        "MB per token": lambda row: f"{row['megabytes']:.0f}",
+        "tok/s": lambda row: f"{row['tok_s']:.1f}",
+        "x dense": lambda row: f"{row['of_dense']:.2f}",
+        "tokens as dense, of 64": lambda row: str(row["same_tokens"]),
     },
     "experts": {
         "model": lambda row: str(row["model"]),

@@ -212,6 +212,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
         "tie_word_embeddings": True,
     },
+    "relu-llama-1.1b": {  # TinyLlama's sizes, with ReLU gates as ProSparse (2402.13516) gives a llama
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+        "hidden_act": "relu",
+        "mlp_bias": True,
+    },
     "opt-1.3b": {
         "model_type": "opt",
         "vocab_size": 50272,
@@ -264,7 +276,7 @@ class Shape:
 
     def __str__(self) -> str:
         layers = f", {self.layers} of {self.depth} layers" if self.layers not in (None, self.depth) else ""
-        relu = f", {self.sparsity:.0%} of neurons zero" if "activation_function" in SHAPES[self.name] else ""
+        relu = f", {self.sparsity:.0%} of neurons zero" if has_relu(self.name) else ""
         return f"{self.name} shape, random weights{layers}{relu}"
 
     def config(self) -> Any:
@@ -297,8 +309,15 @@ class Shape:
         """Give ReLU layers their natural sparsity: a normalised input meets rows of norm 1, so that pre-activations
         are standard normal and the bias is a quantile of that."""
         for module in model.modules():
-            if hasattr(module, "fc1"):
-                nn.init.constant_(cast(Any, module).fc1.bias, -NormalDist().inv_cdf(self.sparsity))
+            bias = getattr(getattr(module, "fc1", getattr(module, "gate_proj", None)), "bias", None)
+            if bias is not None:
+                nn.init.constant_(bias, -NormalDist().inv_cdf(self.sparsity))
+
+
+def has_relu(shape: str) -> bool:
+    """Whether a shape's neurons are zero by nature, most of the time."""
+    settings = SHAPES.get(shape, {})
+    return "relu" in (settings.get("activation_function"), settings.get("hidden_act"))
 
 
 def _from_config(config: Any, **options: Any) -> Any:

@@ -107,6 +107,8 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.coreskip_untile.argtypes = [p, i, n, n, n, n, i, p, i]
     lib.coreskip_untile_some.argtypes = [p, i, n, n, p, n, i, p, i]
     lib.coreskip_tile_up.argtypes = [p, n, n, n, i, p, i]
+    lib.coreskip_take_rows.argtypes, lib.coreskip_take_rows.restype = [p, i, n, p, n, p, i], None
+    lib.coreskip_take_columns.argtypes, lib.coreskip_take_columns.restype = [p, i, n, n, p, n, p, i], None
     lib.coreskip_repack.argtypes = [p, n, n, n, i, p, p, i]
     lib.coreskip_neurons.argtypes = [p, i, i, n, p, i, p, p, n, p, p, p, i]
     lib.coreskip_step.argtypes = [p, p]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import weakref
 from math import prod
 
 import torch
@@ -24,8 +26,50 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
         memory = torch.empty(nbytes + LINE, dtype=torch.uint8, device="cpu")
         start = -memory.data_ptr() % LINE
     else:
-        region = mmap.mmap(-1, (1 - (-nbytes // HUGE_PAGE)) * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        region.madvise(mmap.MADV_HUGEPAGE)
-        memory = torch.frombuffer(region, dtype=torch.uint8)
+        memory = torch.frombuffer(_region(nbytes), dtype=torch.uint8)
         start = -memory.data_ptr() % HUGE_PAGE
     return memory[start : start + nbytes].view(dtype).view(shape)
+
+
+def _region(nbytes: int) -> mmap.mmap:
+    """Pages for so many bytes from a huge page on."""
+    pages = 1 - (-nbytes // HUGE_PAGE)
+    region = mmap.mmap(-1, pages * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        region.madvise(mmap.MADV_HUGEPAGE)
+    return region
+
+
+class Reused:
+    """Memory for what is made anew for every prompt. What tensors let go of is handed out again, for pages that the
+    system has to clear first take longer to come than to fill.
+
+    most: bytes that are kept for who comes next.
+    """
+
+    def __init__(self) -> None:
+        self.most = 0
+        self._spare: dict[int, list[mmap.mmap]] = {}
+
+    def take(self, nbytes: int) -> Tensor:
+        """uint8 ``[nbytes]`` on a CPU, of any values. It is given back when no tensor has its storage any more."""
+        try:
+            region = self._spare.get(nbytes, []).pop()
+        except IndexError:
+            region = _region(nbytes)
+        loan = (ctypes.c_ubyte * len(region)).from_buffer(region)
+        weakref.finalize(loan, _give_back, weakref.ref(self), nbytes, region).atexit = False
+        memory = torch.frombuffer(loan, dtype=torch.uint8)
+        start = -memory.data_ptr() % HUGE_PAGE
+        return memory[start : start + nbytes]
+
+    @property
+    def spare(self) -> int:
+        """Bytes that nobody has."""
+        return sum(nbytes * len(regions) for nbytes, regions in self._spare.items())
+
+
+def _give_back(to: weakref.ref[Reused], nbytes: int, region: mmap.mmap) -> None:
+    memory = to()
+    if memory is not None and memory.spare + nbytes <= memory.most:
+        memory._spare.setdefault(nbytes, []).append(region)

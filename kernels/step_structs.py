@@ -137,7 +137,8 @@ def _least(mlp: SparseMLP) -> float:
 
 def layer_struct(layer: StepLayer) -> arguments.StepLayer:
     attention, mlp = layer.attention, layer.mlp
-    out = arguments.StepLayer(
+    out = _of_attention(attention)
+    fields = dict(
         **{name: norm_struct(getattr(layer, name)) for name in _NORMS},
         residual_scale=layer.residual_scale,
         act=CURVE if layer.act == "curve" else cpu.ACT[layer.act],
@@ -146,17 +147,10 @@ def layer_struct(layer: StepLayer) -> arguments.StepLayer:
         run_attention=attention is not None and not layer.entries_only,
         run_mlp=mlp is not None,
         parallel=layer.parallel,
-        v_scale=1.0,
         special=is_special(layer),
     )
-    if isinstance(attention, LatentAttention):
-        _put_latent(out, attention)
-    elif isinstance(attention, Recurrence):
-        _put_recurrence(out, attention)
-    elif isinstance(attention, Convolution):
-        _put_convolution(out, attention)
-    elif attention is not None:
-        _put_attention(out, attention)
+    for name, value in fields.items():
+        setattr(out, name, value)
     if isinstance(mlp, DenseMLP):
         out.gate, out.up, out.down = linear_struct(mlp.gate), linear_struct(mlp.up), linear_struct(mlp.down)
         out.inner_norm = norm_struct(mlp.norm)
@@ -169,6 +163,29 @@ def layer_struct(layer: StepLayer) -> arguments.StepLayer:
         out.side_gate, out.side_out = linear_struct(side.gate), linear_struct(side.out)
         out.side_norm, out.side_act, out.side_at = norm_struct(side.norm), cpu.ACT[side.act], side.at
     return out
+
+
+# Steps of one model share their attentions, and a prompt that chooses neurons makes a step.
+_attentions: WeakKeyDictionary[Attention | LatentAttention | Recurrent, arguments.StepLayer] = WeakKeyDictionary()
+
+
+def _of_attention(attention: Attention | LatentAttention | Recurrent | None) -> arguments.StepLayer:
+    """A layer's struct with nothing but its attention."""
+    if attention is None:
+        return arguments.StepLayer(v_scale=1.0)
+    found = _attentions.get(attention)
+    if found is None:
+        found = arguments.StepLayer(v_scale=1.0)
+        if isinstance(attention, LatentAttention):
+            _put_latent(found, attention)
+        elif isinstance(attention, Recurrence):
+            _put_recurrence(found, attention)
+        elif isinstance(attention, Convolution):
+            _put_convolution(found, attention)
+        else:
+            _put_attention(found, attention)
+        _attentions[attention] = found
+    return arguments.StepLayer.from_buffer_copy(found)
 
 
 def is_special(layer: StepLayer) -> bool:

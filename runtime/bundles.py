@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..kernels import residency
 from ..kernels.groups import TILE
+from ..kernels.memory import Reused
 from ..kernels.neuron_groups import Form, PackedNeurons
 from ..kernels.ops import available
 from ..kernels.packed import ACTS, Act, PackedColumns, PackedLinear, PackedMLP
@@ -19,7 +20,7 @@ from ..kernels.sparse import RowLists, SlimMLP, SparseLinear, SparseMLP
 from ..predictors.anatomy import Anatomy, FeedForward, Matrices, canonical_activation, rows_of
 from ..predictors.errors import CoreskipError
 from .packed_layer import PackedLayer
-from .slim import linears_of, packed_parts, slimmed
+from .slim import PartsOf, chosen, linears_of, of_layers, packed_parts, slimmed
 
 logger = logging.getLogger("coreskip")
 
@@ -44,6 +45,7 @@ class Weights:
         self._alike: dict[tuple[int, str | None], tuple[Tensor, FewerNeurons]] = {}  # with the neurons that it is of
         self._columns: dict[nn.Module, PackedColumns] = {}
         self.linears: PackedBefore = {}
+        self._reused = Reused()
         #: what lists of neurons become where a plan's format is a GPU's
         self.in_groups_of_gpu: Callable[[int, Tensor], SparseMLP] | None = None
 
@@ -118,6 +120,24 @@ class Weights:
             found = slimmed(mlp, self.acts[layer], kept, fmt) if reads_matrices(mlp) else None
             found = found or self.listed(layer, fmt, kept)
             self._alike[layer, fmt] = kept, found
+        return found
+
+    @property
+    def reusable(self) -> int:
+        """Bytes of memory that earlier prompts' neurons were in, and nobody's are."""
+        return self._reused.spare
+
+    def chosen(self, layer: int, kept: Tensor, parts_of: PartsOf) -> SlimMLP | None:
+        """A layer's MLP of the neurons, int64 ``[k]``, ascending, that a prompt has chosen, in matrices of their own;
+        None where it has none in int4 tiles in memory: then `listed` is how steps read them. In 8 bits these round x by
+        rows, not by groups, and a text alone would differ from one among others by more than last bits. parts_of: its
+        linears as steps read them."""
+        mlp = self.anatomy.mlp(layer)
+        if self.in_groups_of_gpu is not None or not self.in_groups(layer) or self._far(layer):
+            return None
+        found = chosen(mlp, self.acts[layer], kept, parts_of, self._reused)
+        if found is not None:  # of one sequence what is let go of is kept for the next one's
+            self._reused.most = max(self._reused.most, found.nbytes * len(self.anatomy))
         return found
 
     def _listable(self, layer: int, fmt: str | None) -> PackedMLP | PackedNeurons:
@@ -311,7 +331,7 @@ def _int4_parts(mlp: FeedForward) -> tuple[PackedLinear | None, PackedLinear, Pa
         gate = None if w.gate is None else PackedLinear.pack(w.gate, w.gate_bias, fmt="int4")
         up = PackedLinear.pack(w.up, w.up_bias, fmt="int4")
         return gate, up, PackedLinear.pack(w.down.t(), w.down_bias, fmt="int4")
-    parts = packed_parts(mlp)
+    parts = packed_parts(mlp, of_layers())
     return (parts[0], parts[1], parts[2]) if mlp.gated else (None, parts[0], parts[1])
 
 

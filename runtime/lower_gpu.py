@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ..kernels.gpu_step import MAX_ROWS
+from ..kernels.sparse import SparseMLP
 from ..predictors.anatomy import Anatomy
 from .calls import Disagrees, NotCovered, NotThisCall, check_call, close, compare
 from .gpu_lowering import GpuLowering, GpuStep
@@ -476,7 +477,8 @@ def settled_by(prepared: Prepared, skips: LayerSkips, selections: Selections | N
     selected = prepared.selected(selections)
     if selected.differ or skips.disputed(selections):
         return "its sequences chose differently"
-    parts = [part for mlp in selected.mlps.values() for part in (mlp.packed, mlp.lists) if part is not None]
+    mlps = [mlp for mlp in selected.mlps.values() if isinstance(mlp, SparseMLP)]
+    parts = [part for mlp in mlps for part in (mlp.packed, mlp.lists) if part is not None]
     return skips.skipped(selections), [t for p in parts for t in vars(p).values() if isinstance(t, Tensor)]
 
 

@@ -14,12 +14,18 @@ from ..predictors.anatomy import Anatomy, rows_of
 from ..predictors.checks import AS_PACKED
 from ..predictors.policies import Chooser
 from .bundles import FewerNeurons, Weights, neuron_weights
+from .formats import Formats
 from .layer_skips import LayerSkips
 from .linear_names import linear_of, native_names
 from .lower_cpu import StepProgram
+from .memory_size import free_memory
 from .program import Program
 from .program_experts import ExpertsProgram
 from .selections import Packer, SelectedNeurons, Selections
+from .slim import PartsOf
+
+#: as often as what a prompt's neurons take must be free before they get matrices of their own: other sequences may come
+_ROOM = 4
 
 
 class Prepared:
@@ -27,9 +33,16 @@ class Prepared:
     changed."""
 
     def __init__(
-        self, anatomy: Anatomy, program: Program, weights: Weights, skips: LayerSkips, altered: frozenset[int]
+        self,
+        anatomy: Anatomy,
+        program: Program,
+        weights: Weights,
+        skips: LayerSkips,
+        altered: frozenset[int],
+        formats: Formats,
     ) -> None:
         self._anatomy, self._program, self._weights, self._skips = anatomy, program, weights, skips
+        self._formats = formats
         self._altered = altered  # layers whose MLP runs dense, as parts of it were replaced by others
         self._packs = program.chosen_by(Chooser.CALIBRATION, Chooser.TOKEN)
         self._inputs = program.chosen_by(Chooser.INPUTS)
@@ -73,8 +86,22 @@ class Prepared:
         if selections.packed_of is not self:
             selections.forget_packed()
             selections.packed_of = self
-        packer: Packer = lambda layer, lists: self._weights.listed(layer, self._bundle_format, lists)  # noqa: E731
-        return selections.selected(packer, self._altered)
+        return selections.selected(self._packer, self._altered)
+
+    def _packer(self) -> Packer:
+        """What makes MLPs of chosen neurons. Of tiles in 4 bits a sequence gets matrices of its own, where there is
+        memory for them: these stream at the dense rate, and lists do not. Sequences of a batch that chose differently,
+        and other weights, have lists over what all share."""
+        parts_of: PartsOf | None = self._formats.parts
+        needed = sum(brick.nbytes for brick in self._program.chosen_by(Chooser.PROMPT).values())
+        if self._bundle_format != "int4" or (self._weights.reusable < needed and free_memory() < _ROOM * needed):
+            parts_of = None
+
+        def pack(layer: int, lists: Tensor) -> FewerNeurons:
+            own = None if parts_of is None or lists.dim() > 1 else self._weights.chosen(layer, lists, parts_of)
+            return own or self._weights.listed(layer, self._bundle_format, lists)
+
+        return pack
 
     def step_program(self, selections: Selections | None) -> StepProgram:
         """What a native step computes for sequences with these selections; None: with none of their own."""

@@ -44,7 +44,7 @@ from ..predictors.policies import (
     TopK,
     Wina,
 )
-from .bundles import Bundles, FewerNeurons, packed_in_four_bits
+from .bundles import Bundles, FewerNeurons, packed_in_four_bits, reads_matrices
 from .linear_names import native_names
 from .program_experts import ExpertsProgram, build_experts
 from .slim import slim_down_bytes
@@ -68,6 +68,7 @@ class Brick:
         in_groups: whether neurons are read in 4-bit groups.
         down: bytes of one weight of the down projection of some neurons alone, whose groups are made anew; None: as
             many as of the whole one's.
+        of_cpu: whether a CPU's kernels read it.
         linears: names of the layer's linears of which a native step can leave inputs out.
     """
 
@@ -80,6 +81,7 @@ class Brick:
     in_groups: bool = False
     linears: frozenset[str] = frozenset()
     down: float | None = None
+    of_cpu: bool = True
 
     @property
     def scoring(self) -> int:
@@ -90,6 +92,13 @@ class Brick:
     def row(self) -> float:
         """Bytes of one row of a matrix as it was loaded."""
         return self.hidden * self.loaded
+
+    def chosen(self, kept: int) -> float:
+        """Bytes that so many neurons read which a prompt has chosen: taken from matrices in 4 bits, with the down
+        projection in groups of 8."""
+        if not (self.in_groups and self.of_cpu):
+            return self.listed(kept)
+        return kept * self.hidden * (self.scoring * FORMAT_BYTES["int4"] + FORMAT_BYTES["int8"])
 
     def listed(self, kept: int) -> float:
         """Bytes that so many listed neurons read: of 4-bit groups, the ends of all of the down projection's come with
@@ -297,6 +306,7 @@ def brick_of(
         in_groups=weights == "int4" or (weights == AS_PACKED and packed_in_four_bits(mlp)),
         linears=frozenset(native_names(anatomy, layer)),
         down=slim_down_bytes(mlp, weights),
+        of_cpu=reads_matrices(mlp),
     )
 
 
@@ -315,7 +325,7 @@ def _bundled(policy: NeuronPolicy, brick: Brick) -> BrickProgram:
     if kept == brick.width:  # which the dense MLP computes to the last bit
         return _dense(policy, brick)
     indices: Tensor | None = getattr(policy, "indices", None)
-    read = brick.listed(kept) if indices is None else brick.alone(kept)
+    read = brick.chosen(kept) if indices is None else brick.alone(kept)
     pack = None if indices is None else lambda bundles: bundles.alone(indices)
     return BrickProgram(policy, policy.chooser, kept, brick.width, read, pack=pack)
 

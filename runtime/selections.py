@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..kernels.sparse import SparseMLP
+from ..kernels.sparse import SlimMLP, SparseMLP
 from ..predictors.expert_policies import CoreExperts
 from ..predictors.importance import token_contributions
 from ..predictors.policies import Clusters, Observation, PromptNeurons
@@ -32,7 +32,7 @@ class Observed:
 
 
 #: a layer's MLP over lists of its neurons, int64 ``[k]`` for all rows, or ``[rows, k]``
-Packer = Callable[[int, Tensor], SparseMLP]
+Packer = Callable[[int, Tensor], SparseMLP | SlimMLP]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class SelectedNeurons:
     """What the sequences of a cache decode with, by layer: a list for all of them or, where they chose differently, one
     for each."""
 
-    mlps: Mapping[int, SparseMLP]
+    mlps: Mapping[int, SparseMLP | SlimMLP]
 
     @property
     def differ(self) -> bool:
@@ -51,9 +51,9 @@ class SelectedNeurons:
 class Selections:
     """The neurons that the sequences of one KV cache decode with.
 
-    During prefill, `observe` adds up each prompt's scores; the first decode step settles them into lists over whole
-    layers, which are packed once for all caches: to copy the chosen half of a 1B model's neurons takes as long as
-    several steps. A later prefill (the next turn) adds to the same scores and settles anew.
+    During prefill, `observe` adds up each prompt's scores; the first decode step settles them, into matrices of the
+    chosen neurons or into lists over whole layers (`Prepared.selected`). A later prefill (the next turn) adds to the
+    same scores and settles anew.
     """
 
     def __init__(
@@ -169,12 +169,13 @@ class Selections:
             self._void_rows[layer] = found
         return found
 
-    def selected(self, packed: Packer, without: Collection[int] = ()) -> SelectedNeurons:
-        """What the rows decode with now: one and the same object until that changes. without: layers that run dense."""
+    def selected(self, packer: Callable[[], Packer], without: Collection[int] = ()) -> SelectedNeurons:
+        """What the rows decode with now: one and the same object until that changes. packer: asked for where that has
+        to be packed. without: layers that run dense."""
         if self._group_of_row is None:
             self._settle()
         if self._selected is None:
-            self._selected = self._pack(cast(Tensor, self._group_of_row), packed, without)
+            self._selected = self._pack(cast(Tensor, self._group_of_row), packer(), without)
         return self._selected
 
     def forget_packed(self) -> None:

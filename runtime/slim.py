@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from ..kernels import cpu
-from ..kernels.groups import FORMATS, tiles_from_groups, untile
+from ..kernels.memory import Reused
 from ..kernels.packed import EXACT_BYTES, Act, PackedLinear, finite
 from ..kernels.residency import copied
 from ..kernels.sparse import SlimMLP
+from ..kernels.taken import TAKEN, rows
 from ..predictors.anatomy import FeedForward, rows_of
 from .packed_layer import PackedLayer
 
-_TAKEN = ("int4", "int5", "int8_groups")  # formats from whose tiles rows can be taken as they are
+#: of a linear, its packed matrix in one part or, where it holds two projections, in two; none: it has no such form
+PartsOf = Callable[[nn.Module], list[PackedLinear]]
 _IN_GROUPS = {"int4": "int4", "int8": "int8_groups"}
 
 
@@ -26,10 +27,10 @@ def linears_of(mlp: FeedForward) -> list[nn.Module]:
     return [*gates, mlp.up, mlp.down]
 
 
-def packed_parts(mlp: FeedForward, whole: bool = False) -> list[PackedLinear]:
-    """Gate, where there is one, up and down of an MLP whose linears are all `PackedLayer`, one matrix each; fewer where
-    one is in parts that are not the projections. whole: as for `PackedLayer.parts`."""
-    parts = [part for module in linears_of(mlp) for part in cast(PackedLayer, module).parts(whole=whole)]
+def packed_parts(mlp: FeedForward, parts_of: PartsOf) -> list[PackedLinear]:
+    """Gate, where there is one, up and down of an MLP, one packed matrix each; fewer where one is in parts that are not
+    the projections, or has no such form."""
+    parts = [part for module in linears_of(mlp) for part in parts_of(module)]
     if mlp.stacked and len(parts) == 2:
         rows, down = mlp.intermediate_size, parts[1]
         halves = parts[0].part(0, rows), parts[0].part(rows, rows)
@@ -49,14 +50,37 @@ def slimmed(mlp: FeedForward, act: Act, kept: Tensor, fmt: str | None) -> SlimML
     packed = [isinstance(module, PackedLayer) for module in linears_of(mlp)]
     if not any(packed):
         return _of_floats(mlp, act, kept, fmt)
-    parts = packed_parts(mlp, whole=fmt is None) if all(packed) else []
-    if len(parts) != 2 + mlp.gated or any(part.fmt not in _TAKEN for part in parts):
+    parts = packed_parts(mlp, of_layers(whole=fmt is None)) if all(packed) else []
+    if not _whole_mlp(parts, mlp):
         return None
-    *rows, down = parts
-    taken = [_rows_of(part, kept) for part in rows]
-    outputs = rows_of(mlp.down)[0][:, kept].contiguous()
-    narrow = _pack(outputs, down.bias, None if fmt is None else "int8_groups")
-    return SlimMLP(taken[0] if mlp.gated else None, taken[-1], narrow, act)
+    gate, up, down = _three(parts)
+    if fmt is not None:
+        return SlimMLP.of_tiles(gate, up, down, kept, act=act)
+    narrow = _pack(rows_of(mlp.down)[0][:, kept].contiguous(), down.bias, None)
+    return SlimMLP(None if gate is None else rows(copied(gate), kept), rows(copied(up), kept), narrow, act)
+
+
+def chosen(mlp: FeedForward, act: Act, kept: Tensor, parts_of: PartsOf, memory: Reused) -> SlimMLP | None:
+    """The neurons `kept` that a prompt has chosen, int64 ascending, taken from tiles as steps read them; None where the
+    MLP is in no form of which they can be."""
+    parts = packed_parts(mlp, parts_of)
+    if not _whole_mlp(parts, mlp):
+        return None
+    gate, up, down = _three(parts)
+    return SlimMLP.of_tiles(gate, up, down, kept, act=act, memory=memory)
+
+
+def of_layers(whole: bool = False) -> PartsOf:
+    """Of linears that are all `PackedLayer`. whole: as for `PackedLayer.parts`."""
+    return lambda module: cast(PackedLayer, module).parts(whole=whole)
+
+
+def _whole_mlp(parts: list[PackedLinear], mlp: FeedForward) -> bool:
+    return len(parts) == 2 + mlp.gated and all(part.fmt in TAKEN for part in parts)
+
+
+def _three(parts: list[PackedLinear]) -> tuple[PackedLinear | None, PackedLinear, PackedLinear]:
+    return None if len(parts) == 2 else parts[0], parts[-2], parts[-1]
 
 
 def slim_down_bytes(mlp: FeedForward, fmt: str | None) -> float | None:
@@ -89,13 +113,3 @@ def _of_floats(mlp: FeedForward, act: Act, kept: Tensor, fmt: str | None) -> Sli
 def _pack(weight: Tensor, bias: Tensor | None, form: str | None) -> PackedLinear:
     exact = cpu.pack_exactly(weight.detach(), bias) if form is None else None
     return exact or PackedLinear.pack(weight.detach(), bias, fmt=form)
-
-
-def _rows_of(packed: PackedLinear, kept: Tensor) -> PackedLinear:
-    """Rows of a matrix in groups, which are not rounded anew."""
-    form = str(packed.fmt)
-    q, scale, least = (part[kept] for part in untile(copied(packed)))
-    if FORMATS[form].centred:  # bytes about 128
-        q = (q + 128).to(torch.uint8)
-    tiles = tiles_from_groups(q, scale, least, form)
-    return replace(packed, weight=tiles, bias=None if packed.bias is None else packed.bias[kept], rows=kept.numel())

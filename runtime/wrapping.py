@@ -127,7 +127,7 @@ class Runtime:
             before=self._weights.linears,
         )
         native = NativeSteps(model, self.anatomy, packing, self.usage.count, lambda: me.notice())
-        self.prepared = Prepared(self.anatomy, self.program, self._weights, self.skips, self.altered)
+        self.prepared = Prepared(self.anatomy, self.program, self._weights, self.skips, self.altered, self.formats)
         prompts = NativePrompts(me, native, self.anatomy, narrow=packing.narrow > 0)
         spans = SpanSteps(me, native, packing, self.formats.take)
         captured = CapturedSteps(self, GpuLowering(me, packing_of(me, self.formats, self._weights)))
@@ -313,7 +313,7 @@ class Runtime:
         self.formats.clear()
         for module in changed:
             self.packed_alone(module)  # a bias may be another
-        self.prepared = Prepared(self.anatomy, self.program, self._weights, self.skips, self.altered)
+        self.prepared = Prepared(self.anatomy, self.program, self._weights, self.skips, self.altered, self.formats)
         self.steps.forget()
         self.behaviour.install(self.patches.set)
         if self.observed and not self.altered:

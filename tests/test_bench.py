@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from tiny_models import greedy, prompt, tiny
 
-from coreskip.bench import batches, endurance, method_plot, speed_plot, throughput
+from coreskip.bench import batches, curve, endurance, method_plot, speed_plot, throughput
 from coreskip.bench.clock import Generation, Stopwatch
 from coreskip.bench.exactness import against_hf
 from coreskip.bench.processes import MACHINE, Local, RunnerFailed, Worker
@@ -524,6 +524,17 @@ def test_the_plot_of_speeds_has_every_runner(tmp_path: Path, rows: list[Row]) ->
     committed = (ROOT / "bench" / "speed.svg").read_text(encoding="utf-8")
     peers = read([ROOT / "bench" / "rows" / "peers.jsonl"])
     assert all(f">{row.label}<" in committed for row in peers), "run `make tables`"
+
+
+def test_the_curve_beyond_dense_int4_is_up_to_date() -> None:
+    """Every way of choosing that was timed is drawn, beside the point to beat."""
+    pytest.importorskip("matplotlib")
+    rows = [json.loads(line) for line in (ROOT / "bench" / "rows" / "curve.jsonl").read_text().splitlines()]
+    timed = [row for row in rows if "of_dense" in row]
+    assert {row["name"] for row in timed} == {curve.DENSE, *curve.CURVES}
+    committed = (ROOT / "bench" / "curve.svg").read_text(encoding="utf-8")
+    for drawn in (curve.drawn(rows), committed):
+        assert all(f">{name}" in drawn for name in (row["name"] for row in timed)), "run `make tables`"
 
 
 # --- workloads and options --------------------------------------------------------------------------------------------

@@ -140,6 +140,16 @@ struct TileUpJob {
     void* to;
 };
 
+// Some rows, or columns, of tiles in kInt4, kInt5 or kInt8Groups.
+struct TakeJob {
+    const void* weight;
+    int format;
+    int64_t groups;        // of a row
+    const int64_t* list;   // the rows, or the columns, ascending
+    int64_t count;
+    void* to;              // tiles of the rows, in the same format; or of the columns, in kInt8Groups
+};
+
 // x rounded group by group.
 struct GroupedRows {
     int rows;
@@ -220,6 +230,8 @@ struct StepIsa {
     float (*exp_sum)(const float* x, int64_t n, float most);
     void (*untile)(const UntileJob& job, int64_t begin, int64_t end);  // rows
     bool (*tile_up)(const TileUpJob& job, int64_t begin, int64_t end);  // tiles; false: some numbers have no such form
+    void (*take_rows)(const TakeJob& job, int64_t begin, int64_t end);     // tiles of `to`
+    void (*take_columns)(const TakeJob& job, int64_t begin, int64_t end);  // tiles
     // Adds to acc, [rows][width], what neurons `begin` to `end` come to, or those at these positions of the list. Returns
     // how many of those that are scanned were left out, summed over rows.
     int64_t (*neurons)(const NeuronsJob& job, int64_t begin, int64_t end, float* acc);

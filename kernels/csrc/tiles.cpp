@@ -89,3 +89,20 @@ CORESKIP_API int coreskip_tile_up(const float* weight, int64_t row_stride, int64
     });
     return all;
 }
+
+// Rows of tiles as tiles of their own, number for number. Of formats kInt4, kInt5 and kInt8Groups alone, as the next one.
+CORESKIP_API void coreskip_take_rows(const void* weight, int format, int64_t groups, const int64_t* rows, int64_t count,
+                                     void* out, int threads) {
+    const StepIsa& step = *active_step.load();
+    const TakeJob job = {weight, format, groups, rows, count, out};
+    const int64_t tiles = (count + kTile - 1) / kTile;
+    each_beside_torch((tiles + 3) / 4, threads, [&](int64_t i) { step.take_rows(job, 4 * i, std::min(tiles, 4 * i + 4)); });
+}
+
+// Columns of so many tiles as tiles of their own in kInt8Groups, rounded where these do not hold the very numbers.
+CORESKIP_API void coreskip_take_columns(const void* weight, int format, int64_t groups, int64_t tiles,
+                                        const int64_t* columns, int64_t count, void* out, int threads) {
+    const StepIsa& step = *active_step.load();
+    const TakeJob job = {weight, format, groups, columns, count, out};
+    each_beside_torch((tiles + 3) / 4, threads, [&](int64_t i) { step.take_columns(job, 4 * i, std::min(tiles, 4 * i + 4)); });
+}

@@ -8,6 +8,7 @@
 #include "norms.h"
 #include "attention.h"
 #include "untile.h"
+#include "take.h"
 #include "neuron_groups.h"
 #include "scanned_neurons.h"
 #include "recurrence.h"
@@ -17,7 +18,7 @@ namespace CORESKIP_ISA {
 
 static const StepIsa step_table = {
     tiles, quantize_groups, norm, rotate, attend, merge, scale, act, add_scaled, softcap, fetch, argmax, exp_sum, untile, tile_up,
-    neurons, recall,
+    take_rows, take_columns, neurons, recall,
 };
 
 }  // namespace CORESKIP_ISA
