@@ -124,7 +124,7 @@ def _pick_kernel(
     KIND: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait(OVERLAP)
-    r = tl.program_id(0)
+    r = tl.program_id(0).to(tl.int64)
     neuron = tl.arange(0, BLOCK)
     there = neuron < NEURONS
     x = tl.load(score + r * score_row + neuron, mask=there, other=0.0)
@@ -174,7 +174,7 @@ def _sign_kernel(
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait(OVERLAP)
-    n, r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1)
+    n, r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1).to(tl.int64)
     at = tl.minimum(n, outs - 1).to(tl.int64)
     total = tl.zeros((BLOCK_N, BLOCK_K), tl.int32)
     for start in tl.static_range(0, INPUTS, BLOCK_K):
@@ -246,7 +246,7 @@ def _scores_kernel(
     GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, PLAIN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait(OVERLAP)
-    r = tl.program_id(1)
+    r = tl.program_id(1).to(tl.int64)
     word = tl.arange(0, BLOCK_W)
     low, high = _x_words(x + r * WORDS * 2, word, WORDS)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -273,7 +273,7 @@ def _sketch_kernel(
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait(OVERLAP)
-    r, programs = tl.program_id(1), tl.num_programs(0)
+    r, programs = tl.program_id(1).to(tl.int64), tl.num_programs(0)
     word, column = tl.arange(0, BLOCK_W), tl.arange(0, BLOCK)
     x_low, x_high = _x_words(x + r * WORDS * 2, word, WORDS)
     of_row, sum_of_x = tl.load(step + r), tl.load(total + r)
@@ -316,5 +316,5 @@ def _sketch_kernel(
         ).to(tl.float32)  # fmt: skip
         h *= tl.load(scale + at_scale + PARTS, mask=wanted, other=0.0)
         y += tl.sum((rows - 128) * tl.where(wanted, h, 0.0)[:, None], 0)
-    to = (tl.program_id(0) * tl.num_programs(1) + r).to(tl.int64) * HIDDEN
+    to = (tl.program_id(0) * tl.num_programs(1) + r) * HIDDEN
     tl.store(partial + to + column, y, mask=column < HIDDEN)

@@ -432,8 +432,6 @@ class GpuLowering:
         for index, columns in program.columns.items():
             layer = model.layers[index]
             a, dense = layer.attention, layer.mlp
-            if columns.keys() & set(_ATTENTION) and a.spec.order is not None:
-                return "inputs are left out of a projection that is not one of q, k or v alone"
             products = (
                 (_ATTENTION, a.inputs),
                 (_MLP if dense.gated else ("up",), dense.widening),

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_sweep import judge
 from test_decode import ragged, some_tokens, teacher_forced
 from test_graph import Recorded, alike, captured, close, modules_logits, policy_plan, talk
 from test_policies import NAMES
@@ -133,6 +134,17 @@ def test_policies_choose_without_the_host(name: str) -> None:
         alike(teacher_forced(model, *arguments, each=1), expected)
         usage = runtime_of(model).usage
         assert abs(usage.neuron_sparsity() - 0.5) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("bloom", "sketch_threshold"), ("gpt_neox", "teal_all"), ("falcon", "wina"), ("gemma2", "int4"), ("opt", "topk")],
+)
+def test_steps_are_their_definitions_in_float64(family: str, name: str) -> None:
+    """A few of all families and policies, for a few tokens: `make test-gpu-steps` has the others, for 200."""
+    verdict = judge(family, name, 20)
+    assert verdict.way == "step"
+    assert verdict.ok, verdict
 
 
 @pytest.mark.parametrize("policy", [Skip(), SkipAttention(), SkipMLP()])
