@@ -19,23 +19,25 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 from unittest.mock import patch
 
 import torch
 from policy_definitions import Margins, by_definition, in_groups
 from test_decode import prefilled, ragged, some_tokens
+from test_experts_native import with_experts
 from test_graph import Recorded, captured, policy_plan
 from test_policies import NAMES
-from tiny_models import FAMILIES, plan_of, tiny
+from tiny_models import EXPERTS, FAMILIES, plan_of, tiny
 from torch import Tensor
 
 import coreskip
 from coreskip.kernels import ops
 from coreskip.kernels.gpu_launch import INTERPRETED
 from coreskip.predictors.errors import CoreskipError
-from coreskip.predictors.plan import Plan
+from coreskip.predictors.expert_policies import CoreExperts, KeptExperts, SkipExperts
+from coreskip.predictors.plan import LayerPlan, Plan
 from coreskip.predictors.policies import Static
 from coreskip.runtime import bundles, gpu_matrices
 from coreskip.runtime.selections import selections_of
@@ -43,6 +45,12 @@ from coreskip.runtime.wrap import runtime_of
 
 #: policies, and weight formats of dense plans
 CASES = ("dense", "static", "signed", "griffin", *NAMES, "int4", "int8")
+OF_EXPERTS = {
+    "kept_experts": KeptExperts(torch.tensor([0, 2, 3, 5])),
+    "skip_experts": SkipExperts(0.6),
+    "core_experts": CoreExperts(4),
+}
+MIXTURES = tuple(name for name in EXPERTS if name not in ("lfm2_moe", "minimax", "jamba"))  # have caches of their own
 #: of a comparison, or of a rounding: the distance, as a share of the largest number, that float32 may cross
 NEAR = 2e-6
 
@@ -144,6 +152,8 @@ def _as_on_a_gpu(weights: str | None) -> Iterator[None]:
 def case_of(model: Any, name: str) -> Plan:
     if name in ("dense", "int4", "int8"):
         return Plan.dense(model, None if name == "dense" else name)
+    if name in OF_EXPERTS:
+        return with_experts(model, OF_EXPERTS[name])
     return plan_of(model, name) if name == "griffin" else policy_plan(model, name)
 
 
@@ -161,13 +171,18 @@ def judge(family: str, name: str, steps: int = 200, layers: int | None = None) -
 
 
 def _judged(model: Any, plan: Plan, name: str, steps: int) -> Verdict:
-    rows = 1 if name in ("signed", "griffin") else 2  # sequences that chose differently have no step together
+    rows = (
+        1 if name in ("signed", "griffin", "core_experts") else 2
+    )  # sequences that chose differently have no step together
     ids, mask = (t[:rows] for t in ragged())
     tokens, margins, least = some_tokens(rows, steps), Margins(), list[Tensor]()
-    policies = _chosen(model, plan, (ids, mask)) if rows == 1 else [layer.neurons for layer in plan.layers]
+    layers = plan.layers if rows == 2 else _chosen(model, plan, (ids, mask))
     twin = copy.deepcopy(model).double()
+    if any(plan.model.experts):
+        twin.set_experts_implementation("eager")  # others know no float64
     rounding = nullcontext(margins) if plan.weights is None else in_groups(twin, plan.weights)
-    with rounding as of_inputs, by_definition(twin, *policies) as of_choices:
+    choices = by_definition(twin, *(at.neurons for at in layers), experts=[at.experts for at in layers])
+    with rounding as of_inputs, choices as of_choices:
 
         def note() -> None:
             found = [m.least for m in (of_inputs, of_choices) if m.least is not None]
@@ -192,14 +207,22 @@ def _judged(model: Any, plan: Plan, name: str, steps: int) -> Verdict:
     return Verdict(way, error.numel(), int(near.sum()), int((near & (error > limit)).sum()), worst, limit, same)
 
 
-def _chosen(model: Any, plan: Plan, prompts: tuple[Tensor, Tensor]) -> list[Any]:
-    """What prompts choose, by the modules, as policies of calibration."""
+def _chosen(model: Any, plan: Plan, prompts: tuple[Tensor, Tensor]) -> list[LayerPlan]:
+    """The plan with what prompts choose, by the modules, as if calibration had."""
     with torch.no_grad(), coreskip.wrap(model, plan):
         runtime = runtime_of(model)
         selections = selections_of(prefilled(model, *prompts), runtime)
-        assert selections is not None
-        chosen = runtime.prepared.selected(selections).mlps
-        return [Static(cast(Any, chosen[index]).lists.listed) for index in range(len(plan.layers))]
+        if selections is None:  # a prompt that may have all experts chooses none
+            return list(plan.layers)
+        mlps, found = runtime.prepared.selected(selections).mlps, []
+        for index, layer in enumerate(plan.layers):
+            allowed = selections.allowed_experts(index)
+            if allowed is not None:
+                layer = replace(layer, experts=KeptExperts(allowed[0].nonzero()[:, 0]))
+            if index in mlps:
+                layer = replace(layer, neurons=Static(cast(Any, mlps[index]).lists.listed))
+            found.append(layer)
+        return found
 
 
 def _way_of(graphs: Any) -> str:
@@ -229,15 +252,16 @@ def _cell(verdict: Verdict | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", default=",".join(FAMILIES), help="of tests/tiny_models.py")
-    parser.add_argument("--cases", default=",".join(CASES), help="policies, and formats of dense plans")
+    parser.add_argument("--families", default=",".join([*FAMILIES, *MIXTURES]), help="of tests/tiny_models.py")
+    parser.add_argument("--cases", help="policies, and formats of dense plans; by default all of a family's kind")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--layers", type=int, help="of each model; by default what it has in the tests")
     options = parser.parse_args(arguments)
     print("by the Triton kernels, interpreted" if INTERPRETED else "by the definitions of the kernels", flush=True)
     verdicts = dict[tuple[str, str], Verdict]()
     for family in options.families.split(","):
-        for name in options.cases.split(","):
+        every = CASES if family in FAMILIES else ("dense", *OF_EXPERTS)
+        for name in options.cases.split(",") if options.cases else every:
             start = time.perf_counter()
             try:
                 verdict = judge(family, name, options.steps, options.layers)
@@ -245,7 +269,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 verdict = Verdict(repr(error)[:200], 1, error=1.0)
             verdicts[family, name] = verdict
             print(f"{family:16} {name:17} {verdict} [{time.perf_counter() - start:.1f} s]", flush=True)
-    print(table(verdicts))
+    for some in (FAMILIES, MIXTURES):
+        found = {key: verdict for key, verdict in verdicts.items() if key[0] in some}
+        print(table(found) if found else "")
     judged = [verdict for verdict in verdicts.values() if verdict.tokens]
     bad, steps = (sum(chosen) for chosen in ((not v.ok for v in judged), (v.way == "step" for v in judged)))
     print(f"{len(judged)} cases of {options.steps} steps, {steps} lowered as a whole, {bad} wrong")

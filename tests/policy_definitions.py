@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from coreskip.kernels.gpu_formats import GroupedMatrix
 from coreskip.kernels.groups import GROUP
 from coreskip.kernels.packed import quantize
 from coreskip.predictors.anatomy import dissect, rows_of
+from coreskip.predictors.expert_policies import KeptExperts, SkipExperts
 from coreskip.predictors.policies import Bricks, Cats, Dense, InputThresholds, Learned, Sketch, Static, TopK
 from coreskip.runtime.formats import format_takers
 
@@ -121,9 +122,32 @@ def defined(policy: Any, layer: Any, x: Tensor, margins: Margins | None = None) 
     return y if w.down_bias is None else y + w.down_bias
 
 
+def routed(policy: Any, mixture: Any, x: Tensor, margins: Margins) -> tuple[Tensor, Tensor]:
+    """The experts of tokens x ``[tokens, hidden]``, and their weights, which are 0 for those that are left out."""
+    router = mixture.router
+    logits = F.linear(x, router.weight.to(x.dtype), None if router.bias is None else router.bias.to(x.dtype))
+    allowed = None
+    if isinstance(policy, KeptExperts):
+        allowed = torch.zeros(mixture.count, dtype=torch.bool).index_fill_(0, policy.indices, True)
+    index, weights = router.choice.of(logits, router.correction, allowed)
+    scores = router.choice.scores(logits, allowed)
+    ranks = scores if router.correction is None else scores + router.correction
+    gaps = ranks.sort(-1, descending=True).values.diff().abs()
+    if router.choice.groups == 1:  # else any two may decide which group is the better
+        gaps = gaps[:, router.choice.top_k - 1 : router.choice.top_k]
+    margins.note(gaps.masked_fill((gaps == 0) | gaps.isnan(), torch.inf), scores.abs().amax(-1, keepdim=True))
+    if isinstance(policy, SkipExperts):
+        stay = margins.compared(weights / weights.amax(-1, keepdim=True), policy.beta)
+        left = torch.where(stay, weights, 0)
+        again = weights.sum(-1, keepdim=True) / left.sum(-1, keepdim=True)
+        weights = left * again if router.choice.normalised else left
+    return index, weights
+
+
 @contextmanager
-def by_definition(model: Any, *policies: Any) -> Iterator[Margins]:
+def by_definition(model: Any, *policies: Any, experts: Sequence[Any] | None = None) -> Iterator[Margins]:
     """Decode steps compute `defined` or mask inputs; prompts stay dense. policies: one for each layer, or for all.
+    experts: a layer's policy for its experts.
 
     Yields the margins of the last step.
     """
@@ -156,23 +180,36 @@ def by_definition(model: Any, *policies: Any) -> Iterator[Margins]:
 
         return after
 
+    def of_router(policy: Any, mixture: Any) -> Callable[..., Any]:
+        """Experts are given what `routed` says. Where their inputs are multiplied, theirs stay."""
+
+        def before(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            if not model.decoding:
+                return None
+            return (arguments[0], *routed(policy, mixture, arguments[0], margins))
+
+        return before
+
     def phase(module: nn.Module, arguments: Any, named: dict[str, Any]) -> None:
         model.decoding = named["past_key_values"].get_seq_length() > 0
         margins.clear()
 
     handles.append(anatomy.stack.register_forward_pre_hook(phase, with_kwargs=True))
     seen: dict[int, Tensor] = {}
-    layers = zip(every, anatomy.mlps, anatomy.attentions, strict=True)
-    for index, (policy, layer, attention) in enumerate(layers):
+    layers = zip(every, anatomy.feed_forwards, anatomy.attentions, strict=True)
+    for index, (policy, layer, attention) in enumerate(cast(Any, layers)):
         if isinstance(policy, InputThresholds):
             for name, least in policy.thresholds.items():
-                owner: Any = layer.owner if name.startswith("mlp") else attention.module  # type: ignore[union-attr]
+                owner = layer.owner if name.startswith("mlp") else attention.module
                 linear = getattr(owner, name.partition(".")[2])
                 weight, _ = rows_of(linear)
                 handles.append(linear.register_forward_pre_hook(masked(policy, least, weight)))
         elif not isinstance(policy, Dense):
             handles.append(layer.up.register_forward_pre_hook(noted(seen, index)))
             handles.append(layer.down.register_forward_hook(replaced(policy, layer, index)))
+    for policy, mixture in zip(experts or (), anatomy.experts, strict=experts is not None):
+        if mixture is not None and not mixture.scaled_inputs:
+            handles.append(mixture.module.register_forward_pre_hook(of_router(policy, mixture)))
     try:
         yield margins
     finally:

@@ -445,6 +445,89 @@ check({options})
 """)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        "8, 2", "60, 4, normalized=True, scale=2.5", "8, 3, scoring='sigmoid', normalized=True, added=1e-20, least=0.5",
+        "12, 2, scoring='softmax_of_chosen'", "12, 3, scoring='sigmoid_of_chosen', kept=kept(12)",
+        "16, 2, scoring='sparse_mixer', jitter=0.1", "16, 2, scoring='sparse_mixer', jitter=0.1, kept=kept(16)",
+        "40, 6, groups=8, groups_kept=3, kept=kept(40)", "6, 4, kept=(torch.arange(6) < 3).to(torch.uint8)",
+        "24, 4, scoring='sigmoid', correction=torch.randn(24), groups=4, groups_kept=2, by_pairs=True, normalized=True",
+        "24, 6, correction=torch.rand(24), groups=4, groups_kept=2, by_pairs=True, kept=kept(24), least=0.3",
+        "1, 1",
+    ],
+)  # fmt: skip
+def test_routers(run: Run, options: str) -> None:
+    run(f"""
+from coreskip.kernels.experts import Router
+def kept(count):
+    return (torch.arange(count) % 3 != 1).to(torch.uint8)
+def check(count, chosen, **options):
+    router = Router(PackedLinear.pack(torch.randn(count, 8)), chosen, **options)
+    logits = (torch.randn(9, count + 3) * 2)[:, :count]
+    (weights, experts), (again, others) = step.route(logits, router), step.route(logits, router)
+    assert torch.equal(weights, again) and torch.equal(experts, others)
+    exact, wanted = router.weigh(logits.double())
+    assert torch.equal(experts, wanted.int()), (experts, wanted)
+    assert torch.allclose(weights.double(), exact, rtol=2e-6, atol=1e-7)
+check({options})
+""")
+
+
+def test_experts(run: Run) -> None:
+    """However their matrices lie, with everything that some families have; one that is left out is not read."""
+    run("""
+from coreskip.kernels.gpu_formats import ExpertMatrices
+def floats(*shape, dtype=torch.float32):
+    return (torch.randn(*shape) * 0.2).to(dtype)
+chosen = torch.tensor([[2, 0], [4, -1], [2, 3]], dtype=torch.int32)
+weights = torch.tensor([[0.7, 0.3], [1.0, 0.0], [0.2, 0.9]])
+x, more, gate = torch.randn(3, 36), torch.randn(3, 36), torch.randn(3, 2)[:, 1:]
+def check(gate_rows, up, down, biases, act, **options):
+    matrices = ExpertMatrices(gate_rows, up, down, *biases, act, **options)
+    for given in (x, x.to(up.dtype)):
+        exact = reference.experts(given.double(), matrices, chosen, weights)
+        twice(lambda: step.experts(given, matrices, chosen, weights), exact)
+        exact += 0.5 * more * gate.sigmoid()
+        twice(lambda: step.experts(given, matrices, chosen, weights, more=more, gate=gate, more_scale=0.5), exact)
+    twice(lambda: step.experts(x, matrices, chosen, weights, more=more),
+          reference.experts(x.double(), matrices, chosen, weights) + more)
+stacked, down = floats(5, 40, 36), floats(5, 36, 20)
+stacked[1], down[1] = float("nan"), float("nan")  # whom nobody chose
+check(stacked[:, :20], stacked[:, 20:], down, (None, None, None), "silu")
+check(None, stacked, floats(5, 36, 40), (None, floats(5, 40), floats(5, 36)), "relu2")
+turns, bias = floats(5, 36, 40, dtype=half).transpose(1, 2), floats(5, 40, dtype=half)
+check(turns[:, ::2], turns[:, 1::2], floats(5, 20, 36, dtype=half).transpose(1, 2),
+      (bias[:, ::2], bias[:, 1::2], floats(5, 36, dtype=half)), "silu", limit=0.7, slope=1.7, offset=1.0)
+check(floats(5, 20, 36), floats(5, 20, 36), floats(5, 36, 20), (None, None, None), "gelu", by_inputs=True)
+try:
+    ExpertMatrices(turns[:, ::2], stacked[:, :20], down, None, None, None, "silu")
+except ValueError:
+    pass
+else:
+    raise AssertionError("no error")
+""")
+
+
+def test_what_no_launch_can_do(run: Run) -> None:
+    run("""
+keys, at = torch.zeros(1, 2, 4, 8), torch.zeros(1, dtype=torch.int64)
+places = (0, 2, 0), (16, 2, 0), (32, 2, 0)
+call = lambda **options: step.rotary_write(
+    torch.randn(1, 48), keys, keys.clone(), at, heads=2, places=places, **options)
+call(k_norm=norm(16))
+for wrong in (
+    lambda: call(k_norm=norm(16), turned=True),
+    lambda: step.act_mul(torch.empty(65536, 2), "silu"),
+):
+    try:
+        wrong()
+    except ValueError:
+        continue
+    raise AssertionError("no error")
+""")
+
+
 def test_embeddings_and_errors(run: Run) -> None:
     run("""
 table, ids = torch.randn(50, 64), torch.tensor([3, 0, 49])
