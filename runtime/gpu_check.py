@@ -22,6 +22,8 @@ from .phases import densely, drafting, tallied
 from .program import Program
 from .selfcheck import FEW, KEYS, agree, far_positions, made_up
 
+_LEAST = 256  # positions, as other places have: other kernels than theirs would have to be compiled
+
 
 class Host(Protocol):
     """A wrapped model, as a comparison needs it."""
@@ -81,7 +83,7 @@ def _agrees(
 ) -> bool:
     """Whether a token at each of some positions, behind the cache's keys, has logits close to the modules'."""
     keys = int(cache.get_seq_length())
-    place = Place(cache.layers, keys + 1, entries)
+    place = Place(cache.layers, max(_LEAST, 1 << keys.bit_length()), entries)
     place.adopt(cache)
     step = lowering.step(program, place, 1)
 
