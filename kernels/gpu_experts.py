@@ -185,21 +185,6 @@ def _route_kernel(
 
 
 @triton.jit
-def _products(place, of_input, x, factor, there, inputs, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[BLOCK_N]: rows of a matrix, that begin at `place`, times x, times a factor, which is meant for x."""
-    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for start in range(0, inputs, BLOCK_K):
-        i = start + tl.arange(0, BLOCK_K)
-        inside = i < inputs
-        ws = tl.load(
-            place[:, None] + (i.to(tl.int64) * of_input)[None, :], mask=there[:, None] & inside[None, :], other=0.0
-        )  # fmt: skip
-        xs = tl.load(x + i, mask=inside, other=0.0).to(tl.float32) * factor
-        total += ws.to(tl.float32) * xs[None, :]
-    return tl.sum(total, 1)
-
-
-@triton.jit
 def _widening_kernel(
     x, gate, up, gate_bias, up_bias, chosen, weights, h, neurons, hidden, x_row, of_expert, of_neuron, of_input,
     bias_expert, bias_neuron, limit, slope, offset,
@@ -217,11 +202,23 @@ def _widening_kernel(
     factor = 1.0
     if WEIGHTED:
         factor = tl.load(weights + slot)
-    value = _products(up + at, of_input, xs, factor, there, hidden, BLOCK_N, BLOCK_K)
+    total, other = tl.zeros((BLOCK_N, BLOCK_K), tl.float32), tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for start in range(0, hidden, BLOCK_K):  # gates and ups side by side, so that both are under way
+        i = start + tl.arange(0, BLOCK_K)
+        inside = i < hidden
+        place = at[:, None] + (i.to(tl.int64) * of_input)[None, :]
+        ups = tl.load(up + place, mask=there[:, None] & inside[None, :], other=0.0)
+        if GATED:
+            gates = tl.load(gate + place, mask=there[:, None] & inside[None, :], other=0.0)
+        given = tl.load(xs + i, mask=inside, other=0.0).to(tl.float32) * factor
+        total += ups.to(tl.float32) * given[None, :]
+        if GATED:
+            other += gates.to(tl.float32) * given[None, :]
+    value = tl.sum(total, 1)
     if UP_BIAS:
         value += tl.load(up_bias + expert * bias_expert + n * bias_neuron, mask=there, other=0.0).to(tl.float32)
     if GATED:
-        opened = _products(gate + at, of_input, xs, factor, there, hidden, BLOCK_N, BLOCK_K)
+        opened = tl.sum(other, 1)
         if GATE_BIAS:
             opened += tl.load(gate_bias + expert * bias_expert + n * bias_neuron, mask=there, other=0.0).to(tl.float32)
         if LIMIT:
@@ -252,7 +249,14 @@ def _narrowing_kernel(
         expert = tl.load(chosen + r * CHOSEN + i).to(tl.int64)
         there = (n < hidden) & (expert + tl.zeros((BLOCK_N,), tl.int64) >= 0)
         at = expert * of_expert + n.to(tl.int64) * of_output
-        value = _products(down + at, of_neuron, h + (r * CHOSEN + i) * neurons, 1.0, there, neurons, BLOCK_N, BLOCK_K)
+        given = h + (r * CHOSEN + i) * neurons
+        products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        for start in range(0, neurons, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            place = at[:, None] + (k.to(tl.int64) * of_neuron)[None, :]
+            rows = tl.load(down + place, mask=there[:, None] & (k < neurons)[None, :], other=0.0)
+            products += rows.to(tl.float32) * tl.load(given + k, mask=k < neurons, other=0.0)[None, :]
+        value = tl.sum(products, 1)
         if BIAS:
             value += tl.load(bias + expert * bias_expert + n, mask=there, other=0.0).to(tl.float32)
         if WEIGHTED:
