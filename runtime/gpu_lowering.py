@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from ..kernels import gpu_latents as latents
 from ..kernels import gpu_step as kernel
 from ..kernels.experts import Router
 from ..kernels.gpu_formats import ByRow, FloatMatrix, GroupedMatrix, Inputs, Matrix
@@ -28,7 +29,7 @@ from ..kernels.step_model import Norm
 from ..predictors.anatomy import Anatomy
 from .calls import NotCovered, NotThisCall
 from .gpu_matrices import SlicedMLP
-from .gpu_model import GpuAttention, GpuExperts, GpuLayer, GpuMLP, GpuModel, GpuPacking, describe, lower
+from .gpu_model import GpuAttention, GpuExperts, GpuLatent, GpuLayer, GpuMLP, GpuModel, GpuPacking, describe, lower
 from .gpu_place import Place
 from .lower_cpu import StepProgram
 from .program import Program
@@ -197,8 +198,10 @@ class GpuStep:
             return "row" if sparse.rule == "sketch" and _has_kernel(sparse) else False
         return isinstance(layer.mlp, GpuMLP) and _grouped(layer.mlp.widening[0])
 
-    def _attention(self, index: int, a: GpuAttention, x: Inputs, attends: bool) -> Tensor | None:
+    def _attention(self, index: int, a: GpuAttention | GpuLatent, x: Inputs, attends: bool) -> Tensor | None:
         """What an attention gives, or where it is skipped nothing; its keys and values are written."""
+        if isinstance(a, GpuLatent):
+            return self._latent(index, a, x, attends)
         spec, place, columns = a.spec, self._place, self._program.columns.get(index, {})
         keys, values = place.buffers[index]
         whole = attends or columns.keys() & set(_ATTENTION)
@@ -219,6 +222,28 @@ class GpuStep:
             counters=self._counters,
         )  # fmt: skip
         return self._product(y, (a.output,), columns, ("o",))
+
+    def _latent(self, index: int, a: GpuLatent, x: Inputs, attends: bool) -> Tensor | None:
+        """`_attention` over latents."""
+        spec, dtype, (keys, values) = a.spec, self._model.spec.dtype, self._place.buffers[index]
+        wide = kernel.linears(x, a.inputs, dtype=torch.float32, form=self._form)
+        q, kv = wide.split([wide.shape[1] - keys.shape[3] - values.shape[3], keys.shape[3] + values.shape[3]], 1)
+        if a.q is not None:
+            low = kernel.add_norm(q, a.q_low_norm, quantize=_grouped(a.q), dtype=dtype).y
+            q = kernel.linear(low, a.q, dtype=torch.float32, form=self._form)
+        q = q.unflatten(1, (spec.heads, -1))
+        turned = latents.latent_write(
+            q, kv, keys, values, self._at, norm=a.kv_low_norm, rotation=self._rotations[spec.rotation],
+            positions=self._rows, paired=spec.paired, apart=spec.apart,
+        )  # fmt: skip
+        if not attends:
+            return None
+        y = latents.latent_attention(
+            latents.head_products(q[..., : -spec.rope], a.of_keys), turned, keys, values, self._at,
+            scale=spec.scale, seen=self._place.seen, window=spec.window, counters=self._counters,
+        )  # fmt: skip
+        y = latents.head_products(y, a.of_values).flatten(1)
+        return self._product(y, (a.output,), self._program.columns.get(index, {}), ("o",))
 
     def _mlp(self, index: int, layer: GpuLayer, x: Inputs) -> Tensor:
         sparse, dense, columns = self._mlps[index], layer.mlp, self._program.columns.get(index, {})
@@ -472,6 +497,8 @@ class GpuLowering:
             return "its sequences chose differently"
         for index, columns in program.columns.items():
             attention, mlp = model.layers[index].attention, model.layers[index].mlp
+            if isinstance(attention, GpuLatent) and columns.keys() & set(_ATTENTION):
+                return "inputs are left out of projections of latents"
             products = [(_ATTENTION, attention.inputs), (("o",), (attention.output,))]
             if isinstance(mlp, GpuMLP):
                 products += [(_MLP if mlp.gated else ("up",), mlp.widening), (("down",), (mlp.down,))]

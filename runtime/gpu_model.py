@@ -1,14 +1,14 @@
 """A described model as the lowered step of a GPU reads it: matrices where they lie, or packed in groups on the device.
 
-Nothing is computed here; gpu_lowering.py does that. Attention over latents is not lowered: its modules are captured.
-Experts are read as they were loaded, whatever a plan's format.
+Nothing is computed here; gpu_lowering.py does that. Experts, and what expands latents, are read as floats, whatever a
+plan's format.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,17 @@ from .program import Program
 from .reading import read_spec
 from .release import Replaced
 from .rotary_tables import Rotation
-from .spec import AttentionSpec, BrickSpec, ExpertsSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec, beside_its_halves
+from .spec import (
+    AttentionSpec,
+    BrickSpec,
+    ExpertsSpec,
+    LatentSpec,
+    LayerSpec,
+    LinearSpec,
+    ModelSpec,
+    NormSpec,
+    beside_its_halves,
+)
 
 #: the kernels' names of a plan's formats, of those that a GPU has
 FORMATS = {None: None, "int8": "int8_groups", "int4": "int4"}
@@ -66,6 +76,38 @@ class GpuAttention:
     @property
     def head_dim(self) -> int:
         return self.spec.head_dim
+
+    @property
+    def nbytes(self) -> int:
+        """Of all matrices that a token reads."""
+        return sum(matrix.nbytes for matrix in (*self.inputs, self.output))
+
+
+@dataclass(frozen=True, eq=False)
+class GpuLatent:
+    """Attention over latents; see `LatentSpec`.
+
+    Attributes:
+        inputs: what gives queries, or their latents, and then a position's latent and key, side by side.
+        q: from queries' latents to queries; None: `inputs` give these.
+        of_keys: ``[heads, rank, numbers of a query that are not turned]``, what those are multiplied by to meet
+            latents. of_values: ``[heads, numbers of a value, rank]``.
+    """
+
+    spec: LatentSpec
+    inputs: tuple[Matrix, ...]
+    q: Matrix | None
+    q_low_norm: Norm | None
+    kv_low_norm: Norm
+    of_keys: Tensor
+    of_values: Tensor
+    output: Matrix
+
+    @property
+    def nbytes(self) -> int:
+        """Of all matrices that a token reads."""
+        of_heads = sum(t.numel() * t.element_size() for t in (self.of_keys, self.of_values))
+        return of_heads + sum(m.nbytes for m in (*self.inputs, self.q, self.output) if m is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +151,7 @@ class GpuExperts:
 class GpuLayer:
     """See `LayerSpec`."""
 
-    attention: GpuAttention
+    attention: GpuAttention | GpuLatent
     mlp: GpuMLP | GpuExperts
     attention_in: Norm | None
     attention_out: Norm | None
@@ -137,10 +179,7 @@ class GpuModel:
     @property
     def nbytes(self) -> int:
         """Of all matrices that a step of one token reads."""
-        every: list[Matrix | GpuMLP | GpuExperts] = [self.head]
-        for layer in self.layers:
-            every += [*layer.attention.inputs, layer.attention.output, layer.mlp]
-        return sum(part.nbytes for part in every)
+        return self.head.nbytes + sum(layer.attention.nbytes + layer.mlp.nbytes for layer in self.layers)
 
 
 class GpuPacking:
@@ -306,9 +345,14 @@ def describe(model: Any, anatomy: Anatomy) -> ModelSpec:
     if more is not None:
         raise NotCovered(more)
     for layer in spec.layers:
-        if not isinstance(layer.attention, AttentionSpec):
-            raise NotCovered("attention over latents is not lowered")
-        if layer.attention.inside or any(brick.norm is not None for brick in layer.bricks):
+        attention = layer.attention
+        if isinstance(attention, LatentSpec) and (
+            attention.rotation == "" or rows_of(attention.expand.module)[1] is not None
+        ):
+            raise NotCovered("its latent attention has no rotation, or a bias where it expands latents")
+        if (isinstance(attention, AttentionSpec) and attention.inside) or any(
+            brick.norm is not None for brick in layer.bricks
+        ):
             raise NotCovered("heads have gates, or norms stand inside of attentions or MLPs")
     return spec
 
@@ -337,11 +381,12 @@ def lower(spec: ModelSpec, packing: GpuPacking) -> GpuModel:
 
 
 def _layer(index: int, layer: LayerSpec, packing: GpuPacking, device: torch.device) -> GpuLayer:
-    assert isinstance(layer.attention, AttentionSpec)
+    assert layer.attention is not None
+    lowered = _latent if isinstance(layer.attention, LatentSpec) else _attention
     names = ("attention_in", "attention_out", "attention_after", "mlp_in", "mlp_out", "mlp_after")
     norms: dict[str, Any] = {name: _norm(getattr(layer, name), device) for name in names}
     return GpuLayer(
-        attention=_attention(layer.attention, packing, device),
+        attention=lowered(cast(Any, layer.attention), packing, device),
         mlp=_mlp(packing.kept_first(index, layer.bricks[0]) or layer.bricks[0], packing)
         if layer.experts is None
         else _experts(layer.experts, packing),
@@ -368,6 +413,27 @@ def _attention(spec: AttentionSpec, packing: GpuPacking, device: torch.device) -
         slopes=None if spec.slopes is None else spec.slopes.to(device),
         sinks=None if spec.sinks is None else spec.sinks.detach().float().contiguous(),
     )  # fmt: skip
+
+
+def _latent(spec: LatentSpec, packing: GpuPacking, device: torch.device) -> GpuLatent:
+    first = spec.q if spec.q_low is None else spec.q_low
+    (output,) = packing.side_by_side([spec.output], packing.format)
+    (expand,) = packing.side_by_side([spec.expand], packing.format)
+    weight = expand.weight if isinstance(expand, FloatMatrix) else expand.floats(rows_of(spec.q.module)[0].dtype)
+    weight = weight.unflatten(0, (spec.heads, -1))
+    values = output.in_features // spec.heads
+    kv_low_norm = _norm(spec.kv_low_norm, device)
+    assert kv_low_norm is not None
+    return GpuLatent(
+        spec=spec,
+        inputs=packing.side_by_side([first, spec.kv_low], packing.format),
+        q=None if spec.q_low is None else packing.side_by_side([spec.q], packing.format)[0],
+        q_low_norm=_norm(spec.q_low_norm, device),
+        kv_low_norm=kv_low_norm,
+        of_keys=weight[:, :-values].transpose(1, 2),
+        of_values=weight[:, -values:],
+        output=output,
+    )
 
 
 def _in_turn(first: int, heads: int, kv_heads: int, d: int) -> tuple[Heads, Heads, Heads]:

@@ -228,9 +228,9 @@ def in_groups(model: Any, weights: str) -> Iterator[Margins]:
     head, model.rounding = model.get_output_embeddings(), False
 
     def rounded(module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor] | None:
-        if not model.rounding:
-            return None
         x = arguments[0]
+        if not model.rounding or x.ndim == 4:  # latents of a whole text, which are expanded
+            return None
         rows = x.reshape(-1, x.shape[-1])
         groups = F.pad(rows, (0, -rows.shape[1] % GROUP)).reshape(-1, GROUP)
         integers, scale = margins.rounded(groups, of=rows.shape[0])

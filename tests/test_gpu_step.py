@@ -362,10 +362,10 @@ def test_what_is_not_lowered_is_said_once_and_its_modules_are_captured(caplog: p
     said = [record.message for record in caplog.records if "not lowered as a whole" in record.message]
     assert len(said) == 1
     assert said[0].endswith(graphs.lowering.refusal)
-    latents = tiny("deepseek_v3")
-    with captured(latents, lowered=True) as graphs:
-        greedy(latents, prompt(1), 4)
-        assert graphs.lowering.refusal == "attention over latents is not lowered"
+    normed = tiny("bitnet")
+    with captured(normed, lowered=True) as graphs:
+        greedy(normed, prompt(1), 4)
+        assert "norms stand inside" in str(graphs.lowering.refusal)
 
 
 @pytest.mark.parametrize("probed", [True, False])
@@ -388,9 +388,12 @@ def test_positions_that_a_text_comes_to_later(probed: bool, monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [("qwen2_moe", "skip_experts"), ("gpt_oss", "kept_experts"), ("glm4_moe", "dense"), ("mixtral", "core_experts")],
-)
-def test_mixtures_of_experts(family: str, name: str) -> None:
+    [
+        ("qwen2_moe", "skip_experts"), ("gpt_oss", "kept_experts"), ("glm4_moe", "dense"), ("mixtral", "core_experts"),
+        ("deepseek_v2", "skip_experts"), ("deepseek_v3", "dense"), ("deepseek_v2", "int4"),
+    ],
+)  # fmt: skip
+def test_mixtures_of_experts_and_latents(family: str, name: str) -> None:
     verdict = judge(family, name, 20)
     assert verdict.way == "step"
     assert verdict.ok, verdict
@@ -505,6 +508,10 @@ LAUNCHES = [(None, kind, _PRODUCTS.get(kind, 3)) for kind in ("dense", "static",
 LAUNCHES += [("int4", "dense", 4), ("int4", "static", 4), ("int4", "signed", 5), ("int8", "dense", 4)]
 # of a mixture that of its router (and of its shared expert's gate), two of its experts, and two of the shared one
 LAUNCHES += [(None, "mixtral", 5), (None, "qwen2_moe", 7), ("int4", "mixtral", 5)]
+LAUNCHES += [(None, "deepseek_v3", 10)]  # queries' latents, queries, two of heads and latents, o; five of experts
+
+
+_ALL_MIXED: dict[str, Any] = {"qwen2_moe": {"mlp_only_layers": []}, "deepseek_v3": {"first_k_dense_replace": 0}}
 
 
 @pytest.mark.parametrize(("weights", "kind", "products"), LAUNCHES)
@@ -518,7 +525,7 @@ def test_launches_of_a_layer(
     small, found, by_torch = list[int](), list[int](), list[Counter[str]]()
     for layers in (1, 2):
         family = kind if kind in EXPERTS else "llama_bias" if kind == "teal_all" else "llama"
-        model = tiny(family, num_hidden_layers=layers, **({"mlp_only_layers": []} if kind == "qwen2_moe" else {}))
+        model = tiny(family, num_hidden_layers=layers, **_ALL_MIXED.get(kind, {}))
         plan = Plan.dense(model) if kind == "dense" or kind in EXPERTS else policy_plan(model, kind)
         ids = prompt(1, 4)
         with torch.no_grad(), lowered(model, replace(plan, weights=weights)) as graphs, monkeypatch.context() as patch:

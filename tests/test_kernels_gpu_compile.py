@@ -210,6 +210,30 @@ made(lambda: step.experts(torch.empty((1, 2880), dtype=half), ExpertMatrices(tur
 """)
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+def test_latents(run: Run, capability: int) -> None:
+    """The shape of DeepSeek-V2-Lite, and in float32."""
+    run(f"""
+from coreskip.kernels import gpu_latents as latents
+for dtype in (half, torch.float32) if {capability} == 90 else (half,):
+    keys, values = torch.empty((1, 1, 2048, 512), dtype=dtype), torch.empty((1, 1, 2048, 64), dtype=dtype)
+    q, kv, table = torch.empty(1, 16, 192), torch.empty(1, 576), torch.empty(1, 64)
+    at = torch.zeros(1, dtype=torch.int64)
+    made(lambda: latents.latent_write(q, kv, keys, values, at, norm=norm(512), rotation=(table, table), positions=at,
+        paired=False, apart=True), "_write_kernel", capability={capability})
+    weight = torch.empty((16, 256, 512), dtype=dtype)
+    made(lambda: latents.head_products(q[..., :128], weight[:, :128].transpose(1, 2)), "_heads_kernel",
+        capability={capability})
+    asked = torch.empty(1, 16, 512)
+    (ptx,) = made(lambda: latents.head_products(asked, weight[:, 128:]), "_heads_kernel", capability={capability})
+    assert "ld.global.v4.b32" in ptx
+    turned = torch.empty((1, 16, 64), dtype=dtype)
+    (ptx,) = made(lambda: latents.latent_attention(asked, turned, keys, values, at, scale=0.1), "_latent_kernel",
+        capability={capability})
+    adds_up_last(ptx)
+""")
+
+
 def test_matrices_in_eight_bits_with_one_scale_a_row(run: Run) -> None:
     """The kernels of gpu.py that are left."""
     run("""

@@ -12,6 +12,7 @@ from triton_process import scripts
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (the extra `gpu`)")
 
 SETUP = """
+import pytest
 import torch
 from coreskip.kernels import gpu_reference as reference
 from coreskip.kernels import gpu_step as step
@@ -500,12 +501,56 @@ turns, bias = floats(5, 36, 40, dtype=half).transpose(1, 2), floats(5, 40, dtype
 check(turns[:, ::2], turns[:, 1::2], floats(5, 20, 36, dtype=half).transpose(1, 2),
       (bias[:, ::2], bias[:, 1::2], floats(5, 36, dtype=half)), "silu", limit=0.7, slope=1.7, offset=1.0)
 check(floats(5, 20, 36), floats(5, 20, 36), floats(5, 36, 20), (None, None, None), "gelu", by_inputs=True)
-try:
+with pytest.raises(ValueError):
     ExpertMatrices(turns[:, ::2], stacked[:, :20], down, None, None, None, "silu")
-except ValueError:
-    pass
-else:
-    raise AssertionError("no error")
+""")
+
+
+@pytest.mark.parametrize("way", ["paired=True, apart=False", "paired=False, apart=True", "paired=False, apart=False"])
+def test_latents(run: Run, way: str) -> None:
+    """Of 20 heads of two sequences of two tokens each; what lies beyond a row's index is NaN."""
+    run(f"""
+from coreskip.kernels import gpu_latents as latents
+heads, rank, rope, nope, rows, capacity = 20, 24, 8, 12, 4, 70
+wide, kv, table = torch.randn(rows, heads * (nope + rope) + 5), torch.randn(rows, rank + rope), torch.rand(64, rope)
+q = wide[:, 5:].unflatten(1, (heads, -1))
+at, positions = torch.tensor([3, 4, 68, 69]), torch.tensor([5, 6, 1, 0])
+one, rotation = norm(rank), (table.cos(), table.sin())
+start = [torch.randn(2, 1, capacity, size) for size in (rank, rope)]
+def written(dtype=torch.float32, at=at):
+    keys, values = (t.to(dtype).clone() for t in start)
+    found = latents.latent_write(q, kv, keys, values, at, norm=one, rotation=rotation, positions=positions, {way})
+    return found, keys, values
+for dtype in (torch.float32, half):
+    with step.definitions():
+        expected = written(dtype)
+    for result, wanted in zip(written(dtype), expected, strict=True):
+        error = 1e-2 if dtype is half else 1e-6
+        assert result.dtype == dtype and torch.allclose(result.float(), wanted.float(), atol=2e-6, rtol=error)
+assert torch.equal(written(at=at + 1000)[1], start[0])
+turned, keys, values = written()
+for sequence in range(2):
+    end = int(at.view(2, 2)[sequence].max()) + 1
+    keys[sequence, :, end:], values[sequence, :, end:] = float("nan"), float("nan")
+weight = torch.randn(heads, nope + 9, rank)
+of_keys, of_values = weight[:, :nope].transpose(1, 2), weight[:, nope:]
+def products(x, weight):
+    twice(lambda: latents.head_products(x, weight), torch.einsum("rhi,hoi->rho", x.double(), weight.double()))
+products(q[..., :nope], of_keys)
+asked = latents.head_products(q[..., :nope], of_keys)
+products(asked, of_values.to(half))
+counters = torch.zeros(rows * step.COUNTERS, dtype=torch.int32)
+def check(seen, window):
+    def call(*given):
+        return latents.latent_attention(*given, at, scale=0.2, seen=seen, window=window, counters=counters)
+    with step.definitions():
+        exact = call(*(t.double() for t in (asked, turned, keys, values)))
+    result = call(asked, turned, keys, values)
+    assert torch.equal(result, call(asked, turned, keys, values)) and not counters.any()
+    assert (result - exact).abs().max() <= 2e-6 * exact.abs().max()
+check(None, 0)
+check(torch.rand(2, capacity) > 0.3, 9)
+check(torch.zeros(2, capacity, dtype=torch.bool), 0)
 """)
 
 
@@ -516,15 +561,9 @@ places = (0, 2, 0), (16, 2, 0), (32, 2, 0)
 call = lambda **options: step.rotary_write(
     torch.randn(1, 48), keys, keys.clone(), at, heads=2, places=places, **options)
 call(k_norm=norm(16))
-for wrong in (
-    lambda: call(k_norm=norm(16), turned=True),
-    lambda: step.act_mul(torch.empty(65536, 2), "silu"),
-):
-    try:
+for wrong in (lambda: call(k_norm=norm(16), turned=True), lambda: step.act_mul(torch.empty(65536, 2), "silu")):
+    with pytest.raises(ValueError):
         wrong()
-    except ValueError:
-        continue
-    raise AssertionError("no error")
 """)
 
 
