@@ -20,8 +20,6 @@ from .gpu_mlp import summed
 from .gpu_parts import ACT, PLAIN, act, dealt, launch, power, row_stride, wait
 from .packed import PackedLinear, PackedMLP
 
-_KINDS = {"plain": 0, "sigmoid": 1, "size": 2}
-
 
 def pick(score: Tensor, keep: int, threshold: float, kind: str, norm: Tensor | None) -> Tensor:
     """See `gpu_step.pick`."""
@@ -31,7 +29,7 @@ def pick(score: Tensor, keep: int, threshold: float, kind: str, norm: Tensor | N
     block = power(neurons, 16)
     launch(
         "small", _pick_kernel, (rows if width else 0,), score, norm, listed, threshold, row_stride(score),
-        NEURONS=neurons, BLOCK=block, KEEP=keep, KIND=_KINDS[kind], NORM=norm is not None,
+        NEURONS=neurons, BLOCK=block, KEEP=keep, SIZE=kind == "size", NORM=norm is not None,
         num_warps=max(1, min(32, block // 512)),
     )  # fmt: skip
     return listed
@@ -121,16 +119,14 @@ def _count(key, there, candidate):
 @triton.jit
 def _pick_kernel(
     score, norm, listed, threshold, score_row, NEURONS: tl.constexpr, BLOCK: tl.constexpr, KEEP: tl.constexpr,
-    KIND: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
+    SIZE: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait(OVERLAP)
     r = tl.program_id(0).to(tl.int64)
     neuron = tl.arange(0, BLOCK)
     there = neuron < NEURONS
     x = tl.load(score + r * score_row + neuron, mask=there, other=0.0)
-    if KIND == 1:
-        x = 1 / (1 + tl.exp(-x))
-    if KIND == 2:
+    if SIZE:
         x = tl.abs(x)
     if NORM:
         x *= tl.load(norm + neuron, mask=there, other=0.0)

@@ -105,7 +105,7 @@ def kept_by(gate: Tensor | None, h: Tensor, packed: PackedMLP, rule: str, thresh
 
 def pick(score: Tensor, keep: int, threshold: float, kind: str, norm: Tensor | None) -> Tensor:
     """int64."""
-    score = score.sigmoid() if kind == "sigmoid" else score.abs() if kind == "size" else score
+    score = score.abs() if kind == "size" else score
     return cpu_reference.pick(score if norm is None else score * norm, keep, threshold)
 
 

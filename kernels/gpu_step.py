@@ -382,14 +382,13 @@ def pick(
     *,
     keep: int | None = None,
     threshold: float = 0.0,
-    kind: Literal["plain", "sigmoid", "size"] = "plain",
+    kind: Literal["plain", "size"] = "plain",
     norm: Tensor | None = None,
 ) -> Tensor:
     """int32 [R, keep]: the neurons with the greatest of score [R, neurons], float32, ascending, of equal ones the
     first. keep None: [R, neurons], those of `threshold` up, then -1. A NaN is picked. One launch.
 
-    kind: "plain": scores are what they are; "sigmoid": theirs; "size": |score|. norm: float32 [neurons], what these are
-    multiplied by.
+    kind: "plain": scores are what they are; "size": |score|. norm: float32 [neurons], what these are multiplied by.
     """
     count_ = -1 if keep is None else keep
     kernel = _kernels("gpu_choice", score)

@@ -310,9 +310,9 @@ class GpuStep:
 
     def _picked(self, sparse: SparseMLP, packed: PackedMLP, x: Tensor) -> Tensor:
         """int32 ``[tokens, k]``: the neurons that a predictor or a scorer chooses."""
-        least, norm, kind = sparse.threshold or 0.0, None, "plain"
+        least, norm, kind = sparse.least, None, "plain"
         if sparse.predictor is not None:
-            score, kind = x, "sigmoid"
+            score = x
             for linear in sparse.predictor:
                 matrix = FloatMatrix(linear.weight[:, : linear.in_features], linear.bias)
                 score = kernel.linear(score, matrix, dtype=torch.float32, form=self._form)

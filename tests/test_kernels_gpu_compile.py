@@ -152,7 +152,7 @@ from coreskip.kernels.gpu_formats import ByRow
 from coreskip.kernels.packed import PackedLinear
 for neurons in (1536, 28672) if {capability} == 90 else (11008,):
     score, ends = torch.empty(1, neurons), torch.empty(neurons)
-    made(lambda: step.pick(score, keep=neurons // 2, kind="sigmoid"), "_pick_kernel", capability={capability})
+    made(lambda: step.pick(score, keep=neurons // 2), "_pick_kernel", capability={capability})
     made(lambda: step.pick(score, threshold=0.5, kind="size", norm=ends), "_pick_kernel", capability={capability})
 for hidden in (576, 4096, 8192) if {capability} == 90 else (4096,):
     half_row = -(-hidden // 128) * 64
