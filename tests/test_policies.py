@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -460,3 +461,16 @@ def test_damaged_files(llama: Any, tmp_path: Path, edit: Callable[[dict[str, Any
     rewrite(tmp_path / "p.plan", lambda document: edit(document["layers"][0]["neurons"]))
     with pytest.raises(PlanError):
         Plan.load(tmp_path / "p.plan")
+
+
+@pytest.mark.parametrize("rows", [1, 5, 20])
+def test_learned_scores_beyond_where_a_sigmoid_is_one(rows: int) -> None:
+    """In float32 that is 17: the neurons with the greatest scores, not the first of those that are large."""
+    model = tiny("llama")
+    policy = replace(some_policy(model, "learned"), expand=40 * some_policy(model, "learned").expand)
+    layer = dissect(model).mlps[1]
+    x = torch.randn(rows, layer.hidden_size, generator=torch.Generator().manual_seed(5))
+    with coreskip.wrap(model, plan_with(model, policy)), torch.no_grad():
+        found, _ = runtime_of(model).prepared.mlp(1).run(x)
+        expected = defined(policy, layer, x)
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
