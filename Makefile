@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo bench tables test test-isas fuzz-serve test-clients lint types check sanitize clean
+.PHONY: setup demo bench tables test test-isas test-gpu-steps fuzz-serve test-clients lint types check sanitize clean
 
 setup: $(STAMP)
 
@@ -45,6 +45,12 @@ test: setup
 # every combination. ARGS adds options, for example ARGS='--times 3'.
 test-isas: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/isas.py -n $(JOBS) $(ARGS)
+
+# Every family under every policy for 200 tokens of a GPU's lowered step, against its definition in float64: half an hour
+# by the definitions of the kernels in torch; with TRITON_INTERPRET=1 before it by the kernels, for as many tokens as
+# ARGS='--steps 2' says. ARGS='--families llama --cases teal,int4' are some of them.
+test-gpu-steps: setup
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/gpu_sweep.py $(ARGS)
 
 # Ten thousand requests that nobody would send: each gets an answer, or an error that the API documents.
 fuzz-serve: setup

@@ -132,6 +132,8 @@ def _kernels(results: object, device: torch.device, shapes: Sequence[tuple[int, 
             gpu_kernels.time_groups(results, device, hidden, inner, (1, 8))
             gpu_kernels.time_groups(results, device, hidden, hidden, (1, 8))
             gpu_kernels.time_small(results, device, hidden, inner, context)
+            mixture = (128, 8, 2048, 768) if device.type == "cuda" else (8, 2, 64, 32)  # of Qwen3-30B-A3B
+            gpu_kernels.time_experts(results, device, *mixture, torch.bfloat16)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from coreskip.bench.gpu_clock import GpuRow, Results, difference, layers_for, seconds_of
 from coreskip.kernels import gpu_reference as reference
 from coreskip.kernels import gpu_step as step
-from coreskip.kernels.gpu_formats import ByRow, GroupedMatrix, Quantized
+from coreskip.kernels.experts import Router
+from coreskip.kernels.gpu_formats import ByRow, ExpertMatrices, GroupedMatrix, Quantized
 from coreskip.kernels.packed import ACTS, PackedColumns, PackedLinear, PackedMLP
 from coreskip.kernels.step_model import Norm
 
@@ -63,6 +64,7 @@ def _checks(device: torch.device, hidden: int, inner: int) -> Iterator[Check]:
     yield from _check_choices(device, hidden, inner)
     yield from _check_rows(device, hidden, half)
     yield from _check_attention(device, hidden, half)
+    yield from _check_experts(device, hidden, inner, half)
 
 
 def _check_groups(device: torch.device, hidden: int, inner: int) -> Iterator[Check]:
@@ -242,6 +244,38 @@ def _check_attention(device: torch.device, hidden: int, dtype: torch.dtype) -> I
         )
 
 
+def _check_experts(device: torch.device, hidden: int, inner: int, dtype: torch.dtype) -> Iterator[Check]:
+    logits = torch.randn(3, 128, device=device) * 2
+    kept = (torch.arange(128, device=device) % 3 != 1).to(torch.uint8)
+    ways: dict[str, dict[str, Any]] = {
+        "softmax": {"normalized": True},
+        "groups, some experts": {"groups": 8, "groups_kept": 3, "by_pairs": True, "kept": kept, "least": 0.3},
+        "sigmoid, corrected": {"scoring": "sigmoid", "correction": torch.randn(128, device=device)},
+        "softmax of chosen": {"scoring": "softmax_of_chosen"},
+    }
+    for name, options in ways.items():
+        router = Router(PackedLinear.pack(torch.randn(128, 8, device=device)), 6, **options)
+        yield Check(
+            f"router, {name}",
+            lambda r=router: _as_row(*step.route(logits, r)),
+            lambda r=router: _as_row(*r.weigh(logits.double())),
+        )
+    x, inner = torch.randn(2, hidden, device=device), inner // 4
+    for name, transposed in (("by rows", False), ("by columns, biased", True)):
+        matrices = experts_of(8, hidden, inner, dtype, device, transposed)
+        weights = torch.rand(2, 3, device=device)
+        chosen = torch.tensor([[1, 6, -1], [6, 0, 3]], dtype=torch.int32, device=device)
+        yield Check(
+            f"experts {name}",
+            lambda m=matrices, c=chosen, w=weights: step.experts(x, m, c, w, more=x, gate=w[:, :1]),
+            lambda m=matrices, c=chosen, w=weights: reference.experts(x.double(), m, c, w) + x * w[:, :1].sigmoid(),
+        )
+
+
+def _as_row(weights: Tensor, experts: Tensor) -> Tensor:
+    return torch.cat([weights, experts.to(weights.dtype) * 0.01], 1)
+
+
 def _defined(rotate: Callable[[Any], Tensor]) -> Tensor:
     """By the definition, which runs wherever no kernels are asked for."""
     with step.definitions():
@@ -267,6 +301,24 @@ def sliced(hidden: int, inner: int, device: torch.device) -> PackedMLP:
     scale = torch.rand(inner, 3, device=device).mul_(0.02 * hidden**-0.5)
     return PackedMLP(
         weight, hidden, True, "silu", low=low, scale=scale, norm=torch.rand(inner, device=device) + 0.5
+    )  # fmt: skip
+
+
+def experts_of(
+    count: int, hidden: int, inner: int, dtype: torch.dtype, device: torch.device, transposed: bool = False
+) -> ExpertMatrices:
+    """Random weights: gates before ups; transposed: by columns, gates and ups in turn, with biases (gpt-oss)."""
+    first, second = (2 * inner, hidden), (hidden, inner)
+    if transposed:
+        first, second = first[::-1], second[::-1]
+    both, down = (
+        torch.randn(count, *shape, device=device, dtype=dtype).mul_(hidden**-0.5) for shape in (first, second)
+    )
+    if not transposed:
+        return ExpertMatrices(both[:, :inner], both[:, inner:], down, None, None, None, "silu")
+    both, bias = both.transpose(1, 2), torch.randn(count, 2 * inner, device=device, dtype=dtype)
+    return ExpertMatrices(
+        both[:, ::2], both[:, 1::2], down.transpose(1, 2), bias[:, ::2], bias[:, 1::2], None, "silu", 7.0, 1.702, 1.0
     )  # fmt: skip
 
 
@@ -388,6 +440,25 @@ def _timed(
     results.speed(row, seconds_of(calls, device), nbytes)
     if row.us and base.us:
         row.against = round(base.us["p50"] / row.us["p50"], 3)
+
+
+def time_experts(
+    results: Results, device: torch.device, count: int, chosen: int, hidden: int, inner: int, dtype: torch.dtype
+) -> None:
+    """The experts of one token, others at every call, and their choice."""
+    shape, mixture = f"{chosen} of {count} {hidden}x{inner}", experts_of(count, hidden, inner, dtype, device)
+    x, weights = torch.randn(1, hidden, device=device).to(dtype), torch.rand(1, chosen, device=device)
+    picked = [torch.randperm(count, device=device)[None, :chosen].int() for _ in range(32)]
+    row = GpuRow("kernel", "experts of a token", shape, str(dtype).removeprefix("torch."))
+    nbytes = 3 * chosen * hidden * inner * dtype.itemsize
+    calls = [lambda p=p: step.experts(x, mixture, p, weights) for p in picked]
+    results.attempt(row, lambda row: results.speed(row, seconds_of(calls, device), nbytes))
+    router = Router(PackedLinear.pack(torch.randn(count, hidden, device=device)), chosen, normalized=True)
+    logits = torch.randn(1, count, device=device)
+    results.attempt(
+        GpuRow("small", "choice of experts", shape),
+        lambda row: results.speed(row, seconds_of([lambda: step.route(logits, router)] * 32, device), 0),
+    )
 
 
 def time_small(results: Results, device: torch.device, hidden: int, inner: int, context: int) -> None:

@@ -119,7 +119,7 @@ def _activations_kernel(
     ACT: tl.constexpr, GATED: tl.constexpr, GATE_ONLY: tl.constexpr, LISTED: tl.constexpr,
     GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, MEAN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    r = tl.program_id(1)
+    r = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     neuron, wanted = _neurons(indices + r * list_stride if LISTED else indices, at, count, LISTED)
     projections: tl.constexpr = 2 if GATED else 1
@@ -172,7 +172,7 @@ def _down_kernel(
     h, down, scale, indices, partial, hidden, count, share, list_stride, bundle, parts,
     LISTED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    split, r = tl.program_id(1), tl.program_id(2)
+    split, r = tl.program_id(1), tl.program_id(2).to(tl.int64)
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < hidden
     total = tl.zeros((BLOCK_D,), tl.float32)

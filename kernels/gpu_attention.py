@@ -40,6 +40,9 @@ def rotary_write(
     rows, (sequences, kv_heads, capacity, size) = qkv.shape[0], keys.shape
     if keys.stride() != values.stride() or keys.stride(3) != 1 or keys.dtype != values.dtype:
         raise ValueError("keys and values must lie in memory alike, and a head's numbers side by side")
+    for norm, count, place in ((q_norm, heads, places[0]), (k_norm, kv_heads, places[1])):
+        if _all_heads(norm, count, size) and (turned or place[1] < count):
+            raise ValueError("heads that are normed at once must lie side by side, and not be turned before")
     q = torch.empty((rows, heads, size), dtype=keys.dtype, device=qkv.device)
     cos, sin = (None, None) if rotation is None else rotation
     norms: list[Tensor | float | None] = []
@@ -207,7 +210,7 @@ def _rotary_kernel(
                 x, h, cos, sin, k_weight, k_bias, k_eps, K[0], K[1], K[2], SIZE, KV_HEADS, BLOCK, TURNED, PAIRED,
                 AFTER, K_NORM, K_BIAS, K_ALL,
             )  # fmt: skip
-            to = keys + (r // TOKENS).to(tl.int64) * of_sequence + h * of_head + index * of_index
+            to = keys + (r // TOKENS).to(tl.int64) * of_sequence + h.to(tl.int64) * of_head + index * of_index
             tl.store(to + d, y.to(keys.dtype.element_ty), mask=here)
         else:
             h -= KV_HEADS
@@ -215,7 +218,7 @@ def _rotary_kernel(
                 x, h, cos, sin, k_weight, k_bias, k_eps, V[0], V[1], V[2], SIZE, KV_HEADS, BLOCK, 0, False, False, 0,
                 False, 0,
             )  # fmt: skip
-            to = values + (r // TOKENS).to(tl.int64) * of_sequence + h * of_head + index * of_index
+            to = values + (r // TOKENS).to(tl.int64) * of_sequence + h.to(tl.int64) * of_head + index * of_index
             tl.store(to + d, y.to(values.dtype.element_ty), mask=here)
 
 
@@ -251,8 +254,9 @@ def _attention_kernel(
         asked = asked.to(tl.float32)
     if SLOPES:
         slope = tl.load(slopes + head, mask=real, other=0.0).to(tl.float32)
-    keys += sequence * of_sequence + kv * of_head
-    values += sequence * of_sequence + kv * of_head
+    of_kv = sequence * of_sequence + kv.to(tl.int64) * of_head
+    keys += of_kv
+    values += of_kv
     most = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     sums = tl.zeros((BLOCK_H,), tl.float32)
     result = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)

@@ -20,8 +20,6 @@ from .gpu_mlp import summed
 from .gpu_parts import ACT, PLAIN, act, dealt, launch, power, row_stride, wait
 from .packed import PackedLinear, PackedMLP
 
-_KINDS = {"plain": 0, "sigmoid": 1, "size": 2}
-
 
 def pick(score: Tensor, keep: int, threshold: float, kind: str, norm: Tensor | None) -> Tensor:
     """See `gpu_step.pick`."""
@@ -31,7 +29,7 @@ def pick(score: Tensor, keep: int, threshold: float, kind: str, norm: Tensor | N
     block = power(neurons, 16)
     launch(
         "small", _pick_kernel, (rows if width else 0,), score, norm, listed, threshold, row_stride(score),
-        NEURONS=neurons, BLOCK=block, KEEP=keep, KIND=_KINDS[kind], NORM=norm is not None,
+        NEURONS=neurons, BLOCK=block, KEEP=keep, SIZE=kind == "size", NORM=norm is not None,
         num_warps=max(1, min(32, block // 512)),
     )  # fmt: skip
     return listed
@@ -121,16 +119,14 @@ def _count(key, there, candidate):
 @triton.jit
 def _pick_kernel(
     score, norm, listed, threshold, score_row, NEURONS: tl.constexpr, BLOCK: tl.constexpr, KEEP: tl.constexpr,
-    KIND: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
+    SIZE: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait(OVERLAP)
-    r = tl.program_id(0)
+    r = tl.program_id(0).to(tl.int64)
     neuron = tl.arange(0, BLOCK)
     there = neuron < NEURONS
     x = tl.load(score + r * score_row + neuron, mask=there, other=0.0)
-    if KIND == 1:
-        x = 1 / (1 + tl.exp(-x))
-    if KIND == 2:
+    if SIZE:
         x = tl.abs(x)
     if NORM:
         x *= tl.load(norm + neuron, mask=there, other=0.0)
@@ -174,7 +170,7 @@ def _sign_kernel(
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait(OVERLAP)
-    n, r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1)
+    n, r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1).to(tl.int64)
     at = tl.minimum(n, outs - 1).to(tl.int64)
     total = tl.zeros((BLOCK_N, BLOCK_K), tl.int32)
     for start in tl.static_range(0, INPUTS, BLOCK_K):
@@ -246,7 +242,7 @@ def _scores_kernel(
     GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, PLAIN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait(OVERLAP)
-    r = tl.program_id(1)
+    r = tl.program_id(1).to(tl.int64)
     word = tl.arange(0, BLOCK_W)
     low, high = _x_words(x + r * WORDS * 2, word, WORDS)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -273,7 +269,7 @@ def _sketch_kernel(
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait(OVERLAP)
-    r, programs = tl.program_id(1), tl.num_programs(0)
+    r, programs = tl.program_id(1).to(tl.int64), tl.num_programs(0)
     word, column = tl.arange(0, BLOCK_W), tl.arange(0, BLOCK)
     x_low, x_high = _x_words(x + r * WORDS * 2, word, WORDS)
     of_row, sum_of_x = tl.load(step + r), tl.load(total + r)
@@ -316,5 +312,5 @@ def _sketch_kernel(
         ).to(tl.float32)  # fmt: skip
         h *= tl.load(scale + at_scale + PARTS, mask=wanted, other=0.0)
         y += tl.sum((rows - 128) * tl.where(wanted, h, 0.0)[:, None], 0)
-    to = (tl.program_id(0) * tl.num_programs(1) + r).to(tl.int64) * HIDDEN
+    to = (tl.program_id(0) * tl.num_programs(1) + r) * HIDDEN
     tl.store(partial + to + column, y, mask=column < HIDDEN)

@@ -116,6 +116,16 @@ def float_rows(outs: int, inputs: int, itemsize: int, matrices: int = 1) -> Tile
     return Tile(rows, block, 4 if block * rows >= 2048 else 2)
 
 
+def expert_rows(outs: int, inputs: int, itemsize: int, by_rows: bool, matrices: int = 1) -> Tile:
+    """For matrices of experts. Reasoned: as `float_rows` where a row's numbers lie side by side; where those of a
+    column do, half a kilobyte of each of 32 columns."""
+    if by_rows:
+        return float_rows(outs, inputs, itemsize, matrices)
+    if INTERPRETED:
+        return Tile(power(min(outs, 256)), power(min(inputs, 64)), 4)
+    return Tile(min(power(outs), 512 // itemsize), 32, 4)
+
+
 @cache
 def processors() -> int:
     """Multiprocessors of the current device; few in the interpreter, which runs programs one after the other."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .groups import GROUP, group_bytes, group_weights, ungroup, untile
-from .packed import PAD, PackedLinear, quantize
+from .packed import ACTS, PAD, PackedLinear, quantize
 
 #: formats of groups.py that `GroupedMatrix.of` takes, with the bits that a weight has on a GPU
 GROUPED_BITS = {"int4": 4, "int4_centred": 4, "int5": 8, "int5_centred": 8, "int8_groups": 8}
@@ -180,6 +180,40 @@ class GroupedMatrix:
 
 
 Matrix = FloatMatrix | GroupedMatrix
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertMatrices:
+    """The matrices of a mixture's experts where they lie, and what a neuron makes of its gate and up.
+
+    gate, up: floats ``[experts, neurons, hidden]``, views that lie alike; gate None: plain. down: ``[experts, hidden,
+    neurons]``. Biases: ``[experts, outputs]``, those of gate and up lying alike, or None. act: a name of `packed.ACTS`.
+    limit, slope, offset: see `experts.PackedExperts`. by_inputs: a row's weight multiplies what an expert reads.
+    """
+
+    gate: Tensor | None
+    up: Tensor
+    down: Tensor
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    act: str
+    limit: float = 0.0
+    slope: float = 1.0
+    offset: float = 0.0
+    by_inputs: bool = False
+
+    def __post_init__(self) -> None:
+        for one, other in ((self.gate, self.up), (self.gate_bias, self.up_bias)):
+            if one is not None and other is not None and (one.shape, one.stride()) != (other.shape, other.stride()):
+                raise ValueError("gates and ups of experts must lie in memory alike")
+        if self.act not in ACTS or (self.slope != 1 and self.act != "silu"):
+            raise ValueError(f"experts have no activation {self.act!r} with a slope of {self.slope}")
+
+    @property
+    def nbytes(self) -> int:
+        """Of all experts."""
+        return sum(t.numel() * t.element_size() for t in (self.gate, self.up, self.down) if t is not None)
 
 
 def pack(weight: Tensor, bias: Tensor | None = None, fmt: str | None = None) -> Matrix:

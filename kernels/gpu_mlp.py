@@ -139,7 +139,7 @@ def _mlp_kernel(
     NORM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait(OVERLAP)
-    r, programs = tl.program_id(1), tl.num_programs(0)
+    r, programs = tl.program_id(1).to(tl.int64), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
     inside = column < HIDDEN
     xs = tl.load(x + r * x_row + column, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -182,7 +182,7 @@ def _mlp_kernel(
             h -= tl.load(mean + neuron)
         h = tl.where(wanted, h, 0.0)
         y += tl.sum(down.to(tl.float32) * h[:, None], 0)
-    to = (tl.program_id(0) * tl.num_programs(1) + r).to(tl.int64) * HIDDEN
+    to = (tl.program_id(0) * tl.num_programs(1) + r) * HIDDEN
     tl.store(partial + to + column, y, mask=inside)
 
 
@@ -191,7 +191,7 @@ def _sum_kernel(
     partial, bias, out, width, size, PROGRAMS: tl.constexpr, BIAS: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
     wait(OVERLAP)
-    r = tl.program_id(1)
+    r = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * 32 + tl.arange(0, 32)
     inside = column < width
     total = tl.zeros((32,), tl.float32)
@@ -260,7 +260,7 @@ def _columns_kernel(
     SPLITS: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait(OVERLAP)
-    block, r = tl.program_id(0), tl.program_id(2)
+    block, r = tl.program_id(0), tl.program_id(2).to(tl.int64)
     width = outs0 + outs1 + outs2
     size = tl.num_programs(2) * width
     x += r * x_row

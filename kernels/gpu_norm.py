@@ -144,7 +144,7 @@ def _add_norm_kernel(
     GROUPS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait(OVERLAP)
-    r = tl.program_id(0)
+    r = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     column = group[:, None] * 32 + tl.arange(0, 32)[None, :]
     inside = column < WIDTH
@@ -173,7 +173,7 @@ def _act_mul_kernel(
     GROUPS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait(OVERLAP)
-    r = tl.program_id(1)
+    r = tl.program_id(1).to(tl.int64)
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     column = group[:, None] * 32 + tl.arange(0, 32)[None, :]
     inside = column < WIDTH

@@ -16,6 +16,7 @@ from .packed import ACTS
 
 ACT = {name: code for code, name in enumerate(ACTS)}
 NO_ACT = -1
+_MOST_ROWS = 65535
 PLAIN = INTERPRETED  # no inline assembly
 #: Whether a launch may begin before the one before it has ended, and reads its weights meanwhile (programmatic
 #: dependent launch, from Hopper on). Not tried on a card yet: it has to be asked for.
@@ -23,7 +24,13 @@ OVERLAP = os.environ.get("CORESKIP_OVERLAP") == "1" and not INTERPRETED
 
 
 def launch(kind: str, kernel: Any, grid: tuple[int, ...], *arguments: Any, nbytes: int = 0, **options: Any) -> None:
-    """Counts and makes a launch; a grid without programs is none."""
+    """Counts and makes a launch; a grid without programs is none.
+
+    Raises ValueError where a GPU has no grid like that: of its second and third dimensions, in which rows are counted,
+    there are 65,535 at most.
+    """
+    if any(n > _MOST_ROWS for n in grid[1:]):
+        raise ValueError(f"a launch takes at most {_MOST_ROWS:,} rows: give fewer at once")
     if all(grid):
         count(kind, nbytes)
         if OVERLAP and "OVERLAP" in kernel.arg_names:

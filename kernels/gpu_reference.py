@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import reference as cpu_reference
-from .gpu_formats import ByRow, FloatMatrix, GroupedMatrix, Inputs, Matrix, Quantized
+from .gpu_formats import ByRow, ExpertMatrices, FloatMatrix, GroupedMatrix, Inputs, Matrix, Quantized
 from .groups import GROUP
 from .packed import ACTS, PackedColumns, PackedLinear, PackedMLP, spread
 from .step_model import Heads, Norm
@@ -105,7 +105,7 @@ def kept_by(gate: Tensor | None, h: Tensor, packed: PackedMLP, rule: str, thresh
 
 def pick(score: Tensor, keep: int, threshold: float, kind: str, norm: Tensor | None) -> Tensor:
     """int64."""
-    score = score.sigmoid() if kind == "sigmoid" else score.abs() if kind == "size" else score
+    score = score.abs() if kind == "size" else score
     return cpu_reference.pick(score if norm is None else score * norm, keep, threshold)
 
 
@@ -148,6 +148,30 @@ def sketch_mlp(x: ByRow, packed: PackedMLP, indices: Tensor | None, threshold: f
         assert packed.norm is not None
         kept = kept & ~(h.abs() * packed.norm < refine)
     return _biased(torch.where(kept, h, 0) @ packed.down_rows(), packed.down_bias)
+
+
+def experts(x: Tensor, matrices: ExpertMatrices, chosen: Tensor, weights: Tensor) -> Tensor:
+    """[rows, hidden] in float32."""
+    x, at = _wide(x), chosen.clamp_min(0).long()
+    there, weights = (chosen >= 0)[..., None], weights[..., None].to(x.dtype)
+
+    def made(given: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = torch.einsum("rki,rkoi->rko", given, weight[at].to(x.dtype))
+        return y if bias is None else y + bias[at].to(x.dtype)
+
+    given = x[:, None].expand(-1, chosen.shape[1], -1)
+    given = given * weights if matrices.by_inputs else given
+    h = made(given, matrices.up, matrices.up_bias)
+    if matrices.gate is None:
+        h = ACTS[matrices.act](h)
+    else:
+        gate, limit = made(given, matrices.gate, matrices.gate_bias), matrices.limit
+        if limit > 0:
+            gate, h = gate.clamp(max=limit), h.clamp(-limit, limit)
+        opened = ACTS[matrices.act](gate) if matrices.slope == 1 else gate * (matrices.slope * gate).sigmoid()
+        h = opened * (h + matrices.offset)
+    y = made(h, matrices.down, matrices.down_bias)
+    return torch.where(there, y if matrices.by_inputs else y * weights, 0).sum(1)
 
 
 def heads_of(x: Tensor, place: Heads, count: int, size: int) -> Tensor:

@@ -31,12 +31,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import gpu_reference as reference
-from .gpu_formats import ByRow, FloatMatrix, GroupedMatrix, Inputs, Matrix, Quantized, pack
+from .experts import Router
+from .gpu_formats import ByRow, ExpertMatrices, FloatMatrix, GroupedMatrix, Inputs, Matrix, Quantized, pack
 from .gpu_launch import INTERPRETED, count, launches
 from .packed import ACTS, PackedColumns, PackedLinear, PackedMLP
 from .step_model import Heads, Norm
 
 __all__ = [
+    "ExpertMatrices",
     "FloatMatrix",
     "GroupedMatrix",
     "Inputs",
@@ -51,6 +53,7 @@ __all__ = [
     "columns",
     "definitions",
     "embed",
+    "experts",
     "launches",
     "linear",
     "linears",
@@ -59,6 +62,7 @@ __all__ = [
     "pick",
     "quantize",
     "rotary_write",
+    "route",
     "sign_sums",
     "sketch_mlp",
     "sketch_scores",
@@ -378,14 +382,13 @@ def pick(
     *,
     keep: int | None = None,
     threshold: float = 0.0,
-    kind: Literal["plain", "sigmoid", "size"] = "plain",
+    kind: Literal["plain", "size"] = "plain",
     norm: Tensor | None = None,
 ) -> Tensor:
     """int32 [R, keep]: the neurons with the greatest of score [R, neurons], float32, ascending, of equal ones the
     first. keep None: [R, neurons], those of `threshold` up, then -1. A NaN is picked. One launch.
 
-    kind: "plain": scores are what they are; "sigmoid": theirs; "size": |score|. norm: float32 [neurons], what these are
-    multiplied by.
+    kind: "plain": scores are what they are; "size": |score|. norm: float32 [neurons], what these are multiplied by.
     """
     count_ = -1 if keep is None else keep
     kernel = _kernels("gpu_choice", score)
@@ -442,6 +445,42 @@ def sketch_mlp(
     if kernel is not None:
         return kernel.sketch(given, packed, indices, threshold, refine, dtype)  # type: ignore[no-any-return]
     return reference.sketch_mlp(given, packed, indices, threshold, refine).to(dtype)
+
+
+def route(logits: Tensor, router: Router) -> tuple[Tensor, Tensor]:
+    """What `Router.weigh` makes of logits [R, experts], float32: weights, float32 [R, chosen], and experts, int32 [R,
+    chosen], -1 for those that are left out, whose weight is 0. One launch."""
+    kernel = _kernels("gpu_experts", logits)
+    if kernel is not None:
+        return kernel.route(logits, router)  # type: ignore[no-any-return]
+    weights, chosen = router.weigh(logits)
+    return weights, chosen.int()
+
+
+def experts(
+    x: Tensor,
+    matrices: ExpertMatrices,
+    chosen: Tensor,
+    weights: Tensor,
+    *,
+    more: Tensor | None = None,
+    gate: Tensor | None = None,
+    more_scale: float = 1.0,
+) -> Tensor:
+    """float32 [R, hidden]: the weighted sum of what each row's experts make of x [R, hidden], and more_scale * more, or
+    more_scale * sigmoid(gate) * more, of more [R, hidden] and gate [R, 1]. Two launches.
+
+    chosen, weights: of `route`, unchecked: nothing is read back. Of experts that no row chose nothing is read.
+    """
+    kernel = _kernels("gpu_experts", x)
+    if kernel is not None:
+        of_inputs, of_outputs = (weights, None) if matrices.by_inputs else (None, weights)
+        h = kernel.widened(x, matrices, chosen, of_inputs)
+        return kernel.summed(h, matrices, chosen, of_outputs, more, gate, more_scale)  # type: ignore[no-any-return]
+    y = reference.experts(x, matrices, chosen, weights)
+    if more is not None:
+        y = y + more_scale * (more if gate is None else more * gate.sigmoid())
+    return y.float()
 
 
 def embed(ids: Tensor, table: Tensor | GroupedMatrix, *, scale: float = 1.0, dtype: torch.dtype) -> Tensor:

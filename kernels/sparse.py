@@ -79,7 +79,8 @@ class SparseMLP:
         rule: see `Rule`.
         keep, threshold: how many neurons a token gets, or the least score; exactly one for a rule but ``listed``.
         scorer: of ``scored``: inputs ``[rows, hidden]`` to scores ``[rows, neurons]``.
-        predictor: of ``learned``, whose scores are the sigmoid of the second matrix times the first times x.
+        predictor: of ``learned``: scores are the second matrix times the first times x, `threshold` is one of their
+            sigmoid (which is 1 for many large ones, in float32: nothing is chosen by it).
         smooth: float32 ``[hidden]``, what the inputs are multiplied by before they are rounded; `packed` has the
             inverse in its columns. A native step has it in the norm before the MLP.
         refine: of the neurons that a sketch chooses, or of candidates, those with an exact score below this are
@@ -101,6 +102,13 @@ class SparseMLP:
     def listed_neurons(self) -> int:
         """Of ``listed``: how many neurons a token takes."""
         return self.packed.intermediate_size if self.lists is None else self.lists.kept
+
+    @property
+    def least(self) -> float:
+        """The threshold of the scores; 0 where there is none."""
+        if self.rule != "learned" or self.threshold is None:
+            return self.threshold or 0.0
+        return float(torch.tensor(min(self.threshold, 1.0), dtype=torch.float64, device="cpu").logit())
 
     @property
     def rounds(self) -> bool:
@@ -167,7 +175,7 @@ class SparseMLP:
     def picked(self, x: Tensor) -> Tensor:
         """Of ``learned`` and ``scored``: the neurons of each row of x, int64 ``[rows, k]`` with -1 for none. Nothing is
         read back from a GPU."""
-        return reference.pick(self._scores(x), -1 if self.keep is None else self.keep, self.threshold or 0.0)
+        return reference.pick(self._scores(x), -1 if self.keep is None else self.keep, self.least)
 
     def _chosen(self, x: Tensor, packed: PackedMLP) -> Tensor:
         """The neurons that a kernel's rule computes, int64 ``[rows, k]`` with -1 for none."""
@@ -179,7 +187,7 @@ class SparseMLP:
         rows = x.reshape(-1, x.shape[-1])
         if self.predictor is not None:
             reduce, expand = self.predictor
-            return linear(linear(rows.float(), reduce), expand).sigmoid()
+            return linear(linear(rows.float(), reduce), expand)
         assert self.scorer is not None
         return self.scorer(rows)
 

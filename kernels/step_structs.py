@@ -6,7 +6,6 @@ import ctypes
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 
 from . import arguments, cpu
@@ -108,7 +107,7 @@ def _bundled(mlp: SparseMLP) -> arguments.StepMlp:
         neurons=packed.intermediate_size,
         stride=packed.weight.shape[2] * (2 if sliced else 1),
         keep=-1 if mlp.keep is None else mlp.keep,
-        threshold=_least(mlp),
+        threshold=mlp.least,
         refine=mlp.refine,
         dtype=cpu.SLICED if sliced else cpu.DTYPE[packed.weight.dtype],
         gated=packed.gated,
@@ -126,13 +125,6 @@ def _lists(lists: RowLists | None) -> dict[str, int | None]:
         "selected": cpu.address(lists.wanted),
         "listed": lists.listed.numel(),
     }
-
-
-def _least(mlp: SparseMLP) -> float:
-    """The threshold of what the native code compares: of learned scores what goes into the sigmoid, which rises."""
-    if mlp.rule != "learned" or mlp.threshold is None:
-        return mlp.threshold or 0.0
-    return torch.tensor(min(mlp.threshold, 1.0), dtype=torch.float64).logit().item()
 
 
 def layer_struct(layer: StepLayer) -> arguments.StepLayer:

@@ -19,7 +19,9 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from ..kernels import gpu_latents as latents
 from ..kernels import gpu_step as kernel
+from ..kernels.experts import Router
 from ..kernels.gpu_formats import ByRow, FloatMatrix, GroupedMatrix, Inputs, Matrix
 from ..kernels.packed import ACTS, PackedMLP
 from ..kernels.sparse import ExactScores, SignScores, SlimMLP, SparseLinear, SparseMLP
@@ -27,7 +29,7 @@ from ..kernels.step_model import Norm
 from ..predictors.anatomy import Anatomy
 from .calls import NotCovered, NotThisCall
 from .gpu_matrices import SlicedMLP
-from .gpu_model import GpuAttention, GpuLayer, GpuModel, GpuPacking, describe, lower
+from .gpu_model import GpuAttention, GpuExperts, GpuLatent, GpuLayer, GpuMLP, GpuModel, GpuPacking, describe, lower
 from .gpu_place import Place
 from .lower_cpu import StepProgram
 from .program import Program
@@ -95,6 +97,7 @@ class GpuStep:
         self._model, self._program, self._place, self._tokens = model, program, place, tokens
         self.skipped, self._form, self._mlps = skipped, form, _bundles(program)
         self._rotations: dict[str | None, tuple[Tensor, Tensor]] = {}
+        self._routers: dict[int, Router] = {}  # that choose otherwise than the model's
         self._lists: dict[int, Tensor] = {}
         self._inverse: dict[int, Tensor] = {}  # int64 [neurons]: where each is listed, or -1
         with torch.inference_mode(False):
@@ -102,6 +105,10 @@ class GpuStep:
             self._counters = torch.zeros(rows * kernel.COUNTERS, dtype=torch.int32, device=place.device)
             self._rows = torch.arange(place.rows * tokens, device=place.device)
             self._ahead = torch.arange(tokens, device=place.device).repeat(place.rows)
+            for index, (kept, least) in program.experts.items():
+                router = cast(GpuExperts, model.layers[index].mlp).router
+                kept = None if kept is None else torch.empty_like(kept, device=place.device)
+                self._routers[index] = replace(router, kept=kept, least=least)
             for index, mlp in enumerate(program.mlps):
                 if isinstance(mlp, SlicedMLP) and mlp.lists is not None:
                     self._inverse[index] = self._rows.new_empty(mlp.groups.intermediate_size)
@@ -111,9 +118,12 @@ class GpuStep:
         self.choose(program)
 
     def choose(self, program: StepProgram) -> None:
-        """Takes over the neurons that a program's sequences chose; it differs in nothing else."""
+        """Takes over the neurons and experts that a program's sequences chose; it differs in nothing else."""
         if self._chosen() is program:
             return
+        for index, router in self._routers.items():
+            if router.kept is not None:
+                router.kept.copy_(cast(Tensor, program.experts[index][0]))
         for index, to in self._lists.items():
             to.copy_(cast(Any, program.mlps[index]).lists.listed)
         for index, to in self._inverse.items():
@@ -186,10 +196,12 @@ class GpuStep:
         sparse = self._mlps[index]
         if sparse is not None and not isinstance(sparse, SlicedMLP):
             return "row" if sparse.rule == "sketch" and _has_kernel(sparse) else False
-        return _grouped(layer.mlp.widening[0])
+        return isinstance(layer.mlp, GpuMLP) and _grouped(layer.mlp.widening[0])
 
-    def _attention(self, index: int, a: GpuAttention, x: Inputs, attends: bool) -> Tensor | None:
+    def _attention(self, index: int, a: GpuAttention | GpuLatent, x: Inputs, attends: bool) -> Tensor | None:
         """What an attention gives, or where it is skipped nothing; its keys and values are written."""
+        if isinstance(a, GpuLatent):
+            return self._latent(index, a, x, attends)
         spec, place, columns = a.spec, self._place, self._program.columns.get(index, {})
         keys, values = place.buffers[index]
         whole = attends or columns.keys() & set(_ATTENTION)
@@ -211,8 +223,32 @@ class GpuStep:
         )  # fmt: skip
         return self._product(y, (a.output,), columns, ("o",))
 
+    def _latent(self, index: int, a: GpuLatent, x: Inputs, attends: bool) -> Tensor | None:
+        """`_attention` over latents."""
+        spec, dtype, (keys, values) = a.spec, self._model.spec.dtype, self._place.buffers[index]
+        wide = kernel.linears(x, a.inputs, dtype=torch.float32, form=self._form)
+        q, kv = wide.split([wide.shape[1] - keys.shape[3] - values.shape[3], keys.shape[3] + values.shape[3]], 1)
+        if a.q is not None:
+            low = kernel.add_norm(q, a.q_low_norm, quantize=_grouped(a.q), dtype=dtype).y
+            q = kernel.linear(low, a.q, dtype=torch.float32, form=self._form)
+        q = q.unflatten(1, (spec.heads, -1))
+        turned = latents.latent_write(
+            q, kv, keys, values, self._at, norm=a.kv_low_norm, rotation=self._rotations[spec.rotation],
+            positions=self._rows, paired=spec.paired, apart=spec.apart,
+        )  # fmt: skip
+        if not attends:
+            return None
+        y = latents.latent_attention(
+            latents.head_products(q[..., : -spec.rope], a.of_keys), turned, keys, values, self._at,
+            scale=spec.scale, seen=self._place.seen, window=spec.window, counters=self._counters,
+        )  # fmt: skip
+        y = latents.head_products(y, a.of_values).flatten(1)
+        return self._product(y, (a.output,), self._program.columns.get(index, {}), ("o",))
+
     def _mlp(self, index: int, layer: GpuLayer, x: Inputs) -> Tensor:
         sparse, dense, columns = self._mlps[index], layer.mlp, self._program.columns.get(index, {})
+        if isinstance(dense, GpuExperts):
+            return self._mixture(dense, self._routers.get(index, dense.router), cast(Tensor, x))
         if sparse is not None and not isinstance(sparse, SlicedMLP):
             return self._bundled(index, sparse, x)
         names, dtype = _MLP if dense.gated else ("up",), self._model.spec.dtype
@@ -233,6 +269,22 @@ class GpuStep:
             wide = self._product(x, dense.widening, columns, names)
             h = kernel.act_mul(wide, dense.act, gated=dense.gated, quantize=quantize, dtype=dtype)
         return self._product(h, (dense.down,), columns, ("down",))
+
+    def _mixture(self, mixture: GpuExperts, router: Router, x: Tensor) -> Tensor:
+        """The experts that a router chooses, and the shared one."""
+        wide = kernel.linears(x, mixture.logits, dtype=torch.float32, form=self._form)
+        more, shared = None, mixture.shared
+        gate = wide[:, router.count :] if len(mixture.logits) == 2 else None
+        weights, chosen = kernel.route(wide[:, : router.count], router)
+        if shared is not None:
+            h = kernel.activated(
+                x, shared.widening, shared.act, gated=shared.gated, quantize=_grouped(shared.down),
+                dtype=self._model.spec.dtype, form=self._form,
+            )  # fmt: skip
+            more = kernel.linear(h, shared.down, dtype=torch.float32, form=self._form)
+        return kernel.experts(
+            x, mixture.matrices, chosen, weights, more=more, gate=gate, more_scale=mixture.shared_scale
+        )
 
     def _bundled(self, index: int, sparse: SparseMLP, x: Inputs) -> Tensor:
         """Neurons that are listed, or that a rule chooses: by the one-pass kernels where they know the rule."""
@@ -258,9 +310,9 @@ class GpuStep:
 
     def _picked(self, sparse: SparseMLP, packed: PackedMLP, x: Tensor) -> Tensor:
         """int32 ``[tokens, k]``: the neurons that a predictor or a scorer chooses."""
-        least, norm, kind = sparse.threshold or 0.0, None, "plain"
+        least, norm, kind = sparse.least, None, "plain"
         if sparse.predictor is not None:
-            score, kind = x, "sigmoid"
+            score = x
             for linear in sparse.predictor:
                 matrix = FloatMatrix(linear.weight[:, : linear.in_features], linear.bias)
                 score = kernel.linear(score, matrix, dtype=torch.float32, form=self._form)
@@ -360,6 +412,17 @@ class GpuLowering:
     def ready(self) -> bool:
         return self._refusal is None and bool(self._models)
 
+    @property
+    def spec(self) -> ModelSpec:
+        """Of a model whose steps are lowered."""
+        assert self._spec is not None
+        return self._spec
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model has embeddings of."""
+        return int(self.spec.embedding.shape[0])
+
     def prepare(self, program: StepProgram) -> str | None:
         """Packs the matrices that steps read under a program; why there are no such steps, if so."""
         return self.covers(program)
@@ -425,21 +488,23 @@ class GpuLowering:
 
     def _uncovered(self, program: StepProgram) -> str | None:
         model = self._model(program)
-        if program.experts:
-            return "experts are left out"
+        for index in program.experts:
+            if self._host.program.chosen_experts[index].least is not None:
+                return "neurons of experts are left out"
+        if any(mlp is not None and isinstance(model.layers[i].mlp, GpuExperts) for i, mlp in enumerate(program.mlps)):
+            return "neurons of a shared expert are left out"
         if any(mlp is not None and mlp.lists is not None and mlp.lists.rows is not None for mlp in program.mlps):
             return "its sequences chose differently"
         for index, columns in program.columns.items():
-            layer = model.layers[index]
-            a, dense = layer.attention, layer.mlp
-            if columns.keys() & set(_ATTENTION) and a.spec.order is not None:
-                return "inputs are left out of a projection that is not one of q, k or v alone"
-            products = (
-                (_ATTENTION, a.inputs),
-                (_MLP if dense.gated else ("up",), dense.widening),
-                (("down",), (dense.down,)),
-            )
-            for names, matrices in (*products, (("o",), (a.output,))):
+            attention, mlp = model.layers[index].attention, model.layers[index].mlp
+            if isinstance(attention, GpuLatent) and columns.keys() & set(_ATTENTION):
+                return "inputs are left out of projections of latents"
+            products = [(_ATTENTION, attention.inputs), (("o",), (attention.output,))]
+            if isinstance(mlp, GpuMLP):
+                products += [(_MLP if mlp.gated else ("up",), mlp.widening), (("down",), (mlp.down,))]
+            elif columns.keys() & {*_MLP, "down"}:
+                return "inputs of a shared expert are left out"
+            for names, matrices in products:
                 some = columns.keys() & set(names)
                 if some and len(some) < len(names) != len(matrices):
                     return "inputs are left out of a part of a projection"
@@ -449,7 +514,9 @@ class GpuLowering:
         """Neurons that a token leaves out: what rules keep is taken from the calibration text."""
         skipped = float(program.skipped)
         for index, layer in enumerate(self._host.program.layers):
-            mlp = program.mlps[index]
+            mlp, experts = program.mlps[index], self._host.program.chosen_experts.get(index)
+            if experts is not None and index not in program.no_mlp:
+                skipped += (experts.top_k - experts.active) * experts.width
             for brick in layer.bricks if index not in program.no_mlp else ():
                 if mlp is not None and mlp.rule != "listed":
                     skipped += brick.width - brick.kept
@@ -484,4 +551,5 @@ def _key(program: StepProgram) -> Hashable:
         for index, every in program.columns.items()
         for name, found in every.items()
     )
-    return program.no_attention, program.no_mlp, program.as_loaded, mlps, columns
+    experts = tuple((index, kept is None, least) for index, (kept, least) in program.experts.items())
+    return program.no_attention, program.no_mlp, program.as_loaded, mlps, columns, experts

@@ -1,35 +1,48 @@
 """A described model as the lowered step of a GPU reads it: matrices where they lie, or packed in groups on the device.
 
-Nothing is computed here; gpu_lowering.py does that. Mixtures of experts and attention over latents are not lowered:
-their modules are captured.
+Nothing is computed here; gpu_lowering.py does that. Experts, and what expands latents, are read as floats, whatever a
+plan's format.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels.gpu_formats import FloatMatrix, GroupedMatrix, Matrix
+from ..kernels.experts import Router
+from ..kernels.gpu_formats import ExpertMatrices, FloatMatrix, GroupedMatrix, Matrix
 from ..kernels.groups import GROUP
-from ..kernels.packed import DTYPES
+from ..kernels.packed import DTYPES, PackedLinear
 from ..kernels.step_model import Heads, Norm
 from ..predictors.anatomy import Anatomy, rows_of
 from .bundles import Weights
 from .calls import NotCovered
 from .formats import Formats
 from .gpu_matrices import GpuFormats, GpuReplaced, GpuWeights, GroupedMLP, kept_first
-from .lower_cpu import HEAD_FORMAT, lower_norm
+from .lower_cpu import HEAD_FORMAT, lower_norm, of_router
+from .lower_experts import lower_router
+from .packed_experts import HeldExperts
 from .packed_layer import PackedLayer, PackedRows
 from .prepared import Prepared
 from .program import Program
 from .reading import read_spec
 from .release import Replaced
 from .rotary_tables import Rotation
-from .spec import AttentionSpec, BrickSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec, beside_its_halves
+from .spec import (
+    AttentionSpec,
+    BrickSpec,
+    ExpertsSpec,
+    LatentSpec,
+    LayerSpec,
+    LinearSpec,
+    ModelSpec,
+    NormSpec,
+    beside_its_halves,
+)
 
 #: the kernels' names of a plan's formats, of those that a GPU has
 FORMATS = {None: None, "int8": "int8_groups", "int4": "int4"}
@@ -64,6 +77,38 @@ class GpuAttention:
     def head_dim(self) -> int:
         return self.spec.head_dim
 
+    @property
+    def nbytes(self) -> int:
+        """Of all matrices that a token reads."""
+        return sum(matrix.nbytes for matrix in (*self.inputs, self.output))
+
+
+@dataclass(frozen=True, eq=False)
+class GpuLatent:
+    """Attention over latents; see `LatentSpec`.
+
+    Attributes:
+        inputs: what gives queries, or their latents, and then a position's latent and key, side by side.
+        q: from queries' latents to queries; None: `inputs` give these.
+        of_keys: ``[heads, rank, numbers of a query that are not turned]``, what those are multiplied by to meet
+            latents. of_values: ``[heads, numbers of a value, rank]``.
+    """
+
+    spec: LatentSpec
+    inputs: tuple[Matrix, ...]
+    q: Matrix | None
+    q_low_norm: Norm | None
+    kv_low_norm: Norm
+    of_keys: Tensor
+    of_values: Tensor
+    output: Matrix
+
+    @property
+    def nbytes(self) -> int:
+        """Of all matrices that a token reads."""
+        of_heads = sum(t.numel() * t.element_size() for t in (self.of_keys, self.of_values))
+        return of_heads + sum(m.nbytes for m in (*self.inputs, self.q, self.output) if m is not None)
+
 
 @dataclass(frozen=True, eq=False)
 class GpuMLP:
@@ -74,13 +119,40 @@ class GpuMLP:
     gated: bool
     act: str
 
+    @property
+    def nbytes(self) -> int:
+        """Of all matrices that a token reads."""
+        return sum(matrix.nbytes for matrix in (*self.widening, self.down))
+
+
+@dataclass(frozen=True, eq=False)
+class GpuExperts:
+    """A mixture of experts; see `ExpertsSpec`.
+
+    Attributes:
+        logits: the router's matrix, and that of the shared expert's gate, which read the same.
+        shared: what every token goes through, whose output counts shared_scale times.
+    """
+
+    router: Router
+    logits: tuple[FloatMatrix, ...]
+    matrices: ExpertMatrices
+    shared: GpuMLP | None
+    shared_scale: float
+
+    @property
+    def nbytes(self) -> int:
+        """Of all matrices that a token reads."""
+        of_experts = self.matrices.nbytes * self.router.chosen // self.router.count
+        return of_experts + sum(part.nbytes for part in (*self.logits, self.shared) if part is not None)
+
 
 @dataclass(frozen=True, eq=False)
 class GpuLayer:
     """See `LayerSpec`."""
 
-    attention: GpuAttention
-    mlp: GpuMLP
+    attention: GpuAttention | GpuLatent
+    mlp: GpuMLP | GpuExperts
     attention_in: Norm | None
     attention_out: Norm | None
     attention_after: Norm | None
@@ -106,11 +178,8 @@ class GpuModel:
 
     @property
     def nbytes(self) -> int:
-        """Of all matrices that a step reads."""
-        every = [self.head]
-        for layer in self.layers:
-            every += [*layer.attention.inputs, layer.attention.output, *layer.mlp.widening, layer.mlp.down]
-        return sum(matrix.nbytes for matrix in every)
+        """Of all matrices that a step of one token reads."""
+        return self.head.nbytes + sum(layer.attention.nbytes + layer.mlp.nbytes for layer in self.layers)
 
 
 class GpuPacking:
@@ -263,10 +332,10 @@ def describe(model: Any, anatomy: Anatomy) -> ModelSpec:
     parameters = [p for p in model.parameters() if not p.is_meta]
     if len({p.device for p in parameters}) > 1:
         raise NotCovered("its parameters are not all on one device")
-    if len({p.dtype for p in parameters}) > 1 or parameters[0].dtype not in DTYPES:
+    of_routers = {id(p) for experts in filter(None, anatomy.experts) for p in of_router(experts)}
+    dtypes = {p.dtype for p in parameters if id(p) not in of_routers}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
         raise NotCovered("its parameters are not all float32, all bfloat16 or all float16")
-    if any(anatomy.experts):
-        raise NotCovered("mixtures of experts are not lowered")
     spec = read_spec(model, anatomy)
     if spec.embedding_scale is None:
         raise NotCovered("its weights are not there yet")
@@ -276,9 +345,14 @@ def describe(model: Any, anatomy: Anatomy) -> ModelSpec:
     if more is not None:
         raise NotCovered(more)
     for layer in spec.layers:
-        if not isinstance(layer.attention, AttentionSpec):
-            raise NotCovered("attention over latents is not lowered")
-        if layer.attention.inside or any(brick.norm is not None for brick in layer.bricks):
+        attention = layer.attention
+        if isinstance(attention, LatentSpec) and (
+            attention.rotation == "" or rows_of(attention.expand.module)[1] is not None
+        ):
+            raise NotCovered("its latent attention has no rotation, or a bias where it expands latents")
+        if (isinstance(attention, AttentionSpec) and attention.inside) or any(
+            brick.norm is not None for brick in layer.bricks
+        ):
             raise NotCovered("heads have gates, or norms stand inside of attentions or MLPs")
     return spec
 
@@ -307,13 +381,15 @@ def lower(spec: ModelSpec, packing: GpuPacking) -> GpuModel:
 
 
 def _layer(index: int, layer: LayerSpec, packing: GpuPacking, device: torch.device) -> GpuLayer:
-    (brick,) = layer.bricks
-    assert isinstance(layer.attention, AttentionSpec)
+    assert layer.attention is not None
+    lowered = _latent if isinstance(layer.attention, LatentSpec) else _attention
     names = ("attention_in", "attention_out", "attention_after", "mlp_in", "mlp_out", "mlp_after")
     norms: dict[str, Any] = {name: _norm(getattr(layer, name), device) for name in names}
     return GpuLayer(
-        attention=_attention(layer.attention, packing, device),
-        mlp=_mlp(index, brick, packing),
+        attention=lowered(cast(Any, layer.attention), packing, device),
+        mlp=_mlp(packing.kept_first(index, layer.bricks[0]) or layer.bricks[0], packing)
+        if layer.experts is None
+        else _experts(layer.experts, packing),
         residual_scale=layer.residual_scale,
         parallel=layer.parallel,
         **norms,
@@ -339,20 +415,70 @@ def _attention(spec: AttentionSpec, packing: GpuPacking, device: torch.device) -
     )  # fmt: skip
 
 
+def _latent(spec: LatentSpec, packing: GpuPacking, device: torch.device) -> GpuLatent:
+    first = spec.q if spec.q_low is None else spec.q_low
+    (output,) = packing.side_by_side([spec.output], packing.format)
+    (expand,) = packing.side_by_side([spec.expand], packing.format)
+    weight = expand.weight if isinstance(expand, FloatMatrix) else expand.floats(rows_of(spec.q.module)[0].dtype)
+    weight = weight.unflatten(0, (spec.heads, -1))
+    values = output.in_features // spec.heads
+    kv_low_norm = _norm(spec.kv_low_norm, device)
+    assert kv_low_norm is not None
+    return GpuLatent(
+        spec=spec,
+        inputs=packing.side_by_side([first, spec.kv_low], packing.format),
+        q=None if spec.q_low is None else packing.side_by_side([spec.q], packing.format)[0],
+        q_low_norm=_norm(spec.q_low_norm, device),
+        kv_low_norm=kv_low_norm,
+        of_keys=weight[:, :-values].transpose(1, 2),
+        of_values=weight[:, -values:],
+        output=output,
+    )
+
+
 def _in_turn(first: int, heads: int, kv_heads: int, d: int) -> tuple[Heads, Heads, Heads]:
     """All heads of q from `first` on, then all of k, then all of v."""
     k = first + heads * d
     return (first, heads, 0), (k, kv_heads, 0), (k + kv_heads * d, kv_heads, 0)
 
 
-def _mlp(index: int, brick: BrickSpec, packing: GpuPacking) -> GpuMLP:
-    kept = packing.kept_first(index, brick)
-    if kept is not None:
-        return GpuMLP(kept.widening, kept.down, kept.gated, kept.act)
+def _mlp(brick: BrickSpec | GroupedMLP, packing: GpuPacking) -> GpuMLP:
+    if isinstance(brick, GroupedMLP):
+        return GpuMLP(brick.widening, brick.down, brick.gated, brick.act)
     first = [brick.up] if brick.gate is None else [brick.gate, brick.up]
     (down,) = packing.side_by_side([brick.down], packing.format)
     gated = brick.gate is not None or brick.stacked
     return GpuMLP(packing.side_by_side(first, packing.format), down, gated, brick.act)
+
+
+def _experts(spec: ExpertsSpec, packing: GpuPacking) -> GpuExperts:
+    if isinstance(spec.experts.module, HeldExperts):
+        raise NotCovered("its experts are packed for a CPU")
+    if spec.shared is not None and spec.shared.norm is not None:
+        raise NotCovered("a norm stands inside of a shared expert")
+    at, whole, biases = spec.layout, spec.up.transpose(1, 2) if spec.layout.transposed else spec.up, spec.up_bias
+    gates, ups = (
+        (slice(0, None, 2), slice(1, None, 2)) if at.interleaved else (slice(spec.width), slice(-spec.width, None))
+    )
+    gate, gate_bias = spec.gate, spec.gate_bias
+    if gate is not None and at.transposed:
+        gate = gate.transpose(1, 2)
+    if at.stacked or at.interleaved:
+        gate, gate_bias = whole[:, gates], None if biases is None else biases[:, gates]
+        whole, biases = whole[:, ups], None if biases is None else biases[:, ups]
+    logits = PackedLinear.pack(spec.router.weight, spec.router.bias)
+    matrix = FloatMatrix(logits.weight[:, : logits.in_features], logits.bias)
+    return GpuExperts(
+        router=lower_router(spec.router, logits, spec.routed_scale),
+        logits=(matrix, *(() if spec.shared_gate is None else (_where_it_lies(spec.shared_gate.module),))),
+        matrices=ExpertMatrices(
+            gate, whole, spec.down.transpose(1, 2) if at.transposed else spec.down,
+            gate_bias, biases, spec.down_bias, spec.act, spec.limit or 0.0, 1.0 if spec.alpha is None else spec.alpha,
+            spec.shift, spec.scaled_inputs,
+        ),
+        shared=None if spec.shared is None else _mlp(spec.shared, packing),
+        shared_scale=spec.shared_scale,
+    )  # fmt: skip
 
 
 def _norm(norm: NormSpec | None, device: torch.device) -> Norm | None:

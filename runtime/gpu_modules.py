@@ -96,6 +96,8 @@ def attention_of(model: Any, layers: int) -> tuple[list[tuple[str, int]], bool]:
     config: Any = model.config
     found = windows(config, layers)
     config = config.get_text_config()
+    if any("chunk" in kind for kind in getattr(config, "layer_types", None) or []):
+        raise NotCovered("its layers attend within chunks of positions")
     types = [""] * len(found) if len(set(found)) == 1 else getattr(config, "layer_types", [])
     kinds = list(zip(types, found, strict=False))
     if len(kinds) < len(found) or len(set(kinds)) > len(set(types)):

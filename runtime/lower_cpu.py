@@ -443,7 +443,7 @@ def check_describable(model: Any, anatomy: Anatomy, packed_alone: PackedAlone) -
     gone = {id(m.weight) for m in linears if isinstance(m, PackedLayer) or packed_alone(m) is not None}
     gone |= {id(m.weight) for m in model.modules() if isinstance(m, PackedRows)}
     gone |= {id(p) for p in model.parameters() if isinstance(p, StandIn)}
-    of_routers = {id(p) for experts in anatomy.experts if experts for p in _of_router(experts)}
+    of_routers = {id(p) for experts in anatomy.experts if experts for p in of_router(experts)}
     parameters = [p for p in model.parameters() if id(p) not in gone | of_routers]
     if any(p.device.type != "cpu" for p in parameters):
         raise NotCovered("the model is not on the CPU")
@@ -451,7 +451,7 @@ def check_describable(model: Any, anatomy: Anatomy, packed_alone: PackedAlone) -
         raise NotCovered("its parameters are not all float32, all bfloat16 or all float16")
 
 
-def _of_router(experts: Experts) -> Iterator[Tensor]:
+def of_router(experts: Experts) -> Iterator[Tensor]:
     """A router's own parameters, which may have another dtype than the model."""
     if experts.router is not None:
         places = (experts.router.weight_at, experts.router.bias_at, experts.router.correction_at)

@@ -29,7 +29,7 @@ def lower_experts(
         raise NotCovered("its shared experts have another activation")
     try:
         return PackedExperts(
-            _router(spec.router, logits, spec.routed_scale),
+            lower_router(spec.router, logits, spec.routed_scale),
             experts,
             spec.act,
             shared,
@@ -63,8 +63,8 @@ def packed_experts(spec: ExpertsSpec, pack: PackAll, narrow: bool) -> list[Exper
         return experts_of(*parts, **how)
 
 
-def _router(spec: RouterSpec, logits: PackedLinear, scale: float) -> Router:
-    """scale: multiplies all weights besides."""
+def lower_router(spec: RouterSpec, logits: PackedLinear, scale: float) -> Router:
+    """logits: of its matrix. scale: multiplies all weights besides."""
     choice = spec.choice
     return Router(
         logits,

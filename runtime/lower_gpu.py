@@ -6,8 +6,9 @@ compute over memory that never moves (gpu_place.py), which is lent to the caller
 cache when nobody holds anything of the last. There is one graph for each number of sequences, class of capacities, of
 tokens, and set of choices; neurons that prompts chose are lists in a place's memory, no part of a graph.
 
-What a capture computes first is compared with the modules' own logits for the same tokens; whatever cannot be captured
-or differs runs on the modules as before. CORESKIP_GRAPHS=0 in the environment leaves everything to them,
+What a capture computes first is compared with the modules' own logits for the same tokens, the first one at other
+positions, too (gpu_check.py), and all where texts reach other ranges of lengths (selfcheck.py); whatever cannot be
+captured or differs runs on the modules as before. CORESKIP_GRAPHS=0 in the environment leaves everything to them,
 CORESKIP_GRAPHS=modules captures nothing but modules.
 
 Captured modules have run on an H200. The lowering of the whole step has run on none yet: tests record a step's
@@ -32,6 +33,7 @@ from ..kernels.gpu_step import MAX_ROWS
 from ..kernels.sparse import SparseMLP
 from ..predictors.anatomy import Anatomy
 from .calls import Disagrees, NotCovered, NotThisCall, check_call, close, compare
+from .gpu_check import check_elsewhere
 from .gpu_lowering import GpuLowering, GpuStep
 from .gpu_modules import ModuleStep, attention_of
 from .gpu_place import MOST_TOKENS, Capture, Place
@@ -43,6 +45,7 @@ from .prepared import Prepared
 from .program import Program
 from .reading import windows
 from .selections import Selections
+from .selfcheck import Checkpoints
 
 logger = logging.getLogger("coreskip")
 
@@ -89,6 +92,8 @@ class Host(Protocol):
     def exits_early(self) -> bool: ...
 
     def check_modules(self) -> None: ...
+
+    def program_for(self, cache: Cache, native: bool = True) -> StepProgram | str: ...
 
     def settled(self, cache: Cache) -> Settled | str: ...
 
@@ -195,6 +200,8 @@ class CapturedSteps:
         self._refusal: str | None = None  # why passes of this model's modules are not captured
         self._output: Any = None  # the class of what the model returns
         self._disagreed = 0
+        self._probed = False
+        self._checkpoints = Checkpoints(cast(Any, self._host.model).config.get_text_config())
         self._device = next(self._host.model.parameters()).device.type
         self._places = _Places(self._device)
         wanted = os.environ.get("CORESKIP_GRAPHS")
@@ -251,7 +258,7 @@ class CapturedSteps:
                 return []
             held, graph, rooms = found
             place, past = held.place, rooms.length
-            count = min(count, place.capacity - past)
+            count = min(count, place.capacity - past, self._checkpoints.room(past))
             place.load(token, past + count - 1, 1, None, None)
             tokens = []
             for at in range(past, past + count):
@@ -332,8 +339,8 @@ class CapturedSteps:
         except NotCovered:
             return None
         held, rooms = self._places.serving(cache, way.tokens)
-        graph = None if held is None else held.graphs.get(way.key)
-        if held is None or graph is None or rooms is None or held.place.rows != 1:
+        graph = None if held is None or held.place.rows != 1 else held.graphs.get(way.key)
+        if held is None or graph is None or rooms is None or self._checkpoints.due(rooms.length, tokens):
             return None
         self._choose(graph, way)
         return held, graph, rooms
@@ -351,7 +358,7 @@ class CapturedSteps:
             self._places.check(cache, rows, self._host)
             held = self._places.vacant(way.key, rows, length_of(cache.layers[0]) + way.tokens, cache)
             rooms = None if held is None else held.place.adopt(cache)
-        if held is None or rooms is None or way.key not in held.graphs:
+        if held is None or rooms is None or way.key not in held.graphs or self._checkpoints.due(rooms.length, length):
             return self._new(original, named, way, program, verifies)
         self._places.used(held)
         graph = held.graphs[way.key]
@@ -433,6 +440,10 @@ class CapturedSteps:
         self._compare(logits, expected, way)
         if way.program is None:  # other choices than the last ones' are not made again
             held.graphs = {key: graph for key, graph in held.graphs.items() if isinstance(graph.step, GpuStep)}
+        if way.program is not None and not self._probed:
+            entries = cast(Entries, self._places.entries)
+            self._probed = check_elsewhere(self.lowering, way.program, original, self._host, cache, entries)
+        self._checkpoints.passed(rooms.length, length)
         held.graphs[way.key] = graph
         self._places.used(held)
         rooms.advance(length)  # the modules have counted

@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_sweep import judge
 from test_decode import ragged, some_tokens, teacher_forced
+from test_experts_native import with_experts
 from test_graph import Recorded, alike, captured, close, modules_logits, policy_plan, talk
 from test_policies import NAMES
 from tiny_models import EXPERTS, FAMILIES, greedy, plan_of, prompt, tiny
@@ -29,9 +31,10 @@ from triton_process import scripts
 import coreskip
 from coreskip.kernels import gpu_step, ops
 from coreskip.predictors.errors import CoreskipError
+from coreskip.predictors.expert_policies import CoreExperts, ThinExperts
 from coreskip.predictors.plan import LayerPlan, Plan
 from coreskip.predictors.policies import Skip, SkipAttention, SkipMLP, Static
-from coreskip.runtime import bundles, gpu_matrices, lower_gpu
+from coreskip.runtime import bundles, gpu_matrices, lower_gpu, selfcheck
 from coreskip.runtime.gpu_lowering import GpuStep
 from coreskip.runtime.wrap import runtime_of
 
@@ -133,6 +136,17 @@ def test_policies_choose_without_the_host(name: str) -> None:
         alike(teacher_forced(model, *arguments, each=1), expected)
         usage = runtime_of(model).usage
         assert abs(usage.neuron_sparsity() - 0.5) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("bloom", "sketch_threshold"), ("gpt_neox", "teal_all"), ("falcon", "wina"), ("gemma2", "int4"), ("opt", "topk")],
+)
+def test_steps_are_their_definitions_in_float64(family: str, name: str) -> None:
+    """A few of all families and policies, for a few tokens: `make test-gpu-steps` has the others, for 200."""
+    verdict = judge(family, name, 20)
+    assert verdict.way == "step"
+    assert verdict.ok, verdict
 
 
 @pytest.mark.parametrize("policy", [Skip(), SkipAttention(), SkipMLP()])
@@ -338,7 +352,6 @@ def test_what_a_gpu_has_no_format_for_is_said() -> None:
 
 
 def test_what_is_not_lowered_is_said_once_and_its_modules_are_captured(caplog: pytest.LogCaptureFixture) -> None:
-    assert "mixtral" in EXPERTS
     model = tiny("falcon_new")
     expected = greedy(model, prompt(1), 8)
     with captured(model, lowered=True) as graphs, caplog.at_level(logging.DEBUG, "coreskip"):
@@ -349,10 +362,70 @@ def test_what_is_not_lowered_is_said_once_and_its_modules_are_captured(caplog: p
     said = [record.message for record in caplog.records if "not lowered as a whole" in record.message]
     assert len(said) == 1
     assert said[0].endswith(graphs.lowering.refusal)
-    mixture = tiny("mixtral")
-    with captured(mixture, lowered=True) as graphs:
-        greedy(mixture, prompt(1), 4)
-        assert graphs.lowering.refusal == "mixtures of experts are not lowered"
+    normed = tiny("bitnet")
+    with captured(normed, lowered=True) as graphs:
+        greedy(normed, prompt(1), 4)
+        assert "norms stand inside" in str(graphs.lowering.refusal)
+
+
+@pytest.mark.parametrize("probed", [True, False])
+def test_positions_that_a_text_comes_to_later(probed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 4 attends within chunks of 64 positions, which nothing before the 65th tells: it is seen by a look ahead
+    or, without it, where the configuration names a position."""
+    model = tiny("llama4")
+    arguments = (*ragged(), some_tokens(2, 80))
+    with torch.no_grad():
+        expected = teacher_forced(model, *arguments, each=1)
+        if not probed:
+            monkeypatch.setattr(lower_gpu, "check_elsewhere", lambda *arguments: None)
+            monkeypatch.setattr(selfcheck, "KEYS", 16)
+        with captured(model, lowered=True) as graphs:
+            close(teacher_forced(model, *arguments, each=1), expected)
+            reason = str(graphs.lowering.refusal)
+            assert reason.startswith("at other positions" if probed else "its logits differ"), reason
+            assert graphs.refusal == "its layers attend within chunks of positions"
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("qwen2_moe", "skip_experts"), ("gpt_oss", "kept_experts"), ("glm4_moe", "dense"), ("mixtral", "core_experts"),
+        ("deepseek_v2", "skip_experts"), ("deepseek_v3", "dense"), ("deepseek_v2", "int4"),
+    ],
+)  # fmt: skip
+def test_mixtures_of_experts_and_latents(family: str, name: str) -> None:
+    verdict = judge(family, name, 20)
+    assert verdict.way == "step"
+    assert verdict.ok, verdict
+
+
+def test_another_prompts_experts_need_no_other_graph() -> None:
+    model = tiny("mixtral")
+    plan = with_experts(model, CoreExperts(3))
+    tokens, expected, logits = some_tokens(1, 6), list[Tensor](), list[Tensor]()
+    prompts = [prompt(1, seed=seed) for seed in range(3)]
+    mask = torch.ones_like(prompts[0])
+    with torch.no_grad(), coreskip.wrap(model, plan):
+        runtime_of(model).steps.native._state.refusal = "the native step is left out here"
+        expected = [teacher_forced(model, ids, mask, tokens, each=1) for ids in prompts]
+    assert not torch.allclose(expected[0], expected[1], atol=0.1)
+    with torch.no_grad(), lowered(model, plan) as graphs:
+        graphs.capture = Recorded
+        logits = [teacher_forced(model, ids, mask, tokens, each=1) for ids in prompts]
+        (held,) = graphs._captured
+        assert len(held.graphs) == 1
+    for found, wanted in zip(logits, expected, strict=True):
+        close(found, wanted)
+
+
+def test_neurons_of_experts_are_left_out_on_the_modules() -> None:
+    model = tiny("mixtral")
+    plan = with_experts(model, ThinExperts(torch.full((8,), 0.1), 0.8))
+    with captured(model, plan, lowered=True) as graphs, torch.no_grad():
+        model(prompt(1, 1), past_key_values=model(prompt(1)).past_key_values)
+        assert graphs.lowering.refusal is None
+        program = runtime_of(model).program_for(DynamicCache(), native=False)
+        assert graphs.lowering.covers(program) == "neurons of experts are left out"
 
 
 def test_a_lowering_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,6 +506,12 @@ _PRODUCTS = {"dense": 4, "teal": 4, "teal_all": 4, "wina": 4, "topk": 4, "sketch
 _PRODUCTS |= {"learned": 5, "bricks": 5}
 LAUNCHES = [(None, kind, _PRODUCTS.get(kind, 3)) for kind in ("dense", "static", "signed", *NAMES)]
 LAUNCHES += [("int4", "dense", 4), ("int4", "static", 4), ("int4", "signed", 5), ("int8", "dense", 4)]
+# of a mixture that of its router (and of its shared expert's gate), two of its experts, and two of the shared one
+LAUNCHES += [(None, "mixtral", 5), (None, "qwen2_moe", 7), ("int4", "mixtral", 5)]
+LAUNCHES += [(None, "deepseek_v3", 10)]  # queries' latents, queries, two of heads and latents, o; five of experts
+
+
+_ALL_MIXED: dict[str, Any] = {"qwen2_moe": {"mlp_only_layers": []}, "deepseek_v3": {"first_k_dense_replace": 0}}
 
 
 @pytest.mark.parametrize(("weights", "kind", "products"), LAUNCHES)
@@ -445,8 +524,9 @@ def test_launches_of_a_layer(
 
     small, found, by_torch = list[int](), list[int](), list[Counter[str]]()
     for layers in (1, 2):
-        model = tiny("llama_bias" if kind == "teal_all" else "llama", num_hidden_layers=layers)
-        plan = Plan.dense(model) if kind == "dense" else policy_plan(model, kind)
+        family = kind if kind in EXPERTS else "llama_bias" if kind == "teal_all" else "llama"
+        model = tiny(family, num_hidden_layers=layers, **_ALL_MIXED.get(kind, {}))
+        plan = Plan.dense(model) if kind == "dense" or kind in EXPERTS else policy_plan(model, kind)
         ids = prompt(1, 4)
         with torch.no_grad(), lowered(model, replace(plan, weights=weights)) as graphs, monkeypatch.context() as patch:
             teacher_forced(model, ids, torch.ones_like(ids), some_tokens(1, 1), each=1)

@@ -45,6 +45,14 @@ def made(call, *names, capability=90):
         assert kernel.asm["cubin"] and kernel.metadata.shared <= LIMIT, kernel.metadata.shared
         assert ".local" not in kernel.asm["ptx"]
     return [kernel.asm["ptx"] for _, kernel in found]
+
+def adds_up_last(ptx):
+    "The last program sees what all have stored: stores, a barrier, the counter, a barrier, loads that no cache keeps."
+    parts = ptx.split("atom.global.gpu.acq_rel.add")
+    assert len(parts) > 1 and "ld.global.nc" not in ptx
+    for before, after in zip(parts, parts[1:]):
+        assert "st.global" not in before[before.rindex("bar.sync"):]
+        assert "ld.global" not in after[:after.index("bar.sync")]
 """
 
 Run = Callable[[str], None]
@@ -101,8 +109,9 @@ def check(heads, kv_heads, size, dtype=half, one=None, **options):
     made(lambda: step.rotary_write(qkv, keys, keys, at, heads=heads, places=places, rotation=(table, table), q_norm=one,
         k_norm=one), "_rotary_kernel", capability={capability})
     q = torch.empty((2, heads, size), dtype=dtype)
-    made(lambda: step.attention(q, keys, keys, at, scale=0.1, quantize=True, **options), "_attention_kernel",
+    (ptx,) = made(lambda: step.attention(q, keys, keys, at, scale=0.1, quantize=True, **options), "_attention_kernel",
         capability={capability})
+    adds_up_last(ptx)
 check(8, 1, 256, seen=torch.ones((2, 2048), dtype=torch.bool), softcap=50.0, window=512, sinks=torch.ones(8))
 if {capability} == 90:
     check(32, 32, 128)
@@ -125,8 +134,9 @@ for hidden in (576, 4096, 8192) if {capability} == 90 else (4096,):
 made(lambda: step.mlp(x, bundles(hidden, torch.float32)), *names, capability={capability})
 columns = PackedColumns(torch.empty((4096, 4096), dtype=half), 4096, torch.empty(4096))
 for count, act in ((1, None), (2, "silu"), (3, None)):
-    made(lambda: step.columns(torch.empty(1, 4096), [columns] * count, [0.1] * count, by_norm=True, act=act),
+    (ptx,) = made(lambda: step.columns(torch.empty(1, 4096), [columns] * count, [0.1] * count, by_norm=True, act=act),
         "_columns_kernel", capability={capability})
+    adds_up_last(ptx)
 for inputs in (576, 4096, 11008) if {capability} == 90 else (4096,):
     matrices = [step.pack(torch.empty((n, inputs), dtype=half)) for n in (64, 16, 16)]
     x = torch.empty(1, inputs)
@@ -142,7 +152,7 @@ from coreskip.kernels.gpu_formats import ByRow
 from coreskip.kernels.packed import PackedLinear
 for neurons in (1536, 28672) if {capability} == 90 else (11008,):
     score, ends = torch.empty(1, neurons), torch.empty(neurons)
-    made(lambda: step.pick(score, keep=neurons // 2, kind="sigmoid"), "_pick_kernel", capability={capability})
+    made(lambda: step.pick(score, keep=neurons // 2), "_pick_kernel", capability={capability})
     made(lambda: step.pick(score, threshold=0.5, kind="size", norm=ends), "_pick_kernel", capability={capability})
 for hidden in (576, 4096, 8192) if {capability} == 90 else (4096,):
     half_row = -(-hidden // 128) * 64
@@ -164,6 +174,63 @@ gates = [step.pack(torch.empty((64, 4096), dtype=half)) for _ in range(2)]
 (ptx,) = made(lambda: step.activated(torch.empty((1, 4096), dtype=half), gates, "silu"), "_row_kernel",
     capability={capability})
 assert "ld.global.v4.b32" in ptx
+""")
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_experts(run: Run, capability: int) -> None:
+    """Shapes of Qwen3-30B-A3B, DeepSeek-V2 (whose groups are no power of two) and gpt-oss (stored by columns)."""
+    run(f"""
+from coreskip.kernels.experts import Router
+from coreskip.kernels.gpu_formats import ExpertMatrices
+from coreskip.kernels.packed import PackedLinear
+def route(count, chosen, **options):
+    router = Router(PackedLinear(torch.empty((count, 32)), 32, None), chosen, **options)
+    made(lambda: step.route(torch.empty(1, count), router), "_route_kernel", capability={capability})
+route(128, 8, normalized=True)
+route(160, 6, groups=8, groups_kept=3, correction=torch.empty(160), kept=torch.empty(160, dtype=torch.uint8), least=0.1)
+route(256, 8, scoring="sigmoid", groups=8, groups_kept=4, by_pairs=True)
+route(32, 4, scoring="softmax_of_chosen")
+route(16, 2, scoring="sparse_mixer")
+chosen, weights = torch.zeros((1, 8), dtype=torch.int32), torch.empty(1, 8)
+def check(up, down, bias=None, **options):
+    gate_bias, up_bias, down_bias = bias or (None, None, None)
+    matrices = ExpertMatrices(up[0], up[1], down, gate_bias, up_bias, down_bias, "silu", **options)
+    x, more = torch.empty((1, down.shape[1]), dtype=half), torch.empty(1, down.shape[1])
+    found = made(lambda: step.experts(x, matrices, chosen, weights, more=more, gate=more), "_widening_kernel",
+        "_narrowing_kernel", capability={capability})
+    assert all("ld.global.v4.b32" in ptx for ptx in found)
+both = torch.empty((2, 1536, 2048), dtype=half)
+check((both[:, :768], both[:, 768:]), torch.empty((2, 2048, 768), dtype=half))
+turns, bias = torch.empty((2, 2880, 5760), dtype=half).transpose(1, 2), torch.empty((2, 5760), dtype=half)
+down = torch.empty((2, 2880, 2880), dtype=half).transpose(1, 2)
+made(lambda: step.experts(torch.empty((1, 2880), dtype=half), ExpertMatrices(turns[:, ::2], turns[:, 1::2], down,
+    bias[:, ::2], bias[:, 1::2], bias[:, :2880], "silu", limit=7.0, slope=1.702, offset=1.0), chosen, weights),
+    "_widening_kernel", "_narrowing_kernel", capability={capability})
+""")
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_latents(run: Run, capability: int) -> None:
+    """The shape of DeepSeek-V2-Lite, and in float32."""
+    run(f"""
+from coreskip.kernels import gpu_latents as latents
+for dtype in (half, torch.float32) if {capability} == 90 else (half,):
+    keys, values = torch.empty((1, 1, 2048, 512), dtype=dtype), torch.empty((1, 1, 2048, 64), dtype=dtype)
+    q, kv, table = torch.empty(1, 16, 192), torch.empty(1, 576), torch.empty(1, 64)
+    at = torch.zeros(1, dtype=torch.int64)
+    made(lambda: latents.latent_write(q, kv, keys, values, at, norm=norm(512), rotation=(table, table), positions=at,
+        paired=False, apart=True), "_write_kernel", capability={capability})
+    weight = torch.empty((16, 256, 512), dtype=dtype)
+    made(lambda: latents.head_products(q[..., :128], weight[:, :128].transpose(1, 2)), "_heads_kernel",
+        capability={capability})
+    asked = torch.empty(1, 16, 512)
+    (ptx,) = made(lambda: latents.head_products(asked, weight[:, 128:]), "_heads_kernel", capability={capability})
+    assert "ld.global.v4.b32" in ptx
+    turned = torch.empty((1, 16, 64), dtype=dtype)
+    (ptx,) = made(lambda: latents.latent_attention(asked, turned, keys, values, at, scale=0.1), "_latent_kernel",
+        capability={capability})
+    adds_up_last(ptx)
 """)
 
 

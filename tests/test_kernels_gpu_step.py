@@ -12,6 +12,7 @@ from triton_process import scripts
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (the extra `gpu`)")
 
 SETUP = """
+import pytest
 import torch
 from coreskip.kernels import gpu_reference as reference
 from coreskip.kernels import gpu_step as step
@@ -200,11 +201,9 @@ for keep in (1, 57, 103, 199, 200, 0):
         assert torch.equal(result.long(), reference.pick(score, keep, 0.0, kind, norms)), (keep, kind)
     assert torch.equal(step.pick(score, keep=keep), step.pick(score, keep=keep))
 for threshold in (-9.0, 0.0, 0.5, 1e9):
-    for kind in ("plain", "size", "sigmoid"):
+    for kind in ("plain", "size"):
         result = step.pick(score, threshold=threshold, kind=kind, norm=norm)
         assert torch.equal(result.long(), reference.pick(score, -1, threshold, kind, norm))
-learned = step.pick(score[:1], keep=20, kind="sigmoid")
-assert torch.equal(learned.long(), reference.pick(score[:1], 20, 0.0, "sigmoid", None))
 """)
 
 
@@ -442,6 +441,127 @@ def check(heads, kv_heads, size, tokens=1, capacity=70, dtype=torch.float32, qua
     )
     assert torch.equal(alone, result[1:2])
 check({options})
+""")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "8, 2", "60, 4, normalized=True, scale=2.5", "8, 3, scoring='sigmoid', normalized=True, added=1e-20, least=0.5",
+        "12, 2, scoring='softmax_of_chosen'", "12, 3, scoring='sigmoid_of_chosen', kept=kept(12)",
+        "16, 2, scoring='sparse_mixer', jitter=0.1", "16, 2, scoring='sparse_mixer', jitter=0.1, kept=kept(16)",
+        "40, 6, groups=8, groups_kept=3, kept=kept(40)", "6, 4, kept=(torch.arange(6) < 3).to(torch.uint8)",
+        "24, 4, scoring='sigmoid', correction=torch.randn(24), groups=4, groups_kept=2, by_pairs=True, normalized=True",
+        "24, 6, correction=torch.rand(24), groups=4, groups_kept=2, by_pairs=True, kept=kept(24), least=0.3",
+        "1, 1",
+    ],
+)  # fmt: skip
+def test_routers(run: Run, options: str) -> None:
+    run(f"""
+from coreskip.kernels.experts import Router
+def kept(count):
+    return (torch.arange(count) % 3 != 1).to(torch.uint8)
+def check(count, chosen, **options):
+    router = Router(PackedLinear.pack(torch.randn(count, 8)), chosen, **options)
+    logits = (torch.randn(9, count + 3) * 2)[:, :count]
+    (weights, experts), (again, others) = step.route(logits, router), step.route(logits, router)
+    assert torch.equal(weights, again) and torch.equal(experts, others)
+    exact, wanted = router.weigh(logits.double())
+    assert torch.equal(experts, wanted.int()), (experts, wanted)
+    assert torch.allclose(weights.double(), exact, rtol=2e-6, atol=1e-7)
+check({options})
+""")
+
+
+def test_experts(run: Run) -> None:
+    """However their matrices lie, with everything that some families have; one that is left out is not read."""
+    run("""
+from coreskip.kernels.gpu_formats import ExpertMatrices
+def floats(*shape, dtype=torch.float32):
+    return (torch.randn(*shape) * 0.2).to(dtype)
+chosen = torch.tensor([[2, 0], [4, -1], [2, 3]], dtype=torch.int32)
+weights = torch.tensor([[0.7, 0.3], [1.0, 0.0], [0.2, 0.9]])
+x, more, gate = torch.randn(3, 36), torch.randn(3, 36), torch.randn(3, 2)[:, 1:]
+def check(gate_rows, up, down, biases, act, **options):
+    matrices = ExpertMatrices(gate_rows, up, down, *biases, act, **options)
+    for given in (x, x.to(up.dtype)):
+        exact = reference.experts(given.double(), matrices, chosen, weights)
+        twice(lambda: step.experts(given, matrices, chosen, weights), exact)
+        exact += 0.5 * more * gate.sigmoid()
+        twice(lambda: step.experts(given, matrices, chosen, weights, more=more, gate=gate, more_scale=0.5), exact)
+    twice(lambda: step.experts(x, matrices, chosen, weights, more=more),
+          reference.experts(x.double(), matrices, chosen, weights) + more)
+stacked, down = floats(5, 40, 36), floats(5, 36, 20)
+stacked[1], down[1] = float("nan"), float("nan")  # whom nobody chose
+check(stacked[:, :20], stacked[:, 20:], down, (None, None, None), "silu")
+check(None, stacked, floats(5, 36, 40), (None, floats(5, 40), floats(5, 36)), "relu2")
+turns, bias = floats(5, 36, 40, dtype=half).transpose(1, 2), floats(5, 40, dtype=half)
+check(turns[:, ::2], turns[:, 1::2], floats(5, 20, 36, dtype=half).transpose(1, 2),
+      (bias[:, ::2], bias[:, 1::2], floats(5, 36, dtype=half)), "silu", limit=0.7, slope=1.7, offset=1.0)
+check(floats(5, 20, 36), floats(5, 20, 36), floats(5, 36, 20), (None, None, None), "gelu", by_inputs=True)
+with pytest.raises(ValueError):
+    ExpertMatrices(turns[:, ::2], stacked[:, :20], down, None, None, None, "silu")
+""")
+
+
+@pytest.mark.parametrize("way", ["paired=True, apart=False", "paired=False, apart=True", "paired=False, apart=False"])
+def test_latents(run: Run, way: str) -> None:
+    """Of 20 heads of two sequences of two tokens each; what lies beyond a row's index is NaN."""
+    run(f"""
+from coreskip.kernels import gpu_latents as latents
+heads, rank, rope, nope, rows, capacity = 20, 24, 8, 12, 4, 70
+wide, kv, table = torch.randn(rows, heads * (nope + rope) + 5), torch.randn(rows, rank + rope), torch.rand(64, rope)
+q = wide[:, 5:].unflatten(1, (heads, -1))
+at, positions = torch.tensor([3, 4, 68, 69]), torch.tensor([5, 6, 1, 0])
+one, rotation = norm(rank), (table.cos(), table.sin())
+start = [torch.randn(2, 1, capacity, size) for size in (rank, rope)]
+def written(dtype=torch.float32, at=at):
+    keys, values = (t.to(dtype).clone() for t in start)
+    found = latents.latent_write(q, kv, keys, values, at, norm=one, rotation=rotation, positions=positions, {way})
+    return found, keys, values
+for dtype in (torch.float32, half):
+    with step.definitions():
+        expected = written(dtype)
+    for result, wanted in zip(written(dtype), expected, strict=True):
+        error = 1e-2 if dtype is half else 1e-6
+        assert result.dtype == dtype and torch.allclose(result.float(), wanted.float(), atol=2e-6, rtol=error)
+assert torch.equal(written(at=at + 1000)[1], start[0])
+turned, keys, values = written()
+for sequence in range(2):
+    end = int(at.view(2, 2)[sequence].max()) + 1
+    keys[sequence, :, end:], values[sequence, :, end:] = float("nan"), float("nan")
+weight = torch.randn(heads, nope + 9, rank)
+of_keys, of_values = weight[:, :nope].transpose(1, 2), weight[:, nope:]
+def products(x, weight):
+    twice(lambda: latents.head_products(x, weight), torch.einsum("rhi,hoi->rho", x.double(), weight.double()))
+products(q[..., :nope], of_keys)
+asked = latents.head_products(q[..., :nope], of_keys)
+products(asked, of_values.to(half))
+counters = torch.zeros(rows * step.COUNTERS, dtype=torch.int32)
+def check(seen, window):
+    def call(*given):
+        return latents.latent_attention(*given, at, scale=0.2, seen=seen, window=window, counters=counters)
+    with step.definitions():
+        exact = call(*(t.double() for t in (asked, turned, keys, values)))
+    result = call(asked, turned, keys, values)
+    assert torch.equal(result, call(asked, turned, keys, values)) and not counters.any()
+    assert (result - exact).abs().max() <= 2e-6 * exact.abs().max()
+check(None, 0)
+check(torch.rand(2, capacity) > 0.3, 9)
+check(torch.zeros(2, capacity, dtype=torch.bool), 0)
+""")
+
+
+def test_what_no_launch_can_do(run: Run) -> None:
+    run("""
+keys, at = torch.zeros(1, 2, 4, 8), torch.zeros(1, dtype=torch.int64)
+places = (0, 2, 0), (16, 2, 0), (32, 2, 0)
+call = lambda **options: step.rotary_write(
+    torch.randn(1, 48), keys, keys.clone(), at, heads=2, places=places, **options)
+call(k_norm=norm(16))
+for wrong in (lambda: call(k_norm=norm(16), turned=True), lambda: step.act_mul(torch.empty(65536, 2), "silu")):
+    with pytest.raises(ValueError):
+        wrong()
 """)
 
 

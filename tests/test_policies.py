@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from policy_definitions import by_definition, defined
 from test_decode import COVERED, prefilled, ragged, some_tokens, spy, teacher_forced
 from test_plan import rewrite
 from tiny_models import greedy, prompt, tiny
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 import coreskip
 from coreskip import Plan, PlanError
 from coreskip.kernels import cpu
 from coreskip.kernels.ops import available
-from coreskip.kernels.packed import quantize
 from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.plan import LayerPlan
 from coreskip.predictors.policies import (
     Bricks,
     Cats,
     Dense,
-    InputThresholds,
     Learned,
     Run,
     Sketch,
@@ -106,108 +104,6 @@ def some_policy(model: Any, name: str) -> Any:
 def bricks(assignment: Tensor, route: Tensor | None = None, threshold: float | None = None) -> Bricks:
     route = torch.ones(4, 64) if route is None else route
     return Bricks(keep=KEEP, assignment=assignment, route=route, bias=torch.zeros(4), threshold=threshold)
-
-
-# ---- the definitions, written down a second time and run as masks over dense products ----
-
-
-def best(score: Tensor, policy: Any) -> Tensor:
-    if policy.threshold is not None:
-        return score >= policy.threshold
-    order = score.sort(dim=-1, descending=True, stable=True).indices  # of equal scores the first
-    kept = order[:, : policy.kept(score.shape[-1])]
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, kept, True)
-
-
-def nibbled(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The int8 weights as numbers, and what their high nibbles say."""
-    integers, scale = quantize(weight.float())
-    high = torch.div(integers + 128, 16, rounding_mode="floor") * 16 + 7.5 - 128
-    return integers * scale[:, None], high * scale[:, None]
-
-
-def defined(policy: Any, layer: Any, x: Tensor) -> Tensor:
-    """One MLP under a policy of neurons: x ``[tokens, hidden]``."""
-    w = layer.matrices()
-    act = layer.act
-
-    def activations(gate: Tensor | None, up: Tensor, x: Tensor) -> Tensor:
-        u = F.linear(x, up, w.up_bias)
-        return act(u) if gate is None else act(F.linear(x, gate, w.gate_bias)) * u
-
-    gate, up, down = w.gate, w.up, w.down
-    if isinstance(policy, Sketch) and policy.bits == 4:
-        smooth = torch.ones(x.shape[-1]) if policy.smooth is None else policy.smooth
-        integers, scale = quantize(x / smooth)
-        up, gate = up * smooth, None if gate is None else gate * smooth
-        x = integers * scale[:, None]
-        up, up_high = nibbled(up)
-        gate, gate_high = (None, None) if gate is None else nibbled(gate)
-        # a nibble's 7.5 stands beside rounded inputs, as in the kernels
-        wanted = best(activations(gate_high, up_high, x).abs() * policy.norm, policy)
-        down = nibbled(down)[0]
-        a = activations(gate, up, x)
-        if policy.refine is not None:
-            wanted &= (a - policy.mean).abs() * policy.norm >= policy.refine
-    else:
-        a = activations(gate, up, x)
-        if isinstance(policy, Cats):
-            inner = act(F.linear(x, gate, w.gate_bias)) if gate is not None else a
-            wanted = inner.abs() >= policy.threshold
-        elif isinstance(policy, TopK):
-            wanted = best(a.abs() * policy.norm, policy)
-        elif isinstance(policy, Bricks):
-            wanted = best((x @ policy.route.t())[:, policy.assignment], policy)
-        elif isinstance(policy, Learned):
-            wanted = best(x @ policy.reduce.t() @ policy.expand.t(), policy)
-        else:
-            signs = torch.where(x < 0, -1.0, 1.0)
-            rows = up if gate is None else gate
-            wanted = best(signs @ torch.where(rows < 0, -1.0, 1.0).t(), policy)
-    mean = getattr(policy, "mean", None)
-    mean = torch.zeros(a.shape[-1]) if mean is None else mean
-    y = torch.where(wanted, a - mean, 0) @ down + mean @ down
-    return y if w.down_bias is None else y + w.down_bias
-
-
-@contextmanager
-def by_definition(model: Any, policy: Any) -> Iterator[None]:
-    """Decode steps, here those of one token, compute `defined` or mask inputs; longer passes stay dense."""
-    handles = []
-
-    def masked(least: float, weight: Tensor) -> Callable[..., Any]:
-        def before(module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor] | None:
-            x = arguments[0]
-            norm = weight.norm(dim=0) if policy.by_norm else 1.0
-            return (torch.where(x.abs() * norm >= least, x, 0),) if model.decoding else None
-
-        return before
-
-    def replaced(layer: Any) -> Callable[..., Any]:
-        def after(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor | None:
-            x = arguments[0]
-            return defined(policy, layer, x.reshape(-1, x.shape[-1])).view_as(x) if model.decoding else None
-
-        return after
-
-    def phase(module: nn.Module, arguments: Any, named: dict[str, Any]) -> None:
-        model.decoding = named["past_key_values"].get_seq_length() > 0
-
-    anatomy = dissect(model)
-    handles.append(anatomy.stack.register_forward_pre_hook(phase, with_kwargs=True))
-    for layer, attention in zip(anatomy.mlps, anatomy.attentions, strict=True):
-        if isinstance(policy, InputThresholds):
-            for name, least in policy.thresholds.items():
-                owner: Any = layer.owner if name.startswith("mlp") else attention.module  # type: ignore[union-attr]
-                linear = getattr(owner, name.partition(".")[2])
-                handles.append(linear.register_forward_pre_hook(masked(least, linear.weight)))
-        else:
-            handles.append(layer.owner.register_forward_hook(replaced(layer)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -565,3 +461,16 @@ def test_damaged_files(llama: Any, tmp_path: Path, edit: Callable[[dict[str, Any
     rewrite(tmp_path / "p.plan", lambda document: edit(document["layers"][0]["neurons"]))
     with pytest.raises(PlanError):
         Plan.load(tmp_path / "p.plan")
+
+
+@pytest.mark.parametrize("rows", [1, 5, 20])
+def test_learned_scores_beyond_where_a_sigmoid_is_one(rows: int) -> None:
+    """In float32 that is 17: the neurons with the greatest scores, not the first of those that are large."""
+    model = tiny("llama")
+    policy = replace(some_policy(model, "learned"), expand=40 * some_policy(model, "learned").expand)
+    layer = dissect(model).mlps[1]
+    x = torch.randn(rows, layer.hidden_size, generator=torch.Generator().manual_seed(5))
+    with coreskip.wrap(model, plan_with(model, policy)), torch.no_grad():
+        found, _ = runtime_of(model).prepared.mlp(1).run(x)
+        expected = defined(policy, layer, x)
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
