@@ -327,11 +327,10 @@ class Capped(Memory):
         self._step = max(1, cap // (4 * _REFILL))  # slots change by so many bytes: they are read anew then
         self._looked_up = [store.spans[name] for name in tables]
         self._held, self._kept = list[int](), list[str]()  # of texts under way; by name
-        self._lock = threading.RLock()
+        self._lock, self._for_probe = threading.RLock(), 0  # the latter: bytes left to the comparison now
         self._check(self._room(self.needs.least))
         most = (min(cap // _PROBE, self._room(0)) - self.needs.logits) // (2 * self.needs.entry)
         self.probe_keys = min(KEYS, max(_FEWEST_KEYS, most))
-        self._for_probe = 0  # bytes that matrices leave to the comparison now
         self.residency = Residency(store, names, piece, ring, scratch, CoreskipError, bundled=bool(self._bundles))
 
     @property
@@ -359,9 +358,10 @@ class Capped(Memory):
         trim()
         self.fill_up()
 
-    def fill_up(self) -> None:
+    def fill_up(self, output: object = None) -> object:
         with self._lock:
             self._keep_beside(max(sum(self._held), self.needs.of_text(1, *_SHORT)))
+        return output
 
     def stop(self) -> None:
         self.residency.close()
