@@ -174,7 +174,7 @@ def _of_attention(attention: Attention | LatentAttention | Recurrent | None) -> 
             _put_recurrence(found, attention)
         elif isinstance(attention, Convolution):
             _put_convolution(found, attention)
-        else:
+        elif isinstance(attention, Attention):
             _put_attention(found, attention)
         _attentions[attention] = found
     return arguments.StepLayer.from_buffer_copy(found)
