@@ -412,8 +412,8 @@ def attach(model: arguments.StepModel, layers: Iterable[arguments.StepLayer]) ->
     model.stream = stream.address or None
     if stream.slots is not None and residency.slots is not None:
         model.slots = stream.slots.address
-        # with experts of 0.8 MB guessing took 1.2 times as long as waiting for what was missed; with experts of 3.1 MB it
-        # read more than it spared
+        # with experts of 0.8 MB guessing took 1.2 times as long as waiting for what was missed; with experts of 3.1 MB
+        # it read more than it spared
         small = any(layer.experts.slots for layer in layers) and residency.slots.slot_bytes < _WORTH_GUESSING
         model.reads_ahead = residency.slots.ahead and not small
     return stream
