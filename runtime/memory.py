@@ -435,18 +435,18 @@ class Capped(Memory):
         if refill or not before or room - self.kept_bytes > self.cap // _REFILL:
             self._fill(room)
         left = max(0, room - self.kept_bytes) // self._step * self._step
-        slots_changed = self.residency.allow(self.needs.slots + left)
-        if before != self._kept or slots_changed:
+        if self.residency.allow(self.needs.slots + left) or before != self._kept:
             self._changed()
 
     def _fill(self, room: int) -> None:
-        there = set(self._kept)
-        rest = [(name, self._sizes[name]) for name in self._order if name not in there]
-        for name in spread(rest, room - self.kept_bytes):
+        rest = [(name, self._sizes[name]) for name in self._order if name not in set(self._kept)]
+        names = spread(rest, room - self.kept_bytes)
+        if names and self.residency.allow(self.needs.slots):  # before matrices come, slots go
+            self._changed()
+        for name in names:
             self.residency.keep(name)
             self._kept.append(name)
-        logger.debug("%s of matrices stay in memory, %s are read at every token",
-                     text_of(self.kept_bytes), text_of(self.streamed_bytes))  # fmt: skip
+        logger.debug("%s are kept, %s are read at every token", *map(text_of, (self.kept_bytes, self.streamed_bytes)))
 
 
 def spread(sizes: Sequence[tuple[str, int]], room: int) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..kernels import step as kernel
 from ..kernels.ops import MAX_ROWS
 from .calls import NotCovered, close, compare
-from .kv_cache import Entries, Rooms, passing_twin, twin_of
+from .kv_cache import Entries, Rooms, twin_of
 from .lower_cpu import CpuModel, StepProgram
 from .phases import as_loaded, densely
 from .selfcheck import FEW, agree, far_positions, made_up
@@ -64,7 +64,7 @@ class Comparison:
 
     def begin(self, loaded: CpuModel, program: StepProgram, named: dict[str, Any]) -> FirstStep:
         """Runs the step, whose keys and values the cache has from now on."""
-        twin, step = passing_twin(named["past_key_values"]), loaded.step(program)
+        twin, step = twin_of(named["past_key_values"]), loaded.step(program)
         whole = not (program.no_attention or program.no_mlp)  # modules that compute densely leave no layer out
         without = (program.rounds and whole) or (program.by_rule and loaded.base.dtype != torch.float32)
         judged = self._without_plan(named, loaded) if without else None
@@ -134,7 +134,7 @@ class Comparison:
 
         def run(ids: Tensor) -> tuple[Tensor, Tensor]:
             logits = natively(ids)  # before there is a twin: its keys and values are views, which no step writes beside
-            asked = {**named, "input_ids": ids, "past_key_values": passing_twin(named["past_key_values"])}
+            asked = {**named, "input_ids": ids, "past_key_values": twin_of(named["past_key_values"])}
             with densely():
                 return logits, cast(Any, self._forward)(**{**asked, "logits_to_keep": 0}).logits
 

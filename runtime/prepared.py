@@ -13,6 +13,7 @@ from ..kernels.sparse import SparseLinear
 from ..predictors.anatomy import Anatomy, rows_of
 from ..predictors.checks import AS_PACKED
 from ..predictors.policies import Chooser
+from . import slim
 from .bundles import FewerNeurons, Weights, neuron_weights
 from .formats import Formats
 from .layer_skips import LayerSkips
@@ -89,12 +90,12 @@ class Prepared:
         return selections.selected(self._packer, self._altered)
 
     def _packer(self) -> Packer:
-        """What makes MLPs of chosen neurons. Of tiles in 4 bits a sequence gets matrices of its own, where there is
-        memory for them: these stream at the dense rate, and lists do not. Sequences of a batch that chose differently,
-        and other weights, have lists over what all share."""
+        """What makes MLPs of chosen neurons. Of tiles in 4 bits a sequence gets matrices of its own, where that is
+        wanted (`slim.OWN_MATRICES`) and there is memory for them. Else all have lists over what they share."""
         parts_of: PartsOf | None = self._formats.parts
         needed = sum(brick.nbytes for brick in self._program.chosen_by(Chooser.PROMPT).values())
-        if self._bundle_format != "int4" or (self._weights.reusable < needed and free_memory() < _ROOM * needed):
+        short = self._weights.reusable < needed and free_memory() < _ROOM * needed
+        if not slim.OWN_MATRICES or self._bundle_format != "int4" or short:
             parts_of = None
 
         def pack(layer: int, lists: Tensor) -> FewerNeurons:

@@ -44,6 +44,7 @@ from ..predictors.policies import (
     TopK,
     Wina,
 )
+from . import slim
 from .bundles import Bundles, FewerNeurons, packed_in_four_bits, reads_matrices
 from .linear_names import native_names
 from .program_experts import ExpertsProgram, build_experts
@@ -94,9 +95,9 @@ class Brick:
         return self.hidden * self.loaded
 
     def chosen(self, kept: int) -> float:
-        """Bytes that so many neurons read which a prompt has chosen: taken from matrices in 4 bits, with the down
-        projection in groups of 8."""
-        if not (self.in_groups and self.of_cpu):
+        """Bytes that so many neurons read which a prompt has chosen: in matrices of their own (`OWN_MATRICES`) the
+        down projection is in groups of 8 bits."""
+        if not (slim.OWN_MATRICES and self.in_groups and self.of_cpu):
             return self.listed(kept)
         return kept * self.hidden * (self.scoring * FORMAT_BYTES["int4"] + FORMAT_BYTES["int8"])
 

@@ -20,7 +20,7 @@ from coreskip.kernels.packed import PackedLinear
 from coreskip.kernels.sparse import SlimMLP, SparseMLP
 from coreskip.predictors.checks import AS_PACKED
 from coreskip.predictors.policies import CoreNeurons
-from coreskip.runtime import prepared
+from coreskip.runtime import prepared, slim
 from coreskip.runtime.wrap import runtime_of
 
 NO_LIBRARY = ops.available("cpu")
@@ -35,6 +35,11 @@ def matrix(fmt: str, rows: int, inputs: int) -> PackedLinear:
 
 def numbers(packed: PackedLinear) -> Tensor:
     return ungroup(*untile(packed)).flatten(1)[:, : packed.in_features]
+
+
+@pytest.fixture(autouse=True)
+def _own_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slim, "OWN_MATRICES", True)
 
 
 @pytest.mark.parametrize("fmt", taken.TAKEN)
