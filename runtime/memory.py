@@ -358,11 +358,6 @@ class Capped(Memory):
         trim()
         self.fill_up()
 
-    def fill_up(self, output: object = None) -> object:
-        with self._lock:
-            self._keep_beside(max(sum(self._held), self.needs.of_text(1, *_SHORT)))
-        return output
-
     def stop(self) -> None:
         self.residency.close()
         self._kept.clear()
@@ -421,22 +416,25 @@ class Capped(Memory):
                 "disk"
             )
 
-    def _keep_beside(self, texts: int) -> None:
-        """Keeps matrices beside texts that take so many bytes, and beside the comparison of a first step."""
-        probe = self.needs.of_probe(self.probe_keys) if self._compares() else 0
-        refill, self._for_probe = probe < self._for_probe, probe
-        room, before = max(0, self._room(texts) - probe), list(self._kept)
-        while self._kept and self.kept_bytes > room:
-            over = self.kept_bytes - room
-            enough = [name for name in self._kept if self._sizes[name] >= over]
-            name = min(enough or self._kept, key=lambda name: self._sizes[name] * (1 if enough else -1))
-            self._kept.remove(name)
-            self.residency.drop(name)
-        if refill or not before or room - self.kept_bytes > self.cap // _REFILL:
-            self._fill(room)
-        left = max(0, room - self.kept_bytes) // self._step * self._step
-        if self.residency.allow(self.needs.slots + left) or before != self._kept:
-            self._changed()
+    def fill_up(self, output: object = None) -> object:
+        """Keeps matrices in what texts under way and a first step's comparison leave of the cap. Returns `output`."""
+        with self._lock:
+            texts = max(sum(self._held), self.needs.of_text(1, *_SHORT))
+            probe = self.needs.of_probe(self.probe_keys) if self._compares() else 0
+            refill, self._for_probe = probe < self._for_probe, probe
+            room, before = max(0, self._room(texts) - probe), list(self._kept)
+            while self._kept and self.kept_bytes > room:
+                over = self.kept_bytes - room
+                enough = [name for name in self._kept if self._sizes[name] >= over]
+                name = min(enough or self._kept, key=lambda name: self._sizes[name] * (1 if enough else -1))
+                self._kept.remove(name)
+                self.residency.drop(name)
+            if refill or not before or room - self.kept_bytes > self.cap // _REFILL:
+                self._fill(room)
+            left = max(0, room - self.kept_bytes) // self._step * self._step
+            if self.residency.allow(self.needs.slots + left) or before != self._kept:
+                self._changed()
+        return output
 
     def _fill(self, room: int) -> None:
         rest = [(name, self._sizes[name]) for name in self._order if name not in set(self._kept)]
