@@ -164,7 +164,7 @@ def examine(model_type: str) -> Row:
     except CoreskipError as error:
         return {**row, "refused": str(error)}
     row |= {
-        "cache": isinstance(_cache_of(model), Cache),  # without one every pass is prefill, and so dense
+        "cache": isinstance(cache_of(model), Cache),  # without one every pass is prefill, and so dense
         "layers": len(anatomy),
         "mlps": sum(mlp is not None for mlp in anatomy.feed_forwards),
         "experts": sum(experts is not None for experts in anatomy.experts),
@@ -206,7 +206,7 @@ def _neurons(model: Any, row: Row, expected: list[Tensor]) -> str:
     plan = Plan(tuple(map(LayerPlan, policies)), dense.model, {"method": "static"})
     wrap(model, plan)
     try:
-        got, skipped = _decoded(model), runtime_of(model).usage.neuron_sparsity()
+        got, skipped = decoded(model), runtime_of(model).usage.neuron_sparsity()
     finally:
         unwrap(model)
     if skipped == 0:
@@ -220,7 +220,7 @@ def _neurons(model: Any, row: Row, expected: list[Tensor]) -> str:
                 if half:
                     down[1::2] = 0.0
 
-    expected_logits = _decoded(model, halve)
+    expected_logits = decoded(model, halve)
     halve(False)
     far = float((got - expected_logits).abs().max() / expected_logits.abs().max())
     return "right" if far < 1e-3 else f"wrong by {far:.1e}"
@@ -250,7 +250,7 @@ def _top_expert(model: Any, row: Row, expected: list[Tensor]) -> str:
     layers = tuple(LayerPlan(experts=policy) for policy in policies)
     wrap(model, Plan(layers, dense.model, {"method": "skip-experts"}))
     try:
-        got, skipped = _decoded(model), runtime_of(model).usage.neuron_sparsity()
+        got, skipped = decoded(model), runtime_of(model).usage.neuron_sparsity()
     finally:
         unwrap(model)
     handles: list[Any] = []
@@ -269,7 +269,7 @@ def _top_expert(model: Any, row: Row, expected: list[Tensor]) -> str:
         for experts in filter(None, anatomy.experts):
             handles.append(experts.module.register_forward_pre_hook(first_alone(experts), with_kwargs=True))
 
-    expected_logits = _decoded(model, change)
+    expected_logits = decoded(model, change)
     for handle in handles:
         handle.remove()
     if skipped == 0:
@@ -278,7 +278,7 @@ def _top_expert(model: Any, row: Row, expected: list[Tensor]) -> str:
     return "right" if far < 1e-3 else f"wrong by {far:.1e}"
 
 
-def _cache_of(model: Any) -> Any:
+def cache_of(model: Any) -> Any:
     with torch.no_grad():
         return getattr(model(prompt(1), use_cache=True), "past_key_values", None)
 
@@ -299,7 +299,7 @@ def _logits(model: Any) -> Tensor:
     return logits
 
 
-def _decoded(model: Any, change: Any = None) -> Tensor:
+def decoded(model: Any, change: Any = None) -> Tensor:
     """fp32 logits of four decode steps after a dense prefill; `change(True)` comes between."""
     ids = prompt(1)
     with torch.no_grad():
@@ -358,19 +358,26 @@ def _apart(examine: Callable[[str], Row], model_type: str) -> Row:
         process.join()
 
 
-@click.command()
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON lines, one a type; what is there is kept.")
-@click.option("--examine", "one", help="Examine this type alone, here, and print its row.")
-@click.option("--types", help="Only these, separated by commas; they are examined anew.")
-def main(output: Path | None, one: str | None, types: str | None) -> None:
-    """A census of all causal LMs of transformers."""
-    torch.set_num_threads(1)  # forks have no others
-    if one is not None:
-        click.echo(json.dumps(examine(one)))
-        return
-    command = "python -m coreskip.bench.census -o bench/rows/census.jsonl"
-    rows = examined(examine, {"kind": "census"}, command, output, types)
-    click.echo(summary(rows))
+def of_every_type(
+    kind: str, examine: Callable[[str], Row], told: Callable[[list[Row]], str], about: str
+) -> click.Command:
+    """A command that examines every type, writes rows of this kind, and says what they come to. about: its help."""
+
+    @click.command(help=about)
+    @click.option(
+        "-o", "--output", type=click.Path(path_type=Path), help="JSON lines, one a type; what is there is kept."
+    )
+    @click.option("--examine", "one", help="Examine this type alone, here, and print its row.")
+    @click.option("--types", help="Only these, separated by commas; they are examined anew.")
+    def main(output: Path | None, one: str | None, types: str | None) -> None:
+        torch.set_num_threads(1)  # forks have no others
+        if one is not None:
+            click.echo(json.dumps(examine(one)))
+            return
+        command = f"python -m coreskip.bench.{kind} -o bench/rows/{kind}.jsonl"
+        click.echo(told(examined(examine, {"kind": kind}, command, output, types)))
+
+    return main
 
 
 def summary(rows: list[Row]) -> str:
@@ -385,6 +392,10 @@ def summary(rows: list[Row]) -> str:
         natively, in_part = sum(bool(r.get("native")) for r in some), sum(bool(r.get("halves")) for r in some)
         parts.append(f"{name}: {len(some)} built, {len(right)} right, {natively} native, {in_part} in part")
     return f"{len(rows)} types; " + "; ".join(parts)
+
+
+# found when it is called: tests put others in its place
+main = of_every_type("census", lambda name: examine(name), summary, "A census of all causal LMs of transformers.")
 
 
 if __name__ == "__main__":  # a process of its own: whoever calls `main` keeps how much is logged

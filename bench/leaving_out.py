@@ -34,10 +34,10 @@ from coreskip.predictors.observe import inference
 from coreskip.predictors.plan import LayerPlan, Plan
 from coreskip.predictors.policies import CoreNeurons, NeuronPolicy, Static
 from coreskip.predictors.token_samples import sample_tokens
-from coreskip.runtime import slim
 from coreskip.runtime.bundles import Weights
 from coreskip.runtime.cost import bytes_per_token
 from coreskip.runtime.load import load
+from coreskip.runtime.slim import own_matrices
 from coreskip.runtime.step_timing import trial
 from coreskip.runtime.wrap import runtime_of, wrapped
 
@@ -58,7 +58,6 @@ def plans_of(model: Any, ids: Tensor, weights: str, only: Sequence[str] = ()) ->
     def everywhere(policies: list[NeuronPolicy]) -> Plan:
         return replace(dense, layers=tuple(map(LayerPlan, policies)))
 
-    slim.OWN_MATRICES = True  # of one text at a time
     widths = [mlp.intermediate_size for mlp in anatomy.mlps]
     drawn: list[NeuronPolicy] = [Static(torch.randperm(width)[: width // 2].sort().values) for width in widths]
     core: list[NeuronPolicy] = [CoreNeurons(0.4, 0.5, "griffin") for _ in widths]
@@ -75,6 +74,7 @@ def plans_of(model: Any, ids: Tensor, weights: str, only: Sequence[str] = ()) ->
     return {name: plan for name, plan in found.items() if not only or name in {"dense", *only}}
 
 
+@own_matrices()
 def measure(model: Any, ids: Tensor, weights: str, rounds: int, plans: Mapping[str, Plan]) -> list[dict[str, Any]]:
     """One row a plan: medians, and medians of the ratios to dense in the same round. plans: "dense" and others."""
     packed, texts = Weights(dissect(model)), dict[str, Tensor]()

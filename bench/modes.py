@@ -13,14 +13,12 @@ modules that multiply with the same numbers. A run that was stopped goes on wher
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -28,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.cache_utils import Cache
 
-from coreskip.bench.census import Row, build, examined, prompt, text_of, vocabulary
+from coreskip.bench.census import Row, build, cache_of, decoded, of_every_type, prompt, text_of, vocabulary
 from coreskip.bench.tables import MODES
 from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.errors import CoreskipError
@@ -39,7 +37,6 @@ from coreskip.runtime.load import load
 from coreskip.runtime.pack import pack
 from coreskip.runtime.wrap import runtime_of, unwrap, wrap
 
-_COMMAND = "python -m coreskip.bench.modes -o bench/rows/modes.jsonl"
 _NEW = 16
 _CLOSE = 0.05  # standard deviations of the logits, between steps and modules that read the same numbers
 
@@ -153,6 +150,8 @@ def _exactly(model: Any, plan: Plan, expected: Tensor) -> str:
 
 def _in_four_bits(model: Any) -> str:
     """Decode steps behind a prompt, by native code as far as it goes and by the modules alone."""
+    if not isinstance(cache_of(model), Cache):
+        return ""
     found = []
     for natively in (True, False):
         wrap(model, Plan.dense(model, "int4"))
@@ -161,23 +160,11 @@ def _in_four_bits(model: Any) -> str:
             if not natively:
                 steps.native._refuse("the modules are what is compared with")
                 steps.spans.refusal = "the modules are what is compared with"
-            found.append(_decoded(model))
+            found.append(decoded(model))
         finally:
             unwrap(model)
-    if found[0] is None or found[1] is None:
-        return ""
     far = float((found[0] - found[1]).square().mean().sqrt() / found[1].std())
     return "same" if far < _CLOSE else f"other by {far:.2g} standard deviations"
-
-
-def _decoded(model: Any) -> Tensor | None:
-    ids = prompt(1)
-    with torch.no_grad():
-        cache = getattr(model(ids[:, :8], use_cache=True), "past_key_values", None)
-        if not isinstance(cache, Cache):
-            return None
-        steps = [model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(8, 12)]
-    return torch.cat(steps, 1).float()
 
 
 def _packed(model: Any, weights: str, expected: Tensor | None) -> str:
@@ -198,25 +185,20 @@ def _tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w3", pad_token="w0", eos_token="w2")
 
 
-@click.command()
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON lines, one a type; what is there is kept.")
-@click.option("--examine", "one", help="Examine this type alone, here, and print its row.")
-@click.option("--types", help="Only these, separated by commas; they are examined anew.")
-def main(output: Path | None, one: str | None, types: str | None) -> None:
-    """Every decoder of transformers in every way of generating."""
-    torch.set_num_threads(1)  # forks have no others
-    if one is not None:
-        click.echo(json.dumps(examine(one)))
-        return
-    rows = examined(examine, {"kind": "modes"}, _COMMAND, output, types)
+def _told(rows: list[Row]) -> str:
     built = [row for row in rows if row["built"]]
-    click.echo(f"{len(built)} decoders; " + "; ".join(f"{name}: {_count(built, name)}" for name in MODES))
+    return f"{len(built)} decoders; " + "; ".join(f"{name}: {_count(built, name)}" for name in MODES)
 
 
 def _count(rows: list[Row], name: str) -> str:
     """How many of those that do something at all in a mode do the same."""
     found = [row.get(name, "") for row in rows if row.get(name, "")]
     return f"{found.count('same')} of {len(found)}"
+
+
+main = of_every_type(
+    "modes", lambda name: examine(name), _told, "Every decoder of transformers in every way of generating."
+)
 
 
 if __name__ == "__main__":  # a process of its own: whoever calls `main` keeps how much is logged

@@ -92,17 +92,19 @@ class Prepared:
     def _packer(self) -> Packer:
         """What makes MLPs of chosen neurons. Of tiles in 4 bits a sequence gets matrices of its own, where that is
         wanted (`slim.OWN_MATRICES`) and there is memory for them. Else all have lists over what they share."""
-        parts_of: PartsOf | None = self._formats.parts
-        needed = sum(brick.nbytes for brick in self._program.chosen_by(Chooser.PROMPT).values())
-        short = self._weights.reusable < needed and free_memory() < _ROOM * needed
-        if not slim.OWN_MATRICES or self._bundle_format != "int4" or short:
-            parts_of = None
+        alone = slim.OWN_MATRICES and self._bundle_format == "int4" and self._has_room()
+        parts_of: PartsOf | None = self._formats.parts if alone else None
 
         def pack(layer: int, lists: Tensor) -> FewerNeurons:
             own = None if parts_of is None or lists.dim() > 1 else self._weights.chosen(layer, lists, parts_of)
             return own or self._weights.listed(layer, self._bundle_format, lists)
 
         return pack
+
+    def _has_room(self) -> bool:
+        """Whether there is memory for a prompt's neurons beside the whole matrices."""
+        needed = sum(brick.nbytes for brick in self._program.chosen_by(Chooser.PROMPT).values())
+        return self._weights.reusable >= needed or free_memory() >= _ROOM * needed
 
     def step_program(self, selections: Selections | None) -> StepProgram:
         """What a native step computes for sequences with these selections; None: with none of their own."""

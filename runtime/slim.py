@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import cast
 
 from torch import Tensor, nn
@@ -23,8 +24,19 @@ _IN_GROUPS = {"int4": "int4", "int8": "int8_groups"}
 
 # Whether neurons that a prompt chose in 4 bits become matrices of their own. They are 1.1 to 1.2 times as fast so; but
 # their down projection has 8 bits then, and sequences that run together and chose differently have lists over the 4-bit
-# numbers: a text would depend on what runs beside it. Benchmarks turn it on.
+# numbers: a text would depend on what runs beside it. Benchmarks of one text at a time turn it on.
 OWN_MATRICES = False
+
+
+@contextmanager
+def own_matrices() -> Iterator[None]:
+    """OWN_MATRICES is on meanwhile."""
+    global OWN_MATRICES
+    before, OWN_MATRICES = OWN_MATRICES, True
+    try:
+        yield
+    finally:
+        OWN_MATRICES = before
 
 
 def linears_of(mlp: FeedForward) -> list[nn.Module]:

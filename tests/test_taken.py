@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,8 @@ from coreskip.kernels.packed import PackedLinear
 from coreskip.kernels.sparse import SlimMLP, SparseMLP
 from coreskip.predictors.checks import AS_PACKED
 from coreskip.predictors.policies import CoreNeurons
-from coreskip.runtime import prepared, slim
+from coreskip.runtime import prepared
+from coreskip.runtime.slim import own_matrices
 from coreskip.runtime.wrap import runtime_of
 
 NO_LIBRARY = ops.available("cpu")
@@ -38,8 +40,9 @@ def numbers(packed: PackedLinear) -> Tensor:
 
 
 @pytest.fixture(autouse=True)
-def _own_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slim, "OWN_MATRICES", True)
+def _own_matrices() -> Iterator[None]:
+    with own_matrices():
+        yield
 
 
 @pytest.mark.parametrize("fmt", taken.TAKEN)
