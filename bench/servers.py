@@ -80,6 +80,7 @@ def _llama_server(job: Job, port: int) -> list[str]:
 
 def _llama_cpp_python(job: Job, port: int) -> list[str]:
     words = ["--model", str(job.gguf), "--model_alias", _NAME, "--port", str(port), "--n_ctx", "2048"]
+    words += ["--interrupt_requests", "false"]  # by default a request that arrives cuts off the one being answered
     return [sys.executable, "-m", "llama_cpp.server", *words, "--n_threads", str(job.threads)]
 
 
