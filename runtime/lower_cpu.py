@@ -193,7 +193,7 @@ class CpuModel:
     def _before_head(self, before: BeforeHeadSpec | None) -> native.BeforeHead | None:
         if before is None:
             return None
-        return native.BeforeHead(self._parts(before.linear, self._format)[0], before.act, _norm(before.norm))
+        return native.BeforeHead(self._parts(before.linear, None)[0], before.act, _norm(before.norm))
 
     def _side(self, side: SideSpec | None, index: int) -> native.Side | None:
         if side is None:
@@ -206,7 +206,7 @@ class CpuModel:
         if sides is None:
             return None
         return native.SideInputs(
-            self._parts(sides.linear, self._format)[0],
+            self._parts(sides.linear, None)[0],
             lower_norm(sides.norm),
             sides.table.weight.detach(),
             **{name: getattr(sides, name) for name in ("width", "scale", "table_scale", "sum")},

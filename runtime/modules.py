@@ -25,7 +25,7 @@ from ..predictors.routing import Router
 from .bundles import FewerNeurons
 from .formats import Formats, routing_modules, takes_format
 from .linear_names import linear_of
-from .packed_experts import HeldExperts, can_be_held, few_tokens
+from .packed_experts import HeldExperts, can_be_held, few_rows, few_tokens
 from .packed_layer import PackedLayer
 from .patches import Patches, Usage
 from .phases import Pass, Phase, current_pass, current_prompt, last_pass, mode, passing, tokens_in
@@ -297,6 +297,8 @@ class ModulePatches:
             packed = self._experts_as_packed(experts, step) if packs else []
             if not (decides or packed):
                 return original(*args, **kwargs)
+            if experts.scaled_inputs:  # plans leave none of these out
+                return few_rows(experts, packed, args[0])
             x, index, weights = experts.routed(args, kwargs)
             if decides:
                 index, weights = self._left_experts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -51,6 +52,11 @@ class HeldExperts(nn.Module):
             total.index_add_(0, token, found * top_k_weights[token, place, None].float())
         return total.to(hidden_states.dtype)
 
+    def forward_own_rows(self, hidden_states: Tensor) -> Tensor:
+        """`forward` where rows belong to one expert after the other, multiplied by its weights (Llama 4)."""
+        self._check_untouched()
+        return of_own_rows(hidden_states, len(self._held), self._one)
+
     def _one(self, x: Tensor, expert: int) -> Tensor:
         held, at, own = self._held[expert], self._layout, cast(Any, self)
         parts = [held.up] if held.gate is None else [held.gate, held.up]
@@ -59,7 +65,7 @@ class HeldExperts(nn.Module):
             up = torch.stack(up.chunk(2, -1), -1).flatten(-2)
         if at.up_bias is not None:
             up = up + getattr(self, at.up_bias)[expert]
-        h = own.act_fn(up) if held.gate is None else own._apply_gate(up)
+        h = own.act_fn(up) if held.gate is None else _gated(own, up)
         bias = None if at.down_bias is None else getattr(self, at.down_bias)[expert]
         return _unpacking.multiply(h, [held.down], bias, x.dtype, few=False)
 
@@ -138,16 +144,45 @@ class HeldExperts(nn.Module):
         return _blank_experts, (type(self).__bases__[0],), self.__dict__
 
 
+def _gated(module: Any, up: Tensor) -> Tensor:
+    """What a module of experts makes of gates and ups side by side."""
+    if hasattr(module, "_apply_gate"):
+        return cast(Tensor, module._apply_gate(up))
+    gate, up = up.chunk(2, -1)
+    return cast(Tensor, up * module.act_fn(gate))
+
+
+def of_own_rows(x: Tensor, count: int, output: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """The output of experts for x ``[count * tokens, hidden]``, one expert's rows after the other's. Rows of zeros
+    that a router did not choose give zeros: such experts have no biases.
+
+    output: of an expert for some of its rows.
+    """
+    each = x.reshape(count, -1, x.shape[-1])
+    found = torch.zeros_like(each)
+    for expert in each.any(-1).any(-1).nonzero().flatten().tolist():
+        wanted = each[expert].any(-1)
+        found[expert, wanted] = output(each[expert, wanted], expert)
+    return found.view(-1, x.shape[-1])
+
+
+def few_rows(mixture: Experts, packed: Sequence[Expert], x: Tensor) -> Tensor:
+    """`of_own_rows` of a few tokens, by kernels that read each chosen expert's packed matrices."""
+    return of_own_rows(x, len(packed), lambda rows, expert: _output(mixture, packed[expert], rows))
+
+
+def _output(mixture: Experts, part: Expert, x: Tensor) -> Tensor:
+    assert mixture.gating is not None, mixture
+    gate = None if part.gate is None else product(x, [part.gate])
+    return product(mixture.gating(gate, product(x, [part.up])), [part.down])
+
+
 def few_tokens(mixture: Experts, packed: Sequence[Expert], x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """`Experts.mixture` of a few tokens, by kernels that read each chosen expert's packed matrices."""
-    gating = mixture.gating
-    assert gating is not None, mixture
     total = torch.zeros_like(x, dtype=torch.float32)
     for expert in index[weights != 0].unique().tolist():
         token, place = torch.where((index == expert) & (weights != 0))
-        part, given = packed[expert], x[token]
-        gate = None if part.gate is None else product(given, [part.gate])
-        found = product(gating(gate, product(given, [part.up])), [part.down])
+        found = _output(mixture, packed[expert], x[token])
         total.index_add_(0, token, found.float() * weights[token, place, None].float())
     return total.to(x.dtype)
 
@@ -159,6 +194,8 @@ def _class_of_experts(plain: type[nn.Module]) -> type[HeldExperts]:
     """The class of packed experts that are else like those of `plain`."""
     if plain not in _classes:
         own = {name: vars(HeldExperts)[name] for name in ("forward", "_apply", "__reduce_ex__")}
+        if len(inspect.signature(plain.forward).parameters) == 2:  # nothing but itself and inputs
+            own["forward"] = vars(HeldExperts)["forward_own_rows"]
         _classes[plain] = type(plain.__name__, (plain, HeldExperts), own)
     return _classes[plain]
 
@@ -177,8 +214,8 @@ def can_be_held(found: Experts) -> bool:
     """Whether a mixture's matrices can exist in packed form alone: what else is computed, its module's class says."""
     at, module = found.layout, found.module
     gated = at.stacked or at.interleaved
-    computes = hasattr(module, "_apply_gate") if gated else hasattr(module, "act_fn")
-    known = found.gating is not None and at.gate is None and not found.scaled_inputs
+    computes = hasattr(module, "_apply_gate" if gated and not found.scaled_inputs else "act_fn")
+    known = found.gating is not None and at.gate is None and not (found.scaled_inputs and (at.up_bias or at.down_bias))
     return computes and known and module._parameters.get(at.down) is not None
 
 

@@ -79,6 +79,12 @@ def test_every_way_of_generating_gives_the_same(model_type: str, tmp_path: Path)
     assert f"| {model_type} | one native call | same | same | same | same | - | same |" in table
 
 
+@pytest.mark.parametrize("model_type", ["llama4_text", "modernbert-decoder", "gemma4_text", "gemma3n_text"])
+def test_four_bits_are_the_same_numbers_natively(model_type: str) -> None:
+    """Of what stands beside the layers, and of experts that are given every token, too."""
+    assert modes._in_four_bits(census.build(model_type)) == "same"
+
+
 def test_another_text_in_some_mode_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = torch.tensor([[1, 2, 3, 4]])
     assert modes._compared(tokens, tokens) == "same"

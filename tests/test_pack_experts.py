@@ -25,8 +25,8 @@ from coreskip.runtime.wrap import runtime_of
 
 pytestmark = pytest.mark.skipif(ops.available("cpu") is not None, reason="needs the compiled kernels")
 
-# shared experts, groups of experts; experts with biases in turns and transposed
-FAMILIES = ("mixtral", "qwen2_moe", "glm4_moe", "gpt_oss")
+# shared experts, groups of experts; experts with biases in turns and transposed; experts that are given every token
+FAMILIES = ("mixtral", "qwen2_moe", "glm4_moe", "gpt_oss", "llama4")
 
 
 def unpacked(folder: Path) -> Any:
