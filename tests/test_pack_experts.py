@@ -48,7 +48,7 @@ def test_packed_experts_are_the_numbers_of_the_folder(family: str, weights: str,
     assert torch.equal(greedy(found, ids, 16), expected)
     with coreskip.wrap(found, Plan.dense(found)):
         assert torch.equal(greedy(found, ids, 16), expected)
-        assert runtime_of(found).steps.native.ready or family == "gpt_oss"
+        assert runtime_of(found).steps.native.ready or family in ("gpt_oss", "llama4")  # by layers
     assert torch.equal(greedy(found, ids, 16), expected)
     formats = describe(tmp_path / "p")["formats"]
     inside = {"int4": "int4", "int8": "int8_groups"}[weights]
