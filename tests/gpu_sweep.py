@@ -4,9 +4,9 @@ Each case is a tiny model under a plan, whose steps are lowered as a whole, capt
 read anything back), and compared token by token with the definitions in float64 (policy_definitions.py), which the
 model's own patched modules are compared with, too. All three go on from the same keys and values after every token, so
 that no difference grows. A step counts as right if it is at most twice as far from the definition as the modules ever
-are, or as the definition is from itself when what it starts from is rounded once. Where a choice or a rounding was so
-near to another that float32 may turn it, a step may differ: such tokens are counted, and those that did differ. What is
-written to the cache is compared as logits are, and the bits of two runs.
+are, or as the definition is from itself when what it starts from, and what each layer gives, is rounded once. Where a
+choice or a rounding was so near to another that float32 may turn it, a step may differ: such tokens are counted, and
+those that did differ. What is written to the cache is compared as logits are, and the bits of two runs.
 
 The kernels are their definitions in torch; with TRITON_INTERPRET=1 in the environment they are the Triton kernels, a
 thousand times slower: ask for fewer --steps then.
@@ -36,6 +36,7 @@ from torch import Tensor
 import coreskip
 from coreskip.kernels import ops
 from coreskip.kernels.gpu_launch import INTERPRETED
+from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.errors import CoreskipError
 from coreskip.predictors.expert_policies import CoreExperts, KeptExperts, SkipExperts
 from coreskip.predictors.plan import LayerPlan, Plan
@@ -140,18 +141,23 @@ def apart(found: Followed, exact: Followed) -> Tensor:
 
 
 def conditioned(twin: Any, prompts: tuple[Tensor, Tensor], tokens: Tensor, exact: Followed) -> Tensor:
-    """``[rows, tokens]``: by how much the definition moves when embeddings, keys and values are rounded to float32, the
-    most of eight times."""
+    """``[rows, tokens]``: by how much the definition moves when embeddings, keys and values, and what each layer gives,
+    are rounded to float32, the most of eight times."""
     rng, moved = torch.Generator().manual_seed(0), list[Tensor]()
 
     def rounded(x: Tensor) -> Tensor:
         return x * (1 + 2**-24 * torch.randn(x.shape, generator=rng, dtype=torch.float64))
 
-    hook = twin.get_input_embeddings().register_forward_hook(lambda module, given, output: rounded(output))
+    def rounding(module: Any, given: Any, output: Any) -> Any:
+        return rounded(output) if isinstance(output, Tensor) else (rounded(output[0]), *output[1:])
+
+    modules = [twin.get_input_embeddings(), *dissect(twin).layers]
+    hooks = [module.register_forward_hook(rounding) for module in modules]
     for _ in range(8):
         past = [[(rounded(keys), rounded(values)) for keys, values in layers] for layers in exact.past]
         moved.append(apart(follow(twin, prompts, tokens, past), exact))
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     return torch.stack(moved).amax(0)
 
 
