@@ -140,9 +140,14 @@ def apart(found: Followed, exact: Followed) -> Tensor:
     return torch.maximum(logits, (found.written - exact.written).abs().amax(-1) / exact.written.abs().max())
 
 
-def conditioned(twin: Any, prompts: tuple[Tensor, Tensor], tokens: Tensor, exact: Followed) -> Tensor:
-    """``[rows, tokens]``: by how much the definition moves when embeddings, keys and values, and what each layer gives,
-    are rounded to float32, the most of eight times."""
+def conditioned(
+    twin: Any, rounds: list[Any], prompts: tuple[Tensor, Tensor], tokens: Tensor, exact: Followed
+) -> Tensor:
+    """``[rows, tokens]``: by how much the definition moves when keys and values, and what modules give, are rounded to
+    float32, the most of eight times.
+
+    rounds: the embeddings and the layers.
+    """
     rng, moved = torch.Generator().manual_seed(0), list[Tensor]()
 
     def rounded(x: Tensor) -> Tensor:
@@ -151,8 +156,7 @@ def conditioned(twin: Any, prompts: tuple[Tensor, Tensor], tokens: Tensor, exact
     def rounding(module: Any, given: Any, output: Any) -> Any:
         return rounded(output) if isinstance(output, Tensor) else (rounded(output[0]), *output[1:])
 
-    modules = [twin.get_input_embeddings(), *dissect(twin).layers]
-    hooks = [module.register_forward_hook(rounding) for module in modules]
+    hooks = [module.register_forward_hook(rounding) for module in rounds]
     for _ in range(8):
         past = [[(rounded(keys), rounded(values)) for keys, values in layers] for layers in exact.past]
         moved.append(apart(follow(twin, prompts, tokens, past), exact))
@@ -201,6 +205,8 @@ def _judged(model: Any, plan: Plan, name: str, steps: int) -> Verdict:
     tokens, margins, least = some_tokens(rows, steps), Margins(), list[Tensor]()
     layers = plan.layers if rows == 2 else _chosen(model, plan, (ids, mask))
     twin = copy.deepcopy(model).double()
+    names = {module: name for name, module in model.named_modules()}
+    rounds = [twin.get_input_embeddings(), *(twin.get_submodule(names[layer]) for layer in dissect(model).layers)]
     if any(plan.model.experts):
         twin.set_experts_implementation("eager")  # others know no float64
     rounding = nullcontext(margins) if plan.weights is None else in_groups(twin, plan.weights)
@@ -228,7 +234,7 @@ def _judged(model: Any, plan: Plan, name: str, steps: int) -> Verdict:
     worst = float(error[far].max()) if bool(far.any()) else 0.0
     if worst > limit and plan.weights is None:  # a token for which a rounding more or less counts as much?
         with by_definition(twin, *of_layers[0], experts=of_layers[1]):
-            limit = max(limit, 2 * float(conditioned(twin, (ids, mask), tokens, exact)[far].max()) + 2e-6)
+            limit = max(limit, 2 * float(conditioned(twin, rounds, (ids, mask), tokens, exact)[far].max()) + 2e-6)
     same = torch.equal(found[0].logits, found[1].logits) and torch.equal(found[0].written, found[1].written)
     return Verdict(way, error.numel(), int(near.sum()), int((near & (error > limit)).sum()), worst, limit, same)
 
