@@ -37,7 +37,6 @@ from coreskip.predictors.token_samples import sample_tokens
 from coreskip.runtime.bundles import Weights
 from coreskip.runtime.cost import bytes_per_token
 from coreskip.runtime.load import load
-from coreskip.runtime.slim import own_matrices
 from coreskip.runtime.step_timing import trial
 from coreskip.runtime.wrap import runtime_of, wrapped
 
@@ -74,7 +73,6 @@ def plans_of(model: Any, ids: Tensor, weights: str, only: Sequence[str] = ()) ->
     return {name: plan for name, plan in found.items() if not only or name in {"dense", *only}}
 
 
-@own_matrices()
 def measure(model: Any, ids: Tensor, weights: str, rounds: int, plans: Mapping[str, Plan]) -> list[dict[str, Any]]:
     """One row a plan: medians, and medians of the ratios to dense in the same round. plans: "dense" and others."""
     packed, texts = Weights(dissect(model)), dict[str, Tensor]()
