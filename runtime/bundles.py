@@ -139,7 +139,7 @@ class Weights:
         memory = None if far else self._reused  # what is kept for the next text counts as nobody's under a cap
         found = chosen(mlp, self.acts[layer], kept, parts_of, memory, own)
         if found is not None and own and not far:
-            self._reused.most = max(self._reused.most, found.nbytes * len(self.anatomy))
+            self._reused.most = self._reused.largest * len(self.anatomy)
         return found
 
     def _listable(self, layer: int, fmt: str | None) -> PackedMLP | PackedNeurons:
