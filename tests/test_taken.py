@@ -22,6 +22,7 @@ from coreskip.kernels.sparse import RowLists, SlimMLP
 from coreskip.predictors.checks import AS_PACKED
 from coreskip.predictors.policies import CoreNeurons
 from coreskip.runtime import prepared
+from coreskip.runtime.program import Brick
 from coreskip.runtime.wrap import runtime_of
 
 NO_LIBRARY = ops.available("cpu")
@@ -208,6 +209,21 @@ def test_rows_that_chose_differently_share_the_models_own_tiles() -> None:
         for layer, mlp in found[0].items():
             assert mlp.lists.rows == 2
             assert mlp.up.weight.data_ptr() == found[1][layer].up.weight.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "lists", [torch.arange(512), torch.arange(0, 1024, 2), torch.arange(1024).view(32, 32)[:, :17].flatten()]
+)
+def test_no_list_takes_more_than_is_counted(lists: Tensor) -> None:
+    """However neurons lie in groups: 17 of each takes the most lines."""
+    parts = [matrix("int4", 1024, 64), matrix("int4", 1024, 64), matrix("int4", 64, 1024)]
+    brick = Brick(1024, 64, gated=True, loaded=4.0, dense=0.625, weights="int4", in_groups=True)
+    taken_bytes = SlimMLP.of_tiles(*parts, lists, act="silu", exactly=True).nbytes
+    biases = 4 * (2 * lists.numel() + 64) + 32  # and how many inputs each group has
+    assert taken_bytes - biases <= brick.chosen(lists.numel()) + 1024 * 64 // 16
+    drawn = torch.randperm(1024, generator=torch.Generator().manual_seed(0))[: lists.numel()].sort().values
+    usual = SlimMLP.of_tiles(*parts, drawn, act="silu", exactly=True).nbytes - biases
+    assert usual == pytest.approx(brick.chosen(lists.numel()), rel=0.02)
 
 
 def test_engines_give_each_call_the_text_that_it_gets_alone() -> None:
