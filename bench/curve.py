@@ -31,7 +31,6 @@ from coreskip.runtime.calibrate import Calibrator
 from coreskip.runtime.cost import bytes_per_token
 from coreskip.runtime.load import load
 from coreskip.runtime.quality import evaluate_all
-from coreskip.runtime.slim import own_matrices
 
 DENSE = "all neurons, 4 bits"
 #: by the name in the figure: method, its options, shares to keep
@@ -55,7 +54,6 @@ def main() -> None:
 @click.option("--rows", "output", required=True, type=click.Path(path_type=Path), help="JSONL file to write.")
 @click.option("--windows", default=12, show_default=True, help="Windows of 512 tokens to score.")
 @click.option("--tokens", default=8192, show_default=True, help="Calibration tokens.")
-@own_matrices()  # as they are timed
 def quality(text: Path, folder: Path, output: Path, windows: int, tokens: int) -> None:
     """Make the plans and score them."""
     check_file(output)

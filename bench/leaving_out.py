@@ -37,7 +37,6 @@ from coreskip.predictors.token_samples import sample_tokens
 from coreskip.runtime.bundles import Weights
 from coreskip.runtime.cost import bytes_per_token
 from coreskip.runtime.load import load
-from coreskip.runtime.slim import own_matrices
 from coreskip.runtime.step_timing import trial
 from coreskip.runtime.wrap import runtime_of, wrapped
 
@@ -46,7 +45,7 @@ _PROMPT = 128
 #: Shares of candidates and of neurons kept: what the embedded model's calibrations chose at 0.82 and 0.76 of the MLPs'
 #: bytes, where it lost 0.9 and 2.6 % of perplexity by gates, and 1.7 and 4.7 by planes.
 _GATES = {"gates, 0.82 of the bytes": (0.78, 0.59), "gates, 0.76 of the bytes": (0.69, 0.49)}
-_ROWS = "rows, half kept"
+_ROWS = {"rows, 0.6 kept": 0.6, "rows, half kept": 0.5}
 _PLANES = {"planes, 0.82 of the bytes": (0.59, 0.53), "planes, 0.76 of the bytes": (0.43, 0.38)}
 
 
@@ -62,19 +61,20 @@ def plans_of(model: Any, ids: Tensor, weights: str, only: Sequence[str] = ()) ->
     drawn: list[NeuronPolicy] = [Static(torch.randperm(width)[: width // 2].sort().values) for width in widths]
     core: list[NeuronPolicy] = [CoreNeurons(0.4, 0.5, "griffin") for _ in widths]
     found = {"dense": dense, "static 0.5": everywhere(drawn), "core 0.5": everywhere(core)}
-    if only and not {*only} <= {*found, *_GATES, *_PLANES, _ROWS}:
-        raise click.BadParameter(f"--only: choose from {', '.join([*found, *_GATES, *_PLANES, _ROWS])}")
+    if only and not {*only} <= {*found, *_GATES, *_PLANES, *_ROWS}:
+        raise click.BadParameter(f"--only: choose from {', '.join([*found, *_GATES, *_PLANES, *_ROWS])}")
     if weights != "int4" or (only and {*only} <= found.keys()):
         return {name: plan for name, plan in found.items() if not only or name in {"dense", *only}}
     hidden = sample_tokens(model, ids, progress=False).hidden
     forms = {**dict.fromkeys(_GATES, Form.GATES), **dict.fromkeys(_PLANES, Form.PLANES)}
+    forms |= dict.fromkeys(_ROWS, Form.ROWS)
+    shares = {**_GATES, **_PLANES, **{name: (1.0, kept) for name, kept in _ROWS.items()}}
     for name, form in forms.items():
-        found[name] = trial(dense, anatomy.mlps, hidden, form, {**_GATES, **_PLANES}[name])
-    found[_ROWS] = trial(dense, anatomy.mlps, hidden, Form.ROWS, (1.0, 0.5))
+        if not only or name in only:
+            found[name] = trial(dense, anatomy.mlps, hidden, form, shares[name])
     return {name: plan for name, plan in found.items() if not only or name in {"dense", *only}}
 
 
-@own_matrices()
 def measure(model: Any, ids: Tensor, weights: str, rounds: int, plans: Mapping[str, Plan]) -> list[dict[str, Any]]:
     """One row a plan: medians, and medians of the ratios to dense in the same round. plans: "dense" and others."""
     packed, texts = Weights(dissect(model)), dict[str, Tensor]()

@@ -77,12 +77,13 @@ def _listed(keep: float, prefix: bool) -> Way:
     return way
 
 
-def _alone(keep: float, prefix: bool, down: str | None = None) -> Way:
-    """In matrices of their own, which a prompt's neurons are taken into once (`settling`). down: in this format."""
+def _alone(keep: float, prefix: bool, down: str | None = None, exactly: bool = False) -> Way:
+    """In matrices of their own. down: in this format. exactly: in the very numbers, as a prompt's neurons are taken
+    (`settling`)."""
 
     def way(layer: Layer, x: Tensor, a: Tensor) -> tuple[DenseMLP | SparseMLP, Tensor]:
         chosen = _chosen(a.shape[1], keep, prefix)
-        slim = SlimMLP.of_tiles(*layer.tiles, chosen, act="silu")
+        slim = SlimMLP.of_tiles(*layer.tiles, chosen, act="silu", exactly=exactly)
         if down is not None:
             tiles = tile_up(layer.numbers[2][:, chosen], down)
             slim = replace(slim, down=replace(slim.down, weight=tiles))
@@ -104,7 +105,7 @@ def settling(layers: list[Layer], keep: float, rounds: int) -> float:
         lists = [_chosen(layer.tiles[0].out_features, keep, False) for layer in layers]
         start = time.perf_counter()
         made = [
-            SlimMLP.of_tiles(*layer.tiles, chosen, act="silu", memory=memory)
+            SlimMLP.of_tiles(*layer.tiles, chosen, act="silu", exactly=True, memory=memory)
             for layer, chosen in zip(layers, lists, strict=True)
         ]
         seconds.append((time.perf_counter() - start) / len(layers))
@@ -141,6 +142,7 @@ def ways(keeps: tuple[float, ...], scanned: bool) -> dict[str, Way]:
         found[f"list {keep:g}"] = _listed(keep, False)
         found[f"prefix {keep:g}, matrices of their own"] = _alone(keep, True)
         found[f"list {keep:g}, matrices of their own"] = _alone(keep, False)
+        found[f"list {keep:g}, the same with down as it was"] = _alone(keep, False, exactly=True)
         found[f"list {keep:g}, the same with down in 5 bits"] = _alone(keep, False, "int5")
     for keep in (0.6, 0.1) if scanned else ():
         found[f"rows, {keep:g} kept"] = _scanned("rows", keep, 1.0)

@@ -40,8 +40,8 @@ class SlotFigures(ctypes.Structure):
 
 class StepLinear(ctypes.Structure):
     _fields_ = (
-        *_fields(_P, "weight scale bias norm"),
-        *_fields(_N, "in_ out stride"),
+        *_fields(_P, "weight scale bias norm counts"),
+        *_fields(_N, "in_ out stride tile"),
         ("neurons", ctypes.c_double),
         ("least", _F),
         *_fields(_N, "piece pieces"),
@@ -140,7 +140,8 @@ class StepLayer(ctypes.Structure):
         ("side_at", _N),
         ("side_act", _I),
         ("scale", _F),
-        ("curve", _P),
+        *_fields(_P, "curve wanted"),
+        ("wanted_rows", _N),
         ("recurrence", StepRecurrence),
     )
 

@@ -102,13 +102,14 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.coreskip_choose.argtypes = [p, p]
     lib.coreskip_columns.argtypes = [p, i, i, n, p, i, n, n, p, n, ctypes.c_float, p, p, i]
     lib.coreskip_linear.argtypes = [p, i, i, n, p, i, n, n, p, p, p, i]
-    lib.coreskip_tiles.argtypes = [p, i, i, n, p, i, i, n, n, p, p, i]
+    lib.coreskip_tiles.argtypes = [p, i, i, n, p, i, i, n, n, p, p, i, p, n]
     lib.coreskip_checksum.argtypes, lib.coreskip_checksum.restype = [p, n, n, i], ctypes.c_uint64
     lib.coreskip_untile.argtypes = [p, i, n, n, n, n, i, p, i]
     lib.coreskip_untile_some.argtypes = [p, i, n, n, p, n, i, p, i]
     lib.coreskip_tile_up.argtypes = [p, n, n, n, i, p, i]
     lib.coreskip_take_rows.argtypes, lib.coreskip_take_rows.restype = [p, i, n, p, n, p, i], None
     lib.coreskip_take_columns.argtypes, lib.coreskip_take_columns.restype = [p, i, n, n, p, n, p, i], None
+    lib.coreskip_take_some.argtypes, lib.coreskip_take_some.restype = [p, n, n, p, p, n, p, i], None
     lib.coreskip_repack.argtypes = [p, n, n, n, i, p, p, i]
     lib.coreskip_neurons.argtypes = [p, i, i, n, p, i, p, p, n, p, p, p, i]
     lib.coreskip_step.argtypes = [p, p]
@@ -203,10 +204,12 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     weight = packed.weight
     out = x.new_empty((*x.shape[:-1], packed.out_features))
     if packed.grouped:
+        inputs = packed.in_features if packed.counts is None else packed.stride
+        x = x if packed.counts is None else packed.in_groups(x)
         status = library().coreskip_tiles(
-            x.data_ptr(), DTYPE[x.dtype], x.numel() // packed.in_features, packed.in_features, weight.data_ptr(),
+            x.data_ptr(), DTYPE[x.dtype], x.numel() // inputs, inputs, weight.data_ptr(),
             packed.code, packed.whole, packed.out_features, packed.stride, address(packed.bias),
-            out.data_ptr(), torch.get_num_threads(),
+            out.data_ptr(), torch.get_num_threads(), address(packed.counts), packed.tile,
         )  # fmt: skip
         check(status, 0)
         return out

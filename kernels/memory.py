@@ -44,15 +44,16 @@ class Reused:
     """Memory for what is made anew for every prompt. What tensors let go of is handed out again, for pages that the
     system has to clear first take longer to come than to fill.
 
-    most: bytes that are kept for who comes next.
+    most: bytes that are kept for who comes next. largest: that were asked for at once.
     """
 
     def __init__(self) -> None:
-        self.most = 0
+        self.most = self.largest = 0
         self._spare: dict[int, list[mmap.mmap]] = {}
 
     def take(self, nbytes: int) -> Tensor:
         """uint8 ``[nbytes]`` on a CPU, of any values. It is given back when no tensor has its storage any more."""
+        self.largest = max(self.largest, nbytes)
         try:
             region = self._spare.get(nbytes, []).pop()
         except IndexError:

@@ -327,7 +327,8 @@ _lib.define(
     "float threshold) -> Tensor"
 )
 _lib.define(
-    "linear(Tensor x, Tensor weight, int in_features, Tensor? scale, Tensor? bias, int? rows, bool whole) -> Tensor"
+    "linear(Tensor x, Tensor weight, int in_features, Tensor? scale, Tensor? bias, int? rows, bool whole, "
+    "Tensor? counts) -> Tensor"
 )
 
 
@@ -339,7 +340,7 @@ def _fields(packed: PackedMLP) -> tuple[Any, ...]:
 
 
 def _linear_fields(packed: PackedLinear) -> tuple[Any, ...]:
-    return (packed.weight, packed.in_features, packed.scale, packed.bias, packed.rows, packed.whole)
+    return (packed.weight, packed.in_features, packed.scale, packed.bias, packed.rows, packed.whole, packed.counts)
 
 
 def _mlp_torch(x: Tensor, *arguments: Any) -> Tensor:

@@ -172,6 +172,10 @@ class PackedLinear:
     are "int4", w = scale * q + least with q in 0..15, 320 bytes a tile (llama.cpp calls these numbers Q4_1), and
     "int8_groups", w = scale * (byte - 128), 544 bytes a tile (Q8_0). With all of them x is rounded to 8 bits in groups
     of 32 or, where `whole`, stays as it is, and is multiplied with just these numbers in float32.
+
+    counts: of "int4" of which some inputs are left, uint8 [groups]: how many of each group; the weight is then [tiles,
+    bytes of a tile], and what it gives is what the whole matrix gives where the others are zero, to the bit
+    (`taken.some`).
     """
 
     weight: Tensor
@@ -180,6 +184,7 @@ class PackedLinear:
     bias: Tensor | None = None
     rows: int | None = None  # of tiles, the last of which may be filled up
     whole: bool = False
+    counts: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
@@ -229,19 +234,49 @@ class PackedLinear:
         """Inputs of one row with its padding."""
         if self.rows is None:
             return self.weight.stride(0)
+        if self.counts is not None:
+            return self.counts.numel() * GROUP
         return self.weight.shape[1] * GROUP * TILE_FORMATS[BY_BYTES[self.weight.shape[2]]].groups
 
     @property
     def fmt(self) -> str | None:
         """None, "int8", or the name of one of groups.py."""
         if self.grouped:
-            return BY_BYTES[self.weight.shape[2]]
+            return "int4" if self.counts is not None else BY_BYTES[self.weight.shape[2]]
         return None if self.scale is None else "int8"
 
     @property
     def code(self) -> int:
         """Of a format of groups, that of csrc/formats.h."""
-        return TILE_FORMATS[BY_BYTES[self.weight.shape[2]]].code
+        return TILE_FORMATS[self.fmt or ""].code
+
+    @property
+    def tile(self) -> int:
+        """Bytes of a tile of 16 rows."""
+        return self.weight.stride(0)
+
+    def in_groups(self, x: Tensor) -> Tensor:
+        """The inputs x ``[..., in_features]`` where the numbers of their groups are, `counts` of each, zeros elsewhere:
+        ``[..., stride]``. The j-th of a group is where a line of a tile has it, see csrc/vector/take.h."""
+        assert self.counts is not None
+        counts = self.counts.to(torch.int64)
+        group = torch.arange(counts.numel(), device=x.device).repeat_interleave(counts)
+        j = torch.arange(self.in_features, device=x.device) - (counts.cumsum(0) - counts)[group]
+        spread = x.new_zeros((*x.shape[:-1], self.stride))
+        spread[..., group * GROUP + j % 4 + j // 8 * 4 + j // 4 % 2 * (GROUP // 2)] = x
+        return spread
+
+    def whole_groups(self) -> PackedLinear:
+        """The same matrix for what `in_groups` gives, with any numbers in place of those that are not there."""
+        assert self.counts is not None
+        form, at = TILE_FORMATS["int4"], 0
+        tiles = self.weight.new_zeros((self.weight.shape[0], self.counts.numel(), form.tile_bytes))
+        for group, count in enumerate(self.counts.tolist()):
+            numbers, ends = -(-count // 8) * LINE, form.tile_bytes - form.numbers if count else 0
+            tiles[:, group, :numbers] = self.weight[:, at : at + numbers]
+            tiles[:, group, form.numbers : form.numbers + ends] = self.weight[:, at + numbers : at + numbers + ends]
+            at += numbers + ends
+        return replace(self, weight=tiles, in_features=self.stride, counts=None)
 
     @property
     def grouped(self) -> bool:
@@ -249,7 +284,7 @@ class PackedLinear:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.weight, self.scale, self.bias) if t is not None)
+        return sum(t.nbytes for t in (self.weight, self.scale, self.bias, self.counts) if t is not None)
 
     def __repr__(self) -> str:
         fmt = self.fmt or str(self.weight.dtype).removeprefix("torch.")

@@ -100,6 +100,8 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
 
 def _grouped_linear(x: Tensor, packed: PackedLinear) -> Tensor:
     """Both sides by groups of 32 inputs: x rounded to 8 bits in each, its integers multiplied exactly; or `whole`."""
+    if packed.counts is not None:
+        x, packed = packed.in_groups(x), packed.whole_groups()
     q, scale, least = untile(packed)
     if packed.whole:
         weight = ungroup(q, scale, least).flatten(1)[:, : packed.in_features]

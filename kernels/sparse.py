@@ -62,6 +62,11 @@ class RowLists:
         """Neurons that each row computes."""
         return self.lists.shape[1]
 
+    def by_row(self, neurons: int) -> Tensor:
+        """uint8 [rows, neurons], or [1, neurons] for all rows: 1 for what counts."""
+        counts = self.lists.new_zeros((self.lists.shape[0], neurons), dtype=torch.uint8)
+        return counts.scatter_(1, self.lists, 1)
+
     def part(self, first: int, last: int) -> RowLists:
         """Of rows `first` to `last` alone."""
         if self.wanted is None:
@@ -198,15 +203,18 @@ class SlimMLP:
 
     A list over all neurons takes rows from everywhere, at half to two thirds of the rate at which matrices stream
     (bench/rows/neuron_groups.jsonl), and adds up in another order. A native step has this in place of the matrices.
+
+    lists: which of its neurons count for which row, where rows differ; None: all. The others count as zero: what a row
+    gets is what it gets from `of_tiles` of its own neurons, `exactly`, to the bit.
     """
 
     gate: PackedLinear | None
     up: PackedLinear
     down: PackedLinear
     act: Act
+    lists: RowLists | None = None
 
     rule: ClassVar[Rule] = "listed"
-    lists: ClassVar[None] = None
     smooth: ClassVar[None] = None
 
     @classmethod
@@ -219,11 +227,13 @@ class SlimMLP:
         kept: Tensor,
         *,
         act: Act,
+        exactly: bool = False,
         memory: Reused | None = None,
     ) -> SlimMLP:
         """The neurons `kept`, int64 ``[k]``, ascending, of matrices in tiles: gate and up with their very numbers, down
-        as `taken.columns` has it. memory: where it comes to lie; None: in memory of its own. Half of a layer of
-        2048 x 8192 takes 2.5 times as long as a step over all of it (bench/rows/neuron_groups.jsonl).
+        as `taken.columns` has it, or `exactly`, as `taken.some`. memory: where it comes to lie; None: in memory of its
+        own. Half of a layer of 2048 x 8192 takes about as long as two steps over all of it
+        (bench/rows/neuron_groups.jsonl).
 
         Raises ValueError for formats of which neurons cannot be taken, or neurons that are not there.
         """
@@ -231,21 +241,24 @@ class SlimMLP:
         places: list[Tensor | None] = [None] * len(parts)
         if memory is not None:
             sizes = [taken.rows_bytes(str(part.fmt), kept.numel(), part.in_features) for part in parts[:-1]]
-            sizes.append(taken.rows_bytes(taken.OF_COLUMNS, down.out_features, kept.numel()))
+            of_some = taken.some_bytes(down.out_features, down.in_features, kept.numel())
+            sizes.append(of_some if exactly else taken.rows_bytes(taken.OF_COLUMNS, down.out_features, kept.numel()))
             sizes = [-(-size // LINE) * LINE for size in sizes]
             places = [*memory.take(sum(sizes)).split(sizes)]
         for part in parts:
             if part is not parts[-1] and part.out_features != down.in_features:
                 raise ValueError(f"gate and up have {part.out_features} neurons, not the {down.in_features} of down")
         taken.check(down, kept, down.in_features)
+        if exactly and down.fmt != "int4":
+            raise ValueError(f"some inputs of groups are taken of int4, not of {down.fmt}")
         found = [taken.checked_rows(part, kept, place) for part, place in zip(parts[:-1], places[:-1], strict=True)]
-        narrow = taken.checked_columns(parts[-1], kept, places[-1])
+        narrow = (taken.checked_some if exactly else taken.checked_columns)(parts[-1], kept, places[-1])
         return cls(found[0] if gate is not None else None, found[-1], narrow, act)
 
     @property
     def listed_neurons(self) -> int:
         """How many neurons a token takes."""
-        return self.up.out_features
+        return self.up.out_features if self.lists is None else self.lists.kept
 
     @property
     def nbytes(self) -> int:
@@ -258,10 +271,22 @@ class SlimMLP:
 
     def run(self, x: Tensor, counting: bool = False) -> tuple[Tensor, int]:
         """See `SparseMLP.run`."""
-        act, wide = ACTS[self.act] if isinstance(self.act, str) else self.act, x.float()
-        up = linear(wide, self.up)
-        activations = act(up) if self.gate is None else act(linear(wide, self.gate)) * up
-        return linear(activations, self.down).to(x.dtype), self.listed_neurons * (x.numel() // x.shape[-1])
+        by_token = x.reshape(-1, x.shape[-1]).float()
+        some = MAX_ROWS if self.lists is not None or self.down.counts is not None else max(1, len(by_token))
+        if self.lists is None:
+            parts = [self._compute(each, None) for each in by_token.split(some)]
+        else:  # rows of x are as many tokens of each row of a batch
+            counts = self.lists.by_row(self.up.out_features).bool()
+            counts = counts.repeat_interleave(len(by_token) // len(counts), 0)
+            pairs = zip(by_token.split(some), counts.split(some), strict=True)
+            parts = [self._compute(*each) for each in pairs]
+        return torch.cat(parts).to(x.dtype).view_as(x), self.listed_neurons * len(by_token)
+
+    def _compute(self, x: Tensor, counts: Tensor | None) -> Tensor:
+        """The outputs of x float32 ``[tokens, hidden]``. counts: bool ``[tokens, neurons]``."""
+        act, up = ACTS[self.act] if isinstance(self.act, str) else self.act, linear(x, self.up)
+        activations = act(up) if self.gate is None else act(linear(x, self.gate)) * up
+        return linear(activations if counts is None else activations.masked_fill(~counts, 0.0), self.down)
 
 
 @dataclass(frozen=True, eq=False)

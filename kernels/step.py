@@ -109,8 +109,7 @@ class Step:
         self._entries = [(model.dtype, *a.sizes) for a in attentions]
         self._states = [(model.dtype, found.sizes) for found in recurrences]
         self._windows = [a.window for a in attentions]
-        lists = (layer.mlp.lists for layer in model.layers if isinstance(layer.mlp, SparseMLP))
-        self.rows = next((found.rows for found in lists if found is not None and found.rows is not None), None)
+        self.rows = next((rows for layer in model.layers if (rows := _rows_of(layer)) is not None), None)
 
     @functools.cached_property
     def most_tokens(self) -> int:
@@ -420,8 +419,21 @@ def _row(tensor: Tensor, row: int) -> int:
     return tensor.data_ptr() + row * tensor.stride(0) * tensor.itemsize
 
 
+def _rows_of(layer: StepLayer) -> int | None:
+    """How many rows have neurons of their own; None: all have the same."""
+    mlp = layer.mlp
+    if isinstance(mlp, DenseMLP):
+        return None if mlp.wanted is None or mlp.wanted.shape[0] == 1 else mlp.wanted.shape[0]
+    return mlp.lists.rows if isinstance(mlp, SparseMLP) and mlp.lists is not None else None
+
+
 def _part(layer: StepLayer, first: int, last: int) -> StepLayer:
     """The layer of some rows alone."""
-    if not isinstance(layer.mlp, SparseMLP) or layer.mlp.lists is None:
+    mlp = layer.mlp
+    if _rows_of(layer) is None:
         return layer
-    return replace(layer, mlp=replace(layer.mlp, lists=layer.mlp.lists.part(first, last)))
+    if isinstance(mlp, DenseMLP) and mlp.wanted is not None:
+        return replace(layer, mlp=replace(mlp, wanted=mlp.wanted[first:last]))
+    assert isinstance(mlp, SparseMLP)
+    assert mlp.lists is not None
+    return replace(layer, mlp=replace(mlp, lists=mlp.lists.part(first, last)))

@@ -29,12 +29,14 @@ Linear = PackedLinear | SparseLinear
 
 @dataclass(frozen=True, eq=False)
 class DenseMLP:
-    """down(act(gate(x)) * up(x)), each matrix where it lies; gate is None in a plain MLP. norm: of what down reads."""
+    """down(act(gate(x)) * up(x)), each matrix where it lies; gate is None in a plain MLP. norm: of what down reads.
+    wanted: uint8 [rows, neurons], or [1, neurons] for all rows: where it is 0, down reads 0; None: all counts."""
 
     gate: Linear | None
     up: Linear
     down: Linear
     norm: Norm | None = None
+    wanted: Tensor | None = None
 
     @property
     def nbytes(self) -> int:

@@ -87,6 +87,7 @@ def linear_struct(linear: Linear | None) -> arguments.StepLinear:
     else:
         out.scale, out.stride, out.whole = cpu.address(linear.scale), linear.stride, linear.whole
         out.dtype = linear.code if linear.grouped else cpu.DTYPE[weight.dtype]
+        out.counts, out.tile = cpu.address(linear.counts), 0 if linear.counts is None else linear.tile
     return out
 
 
@@ -146,6 +147,7 @@ def layer_struct(layer: StepLayer) -> arguments.StepLayer:
     if isinstance(mlp, DenseMLP):
         out.gate, out.up, out.down = linear_struct(mlp.gate), linear_struct(mlp.up), linear_struct(mlp.down)
         out.inner_norm = norm_struct(mlp.norm)
+        out.wanted, out.wanted_rows = cpu.address(mlp.wanted), 0 if mlp.wanted is None else mlp.wanted.shape[0]
     elif isinstance(mlp, PackedExperts):
         _put_experts(out, mlp)
     elif mlp is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import cpu
 from .groups import FORMATS, GROUP, TILE, tile_shape
-from .memory import allocate
+from .memory import LINE, allocate
 from .packed import PackedLinear
 
 #: formats of which these can be taken
@@ -59,6 +59,35 @@ def checked_columns(packed: PackedLinear, kept: Tensor, memory: Tensor | None) -
             count, tiles.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
     return replace(packed, weight=tiles, in_features=count)
+
+
+def some(packed: PackedLinear, kept: Tensor, memory: Tensor | None = None) -> PackedLinear:
+    """The columns `kept` of a matrix in "int4", number for number, in the groups that they were in: see
+    `PackedLinear.counts`. memory: uint8, of `some_bytes` at least; the rest as for `rows`."""
+    check(packed, kept, packed.in_features)
+    if packed.fmt != "int4":
+        raise ValueError(f"some inputs of groups are taken of int4, not of {packed.fmt}")
+    return checked_some(packed, kept, memory)
+
+
+def checked_some(packed: PackedLinear, kept: Tensor, memory: Tensor | None) -> PackedLinear:
+    """`some` columns that are known to be there."""
+    tiles, groups, _ = packed.weight.shape
+    counts = torch.bincount(kept // GROUP, minlength=groups)
+    tile = LINE * int(((counts + 7) // 8 + (counts > 0)).sum())
+    of_groups, taken = counts.to(torch.uint8), _tiles((tiles, tile), memory)
+    cpu.library().coreskip_take_some(
+        packed.weight.data_ptr(), groups, tiles, kept.data_ptr(), of_groups.data_ptr(), tile, taken.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return replace(packed, weight=taken, in_features=kept.numel(), counts=of_groups)
+
+
+def some_bytes(outputs: int, inputs: int, count: int) -> int:
+    """The most bytes that so many columns take, however they lie in groups."""
+    groups = -(-inputs // GROUP)
+    lines = min(GROUP // 8 * groups, count, (count + 7 * groups) // 8)
+    return -(-outputs // TILE) * LINE * (lines + min(groups, count))
 
 
 def whole_groups(kept: Tensor, width: int) -> bool:

@@ -127,17 +127,19 @@ class Weights:
         """Bytes of memory that earlier prompts' neurons were in, and nobody's are."""
         return self._reused.spare
 
-    def chosen(self, layer: int, kept: Tensor, parts_of: PartsOf) -> SlimMLP | None:
-        """A layer's MLP of the neurons, int64 ``[k]``, ascending, that a prompt has chosen, in matrices of their own;
-        None where it has none in int4 tiles in memory: then `listed` is how steps read them. In 8 bits these round x by
-        rows, not by groups, and a text alone would differ from one among others by more than last bits. parts_of: its
-        linears as steps read them."""
-        mlp = self.anatomy.mlp(layer)
-        if self.in_groups_of_gpu is not None or not self.in_groups(layer) or self._far(layer):
+    def chosen(self, layer: int, kept: Tensor, parts_of: PartsOf, room: bool) -> SlimMLP | None:
+        """A layer's MLP of the neurons that prompts have chosen, int64 ascending, ``[k]`` for all rows or
+        ``[rows, k]``; None where it has none in int4 tiles: then `listed` is how steps read them. They are matrices of
+        their own where all rows chose the same and there is `room`, or where the layer's are not in memory: see
+        `slim.chosen`. parts_of: its linears as steps read them."""
+        mlp, far = self.anatomy.mlp(layer), self._far(layer)
+        if self.in_groups_of_gpu is not None or not self.in_groups(layer):
             return None
-        found = chosen(mlp, self.acts[layer], kept, parts_of, self._reused)
-        if found is not None:  # of one sequence what is let go of is kept for the next one's
-            self._reused.most = max(self._reused.most, found.nbytes * len(self.anatomy))
+        own = far or (room and kept.dim() == 1)
+        memory = None if far else self._reused  # what is kept for the next text counts as nobody's under a cap
+        found = chosen(mlp, self.acts[layer], kept, parts_of, memory, own)
+        if found is not None and own and not far:
+            self._reused.most = self._reused.largest * len(self.anatomy)
         return found
 
     def _listable(self, layer: int, fmt: str | None) -> PackedMLP | PackedNeurons:

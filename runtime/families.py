@@ -52,14 +52,14 @@ class Family:
     @property
     def form(self) -> Form | None:
         """How it leaves neurons out of 4-bit weights token by token, if it does."""
-        if self.options.get("gated"):
-            return Form.GATES
+        if self.method == "topk":
+            return Form.GATES if self.options.get("gated") else Form.ROWS
         return Form.PLANES if self.method == "sketch" and self.weights == "int4" else None
 
     @property
     def formats(self) -> tuple[str | None, ...]:
         """In which weights the native step runs it, the fewest bytes first; as loaded alone where it does not."""
-        if self.form is Form.GATES:
+        if self.method == "topk":  # elsewhere it leaves hardly anything unread
             return ("int4",)
         native = self.method in ("dense", "sketch", "static", "core", "similar", "layers", "skip-experts")
         return ("int4", "int8", None) if native or self.options.get("rule") == "cats" else (None,)
@@ -83,6 +83,7 @@ class Family:
 #: Most promising first, as measured on the embedded model.
 FAMILIES = (
     Family("topk", {"allocation": "greedy", "gated": True}),
+    Family("topk", {"allocation": "equal"}),
     Family("sketch", {"allocation": "greedy"}),
     Family("sketch", {"allocation": "fisher"}),
     Family("sketch", {"allocation": "residual"}),
@@ -99,7 +100,8 @@ FAMILIES = (
     Family("skip-experts", {}),
     *(Family("layers", {"leave": leave}) for leave in get_args(Leave)),
 )
-_LABELS = "topk greedy gates", "sketch greedy", "threshold cats", "threshold teal", "static", "skip-experts"
+_OF_NEURONS = "topk greedy gates", "topk equal", "sketch greedy", "threshold cats", "threshold teal", "static"
+_LABELS = (*_OF_NEURONS, "skip-experts")
 FAST = tuple(f for f in FAMILIES if f.method == "layers" or f.label in _LABELS)
 DENSE = Family("dense", {})
 ROUNDED = Family("rounded", {})  # its "keep" is the share of the bytes that all linears take in 8 bits
@@ -128,8 +130,6 @@ def _neurons(family: Family, keep: float, anatomy: Anatomy, layer: int) -> Neuro
         return _in_four_bits(family.form, keep, mlp.intermediate_size)
     if family.method == "sketch":
         return Sketch(keep=keep, bits=family.options.get("bits", 4))
-    if family.method == "topk":
-        return TopK(keep=keep)
     if family.method == "learned":
         width, zeros = mlp.intermediate_size, torch.zeros
         return Learned(keep=keep, reduce=zeros(RANK, mlp.hidden_size), expand=zeros(width, RANK), bias=zeros(width))
@@ -148,5 +148,7 @@ def _in_four_bits(form: Form, keep: float, width: int) -> NeuronPolicy:
     """With as many candidates as calibrations chose on the embedded model."""
     if form is Form.PLANES:
         return Sketch(bits=3, keep=keep, threshold=0.0, refine=0.0, candidates=min(1.0, keep + 0.08))
+    if form is Form.ROWS:
+        return TopK(keep=keep, threshold=0.0)
     reach = torch.zeros(width, dtype=torch.float32, device="cpu")
     return TopK(keep=keep, threshold=0.0, gate=0.0, reach=reach, candidates=min(1.0, keep + 0.19))

@@ -394,7 +394,7 @@ def programmed(layer: native.StepLayer, index: int, program: StepProgram) -> nat
             raise NotCovered("neurons or inputs of a shared expert are left out")
         if index in program.experts:
             layer = replace(layer, mlp=layer.mlp.limited(*program.experts[index]))
-    matrices = native.DenseMLP(mlp.gate, mlp.up, mlp.down) if isinstance(mlp, SlimMLP) else mlp
+    matrices = _slim(mlp) if isinstance(mlp, SlimMLP) else mlp
     kept = None if index in program.no_mlp else layer.mlp if mlp is None else matrices
     norm = layer.mlp_in if mlp is None else _scaled(layer.mlp_in, mlp.smooth)
     layer = replace(layer, mlp=kept, mlp_in=norm, entries_only=index in program.no_attention)
@@ -402,6 +402,11 @@ def programmed(layer: native.StepLayer, index: int, program: StepProgram) -> nat
     if isinstance(layer.attention, native.Recurrent) and left_out:
         raise NotCovered("a recurrence is left out, or some of what it reads")
     return _by_columns(layer, program.columns.get(index, {}))
+
+
+def _slim(mlp: SlimMLP) -> native.DenseMLP:
+    wanted = None if mlp.lists is None else mlp.lists.by_row(mlp.up.out_features)
+    return native.DenseMLP(mlp.gate, mlp.up, mlp.down, wanted=wanted)
 
 
 def describe(model: Any, anatomy: Anatomy, packing: Packing | None = None) -> CpuModel:

@@ -319,7 +319,7 @@ class Capped(Memory):
             logits=16 * MAX_ROWS * int(model.get_input_embeddings().weight.shape[0]),
             fixed=_of_neurons(program, Chooser.CALIBRATION)
             + sum(round(brick.stays) + 32 * brick.width for brick in by_token),
-            chosen=_of_neurons(program, Chooser.PROMPT),
+            chosen=_of_neurons(program, Chooser.PROMPT, math.prod(_widths(anatomy)) // 16),
             packing=_PACKING * math.prod(_widths(anatomy)) if program.chosen_by(Chooser.PROMPT) else 0,
             once=once,
             slots=slots,
@@ -564,9 +564,10 @@ def _copied(model: Any, anatomy: Anatomy, streamed: dict[nn.Module, list[str]]) 
     return total
 
 
-def _of_neurons(program: Program, chooser: Chooser) -> int:
-    """Bytes of neurons that are packed side by side, each padded to cache lines, those of a layer to huge pages."""
-    sizes = [round(brick.nbytes) + 256 * brick.kept for brick in program.chosen_by(chooser).values()]
+def _of_neurons(program: Program, chooser: Chooser, more: int = 0) -> int:
+    """Bytes of neurons that are packed side by side, each padded to cache lines, those of a layer to huge pages. more:
+    than a layer's neurons take where they lie as they come (`Brick.chosen`), at most."""
+    sizes = [round(brick.nbytes) + 256 * brick.kept + more for brick in program.chosen_by(chooser).values()]
     return sum(size + (2 * HUGE_PAGE if size >= HUGE_PAGE // 2 else 0) for size in sizes)
 
 

@@ -13,7 +13,6 @@ from ..kernels.sparse import SparseLinear
 from ..predictors.anatomy import Anatomy, rows_of
 from ..predictors.checks import AS_PACKED
 from ..predictors.policies import Chooser
-from . import slim
 from .bundles import FewerNeurons, Weights, neuron_weights
 from .formats import Formats
 from .layer_skips import LayerSkips
@@ -23,7 +22,6 @@ from .memory_size import free_memory
 from .program import Program
 from .program_experts import ExpertsProgram
 from .selections import Packer, SelectedNeurons, Selections
-from .slim import PartsOf
 
 #: as often as what a prompt's neurons take must be free before they get matrices of their own: other sequences may come
 _ROOM = 4
@@ -90,13 +88,13 @@ class Prepared:
         return selections.selected(self._packer, self._altered)
 
     def _packer(self) -> Packer:
-        """What makes MLPs of chosen neurons. Of tiles in 4 bits a sequence gets matrices of its own, where that is
-        wanted (`slim.OWN_MATRICES`) and there is memory for them. Else all have lists over what they share."""
-        alone = slim.OWN_MATRICES and self._bundle_format == "int4" and self._has_room()
-        parts_of: PartsOf | None = self._formats.parts if alone else None
+        """What makes MLPs of chosen neurons. In 4 bits a sequence gets matrices of its own, where there is memory for
+        them. In other formats all have lists over what they share."""
+        in_groups, parts_of = self._bundle_format == "int4", self._formats.parts
+        room = in_groups and self._has_room()
 
         def pack(layer: int, lists: Tensor) -> FewerNeurons:
-            own = None if parts_of is None or lists.dim() > 1 else self._weights.chosen(layer, lists, parts_of)
+            own = self._weights.chosen(layer, lists, parts_of, room) if in_groups else None
             return own or self._weights.listed(layer, self._bundle_format, lists)
 
         return pack

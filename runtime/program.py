@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..kernels.groups import GROUP
 from ..kernels.neuron_groups import Form, PackedNeurons
 from ..kernels.packed import EXACT_BYTES, PackedLinear, PackedMLP
 from ..kernels.sparse import ExactScores, SignScores, SparseMLP
@@ -44,7 +45,6 @@ from ..predictors.policies import (
     TopK,
     Wina,
 )
-from . import slim
 from .bundles import Bundles, FewerNeurons, packed_in_four_bits, reads_matrices
 from .linear_names import native_names
 from .program_experts import ExpertsProgram, build_experts
@@ -95,11 +95,15 @@ class Brick:
         return self.hidden * self.loaded
 
     def chosen(self, kept: int) -> float:
-        """Bytes that so many neurons read which a prompt has chosen: in matrices of their own (`OWN_MATRICES`) the
-        down projection is in groups of 8 bits."""
-        if not (slim.OWN_MATRICES and self.in_groups and self.of_cpu):
+        """Bytes that so many neurons read which a prompt has chosen: in matrices of their own, each group of the down
+        projection has its ends and, where neurons lie as they come, every eight of them four bytes, and seven more in
+        two groups."""
+        if not (self.in_groups and self.of_cpu):
             return self.listed(kept)
-        return kept * self.hidden * (self.scoring * FORMAT_BYTES["int4"] + FORMAT_BYTES["int8"])
+        groups = -(-self.width // GROUP)
+        lines = min(kept / 8 + 7 / 16 * groups, GROUP / 8 * groups, kept)
+        down = 4 * (lines + min(groups, kept))
+        return self.hidden * (kept * self.scoring * FORMAT_BYTES["int4"] + down)
 
     def listed(self, kept: int) -> float:
         """Bytes that so many listed neurons read: of 4-bit groups, the ends of all of the down projection's come with

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from ..kernels import cpu
 from ..kernels.memory import Reused
 from ..kernels.packed import EXACT_BYTES, Act, PackedLinear, finite
 from ..kernels.residency import copied
-from ..kernels.sparse import SlimMLP
+from ..kernels.sparse import RowLists, SlimMLP
 from ..kernels.taken import TAKEN, rows
 from ..predictors.anatomy import FeedForward, rows_of
 from .packed_layer import PackedLayer
@@ -20,23 +21,6 @@ from .packed_layer import PackedLayer
 #: of a linear, its packed matrix in one part or, where it holds two projections, in two; none: it has no such form
 PartsOf = Callable[[nn.Module], list[PackedLinear]]
 _IN_GROUPS = {"int4": "int4", "int8": "int8_groups"}
-
-
-# Whether neurons that a prompt chose in 4 bits become matrices of their own. They are 1.1 to 1.2 times as fast so; but
-# their down projection has 8 bits then, and sequences that run together and chose differently have lists over the 4-bit
-# numbers: a text would depend on what runs beside it. Benchmarks of one text at a time turn it on.
-OWN_MATRICES = False
-
-
-@contextmanager
-def own_matrices() -> Iterator[None]:
-    """OWN_MATRICES is on meanwhile."""
-    global OWN_MATRICES
-    before, OWN_MATRICES = OWN_MATRICES, True
-    try:
-        yield
-    finally:
-        OWN_MATRICES = before
 
 
 def linears_of(mlp: FeedForward) -> list[nn.Module]:
@@ -78,14 +62,27 @@ def slimmed(mlp: FeedForward, act: Act, kept: Tensor, fmt: str | None) -> SlimML
     return SlimMLP(None if gate is None else rows(copied(gate), kept), rows(copied(up), kept), narrow, act)
 
 
-def chosen(mlp: FeedForward, act: Act, kept: Tensor, parts_of: PartsOf, memory: Reused) -> SlimMLP | None:
-    """The neurons `kept` that a prompt has chosen, int64 ascending, taken from tiles as steps read them; None where the
-    MLP is in no form of which they can be."""
+def chosen(
+    mlp: FeedForward, act: Act, kept: Tensor, parts_of: PartsOf, memory: Reused | None, own: bool
+) -> SlimMLP | None:
+    """The neurons `kept` that prompts have chosen, int64 ascending, ``[k]`` for all rows or ``[rows, k]``, of tiles in
+    4 bits as steps read them; None where the MLP is in no such form.
+
+    own: in matrices of their own, in which rows that differ share what any of them wants; else they are all of the
+    MLP's, of which the others count as zero. That is the same to the bit: who decodes with whom changes no text.
+    """
     parts = packed_parts(mlp, parts_of)
-    if not _whole_mlp(parts, mlp):
+    if not _whole_mlp(parts, mlp) or any(part.fmt != "int4" for part in parts):
         return None
     gate, up, down = _three(parts)
-    return SlimMLP.of_tiles(gate, up, down, kept, act=act, memory=memory)
+    every = kept if kept.dim() == 1 else kept.unique()
+    if own:
+        made = SlimMLP.of_tiles(gate, up, down, every, act=act, exactly=True, memory=memory)
+        rows = None if kept.dim() == 1 else RowLists.of(torch.searchsorted(every, kept), every.numel())
+    else:
+        made = SlimMLP(gate, up, down, act)
+        rows = RowLists.shared(kept) if kept.dim() == 1 else RowLists.of(kept, up.out_features)
+    return replace(made, lists=rows)
 
 
 def of_layers(whole: bool = False) -> PartsOf:

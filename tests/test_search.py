@@ -23,10 +23,12 @@ from coreskip.bench import budget as benchmark
 from coreskip.kernels.ops import available
 from coreskip.predictors.anatomy import dissect
 from coreskip.predictors.expert_policies import SkipExperts
+from coreskip.predictors.four_bits import Form
 from coreskip.predictors.plan import LayerPlan
 from coreskip.predictors.policies import Adaptive, Run, Sketch, Skip, SkipAttention, SkipMLP, Static
 from coreskip.runtime.calibrate import Study
 from coreskip.runtime.cost import bytes_per_token, cost, predicted_seconds, read_bandwidth, runs_natively
+from coreskip.runtime.families import FAST, outline
 from coreskip.runtime.search import FAMILIES, Family, Journal, pareto
 from coreskip.runtime.step_timing import StepClock
 from coreskip.runtime.wrap import is_wrapped, runtime_of
@@ -173,6 +175,16 @@ def test_pareto(llama: Any) -> None:
 
 def test_families_are_told_apart() -> None:
     assert len({family.label for family in FAMILIES}) == len(FAMILIES)
+
+
+def test_every_form_of_four_bits_is_looked_at(llama: Any) -> None:
+    """Each as what its calibration makes, in bytes."""
+    found = {form: family for family in FAST if (form := replace(family, weights="int4").form) is not None}
+    assert set(found) == set(Form)
+    plan = replace(Plan.dense(llama, "int4"), layers=outline(found[Form.ROWS], 0.5, dissect(llama)))
+    whole, kept = 160 * 64, 80 * 64
+    saved = bytes_per_token(llama, Plan.dense(llama, "int4")) - bytes_per_token(llama, plan)
+    assert saved == len(plan.layers) * 0.5 * (whole - kept)
 
 
 def test_the_frontier_is_kept_and_shown(llama: Any, tmp_path: Path) -> None:

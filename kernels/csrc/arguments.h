@@ -62,7 +62,9 @@ struct StepLinear {
     const float* scale;  // kInt8: [out]
     const float* bias;   // [out] or null
     const float* norm;   // columns: [in], what an input's size is multiplied by, or null
+    const uint8_t* counts;  // kInt4: [stride / kGroup], how many inputs each group has left, see take_some; null: all
     int64_t in, out, stride;
+    int64_t tile;        // counts: bytes of a tile
     double neurons;      // columns: what each input left out adds to the neurons skipped
     float least;         // columns: smaller inputs are left out
     int64_t piece, pieces;  // of the model's stream, which brings the weight; none: it is in memory
@@ -212,6 +214,8 @@ struct StepLayer {
     int side_act;
     float scale;                // what the residual stream is multiplied by in the end (Gemma 4)
     const float* curve;         // [4]: the numbers of a kCurve
+    const uint8_t* wanted;      // [wanted_rows][neurons]: what `down` reads counts where it is not 0; null: all does
+    int64_t wanted_rows;        // of the sequences, or 1 for all of them
     StepRecurrence recurrence;  // its inputs are q, k, v and attention_gate, and its cache: see step_recurrence.h
 };
 

@@ -120,6 +120,8 @@ struct TileJob {
     const int32_t* half;   // kInt6Super: at each place 2, the sums of each half of q
     float* y;              // [rows][out]
     Ahead* ahead;
+    const uint8_t* counts; // kInt4, rounded x: as in StepLinear, or null
+    int64_t tile;
 };
 
 // Rows `first` and following of tiles, as floats.
@@ -148,6 +150,8 @@ struct TakeJob {
     const int64_t* list;   // the rows, or the columns, ascending
     int64_t count;
     void* to;              // tiles of the rows, in the same format; or of the columns, in kInt8Groups
+    const uint8_t* counts; // take_some: of the columns, how many are in each group; and the bytes of a tile of `to`
+    int64_t tile;
 };
 
 // x rounded group by group.
@@ -232,6 +236,7 @@ struct StepIsa {
     bool (*tile_up)(const TileUpJob& job, int64_t begin, int64_t end);  // tiles; false: some numbers have no such form
     void (*take_rows)(const TakeJob& job, int64_t begin, int64_t end);     // tiles of `to`
     void (*take_columns)(const TakeJob& job, int64_t begin, int64_t end);  // tiles
+    void (*take_some)(const TakeJob& job, int64_t begin, int64_t end);     // tiles
     // Adds to acc, [rows][width], what neurons `begin` to `end` come to, or those at these positions of the list. Returns
     // how many of those that are scanned were left out, summed over rows.
     int64_t (*neurons)(const NeuronsJob& job, int64_t begin, int64_t end, float* acc);

@@ -29,14 +29,16 @@ class StepMlpLayer {
         projections.read_from(x, m.hidden);
         projections.project_all(thread.widening(l));
         projections.meet();
-        const int64_t n = l.up.out;
+        const int64_t n = l.up.out, width = l.down.counts ? l.down.stride : n;
         for (int t = 0; t < thread.tokens; t++) {
-            float* a = own.h + t * n;
+            float* a = own.h + t * width;
             memcpy(a, (l.gate.weight ? w.gate : w.up) + t * n, n * sizeof(float));
             thread.step.act(a, l.gate.weight ? w.up + t * n : nullptr, n, l.act, l.curve);
             if (l.special && l.inner_norm.kind) thread.step.norm(l.inner_norm, a, a);
+            if (l.wanted) leave_out(l.wanted + (l.wanted_rows > 1 ? t / c.length : 0) * n, n, a);
+            if (l.down.counts) put_in_groups(l.down, a);
         }
-        projections.read_from(own.h, n);
+        projections.read_from(own.h, width);
         projections.project_all(thread.narrowing(l));
         projections.meet();
         projections.finish_layer(l, w.out);
@@ -51,6 +53,25 @@ class StepMlpLayer {
     const Shared& w = thread.w;
     const Own& own = thread.own;
     bool second_ = false;  // which half of `acc` the next MLP over bundles uses
+
+    static void leave_out(const uint8_t* wanted, int64_t n, float* a) {
+        for (int64_t i = 0; i < n; i++) a[i] = wanted[i] ? a[i] : 0.f;
+    }
+
+    // What a row has of each group, side by side, goes to where the group's numbers are, see take_some, zeros to the rest.
+    // From the end on: no value's place is beyond where it comes to lie.
+    static void put_in_groups(const StepLinear& down, float* a) {
+        int64_t end = down.in;
+        for (int64_t g = down.stride / kGroup - 1; g >= 0; g--) {
+            float some[kGroup];
+            const int count = down.counts[g];
+            end -= count;
+            memcpy(some, a + end, count * sizeof(float));
+            float* to = a + g * kGroup;
+            memset(to, 0, kGroup * sizeof(float));
+            for (int j = 0; j < count; j++) to[j % 4 + j / 8 * 4 + j / 4 % 2 * (kGroup / 2)] = some[j];
+        }
+    }
 
     // Scores the neurons by a low-rank map of x.
     void predict(const StepLayer& l, const float* x) {

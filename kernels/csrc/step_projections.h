@@ -107,7 +107,8 @@ class Projections {
         if (grouped(l.dtype)) {
             const float* whole = l.whole ? own.rows : nullptr;
             const TileJob job = {l.weight, l.dtype, l.bias, l.stride / kGroup, l.out, input_rows_,
-                                 whole, own.q, own.group_scale, own.group_sum, own.group_half, y, ahead.to_fetch()};
+                                 whole, own.q, own.group_scale, own.group_sum, own.group_half, y, ahead.to_fetch(),
+                                 l.counts, l.tile};
             thread.step.tiles(job, begin, end);
         } else {
             const LinearJob job = {l.weight, l.scale, l.bias, rows_of(l.stride), l.out, y, ahead.to_fetch()};

@@ -20,6 +20,7 @@ inline int64_t unit(const StepLinear& l) {
 }
 inline int64_t units(const StepLinear& l) { return (l.out + unit(l) - 1) / unit(l); }
 inline int64_t unit_bytes(const StepLinear& l) {
+    if (l.counts) return l.tile;
     if (grouped(l.dtype)) return tile_bytes(l.dtype, l.stride / kGroup);
     return 4 * l.stride * size_of(l.dtype);
 }

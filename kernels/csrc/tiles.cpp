@@ -12,10 +12,10 @@
 using namespace coreskip;
 
 // The op coreskip::linear for tiles of a TileFormat, with x as it is (`whole`) or rounded to 8 bits.
-// x: [rows][in_features] of x_dtype; out: [rows][out_features] of x_dtype.
+// x: [rows][in_features] of x_dtype; out: [rows][out_features] of x_dtype. counts, tile: as in StepLinear; x lies in groups.
 CORESKIP_API int coreskip_tiles(const void* x, int x_dtype, int rows, int64_t in_features, const void* weight,
                                 int format, int whole, int64_t out_features, int64_t stride, const float* bias,
-                                void* out, int threads) {
+                                void* out, int threads, const uint8_t* counts, int64_t tile) {
     const Isa& isa = *active.load();
     const StepIsa& step = *active_step.load();
     const int64_t groups = stride / kGroup, tiles = (out_features + kTile - 1) / kTile;
@@ -41,7 +41,8 @@ CORESKIP_API int coreskip_tiles(const void* x, int x_dtype, int rows, int64_t in
     each_beside_torch(threads, threads, [&](int64_t part) {
         Ahead none{};
         const float* x_whole = whole ? values : nullptr;
-        const TileJob job = {weight, format, bias, groups, out_features, rows, x_whole, q, scale, sum, half, y, &none};
+        const TileJob job = {weight, format, bias, groups, out_features, rows, x_whole, q, scale, sum, half, y, &none,
+                             counts, tile};
         const Range here = share(tiles, part, threads);
         step.tiles(job, here.begin, here.end);
     });
@@ -105,4 +106,13 @@ CORESKIP_API void coreskip_take_columns(const void* weight, int format, int64_t 
     const StepIsa& step = *active_step.load();
     const TakeJob job = {weight, format, groups, columns, count, out};
     each_beside_torch((tiles + 3) / 4, threads, [&](int64_t i) { step.take_columns(job, 4 * i, std::min(tiles, 4 * i + 4)); });
+}
+
+// Columns of so many tiles in kInt4, the very numbers, in the groups that they were in: see take_some. counts: [groups], of
+// the columns; tile: bytes of a tile of `out`.
+CORESKIP_API void coreskip_take_some(const void* weight, int64_t groups, int64_t tiles, const int64_t* columns,
+                                     const uint8_t* counts, int64_t tile, void* out, int threads) {
+    const StepIsa& step = *active_step.load();
+    const TakeJob job = {weight, kInt4, groups, columns, 0, out, counts, tile};
+    each_beside_torch((tiles + 3) / 4, threads, [&](int64_t i) { step.take_some(job, 4 * i, std::min(tiles, 4 * i + 4)); });
 }

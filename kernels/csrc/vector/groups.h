@@ -183,14 +183,14 @@ struct Nibbles {
     }
     static int input(int k, int i) { return 4 * k + i / 2 + i % 2 * (kGroup / 2); }
 
-    // Adds to sum[0] and sum[halves - 1] what the two halves of a group come to.
-    template <int halves, int R>
+    // Adds to sum[0] and sum[halves - 1] what the two halves of a group come to; lines: words that there are.
+    template <int halves, int R, int lines = vectors>
     static void sums(const uint8_t* w, const int8_t* const* x, VI sum[halves][R][kParts]) {
         constexpr int together = kWideSums || more == 0 ? 4 : 2;  // words whose products fit 16 bits
         static_assert(kWideSums || together * 2 / halves * 2 * ((1 << bits) - 1) * 127 < 1 << 15, "");
-        for (int k = 0; k < vectors; k += together) {
+        for (int k = 0; k < lines; k += together) {
             Partial some[halves][R][kParts] = {};
-            for (int j = k; j < k + together; j++)
+            for (int j = k; j < k + together && j < lines; j++)
                 for (int p = 0; p < kParts; p++) {
                     VB low, high;
                     apart(w, j, p, low, high);

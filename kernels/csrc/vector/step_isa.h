@@ -18,7 +18,7 @@ namespace CORESKIP_ISA {
 
 static const StepIsa step_table = {
     tiles, quantize_groups, norm, rotate, attend, merge, scale, act, add_scaled, softcap, fetch, argmax, exp_sum, untile, tile_up,
-    take_rows, take_columns, neurons, recall,
+    take_rows, take_columns, take_some, neurons, recall,
 };
 
 }  // namespace CORESKIP_ISA

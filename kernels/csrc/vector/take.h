@@ -126,6 +126,37 @@ static void take_columns_as(const TakeJob& job, int64_t begin, int64_t end) {
     }
 }
 
+// ---- columns: the very numbers, in the groups that they were in ----
+
+// A group of kInt4 that has some of its columns left: as many lines as hold them, eight of a row a line, and its ends. The
+// j-th lies in the nibble of input_of(j) of a whole group, so that products are those with a whole group of which the others
+// met zeros, to the bit. What has no column left is not there.
+static void take_some(const TakeJob& job, int64_t begin, int64_t end) {
+    const int64_t tile = job.groups * Int4::bytes;
+    const int64_t* columns = job.list;
+    ColumnPlace places[kGroup];
+    int64_t at = 0;  // of the group in a tile of `to`
+    for (int64_t g = 0; g < job.groups; g++) {
+        const int count = job.counts[g], lines = lines_of(count);
+        if (!count) continue;
+        for (int j = 0; j < count; j++) places[j] = place_of(Int4::Numbers{}, columns[j]);
+        columns += count;
+        for (int64_t t = begin; t < end; t++) {
+            const uint8_t* from = static_cast<const uint8_t*>(job.weight) + t * tile + g * Int4::bytes;
+            uint8_t* to = static_cast<uint8_t*>(job.to) + t * job.tile + at;
+            for (int p = 0; p < kParts; p++)
+                for (int line = 0; line < lines; line++) {
+                    VU word = {};
+                    for (int i = 0; i < 8 && line * 8 + i < count; i++)
+                        word |= numbers_at(Nibbles<0>{}, from, places[line * 8 + i], p) << (8 * (i % 4) + i / 4 * 4);
+                    memcpy(to + line * kLine + p * kVector, &word, sizeof word);
+                }
+            memcpy(to + lines * kLine, from + Int4::Numbers::bytes, Int4::Ends::bytes);
+        }
+        at += lines * kLine + Int4::Ends::bytes;
+    }
+}
+
 // work(group) with the group of a format of which these can be taken.
 template <class Work>
 static inline void with_plain_format(int format, Work work) {

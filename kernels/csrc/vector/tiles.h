@@ -4,6 +4,9 @@
 namespace coreskip {
 namespace CORESKIP_ISA {
 
+// Vectors of numbers of a group that has so many inputs left, see take_some.
+static inline int lines_of(int count) { return (count + 7) / 8; }
+
 // Adds one group's products to y. With two ends the weights are the very numbers that were packed, not factors apart from
 // sums of integers: an infinity in x then does what it does in torch. It does so with centred ones times their scale,
 // too, which saves one of two products: 1.1 to 1.5 times as fast. Two sums a row, for one would wait for itself.
@@ -36,13 +39,15 @@ static inline void add_whole(const typename G::Head& head, const uint8_t* w, con
 }
 
 // Adds the products of the group at the place `at` of the first of R rows, of x rounded to 8 bits, to y. by_rows: x lies
-// row by row, not as tiles have it otherwise.
-template <class G, int R, bool by_rows>
+// row by row, not as tiles have it otherwise. lines: vectors of numbers that the group has, see take_some.
+template <class G, int R, bool by_rows, int lines = G::Numbers::vectors>
 __attribute__((always_inline)) static inline void add_rounded(const TileJob& job, const typename G::Head& head,
                                                               const uint8_t* w, int64_t at, V y[R][kParts]) {
     typedef typename G::Numbers N;
     typedef typename G::Ends E;
     constexpr float half = N::half;
+    constexpr bool all = lines == N::vectors;
+    const uint8_t* ends = w + (all ? N::bytes : lines * kLine);
     const int64_t row_step = by_rows ? job.groups : 1;
     VI sum[E::halves][R][kParts] = {};
     const int8_t* x[R];
@@ -51,16 +56,17 @@ __attribute__((always_inline)) static inline void add_rounded(const TileJob& job
         for (int h = 0; E::halves > 1 && h < E::halves; h++)  // sums of q - half
             for (int p = 0; p < kParts; p++) sum[h][r][p] -= N::half * job.half[2 * (at + r * row_step) + h];
     }
-    N::template sums<E::halves, R>(w, x, sum);
+    if constexpr (all) N::template sums<E::halves, R>(w, x, sum);
+    else N::template sums<E::halves, R, lines>(w, x, sum);
     const float *scales = job.scale + at, *sums = job.sum + at;
     for (int p = 0; p < kParts; p++) {
-        const V scale = E::scale(head, w + N::bytes, p, 0), least = E::least(head, w + N::bytes, p);
+        const V scale = E::scale(head, ends, p, 0), least = E::least(head, ends, p);
         for (int r = 0; r < R; r++) {
             const float x_scale = scales[r * row_step], x_sum = sums[r * row_step];
             const V first = __builtin_convertvector(sum[0][r][p], V);
             if constexpr (E::halves > 1) {
                 const V second = __builtin_convertvector(sum[1][r][p], V);
-                y[r][p] += (scale * first + E::scale(head, w + N::bytes, p, 1) * second) * x_scale;
+                y[r][p] += (scale * first + E::scale(head, ends, p, 1) * second) * x_scale;
             } else if constexpr (E::centred) {
                 y[r][p] += scale * (x_scale * first - half * x_sum);
             } else {
@@ -92,11 +98,38 @@ __attribute__((always_inline)) static inline void tile(const TileJob& job, const
     }
 }
 
-template <class G, bool whole, int R>
+// The same of groups that have some of their inputs left.
+template <int R>
+__attribute__((always_inline)) static inline void tile_of_some(const TileJob& job, const uint8_t* w, int row, Ahead* ahead,
+                                                               V y[R][kParts]) {
+    const int64_t apart = places_apart(job.rows);
+    int64_t at = first_place(row, job.rows, job.groups);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < kParts; p++) y[r][p] = V{};
+    const NoHead head(w);
+    for (int64_t g = 0; g < job.groups; g++, at += apart) {
+        const int lines = lines_of(job.counts[g]);
+        if (!lines) continue;
+        if (ahead) fetch(*ahead, (lines + 1) * kLine);
+        switch (lines) {
+            case 1: add_rounded<Int4, R, false, 1>(job, head, w, at, y); break;
+            case 2: add_rounded<Int4, R, false, 2>(job, head, w, at, y); break;
+            case 3: add_rounded<Int4, R, false, 3>(job, head, w, at, y); break;
+            default: add_rounded<Int4, R, false>(job, head, w, at, y);
+        }
+        w += (lines + 1) * kLine;
+    }
+}
+
+template <class G, bool whole, int R, bool some = false>
 static inline void write_tile(const TileJob& job, int64_t t, int row, Ahead& ahead) {
     V y[R][kParts];
-    const uint8_t* w = static_cast<const uint8_t*>(job.weight) + t * (job.groups / G::Head::groups * G::block);
-    tile<G, whole, R, false>(job, w, row, row ? nullptr : &ahead, y);  // the first rows' tile has fetched what there is
+    const int64_t bytes = some ? job.tile : job.groups / G::Head::groups * G::block;
+    const uint8_t* w = static_cast<const uint8_t*>(job.weight) + t * bytes;
+    Ahead* fetched = row ? nullptr : &ahead;  // the first rows' tile has fetched what there is
+    if constexpr (some) tile_of_some<R>(job, w, row, fetched, y);
+    else tile<G, whole, R, false>(job, w, row, fetched, y);
     const int64_t first = t * kTile, count = job.out - first < kTile ? job.out - first : kTile;
     float bias[kTile] = {}, out[kTile];
     if (job.bias) memcpy(bias, job.bias + first, count * sizeof(float));
@@ -110,7 +143,7 @@ static inline void write_tile(const TileJob& job, int64_t t, int row, Ahead& ahe
     }
 }
 
-template <class G, bool whole>
+template <class G, bool whole, bool some = false>
 static void tiles_of(const TileJob& job, int64_t begin, int64_t end) {
     Ahead ahead = *job.ahead;
     if constexpr (whole && kLanes == kTile) {
@@ -127,15 +160,16 @@ static void tiles_of(const TileJob& job, int64_t begin, int64_t end) {
     }
     for (int64_t t = begin; t < end; t++) {
         int row = 0;
-        if (kLanes == kTile) for (; row + 8 <= job.rows; row += 8) write_tile<G, whole, 8>(job, t, row, ahead);
-        for (; row + 4 <= job.rows; row += 4) write_tile<G, whole, 4>(job, t, row, ahead);
-        for (; row + 2 <= job.rows; row += 2) write_tile<G, whole, 2>(job, t, row, ahead);
-        for (; row < job.rows; row++) write_tile<G, whole, 1>(job, t, row, ahead);
+        if (kLanes == kTile) for (; row + 8 <= job.rows; row += 8) write_tile<G, whole, 8, some>(job, t, row, ahead);
+        for (; row + 4 <= job.rows; row += 4) write_tile<G, whole, 4, some>(job, t, row, ahead);
+        for (; row + 2 <= job.rows; row += 2) write_tile<G, whole, 2, some>(job, t, row, ahead);
+        for (; row < job.rows; row++) write_tile<G, whole, 1, some>(job, t, row, ahead);
     }
     *job.ahead = ahead;
 }
 
 static void tiles(const TileJob& job, int64_t begin, int64_t end) {
+    if (job.counts) return tiles_of<Int4, false, true>(job, begin, end);
     with_format(job.format, [&](auto group) {
         typedef decltype(group) G;
         if (job.x) tiles_of<G, true>(job, begin, end);
