@@ -127,7 +127,15 @@ static void tiles_of(const TileJob& job, int64_t begin, int64_t end) {
     }
     for (int64_t t = begin; t < end; t++) {
         int row = 0;
-        if (kLanes == kTile) for (; row + 8 <= job.rows; row += 8) write_tile<G, whole, 8>(job, t, row, ahead);
+        if constexpr (kLanes == kTile) {
+            for (; row + 8 <= job.rows; row += 8) write_tile<G, whole, 8>(job, t, row, ahead);
+            switch (job.rows - row) {  // all that are left at once: weights are taken apart for each few
+                case 7: write_tile<G, whole, 7>(job, t, row, ahead); continue;
+                case 6: write_tile<G, whole, 6>(job, t, row, ahead); continue;
+                case 5: write_tile<G, whole, 5>(job, t, row, ahead); continue;
+                case 3: write_tile<G, whole, 3>(job, t, row, ahead); continue;
+            }
+        }
         for (; row + 4 <= job.rows; row += 4) write_tile<G, whole, 4>(job, t, row, ahead);
         for (; row + 2 <= job.rows; row += 2) write_tile<G, whole, 2>(job, t, row, ahead);
         for (; row < job.rows; row++) write_tile<G, whole, 1>(job, t, row, ahead);
