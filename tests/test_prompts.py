@@ -87,7 +87,7 @@ def test_bit_for_bit_what_steps_compute(isa: str, family: str, weights: str | No
 
 @pytest.mark.parametrize(("family", "weights"), [("llama_bias", "int4"), ("gemma2", "int8"), ("phi3", None)])
 def test_blocks_of_two_threads(family: str, weights: str | None, two_threads: None) -> None:
-    """Tokens for each thread: bit for bit what one thread computes, over more than go through all layers at once, too."""
+    """Tokens for each thread: bit for bit what one thread computes, also of more than go through all layers at once."""
     model = on_grid(family, max_position_embeddings=2048)
     with coreskip.wrap(model, Plan.dense(model, weights)):
         greedy(model, prompt(1), 2)
