@@ -48,11 +48,9 @@ struct Prepared {
 // Some tokens' way through a layer, by all threads together or by the calling one alone.
 class LayerPass {
   public:
-    // most: tokens at once. q: room for the queries of the call's tokens from `window` on.
-    LayerPass(const StepModel& model, const StepLayer& layer, const PrefillCall& call, Team* team, int64_t most, float* q,
-              int64_t window)
-        : m(model), l(layer), c(call), isa(*active.load()), step(*active_step.load()), team_(team), most_(most),
-          queries_(q), window_(window) {}
+    // most: tokens at once. q: room for their queries, from `begin` to `finish`.
+    LayerPass(const StepModel& model, const StepLayer& layer, const PrefillCall& call, Team* team, int64_t most, float* q)
+        : m(model), l(layer), c(call), isa(*active.load()), step(*active_step.load()), team_(team), most_(most), q_(q) {}
 
     bool reserve(Workspace& memory) {
         size_t bytes = 0;
@@ -98,11 +96,9 @@ class LayerPass {
     const StepCache& cache_ = c.cache[l.cache];
     Team* const team_;  // null: the calling thread is alone
     const int64_t most_;
-    float* const queries_;
-    const int64_t window_;
+    float* const q_;
     int64_t first_ = 0, tokens_ = 0;  // of the call's tokens, those that are under way
     float* x_ = nullptr;              // their residual stream, [tokens][hidden]
-    float* q_ = nullptr;              // their queries
     Prepared prepared_;
     std::atomic<bool> failed_{false};
 
@@ -135,7 +131,6 @@ class LayerPass {
     void look_at(int64_t first, int64_t tokens) {
         first_ = first, tokens_ = tokens;
         x_ = c.x + first * m.hidden;
-        q_ = queries_ + (first - window_) * l.heads * l.head_dim;
         prepared_ = {};
     }
 
@@ -373,10 +368,9 @@ class Prompt {
 
     // Returns a Status.
     int run() {
-        int64_t width = 0;
-        for (const StepLayer* l = begin_; l < end_; l++) width = std::max(width, l->heads * l->head_dim);
-        if (!query_memory.reserve(Workspace::room<float>(window_ * width))) return kNoMemory;
-        queries_ = query_memory.take<float>(window_ * width);
+        for (const StepLayer* l = begin_; l < end_; l++) width_ = std::max(width_, l->heads * l->head_dim);
+        if (!query_memory.reserve(Workspace::room<float>(window_ * width_))) return kNoMemory;
+        queries_ = query_memory.take<float>(window_ * width_);
         for (first_ = 0; first_ < c.length && !failed_; first_ += window_) {
             go_on(nullptr, begin_);
             for (const StepLayer* l = begin_; l < end_; l++) go_on(l, l + 1 < end_ ? l + 1 : nullptr);
@@ -391,8 +385,8 @@ class Prompt {
     const bool by_blocks_;
     const int64_t window_;  // tokens that go through all layers before the next ones
     Lease team_;
-    int64_t first_ = 0;
-    float* queries_ = nullptr;
+    int64_t first_ = 0, width_ = 0;
+    float* queries_ = nullptr;  // [window][width], of layers that are less wide at the front of each block's rows
     std::atomic<bool> failed_{false};
 
     // Finishes a layer and begins the next one, for all tokens of the window; either may be null.
@@ -400,8 +394,9 @@ class Prompt {
         const int64_t tokens = std::min(window_, c.length - first_), threads = c.threads;
         const auto go = [&](Team* team, Range some) {
             const int64_t begin = first_ + some.begin, count = some.end - some.begin;
-            if (last) pass(*last, team, count, [&](LayerPass& layer) { layer.finish(begin, count); });
-            if (next) pass(*next, team, count, [&](LayerPass& layer) { layer.begin(begin, count); });
+            float* q = queries_ + some.begin * width_;
+            if (last) pass(*last, team, count, q, [&](LayerPass& layer) { layer.finish(begin, count); });
+            if (next) pass(*next, team, count, q, [&](LayerPass& layer) { layer.begin(begin, count); });
         };
         if (!by_blocks_) return go(threads > 1 ? team_.get() : nullptr, {0, tokens});
         const int blocks = static_cast<int>(threads * ((tokens + threads * kBlock - 1) / (threads * kBlock)));
@@ -410,8 +405,8 @@ class Prompt {
     }
 
     template <class Work>
-    void pass(const StepLayer& layer, Team* team, int64_t most, Work work) {
-        LayerPass pass(m, layer, c, team, most, queries_, first_);
+    void pass(const StepLayer& layer, Team* team, int64_t most, float* q, Work work) {
+        LayerPass pass(m, layer, c, team, most, q);
         if (!pass.reserve(block_memory)) return failed_.store(true);
         work(pass);
         if (pass.failed()) failed_.store(true);
