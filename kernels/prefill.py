@@ -1,7 +1,7 @@
 """A prompt's way through a decoder that `step.Step` describes, natively and layer by layer (csrc/prefill.cpp).
 
-Many tokens of one sequence go through a layer before the next layer is looked at, in blocks of which each is one thread's,
-or by all threads together. Each token's numbers are those of a decode step, to the bit.
+Many tokens of one sequence go through a layer before the next layer is looked at, in blocks of which each is one
+thread's, or by all threads together. Each token's numbers are those of a decode step, to the bit.
 """
 
 from __future__ import annotations
