@@ -21,7 +21,6 @@ from coreskip import CoreskipError, Engine
 from coreskip.kernels.ops import available
 from coreskip.predictors.plan import LayerPlan, Plan
 from coreskip.predictors.policies import Sketch
-from coreskip.runtime.native import NativeSequence
 from coreskip.runtime.pieces import Pieces
 from coreskip.runtime.sequence import Busy, Event, Request
 from coreskip.runtime.wrap import is_wrapped, runtime_of
@@ -147,26 +146,6 @@ def test_sequences_together_make_several_tokens_a_call(engine: Engine) -> None:
     assert found == expected
     assert max(seen) > 2 * len(requests)
     assert sum(seen) == sum(request.max_new_tokens for request in requests) - len(requests)
-
-
-@needs_kernels
-def test_who_comes_ends_a_call_of_several_tokens(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = Request(ids(5, 0), 64), Request(ids(6, 1), 8)
-    expected = [engine.submit(request).collect().tokens for request in (first, second)]
-    together, came, sizes = NativeSequence.greedy_together, list[Any](), list[int]()
-
-    def visited(*arguments: Any) -> list[list[int]]:
-        if not came:
-            came.append(engine.submit(second))
-        found = together(*arguments)
-        sizes.append(len(found[0]))
-        return found
-
-    monkeypatch.setattr(NativeSequence, "greedy_together", visited)
-    assert engine.submit(first).collect().tokens == expected[0]
-    assert came[0].collect().tokens == expected[1]
-    assert sizes[0] == 1
-    assert max(sizes) > 4
 
 
 @needs_kernels
