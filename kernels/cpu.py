@@ -113,10 +113,10 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.coreskip_repack.argtypes = [p, n, n, n, i, p, p, i]
     lib.coreskip_neurons.argtypes = [p, i, i, n, p, i, p, p, n, p, p, p, i]
     lib.coreskip_step.argtypes = [p, p]
-    lib.coreskip_generate.argtypes = [p, p, n, p, p, p, p]
+    lib.coreskip_generate.argtypes = [p, p, n, p, p, p, p, p]
     lib.coreskip_draft.argtypes = [p, p, n, ctypes.c_float, p, p, p]
     lib.coreskip_embed.argtypes = [p, p, p, n, p, i]
-    lib.coreskip_prefill.argtypes = [p, n, p]
+    lib.coreskip_prefill.argtypes = [p, n, n, p]
     lib.coreskip_head.argtypes = [p, p, n, p, i]
     lib.coreskip_stream.argtypes, lib.coreskip_stream.restype = [i, p, p, n, i], p
     lib.coreskip_stream_stop.argtypes, lib.coreskip_stream_stop.restype = [p], None

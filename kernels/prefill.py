@@ -1,13 +1,13 @@
 """A prompt's way through a decoder that `step.Step` describes, natively and layer by layer (csrc/prefill.cpp).
 
-Many tokens of one sequence go through a layer before the next layer is looked at, so that its weights are read once for
-every 128 of them. Each token's numbers are those of a decode step, to the bit.
+Many tokens of one sequence go through a layer before the next layer is looked at, in blocks of which each is one
+thread's, or by all threads together. Each token's numbers are those of a decode step, to the bit.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -71,17 +71,15 @@ class Prefill:
         rows, length = tokens.shape
         self.step.check_caches(caches, rows, past, past + length)
         x, positions, starts = self._embedded(tokens, positions), positions.contiguous(), start.tolist()
-        for index, layer in enumerate(self.step.model.layers):
-            assert isinstance(layer.mlp, DenseMLP)
-            wide = (rows, length, layer.mlp.up.out_features)
-            seen = x.new_zeros(wide) if index in observed else None
+        for layers in _runs(len(self.step.model.layers), observed):
+            seen = self._room_for(layers.start, x) if layers.start in observed else None
             for row, first in enumerate(starts):
                 skipped = max(0, first - past)  # padding
                 some = None if seen is None else seen[row, skipped:]
                 kept = x[row, skipped:], positions[row, skipped:], some
-                self._through(index, *kept, caches.entry(row, index), past + skipped, first)
+                self._through(layers, *kept, caches.row(row), past + skipped, first)
             if observe is not None and seen is not None:
-                observe(index, seen)
+                observe(layers.start, seen)
         return self._logits(x[:, length - wanted :].contiguous())
 
     def _embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -93,9 +91,15 @@ class Prefill:
         cpu.check(cpu.library().coreskip_embed(self.step.address, *call), 0)
         return x
 
+    def _room_for(self, layer: int, x: Tensor) -> Tensor:
+        """Zeros for the activations of a layer."""
+        mlp = self.step.model.layers[layer].mlp
+        assert isinstance(mlp, DenseMLP)
+        return x.new_zeros((*x.shape[:2], mlp.up.out_features))
+
     def _through(
         self,
-        index: int,
+        layers: range,
         x: Tensor,
         positions: Tensor,
         activations: Tensor | None,
@@ -103,12 +107,12 @@ class Prefill:
         past: int,
         start: int,
     ) -> None:
-        """One row's tokens through a layer."""
+        """One row's tokens through some layers."""
         call = arguments.PrefillCall(
             x.data_ptr(), positions.data_ptr(), entries, cpu.address(activations),
             x.shape[0], past, start, torch.get_num_threads(),
         )  # fmt: skip
-        cpu.check(cpu.library().coreskip_prefill(self.step.address, index, ctypes.byref(call)), 0)
+        cpu.check(cpu.library().coreskip_prefill(self.step.address, layers.start, layers.stop, ctypes.byref(call)), 0)
 
     def _logits(self, x: Tensor) -> Tensor:
         model = self.step.model
@@ -117,3 +121,14 @@ class Prefill:
         call = self.step.address, x.data_ptr(), rows * wanted, logits.data_ptr(), torch.get_num_threads()
         cpu.check(cpu.library().coreskip_head(*call), 0)
         return logits
+
+
+def _runs(layers: int, observed: Collection[int]) -> Iterator[range]:
+    """The layers in turn, as many at a time as there are; those that are observed one by one."""
+    begin = 0
+    for index in (*sorted(observed), layers):
+        if begin < index:
+            yield range(begin, index)
+        if index < layers:
+            yield range(index, index + 1)
+        begin = index + 1

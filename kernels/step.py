@@ -264,10 +264,11 @@ class Step:
 
     def generate_each(
         self, tokens: Sequence[int], caches: Sequence[KeyValues], pasts: Sequence[int], count: int,
-        ends: Sequence[Sequence[int]],
+        ends: Sequence[Sequence[int]], hurry: ctypes.c_int32 | None = None,
     ) -> tuple[list[list[int]], float]:  # fmt: skip
         """`generate` of at most `most_tokens` sequences as `run_each` steps them; their positions are their `pasts`.
-        Each makes as many tokens: `count`, or fewer where one of its own `ends` comes to any of them."""
+        Each makes as many tokens: `count`, or fewer, but one at least, where one of its own `ends` comes to any of them
+        or another thread sets `hurry` to 1."""
         for cache, past in zip(caches, pasts, strict=True):
             self.check_caches(cache, 1, past, past + count)
         if self.rows is not None:
@@ -281,9 +282,11 @@ class Step:
             ctypes.addressof(entries), logits.data_ptr(), None, ctypes.addressof(skipped), rows, 1, 1,
             torch.get_num_threads(),
         )  # fmt: skip
-        return self._generated(call, count, ends), skipped.value
+        return self._generated(call, count, ends, hurry), skipped.value
 
-    def _generated(self, call: arguments.StepCall, count: int, ends: Sequence[Sequence[int]]) -> list[list[int]]:
+    def _generated(
+        self, call: arguments.StepCall, count: int, ends: Sequence[Sequence[int]], hurry: ctypes.c_int32 | None = None
+    ) -> list[list[int]]:
         """By row, the tokens of a call."""
         rows = len(ends)
         tokens = [token for of_row in ends for token in of_row]
@@ -292,7 +295,7 @@ class Step:
         with self._reading():
             status = self.library.coreskip_generate(
                 ctypes.byref(self._model), ctypes.byref(call), count, (_N * len(tokens))(*tokens),
-                (_N * (rows + 1))(*firsts), made, ctypes.byref(done),
+                (_N * (rows + 1))(*firsts), None if hurry is None else ctypes.byref(hurry), made, ctypes.byref(done),
             )  # fmt: skip
             cpu.check(status, 0)
         found = made[: done.value * rows]

@@ -7,6 +7,7 @@ modules.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -481,10 +482,11 @@ class NativeSequence:
     @classmethod
     def greedy_together(
         cls, sequences: Sequence[NativeSequence], tokens: Sequence[int], count: int, ends: Sequence[Sequence[int]],
-        program: StepProgram,
+        program: StepProgram, hurry: ctypes.c_int32 | None = None,
     ) -> list[list[int]]:  # fmt: skip
         """Appends a token to each of several sequences of one model; the likeliest tokens after each: `count`, or fewer
-        up to where one of `ends`, its own, comes to any of those that go through the layers with it.
+        up to where one of `ends`, its own, comes to any of those that go through the layers with it, or another
+        thread sets `hurry` to 1.
 
         Raises:
             NotCovered: one of them has to be described, or to run on the modules, first. Nothing has been appended.
@@ -498,7 +500,7 @@ class NativeSequence:
         for at in range(0, len(sequences), step.most_tokens):
             some = slice(at, at + step.most_tokens)
             tables, lengths = [s._rooms.table for s in sequences[some]], [s.length for s in sequences[some]]
-            found, left_out = step.generate_each(tokens[some], tables, lengths, count, ends[some])
+            found, left_out = step.generate_each(tokens[some], tables, lengths, count, ends[some], hurry)
             for sequence, new in zip(sequences[some], found, strict=True):
                 sequence._rooms.advance(len(new))
             new_tokens = sum(map(len, found))

@@ -52,6 +52,7 @@ class Running:
         self._criteria = criteria or None
         self._tokens = torch.empty((1, len(prompt) + most), dtype=torch.int64, device="cpu")
         self._tokens[0, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
+        self._numbers = self._tokens[0].numpy()  # the same memory: to write a token to a tensor takes ten times as long
         self.length, self.read, self.nbytes = len(prompt), 0, 0
         self.cache: Cache | None = None
         self.state: object = None
@@ -65,7 +66,7 @@ class Running:
 
     @property
     def last(self) -> int:
-        return int(self._tokens[0, self.length - 1])
+        return int(self._numbers[self.length - 1])
 
     @property
     def room(self) -> int:
@@ -104,18 +105,19 @@ class Running:
         """Takes those of the tokens that cannot end it, at once: how many, and the text that comes with them."""
         if len(tokens) == 1 or self._criteria is not None:
             return 0, ""
-        count = min(len(tokens), self.room) - 1  # the last one may
-        some = tokens[:count]
-        text = None if self.ends.intersection(some) else self.pieces.add_all(some)
+        some = tokens[: self.room - 1]  # the one that leaves no room ends it
+        if some and some[-1] in self.ends:
+            some = some[:-1]
+        text = None if not some or self.ends.intersection(some) else self.pieces.add_all(some)
         if text is None:
             return 0, ""
-        self._tokens[0, self.length : self.length + count] = torch.tensor(some)
-        self.length += count
-        return count, text
+        self._numbers[self.length : self.length + len(some)] = some
+        self.length += len(some)
+        return len(some), text
 
     def _take(self, token: int) -> str:
         """The text that comes with the token."""
-        self._tokens[0, self.length] = token
+        self._numbers[self.length] = token
         self.length += 1
         if token in self.ends:
             self.finish = "stop"

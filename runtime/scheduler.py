@@ -82,6 +82,7 @@ class Scheduler:
     def wake(self) -> None:
         """Something has changed: a request was cancelled."""
         with self._changed:
+            self._decoder.hurry.value = 1
             self._changed.notify_all()
 
     def check(self, prompt: int, most: int) -> None:
@@ -111,6 +112,7 @@ class Scheduler:
             if self._limits.waiting is not None and held > self._limits.waiting:
                 raise Busy(held - 1, self._retry_after())
             self._waiting.append(sequence)
+            self._decoder.hurry.value |= held == 0  # all who wait have a place
             self._changed.notify_all()
 
     def load(self) -> Load:
@@ -133,6 +135,7 @@ class Scheduler:
         """End everything: whoever waits gets a last event. Returns when the model is not used any more."""
         with self._changed:
             self._closing = True
+            self._decoder.hurry.value = 1
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -153,6 +156,7 @@ class Scheduler:
                     self._sweep()
                 if self._closing:
                     break
+                self._decoder.hurry.value = 0  # what it told of is looked at here
                 self._admit()
             try:
                 self._turn()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import tiny
 
 from coreskip.kernels import cpu, ops
@@ -21,6 +22,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     cpu.use(request.param)
     yield request.param
     cpu.use(before)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

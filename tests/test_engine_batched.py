@@ -9,6 +9,8 @@ import pytest
 from byte_texts import Bytes, bytes_model, ids, in_threads, settles
 
 from coreskip import Engine
+from coreskip.kernels.ops import available
+from coreskip.runtime.native import NativeSequence
 from coreskip.runtime.sequence import Request, Ticket
 
 OPTIONS: tuple[dict[str, Any], ...] = (
@@ -96,3 +98,24 @@ def _leave(engine: Engine) -> None:
     left = asyncio.run(ask())  # its loop is closed, and it is not read any more
     assert engine.submit(Request(ids(5, 2), 40)).collect().finish == "length"
     assert left.collect().finish == "length"
+
+
+@pytest.mark.skipif(available("cpu") is not None, reason="needs the compiled kernels")
+def test_who_comes_ends_a_call_of_several_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Engine(bytes_model(), Bytes(), max_batch=4, prefill_chunk=64, prompt_bytes=0) as engine:
+        first, second = Request(ids(5, 0), 64), Request(ids(6, 1), 8)
+        expected = [engine.submit(request).collect().tokens for request in (first, second)]
+        together, came, sizes = NativeSequence.greedy_together, list[Any](), list[int]()
+
+        def visited(*arguments: Any) -> list[list[int]]:
+            if not came:
+                came.append(engine.submit(second))
+            found = together(*arguments)
+            sizes.append(len(found[0]))
+            return found
+
+        monkeypatch.setattr(NativeSequence, "greedy_together", visited)
+        assert engine.submit(first).collect().tokens == expected[0]
+        assert came[0].collect().tokens == expected[1]
+        assert sizes[0] == 1
+        assert max(sizes) > 4

@@ -85,6 +85,32 @@ def test_bit_for_bit_what_steps_compute(isa: str, family: str, weights: str | No
             assert torch.equal(mine[1, :, 5:], other[1, :, 5:])  # before: padding
 
 
+@pytest.mark.parametrize(
+    ("family", "weights", "longest"), [("llama_bias", "int4", 1100), ("gemma2", "int8", 100), ("phi3", None, 100)]
+)
+def test_blocks_of_two_threads(family: str, weights: str | None, longest: int, two_threads: None) -> None:
+    """Tokens for each thread: bit for bit what one thread computes, also of more than go through all layers at once."""
+    model = on_grid(family, max_position_embeddings=2048)
+    with coreskip.wrap(model, Plan.dense(model, weights)):
+        greedy(model, prompt(1), 2)
+        steps = runtime_of(model).steps.native
+        described = steps.described
+        assert described is not None
+        described.model.rotary.reach(1200)
+        step = steps.step_of(described, StepProgram.dense(len(model.model.layers)))
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            table, past, logits = caches(described.model.base, 1, 1200), 0, []
+            for length in (33, 1, longest):
+                places = torch.arange(past, past + length)[None]
+                ids = prompt(1, length, seed=length)
+                logits.append(prefill.Prefill(step).run(ids, places, torch.tensor([0]), table, past, min(length, 40)))
+                past += length
+            found.append((*logits, *table.keys, *table.values))
+        assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_the_modules_compute(family: str, natively: list[int]) -> None:
     model = on_grid(family)

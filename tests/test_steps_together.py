@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import ctypes
 from dataclasses import replace
 from typing import Any
 
@@ -26,14 +26,6 @@ pytestmark = pytest.mark.skipif(ops.available("cpu") is not None, reason="needs 
 # one token, within a chunk of the attention, at its end, behind it; more than one native call takes at once
 LENGTHS = (5, 1, 127, 128, 200, 9, 64, 3, 31, 12)
 KINDS = ("dense", "static", "teal", "int4", "int8")
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def plan(model: Any, kind: str) -> Plan:
@@ -123,6 +115,24 @@ def test_two_threads(kind: str, two_threads: None) -> None:
     with coreskip.wrap(model, plan(model, kind)):
         for rows in (3, 10, MOST_TOGETHER + 3):
             check(model, (LENGTHS * 2)[:rows], steps=2)
+
+
+def test_who_is_wanted_elsewhere_makes_one_token_of_each(isa: str) -> None:
+    model = tiny("llama")
+    with coreskip.wrap(model, plan(model, "int4")):
+        found, tokens = caches_of(model, LENGTHS[:3]), [10, 11, 12]
+        chosen = runtime_of(model).steps
+        alone = [chosen.sequence(copy.deepcopy(cache), 12) for cache in found]
+        together = [sequence for sequence, _ in (chosen.sequence(cache, 12) for cache in found)]
+        program = alone[0][1]
+        expected = [sequence.greedy(token, 6, [], program) for (sequence, _), token in zip(alone, tokens, strict=True)]
+        made, hurry = [[token] for token in tokens], ctypes.c_int32(1)
+        for count in (1, 5):
+            new = NativeSequence.greedy_together(together, [m[-1] for m in made], 5, [[]] * 3, program, hurry)
+            assert [len(more) for more in new] == [count] * 3
+            made = [[*before, *more] for before, more in zip(made, new, strict=True)]
+            hurry.value = 0
+        assert [of_row[1:] for of_row in made] == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

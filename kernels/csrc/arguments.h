@@ -266,8 +266,8 @@ struct StepCall {
 struct PrefillCall {           // tokens of one sequence, on their way through the layers
     float* x;                  // the residual stream, [length][hidden]
     const int64_t* positions;  // [length], for the rotation
-    const StepCache* cache;    // of the layer
-    float* activations;        // [length][neurons]: what the down projection meets; null: not wanted
+    const StepCache* cache;    // [layers]: the sequence's
+    float* activations;        // [length][neurons]: what the down projection meets, of one layer alone; null: not wanted
     int64_t length, past;
     int64_t start;             // the first cache position that counts (left padding before it)
     int threads;

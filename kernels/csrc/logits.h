@@ -13,13 +13,16 @@ namespace coreskip {
 
 constexpr int64_t kSlice = 4096;  // logits looked at together
 
-// The greatest of the numbers shown, and the first place of it. A NaN is greater than all, as in torch.
+// The greatest of the numbers shown, and the first place of it, in whatever order they are shown. A NaN is greater than all,
+// as in torch.
 struct Greatest {
     float value = 0;
     int64_t at = -1;  // none was shown
 
     void show(float other, int64_t place) {
-        if (at < 0 || other > value || (other != other && value == value)) *this = {other, place};
+        const bool greater = other > value || (other != other && value == value);
+        const bool alike = other == value || (other != other && value != value);
+        if (at < 0 || greater || (alike && place < at)) *this = {other, place};
     }
 };
 

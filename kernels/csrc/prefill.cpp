@@ -1,8 +1,10 @@
 // A prompt's way through one layer: many tokens of one sequence, all of whose matrices are tiles.
 //
-// A step's threads each compute what is small for all tokens (step.cpp); here there are too many tokens for that, and
-// everything is shared out: by tokens, by tiles, by KV heads. Every number is computed as a step computes it, so that a
-// token's bits are the same whether it came in a prompt or was decoded.
+// A step's threads each compute what is small for all tokens (step.cpp); here there are too many tokens for that. Where there
+// are enough for every thread, each takes blocks of them through the layer by itself, and all meet only where keys and values
+// have been written: what is computed of a block stays in its core's caches. Of fewer tokens everything is shared out: by
+// tokens, by tiles, by KV heads. Every number is computed as a step computes it, so that a token's bits are the same whether
+// it came in a prompt or was decoded, and whoever computed it.
 
 #include <stdint.h>
 #include <string.h>
@@ -25,9 +27,12 @@ namespace {
 constexpr int64_t kTogether = 128;
 constexpr int64_t kTokensAPiece = 4;  // of what is shared out by tokens
 constexpr int64_t kQueriesAPiece = 96;
+// Of a block at most; of those that go through all layers before the next ones, where there are blocks; and of each thread at
+// least, then.
+constexpr int64_t kBlock = 48, kWindow = 1024, kFewest = 16;
 
-// Of the threads that share out a call: what one piece of attention needs.
-thread_local Workspace piece_memory;
+// What the queries of a call need; and, of each thread that takes part, a block and one piece of attention.
+thread_local Workspace query_memory, block_memory, piece_memory;
 
 // x as tiles want it: padded, and rounded to 8 bits in groups unless they meet it whole.
 struct Prepared {
@@ -40,34 +45,47 @@ struct Prepared {
     }
 };
 
+// Some tokens' way through a layer, by all threads together or by the calling one alone.
 class LayerPass {
   public:
-    LayerPass(const StepModel& model, const StepLayer& layer, const PrefillCall& call)
-        : m(model), l(layer), c(call), isa(*active.load()), step(*active_step.load()),
-          most_(std::min(c.length, kTogether)) {}
+    // most: tokens at once. q: room for their queries, from `begin` to `finish`.
+    LayerPass(const StepModel& model, const StepLayer& layer, const PrefillCall& call, Team* team, int64_t most, float* q)
+        : m(model), l(layer), c(call), isa(*active.load()), step(*active_step.load()), team_(team), most_(most), q_(q) {}
 
-    bool reserve() {
+    bool reserve(Workspace& memory) {
         size_t bytes = 0;
         lay_out([&](auto type, int64_t n) {
             bytes += Workspace::room<decltype(type)>(n);
             return static_cast<decltype(type)*>(nullptr);
         });
-        if (!workspace.reserve(bytes)) return false;
-        lay_out([&](auto type, int64_t n) { return workspace.take<decltype(type)>(n); });
+        if (!memory.reserve(bytes)) return false;
+        lay_out([&](auto type, int64_t n) { return memory.take<decltype(type)>(n); });
         return true;
     }
 
-    // Returns a Status.
-    int run() {
-        for (first_ = 0; first_ < c.length; first_ += most_) {
-            tokens_ = std::min(most_, c.length - first_);
-            x_ = c.x + first_ * m.hidden;
-            attention();
-            mlp();
-            if (failed_.load()) return kNoMemory;
-        }
-        return kOk;
+    // Up to the keys and values of some tokens. All those before them are in the cache before `finish` sees them.
+    void begin(int64_t first, int64_t tokens) {
+        look_at(first, tokens);
+        const float* x = place_of_norm(l.attention_in);
+        const auto norm = [&](int64_t t) { norm_token(l.attention_in, t); };
+        // what is computed of a token stands before the product that reads it: it is rounded while it is in the first cache
+        // level
+        if (l.fused) project(x, m.hidden, {&l.q}, {fused_}, norm);
+        else project(x, m.hidden, {&l.q, &l.k, &l.v}, {q_, k_, v_}, norm);
+        each_token([&](int64_t t) {
+            if (l.fused) take_apart(t);
+            place(t);
+        });
     }
+
+    void finish(int64_t first, int64_t tokens) {
+        look_at(first, tokens);
+        attend();
+        project(attended_, l.heads * l.head_dim, {&l.o}, {out_}, [](int64_t) {});
+        mlp();
+    }
+
+    bool failed() const { return failed_.load(); }
 
   private:
     const StepModel& m;
@@ -75,14 +93,16 @@ class LayerPass {
     const PrefillCall& c;
     const Isa& isa;
     const StepIsa& step;
-    Lease team_;
+    const StepCache& cache_ = c.cache[l.cache];
+    Team* const team_;  // null: the calling thread is alone
     const int64_t most_;
+    float* const q_;
     int64_t first_ = 0, tokens_ = 0;  // of the call's tokens, those that are under way
     float* x_ = nullptr;              // their residual stream, [tokens][hidden]
     Prepared prepared_;
     std::atomic<bool> failed_{false};
 
-    float *normed_, *fused_, *q_, *k_, *v_, *attended_, *out_, *narrowed_, *gate_, *up_, *rows_, *group_scale_, *group_sum_;
+    float *normed_, *fused_, *k_, *v_, *attended_, *out_, *narrowed_, *gate_, *up_, *rows_, *group_scale_, *group_sum_;
     int8_t* rounded_;
     int32_t* group_half_;
 
@@ -93,7 +113,6 @@ class LayerPass {
         for (const StepLinear* w : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) stride = std::max(stride, w->stride);
         normed_ = take(float(), t * m.hidden);
         fused_ = take(float(), l.fused ? t * l.q.out : 0);
-        q_ = take(float(), t * l.heads * l.head_dim);
         k_ = take(float(), t * l.kv_heads * l.head_dim);
         v_ = take(float(), t * l.kv_heads * l.head_dim);
         attended_ = take(float(), t * l.heads * l.head_dim);
@@ -109,27 +128,26 @@ class LayerPass {
         group_half_ = take(int32_t(), 2 * places);
     }
 
+    void look_at(int64_t first, int64_t tokens) {
+        first_ = first, tokens_ = tokens;
+        x_ = c.x + first * m.hidden;
+        prepared_ = {};
+    }
+
+    // Calls work(i) for each piece.
+    template <class Work>
+    void each_piece(int64_t pieces, Work work) {
+        if (team_) return team_->each(pieces, c.threads, work);
+        for (int64_t i = 0; i < pieces; i++) work(i);
+    }
+
     // Calls work(t) for each token that is under way.
     template <class Work>
     void each_token(Work work) {
-        team_->each((tokens_ + kTokensAPiece - 1) / kTokensAPiece, c.threads, [&](int64_t i) {
+        each_piece((tokens_ + kTokensAPiece - 1) / kTokensAPiece, [&](int64_t i) {
             const int64_t end = std::min(tokens_, (i + 1) * kTokensAPiece);
             for (int64_t t = i * kTokensAPiece; t < end; t++) work(t);
         });
-    }
-
-    // What is computed of a token stands before the product that reads it: it is rounded while it is in the first cache level.
-    void attention() {
-        const float* x = place_of_norm(l.attention_in);
-        const auto norm = [&](int64_t t) { norm_token(l.attention_in, t); };
-        if (l.fused) project(x, m.hidden, {&l.q}, {fused_}, norm);
-        else project(x, m.hidden, {&l.q, &l.k, &l.v}, {q_, k_, v_}, norm);
-        each_token([&](int64_t t) {
-            if (l.fused) take_apart(t);
-            place(t);
-        });
-        attend();
-        project(attended_, l.heads * l.head_dim, {&l.o}, {out_}, [](int64_t) {});
     }
 
     void mlp() {
@@ -197,8 +215,8 @@ class LayerPass {
     void multiply(const StepLinear* const* matrix, float* const* y, int count) {
         int64_t end[3] = {};
         for (int i = 0; i < count; i++) end[i] = (i ? end[i - 1] : 0) + (matrix[i]->out + kTile - 1) / kTile;
-        const int64_t tiles = end[count - 1], pieces = std::min<int64_t>(tiles, c.threads == 1 ? 1 : 8 * c.threads);
-        team_->each(pieces, c.threads, [&](int64_t piece) {
+        const int64_t tiles = end[count - 1], pieces = team_ ? std::min<int64_t>(tiles, 8 * c.threads) : 1;
+        each_piece(pieces, [&](int64_t piece) {
             const Range here = share(tiles, piece, pieces);
             for (int i = 0; i < count; i++) {
                 const StepLinear& w = *matrix[i];
@@ -256,8 +274,8 @@ class LayerPass {
         const float* values = v_ + t * l.kv_heads * l.head_dim;
         for (int64_t group = 0; group < l.kv_heads; group++) {
             const int64_t to = offset_of(group) + (c.past + first_ + t) * l.head_dim;
-            put(keys + group * l.head_dim, c.cache->keys, to);
-            put(values + group * l.head_dim, c.cache->values, to);
+            put(keys + group * l.head_dim, cache_.keys, to);
+            put(values + group * l.head_dim, cache_.values, to);
         }
     }
 
@@ -274,7 +292,7 @@ class LayerPass {
         norm_all(true);
     }
 
-    int64_t offset_of(int64_t group) const { return group * c.cache->head_stride - c.cache->first * l.head_dim; }
+    int64_t offset_of(int64_t group) const { return group * cache_.head_stride - cache_.first * l.head_dim; }
 
     void put(const float* from, void* cache, int64_t to) const {
         isa.from_float(from, static_cast<char*>(cache) + to * size_of(m.kv_dtype), m.kv_dtype, l.head_dim);
@@ -282,11 +300,11 @@ class LayerPass {
 
     // By KV heads and some tokens, the last ones first: these look back furthest.
     void attend() {
-        const int64_t each = l.heads / l.kv_heads, at_once = std::max<int64_t>(1, kQueriesAPiece / each);
-        const int64_t blocks = (tokens_ + at_once - 1) / at_once;
-        team_->each(blocks * l.kv_heads, c.threads, [&](int64_t i) {
-            const int64_t begin = (blocks - 1 - i / l.kv_heads) * at_once;
-            attend(i % l.kv_heads, begin, std::min(begin + at_once, tokens_));
+        const int64_t at_once = std::max<int64_t>(1, kQueriesAPiece / (l.heads / l.kv_heads));
+        const int blocks = static_cast<int>((tokens_ + at_once - 1) / at_once);
+        each_piece(blocks * l.kv_heads, [&](int64_t i) {
+            const Range some = share(tokens_, blocks - 1 - static_cast<int>(i / l.kv_heads), blocks);
+            attend(i % l.kv_heads, some.begin, some.end);
         });
     }
 
@@ -326,8 +344,8 @@ class LayerPass {
         for (int64_t i = 0; i < chunks; i++) {
             Ahead none{};
             const int64_t chunk = (from + i) * kChunk, at = i * apart;
-            step.attend({q, static_cast<const char*>(c.cache->keys) + offset,
-                         static_cast<const char*>(c.cache->values) + offset, m.kv_dtype, static_cast<int>(queries), d,
+            step.attend({q, static_cast<const char*>(cache_.keys) + offset,
+                         static_cast<const char*>(cache_.values) + offset, m.kv_dtype, static_cast<int>(queries), d,
                          chunk, std::min(chunk + kChunk, position + end), seen_from, seen_to, l.softcap,
                          l.slopes ? l.slopes + group * each : nullptr, static_cast<int>(each), most + at, sum + at,
                          value + at * d, &none, turned});
@@ -337,6 +355,61 @@ class LayerPass {
             const float* sink = l.sinks ? l.sinks + group * each + i % each : nullptr;
             step.merge(chunks, apart, most + i, sum + i, value + i * d, d, out, sink);
         }
+    }
+};
+
+// A call's tokens through layers `begin` to `end`.
+class Prompt {
+  public:
+    Prompt(const StepModel& model, const PrefillCall& call, int64_t begin, int64_t end)
+        : m(model), c(call), begin_(m.layers + begin), end_(m.layers + end),
+          by_blocks_(c.threads > 1 && c.length >= kFewest * c.threads),
+          window_(std::min(c.length, by_blocks_ ? kWindow : kTogether)) {}
+
+    // Returns a Status.
+    int run() {
+        for (const StepLayer* l = begin_; l < end_; l++) width_ = std::max(width_, l->heads * l->head_dim);
+        if (!query_memory.reserve(Workspace::room<float>(window_ * width_))) return kNoMemory;
+        queries_ = query_memory.take<float>(window_ * width_);
+        for (first_ = 0; first_ < c.length && !failed_; first_ += window_) {
+            go_on(nullptr, begin_);
+            for (const StepLayer* l = begin_; l < end_; l++) go_on(l, l + 1 < end_ ? l + 1 : nullptr);
+        }
+        return failed_ ? kNoMemory : kOk;
+    }
+
+  private:
+    const StepModel& m;
+    const PrefillCall& c;
+    const StepLayer *const begin_, *const end_;
+    const bool by_blocks_;
+    const int64_t window_;  // tokens that go through all layers before the next ones
+    Lease team_;
+    int64_t first_ = 0, width_ = 0;
+    float* queries_ = nullptr;  // [window][width], of layers that are less wide at the front of each block's rows
+    std::atomic<bool> failed_{false};
+
+    // Finishes a layer and begins the next one, for all tokens of the window; either may be null.
+    void go_on(const StepLayer* last, const StepLayer* next) {
+        const int64_t tokens = std::min(window_, c.length - first_), threads = c.threads;
+        const auto go = [&](Team* team, Range some) {
+            const int64_t begin = first_ + some.begin, count = some.end - some.begin;
+            float* q = queries_ + some.begin * width_;
+            if (last) pass(*last, team, count, q, [&](LayerPass& layer) { layer.finish(begin, count); });
+            if (next) pass(*next, team, count, q, [&](LayerPass& layer) { layer.begin(begin, count); });
+        };
+        if (!by_blocks_) return go(threads > 1 ? team_.get() : nullptr, {0, tokens});
+        const int blocks = static_cast<int>(threads * ((tokens + threads * kBlock - 1) / (threads * kBlock)));
+        // the last ones first: these look back furthest
+        team_->each(blocks, c.threads, [&](int64_t i) { go(nullptr, share(tokens, blocks - 1 - static_cast<int>(i), blocks)); });
+    }
+
+    template <class Work>
+    void pass(const StepLayer& layer, Team* team, int64_t most, float* q, Work work) {
+        LayerPass pass(m, layer, c, team, most, q);
+        if (!pass.reserve(block_memory)) return failed_.store(true);
+        work(pass);
+        if (pass.failed()) failed_.store(true);
     }
 };
 
@@ -419,10 +492,9 @@ CORESKIP_API int coreskip_embed(const StepModel* model, const int64_t* ids, cons
     return kOk;
 }
 
-// Takes the tokens of a call through layer `index`. Returns a Status.
-CORESKIP_API int coreskip_prefill(const StepModel* model, int64_t index, const PrefillCall* call) {
-    LayerPass pass(*model, model->layers[index], *call);
-    return pass.reserve() ? pass.run() : kNoMemory;
+// Takes the tokens of a call through layers `begin` to `end`. Returns a Status.
+CORESKIP_API int coreskip_prefill(const StepModel* model, int64_t begin, int64_t end, const PrefillCall* call) {
+    return Prompt(*model, *call, begin, end).run();
 }
 
 // Logits, [tokens][vocabulary] of the model's dtype, of tokens that went through all layers; x: [tokens][hidden]. Returns a

@@ -90,9 +90,10 @@ struct Ends {
 };
 
 // Steps of one token a row, each the likeliest after the last, until `count` are made of each row, one of a row's ends
-// is, or its probability is below `least`. made: [count][rows]; chances: theirs, of one row, or null. Returns a Status.
-int generate(const StepModel& model, const StepCall& call, int64_t count, const Ends& ends, float least, int64_t* made,
-             float* chances, int64_t* made_count) {
+// is, its probability is below `least`, or `hurry`, if there is one, has become 1. made: [count][rows]; chances: theirs, of one
+// row, or null. Returns a Status.
+int generate(const StepModel& model, const StepCall& call, int64_t count, const Ends& ends, float least,
+             const int32_t* hurry, int64_t* made, float* chances, int64_t* made_count) {
     Steps steps(model, call, count);
     if (!steps.reserve()) return kNoMemory;
     std::vector<int64_t> tokens(call.tokens, call.tokens + call.rows), places(call.positions, call.positions + call.rows),
@@ -101,7 +102,7 @@ int generate(const StepModel& model, const StepCall& call, int64_t count, const 
     for (bool ended = false; n < count && !ended; n++) {
         float chance = 1;
         const bool read = steps.run(past.data(), tokens.data(), places.data(), [&](Walker& walker, int part) {
-            walker.run();
+            walker.run(true);
             walker.find_likeliest();
             const float probability = chances ? walker.probability() : 1.f;
             if (part) return;
@@ -110,7 +111,7 @@ int generate(const StepModel& model, const StepCall& call, int64_t count, const 
         });
         if (!read) return kUnreadable;
         if (chances) chances[n] = chance;
-        ended = !(chance >= least);
+        ended = !(chance >= least) || (hurry && __atomic_load_n(hurry, __ATOMIC_RELAXED));
         for (int64_t row = 0; row < call.rows; row++) {
             tokens[row] = made[n * call.rows + row], places[row]++, past[row]++;
             ended |= ends.among(row, tokens[row]);
@@ -136,18 +137,18 @@ CORESKIP_API int coreskip_step(const StepModel* model, const StepCall* call) {
 }
 
 // Decodes greedily from one token of each row: `count` tokens, or fewer where one of a row's ends comes, which are those
-// of `ends` from first_end[row] to first_end[row + 1]. The caches have room for `count`; call->logits, of one token a
-// row, is scratch. made: [count][rows]. Returns a Status.
+// of `ends` from first_end[row] to first_end[row + 1], or another thread sets `hurry` to 1; it may be null. The caches have
+// room for `count`; call->logits, of one token a row, is scratch. made: [count][rows]. Returns a Status.
 CORESKIP_API int coreskip_generate(const StepModel* model, const StepCall* call, int64_t count, const int64_t* ends,
-                                   const int64_t* first_end, int64_t* made, int64_t* made_count) {
-    return generate(*model, *call, count, {ends, first_end}, 0, made, nullptr, made_count);
+                                   const int64_t* first_end, const int32_t* hurry, int64_t* made, int64_t* made_count) {
+    return generate(*model, *call, count, {ends, first_end}, 0, hurry, made, nullptr, made_count);
 }
 
 // Drafts greedily as coreskip_generate decodes one row, until a token's probability is below `least`; chances: [count].
 CORESKIP_API int coreskip_draft(const StepModel* model, const StepCall* call, int64_t count, float least, int64_t* made,
                                 float* chances, int64_t* made_count) {
     const int64_t none[2] = {};
-    return generate(*model, *call, count, {nullptr, none}, least, made, chances, made_count);
+    return generate(*model, *call, count, {nullptr, none}, least, nullptr, made, chances, made_count);
 }
 
 // Of each row of logits [rows][n] of `dtype` the likeliest token, as coreskip_generate finds it, and its probability;

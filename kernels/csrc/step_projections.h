@@ -86,11 +86,18 @@ class Projections {
     }
 
     void project_all(const Matrices& all) {
+        project_all(all, [](int64_t, int64_t) {});
+    }
+
+    // look(begin, end): what is done to outputs of these units, of those shared out together, where they were computed.
+    template <class Look>
+    void project_all(const Matrices& all, Look look) {
         share_work(all.whole.count(), piece_of(all.bytes), all.bytes, [&](int64_t begin, int64_t end) {
             for (int i = 0; i < all.count; i++) {
                 const Range range = all.whole.among({begin, end}, i);
                 if (range.begin < range.end) project(*all.matrix[i], all.y[i], range.begin, range.end);
             }
+            look(begin, end);
         });
         for (int i = 0; i < all.count; i++) {
             const Range strip = all.columns.among(thread.mine(all.columns.count()), i);

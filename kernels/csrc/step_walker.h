@@ -37,7 +37,8 @@ class Walker {
         mlp_.begin();
     }
 
-    void run() {
+    // greedy: `find_likeliest` comes next.
+    void run(bool greedy = false) {
         embed();
         for (int64_t i = 0; i < m.layer_count; i++) {
             const StepLayer& layer = m.layers[i];
@@ -52,14 +53,14 @@ class Walker {
             projections_.scale_residual(layer);
         }
         if (c.hidden) give_back();
-        else logits();
+        else logits(greedy);
     }
 
     // Looks for the first of each row's greatest logits, of the model's dtype, after `run`.
     void find_likeliest() {
         projections_.meet();
-        Greatest* mine = w.best + thread.part * c.rows;
-        for (int64_t row = 0; row < c.rows; row++) mine[row] = logits_of(row).greatest(thread.mine(m.head.out));
+        if (looked_) return;
+        look(thread.mine(m.head.out));
         projections_.meet();
     }
 
@@ -84,6 +85,7 @@ class Walker {
 
   private:
     const Own own_;
+    bool looked_ = false;  // for the greatest of the logits, while they were computed
     StepThread thread;
     Prefetch ahead_{thread};
     Projections projections_{thread, ahead_};
@@ -115,6 +117,14 @@ class Walker {
 
     Logits logits_of(int64_t row) const {
         return {static_cast<const char*>(c.logits) + row * m.head.out * size_of(m.logit_dtype), m.logit_dtype, own.slice};
+    }
+
+    // For the greatest logits of these outputs.
+    void look(Range outputs) {
+        for (int64_t row = 0; row < c.rows; row++) {
+            const Greatest found = logits_of(row).greatest(outputs);
+            if (found.at >= 0) w.best[thread.part * c.rows + row].show(found.value, found.at);
+        }
     }
 
     Greatest greatest_of(int64_t row) const {
@@ -150,7 +160,7 @@ class Walker {
         return own.h;
     }
 
-    void logits() {
+    void logits(bool greedy) {
         // the tokens whose logits are wanted move to the front
         for (int64_t r = 0; r < c.rows; r++)
             for (int64_t j = 0; j < c.wanted; j++)
@@ -162,9 +172,14 @@ class Walker {
         projections_.read_from(x, m.hidden);
         const Matrices last = thread.head();
         float* y = last.y[0];
-        projections_.project_all(last);
+        const bool changed = !thread.direct() || m.logit_scale != 1.f || m.logit_softcap > 0;
+        std::fill_n(w.best + thread.part * c.rows, c.rows, Greatest{});
+        looked_ = greedy && !changed && !m.head.pieces && !m.head.columns;
+        projections_.project_all(last, [&](int64_t begin, int64_t end) {
+            if (looked_) look({begin * unit(m.head), std::min(end * unit(m.head), m.head.out)});
+        });
         ahead_.rewind();
-        if (!thread.direct() || m.logit_scale != 1.f || m.logit_softcap > 0) {
+        if (changed) {
             projections_.meet();
             const Range here = thread.mine(thread.tokens * m.head.out);
             const int64_t n = here.end - here.begin;

@@ -162,6 +162,7 @@ class Lease {
     Lease(const Lease&) = delete;
     Lease& operator=(const Lease&) = delete;
     Team* operator->() const { return team_; }
+    Team* get() const { return team_; }
 
   private:
     Team* team_;
