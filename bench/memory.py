@@ -332,10 +332,11 @@ def _accelerate_at_best(checkpoint: Path, cap: int, tokens: int, limit: int) -> 
 
 def measure(
     folder: Path, caps: tuple[str, ...], tokens: int, plans: tuple[Path, ...], checkpoint: Path | None,
-    slow_tokens: int, slots_too: bool = False, text: Path | None = None, windows: int = 1, beside: int = BESIDE << 20,
+    slow_tokens: int, slots_too: bool = False, text: Path | None = None, windows: int = 1, only: tuple[str, ...] = (),
+    beside: int = BESIDE << 20,
 ) -> Iterator[Row]:  # fmt: skip
     """One row a way and a cap. text, windows: see `run_way`; all ways decode the same then. slots_too: other ways to
-    use slots, too."""
+    use slots, too. only: ways under a cap whose names begin so; none: all."""
     file = folder / WEIGHTS
     size, bandwidth = file.stat().st_size, DirectFile(os.open(file, os.O_RDONLY)).bandwidth
     about = {"kind": "capped", "model": model_name(str(folder)), "weight_bytes": size, "disk_bandwidth": bandwidth}
@@ -364,6 +365,8 @@ def measure(
         if checkpoint is not None:
             ways["accelerate"] = partial(_accelerate_at_best, checkpoint, cap, slow_tokens, limit)
         for name, run in ways.items():
+            if only and not name.startswith(only):
+                continue
             found = run()
             row = {**about, "way": name, "cap": cap, "limit_bytes": limit}
             plan = next((plan for plan in plans if name.startswith(f"memory, {plan.name}")), None)
@@ -443,6 +446,7 @@ def plan_for_speed(folder: Path, method: str, make: Callable[..., NeuronPolicy],
 )
 @click.option("--text", type=click.Path(path_type=Path), help="Decode this file's second half, not what models make.")
 @click.option("--windows", default=1, show_default=True, help="Of --text: so many, behind prompts as long as --tokens.")
+@click.option("--only", multiple=True, help="Ways under the caps whose names begin so: mapped, 'memory, sketch'.")
 @click.option("--tokens", default=32, show_default=True, help="Of our ways.")
 @click.option("--slow-tokens", default=8, show_default=True, help="Of mapping and accelerate.")
 @click.option("--beside", default=BESIDE, show_default=True, help="MB of a group beside the cap.")
@@ -450,8 +454,8 @@ def plan_for_speed(folder: Path, method: str, make: Callable[..., NeuronPolicy],
 def main(
     folder: Path | None, shape: str | None, weights: str, work: Path | None, checkpoint: Path | None,
     caps: tuple[str, ...], plans: tuple[Path, ...], keeps: tuple[float, ...], sketches: tuple[float, ...],
-    slots_too: bool, budgets: tuple[str, ...], text: Path | None, windows: int, tokens: int, slow_tokens: int,
-    beside: int, rows: Path | None,
+    slots_too: bool, budgets: tuple[str, ...], text: Path | None, windows: int, only: tuple[str, ...], tokens: int,
+    slow_tokens: int, beside: int, rows: Path | None,
 ) -> None:  # fmt: skip
     if (folder is None) == (shape is None) or (shape is not None and work is None):
         raise click.UsageError("give the folder of a packed model, or a --shape and where to --work")
@@ -479,12 +483,12 @@ def main(
                 for budget in budgets
                 if text is not None
             )
-            asked = (folder, some, tokens, plans + searched, checkpoint, slow_tokens, slots_too, text, windows)
+            asked = (folder, some, tokens, plans + searched, checkpoint, slow_tokens, slots_too, text, windows, only)
             for row in measure(*asked, beside=beside << 20):
                 found.append(row | about)
                 click.echo(_line(row))
-    if rows is not None:
-        write_rows(rows, found)
+                if rows is not None:
+                    write_rows(rows, found)
 
 
 def _line(row: Row) -> str:
