@@ -18,14 +18,17 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import math
 import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +47,19 @@ from coreskip.predictors.errors import CoreskipError
 from coreskip.predictors.files import check_file
 from coreskip.predictors.plan import LayerPlan, Plan, default_weights
 from coreskip.predictors.policies import NeuronPolicy, Sketch, Static
+from coreskip.runtime.analyze import analyze
 from coreskip.runtime.load import load
 from coreskip.runtime.memory import Capped
 from coreskip.runtime.memory_size import bytes_of, share_of, text_of
+from coreskip.runtime.options import Budget
 from coreskip.runtime.pack import pack
 from coreskip.runtime.packed_folder import WEIGHTS
-from coreskip.runtime.wrap import runtime_of, wrap
+from coreskip.runtime.wrap import is_wrapped, runtime_of, wrap
 
 Row = dict[str, Any]
-_BESIDE = 64  # MB of a group beside its cap: page tables, threads, modules that the libraries load late
+BESIDE = 64  # MB of a group beside its cap: page tables, threads, modules that the libraries load late
 _SHARES = (0.75, 0.5, 0.35, 0.2)  # of the cap that accelerate may fill: the largest that survives counts
 _PROMPT = 32  # tokens
-_LONG_EVERY = 50  # texts of a soak
 _WARM = 4  # tokens before those that are timed
 #: ways to use slots: what is added to a way's name, whether they read ahead, and the half-life of a use
 _SETTINGS = (("", True, slots.HALF_LIFE), (", not ahead", False, slots.HALF_LIFE), (", least recent", True, 0.0))
@@ -99,7 +103,7 @@ def _accelerated(folder: Path, cap: int | None, plan: str | None) -> Any:
 _LOADERS: dict[str, Callable[[Path, int | None, str | None], Any]] = {"ours": _ours, "accelerate": _accelerated}
 
 
-def _warm(folder: Path) -> None:
+def warm_up(folder: Path) -> None:
     """What the libraries import late, they import now; a tokenizer takes 45 MB whatever model it is for."""
     with contextlib.suppress(OSError, ValueError):
         transformers.AutoTokenizer.from_pretrained(folder)
@@ -111,69 +115,101 @@ def _warm(folder: Path) -> None:
         model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False, pad_token_id=0)
 
 
+def join(group: str | None) -> None:
+    """This process is in the group from now on."""
+    if group is not None:
+        (Path(group) / "cgroup.procs").write_text(str(os.getpid()))
+
+
 def _serve(
-    way: str, folder: Path, cap: int | None, plan: str | None, tokens: int, group: str | None, text: str | None,
-    ahead: bool, half_life: float,
+    group: str | None, way: str, folder: str, cap: int | None, plan: str | None, tokens: int, text: str | None,
+    windows: int, ahead: bool, half_life: float,
 ) -> None:  # fmt: skip
     """Runs a way and prints its figures."""
     slots.AHEAD, slots.HALF_LIFE = ahead, half_life
-    _warm(folder)
-    if group is not None:
-        (Path(group) / "cgroup.procs").write_text(str(os.getpid()))
+    warm_up(Path(folder))
+    join(group)
     begin = time.perf_counter()
-    model = _LOADERS[way](folder, cap, plan)
+    model = _LOADERS[way](Path(folder), cap, plan)
     ready = time.perf_counter()
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(5, vocabulary, (1, _PROMPT), generator=torch.Generator().manual_seed(0))
-    words = None if text is None else _tokens_of(folder, text)
+    words = None if text is None else _windows_of(Path(folder), text, tokens, windows)
 
-    def generate(count: int) -> tuple[list[int], list[dict[str, float]]]:
+    def generate(count: int) -> _Generated:
         if words is not None:
-            return _read_along(model, words[:, : _PROMPT + count])
+            return _read_along(model, words[:1, : _PROMPT + count] if count < tokens else words, count)
         clock, mask = _Clock(), torch.ones_like(ids)
         options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
         # random weights repeat a token for ever, whose neurons and experts would always be there
         options["no_repeat_ngram_size"] = 1
         with torch.no_grad():
             output = model.generate(ids, attention_mask=mask, streamer=clock, **options)
-        return output[0, _PROMPT:].tolist(), clock.seen[_PROMPT:]
+        return _Generated(output[0, _PROMPT:].tolist(), [clock.seen[_PROMPT:]])
 
     generate(_WARM)
     before = _chosen_by(model) if way == "ours" else {}
     start = time.perf_counter()
-    made, seen = generate(tokens)
-    taken = {name: (seen[-1][name] - seen[0][name]) / (tokens - 1) for name in seen[0]}
+    made = generate(tokens)
+    steps = sum(len(seen) - 1 for seen in made.seen)
+    taken = {name: sum(seen[-1][name] - seen[0][name] for seen in made.seen) / steps for name in made.seen[0][0]}
     figures = {
         "load_s": ready - begin,
-        "first_token_s": seen[0]["s"] - start,
+        "first_token_s": made.seen[0][0]["s"] - start,
         "tokens_per_second": 1 / taken["s"],
         "bytes_read_per_token": taken["bytes"],
         "major_faults_per_token": taken["faults"],
-        "text": made,
+        "text": made.text,
+        **({"loss": made.loss} if made.loss is not None else {}),
     }
     memory = runtime_of(model).memory if way == "ours" else None
     if isinstance(memory, Capped):
         figures |= {"kept_bytes": memory.kept_bytes, "streamed_bytes": memory.streamed_bytes}
-        figures |= _told_of_slots({name: now - before[name] for name, now in _chosen_by(model).items()}, tokens)
+        figures |= _told_of_slots({name: now - before[name] for name, now in _chosen_by(model).items()}, len(made.text))
     print(json.dumps(figures))
 
 
-def _tokens_of(folder: Path, text: str) -> torch.Tensor:
-    """Of the second half of a text, which nothing was trained or calibrated on, int64 ``[1, tokens]``."""
+@dataclass
+class _Generated:
+    """text: the tokens. seen: of each stretch, what was used up when each of its tokens had come. loss: nats a token of
+    a text that was there."""
+
+    text: list[int]
+    seen: list[list[dict[str, float]]]
+    loss: float | None = None
+
+
+def _windows_of(folder: Path, text: str, tokens: int, count: int) -> torch.Tensor:
+    """Of the second half of a text, which nothing was trained or calibrated on, int64 ``[count, prompt + tokens]``: its
+    beginning behind a short prompt, or windows from all of it behind prompts as long as what is decoded."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    return tokenize(tokenizer, undo_wikitext(read_text(text)), text).split(0.5, 0.5)[1].ids[None]
+    unseen = tokenize(tokenizer, undo_wikitext(read_text(text)), text).split(0.5, 0.5)[1]
+    return unseen.ids[None, : _PROMPT + tokens] if count == 1 else unseen.windows(2 * tokens, count)
 
 
-def _read_along(model: Any, ids: torch.Tensor) -> tuple[list[int], list[dict[str, float]]]:
-    """Decodes a text that is there, token by token behind a prompt: what the model would have said after each."""
-    cache, seen, said = transformers.DynamicCache(config=model.config), list[dict[str, float]](), list[int]()
+def _read_along(model: Any, windows: torch.Tensor, tokens: int) -> _Generated:
+    """Decodes texts that are there, token by token behind their prompts: what the model would have said after each."""
+    found, losses = _Generated([], []), list[float]()
     with torch.no_grad():
-        model(ids[:, :_PROMPT], past_key_values=cache, use_cache=True)
-        for index in range(_PROMPT, ids.shape[1]):
-            logits = model(ids[:, index : index + 1], past_key_values=cache, use_cache=True).logits
-            said.append(int(logits[0, -1].argmax()))
-            seen.append(_used())
-    return said, seen
+        for ids in windows[:, None]:
+            prompt = ids.shape[1] - tokens
+            cache, seen = transformers.DynamicCache(config=model.config), list[dict[str, float]]()
+            with _room_for(model, prompt, ids.shape[1]):
+                output = model(ids[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
+                for index in range(prompt, ids.shape[1]):
+                    # what comes next was foretold by the token before
+                    losses.append(float(-output.logits[0, -1].float().log_softmax(-1)[ids[0, index]]))
+                    output = model(ids[:, index : index + 1], past_key_values=cache, use_cache=True)
+                    found.text.append(int(output.logits[0, -1].argmax()))
+                    seen.append(_used())
+            found.seen.append(seen)
+    found.loss = sum(losses) / len(losses)
+    return found
+
+
+def _room_for(model: Any, prompt: int, length: int) -> AbstractContextManager[None]:
+    """What `generate` sees to itself: that memory is kept for a text's keys and values."""
+    return runtime_of(model).memory.holding(1, prompt, length) if is_wrapped(model) else nullcontext()
 
 
 def _chosen_by(model: Any) -> dict[str, int]:
@@ -255,61 +291,34 @@ def drop_page_cache() -> bool:
     return True
 
 
-# ---- for minutes ----
-
-
-def soak(folder: Path, cap: int, minutes: float) -> Row:
-    """Texts of changing prompts under a cap, each compared with that of the same weights without one, and in between
-    one of 1,000 tokens. anonymous: bytes of the process' own memory after the first long text and after the last."""
-    plain, capped = load(folder)[0], load(folder, memory=cap)[0]
-    vocabulary, generator = plain.get_input_embeddings().weight.shape[0], torch.Generator().manual_seed(0)
-    row: Row = {"kind": "soak_capped", "cap": cap, "texts": 0, "differing": 0, "errors": 0, "anonymous": []}
-    end = time.monotonic() + 60 * minutes
-    with wrap(plain), wrap(capped), torch.no_grad():
-        while time.monotonic() < end:
-            long = row["texts"] % _LONG_EVERY == 0
-            length, new = (int(n) for n in torch.randint(4, 64, (2,), generator=generator))
-            ids = torch.randint(5, vocabulary, (1, length), generator=generator)
-            options = {"max_new_tokens": 1000 if long else new, "do_sample": False, "pad_token_id": 0}
-            try:
-                made = [m.generate(ids, attention_mask=torch.ones_like(ids), **options) for m in (plain, capped)]
-                row["differing"] += not torch.equal(*made)
-            except (CoreskipError, RuntimeError):
-                row["errors"] += 1
-            row["texts"] += 1
-            if long:
-                row["anonymous"].append(_anonymous())
-    return {**row, "minutes": minutes, "anonymous": [*row["anonymous"][:2], _anonymous()]}
-
-
-def _anonymous() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
-
-
 # ---- all ways ----
 
 
 def run_way(
     way: str, folder: Path, cap: int | None, plan: Path | None, tokens: int, limit: int | None,
-    text: Path | None = None, ahead: bool = True, half_life: float = slots.HALF_LIFE,
+    text: Path | None = None, windows: int = 1, ahead: bool = True, half_life: float = slots.HALF_LIFE,
 ) -> Row | None:  # fmt: skip
     """A way's figures; None where it was killed for its memory. limit: of the group that it runs in. text: what is
-    decoded; None: what the model makes. ahead, half_life: of slots."""
+    decoded, in so many windows; None: what the model makes. ahead, half_life: of slots."""
+    asked = (way, folder, cap, plan, tokens, text, windows, ahead, half_life)
+    return in_a_group("coreskip.bench.memory", asked, limit)
+
+
+def in_a_group(module: str, asked: Iterable[Any], limit: int | None) -> Row | None:
+    """The figures that ``python -m module --serve GROUP ...`` prints, in a process and a group of its own with this
+    limit, behind an empty page cache; None where it was killed for its memory."""
     group = None if limit is None else Group(limit)
-    place = None if group is None or group.path is None else str(group.path)
+    place = None if group is None or group.path is None else group.path
     drop_page_cache()
-    asked = [way, str(folder), json.dumps(cap), json.dumps(None if plan is None else str(plan)), str(tokens)]
-    command = [sys.executable, "-m", "coreskip.bench.memory", "--serve", *asked]
-    command += [json.dumps(value) for value in (place, None if text is None else str(text), ahead, half_life)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    words = [json.dumps(str(value) if isinstance(value, Path) else value) for value in (place, *asked)]
+    done = subprocess.run([sys.executable, "-m", module, "--serve", *words], capture_output=True, text=True)
     peak = None if group is None else group.peak()
     if group is not None:
         group.close()
     if done.returncode < 0:
         return None
     if done.returncode:
-        raise CoreskipError(f"{way} failed: {done.stderr.strip().splitlines()[-1:]}")
+        raise CoreskipError(f"{module} failed: {done.stderr.strip().splitlines()[-1:]}")
     return {**json.loads(done.stdout.splitlines()[-1]), "peak_bytes": peak, "grouped": place is not None}
 
 
@@ -323,45 +332,58 @@ def _accelerate_at_best(checkpoint: Path, cap: int, tokens: int, limit: int) -> 
 
 def measure(
     folder: Path, caps: tuple[str, ...], tokens: int, plans: tuple[Path, ...], checkpoint: Path | None,
-    slow_tokens: int, slots_too: bool = False, text: Path | None = None, beside: int = _BESIDE << 20,
+    slow_tokens: int, slots_too: bool = False, text: Path | None = None, windows: int = 1, only: tuple[str, ...] = (),
+    beside: int = BESIDE << 20,
 ) -> Iterator[Row]:  # fmt: skip
-    """One row a way and a cap. text: see `run_way`. slots_too: other ways to use slots, too."""
+    """One row a way and a cap. text, windows: see `run_way`; all ways decode the same then. slots_too: other ways to
+    use slots, too. only: ways under a cap whose names begin so; none: all."""
     file = folder / WEIGHTS
     size, bandwidth = file.stat().st_size, DirectFile(os.open(file, os.O_RDONLY)).bandwidth
     about = {"kind": "capped", "model": model_name(str(folder)), "weight_bytes": size, "disk_bandwidth": bandwidth}
-    free = run_way("ours", folder, None, None, tokens, None, text)
+    slow_tokens = slow_tokens if windows == 1 else tokens
+
+    def ours(cap: int | None, plan: Path | None, limit: int | None, count: int = tokens, **of_slots: Any) -> Row | None:
+        return run_way("ours", folder, cap, plan, count, limit, text, windows, **of_slots)
+
+    free = ours(None, None, None)
     assert free is not None
     expected = free["text"]
     yield {**about, "way": "no cap", **_told(free, expected)}
-    own = {plan: run_way("ours", folder, None, plan, tokens, None, text) for plan in plans}
+    own = {plan: ours(None, plan, None) for plan in plans}
     texts = {plan: expected if found is None else found["text"] for plan, found in own.items()}
     for asked in caps:
-        cap = _cap(asked, size)
+        cap = cap_in(asked, size)
+        limit = cap + beside
         ways: dict[str, Callable[[], Row | None]] = {
-            "memory": lambda cap=cap: run_way("ours", folder, cap, None, tokens, cap + beside, text),  # type: ignore[misc]
-            "mapped": lambda cap=cap: run_way("ours", folder, None, None, slow_tokens, cap + beside, text),  # type: ignore[misc]
+            "memory": partial(ours, cap, None, limit),
+            "mapped": partial(ours, None, None, limit, slow_tokens),
         }
         for plan in plans if plans or not slots_too else (None,):
             for others, ahead, half_life in _SETTINGS if slots_too else _SETTINGS[:1]:
                 name = f"memory, {plan.name}{others}" if plan is not None else f"memory{others}"
-                ways[name] = lambda cap=cap, plan=plan, ahead=ahead, half_life=half_life: run_way(  # type: ignore[misc]
-                    "ours", folder, cap, plan, tokens, cap + beside, text, ahead, half_life
-                )
+                ways[name] = partial(ours, cap, plan, limit, ahead=ahead, half_life=half_life)
         if checkpoint is not None:
-            ways["accelerate"] = lambda cap=cap: _accelerate_at_best(checkpoint, cap, slow_tokens, cap + beside)  # type: ignore[misc]
+            ways["accelerate"] = partial(_accelerate_at_best, checkpoint, cap, slow_tokens, limit)
         for name, run in ways.items():
+            if only and not name.startswith(only):
+                continue
             found = run()
-            row = {**about, "way": name, "cap": cap, "limit_bytes": cap + beside}
-            own_text = next((texts[plan] for plan in plans if name.startswith(f"memory, {plan.name}")), expected)
-            yield row | ({"killed": True} if found is None else _told(found, own_text))
+            row = {**about, "way": name, "cap": cap, "limit_bytes": limit}
+            plan = next((plan for plan in plans if name.startswith(f"memory, {plan.name}")), None)
+            row |= {} if plan is None else {"recipe": Plan.load(plan).recipe}
+            own_text = expected if plan is None else texts[plan]
+            yield row | ({"killed": True} if found is None else _told(found, own_text, free.get("loss")))
 
 
-def _told(found: Row, expected: list[int]) -> Row:
+def _told(found: Row, expected: list[int], dense_loss: float | None = None) -> Row:
+    """ppl_increase: beside the dense model without a cap, on the same text."""
     text = found.pop("text")
+    if dense_loss is not None and "loss" in found:
+        found["ppl_increase"] = math.expm1(found["loss"] - dense_loss)
     return {**found, "tokens": len(text), "same_text": text == expected[: len(text)]}
 
 
-def _cap(text: str, size: int) -> int:
+def cap_in(text: str, size: int) -> int:
     share = share_of(text)
     return bytes_of(text) if share is None else int(share * size)
 
@@ -375,6 +397,16 @@ def make_shape(name: str, weights: str, work: Path) -> tuple[Path, Path]:
         model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
         pack(model, load()[1], folder, weights=weights)
     return folder, checkpoint
+
+
+def plan_for_budget(folder: Path, budget: str, cap: int, text: Path, target: Path) -> Path:
+    """The fastest plan found that holds a budget on the first half of a text, and the cap."""
+    model, tokenizer = load(folder)
+    seen = tokenize(tokenizer, undo_wikitext(read_text(text)), text.name).split(0.5, 0.5)[0]
+    analyze(model, tokenizer, budget=budget, memory=cap, text=seen, fast=True, progress=False).save(target)
+    del model
+    gc.collect()
+    return target
 
 
 def _at_random(width: int, keep: float, generator: torch.Generator) -> NeuronPolicy:
@@ -409,20 +441,28 @@ def plan_for_speed(folder: Path, method: str, make: Callable[..., NeuronPolicy],
 @click.option(
     "--slots", "slots_too", is_flag=True, help="What tokens choose without reading ahead, and by other rules."
 )
-@click.option("--soak", "minutes", type=float, help="Instead: texts of changing prompts under the first cap.")
+@click.option(
+    "--budget", "budgets", multiple=True, help="Under the caps, too: what is found for it on --text's first half."
+)
 @click.option("--text", type=click.Path(path_type=Path), help="Decode this file's second half, not what models make.")
+@click.option("--windows", default=1, show_default=True, help="Of --text: so many, behind prompts as long as --tokens.")
+@click.option("--only", multiple=True, help="Ways under the caps whose names begin so: mapped, 'memory, sketch'.")
 @click.option("--tokens", default=32, show_default=True, help="Of our ways.")
 @click.option("--slow-tokens", default=8, show_default=True, help="Of mapping and accelerate.")
-@click.option("--beside", default=_BESIDE, show_default=True, help="MB of a group beside the cap.")
+@click.option("--beside", default=BESIDE, show_default=True, help="MB of a group beside the cap.")
 @click.option("--rows", type=click.Path(path_type=Path), help="Where the rows go.")
 def main(
     folder: Path | None, shape: str | None, weights: str, work: Path | None, checkpoint: Path | None,
     caps: tuple[str, ...], plans: tuple[Path, ...], keeps: tuple[float, ...], sketches: tuple[float, ...],
-    slots_too: bool, minutes: float | None, text: Path | None, tokens: int, slow_tokens: int, beside: int,
-    rows: Path | None,
+    slots_too: bool, budgets: tuple[str, ...], text: Path | None, windows: int, only: tuple[str, ...], tokens: int,
+    slow_tokens: int, beside: int, rows: Path | None,
 ) -> None:  # fmt: skip
     if (folder is None) == (shape is None) or (shape is not None and work is None):
         raise click.UsageError("give the folder of a packed model, or a --shape and where to --work")
+    if budgets and text is None:
+        raise click.UsageError("a --budget is searched for on the first half of a text: give --text")
+    for budget in budgets:
+        Budget.parse(budget)
     if rows is not None:
         check_file(rows)
     if shape is not None:
@@ -430,21 +470,25 @@ def main(
         folder, checkpoint = make_shape(shape, weights, work)
     assert folder is not None
     found, about = [], provenance("python -m coreskip.bench.memory " + " ".join(sys.argv[1:]))
-    if minutes is not None:
-        row = soak(folder, _cap(caps[0], (folder / WEIGHTS).stat().st_size), minutes)
-        found.append({**row, "model": model_name(str(folder)), **about})
-        click.echo(json.dumps(row))
     with tempfile.TemporaryDirectory() as place:
         kinds = (("static, at random", _at_random, "keep", keeps), ("sketch", _by_sketch, "sketch", sketches))
         for method, make, name, shares in kinds:
             targets = {keep: Path(place) / f"{name} {keep:g}" for keep in shares}
             plans += tuple(plan_for_speed(folder, method, make, keep, to) for keep, to in targets.items())
-        asked = (folder, caps, tokens, plans, checkpoint, slow_tokens, slots_too, text, beside << 20)
-        for row in measure(*asked) if minutes is None else ():
-            found.append(row | about)
-            click.echo(_line(row))
-    if rows is not None:
-        write_rows(rows, found)
+        size = (folder / WEIGHTS).stat().st_size
+        # a budget's plan is made for a cap, others are the same under all
+        for some in ((cap,) for cap in caps) if budgets else (caps,):
+            searched = tuple(
+                plan_for_budget(folder, budget, cap_in(some[0], size), text, Path(place) / f"{budget} at {some[0]}")
+                for budget in budgets
+                if text is not None
+            )
+            asked = (folder, some, tokens, plans + searched, checkpoint, slow_tokens, slots_too, text, windows, only)
+            for row in measure(*asked, beside=beside << 20):
+                found.append(row | about)
+                click.echo(_line(row))
+                if rows is not None:
+                    write_rows(rows, found)
 
 
 def _line(row: Row) -> str:
@@ -456,13 +500,13 @@ def _line(row: Row) -> str:
         f"{cap:>9}  {row['way']:24} {row['tokens_per_second']:7.2f} tok/s, first {row['first_token_s']:5.2f} s, "
         f"{text_of(row['bytes_read_per_token'])} read and {row['major_faults_per_token']:.0f} faults a token, "
         f"peak {peak}, {'the same text' if row['same_text'] else 'another text'}"
+        + (f", perplexity {row['ppl_increase']:+.2%}" if "ppl_increase" in row else "")
         + (f", hits {row['hits']:.3f}, waits {row['waits']:.3f} s" if "hits" in row else "")
     )
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
-        way_, folder_, *asked_ = sys.argv[2:]
-        _serve(way_, Path(folder_), *map(json.loads, asked_))
+        _serve(*map(json.loads, sys.argv[2:]))
     else:
         main()

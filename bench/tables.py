@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from coreskip.bench.memory_columns import MEMORY
 from coreskip.bench.row_schema import Row, read
 from coreskip.predictors.errors import CoreskipError
 from coreskip.predictors.files import read_text
@@ -244,11 +245,6 @@ def _increase_over_dense(row: dict[str, Any]) -> str:
     return f"{100 * row['ppl_increase']:+.1f} ± {100 * row['ppl_increase_stderr']:.1f} %"
 
 
-def _of_limit(row: dict[str, Any]) -> str:
-    peak, limit = row.get("peak_bytes"), row.get("limit_bytes")
-    return f"{peak / limit:.3f}" if peak and limit else ""
-
-
 def _given(value: Any, form: str) -> str:
     return "" if value is None else form.format(value)
 
@@ -284,6 +280,7 @@ def _in_mode(name: str, row: dict[str, Any]) -> str:
 
 
 _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
+    **MEMORY,
     "sharing": {
         "weights": lambda row: str(row["dtype"]),
         "processes": lambda row: str(row["processes"]),
@@ -382,16 +379,6 @@ _PLAIN: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "requests": lambda row: str(sum(row["requests"].values())),
         "wrong": lambda row: str(sum(row["wrong"].values())),
         "MB by seconds": lambda row: ", ".join(f"{at}: {mb:.0f}" for at, mb in row["memory_mb_by_seconds"].items()),
-    },
-    "capped": {
-        "way": lambda row: str(row["way"]),
-        "cap": lambda row: f"{row['cap'] / row['weight_bytes']:.2f} of the weights" if "cap" in row else "",
-        "tok/s": lambda row: "killed" if row.get("killed") else f"{row['tokens_per_second']:.2f}",
-        "MB read per token": lambda row: "" if row.get("killed") else _megabytes(row["bytes_read_per_token"] / 1e6),
-        "chosen, and there": lambda row: f"{100 * row['hits']:.1f} %" if "hits" in row else "",
-        "waits for it, ms per token": lambda row: f"{1e3 * row['waits']:.2f}" if "waits" in row else "",
-        "peak, of the limit": _of_limit,
-        "text": lambda row: "" if row.get("killed") else "the same" if row["same_text"] else "another",
     },
     "sources": {
         "score": lambda row: str(row["name"]),

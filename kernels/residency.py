@@ -112,6 +112,7 @@ class Residency:
     def drop(self, name: str) -> None:
         """A tensor is not kept any longer; steps that were made before go on with what they hold."""
         del self._kept[self.store.spans[name][0]]
+        self.rest()
 
     def covers(self, weight: Tensor) -> bool:
         """Whether these numbers are read from the file, or kept: changes to them would not act."""
@@ -165,7 +166,10 @@ class Residency:
     def allow(self, nbytes: int) -> bool:
         """Slots may take so many bytes. Returns whether steps have to be made anew."""
         self._allowed = nbytes
-        return self.slots is not None and self.slots.allow(nbytes)
+        changes = self.slots is not None and self.slots.allow(nbytes)
+        if changes:
+            self.rest()
+        return changes
 
     def _slots_of(self, file: DirectFile) -> Slots:
         if self.slots is None:
@@ -240,6 +244,12 @@ class Residency:
         if self._running not in (None, stream):
             self._running.stop()
         self._running = stream
+
+    def rest(self) -> None:
+        """Whoever read last is let go of, with the matrices and slots that it holds: they shall be free before others
+        come in their place."""
+        with self.lock:
+            self.use(None)
 
     def runs(self, part: PackedLinear, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, PackedLinear]]:
         """See `in_memory`; others wait meanwhile."""

@@ -429,6 +429,8 @@ class Capped(Memory):
                 name = min(enough or self._kept, key=lambda name: self._sizes[name] * (1 if enough else -1))
                 self._kept.remove(name)
                 self.residency.drop(name)
+            if before != self._kept:
+                self._changed()  # steps hold what they were made with
             if refill or not before or room - self.kept_bytes > self.cap // _REFILL:
                 self._fill(room)
             left = max(0, room - self.kept_bytes) // self._step * self._step

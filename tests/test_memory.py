@@ -499,7 +499,8 @@ def test_bench_under_a_cap(
     """What is run is noted here, not run: it drops the machine's page cache."""
     asked: list[tuple[Any, ...]] = []
 
-    def run(way: str, _: Path, cap: int | None, plan: Path | None, tokens: int, limit: int | None, *__: Any) -> Any:
+    def run(way: str, _: Path, *rest: Any, **__: Any) -> Any:
+        cap, plan, tokens, limit = rest[:4]
         asked.append((way, cap, plan, tokens, limit is None))
         figures = {"tokens_per_second": 4.0, "first_token_s": 0.1, "bytes_read_per_token": 5e6}
         return {**figures, "major_faults_per_token": 0, "peak_bytes": None, "text": [1, 2, 3], "grouped": False}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -148,3 +149,47 @@ def test_a_mixture_that_is_truncated_meanwhile(mixture: Path, tmp_path: Path) ->
         os.truncate(folder / WEIGHTS, os.path.getsize(folder / WEIGHTS) // 2)
         with pytest.raises(CoreskipError, match="cannot read the weights any more"):
             greedy(model, prompt(1, 9), 20)
+
+
+@torch.no_grad()
+def test_what_the_last_step_read_from_goes_before_others_come(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 3B shape was killed: 0.7 GB of slots were held by the stream that had read last, while its head came."""
+    model, _ = coreskip.load(folder)
+    plan, filling, alive = plan_of(model, Sketch(keep=0.3)), memory.Capped._fill, list[int]()
+    made = WeakSet[slots.Native]()
+    native = slots.Slots.native
+
+    def watched(self: Any) -> slots.Native:
+        found = native(self)
+        made.add(found)
+        return found
+
+    def fill(self: Any, room: int) -> None:
+        keep = self.residency.keep
+
+        def kept(name: str) -> None:
+            alive.append(sum(some.memory.numel() for some in made))
+            keep(name)
+
+        with monkeypatch.context() as here:
+            here.setattr(self.residency, "keep", kept)
+            filling(self, room)
+
+    monkeypatch.setattr(slots.Slots, "native", watched)
+    monkeypatch.setattr(memory.Capped, "_fill", fill)
+    with coreskip.wrap(model, plan, memory=least(model, plan)):
+        held = runtime_of(model).memory
+        assert isinstance(held, memory.Capped)
+        cap, every = held.cap, held.kept_bytes + held.streamed_bytes
+        monkeypatch.setattr(held, "_step", 1)
+        held.cap -= held._room(held.needs.of_text(1, *memory._SHORT)) - (every - files.PAGE)  # one does not fit
+        greedy(model, prompt(1, 9), 4)
+        before = held.kept_bytes
+        assert held.streamed_bytes > 0  # the stream that reads these held the slots
+        assert sum(some.memory.numel() for some in made) > held.needs.slots + files.PAGE
+        alive.clear()
+        held.cap = cap
+        held.fill_up()
+        assert held.kept_bytes > before
+        assert alive
+        assert max(alive) <= held.needs.slots
