@@ -19,27 +19,33 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
 
 from ..kernels.files import PAGE, look_up
-from ..kernels.memory import HUGE_PAGE
 from ..kernels.ops import MAX_ROWS
-from ..kernels.packed import padded
 from ..kernels.residency import Residency
 from ..kernels.slots import readers_bytes
 from ..kernels.store import Store
-from ..predictors.anatomy import Anatomy, dissect, shape_of
+from ..predictors.anatomy import Anatomy, dissect
 from ..predictors.checks import WEIGHT_FORMATS
 from ..predictors.errors import CoreskipError
 from ..predictors.plan import Plan
 from ..predictors.policies import Chooser
 from .cost import Cost, cost, read_bandwidth
-from .formats import format_takers
 from .layer_skips import LayerSkips
-from .linear_names import native_names
+from .memory_parts import (
+    copied_bytes,
+    entry_bytes,
+    largest_unit,
+    mixtures_of,
+    neuron_bytes,
+    step_bytes,
+    streamed_of,
+    tables_of,
+    unread_by,
+    widths,
+)
 from .memory_size import text_of
-from .packed_experts import HeldExperts
 from .packed_folder import reader_of, store_of
 from .packed_layer import PackedLayer
 from .prepared import Prepared
@@ -205,7 +211,7 @@ def capped_under(model: Any, plan: Plan, anatomy: Anatomy, cap: int) -> Capped:
     """
     program = Program.of(anatomy, plan)
     _check_program(program)
-    return Capped(model, anatomy, program, _unread(anatomy, program, LayerSkips(anatomy, plan).skipped(None)), cap)
+    return Capped(model, anatomy, program, unread_by(anatomy, program, LayerSkips(anatomy, plan).skipped(None)), cap)
 
 
 def cost_under(model: Any, plan: Plan, anatomy: Anatomy, cap: int) -> Cost:
@@ -247,7 +253,7 @@ def memory_of(host: Host, cap: int | None, reads_all: bool) -> Memory:
         )
     _check_program(host.program)
     me: Any = weakref.proxy(host)  # who has this
-    unread = set[nn.Module]() if reads_all else _unread(host.anatomy, host.program, host.skips.skipped(None))
+    unread = set[nn.Module]() if reads_all else unread_by(host.anatomy, host.program, host.skips.skipped(None))
     early = host.program.chosen_by(Chooser.CALIBRATION, Chooser.TOKEN)
     capped = Capped(
         host.model, host.anatomy, host.program, unread, cap, lambda: me.steps.native.renew(),
@@ -286,14 +292,14 @@ class Capped(Memory):
         super().__init__(model)
         self.cap, self._changed, self._prepare, self._compares = cap, changed, prepare, compares
         store = _store(model)
-        streamed, mixtures = _streamed(model, anatomy, store), _mixtures(anatomy, store)
+        streamed, mixtures = streamed_of(model, anatomy, store), mixtures_of(anatomy, store)
         read = (names for module, names in streamed.items() if module not in unread)
         self._order = list(dict.fromkeys(name for names in read for name in names))
         everywhere = [*streamed.values(), *(mixture.names for mixture in mixtures)]
         names = list(dict.fromkeys(name for some in everywhere for name in some))
         self._sizes = {name: -(-store.spans[name][1] // PAGE) * PAGE for name in names}
         piece = min(max(store.memory.numel() // 256, _LEAST_PIECE), _MOST_PIECE) // PAGE * PAGE
-        ring = max(_PIECES * piece, 2 * _largest_unit(anatomy))
+        ring = max(_PIECES * piece, 2 * largest_unit(anatomy))
         inner: list[Any] = [m for layer in anatomy.layers for m in layer.modules() if m in streamed]
         unpacked = [mixture.unpacked for mixture in mixtures]
         scratch = max([0, *unpacked, *(scratch_of(m.weight, isinstance(m, PackedLayer)) for m in inner)])
@@ -302,25 +308,25 @@ class Capped(Memory):
         self.chosen_per_token = sum(round(brick.chosen * brick.kept) for brick in by_token)
         self.chosen_per_token += sum(mixture.unit * mixture.top_k for mixture in mixtures)
         slots = max([0, *self._bundles, *(mixture.least for mixture in mixtures)])
-        once = _PACKING * math.prod(_widths(anatomy)) if program.chosen_by(*_PACKED) else 0
+        once = _PACKING * math.prod(widths(anatomy)) if program.chosen_by(*_PACKED) else 0
         if self._bundles:
-            once = 3 * math.prod(_widths(anatomy)) * 2 * model.dtype.itemsize + _PUTTING_AWAY * anatomy.hidden_size
-        tables = _tables(model, store)
+            once = 3 * math.prod(widths(anatomy)) * 2 * model.dtype.itemsize + _PUTTING_AWAY * anatomy.hidden_size
+        tables = tables_of(model, store)
         rest = sum(size for name, (_, size) in store.spans.items() if name not in {*self._sizes, *tables})
         self.needs = Sizes(
             always=rest
-            + _copied(model, anatomy, streamed)
+            + copied_bytes(model, anatomy, streamed)
             + ring
             + 2 * scratch  # torch arranges what it multiplies many rows with in memory of its own
-            + _of_steps(model, anatomy)
+            + step_bytes(model, anatomy)
             + (slots + readers_bytes() if slots else 0),
-            entry=_entry(model, anatomy),
-            activations=4 * sum(_widths(anatomy)) * model.dtype.itemsize,
+            entry=entry_bytes(model, anatomy),
+            activations=4 * sum(widths(anatomy)) * model.dtype.itemsize,
             logits=16 * MAX_ROWS * int(model.get_input_embeddings().weight.shape[0]),
-            fixed=_of_neurons(program, Chooser.CALIBRATION)
+            fixed=neuron_bytes(program, Chooser.CALIBRATION)
             + sum(round(brick.stays) + 32 * brick.width for brick in by_token),
-            chosen=_of_neurons(program, Chooser.PROMPT, math.prod(_widths(anatomy)) // 16),
-            packing=_PACKING * math.prod(_widths(anatomy)) if program.chosen_by(Chooser.PROMPT) else 0,
+            chosen=neuron_bytes(program, Chooser.PROMPT, math.prod(widths(anatomy)) // 16),
+            packing=_PACKING * math.prod(widths(anatomy)) if program.chosen_by(Chooser.PROMPT) else 0,
             once=once,
             slots=slots,
         )
@@ -475,127 +481,3 @@ def _store(model: Any) -> Store:
             "memory caps packed models: pack this one (`coreskip pack`, or coreskip.pack) and load the folder"
         )
     return store
-
-
-@dataclass(frozen=True)
-class _Mixture:
-    """The experts of a layer. names: of their tensors. unit: bytes of a slot for one. least: of as many slots as a step
-    may need. unpacked: bytes that a matrix is unpacked into."""
-
-    names: list[str]
-    unit: int
-    top_k: int
-    least: int
-    unpacked: int
-
-
-def _mixtures(anatomy: Anatomy, store: Store) -> list[_Mixture]:
-    at, found = {span[0]: name for name, span in store.spans.items() if span[1]}, []
-    for experts in filter(None, anatomy.experts):
-        module = experts.module
-        if isinstance(module, HeldExperts):
-            first = [parts[0].weight for parts in module.stacks.values()]
-        else:
-            kinds = (experts.layout.gate, experts.layout.up, experts.layout.down)
-            first = [experts.parameter(kind) for kind in kinds if kind is not None]
-        names = [at.get(weight.data_ptr() - store.memory.data_ptr()) for weight in first]
-        if None in names:
-            raise CoreskipError("the model's weights are not its folder's any more: load it again to cap its memory")
-        unit = sum(store.spans[str(name)][1] // experts.count for name in names) + 6 * PAGE
-        wanted = min(experts.count, 2 * MAX_ROWS * experts.top_k)
-        largest = experts.intermediate_size * experts.hidden_size * 2 * experts.down.dtype.itemsize
-        found.append(_Mixture([str(name) for name in names], unit, experts.top_k, wanted * unit, largest))
-    return found
-
-
-def _streamed(model: Any, anatomy: Anatomy, store: Store) -> dict[nn.Module, list[str]]:
-    """The linears whose matrices can be read whenever they are used, in the order of a step, and their tensors. Experts
-    that all tokens share are in memory: a step reads them with others, in no order of their own."""
-    at = {span[0]: name for name, span in store.spans.items() if span[1]}
-    shared = {module for e in anatomy.experts if e is not None and e.shared for module in e.shared.owner.modules()}
-    found: dict[nn.Module, list[str]] = {}
-    for module in dict.fromkeys(module for module in format_takers(model, anatomy) if module not in shared):
-        if isinstance(module, PackedLayer):
-            weights = [part.weight for part in module.parts()]
-        elif isinstance(module, nn.Linear) and _unpadded(module.weight):
-            weights = [module.weight]
-        else:
-            continue
-        names = [at.get(weight.data_ptr() - store.memory.data_ptr()) for weight in weights]
-        if None in names:
-            raise CoreskipError("the model's weights are not its folder's any more: load it again to cap its memory")
-        found[module] = [name for name in names if name is not None]
-    return found
-
-
-def _unpadded(weight: torch.Tensor) -> bool:
-    return weight.ndim == 2 and weight.is_contiguous() and padded(weight.shape[1], weight.dtype) == weight.shape[1]
-
-
-def _unread(anatomy: Anatomy, program: Program, skipped: tuple[frozenset[int], frozenset[int]]) -> set[nn.Module]:
-    """Linears that no step reads as matrices."""
-    found: set[nn.Module] = set()
-    bundled = set(program.chosen_by(Chooser.CALIBRATION, Chooser.PROMPT, Chooser.TOKEN))
-    for index in bundled | skipped[1]:
-        mlp = anatomy.feed_forwards[index]
-        found.update(() if mlp is None else mlp.owner.modules())
-    for index in skipped[0]:
-        attention = anatomy.attentions[index]
-        if attention is not None and len(attention.inputs) == 3:
-            found.update(attention.part(name) for name in (attention.inputs[0], attention.output))
-    return found
-
-
-def _tables(model: Any, store: Store) -> set[str]:
-    """Tensors of embeddings, of which rows are looked up."""
-    base = store.memory.data_ptr()
-    at = {span[0]: name for name, span in store.spans.items() if span[1]}
-    table = model.get_input_embeddings()
-    weight = table.part().weight if hasattr(table, "part") else table.weight
-    name = at.get(weight.data_ptr() - base)
-    return set() if name is None else {name}
-
-
-def _copied(model: Any, anatomy: Anatomy, streamed: dict[nn.Module, list[str]]) -> int:
-    """Bytes of matrices that steps cannot read where they lie: copies with rows of whole cache lines, or turned."""
-    total = 0
-    for module in dict.fromkeys(format_takers(model, anatomy)):
-        if module not in streamed:
-            outputs, inputs = shape_of(module)
-            total += outputs * padded(inputs, module.weight.dtype) * module.weight.element_size()
-    return total
-
-
-def _of_neurons(program: Program, chooser: Chooser, more: int = 0) -> int:
-    """Bytes of neurons that are packed side by side, each padded to cache lines, those of a layer to huge pages. more:
-    than a layer's neurons take where they lie as they come (`Brick.chosen`), at most."""
-    sizes = [round(brick.nbytes) + 256 * brick.kept + more for brick in program.chosen_by(chooser).values()]
-    return sum(size + (2 * HUGE_PAGE if size >= HUGE_PAGE // 2 else 0) for size in sizes)
-
-
-def _widths(anatomy: Anatomy) -> tuple[int, int]:
-    """The largest hidden size and intermediate size."""
-    inner = [mlp.intermediate_size for _, mlp in anatomy.present]
-    inner += [experts.intermediate_size * max(1, experts.top_k) for experts in filter(None, anatomy.experts)]
-    return anatomy.hidden_size, max(inner)
-
-
-def _largest_unit(anatomy: Anatomy) -> int:
-    """Bytes of the rows that are read together at least: 16 in groups of bytes, or 4 in float32."""
-    return 17 * (max(_widths(anatomy)) + 256) + 4 * PAGE
-
-
-def _entry(model: Any, anatomy: Anatomy) -> int:
-    """Bytes of keys and values that a token adds."""
-    total = 0
-    for layer in range(len(anatomy)):
-        parts = {part: size for names in native_names(anatomy, layer).values() for part, size in names.items()}
-        total += 2 * parts.get("k", anatomy.hidden_size)
-    return total * int(model.dtype.itemsize)
-
-
-def _of_steps(model: Any, anatomy: Anatomy) -> int:
-    """Bytes of a native step's own memory, and of logits."""
-    hidden, inner = _widths(anatomy)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    return 16 * int(vocabulary) + 128 * (1 + torch.get_num_threads()) * (hidden + inner)
