@@ -301,9 +301,7 @@ class ModulePatches:
                 return few_rows(experts, packed, args[0])
             x, index, weights = experts.routed(args, kwargs)
             if decides:
-                index, weights = self._left_experts(
-                    layer, experts, cast(ExpertsProgram, program), x, index, weights, step
-                )
+                index, weights = self._left_experts(layer, experts, cast(Any, program), x, index, weights, step)
             if decides and program is not None and program.least is not None:
                 y, left_out = experts.thinned(x, index, weights, program.least)
                 step.skipped += left_out
