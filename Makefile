@@ -88,7 +88,7 @@ sanitize: setup
 	build/sanitize/team
 	$(CXX) -std=c++17 -O1 -g -fPIC -pthread -shared $(SANITIZERS) kernels/csrc/*.cpp -ldl -o $(SANITIZED)
 	CORESKIP_LIBRARY=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	$(BIN)/python -m pytest tests/test_kernels.py tests/test_kernels_int8.py tests/test_kernels_threads.py tests/test_experts_kernel.py tests/test_exact_forms.py tests/test_gguf_tiles.py tests/test_decode.py tests/test_caches.py tests/test_cache_properties.py -k "not compile and not without and not pool and not structs"
+	$(BIN)/python -m pytest tests/test_kernels.py tests/test_kernels_int8.py tests/test_kernels_threads.py tests/test_experts_kernel.py tests/test_exact_forms.py tests/test_gguf_tiles.py tests/test_decode.py tests/test_caches.py tests/test_cache_properties.py tests/test_taken.py tests/test_prompts.py tests/test_steps_together.py -k "not compile and not without and not pool and not structs"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
