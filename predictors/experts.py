@@ -178,16 +178,16 @@ class Experts:
             left_out += int(thin.sum())
             return self._linear(h.masked_fill(thin, 0.0), self.layout.down, self.layout.down_bias, expert)
 
-        return self._summed(x, index, weights, output), left_out
+        return self.summed(x, index, weights, output), left_out
 
     def mixture(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The sum of the chosen experts' outputs for x ``[tokens, hidden]``, in the dtype of x, added up in float32.
 
         index: int64 ``[tokens, top_k]``. weights: the same shape; nothing is computed where one is 0.
         """
-        return self._summed(x, index, weights, self.formula)
+        return self.summed(x, index, weights, self.formula)
 
-    def _summed(self, x: Tensor, index: Tensor, weights: Tensor, output: Callable[[Tensor, int], Tensor]) -> Tensor:
+    def summed(self, x: Tensor, index: Tensor, weights: Tensor, output: Callable[[Tensor, int], Tensor]) -> Tensor:
         """`mixture` of what `output` makes of its tokens ``[tokens, hidden]`` and an expert."""
         total = torch.zeros_like(x, dtype=torch.float32)
         for expert in index[weights != 0].unique().tolist():

@@ -179,12 +179,7 @@ def _output(mixture: Experts, part: Expert, x: Tensor) -> Tensor:
 
 def few_tokens(mixture: Experts, packed: Sequence[Expert], x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """`Experts.mixture` of a few tokens, by kernels that read each chosen expert's packed matrices."""
-    total = torch.zeros_like(x, dtype=torch.float32)
-    for expert in index[weights != 0].unique().tolist():
-        token, place = torch.where((index == expert) & (weights != 0))
-        found = _output(mixture, packed[expert], x[token])
-        total.index_add_(0, token, found.float() * weights[token, place, None].float())
-    return total.to(x.dtype)
+    return mixture.summed(x, index, weights, lambda rows, expert: _output(mixture, packed[expert], rows))
 
 
 _classes: dict[type[nn.Module], type[HeldExperts]] = {}
